@@ -1,0 +1,1 @@
+"""Corpora: what is on disk becomes manifests."""
