@@ -1,0 +1,227 @@
+"""The losses as modules, in the form SpeechBrain calls them.
+
+One class, :class:`QMarginLoss`, is the whole family; its subclasses only carry other defaults, so
+that ``!new:speechbrain_qmargin.CosFaceLoss`` is a right choice without arguments (SpeechBrain's
+command line cannot pass any). :func:`make_loss` selects one by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from speechbrain_qmargin.functional import (
+    QMarginStats,
+    check_loss_parameters,
+    hard_margin,
+    q_margin_loss,
+)
+
+__all__ = [
+    "LOSSES",
+    "CosFaceLoss",
+    "EntmaxLoss",
+    "QMarginFaceLoss",
+    "QMarginLoss",
+    "SparsemaxLoss",
+    "make_loss",
+]
+
+
+class QMarginLoss(nn.Module):
+    r"""Q-Margin (arXiv 2606.31664) on the cosines of a classifier: SpeechBrain's ``compute_cost``.
+
+    The defaults are the ones for VoxCeleb's 5,994 speakers; with millions of faces see
+    :class:`QMarginFaceLoss`. Fewer classes want a larger alpha, a larger alpha a smaller scale:
+    the printed `hard_margin_cos`, the cosine lead at which a sample stops training, should stay
+    near 0.5 to 0.6. The module has no parameters and no state; it need not be in `modules` or in
+    the checkpointer.
+
+    Parameters
+    ----------
+    alpha : float, >= 1
+        Order of the divergence. 1 is CosFace's cross-entropy.
+    scale : float, > 0
+        Scale s of the cosines.
+    margin : float, >= 0
+        Margin m, in cosine: the target's reference measure is ``exp(-s m)``.
+
+    Raises
+    ------
+    ValueError
+        Parameters outside their range, or so large that the loss overflows float32.
+
+    Examples
+    --------
+    >>> import torch
+    >>> loss_fn = QMarginLoss()
+    >>> loss_fn
+    QMarginLoss(alpha=1.5, scale=10.0, margin=0.2, hard_margin_cos=0.544)
+    >>> outputs = torch.tensor([[[0.6, 0.1, 0.0]], [[0.2, 0.5, 0.4]]])      # [B, 1, C]
+    >>> targets = torch.tensor([[0], [1]])                                  # [B, 1]
+    >>> loss_fn(outputs, targets)
+    tensor(0.7801)
+
+    In a SpeechBrain recipe::
+
+        compute_cost: !new:speechbrain_qmargin.QMarginLoss
+            alpha: 1.5
+            scale: 10
+            margin: 0.2
+    """
+
+    def __init__(self, alpha: float = 1.5, scale: float = 10.0, margin: float = 0.2) -> None:
+        super().__init__()
+        check_loss_parameters(alpha, scale, margin)
+        exponent = (alpha - 1) * scale * margin
+        if exponent > 80:
+            raise ValueError(
+                f"(alpha - 1) * scale * margin = {exponent:.3g} > 80: the loss overflows float32, "
+                f"and its hard margin, {hard_margin(alpha, scale, margin):.3g}, is beyond any "
+                "cosine. Lower alpha, scale or margin"
+            )
+        self.alpha, self.scale, self.margin = float(alpha), float(scale), float(margin)
+
+    def forward(self, outputs: Tensor, targets: Tensor, length: Tensor | None = None) -> Tensor:
+        """Mean loss of a batch.
+
+        Parameters
+        ----------
+        outputs : Tensor, [B, C] or [B, 1, C]
+            Cosines; or the training output of a sparse head, which is evaluated without logits.
+        targets : Tensor, [B] or [B, 1], integer
+            Labels in [0, C).
+        length : ignored
+            SpeechBrain passes relative lengths to every loss; one embedding has none.
+
+        Returns
+        -------
+        Tensor
+            Scalar, float32 (float64 for float64 input).
+        """
+        return self._evaluate(outputs, targets, return_stats=False)
+
+    def with_stats(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, QMarginStats]:
+        """:meth:`forward` and the batch's :class:`~speechbrain_qmargin.functional.QMarginStats`."""
+        return self._evaluate(outputs, targets, return_stats=True)
+
+    def _evaluate(self, outputs, targets, return_stats):
+        if targets.ndim == 2 and targets.shape[1] == 1:
+            targets = targets.squeeze(1)
+        parameters = (self.alpha, self.scale, self.margin)
+        if isinstance(outputs, Tensor):
+            if outputs.ndim == 3 and outputs.shape[1] == 1:
+                outputs = outputs.squeeze(1)
+            return q_margin_loss(outputs, targets, *parameters, return_stats=return_stats)
+        if hasattr(outputs, "q_margin_loss"):
+            return outputs.q_margin_loss(targets, *parameters, return_stats=return_stats)
+        raise TypeError(
+            f"{type(self).__name__} takes cosines [B, 1, C] or a sparse head's training output, "
+            f"got {type(outputs).__name__}"
+        )
+
+    def extra_repr(self) -> str:
+        reach = hard_margin(self.alpha, self.scale, self.margin)
+        return (
+            f"alpha={self.alpha:g}, scale={self.scale}, margin={self.margin:g}, "
+            f"hard_margin_cos={reach:.3g}"
+        )
+
+
+class QMarginFaceLoss(QMarginLoss):
+    """Q-Margin for 1e5 to 1e7 face identities (arXiv 2606.31664, section 4: WebFace42M).
+
+    Examples
+    --------
+    >>> QMarginFaceLoss()
+    QMarginFaceLoss(alpha=1.25, scale=32.0, margin=0.2, hard_margin_cos=0.619)
+    """
+
+    def __init__(self, alpha: float = 1.25, scale: float = 32.0, margin: float = 0.2) -> None:
+        super().__init__(alpha, scale, margin)
+
+
+class CosFaceLoss(QMarginLoss):
+    """CosFace (AM-softmax): the alpha = 1 member, a cross-entropy with the margin in the target.
+
+    Examples
+    --------
+    >>> CosFaceLoss()
+    CosFaceLoss(alpha=1, scale=32.0, margin=0.2, hard_margin_cos=inf)
+    """
+
+    def __init__(self, alpha: float = 1.0, scale: float = 32.0, margin: float = 0.2) -> None:
+        super().__init__(alpha, scale, margin)
+
+
+class EntmaxLoss(QMarginLoss):
+    """The alpha-entmax loss (Peters et al. 2019): Q-Margin without a margin.
+
+    Examples
+    --------
+    >>> EntmaxLoss()
+    EntmaxLoss(alpha=1.5, scale=10.0, margin=0, hard_margin_cos=0.2)
+    """
+
+    def __init__(self, alpha: float = 1.5, scale: float = 10.0, margin: float = 0.0) -> None:
+        super().__init__(alpha, scale, margin)
+
+
+class SparsemaxLoss(QMarginLoss):
+    """The sparsemax loss (Martins & Astudillo 2016): alpha = 2 without a margin.
+
+    Examples
+    --------
+    >>> SparsemaxLoss()
+    SparsemaxLoss(alpha=2, scale=5.0, margin=0, hard_margin_cos=0.2)
+    """
+
+    def __init__(self, alpha: float = 2.0, scale: float = 5.0, margin: float = 0.0) -> None:
+        super().__init__(alpha, scale, margin)
+
+
+def _arcface(scale: float = 32.0, margin: float = 0.2) -> nn.Module:
+    from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
+
+    return LogSoftmaxWrapper(AdditiveAngularMargin(margin=margin, scale=scale))
+
+
+LOSSES: dict[str, Callable[..., nn.Module]] = {
+    "qmargin": QMarginLoss,
+    "qmargin_face": QMarginFaceLoss,
+    "cosface": CosFaceLoss,
+    "entmax": EntmaxLoss,
+    "sparsemax": SparsemaxLoss,
+    "arcface": _arcface,
+}
+
+
+def make_loss(
+    name: str,
+    alpha: float | None = None,
+    scale: float | None = None,
+    margin: float | None = None,
+) -> nn.Module:
+    """A loss of the comparison by name; None keeps that loss's own default.
+
+    ``arcface`` is SpeechBrain's own ``LogSoftmaxWrapper(AdditiveAngularMargin)``, the others are
+    :class:`QMarginLoss` at their place in the family.
+
+    Raises
+    ------
+    ValueError
+        A name not in :data:`LOSSES`, or an alpha given to ArcFace.
+
+    Examples
+    --------
+    >>> make_loss("qmargin", alpha=1.75, scale=5)
+    QMarginLoss(alpha=1.75, scale=5.0, margin=0.2, hard_margin_cos=0.565)
+    """
+    if name not in LOSSES:
+        raise ValueError(f"loss: unknown name {name!r}; choose one of {', '.join(sorted(LOSSES))}")
+    given = {"alpha": alpha, "scale": scale, "margin": margin}
+    given = {key: value for key, value in given.items() if value is not None}
+    if name == "arcface" and "alpha" in given:
+        raise ValueError("loss: arcface has no alpha; leave it out")
+    return LOSSES[name](**given)
