@@ -44,10 +44,12 @@ import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -282,7 +284,9 @@ class _Speaker:
     split: str
     language: str
     register: str
-    key: tuple[int, ...]  # seeds every draw about this speaker
+    # Seeds every draw about this speaker, with session and utterance (from 1) appended. What is
+    # about the speaker or the session alone has a zero there.
+    key: tuple[int, int, int]
 
     @property
     def group(self) -> tuple[str, str]:
@@ -370,7 +374,7 @@ def build_mini_corpus(
     --------
     >>> corpus = build_mini_corpus()                                    # doctest: +SKIP
     >>> corpus.trials_test.read_text().splitlines()[0]                  # doctest: +SKIP
-    '0 mv20012/session3/00004.flac mv20016/session4/00002.flac'
+    '0 mv20010/session1/00001.flac mv20020/session5/00002.flac'
 
     >>> build_mini_corpus(num_sessions=1)
     Traceback (most recent call last):
@@ -392,23 +396,31 @@ def build_mini_corpus(
     missing = [path for path in paths if not _is_intact(folder / "wav" / path, known.get(path))]
 
     needed = len(missing) * BYTES_PER_UTTERANCE
+    changed = 0
     with _naming_folder(folder, needed):
         if missing:
             _require_packages()
             _require_space(folder, needed)
         (folder / "wav").mkdir(parents=True, exist_ok=True)
         manifest = folder / "manifest.jsonl"
-        if not known:
-            _write_text(manifest, _manifest_text(settings, {}))
+        _write_text(manifest, _manifest_text(settings, known))
         for name, text in _texts(settings, speakers).items():
             _write_text(folder / name, text)
         if missing:
             with manifest.open("a", encoding="utf-8") as lines:
                 for entry in _synthesise(folder, settings, missing, num_workers, progress):
+                    before = known.get(entry["path"], entry)
+                    changed += before["sha256"] != entry["sha256"]
                     known[entry["path"]] = entry
                     lines.write(json.dumps(entry) + "\n")
                     lines.flush()
             _write_text(manifest, _manifest_text(settings, {path: known[path] for path in paths}))
+    if changed:
+        warnings.warn(
+            f"{folder}: {changed} rebuilt files are not what they were, since espeak-ng, numpy or "
+            "the FLAC encoder has another version now; remove the folder to build all of it anew",
+            stacklevel=2,
+        )
 
     return MiniCorpus(
         folder=folder,
@@ -488,7 +500,7 @@ def _read_manifest(folder: Path, settings: _Settings) -> dict[str, dict]:
     manifest = folder / "manifest.jsonl"
     try:
         header, *lines = manifest.read_text(encoding="utf-8").splitlines()
-        header = json.loads(header)
+        header = {**json.loads(header)}
     except FileNotFoundError:
         if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise ValueError(
@@ -498,7 +510,7 @@ def _read_manifest(folder: Path, settings: _Settings) -> dict[str, dict]:
         return {}
     except NotADirectoryError:
         return {}  # the attempt to write will name it
-    except ValueError:
+    except (ValueError, TypeError):
         raise ValueError(f"{manifest}, line 1: not a manifest; remove the folder") from None
     wanted = {"mini_voices": CORPUS_VERSION, **asdict(settings)}
     differing = [name for name, value in wanted.items() if header.get(name) != value]
@@ -514,7 +526,7 @@ def _read_manifest(folder: Path, settings: _Settings) -> dict[str, dict]:
         # the last line of an interrupted build may be cut short: its file is built again
         with contextlib.suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
-            entries[entry["path"]] = entry
+            entries[entry["path"]] = {name: entry[name] for name in ("path", "bytes", "sha256")}
     return entries
 
 
@@ -620,7 +632,7 @@ def _synthesise(
     try:
         for i in range(num_workers):
             worker = subprocess.Popen(
-                [sys.executable, "-c", _WORKER, __file__, json.dumps(sys.path)],
+                [sys.executable, "-c", _WORKER, __file__, json.dumps([str(p) for p in sys.path])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -646,7 +658,7 @@ def _synthesise(
                 elif "errno" in message:
                     raise OSError(message["errno"], message["strerror"], message["filename"])
                 elif "error" in message:
-                    raise RuntimeError(message["error"])
+                    raise RuntimeError(f"{folder}: {message['error']}")
                 else:
                     bar.update()
                     yield message
@@ -658,7 +670,8 @@ def _synthesise(
 
 def _forward(worker: subprocess.Popen, results: queue.Queue) -> None:
     """One worker's answers into the queue, then None; runs in a thread of the parent."""
-    with worker.stdout:
+    # a line that was cut short by the end of the worker is no answer
+    with worker.stdout, contextlib.suppress(ValueError):
         for line in worker.stdout:
             results.put(json.loads(line))
     if worker.wait() != 0:
@@ -675,6 +688,11 @@ def _work() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
+    # the parent ends us between two files, so that nothing temporary stays behind
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     def answer(**message):
         print(json.dumps(message), file=answers, flush=True)
 
@@ -686,6 +704,8 @@ def _work() -> None:
         with _Synthesiser() as synthesiser:
             babble = _babble_voices(synthesiser, settings.seed)
             for path in job["paths"]:
+                if stopped:
+                    break
                 name, session, utterance = Path(path).parts
                 numbers = int(session.removeprefix("session")), int(Path(utterance).stem)
                 samples = _utterance(synthesiser, speakers[name], *numbers, babble)
@@ -693,12 +713,13 @@ def _work() -> None:
                 (wav / path).parent.mkdir(parents=True, exist_ok=True)
                 _write_bytes(wav / path, content)
                 answer(path=path, bytes=len(content), sha256=_checksum(content))
-    except (BrokenPipeError, KeyboardInterrupt):
-        pass
-    except OSError as error:
-        answer(errno=error.errno, strerror=error.strerror, filename=error.filename)
+    except BrokenPipeError:
+        pass  # the parent is gone
     except Exception as error:
-        answer(error=f"{path}: {type(error).__name__}: {error}")
+        if isinstance(error, OSError) and error.errno is not None:
+            answer(errno=error.errno, strerror=error.strerror, filename=error.filename)
+        else:
+            answer(error=f"{path or 'background noise'}: {type(error).__name__}: {error}")
 
 
 def _flac(samples: np.ndarray) -> bytes:
@@ -873,8 +894,7 @@ def _utterance(
     speech = _resample(raw / 32768, rate)[: int(rng.uniform(0.5, 1) * longest)]
     if len(speech) < shortest:
         raise RuntimeError(f"espeak-ng spoke for less than {DURATION[0]} s: {text!r}")
-    fade = np.linspace(1, 0, 160)
-    speech[-160:] *= fade
+    speech[-160:] *= np.linspace(1, 0, 160)
 
     place = np.random.default_rng((*speaker.key, session, 0, 1))
     speech = _convolve(speech, _room(place))
