@@ -775,12 +775,7 @@ class _Synthesiser:
     ) -> tuple[np.ndarray, int]:
         """Samples (int16) and their rate."""
         self._variant.write_text(voice.description, encoding="ascii")
-        with self._fresh_library() as library:
-            rate = library.espeak_Initialize(
-                self._SYNCHRONOUS, 0, str(self._home).encode(), self._DONT_EXIT
-            )
-            if rate <= 0:
-                raise RuntimeError(f"espeak-ng cannot read its data below {self._home}")
+        with self._fresh_library() as (library, rate):
             library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
             chunks = []
 
@@ -804,22 +799,28 @@ class _Synthesiser:
                 content, ctypes.c_size_t(len(content)), 0, 0, 0, self._UTF8, None, None
             )
             library.espeak_Synchronize()
-            library.espeak_Terminate()
         if not chunks:
             raise RuntimeError(f"espeak-ng gave no samples for {text!r} ({language})")
         return np.concatenate(chunks), rate
 
     @contextlib.contextmanager
-    def _fresh_library(self) -> Iterator[ctypes.CDLL]:
+    def _fresh_library(self) -> Iterator[tuple[ctypes.CDLL, int]]:
+        """The library in its initial state, and the sample rate of its output."""
         self._count += 1
         copy = self._home / f"{self._count}-{self._library.name}"
         shutil.copyfile(self._library, copy)
         library = ctypes.CDLL(str(copy))
         try:
-            yield library
+            rate = library.espeak_Initialize(
+                self._SYNCHRONOUS, 0, str(self._home).encode(), self._DONT_EXIT
+            )
+            if rate <= 0:
+                raise RuntimeError(f"espeak-ng cannot read its data below {self._home}")
+            yield library, rate
         finally:
             import _ctypes
 
+            library.espeak_Terminate()
             close = getattr(_ctypes, "dlclose", None) or getattr(_ctypes, "FreeLibrary", None)
             close(library._handle)
             copy.unlink()
