@@ -1,0 +1,185 @@
+"""Preparation of a folder in VoxCeleb layout."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from speechbrain_qmargin.data.speech import prepare_speech, read_audio, speech_dataset
+
+RATE = 16000
+
+
+def write(path, seconds=0.5, rate=RATE, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * rate))
+    soundfile.write(path, samples, rate)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Four speakers a..d with three utterances each, and a trial list over c and d."""
+    for index, speaker in enumerate("abcd"):
+        for utterance in range(3):
+            write(
+                tmp_path / "wav" / speaker / "s0" / f"{utterance}.flac",
+                0.4 + 0.1 * index,
+                seed=index,
+            )
+    (tmp_path / "trials.txt").write_text("1 c/s0/0.flac c/s0/1.flac\n0 c/s0/0.flac d/s0/0.flac\n")
+    return tmp_path
+
+
+def prepare(folder, **kwargs):
+    kwargs.setdefault("verification_file", folder / "trials.txt")
+    return prepare_speech(folder, folder / "save", progress=False, **kwargs)
+
+
+def test_trial_speakers_are_never_trained_on(corpus):
+    found = prepare(corpus)
+    assert found.speakers == ["a", "b"]
+    assert set(found.test) == {"c/s0/0.flac", "c/s0/1.flac", "d/s0/0.flac"}
+    assert found.train["a/s0/0.flac"]["duration"] == pytest.approx(0.4)
+    assert found.valid == {}
+    assert found.valid_trials is None
+
+
+def test_a_list_written_for_wav_fits_a_folder_of_flac(corpus):
+    text = (corpus / "trials.txt").read_text().replace(".flac", ".wav")
+    (corpus / "trials.txt").write_text(text)
+    found = prepare(corpus)
+    assert "c/s0/0.flac" in found.test
+    assert ".wav" not in found.test_trials.read_text()
+
+
+def test_held_out_speakers_make_the_validation_pairs(corpus):
+    write(corpus / "wav" / "e" / "s0" / "0.flac")
+    write(corpus / "wav" / "e" / "s0" / "1.flac")
+    found = prepare(corpus, num_valid_speakers=1)
+    (held_out,) = {"a", "b", "e"} - set(found.speakers)
+    assert {name[0] for name in found.valid} == {held_out}
+    labels = [line.split()[0] for line in found.valid_trials.read_text().splitlines()]
+    assert set(labels) == {"1"}
+
+
+def test_broken_audio_is_named_and_left_out(corpus, caplog):
+    (corpus / "wav/a/s0/empty.wav").touch()
+    (corpus / "wav/a/s0/text.flac").write_text("no audio")
+    whole = (corpus / "wav/b/s0/0.flac").read_bytes()
+    (corpus / "wav/b/s0/cut.flac").write_bytes(whole[: len(whole) // 2])
+    soundfile.write(corpus / "wav/b/s0/zero.wav", np.zeros(0), RATE)
+    with caplog.at_level(logging.WARNING):
+        found = prepare(corpus)
+    skipped = (corpus / "save/skipped_audio.txt").read_text()
+    for name in ("a/s0/empty.wav", "a/s0/text.flac", "b/s0/cut.flac", "b/s0/zero.wav"):
+        assert name in skipped
+        assert name not in found.train
+    assert "4 audio files are left out" in caplog.text
+
+
+def test_speaker_with_one_utterance_is_named_and_left_out(corpus, caplog):
+    write(corpus / "wav" / "lonely" / "s0" / "0.wav")
+    found = prepare(corpus)
+    assert "lonely" not in found.speakers
+    assert "lonely" in caplog.text
+    assert "lonely" in prepare(corpus, min_utterances=1).speakers
+
+
+def test_the_scan_follows_the_files_not_their_names(corpus):
+    assert prepare(corpus).train["a/s0/0.flac"]["duration"] == pytest.approx(0.4)
+    write(corpus / "wav/a/s0/0.flac", 0.9)
+    assert prepare(corpus).train["a/s0/0.flac"]["duration"] == pytest.approx(0.9)
+    (corpus / "save/durations.json").write_text("{")
+    assert prepare(corpus).train["a/s0/0.flac"]["duration"] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1 c/s0/0.flac gone/s0/9.flac\n", r"gone/s0/9\.flac \(line 3\)"),
+        ("2 c/s0/0.flac c/s0/1.flac\n", r"trials\.txt:3: expected"),
+        ("1 c/s0/0.flac\n", r"trials\.txt:3: expected"),
+    ],
+)
+def test_bad_trials_are_named(corpus, line, message):
+    with (corpus / "trials.txt").open("a") as file:
+        file.write(line)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare(corpus)
+
+
+def test_trial_of_a_broken_file_is_named(corpus):
+    (corpus / "wav/d/s0/0.flac").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"unreadable .*d/s0/0\.flac"):
+        prepare(corpus)
+
+
+def test_missing_folder_and_missing_list(tmp_path, corpus):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        prepare_speech(tmp_path / "nowhere", tmp_path / "save")
+    with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
+        prepare(corpus, verification_file=corpus / "gone.txt")
+    (tmp_path / "bare" / "wav").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"no \.wav"):
+        prepare_speech(tmp_path / "bare", tmp_path / "save2")
+
+
+def test_training_list(corpus):
+    names = corpus / "train_speakers.txt"
+    names.write_text("a\nb\nc\n")
+    with pytest.raises(ValueError, match="c also appear in a trial list"):
+        prepare(corpus, train_speakers=names)
+    names.write_text("a\nnobody\n")
+    with pytest.raises(ValueError, match="nobody"):
+        prepare(corpus, train_speakers=names)
+    names.write_text("a\n")
+    with pytest.raises(ValueError, match="1 speakers left"):
+        prepare(corpus, train_speakers=names)
+
+
+def test_crops_depend_on_seed_epoch_and_utterance_only(corpus):
+    found = prepare(corpus)
+    clock = {"epoch": 1}
+
+    def crops(seed=0):
+        data = speech_dataset(found.train, RATE, crop=0.2, seed=seed, epoch=lambda: clock["epoch"])
+        return torch.stack([data[i]["sig"] for i in range(len(data))])
+
+    first = crops()
+    assert first.shape == (6, 3200)
+    assert torch.equal(first, crops())
+    assert not torch.equal(first, crops(seed=1))
+    clock["epoch"] = 2
+    assert not torch.equal(first, crops())
+
+
+def test_short_recordings_are_repeated(corpus):
+    found = prepare(corpus)
+    whole = speech_dataset(found.train, RATE)[0]["sig"]
+    crop = speech_dataset(found.train, RATE, crop=1.0)[0]["sig"]
+    assert crop.shape == (RATE,)
+    assert torch.equal(crop, whole.repeat(3)[:RATE])
+
+
+def test_read_audio(tmp_path):
+    ramp = np.linspace(-0.5, 0.5, RATE, dtype=np.float32)
+    soundfile.write(tmp_path / "mono.wav", ramp, RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "stereo.wav", np.stack([ramp, -ramp], 1), RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "slow.wav", ramp[::2], RATE // 2, subtype="FLOAT")
+    assert torch.equal(read_audio(tmp_path / "mono.wav", RATE), torch.from_numpy(ramp))
+    part = read_audio(tmp_path / "mono.wav", RATE, start=0.25, length=0.5)
+    assert torch.equal(part, torch.from_numpy(ramp[4000:12000]))
+    assert read_audio(tmp_path / "stereo.wav", RATE).abs().max() == 0
+    assert read_audio(tmp_path / "slow.wav", RATE).shape == (RATE,)
+    (tmp_path / "bad.wav").write_text("nothing")
+    with pytest.raises(OSError, match=r"bad\.wav: cannot be decoded"):
+        read_audio(tmp_path / "bad.wav", RATE)
+
+
+def test_scan_cache_is_json(corpus):
+    prepare(corpus)
+    cache = json.loads((corpus / "save/durations.json").read_text())
+    assert cache["a/s0/0.flac"]["fault"] == ""
