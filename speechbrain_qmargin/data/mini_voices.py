@@ -867,7 +867,7 @@ def _voice(speaker: _Speaker, session: int, rng: np.random.Generator) -> _Voice:
 
 
 def _text(language: str, rng: np.random.Generator, parts: int) -> str:
-    """`parts` sentences, the last one now and then a number read out."""
+    """`parts` different sentences, then a number or four digits."""
     sentences = [SENTENCES[language][i] for i in rng.permutation(len(SENTENCES[language]))[:parts]]
     if rng.random() < 0.5:
         sentences.append(f"{rng.integers(20, 10_000)}.")
