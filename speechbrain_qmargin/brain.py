@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import time
 from pathlib import Path
 
@@ -108,10 +109,11 @@ class VerificationBrain(sb.Brain):
     def on_fit_batch_start(self, batch, should_step):
         super().on_fit_batch_start(batch, should_step)
         # A step's randomness is a function of the seed and the step: a resumed run repeats it.
-        torch.manual_seed(
-            (self.hparams.seed * 1_000_003 + self.hparams.epoch_counter.current) * 1_000_003
-            + self.step
-        )
+        epoch, rank = self.hparams.epoch_counter.current, getattr(self, "rank", 0)
+        seed = np.random.SeedSequence([self.hparams.seed, epoch, self.step, rank])
+        seed = int(seed.generate_state(1)[0])
+        random.seed(seed)
+        torch.manual_seed(seed)
         if should_step:
             self._lr = self._lr_scale * self.hparams.lr_schedule(
                 self.optimizer_step / self._steps_per_epoch

@@ -163,17 +163,18 @@ class AtomicCheckpointer(Checkpointer):
 
     _PARTIAL = "partial_"
 
-    def save_checkpoint(self, *args, **kwargs):
+    def save_checkpoint(self, *args, verbosity=logging.INFO, **kwargs):
         """As SpeechBrain's; the folder takes its final name once everything is in it."""
         if if_main_process():
             for leftover in self.checkpoints_dir.glob(self._PARTIAL + "*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-        saved = super().save_checkpoint(*args, **kwargs)
+        saved = super().save_checkpoint(*args, verbosity=logging.DEBUG, **kwargs)
         ddp_barrier()  # every process has written its share
         if saved is None:
             return None
         final = saved.path.with_name(saved.path.name.removeprefix(self._PARTIAL))
         saved.path.replace(final)
+        logger.log(verbosity, f"saved checkpoint {final}")
         files = {key: final / file.name for key, file in saved.paramfiles.items()}
         return Checkpoint(final, saved.meta, files)
 

@@ -8,7 +8,12 @@ import pytest
 import soundfile
 import torch
 
-from speechbrain_qmargin.data.speech import prepare_speech, read_audio, speech_dataset
+from speechbrain_qmargin.data.speech import (
+    prepare_speech,
+    read_audio,
+    speaker_encoder,
+    speech_dataset,
+)
 
 RATE = 16000
 
@@ -183,3 +188,15 @@ def test_scan_cache_is_json(corpus):
     prepare(corpus)
     cache = json.loads((corpus / "save/durations.json").read_text())
     assert cache["a/s0/0.flac"]["fault"] == ""
+
+
+def test_the_encoder_is_kept_and_a_change_of_speakers_is_refused(corpus):
+    found = prepare(corpus)
+    first = speaker_encoder(found, corpus / "save/label_encoder.txt")
+    assert first.lab2ind == {"a": 0, "b": 1}
+    again = speaker_encoder(found, corpus / "save/label_encoder.txt")
+    assert again.lab2ind == first.lab2ind
+    for utterance in "01":
+        write(corpus / "wav/new/s0" / f"{utterance}.wav")
+    with pytest.raises(ValueError, match=r"speakers have changed .*new"):
+        speaker_encoder(prepare(corpus), corpus / "save/label_encoder.txt")
