@@ -11,10 +11,12 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import speechbrain as sb
 from hyperpyyaml import resolve_references
 from ruamel.yaml import YAML
@@ -22,8 +24,16 @@ from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
 from speechbrain_qmargin.data.speech import write_atomically
+from speechbrain_qmargin.scoring.metrics import eer, operating_points, tar_at_far
+from speechbrain_qmargin.scoring.report import Report, evaluate, plot_det
+from speechbrain_qmargin.scoring.trials import (
+    cosine_scores,
+    read_trials,
+    save_embeddings,
+    write_scores,
+)
 
-__all__ = ["AtomicCheckpointer", "Experiment", "load_experiment"]
+__all__ = ["AtomicCheckpointer", "Experiment", "load_experiment", "validation", "verify"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +76,18 @@ class Experiment:
     def results_file(self) -> Path:
         return self.output_folder / "results.json"
 
-    def finished(self) -> dict | None:
-        """The results of a run that has ended in this output folder, or None."""
+    def announce_finished(self) -> bool:
+        """Whether a run with these settings has ended here; if so, say so and show its table."""
         if not self.results_file.is_file():
-            return None
-        return json.loads(self.results_file.read_text(encoding="utf-8"))
+            return False
+        self.check_output_folder()
+        if if_main_process():
+            print((self.output_folder / "results.txt").read_text(encoding="utf-8"))
+            print(
+                f"This run is done: {self.output_folder} holds its results. Delete the folder to "
+                "repeat it, or give another --output_folder."
+            )
+        return True
 
     def check_output_folder(self) -> None:
         """Refuse to continue another experiment's folder; names what differs.
@@ -97,9 +114,6 @@ class Experiment:
                 f"{self.output_folder} holds a run of another experiment ({shown}). Give a new "
                 "--output_folder, delete that one, or repeat its settings to continue it"
             )
-
-    def save_results(self, results: dict) -> None:
-        write_atomically(self.results_file, json.dumps(results, indent=2) + "\n")
 
 
 def _plain(tree) -> dict:
@@ -152,6 +166,64 @@ def load_experiment(argv: list[str]) -> Experiment:
     with path.open(encoding="utf-8") as stream:
         settings = _plain(YAML().load(resolve_references(stream, overrides, True)))
     return Experiment(str(path), run_opts, overrides, settings)
+
+
+def validation(
+    trials_file: str | Path | None,
+) -> Callable[[Mapping[str, np.ndarray]], dict] | None:
+    """What a Brain measures on validation embeddings: EER, TAR at FAR 1e-2. None without trials."""
+    if trials_file is None:
+        return None
+    trials = read_trials(trials_file)
+
+    def validate(embeddings: Mapping[str, np.ndarray]) -> dict[str, float]:
+        points = operating_points(cosine_scores(embeddings, trials), trials.is_target)
+        return {"eer": eer(points), "tar_at_1e-2": tar_at_far(points, 1e-2)[0]}
+
+    return validate
+
+
+def verify(
+    experiment: Experiment,
+    embeddings: Mapping[str, np.ndarray],
+    trials_file: str | Path,
+    history: list[dict],
+    note: str = "",
+) -> Report:
+    """Score the test trials; write and print the results of a run.
+
+    In the output folder: ``embeddings.npz``, ``scores.tsv`` (unrounded), ``det.png``,
+    ``results.txt`` (the printed table) and, last, ``results.json``, which marks the run as done.
+    """
+    folder, settings = experiment.output_folder, experiment.settings
+    save_embeddings(folder / "embeddings.npz", embeddings)
+    trials = read_trials(trials_file)
+    scores = cosine_scores(embeddings, trials)
+    write_scores(folder / "scores.tsv", trials, scores)
+    report = evaluate(scores, trials)
+    name = settings["loss"]
+    plot_det({name: (scores, trials.is_target)}, folder / "det.png", title=note)
+
+    seconds = sum(record["seconds"] for record in history)
+    lines = [f"{name}, {settings['model']}, {len(history)} epochs, seed {settings['seed']}"]
+    lines += [note] if note else []
+    lines += ["", report.table(), f"training took {seconds / 60:.1f} minutes"]
+    last = history[-1] if history else {}
+    if "support_mean" in last:
+        lines.append(
+            f"support in the last epoch: {last['support_mean']:.1f} classes a sample on average, "
+            f"at most {last['support_max']}; {100 * last['zero_loss']:.0f} % of the samples at "
+            "zero loss"
+        )
+    lines.append(f"files: {folder}/ det.png, scores.tsv, embeddings.npz, history.jsonl")
+    text = "\n".join(lines) + "\n"
+    write_atomically(folder / "results.txt", text)
+    results = {"settings": settings, "note": note, "seconds": seconds, "last_epoch": last}
+    write_atomically(
+        experiment.results_file, json.dumps(results | report.to_dict(), indent=2) + "\n"
+    )
+    print("\n" + text)
+    return report
 
 
 class AtomicCheckpointer(Checkpointer):
