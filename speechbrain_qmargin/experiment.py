@@ -33,7 +33,14 @@ from speechbrain_qmargin.scoring.trials import (
     write_scores,
 )
 
-__all__ = ["AtomicCheckpointer", "Experiment", "load_experiment", "validation", "verify"]
+__all__ = [
+    "AtomicCheckpointer",
+    "Experiment",
+    "load_experiment",
+    "main_process_first",
+    "validation",
+    "verify",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +148,11 @@ def load_experiment(argv: list[str]) -> Experiment:
     path = Path(hparams_file)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such hyperparameter file (in {os.getcwd()})")
-    given = dict(YAML().load(overrides_text) or {}) if overrides_text else {}
+    keys = [line.split(":", 1)[0] for line in overrides_text.splitlines()]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"--{twice[0]} is given twice on the command line")
+    given = dict(YAML().load(overrides_text) or {})
     base = YAML().load(path.read_text(encoding="utf-8"))
     unknown = sorted(set(given) - set(base))
     if unknown:
@@ -166,6 +177,17 @@ def load_experiment(argv: list[str]) -> Experiment:
     with path.open(encoding="utf-8") as stream:
         settings = _plain(YAML().load(resolve_references(stream, overrides, True)))
     return Experiment(str(path), run_opts, overrides, settings)
+
+
+def main_process_first(function: Callable[[], Any]) -> Any:
+    """Call a function on the main process, then on the others, which find its files in place."""
+    if not if_main_process():
+        ddp_barrier()
+    try:
+        return function()
+    finally:
+        if if_main_process():
+            ddp_barrier()
 
 
 def validation(

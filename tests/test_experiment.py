@@ -57,6 +57,8 @@ def test_errors_name_what_is_wrong(yaml):
         load_experiment([yaml, "--widht", "3"])
     with pytest.raises(ValueError, match="'huge' is unknown; choose auto, full, mini"):
         load_experiment([yaml, "--size", "huge"])
+    with pytest.raises(ValueError, match="--width is given twice"):
+        load_experiment([yaml, "--width=3", "--width=4"])
     with pytest.raises(FileNotFoundError, match=r"gone\.yaml"):
         load_experiment(["gone.yaml"])
 

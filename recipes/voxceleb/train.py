@@ -10,11 +10,11 @@ import sys
 
 import speechbrain as sb
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.distributed import ddp_init_group, run_on_main
+from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 from speechbrain_qmargin.brain import SpeakerBrain
 from speechbrain_qmargin.data.speech import prepare_speech, speaker_encoder, speech_dataset
-from speechbrain_qmargin.experiment import load_experiment, validation, verify
+from speechbrain_qmargin.experiment import load_experiment, main_process_first, validation, verify
 
 SYNTHETIC = "synthetic voices: this shows that the machinery works, not how accurate it is"
 
@@ -50,8 +50,7 @@ def main(argv):
     experiment.check_output_folder()
 
     # Speakers decide the classifier's size, so the data come before the model
-    run_on_main(prepare, kwargs={"settings": experiment.settings})
-    corpus = prepare(experiment.settings)
+    corpus = main_process_first(lambda: prepare(experiment.settings))
     experiment.overrides["out_n_neurons"] = len(corpus.speakers)
     with open(experiment.hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, experiment.overrides)
@@ -88,7 +87,8 @@ def main(argv):
     )
     note = SYNTHETIC if experiment.settings["data_folder"] is None else ""
     embeddings = brain.extract(test_data, **hparams["test_dataloader"])
-    verify(experiment, embeddings, corpus.test_trials, brain.history(), note=note)
+    if if_main_process():
+        verify(experiment, embeddings, corpus.test_trials, brain.history(), note=note)
 
 
 if __name__ == "__main__":

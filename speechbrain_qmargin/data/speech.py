@@ -158,7 +158,7 @@ def _scan(wav_root: Path, cache: Path, progress: bool) -> dict[str, tuple[float,
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

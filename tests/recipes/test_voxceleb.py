@@ -1,0 +1,135 @@
+"""The recipe's script from the command line to the results, on corpora small enough for a test."""
+
+import functools
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from speechbrain_qmargin.data import mini_voices
+from speechbrain_qmargin.scoring.trials import load_embeddings, read_scores
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--channels=8", "--attention_channels=8", "--embedding_dim=16", "--number_of_epochs=2"]
+TINY += ["--batch_size=4", "--sentence_len=0.5", "--noprogressbar", "--device=cpu"]
+
+
+def recipe():
+    path = ROOT / "recipes" / "voxceleb" / "train.py"
+    spec = importlib.util.spec_from_file_location("voxceleb_train", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*options):
+    recipe().main([str(ROOT / "hparams" / "qmargin.yaml"), *TINY, *map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return mini_voices.build_mini_corpus(
+        tmp_path_factory.mktemp("corpus") / "mini",
+        progress=False,
+        num_train_speakers=4,
+        num_valid_speakers=2,
+        num_test_speakers=2,
+        num_sessions=2,
+        num_utterances=2,
+    )
+
+
+def on(corpus, output, *options, folder=None, trials=None):
+    """Options for the corpus as if it were a user's own folder."""
+    return [
+        f"--data_folder={folder or corpus.folder}",
+        "--size=small",
+        f"--verification_file={trials or corpus.trials_test}",
+        f"--valid_file={corpus.trials_valid}",
+        f"--output_folder={output}",
+        *options,
+    ]
+
+
+def test_the_main_job_ends_with_its_results_and_says_when_it_is_done(
+    corpus, tmp_path, monkeypatch, capsys
+):
+    tiny = functools.partial(lambda: corpus)
+    monkeypatch.setattr(mini_voices, "build_mini_corpus", tiny)
+    output = tmp_path / "out"
+    run(f"--output_folder={output}")
+    printed = capsys.readouterr().out
+    assert "TAR@FAR=0.01" in printed
+    assert "95 % interval" in printed
+    assert "synthetic" in printed
+    assert "support in the last epoch" in printed
+    assert (output / "det.png").read_bytes().startswith(b"\x89PNG")
+
+    results = json.loads((output / "results.json").read_text())
+    assert results["settings"]["size"] == "mini"
+    assert set(results["figures"]) >= {"EER", "minDCF(p=0.01)", "TAR@FAR=0.001"}
+    trials, scores = read_scores(output / "scores.tsv")
+    embeddings = load_embeddings(output / "embeddings.npz")
+    a, b = (embeddings[trials.ids[side[0]]] for side in (trials.enrolment, trials.test))
+    assert scores[0] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-6)
+
+    before = (output / "results.json").stat().st_mtime_ns
+    run(f"--output_folder={output}")
+    assert "This run is done" in capsys.readouterr().out
+    assert (output / "results.json").stat().st_mtime_ns == before
+
+
+def test_results_lost_after_training_are_made_again_without_training(corpus, tmp_path, capsys):
+    output = tmp_path / "out"
+    run(*on(corpus, output))
+    history = (output / "history.jsonl").read_bytes()
+    first = json.loads((output / "results.json").read_text())
+    (output / "results.json").unlink()
+    run(*on(corpus, output))
+    second = json.loads((output / "results.json").read_text())
+    assert second["figures"] == first["figures"]
+    assert (output / "history.jsonl").read_bytes() == history
+
+
+def test_another_loss_in_the_same_folder_is_refused_and_touches_nothing(corpus, tmp_path):
+    output = tmp_path / "out"
+    run(*on(corpus, output))
+    kept = (output / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="loss: qmargin there, arcface now"):
+        run(*on(corpus, output, "--loss=arcface"))
+    assert (output / "results.json").read_bytes() == kept
+
+
+def test_bad_input_is_named_before_anything_is_trained(corpus, tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(*on(corpus, output, folder="/nowhere"))
+    with pytest.raises(ValueError, match="verification_file"):
+        run(f"--data_folder={corpus.folder}", f"--output_folder={tmp_path / 'a'}")
+    with pytest.raises(ValueError, match="loss: unknown name 'softmax'"):
+        run(*on(corpus, output, "--loss=softmax"))
+    trials = tmp_path / "trials.txt"
+    trials.write_text(corpus.trials_test.read_text() + "1 ghost/1/1.flac ghost/1/2.flac\n")
+    with pytest.raises(FileNotFoundError, match="ghost"):
+        run(*on(corpus, output, trials=trials))
+
+
+def test_audio_broken_after_preparation_is_named(corpus, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(corpus.folder, folder)
+    options = on(corpus, tmp_path / "out", folder=folder)
+    module = recipe()
+    whole = module.prepare
+
+    def prepare_then_break(settings):
+        found = whole(settings)
+        for item in found.train.values():
+            Path(item["wav"]).write_bytes(b"")
+        return found
+
+    module.prepare = prepare_then_break
+    with pytest.raises(OSError, match=r"\.flac: cannot be decoded"):
+        module.main([str(ROOT / "hparams" / "qmargin.yaml"), *TINY, *options])
