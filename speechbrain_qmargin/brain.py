@@ -100,6 +100,7 @@ class VerificationBrain(sb.Brain):
         world = torch.distributed.get_world_size() if self.distributed_launch else 1
         batch = world * self.hparams.batch_size * self.grad_accumulation_factor
         self._lr_scale = batch / self.hparams.lr_reference_batch
+        logger.info(f"loss: {self.hparams.compute_cost}")
         logger.info(
             f"learning rate x {self._lr_scale:g}: {world} processes x batch "
             f"{self.hparams.batch_size} x accumulation {self.grad_accumulation_factor} / "
@@ -161,7 +162,9 @@ class VerificationBrain(sb.Brain):
             partial.write_text(text, encoding="utf-8")
             partial.replace(self._history_file)
         self.checkpointer.save_and_keep_only(
-            meta={"epoch": record["epoch"], **valid_stats}, num_to_keep=1, keep_recent=True
+            meta={"epoch": record["epoch"], **valid_stats},
+            num_to_keep=1,
+            verbosity=logging.DEBUG,
         )
 
     @property

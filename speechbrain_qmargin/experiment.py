@@ -262,7 +262,14 @@ class AtomicCheckpointer(Checkpointer):
         if if_main_process():
             for leftover in self.checkpoints_dir.glob(self._PARTIAL + "*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-        saved = super().save_checkpoint(*args, verbosity=logging.DEBUG, **kwargs)
+        try:
+            saved = super().save_checkpoint(*args, verbosity=logging.DEBUG, **kwargs)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            free = shutil.disk_usage(self.checkpoints_dir).free / 2**20
+            raise OSError(
+                f"{self.checkpoints_dir}: a checkpoint could not be written ({free:.0f} MiB are "
+                f"free; {error}). The last whole one is kept: make room and start again to resume"
+            ) from error
         ddp_barrier()  # every process has written its share
         if saved is None:
             return None

@@ -81,6 +81,19 @@ class Interrupted(Exception):
     pass
 
 
+def test_a_full_disk_is_named_and_the_last_checkpoint_kept(tmp_path):
+    def full(obj, path):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    checkpointer = AtomicCheckpointer(tmp_path, {"layer": torch.nn.Linear(2, 1)})
+    checkpointer.save_checkpoint(meta={"epoch": 1})
+    checkpointer.add_recoverable("other", torch.nn.Linear(1, 1), custom_save_hook=full)
+    with pytest.raises(OSError, match=f"{tmp_path}.*make room") as error:
+        checkpointer.save_checkpoint(meta={"epoch": 2})
+    assert "PytorchStreamWriter" in str(error.value)
+    assert [kept.meta["epoch"] for kept in checkpointer.list_checkpoints()] == [1]
+
+
 def test_an_interrupted_save_leaves_the_last_checkpoint_to_resume_from(tmp_path):
     layer = torch.nn.Linear(2, 1)
     checkpointer = AtomicCheckpointer(tmp_path, {"layer": layer})

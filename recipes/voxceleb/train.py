@@ -49,6 +49,10 @@ def main(argv):
         return
     experiment.check_output_folder()
 
+    note = SYNTHETIC if experiment.settings["data_folder"] is None else ""
+    if note and if_main_process():
+        print(f"No --data_folder given. Training on {note}.", flush=True)
+
     # Speakers decide the classifier's size, so the data come before the model
     corpus = main_process_first(lambda: prepare(experiment.settings))
     experiment.overrides["out_n_neurons"] = len(corpus.speakers)
@@ -85,7 +89,6 @@ def main(argv):
         train_loader_kwargs=hparams["train_dataloader"],
         valid_loader_kwargs=hparams["test_dataloader"],
     )
-    note = SYNTHETIC if experiment.settings["data_folder"] is None else ""
     embeddings = brain.extract(test_data, **hparams["test_dataloader"])
     if if_main_process():
         verify(experiment, embeddings, corpus.test_trials, brain.history(), note=note)
