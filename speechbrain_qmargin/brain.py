@@ -19,6 +19,8 @@ import torch
 from speechbrain.utils.distributed import if_main_process
 from torch import Tensor
 
+from speechbrain_qmargin.files import write_text
+
 __all__ = ["SpeakerBrain", "VerificationBrain"]
 
 logger = logging.getLogger(__name__)
@@ -158,9 +160,7 @@ class VerificationBrain(sb.Brain):
         if if_main_process():
             history = [old for old in self.history() if old["epoch"] < record["epoch"]]
             text = "".join(json.dumps(entry) + "\n" for entry in [*history, record])
-            partial = self._history_file.with_suffix(".partial")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self._history_file)
+            write_text(self._history_file, text)
         self.checkpointer.save_and_keep_only(
             meta={"epoch": record["epoch"], **valid_stats},
             num_to_keep=1,

@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
-from speechbrain_qmargin.data.speech import write_atomically
+from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.metrics import eer, operating_points, tar_at_far
 from speechbrain_qmargin.scoring.report import Report, evaluate, plot_det
 from speechbrain_qmargin.scoring.trials import (
@@ -239,11 +239,9 @@ def verify(
         )
     lines.append(f"files: {folder}/ det.png, scores.tsv, embeddings.npz, history.jsonl")
     text = "\n".join(lines) + "\n"
-    write_atomically(folder / "results.txt", text)
+    write_text(folder / "results.txt", text)
     results = {"settings": settings, "note": note, "seconds": seconds, "last_epoch": last}
-    write_atomically(
-        experiment.results_file, json.dumps(results | report.to_dict(), indent=2) + "\n"
-    )
+    write_text(experiment.results_file, json.dumps(results | report.to_dict(), indent=2) + "\n")
     print("\n" + text)
     return report
 

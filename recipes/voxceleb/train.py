@@ -62,12 +62,14 @@ def main(argv):
         hparams["output_folder"], experiment.hparams_file, experiment.overrides
     )
 
+    encoder_file = f"{hparams['save_folder']}/label_encoder.txt"
+    encoder = main_process_first(lambda: speaker_encoder(corpus, encoder_file))
     epochs = hparams["epoch_counter"]
     train_data = speech_dataset(
         corpus.train,
         hparams["sample_rate"],
         crop=hparams["sentence_len"],
-        label_encoder=speaker_encoder(corpus, f"{hparams['save_folder']}/label_encoder.txt"),
+        label_encoder=encoder,
         seed=hparams["seed"],
         epoch=lambda: epochs.current,
     )

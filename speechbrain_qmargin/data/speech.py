@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from speechbrain_qmargin.files import write_text
+
 __all__ = ["SpeechCorpus", "prepare_speech", "read_audio", "speaker_encoder", "speech_dataset"]
 
 logger = logging.getLogger(__name__)
@@ -151,16 +153,8 @@ def _scan(wav_root: Path, cache: Path, progress: bool) -> dict[str, tuple[float,
                 strict=True,
             ):
                 known[name] = {"key": found[name], "seconds": seconds, "fault": fault}
-        write_atomically(cache, json.dumps(known))
+        write_text(cache, json.dumps(known))
     return {name: (known[name]["seconds"], known[name]["fault"]) for name in sorted(found)}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _resolve_trials(list_file: Path, durations: dict, wav_root: Path) -> tuple[str, set[str]]:
@@ -247,12 +241,12 @@ def prepare_speech(
         if source is not None:
             text, members[part] = _resolve_trials(Path(source), durations, wav_root)
             resolved[part] = save_folder / f"{part}_trials.txt"
-            write_atomically(resolved[part], text)
+            write_text(resolved[part], text)
     held_out = {name.split("/", 1)[0] for part in members.values() for name in part}
 
     broken = {name: fault for name, (_, fault) in durations.items() if fault}
     if broken:
-        write_atomically(
+        write_text(
             save_folder / "skipped_audio.txt",
             "".join(f"{name}\t{fault}\n" for name, fault in broken.items()),
         )
@@ -295,7 +289,7 @@ def prepare_speech(
         for speaker in chosen:
             step = max(1, len(by_speaker[speaker]) // 10)
             members["valid"].update(by_speaker[speaker][::step][:10])
-        write_atomically(resolved["valid"], _all_pairs(members["valid"]))
+        write_text(resolved["valid"], _all_pairs(members["valid"]))
     if len(candidates) < 2:
         raise ValueError(
             f"{wav_root}: {len(candidates)} speakers left to train on, at least 2 are needed "
