@@ -196,6 +196,9 @@ LOSSES: dict[str, Callable[..., nn.Module]] = {
     "arcface": _arcface,
 }
 
+# What makes a named member of the family that member
+_FIXED = {"cosface": {"alpha": 1}, "entmax": {"margin": 0}, "sparsemax": {"alpha": 2, "margin": 0}}
+
 
 def make_loss(
     name: str,
@@ -211,7 +214,8 @@ def make_loss(
     Raises
     ------
     ValueError
-        A name not in :data:`LOSSES`, or an alpha given to ArcFace.
+        A name not in :data:`LOSSES`, an alpha given to ArcFace, or a value that would make the
+        loss another member of the family than its name says.
 
     Examples
     --------
@@ -224,4 +228,9 @@ def make_loss(
     given = {key: value for key, value in given.items() if value is not None}
     if name == "arcface" and "alpha" in given:
         raise ValueError("loss: arcface has no alpha; leave it out")
+    for key, value in _FIXED.get(name, {}).items():
+        if given.get(key, value) != value:
+            raise ValueError(
+                f"loss: {name} is {key} = {value:g}, got {given[key]}; use qmargin for others"
+            )
     return LOSSES[name](**given)
