@@ -51,6 +51,9 @@ _LOG_DOMAIN_POWER = 8.0
 # the host wait for the device, so all the steps are taken.
 _MAX_STEPS = {False: 100, True: 24}
 _MAX_STEPS_SAFEGUARDED = 128
+# tau on a subset of the classes is a lower bound of tau. With many classes the steps start from its
+# value on the largest logits, which is mostly the answer and saves most of the full passes.
+_WARM_START_CLASSES, _WARM_START_SUBSET = 2048, 64
 
 
 class QMarginStats(NamedTuple):
@@ -104,48 +107,63 @@ def _check_alpha(alpha: float) -> None:
 
 def _powers(logits: Tensor, tau: Tensor, alpha: float, log_q: Tensor | None):
     """(q u^(k-1), u) at tau; both zero outside the support. alpha > 1."""
-    k = 1.0 / (alpha - 1)
-    x = torch.sub(logits, tau).mul_(alpha - 1)
-    if log_q is None and k <= _LOG_DOMAIN_POWER:
-        u = x.add_(1).clamp_(min=0)
-        if k == 2:
-            return u, u
-        if k == 1:
-            return (u > 0).to(u.dtype), u
-        h = u.pow(k - 1)
-        return (h if k > 1 else h.masked_fill_(u == 0, 0)), u
-    log_u = torch.log1p(x.clamp_(min=-1))
-    u = x.add_(1)
-    inactive = u == 0
-    h = log_u.masked_fill_(inactive, 0).mul_(k - 1)
-    if log_q is not None:
-        h = h.add(log_q)
-    return h.exp_().masked_fill_(inactive, 0), u
+    if log_q is None:
+        v = logits * (alpha - 1)
+        u, h = torch.empty_like(v), torch.empty_like(v)
+        return _powers_into(v, tau, alpha, u, h), u
+    log_u = torch.log1p(torch.sub(logits, tau).mul_(alpha - 1).clamp_(min=-1))
+    inactive = log_u == -math.inf
+    h = torch.exp(log_u.masked_fill(inactive, 0) * (1 / (alpha - 1) - 1) + log_q)
+    return h.masked_fill_(inactive, 0), log_u.exp_()
+
+
+def _powers_into(v: Tensor, tau: Tensor, alpha: float, u: Tensor, h: Tensor) -> Tensor:
+    """u = [1 + v - (alpha-1) tau]_+ and u^(k-1) in given buffers, for v = (alpha-1) logits, q = 1.
+
+    Returns the tensor that holds u^(k-1): h, or u itself where k = 2.
+    """
+    k = 1 / (alpha - 1)
+    if k > _LOG_DOMAIN_POWER:
+        torch.sub(v, (alpha - 1) * tau, out=u).clamp_(min=-1)
+        torch.log1p(u, out=h).mul_(k - 1).exp_()
+        u.add_(1)
+        return h
+    torch.sub(v, (alpha - 1) * tau - 1, out=u).clamp_(min=0)
+    if k == 2:
+        return u
+    if k == 1:
+        return torch.sign(u, out=h)
+    torch.pow(u, k - 1, out=h)
+    return h if k > 1 else h.masked_fill_(u == 0, 0)
 
 
 def _newton(mass, lower: Tensor, upper: Tensor, alpha: float) -> Tensor:
     """The root of S(tau) = 1. `mass(tau)` gives S and H = sum_j q_j u_j^(k-1) = -dS/dtau."""
     safeguarded = alpha > 2
-    tau = lower.clone()
+    tau = lower
     eps = torch.finfo(lower.dtype).eps
     on_cpu = lower.device.type == "cpu"
+    done = torch.zeros_like(lower, dtype=torch.bool)
     for step in range(_MAX_STEPS_SAFEGUARDED if safeguarded else _MAX_STEPS[not on_cpu]):
         s, h = mass(tau)
         # Newton on S^(1/k) - 1, written so that it becomes log(S) S / H as alpha -> 1.
         log_s = s.log()
         gain = torch.expm1(log_s * (alpha - 1)) / (alpha - 1)
         delta = gain * torch.exp(log_s * (2 - alpha)) / h
+        # What rounding of tau and of S leaves of a step
+        noise = 4 * eps * (1 + tau.abs() + s / h)
         if safeguarded:
             lower = torch.where(s >= 1, tau, lower)
             upper = torch.where(s >= 1, upper, tau)
+            done = done | (upper - lower <= noise.nan_to_num(0, 0)) | (s == 1)
             proposed = tau + delta
             usable = (proposed > lower) & (proposed < upper) & (step % 3 != 2)
             proposed = torch.where(usable, proposed, lower + 0.5 * (upper - lower))
-            done = (upper - lower <= 2 * eps * (1 + tau.abs())) | (s == 1)
-            tau = torch.where(s == 1, tau, proposed)
         else:
-            tau = torch.where(delta.isfinite(), tau + delta, tau)
-            done = ~(delta > 2 * eps * (1 + tau.abs()))  # from the left: a step back is rounding
+            # From the left every true step is forward; a step back is rounding.
+            done = done | ~(delta > noise)
+            proposed = tau + delta
+        tau = torch.where(done, tau, proposed)
         if on_cpu and bool(done.all()):
             break
     return tau
@@ -374,31 +392,41 @@ class _QMargin(torch.autograd.Function):
             z = cos.scatter(1, index, -math.inf)
             peak = z.amax(1, keepdim=True)
             peak = torch.where(peak.isfinite(), peak, cos_y)  # C = 1: there is no wrong class
-            z = z.sub_(peak).mul_(scale)
+            z = z.sub_(peak)
             z_y = (cos_y - peak) * scale
             log_q = torch.full_like(z_y, -scale * margin)
             alone = _single_class_tau(z_y, alpha, log_q)
             if alpha == 1:
+                z = z.mul_(scale)
                 tau = torch.logaddexp(torch.logsumexp(z, 1, keepdim=True), alone)
                 p, p_y = z.sub_(tau).exp_(), torch.exp(alone - tau)
                 gap = 0.0
             else:
+                v = z.mul_(scale * (alpha - 1))
+                u, h = torch.empty_like(v), torch.empty_like(v)
 
-                def powers(tau: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-                    return *_powers(z, tau, alpha, None), *_powers(z_y, tau, alpha, log_q)
+                def solve(v: Tensor, u: Tensor, h: Tensor, lower: Tensor) -> Tensor:
+                    def mass(tau: Tensor) -> tuple[Tensor, Tensor]:
+                        powers = _powers_into(v, tau, alpha, u, h)
+                        h_y, u_y = _powers(z_y, tau, alpha, log_q)
+                        s = torch.linalg.vecdot(powers, u).unsqueeze(1)
+                        return s + h_y * u_y, powers.sum(1, keepdim=True) + h_y
 
-                def mass(tau: Tensor) -> tuple[Tensor, Tensor]:
-                    h, u, h_y, u_y = powers(tau)
-                    total = torch.linalg.vecdot(h, u).unsqueeze(1)
-                    return total + h_y * u_y, h.sum(1, keepdim=True) + h_y
+                    return _newton(mass, lower, upper, alpha)
 
-                lower = torch.maximum(z.amax(1, keepdim=True), alone)
                 upper = z_y.clamp(min=0) + 1 / (alpha - 1)
-                tau = _newton(mass, lower, upper, alpha)
-                h, u, h_y, u_y = powers(tau)
-                p, p_y = (h.square_() if h is u else h.mul_(u)), h_y * u_y
-                gap = torch.linalg.vecdot(p, z.scatter_(1, index, 0)).unsqueeze(1) + p_y * z_y
-                gap = (gap - z_y) * (1 - 1 / alpha)  # (1 - 1/alpha) (<p, theta> - theta_y)
+                lower = torch.maximum(v.amax(1, keepdim=True) / (alpha - 1), alone)
+                if v.shape[1] >= _WARM_START_CLASSES:
+                    top = v.topk(_WARM_START_SUBSET, 1, sorted=False).values
+                    lower = solve(top, torch.empty_like(top), torch.empty_like(top), lower)
+                tau = solve(v, u, h, lower)
+                powers = _powers_into(v, tau, alpha, u, h)
+                p = powers.square_() if powers is u else powers.mul_(u)
+                h_y, u_y = _powers(z_y, tau, alpha, log_q)
+                p_y = h_y * u_y
+                gap = torch.linalg.vecdot(p, v.scatter_(1, index, 0)).unsqueeze(1) / (alpha - 1)
+                gap = (gap + p_y * z_y - z_y) * (1 - 1 / alpha)
+                # gap is (1 - 1/alpha) (<p, theta> - theta_y)
             # The definition after (p/q)^(alpha-1) = 1 + (alpha-1)(theta - tau) on the support:
             #   L = (1 - 1/alpha)(<p, theta> - theta_y) + (tau - tau of the target alone) / alpha,
             # which has no 0/0 as alpha -> 1.

@@ -1,0 +1,85 @@
+"""What a step of each loss costs: forward and backward on given cosines, side by side in one run.
+
+    python benchmarks/loss.py [--repetitions 15]
+
+Contenders take turns, so a drift of the machine's speed meets all of them; medians are printed.
+"Near" embeddings lie about their prototype (a trained network), "far" ones are independent of it
+(the first steps).
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from entmax import entmax_bisect_loss
+from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
+
+from speechbrain_qmargin import QMarginLoss
+
+# alpha: scale, as the paper pairs them
+SCALES = {1.0: 32.0, 1.25: 32.0, 1.5: 10.0, 1.75: 5.0, 2.0: 5.0}
+
+
+def contenders() -> dict:
+    losses = {f"Q-Margin, alpha {alpha:g}": QMarginLoss(alpha, s) for alpha, s in SCALES.items()}
+    for alpha in (1.25, 1.5, 1.75, 2.0):
+        losses[f"entmax_bisect_loss, alpha {alpha:g}"] = lambda cosines, labels, alpha=alpha: (
+            entmax_bisect_loss(SCALES[alpha] * cosines[:, 0], labels[:, 0], alpha).mean()
+        )
+    losses["SpeechBrain AdditiveAngularMargin"] = LogSoftmaxWrapper(AdditiveAngularMargin(0.2, 30))
+    losses["cross_entropy of log_softmax"] = lambda cosines, labels: F.cross_entropy(
+        30 * cosines[:, 0], labels[:, 0]
+    )
+    return losses
+
+
+def measure(batch: int, classes: int, noise: float | None, repetitions: int) -> dict[str, float]:
+    """Median milliseconds of a step of each contender."""
+    torch.manual_seed(0)
+    prototypes = F.normalize(torch.randn(classes, 192), dim=1)
+    labels = torch.randint(classes, (batch, 1))
+    embeddings = torch.randn(batch, 192)
+    if noise is not None:
+        embeddings = prototypes[labels[:, 0]] + noise * embeddings
+    cosines = (F.normalize(embeddings, dim=1) @ prototypes.T).unsqueeze(1).requires_grad_()
+    times: dict[str, list[float]] = {name: [] for name in contenders()}
+    for repetition in range(repetitions + 1):
+        for name, loss in contenders().items():
+            cosines.grad = None
+            start = time.perf_counter()
+            loss(cosines, labels).backward()
+            if repetition:
+                times[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--classes", type=int, nargs="+", default=[5994, 17982])
+    parser.add_argument("--repetitions", type=int, default=15)
+    args = parser.parse_args()
+
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, B = {args.batch}"
+    )
+    settings = [(c, noise) for c in args.classes for noise in (0.05, None)]
+    columns = [measure(args.batch, c, noise, args.repetitions) for c, noise in settings]
+    heads = [f"C = {c:,}, {'far' if noise is None else 'near'}" for c, noise in settings]
+    print("| ms a step (over AAM; over entmax at the same alpha) | " + " | ".join(heads) + " |")
+    print("|---|" + "---|" * len(heads))
+    for name in contenders():
+        cells = []
+        for column in columns:
+            ratios = [f"{column[name] / column['SpeechBrain AdditiveAngularMargin']:.2f}"]
+            rival = f"entmax_bisect_loss,{name.partition(',')[2]}"
+            if name.startswith("Q-Margin") and rival in column:
+                ratios.append(f"{column[name] / column[rival]:.3f}")
+            cells.append(f"{column[name]:.1f} ({'; '.join(ratios)})")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
