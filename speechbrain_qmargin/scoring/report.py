@@ -11,6 +11,7 @@ is given and the figure is marked: measured (30 errors or more), indicative (3 t
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -208,6 +209,7 @@ def _bootstrap(scores, trials, points, fars, p_target, replicates, seed) -> np.n
     target_speaker = first[is_target][target_order]
     pair = np.stack([first[~is_target], second[~is_target]])[:, impostor_order]
     below = np.searchsorted(points.impostors, points.thresholds, side="left")
+    upto = np.searchsorted(points.impostors, points.thresholds, side="right")
 
     rng = np.random.default_rng(seed)
     result = np.full((replicates, 2 + len(fars)), np.nan)
@@ -221,14 +223,15 @@ def _bootstrap(scores, trials, points, fars, p_target, replicates, seed) -> np.n
             points.thresholds,
             missed[points.misses],
             passed[-1] - passed[below],
+            passed[-1] - passed[upto],
             missed[-1],
             passed[-1],
             points.impostors,
         )
-        row[:2] = eer(drawn, "step"), min_dcf(drawn, p_target)
+        row[:2] = eer(drawn, "nist"), min_dcf(drawn, p_target)
         row[2:] = [tar_at_far(drawn, far)[0] for far in fars]
-    # the step EER is cheap but coarser than the hull's; its spread is used around the estimate
-    result[:, 0] += eer(points) - eer(points, "step")
+    # the spread of the EER of the ROC itself, cheap, around the estimate by its hull
+    result[:, 0] += eer(points) - eer(points, "nist")
     return result
 
 
@@ -262,7 +265,7 @@ def plot_det(
         (line,) = axes.plot(
             norm.ppf(points.far[inside]),
             norm.ppf(points.frr[inside]),
-            drawstyle="steps-post",
+            drawstyle="steps-pre",
             label=f"{name} (EER {100 * equal:.1f} %)",
             linewidth=1.4,
         )
@@ -289,7 +292,7 @@ def plot_det(
     axes.axline((0, 0), slope=1, color="0.7", linewidth=0.8, linestyle=":")
     axes.set_xlabel("False accept rate, %")
     axes.set_ylabel("False reject rate, %")
-    axes.set_title(title)
+    axes.set_title(textwrap.fill(title, 72), fontsize=10, loc="left")
     axes.grid(color="0.88", linewidth=0.6)
     axes.legend(loc="upper right")
     path = Path(path)

@@ -202,6 +202,15 @@ def save_embeddings(path: str | Path, embeddings: Mapping[str, np.ndarray]) -> N
 
 
 def load_embeddings(path: str | Path) -> dict[str, np.ndarray]:
-    """Read a file of :func:`save_embeddings`; never executes code."""
-    with np.load(path, allow_pickle=False) as file:
-        return dict(zip(file["ids"].tolist(), file["embeddings"], strict=True))
+    """Read a file of :func:`save_embeddings`; never executes code.
+
+    Raises
+    ------
+    ValueError
+        Not such a file; named.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(zip(file["ids"].tolist(), file["embeddings"], strict=True))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not ids [N] and embeddings [N, D] as npz: {error}") from error
