@@ -1,34 +1,37 @@
-r"""Error rates of verification scores: exact, with ties, in O(N log N).
+r"""Error rates of verification scores: exact, with ties, in O(N log N) time and O(N) memory.
 
-A trial is accepted when ``score >= threshold``. The best thresholds of every cost lie at target
-scores, so one sort of each class and one search give all the operating points that matter
-(:class:`OperatingPoints`); every metric reads them. Counts stay integers, or bootstrap weights.
-
-Scores are called calibrated where they are natural-log likelihood ratios; :func:`act_dcf` and
-:func:`cllr` ask for such scores, nothing else does.
+A trial is accepted when ``score >= threshold``. One sort of each class and two searches give the
+error counts at every distinct target score (:class:`OperatingPoints`), which is where the optimum
+of every cost lies; all metrics read that structure. Counts stay integers, so nothing depends on
+the order of the trials.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 __all__ = [
-    "EERS",
+    "EER_METHODS",
     "OperatingPoints",
+    "TarAtFar",
     "act_dcf",
+    "allowed_false_accepts",
     "cllr",
     "eer",
-    "frr_at_far",
+    "eer_point",
+    "log_likelihood_ratios",
     "min_cllr",
     "min_dcf",
     "operating_points",
     "tar_at_far",
 ]
 
-EERS = ("rocch", "nist", "step")
+EER_METHODS = ("rocch", "step", "nist")
 
 
 @dataclass(frozen=True)
@@ -37,32 +40,78 @@ class OperatingPoints:
 
     Attributes
     ----------
+    targets, impostors : float arrays
+        The scores of each class, ascending.
     thresholds : float array [T + 1]
         Distinct target scores, ascending, then +inf.
-    misses, false_accepts : arrays [T + 1]
+    misses, false_accepts : int arrays [T + 1]
         Targets below, impostors at or above, each threshold.
-    above : array [T + 1]
-        Impostors strictly above each threshold: fewer than `false_accepts` where scores tie.
-    num_targets, num_impostors : numbers
-    impostors : float array
-        The impostor scores, ascending.
+    above : int array [T]
+        Impostors above each distinct target score: fewer than `false_accepts` where scores tie.
     """
 
+    targets: np.ndarray
+    impostors: np.ndarray
     thresholds: np.ndarray
     misses: np.ndarray
     false_accepts: np.ndarray
     above: np.ndarray
-    num_targets: float
-    num_impostors: float
-    impostors: np.ndarray
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.targets)
+
+    @property
+    def num_impostors(self) -> int:
+        return len(self.impostors)
 
     @property
     def frr(self) -> np.ndarray:
+        """False reject rate (1 - TAR) at `thresholds`."""
         return self.misses / self.num_targets
 
     @property
     def far(self) -> np.ndarray:
+        """False accept rate at `thresholds`."""
         return self.false_accepts / self.num_impostors
+
+    def errors_at(self, threshold: float) -> tuple[int, int]:
+        """Misses and false accepts when accepting ``score >= threshold``."""
+        misses = int(np.searchsorted(self.targets, threshold, side="left"))
+        below = int(np.searchsorted(self.impostors, threshold, side="left"))
+        return misses, self.num_impostors - below
+
+    @cached_property
+    def _pav(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pool-adjacent-violators blocks, ascending: targets, impostors, lowest score of each.
+
+        Impostors between two target scores never part, so they enter as one item of their weight;
+        a target score and the impostors that tie with it are one item too.
+        """
+        from scipy.optimize import isotonic_regression
+
+        at_score = np.diff(self.misses)
+        lower = np.append(self.num_impostors, self.above)  # impostors above the score before
+        between = lower - self.false_accepts
+        targets = np.zeros(2 * len(at_score) + 1, dtype=np.int64)
+        impostors = np.empty_like(targets)
+        targets[1::2] = at_score
+        impostors[0::2] = between
+        impostors[1::2] = self.false_accepts[:-1] - self.above
+        first = np.empty(len(targets))
+        first[1::2] = self.thresholds[:-1]
+        first[0::2] = self.impostors[
+            np.minimum(self.num_impostors - lower, len(self.impostors) - 1)
+        ]
+        held = targets + impostors > 0
+        targets, impostors, first = targets[held], impostors[held], first[held]
+        weight = (targets + impostors).astype(float)
+        starts = isotonic_regression(targets / weight, weights=weight).blocks[:-1]
+        return (
+            np.add.reduceat(targets, starts),
+            np.add.reduceat(impostors, starts),
+            first[starts],
+        )
 
 
 def operating_points(scores: np.ndarray, is_target: np.ndarray) -> OperatingPoints:
@@ -71,6 +120,7 @@ def operating_points(scores: np.ndarray, is_target: np.ndarray) -> OperatingPoin
     Parameters
     ----------
     scores : float array [N]
+        Higher is more alike. float32 stays float32.
     is_target : bool array [N]
 
     Raises
@@ -81,104 +131,114 @@ def operating_points(scores: np.ndarray, is_target: np.ndarray) -> OperatingPoin
     scores, is_target = np.asarray(scores), np.asarray(is_target, dtype=bool)
     if scores.shape != is_target.shape or scores.ndim != 1:
         raise ValueError(f"scores {scores.shape} and labels {is_target.shape} must be equal, [N]")
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{np.count_nonzero(~np.isfinite(scores))} scores are NaN or infinite")
+    if not np.issubdtype(scores.dtype, np.floating):
+        scores = scores.astype(float)
     targets, impostors = scores[is_target], scores[~is_target]
+    targets.sort()
+    impostors.sort()
     if not len(targets) or not len(impostors):
         raise ValueError(
             f"{len(targets)} target and {len(impostors)} impostor trials: both are needed"
         )
-    targets.sort()
-    impostors.sort()
-    first = np.flatnonzero(np.append(True, targets[1:] > targets[:-1]))
+    # sorted: NaN and +inf are last, -inf is first
+    if not np.isfinite([targets[0], targets[-1], impostors[0], impostors[-1]]).all():
+        raise ValueError(f"{np.count_nonzero(~np.isfinite(scores))} scores are NaN or infinite")
+    first = np.flatnonzero(np.append(True, targets[1:] != targets[:-1]))
     distinct = targets[first]
+    below = np.searchsorted(impostors, distinct, side="left")
+    up_to = np.searchsorted(impostors, distinct, side="right")
     return OperatingPoints(
+        targets=targets,
+        impostors=impostors,
         thresholds=np.append(distinct.astype(float), np.inf),
         misses=np.append(first, len(targets)),
-        false_accepts=np.append(len(impostors) - np.searchsorted(impostors, distinct, "left"), 0),
-        above=np.append(len(impostors) - np.searchsorted(impostors, distinct, "right"), 0),
-        num_targets=len(targets),
-        num_impostors=len(impostors),
-        impostors=impostors,
+        false_accepts=np.append(len(impostors) - below, 0),
+        above=len(impostors) - up_to,
     )
 
 
+def _crossing(points: OperatingPoints) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The (misses, false accepts) on each side of FRR = FAR, over every distinct threshold."""
+    n_t, n_n = points.num_targets, points.num_impostors
+    # FRR - FAR is not decreasing in the threshold: the first corner where it is not negative
+    at = int(np.argmax(points.misses * n_n >= points.false_accepts * n_t))
+    after = int(points.misses[at]), int(points.false_accepts[at])
+    if at and after[0] * n_n >= int(points.above[at - 1]) * n_t:
+        # passed already on the step over the target score before
+        return (
+            (int(points.misses[at - 1]), int(points.false_accepts[at - 1])),
+            (after[0], int(points.above[at - 1])),
+        )
+    # passed among the impostors between two target scores; misses stay the same
+    missed = after[0]
+    most = missed * n_n // n_t
+    value = points.impostors[n_n - most - 1]
+    low = np.searchsorted(points.impostors, value, side="left")
+    high = np.searchsorted(points.impostors, value, side="right")
+    return (missed, n_n - int(low)), (missed, n_n - int(high))
+
+
 def eer(points: OperatingPoints, method: str = "rocch") -> float:
-    """Equal error rate. The three definitions differ wherever the ROC has steps: name yours.
+    """Equal error rate.
 
     Parameters
     ----------
     points : OperatingPoints
-    method : {"rocch", "nist", "step"}
-        ``rocch``: where the convex hull of the ROC meets FAR = FRR (Brummer & de Villiers 2013).
-        ``nist``: where the ROC itself does, joined by straight lines, as NIST's scripts do.
-        ``step``: mean of FAR and FRR at the threshold where they are nearest, as SpeechBrain does;
-        of two such thresholds the smaller mean.
+    method : {"rocch", "step", "nist"}
+        ``rocch``: where the convex hull of the ROC meets FAR = FRR (Brummer & de Villiers 2013,
+        the BOSARIS toolkit); reached by randomising between two thresholds, so never above the
+        others. ``step``: the mean of FAR and FRR at the threshold where they are nearest.
+        ``nist``: linear between the two thresholds around FAR = FRR, as in the scoring scripts
+        descended from NIST's.
+
+    Raises
+    ------
+    ValueError
+        An unknown method.
 
     Examples
     --------
     >>> points = operating_points(np.array([3.0, 1.0, 2.0, 0.0]), np.array([1, 1, 0, 0], bool))
-    >>> [round(eer(points, method), 4) for method in ("rocch", "nist", "step")]
-    [0.25, 0.5, 0.5]
+    >>> round(eer(points), 4), eer(points, "step"), eer(points, "nist")
+    (0.25, 0.5, 0.5)
     """
+    if method not in EER_METHODS:
+        raise ValueError(f"method must be one of {', '.join(EER_METHODS)}, got {method!r}")
+    n_t, n_n = points.num_targets, points.num_impostors
     if method == "rocch":
-        targets, impostors = _pools(points)
-        far = np.append(1, 1 - np.cumsum(impostors) / points.num_impostors)
-        frr = np.append(0, np.cumsum(targets) / points.num_targets)
-        end = int(np.argmax(frr >= far))
-        return _crossing(far[end - 1], frr[end - 1], far[end], frr[end])
-    if method not in EERS:
-        raise ValueError(f"method must be one of {', '.join(EERS)}, got {method!r}")
-
-    # The corner `end` is the first with FRR >= FAR. Its ROC arrives from the corner before by the
-    # step of the targets there (a slope where impostors tie with them), then along equal FRR.
-    targets, impostors = points.num_targets, points.num_impostors
-    end = int(np.searchsorted(points.frr - points.far, 0, "left"))
-    frr, far = points.misses[end] / targets, points.false_accepts[end] / impostors
-    if end == 0:
-        before = middle = (1.0, 0.0)
-    else:
-        before = (points.false_accepts[end - 1] / impostors, points.misses[end - 1] / targets)
-        middle = (points.above[end - 1] / impostors, frr)
+        targets, impostors, _ = points._pav
+        frr = np.append(0, np.cumsum(targets)) / n_t
+        far = 1 - np.append(0, np.cumsum(impostors)) / n_n
+        at = int(np.argmax(frr >= far))
+        return _meet(far[at - 1], frr[at - 1], far[at], frr[at])
+    (miss0, false0), (miss1, false1) = _crossing(points)
     if method == "nist":
-        return _crossing(*before, *middle) if frr >= middle[0] else float(frr)
-    candidates = [before, middle, (far, frr)]
-    if middle[0] > frr:  # the thresholds at impostor scores between the two corners
-        at = min(max(int(impostors - frr * impostors), 0), len(points.impostors) - 1)
-        near = points.impostors[at]
-        for side in ("left", "right"):
-            rate = (impostors - np.searchsorted(points.impostors, near, side)) / impostors
-            candidates.append((min(max(rate, far), middle[0]), frr))
-    return float(min((round(abs(x - y), 15), (x + y) / 2) for x, y in candidates)[1])
+        return _meet(false0 / n_n, miss0 / n_t, false1 / n_n, miss1 / n_t)
+    sides = [(abs(m * n_n - f * n_t), m / n_t + f / n_n) for m, f in
+             ((miss0, false0), (miss1, false1))]  # fmt: skip
+    return float(min(sides)[1] / 2)
 
 
-def _crossing(x0: float, y0: float, x1: float, y1: float) -> float:
-    """Where the line from (x0, y0) to (x1, y1) meets x = y."""
-    fall = (x0 - y0) + (y1 - x1)
-    return float(x0 + (x0 - y0) / fall * (x1 - x0)) if fall > 0 else float(x0)
+def _meet(far0: float, frr0: float, far1: float, frr1: float) -> float:
+    """Where the segment from (far0, frr0) to (far1, frr1) meets FAR = FRR."""
+    before, after = far0 - frr0, frr1 - far1
+    return float(frr0 + (frr1 - frr0) * before / (before + after)) if before + after else frr0
 
 
-def _pools(points: OperatingPoints) -> tuple[np.ndarray, np.ndarray]:
-    """Targets and impostors in each block of pool adjacent violators: the edges of the ROC hull."""
-    from scipy.optimize import isotonic_regression
-
-    # One bin below the first target score, then one from each target score to the next: impostors
-    # between two target scores are always pooled with the targets below them.
-    targets = np.append(0, np.diff(points.misses)).astype(float)
-    impostors = -np.diff(points.false_accepts, prepend=points.num_impostors).astype(float)
-    weights = targets + impostors
-    used = weights > 0
-    targets, impostors, weights = targets[used], impostors[used], weights[used]
-    start = isotonic_regression(targets / weights, weights=weights).blocks[:-1]
-    return np.add.reduceat(targets, start), np.add.reduceat(impostors, start)
+def eer_point(points: OperatingPoints) -> tuple[float, int, int]:
+    """Threshold nearest FAR = FRR among the target scores, with its misses and false accepts."""
+    gap = np.abs(points.misses * points.num_impostors - points.false_accepts * points.num_targets)
+    at = int(np.argmin(gap[:-1]))
+    return float(points.thresholds[at]), int(points.misses[at]), int(points.false_accepts[at])
 
 
-def _costs(p_target: float, c_miss: float, c_fa: float) -> tuple[float, float]:
+def _weights(p_target: float, c_miss: float, c_fa: float) -> tuple[float, float, float]:
     if not 0 < p_target < 1:
         raise ValueError(f"p_target must be in (0, 1), got {p_target}")
     if c_miss <= 0 or c_fa <= 0:
         raise ValueError(f"costs must be positive, got c_miss {c_miss}, c_fa {c_fa}")
-    return c_miss * p_target, c_fa * (1 - p_target)
+    miss, accept = c_miss * p_target, c_fa * (1 - p_target)
+    return miss, accept, min(miss, accept)
 
 
 def min_dcf(
@@ -189,118 +249,157 @@ def min_dcf(
     ``min_t [c_miss p_target FRR(t) + c_fa (1 - p_target) FAR(t)] / min(c_miss p_target,
     c_fa (1 - p_target))`` (NIST SRE).
 
+    Raises
+    ------
+    ValueError
+        A prior outside (0, 1), a cost that is not positive.
+
     Examples
     --------
     >>> points = operating_points(np.array([1.0, 0.0]), np.array([True, False]))
     >>> min_dcf(points)
     0.0
     """
-    miss, accept = _costs(p_target, c_miss, c_fa)
+    miss, accept, least = _weights(p_target, c_miss, c_fa)
     cost = (miss * points.frr + accept * points.far).min()
-    return float(min(cost, miss, accept) / min(miss, accept))
-
-
-def bayes_threshold(p_target: float, c_miss: float = 1.0, c_fa: float = 1.0) -> float:
-    """The log likelihood ratio from which accepting is cheaper.
-
-    Examples
-    --------
-    >>> round(bayes_threshold(0.01), 3)
-    4.595
-    """
-    miss, accept = _costs(p_target, c_miss, c_fa)
-    return math.log(accept / miss)
+    return float(min(cost, least) / least)
 
 
 def act_dcf(
-    points: OperatingPoints, p_target: float = 0.01, c_miss: float = 1.0, c_fa: float = 1.0
+    points: OperatingPoints,
+    p_target: float = 0.01,
+    c_miss: float = 1.0,
+    c_fa: float = 1.0,
+    *,
+    force: bool = False,
 ) -> float:
-    """Actual detection cost of calibrated scores: at :func:`bayes_threshold`, not the best one.
+    """Detection cost at the Bayes threshold of scores that are log-likelihood ratios; normalised.
 
-    Normalised as :func:`min_dcf`; above 1 the scores decide worse than no scores at all.
-
-    Examples
-    --------
-    >>> points = operating_points(np.array([5.0, 1.0, -6.0]), np.array([True, True, False]))
-    >>> act_dcf(points), min_dcf(points)
-    (0.5, 0.0)
-    """
-    miss, accept = _costs(p_target, c_miss, c_fa)
-    threshold = bayes_threshold(p_target, c_miss, c_fa)
-    missed = points.misses[np.searchsorted(points.thresholds, threshold, "left")]
-    accepted = len(points.impostors) - np.searchsorted(points.impostors, threshold, "left")
-    cost = miss * missed / points.num_targets + accept * accepted / points.num_impostors
-    return float(cost / min(miss, accept))
-
-
-def cllr(points: OperatingPoints) -> float:
-    """Cost of calibrated scores in bits: 0 is perfect, 1 as good as no scores (Brummer 2006).
+    Raises
+    ------
+    ValueError
+        Scores that cannot be natural-log likelihood ratios (all within [-1, 1], as cosines are),
+        unless `force`.
 
     Examples
     --------
-    >>> cllr(operating_points(np.zeros(4), np.array([True, True, False, False])))
-    1.0
-    """
-    targets = np.diff(points.misses)
-    of_targets = np.logaddexp(0, -points.thresholds[:-1]) @ targets / points.num_targets
-    of_impostors = 0.0
-    for start in range(0, len(points.impostors), 1 << 20):  # bounded memory
-        block = points.impostors[start : start + (1 << 20)].astype(float)
-        of_impostors += np.logaddexp(0, block).sum()
-    return float((of_targets + of_impostors / points.num_impostors) / (2 * math.log(2)))
-
-
-def min_cllr(points: OperatingPoints) -> float:
-    """Cllr after the best monotonic calibration, by pool adjacent violators.
-
-    Examples
-    --------
-    >>> min_cllr(operating_points(np.array([1.0, 0.0]), np.array([True, False])))
+    >>> points = operating_points(np.array([9.0, -9.0]), np.array([True, False]))
+    >>> act_dcf(points)
     0.0
     """
-    targets, impostors = _pools(points)
-    p, q = targets / points.num_targets, impostors / points.num_impostors
-    both = (p > 0) & (q > 0)
-    p, q = p[both], q[both]
-    return float((p * np.log2(1 + q / p) + q * np.log2(1 + p / q)).sum() / 2)
+    _refuse_uncalibrated(points, force)
+    miss, accept, least = _weights(p_target, c_miss, c_fa)
+    misses, false_accepts = points.errors_at(math.log(accept / miss))
+    cost = miss * misses / points.num_targets + accept * false_accepts / points.num_impostors
+    return cost / least
 
 
-def tar_at_far(points: OperatingPoints, far: float) -> tuple[float, float, int]:
-    """True accept rate at the largest false accept rate that does not exceed `far`.
+def _refuse_uncalibrated(points: OperatingPoints, force: bool) -> None:
+    largest = max(abs(float(s[i])) for s in (points.targets, points.impostors) for i in (0, -1))
+    if largest <= 1 + 1e-6 and not force:
+        raise ValueError(
+            f"the largest |score| is {largest:.3g}: these look like cosines, not log-likelihood "
+            "ratios. Calibrate them first (speechbrain_qmargin.scoring.calibration), or pass "
+            "force=True"
+        )
+
+
+def cllr(points: OperatingPoints, *, force: bool = False) -> float:
+    """Cost of log-likelihood ratios in bits (Brummer & du Preez 2006); 1 is no information.
+
+    Raises
+    ------
+    ValueError
+        As :func:`act_dcf`.
+
+    Examples
+    --------
+    >>> points = operating_points(np.array([0.0, 0.0]), np.array([True, False]))
+    >>> cllr(points, force=True)
+    1.0
+    """
+    _refuse_uncalibrated(points, force)
+    half = np.logaddexp(0, -points.targets.astype(float)).mean()
+    half += np.logaddexp(0, points.impostors.astype(float)).mean()
+    return float(half / (2 * math.log(2)))
+
+
+def log_likelihood_ratios(points: OperatingPoints) -> tuple[np.ndarray, np.ndarray]:
+    """The best monotone map to log-likelihood ratios, by pooling adjacent violators.
 
     Returns
     -------
-    (tar, threshold, false_accepts)
-        The threshold is the lowest of those that allow at most ``floor(far * num_impostors)`` false
-        accepts and accept any more targets than the next: never the nearest point, which may exceed
-        `far`. It is +inf where not one target scores above the impostors to keep out.
+    (scores, llrs) : arrays [B]
+        Scores at or above ``scores[b]`` and below the next have ``llrs[b]`` (natural log, +-inf
+        at the ends of separable scores).
+    """
+    targets, impostors, first = points._pav
+    with np.errstate(divide="ignore"):
+        odds = np.log(targets / points.num_targets) - np.log(impostors / points.num_impostors)
+    return first, odds
+
+
+def min_cllr(points: OperatingPoints) -> float:
+    """:func:`cllr` after the best monotone calibration of these very scores.
 
     Examples
     --------
-    >>> scores = np.concatenate([np.arange(100.0), np.array([98.5, 99.5])])
+    >>> points = operating_points(np.array([2.0, 1.0]), np.array([True, False]))
+    >>> min_cllr(points)
+    0.0
+    """
+    targets, impostors, _ = points._pav
+    _, llrs = log_likelihood_ratios(points)
+    misses, accepts = targets > 0, impostors > 0
+    half = targets[misses] @ np.logaddexp(0, -llrs[misses]) / points.num_targets
+    half += impostors[accepts] @ np.logaddexp(0, llrs[accepts]) / points.num_impostors
+    return float(half / (2 * math.log(2)))
+
+
+class TarAtFar(NamedTuple):
+    """An operating point: accept ``score >= threshold``."""
+
+    tar: float
+    threshold: float
+    false_accepts: int
+    misses: int
+
+
+def allowed_false_accepts(far: float, num_impostors: int) -> int:
+    """The largest count whose rate is not above `far`."""
+    count = math.floor(far * num_impostors)
+    if (count + 1) / num_impostors <= far:
+        count += 1
+    return count - (count / num_impostors > far)
+
+
+def tar_at_far(points: OperatingPoints, far: float) -> TarAtFar:
+    """True accept rate at the largest false accept rate that does not exceed `far`.
+
+    The threshold lies just above the (k + 1)-th largest impostor score, k being the largest count
+    allowed; where impostor scores tie, fewer than k are accepted. Never the nearest point, which
+    may exceed `far`.
+
+    Raises
+    ------
+    ValueError
+        `far` outside (0, 1].
+
+    Examples
+    --------
+    >>> scores = np.concatenate([np.arange(100.0), np.array([98.5, 97.5])])
     >>> points = operating_points(scores, np.arange(102) >= 100)
-    >>> tar_at_far(points, 0.01)
-    (1.0, 98.5, 1)
+    >>> tar_at_far(points, 0.01).tar, tar_at_far(points, 0.02).tar
+    (0.5, 1.0)
     """
-    allowed = allowed_false_accepts(points, far)
-    best = int(np.searchsorted(-points.false_accepts, -allowed, "left"))
-    tar = 1 - points.misses[best] / points.num_targets
-    return float(tar), float(points.thresholds[best]), int(points.false_accepts[best])
-
-
-def frr_at_far(points: OperatingPoints, far: float) -> float:
-    """False reject rate at the largest false accept rate that does not exceed `far`.
-
-    Examples
-    --------
-    >>> frr_at_far(operating_points(np.array([1.0, 0.0]), np.array([False, True])), 0.1)
-    1.0
-    """
-    return 1 - tar_at_far(points, far)[0]
-
-
-def allowed_false_accepts(points: OperatingPoints, far: float) -> float:
-    """``floor(far * num_impostors)``, forgiving the rounding of ``0.1 * 30``."""
     if not 0 < far <= 1:
         raise ValueError(f"far must be in (0, 1], got {far}")
-    return math.floor(far * points.num_impostors * (1 + 1e-12))
+    allowed = allowed_false_accepts(far, points.num_impostors)
+    if allowed >= points.num_impostors:
+        threshold = min(points.targets[0], points.impostors[0])
+    else:
+        rejected = points.impostors[points.num_impostors - allowed - 1]
+        threshold = np.nextafter(rejected, np.inf, dtype=points.impostors.dtype)
+    misses, false_accepts = points.errors_at(threshold)
+    tar = 1 - misses / points.num_targets
+    return TarAtFar(tar, float(threshold), false_accepts, misses)

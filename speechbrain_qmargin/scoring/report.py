@@ -1,46 +1,43 @@
-"""Scores to report: a table of operating points with honest intervals, and the DET plot.
+"""Scores to figures with honest intervals, as a table for people and JSON for programs.
 
-Trials that share a speaker are not independent, so intervals resample speakers: a two-way
-bootstrap draws speakers with replacement and weighs an impostor trial by the product of its two
-speakers' counts, a target trial by its one speaker's. Where a rate rests on fewer than 30 errors
-the bootstrap is too narrow (at no errors it has no width), so the wider of it and Clopper-Pearson
-is given and the figure is marked: measured (30 errors or more), indicative (3 to 29), unsupported
+Every interval is of a bootstrap over speakers. Where a figure rests on fewer than 30 errors the
+bootstrap is too narrow (at no errors it has no width), so the wider of it and Clopper-Pearson is
+given and the figure is marked: measured (30 errors or more), indicative (3 to 29), unsupported
 (fewer than 3).
 """
 
 from __future__ import annotations
 
-import math
-import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from speechbrain_qmargin.scoring.metrics import (
+    EER_METHODS,
     OperatingPoints,
+    act_dcf,
+    allowed_false_accepts,
+    cllr,
     eer,
+    eer_point,
+    min_cllr,
     min_dcf,
     operating_points,
     tar_at_far,
 )
+from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.trials import Trials
+from speechbrain_qmargin.scoring.uncertainty import (
+    Resampled,
+    badge,
+    rate_interval,
+    resample_speakers,
+)
 
-__all__ = ["Figure", "Report", "badge", "evaluate", "plot_det"]
+__all__ = ["FARS", "Difference", "Figure", "Report", "badge", "compare", "evaluate", "plot_det"]
 
 FARS = (1e-1, 1e-2, 1e-3)
-
-
-def badge(errors: float) -> str:
-    """Doddington's rule of 30 for a rate that rests on so many errors.
-
-    Examples
-    --------
-    >>> badge(100), badge(12), badge(0)
-    ('measured', 'indicative', 'unsupported')
-    """
-    return "measured" if errors >= 30 else "indicative" if errors >= 3 else "unsupported"
 
 
 @dataclass(frozen=True)
@@ -51,36 +48,67 @@ class Figure:
     ----------
     name : str
     value, low, high : float
-        The estimate and its 95 % interval.
+        The estimate and its 95 % interval; None where there is no interval.
     threshold : float or None
-        The score at which the rate holds.
+        The score at and above which trials are accepted.
     errors : int or None
         The scarcer of the errors it rests on; `support` is their badge.
+    misses, false_accepts : int or None
+        At that threshold.
     """
 
     name: str
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
     threshold: float | None = None
     errors: int | None = None
+    misses: int | None = None
+    false_accepts: int | None = None
 
     @property
     def support(self) -> str:
         return "" if self.errors is None else badge(self.errors)
 
+    def show(self, value: float | None) -> str:
+        """A value as text: rates in per cent, costs and bits as they are."""
+        if value is None:
+            return ""
+        plain = self.name.startswith(("minDCF", "actDCF", "Cllr", "minCllr"))
+        return f"{value:.3f}" if plain else f"{100 * value:.2f} %"
+
+    @property
+    def shown(self) -> str:
+        """The value as text; an unsupported one is never bare."""
+        return self.show(self.value) + (" (unsupported)" if self.support == "unsupported" else "")
+
+    @property
+    def interval(self) -> str:
+        return "" if self.low is None else f"{self.show(self.low)} to {self.show(self.high)}"
+
 
 @dataclass(frozen=True)
 class Report:
-    """The figures of one system on one trial list."""
+    """The figures of one system on one trial list.
+
+    ``report["EER"]`` is a :class:`Figure` by name. `replicates` holds the bootstrap's values of
+    every figure, [figures, R], NaN where a figure is not resampled.
+    """
 
     figures: list[Figure]
     num_targets: int
     num_impostors: int
     num_speakers: int
+    points: OperatingPoints = field(repr=False)
+    resampled: Resampled = field(repr=False)
+    replicates: np.ndarray = field(repr=False)
+    source: str = ""
 
     def __getitem__(self, name: str) -> Figure:
-        return next(figure for figure in self.figures if figure.name == name)
+        for figure in self.figures:
+            if figure.name == name:
+                return figure
+        raise KeyError(f"{name}; there are {', '.join(figure.name for figure in self.figures)}")
 
     def to_dict(self) -> dict:
         """Plain numbers, for JSON."""
@@ -94,6 +122,7 @@ class Report:
                 "targets": self.num_targets,
                 "impostors": self.num_impostors,
                 "speakers": self.num_speakers,
+                "source": self.source,
             },
             "figures": figures,
         }
@@ -102,25 +131,31 @@ class Report:
         """A table for people."""
         rows = [("", "value", "95 % interval", "threshold", "rests on")]
         for figure in self.figures:
-            percent = not figure.name.startswith("minDCF")
-            show = (lambda x: f"{100 * x:.2f} %") if percent else (lambda x: f"{x:.3f}")
             rows.append(
                 (
                     figure.name,
-                    show(figure.value),
-                    f"{show(figure.low)} to {show(figure.high)}",
+                    figure.shown,
+                    figure.interval,
                     "" if figure.threshold is None else f"{figure.threshold:.4f}",
                     "" if figure.errors is None else f"{figure.errors} errors: {figure.support}",
                 )
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-        lines.insert(1, "-" * len(lines[0]))
+        lines = _columns(rows)
         lines.append(
             f"{self.num_targets:,} target and {self.num_impostors:,} impostor trials of "
-            f"{self.num_speakers} speakers"
+            f"{self.num_speakers} speakers; EER by the ROC's convex hull, costs of 1, DCF over the "
+            "better of accepting and rejecting all"
         )
+        if self.source:
+            lines.append(f"trials: {self.source}")
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    return lines
 
 
 def evaluate(
@@ -128,9 +163,12 @@ def evaluate(
     trials: Trials,
     *,
     fars: Sequence[float] = FARS,
-    p_target: float = 0.01,
+    p_target: float | Sequence[float] = 0.01,
+    all_eers: bool = False,
+    llr: bool = False,
     replicates: int = 1000,
     seed: int = 0,
+    progress: Callable[[int], None] | None = None,
 ) -> Report:
     """EER, minDCF and TAR at FARs of scored trials, with 95 % intervals.
 
@@ -140,163 +178,193 @@ def evaluate(
         Higher is more alike.
     trials : Trials
     fars : sequence of float
-    p_target : float
-        Prior of minDCF; costs are 1.
-    replicates : int
-        Of the speaker bootstrap.
-    seed : int
+    p_target : float or sequence of float
+        Priors of minDCF; costs are 1.
+    all_eers : bool
+        Also the ``step`` and ``nist`` variants of the EER, and minCllr.
+    llr : bool
+        The scores are log-likelihood ratios: report actDCF and Cllr too.
+    replicates, seed : int
+        Of the speaker bootstrap. The same seed on the same trials pairs systems: :func:`compare`.
+    progress : callable, optional
+        Called with the number of replicates just done.
 
     Returns
     -------
     Report
+
+    Raises
+    ------
+    ValueError
+        As :func:`operating_points` and :func:`resample_speakers`.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> ids = [f"{speaker}/{take}" for speaker in range(20) for take in range(4)]
+    >>> left, right = np.triu_indices(80, 1)
+    >>> trials = Trials(ids, left, right, left // 4 == right // 4)
+    >>> report = evaluate(rng.normal(size=len(trials)) + 2 * trials.is_target, trials)
+    >>> report["EER"].low < report["EER"].value < report["EER"].high
+    True
     """
     points = operating_points(scores, trials.is_target)
-    resampled = _bootstrap(scores, trials, points, fars, p_target, replicates, seed)
-    low, high = np.nanpercentile(resampled, [2.5, 97.5], axis=0)
+    resampled = resample_speakers(
+        scores,
+        trials,
+        points,
+        max_far=max(fars, default=0.1),
+        replicates=replicates,
+        seed=seed,
+        progress=progress,
+    )
+    figures, values = [], []
 
-    equal = eer(points)
-    at = int(np.argmin(np.abs(points.far - points.frr)))
-    names = ["EER", f"minDCF(p={p_target:g})"] + [f"TAR@FAR={far:g}" for far in fars]
-    errors = int(min(points.misses[at], points.false_accepts[at]))
-    figures = [
-        Figure(names[0], equal, low[0], high[0], float(points.thresholds[at]), errors),
-        Figure(names[1], min_dcf(points, p_target), low[1], high[1]),
-    ]
-    for index, far in enumerate(fars, 2):
-        tar, threshold, _ = tar_at_far(points, far)
-        allowed = math.floor(far * points.num_impostors * (1 + 1e-12))
-        bounds = low[index], high[index]
-        if allowed < 30:
-            bounds = _widened(bounds, tar, points, allowed)
-        figures.append(Figure(names[index], tar, *bounds, threshold, allowed))
-    figures = [
-        Figure(f.name, f.value, float(min(f.low, f.value)), float(max(f.high, f.value)),
-               f.threshold, f.errors)
-        for f in figures
-    ]  # fmt: skip
-    speakers = trials.speakers()
-    return Report(figures, points.num_targets, points.num_impostors, int(speakers.max()) + 1)
+    def add(figure: Figure, replicate: np.ndarray | None) -> None:
+        figures.append(_with_interval(figure, replicate, points))
+        values.append(
+            np.full(len(resampled.num_targets), np.nan) if replicate is None else replicate
+        )
+
+    threshold, misses, accepts = eer_point(points)
+    rests = {"threshold": threshold, "errors": min(misses, accepts)}
+    rests |= {"misses": misses, "false_accepts": accepts}
+    drawn_eer = resampled.eer()
+    for method in EER_METHODS if all_eers else EER_METHODS[:1]:
+        value = eer(points, method)
+        name = "EER" if method == "rocch" else f"EER({method})"
+        # the replicates are linear between thresholds, as `nist`; the variants differ by a constant
+        shifted = np.clip(drawn_eer + value - eer(points, "nist"), 0, 1)
+        add(Figure(name, value, **rests), shifted)
+    for prior in np.atleast_1d(p_target).tolist():
+        add(_min_dcf_figure(points, prior), resampled.min_dcf(prior))
+        if llr:
+            add(Figure(f"actDCF(p={prior:g})", act_dcf(points, prior)), None)
+    for far in fars:
+        tar, threshold, accepts, misses = tar_at_far(points, far)
+        allowed = allowed_false_accepts(far, points.num_impostors)
+        figure = Figure(f"TAR@FAR={far:g}", tar, threshold=threshold, errors=min(allowed, misses),
+                        misses=misses, false_accepts=accepts)  # fmt: skip
+        add(figure, resampled.tar_at_far(far))
+    if all_eers or llr:
+        add(Figure("minCllr", min_cllr(points)), resampled.min_cllr())
+    if llr:
+        add(Figure("Cllr", cllr(points)), None)
+    return Report(
+        figures,
+        points.num_targets,
+        points.num_impostors,
+        len(np.unique(trials.speakers())),
+        points,
+        resampled,
+        np.stack(values),
+        trials.source,
+    )
 
 
-def _widened(bounds, tar: float, points: OperatingPoints, allowed: int) -> tuple[float, float]:
-    """The interval of a TAR where so few false accepts are allowed that their number is luck.
+def _min_dcf_figure(points: OperatingPoints, prior: float) -> Figure:
+    cost = prior * points.frr + (1 - prior) * points.far
+    at = int(np.argmin(cost))
+    misses, accepts = int(points.misses[at]), int(points.false_accepts[at])
+    threshold = float(points.thresholds[at])
+    return Figure(
+        f"minDCF(p={prior:g})",
+        min_dcf(points, prior),
+        threshold=threshold if np.isfinite(threshold) else None,
+        errors=min(misses, accepts),
+        misses=misses,
+        false_accepts=accepts,
+    )
 
-    The threshold's true FAR may be anywhere in the Clopper-Pearson interval of its count; the TARs
-    at the ends of that interval, each with its own Clopper-Pearson bound, bracket the TAR.
+
+def _with_interval(
+    figure: Figure, replicates: np.ndarray | None, points: OperatingPoints
+) -> Figure:
+    if replicates is None:
+        return figure
+    low, high = np.percentile(replicates, [2.5, 97.5])
+    if figure.errors is not None and figure.errors < 30:
+        widest = _few_errors(figure, points)
+        low, high = min(low, widest[0]), max(high, widest[1])
+    low, high = float(min(low, figure.value)), float(max(high, figure.value))
+    return Figure(**asdict(figure) | {"low": low, "high": high})
+
+
+def _few_errors(figure: Figure, points: OperatingPoints) -> tuple[float, float]:
+    """The interval of a figure whose errors are so few that their number is luck.
+
+    With FAR and FRR anywhere in their Clopper-Pearson intervals. For a TAR at a FAR, the
+    threshold's true FAR may be anywhere in the interval of its count; the TARs at its ends, each
+    with its own interval, bracket the TAR.
     """
-    from scipy.stats import beta
+    n_t, n_n = points.num_targets, points.num_impostors
+    if not figure.name.startswith("TAR"):
+        frr = rate_interval(figure.misses, n_t)
+        far = rate_interval(figure.false_accepts, n_n)
+        if figure.name.startswith("EER"):
+            return min(frr[0], far[0]), max(frr[1], far[1])
+        prior = float(figure.name.partition("=")[2].rstrip(")"))
+        least = min(prior, 1 - prior)
+        costs = [(prior * f + (1 - prior) * a) / least for f, a in zip(frr, far, strict=True)]
+        return costs[0], min(1.0, costs[1])
+    least, most = rate_interval(
+        allowed_false_accepts(float(figure.name.partition("=")[2]), n_n), n_n
+    )
+    fewest = 1 - tar_at_far(points, least).misses / n_t if least * n_n >= 1 else 0.0
+    largest = tar_at_far(points, most).tar
+    return (
+        rate_interval(round(fewest * n_t), n_t)[0],
+        rate_interval(round(largest * n_t), n_t)[1],
+    )
 
-    impostors = points.num_impostors
-    least = beta.ppf(0.025, allowed, impostors - allowed + 1) if allowed else 0.0
-    most = beta.ppf(0.975, allowed + 1, max(impostors - allowed, 1))
-    fewest = tar_at_far(points, least)[0] if least > 0 else 0.0
-    rates = fewest, tar_at_far(points, min(most, 1.0))[0]
-    hits = [round(rate * points.num_targets) for rate in (*rates, tar)]
-    targets = points.num_targets
-    low = beta.ppf(0.025, hits[0], targets - hits[0] + 1) if hits[0] else 0.0
-    high = beta.ppf(0.975, hits[1] + 1, targets - hits[1]) if hits[1] < targets else 1.0
-    return min(bounds[0], low), max(bounds[1], high)
+
+@dataclass(frozen=True)
+class Difference:
+    """``value`` is the second system minus the first; the interval is paired over speakers."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the 95 % interval leaves out zero."""
+        return self.low > 0 or self.high < 0
 
 
-def _bootstrap(scores, trials, points, fars, p_target, replicates, seed) -> np.ndarray:
-    """Metrics [replicates, 2 + len(fars)] under resampled speakers; NaN where a class vanished."""
-    speakers = trials.speakers()
-    first, second = speakers[trials.enrolment], speakers[trials.test]
-    num_speakers = int(speakers.max()) + 1
-    is_target = trials.is_target
-    target_order = np.argsort(scores[is_target], kind="stable")
-    impostor_order = np.argsort(scores[~is_target], kind="stable")
-    target_speaker = first[is_target][target_order]
-    pair = np.stack([first[~is_target], second[~is_target]])[:, impostor_order]
-    below = np.searchsorted(points.impostors, points.thresholds, side="left")
-    upto = np.searchsorted(points.impostors, points.thresholds, side="right")
+def compare(first: Report, second: Report) -> list[Difference]:
+    """Paired differences of two systems on the same trials.
 
-    rng = np.random.default_rng(seed)
-    result = np.full((replicates, 2 + len(fars)), np.nan)
-    for row in result:
-        counts = np.bincount(rng.integers(num_speakers, size=num_speakers), minlength=num_speakers)
-        missed = np.append(0, np.cumsum(counts[target_speaker]))
-        passed = np.append(0, np.cumsum(counts[pair[0]] * counts[pair[1]]))
-        if not missed[-1] or not passed[-1]:
+    Raises
+    ------
+    ValueError
+        Reports on other trials, or with another seed or number of replicates.
+    """
+    same = (first.num_targets, first.num_impostors, first.num_speakers, first.source) == (
+        second.num_targets,
+        second.num_impostors,
+        second.num_speakers,
+        second.source,
+    )
+    if not same or not np.array_equal(
+        first.resampled.num_impostors, second.resampled.num_impostors
+    ):
+        raise ValueError(
+            "the two systems were not evaluated on the same trials with the same seed and number "
+            "of replicates, so their differences cannot be paired"
+        )
+    names = [figure.name for figure in second.figures]
+    differences = []
+    for figure, values in zip(first.figures, first.replicates, strict=True):
+        if figure.name not in names:
             continue
-        drawn = OperatingPoints(
-            points.thresholds,
-            missed[points.misses],
-            passed[-1] - passed[below],
-            passed[-1] - passed[upto],
-            missed[-1],
-            passed[-1],
-            points.impostors,
+        other = second.replicates[names.index(figure.name)]
+        value = second[figure.name].value - figure.value
+        if np.isnan(values - other).any():
+            continue
+        low, high = np.percentile(other - values, [2.5, 97.5])
+        differences.append(
+            Difference(figure.name, value, float(min(low, value)), float(max(high, value)))
         )
-        row[:2] = eer(drawn, "nist"), min_dcf(drawn, p_target)
-        row[2:] = [tar_at_far(drawn, far)[0] for far in fars]
-    # the spread of the EER of the ROC itself, cheap, around the estimate by its hull
-    result[:, 0] += eer(points) - eer(points, "nist")
-    return result
-
-
-def plot_det(
-    systems: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | Path, title: str = ""
-) -> None:
-    """Draw detection error trade-offs on normal-deviate axes and write them as PNG, SVG or PDF.
-
-    Parameters
-    ----------
-    systems : mapping from name to (scores [N], is_target [N])
-    path : path
-        Its suffix is the format.
-    title : str
-    """
-    try:
-        from matplotlib.figure import Figure as Canvas
-    except ImportError as error:
-        raise ImportError(
-            "the DET plot needs matplotlib: pip install 'speechbrain_qmargin[report]'"
-        ) from error
-    from scipy.stats import norm
-
-    canvas = Canvas(figsize=(6.4, 6.0), layout="constrained")
-    axes = canvas.subplots()
-    lowest, fewest = 0.5, 0
-    for name, (scores, is_target) in systems.items():
-        points = operating_points(scores, is_target)
-        inside = (points.far > 0) & (points.frr > 0) & (points.far < 1) & (points.frr < 1)
-        equal = eer(points)
-        (line,) = axes.plot(
-            norm.ppf(points.far[inside]),
-            norm.ppf(points.frr[inside]),
-            drawstyle="steps-pre",
-            label=f"{name} (EER {100 * equal:.1f} %)",
-            linewidth=1.4,
-        )
-        axes.plot(norm.ppf(equal), norm.ppf(equal), "o", color=line.get_color(), markersize=4)
-        lowest = min(lowest, 0.5 / points.num_impostors)
-        fewest = max(fewest, 30 / points.num_impostors)
-    ticks = [1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99]
-    labels = [f"{100 * tick:g}" for tick in ticks]
-    low = max(lowest, 1e-6)
-    axes.set_xticks(norm.ppf(ticks), labels)
-    axes.set_yticks(norm.ppf(ticks), labels)
-    axes.set_xlim(norm.ppf(low), norm.ppf(0.6))
-    axes.set_ylim(norm.ppf(0.005), norm.ppf(0.995))
-    if fewest > low:
-        axes.axvspan(norm.ppf(low), norm.ppf(min(fewest, 0.5)), color="0.93", zorder=0)
-        axes.annotate(
-            "fewer than 30\nfalse accepts",
-            (norm.ppf(low), norm.ppf(0.006)),
-            xytext=(4, 4),
-            textcoords="offset points",
-            fontsize=8,
-            color="0.35",
-        )
-    axes.axline((0, 0), slope=1, color="0.7", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("False accept rate, %")
-    axes.set_ylabel("False reject rate, %")
-    axes.set_title(textwrap.fill(title, 72), fontsize=10, loc="left")
-    axes.grid(color="0.88", linewidth=0.6)
-    axes.legend(loc="upper right")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name("partial_" + path.name)
-    canvas.savefig(partial, dpi=150)
-    partial.replace(path)
+    return differences

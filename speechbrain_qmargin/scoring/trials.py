@@ -1,29 +1,39 @@
-"""Trials and scores, in and out.
+"""Trials, scores and embeddings, in and out; the cosine of every trial.
 
-A trial list is text, ``label enrolment test`` per line (VoxCeleb), label 1 for a target. A score
-file is text with a header, tab-separated ``enrolment test score label``, in full precision.
+Trial lists are text: ``label enrolment test`` (VoxCeleb) or ``enrolment test target|nontarget``
+(Kaldi). A score file of ours is tab-separated with a header, ``enrolment test score label``, in
+full precision; those of other systems are read with a trial list or a column order.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from speechbrain_qmargin.files import replacing
+
 __all__ = [
+    "Embeddings",
     "Trials",
     "cosine_scores",
     "load_embeddings",
+    "read_map",
     "read_scores",
     "read_trials",
     "save_embeddings",
     "write_scores",
 ]
 
-_HEADER = "enrolment\ttest\tscore\tlabel"
+_HEADER = ("enrolment", "test", "score", "label")
+_LABELS = {"1": True, "0": False, "target": True, "nontarget": False, "tgt": True, "imp": False}
+_BLOCK = 16384
 
 
 @dataclass(frozen=True)
@@ -36,56 +46,255 @@ class Trials:
         Every recording once.
     enrolment, test : int64 arrays [N]
         Indices into `ids`.
-    is_target : bool array [N]
+    is_target : bool array [N] or None
+        None where nobody has said: such trials can be scored and calibrated, not evaluated.
+    source : str
+        The file's name and SHA-256, empty for trials made in memory.
+    speaker_of : sequence of str, optional
+        The speaker of every id, where the ids themselves do not tell.
     """
 
     ids: list[str]
     enrolment: np.ndarray
     test: np.ndarray
-    is_target: np.ndarray
+    is_target: np.ndarray | None
+    source: str = ""
+    speaker_of: Sequence[str] | None = None
 
     def __len__(self) -> int:
-        return len(self.is_target)
+        return len(self.enrolment)
+
+    def with_speakers(self, speakers: Mapping[str, str]) -> Trials:
+        """The same trials, with the speaker of every id (Kaldi's utt2spk; see :func:`read_map`).
+
+        Raises
+        ------
+        ValueError
+            An id without a speaker; named.
+        """
+        missing = [name for name in self.ids if name not in speakers]
+        if missing:
+            raise ValueError(f"{len(missing)} recordings have no speaker: {_some(missing)}")
+        return replace(self, speaker_of=[speakers[name] for name in self.ids])
 
     def speakers(self) -> np.ndarray:
-        """Speaker of every id: the part of its path before the first slash."""
-        names = [name.split("/", 1)[0] for name in self.ids]
-        return np.unique(names, return_inverse=True)[1]
+        """Speaker of every id as an int array [len(ids)].
+
+        From `speaker_of`; else the part of an id before its first slash; else, where no id has
+        one, recordings linked by target trials are one speaker.
+
+        Raises
+        ------
+        ValueError
+            A target trial of two speakers, or an impostor trial of one; named.
+        """
+        if self.speaker_of is not None:
+            names = list(self.speaker_of)
+        elif any("/" in name for name in self.ids):
+            names = [name.split("/", 1)[0] for name in self.ids]
+        else:
+            return _linked(len(self.ids), self.enrolment[self.is_target], self.test[self.is_target])
+        speakers = np.unique(names, return_inverse=True)[1]
+        same = speakers[self.enrolment] == speakers[self.test]
+        if (same != self.is_target).any():
+            at = int(np.argmax(same != self.is_target))
+            kind = ("an impostor trial of one speaker", "a target trial of two speakers")
+            raise ValueError(
+                f"{self.source or 'trials'}: {self.ids[self.enrolment[at]]} "
+                f"{self.ids[self.test[at]]} is {kind[int(self.is_target[at])]} if the speaker is "
+                "the id's part before its first slash. Correct the label, or give the speakers "
+                "(utt2spk)"
+            )
+        return speakers
 
 
-def _index(pairs: list[tuple[str, str]], labels: list[bool]) -> Trials:
+def _linked(count: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    links = coo_array((np.ones(len(left)), (left, right)), shape=(count, count))
+    return connected_components(links, directed=False)[1]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _index(pairs: list[tuple[str, str]], labels: list[bool] | None, source: str) -> Trials:
     ids: dict[str, int] = {}
     flat = [ids.setdefault(name, len(ids)) for pair in pairs for name in pair]
     sides = np.asarray(flat, dtype=np.int64).reshape(-1, 2)
-    return Trials(list(ids), sides[:, 0].copy(), sides[:, 1].copy(), np.asarray(labels, dtype=bool))
+    labelled = None if labels is None else np.asarray(labels, dtype=bool)
+    return Trials(list(ids), sides[:, 0].copy(), sides[:, 1].copy(), labelled, source)
+
+
+def _lines(path: str | Path) -> tuple[list[str], str]:
+    """The lines of a text file, and its name with its SHA-256."""
+    content = Path(path).read_bytes()
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file ({error})") from None
+    return text.splitlines(), f"{Path(path).name} sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+class _Pairs:
+    """Trials met so far, refusing one twice."""
+
+    def __init__(self, path: str | Path):
+        self.path, self.first = path, {}
+
+    def add(self, number: int, enrolment: str, test: str) -> None:
+        before = self.first.setdefault((enrolment, test), number)
+        if before != number:
+            raise ValueError(
+                f"{self.path}:{number}: the trial of line {before} again: {enrolment} {test}"
+            )
 
 
 def read_trials(path: str | Path) -> Trials:
-    """Read a VoxCeleb trial list.
+    """Read a VoxCeleb or a Kaldi trial list; every line must be of the first line's kind.
 
     Raises
     ------
     ValueError
-        A line that is not ``label enrolment test``, a label other than 0 or 1, a trial listed
-        twice, no trials: with file and line.
+        A line that is neither ``label enrolment test`` nor ``enrolment test target|nontarget``, a
+        label other than 0 or 1, a trial listed twice, no trials: with file and line.
     """
-    pairs, labels, first = [], [], {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    lines, source = _lines(path)
+    pairs, labels = _Pairs(path), []
+    kaldi = None
+    for number, line in enumerate(lines, 1):
         fields = line.split()
         if not fields:
             continue
-        if len(fields) != 3 or fields[0] not in ("0", "1"):
-            raise ValueError(
-                f"{path}:{number}: expected 'label enrolment test' with label 0 or 1, got {line!r}"
+        if kaldi is None and len(fields) == 3:
+            kaldi = fields[0] not in ("0", "1") and fields[2] in ("target", "nontarget")
+        label, enrolment, test = (
+            ("", "", "") if len(fields) != 3 else (fields[2], *fields[:2]) if kaldi else fields
+        )
+        if label not in (("target", "nontarget") if kaldi else ("0", "1")):
+            wanted = (
+                "'enrolment test target|nontarget'"
+                if kaldi
+                else "'label enrolment test' with label 0 or 1"
             )
-        pair = (fields[1], fields[2])
-        if first.setdefault(pair, number) != number:
-            raise ValueError(f"{path}:{number}: the trial of line {first[pair]} again: {line!r}")
-        pairs.append(pair)
-        labels.append(fields[0] == "1")
-    if not pairs:
+            raise ValueError(f"{path}:{number}: expected {wanted}, got {line!r}")
+        pairs.add(number, enrolment, test)
+        labels.append(_LABELS[label])
+    if not labels:
         raise ValueError(f"{path}: no trials in it")
-    return _index(pairs, labels)
+    return _index(list(pairs.first), labels, source)
+
+
+def read_map(path: str | Path, kind: type = str) -> dict:
+    """Read ``id value`` lines, such as Kaldi's utt2spk (`kind` str) or utt2dur (`kind` float).
+
+    Raises
+    ------
+    ValueError
+        A line without two fields, a value that is not finite, an id twice: with file and line.
+    """
+    values: dict = {}
+    for number, line in enumerate(_lines(path)[0], 1):
+        fields = line.split()
+        if not fields:
+            continue
+        try:
+            name, value = fields[0], kind(*fields[1:])
+        except (TypeError, ValueError):
+            value = None
+        if len(fields) != 2 or value is None or (kind is float and not np.isfinite(value)):
+            raise ValueError(f"{path}:{number}: expected an id and one {kind.__name__}: {line!r}")
+        if name in values:
+            raise ValueError(f"{path}:{number}: {name} is listed twice")
+        values[name] = value
+    return values
+
+
+class Embeddings(Mapping):
+    """Embeddings by id, in one matrix.
+
+    Parameters
+    ----------
+    ids : sequence of str
+    matrix : float array [N, D]
+
+    Raises
+    ------
+    ValueError
+        Shapes that disagree, an id twice.
+
+    Examples
+    --------
+    >>> embeddings = Embeddings(["a", "b"], np.eye(2))
+    >>> embeddings["b"], len(embeddings)
+    (array([0., 1.]), 2)
+    """
+
+    def __init__(self, ids: Iterable[str], matrix: np.ndarray):
+        self.ids = [str(name) for name in ids]
+        self.matrix = np.asarray(matrix)
+        if self.matrix.ndim != 2 or len(self.matrix) != len(self.ids):
+            raise ValueError(f"{len(self.ids)} ids and a matrix {self.matrix.shape}; want [N, D]")
+        self._row = {name: row for row, name in enumerate(self.ids)}
+        if len(self._row) < len(self.ids):
+            twice = [name for row, name in enumerate(self.ids) if self._row[name] != row]
+            raise ValueError(f"{len(twice)} ids are listed twice: {_some(twice)}")
+
+    @classmethod
+    def of(cls, embeddings: Mapping[str, np.ndarray]) -> Embeddings:
+        """Any mapping from id to vector, as one matrix."""
+        if isinstance(embeddings, cls):
+            return embeddings
+        if not embeddings:
+            raise ValueError("there are no embeddings")
+        return cls(embeddings, np.stack([np.asarray(row) for row in embeddings.values()]))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.matrix[self._row[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, ids: Sequence[str], what: str = "recordings in the trials") -> np.ndarray:
+        """Row of each id.
+
+        Raises
+        ------
+        ValueError
+            Ids without an embedding; named.
+        """
+        rows = np.fromiter((self._row.get(name, -1) for name in ids), np.int64, len(ids))
+        if len(rows) and rows.min() < 0:
+            missing = [ids[i] for i in np.flatnonzero(rows < 0)]
+            raise ValueError(
+                f"{len(missing)} of {len(ids)} {what} have no embedding: {_some(missing)}"
+            )
+        return rows
+
+    def unit(self, ids: Sequence[str], mean: np.ndarray | None = None) -> np.ndarray:
+        """Embeddings of `ids` minus `mean`, of unit length: float32 [len(ids), D].
+
+        Raises
+        ------
+        ValueError
+            An id without an embedding, or an embedding that is zero or not finite; named.
+        """
+        rows = self.matrix[self.rows(ids)].astype(np.float32, copy=False)
+        if mean is not None:
+            rows = rows - np.asarray(mean, dtype=np.float32)
+        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+        bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+        if len(bad):
+            raise ValueError(
+                f"{len(bad)} embeddings are zero or not finite: {_some([ids[i] for i in bad])}"
+            )
+        rows /= norms[:, None]
+        return rows
 
 
 def cosine_scores(
@@ -117,100 +326,265 @@ def cosine_scores(
     >>> cosine_scores({"a": np.array([1.0, 0.0]), "b": np.array([1.0, 1.0])}, trials)
     array([0.70710677], dtype=float32)
     """
-    missing = [name for name in trials.ids if name not in embeddings]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(trials.ids)} recordings in the trials have no embedding: "
-            f"{', '.join(missing[:5])}"
-        )
-    matrix = np.stack([np.asarray(embeddings[name], dtype=np.float32) for name in trials.ids])
-    if mean is not None:
-        matrix -= np.asarray(mean, dtype=np.float32)
-    norms = np.linalg.norm(matrix, axis=1)
-    bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
-    if len(bad):
-        raise ValueError(
-            f"{len(bad)} embeddings are zero or not finite: "
-            f"{', '.join(trials.ids[i] for i in bad[:5])}"
-        )
-    matrix /= norms[:, None]
-    scores = np.empty(len(trials), dtype=np.float32)
-    for start in range(0, len(trials), 65536):
-        block = slice(start, start + 65536)
-        left, right = matrix[trials.enrolment[block]], matrix[trials.test[block]]
-        scores[block] = np.einsum("nd,nd->n", left, right)
+    unit = Embeddings.of(embeddings).unit(trials.ids, mean)
+    return pair_products(unit, trials.enrolment, trials.test)
+
+
+def pair_products(matrix: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Inner products of rows ``left[n]`` and ``right[n]``: float32 [N], in blocks."""
+    scores = np.empty(len(left), dtype=np.float32)
+    for start in range(0, len(left), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        np.einsum("nd,nd->n", matrix[left[block]], matrix[right[block]], out=scores[block])
     return scores
 
 
-def _replace(path: Path, write) -> None:
-    """Write a file whole or not at all; `write` gets the binary stream."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
-        write(stream)
-    os.replace(partial, path)
-
-
 def write_scores(path: str | Path, trials: Trials, scores: np.ndarray) -> None:
-    """Write scores with their trials, unrounded (the shortest text that reads back exactly)."""
-    lines = [_HEADER]
-    for enrolment, test, score, target in zip(
-        trials.enrolment.tolist(),
-        trials.test.tolist(),
-        scores.tolist() if scores.dtype == np.float64 else scores,
-        trials.is_target.tolist(),
-        strict=True,
-    ):
-        lines.append(f"{trials.ids[enrolment]}\t{trials.ids[test]}\t{score!s}\t{int(target)}")
-    text = "\n".join(lines) + "\n"
-    _replace(Path(path), lambda stream: stream.write(text.encode()))
+    """Write scores with their trials, unrounded (the shortest text that reads back exactly).
+
+    The label column is left out where the trials have no labels.
+    """
+    scores = np.asarray(scores)
+    if scores.shape != (len(trials),):
+        raise ValueError(f"{len(trials)} trials and scores {scores.shape}")
+    ids, labels = trials.ids, trials.is_target
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as stream:
+        stream.write("\t".join(_HEADER if labels is not None else _HEADER[:3]) + "\n")
+        for start in range(0, len(trials), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            columns = [trials.enrolment[block].tolist(), trials.test[block].tolist(), scores[block]]
+            if labels is not None:
+                columns.append(labels[block].tolist())
+            stream.writelines(
+                f"{ids[enrolment]}\t{ids[test]}\t{score!s}"
+                + "".join(f"\t{x:d}" for x in label)
+                + "\n"
+                for enrolment, test, score, *label in zip(*columns, strict=True)
+            )
 
 
-def read_scores(path: str | Path) -> tuple[Trials, np.ndarray]:
-    """Read a file of :func:`write_scores`: the trials, and float64 scores [N].
+def read_scores(
+    path: str | Path, trials: Trials | None = None, columns: str | None = None
+) -> tuple[Trials, np.ndarray]:
+    """Read a score file: its trials, and float64 scores [N].
+
+    Parameters
+    ----------
+    path : path
+        Of :func:`write_scores` (with a header), or lines of any system.
+    trials : Trials, optional
+        Where the labels come from if the file has none; the scores are returned in its order.
+        Without it the trials of a file without labels have none (`is_target` is None).
+        Scores of trials that it does not list are dropped with a warning that counts them.
+    columns : str, optional
+        The order of the columns of a file without a header, as "enrolment test label score"
+        (SpeechBrain's scores.txt) or "enrolment test score label" (WeSpeaker). Three columns
+        are "enrolment test score" by default; four are ambiguous and need it unless the last is
+        "target" or "nontarget".
 
     Raises
     ------
     ValueError
-        A missing header (four bare columns are ambiguous), a malformed line, a score that is not
-        a finite number: with file and line.
+        Ambiguous columns, a malformed line, a score
+        that is not a finite number, a trial twice: with file and line. Trials without a score.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    if not lines or lines[0] != _HEADER:
-        raise ValueError(f"{path}:1: expected the header {_HEADER!r}")
-    pairs, labels, scores = [], [], []
-    for number, line in enumerate(lines[1:], 2):
-        fields = line.split("\t")
+    lines, source = _lines(path)
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"{path}: no scores in it")
+    skip, separator = 0, None
+    if columns is None and tuple(lines[0].split("\t")) in (_HEADER, _HEADER[:3]):
+        columns, skip, separator = lines[0].replace("\t", " "), 1, "\t"
+    if columns is None:
+        width = len(lines[0].split())
+        columns = "enrolment test score"
+        if width == 4 and lines[0].split()[3] in ("target", "nontarget"):
+            columns = "enrolment test score label"
+        elif width != 3:
+            raise ValueError(
+                f"{path}:1: {width} columns without the header {' '.join(_HEADER)!r}. Say which is "
+                "which: columns='enrolment test label score' (SpeechBrain), "
+                "'enrolment test score label' (WeSpeaker), or another order"
+            )
+    order = columns.split()
+    if not {"enrolment", "test", "score"} <= set(order) or len(set(order)) < len(order):
+        raise ValueError(f"columns={columns!r} must name enrolment, test and score, each once")
+    labelled = "label" in order
+    enrol_at, test_at, score_at = (order.index(name) for name in ("enrolment", "test", "score"))
+    label_at = order.index("label") if labelled else -1
+
+    pairs, labels, scores = _Pairs(path), [], []
+    for number, line in enumerate(lines[skip:], 1 + skip):
+        fields = line.split(separator)
+        if not line.strip():
+            continue
+        if len(fields) != len(order):
+            raise ValueError(f"{path}:{number}: expected {columns!r}, malformed line {line!r}")
         try:
-            enrolment, test, score, label = fields
-            scores.append(float(score))
-            labels.append({"0": False, "1": True}[label])
-        except (ValueError, KeyError):
-            raise ValueError(f"{path}:{number}: malformed line {line!r}") from None
-        if not np.isfinite(scores[-1]):
-            raise ValueError(f"{path}:{number}: the score {score} is not finite")
-        pairs.append((enrolment, test))
-    return _index(pairs, labels), np.asarray(scores)
+            score = float(fields[score_at])
+        except ValueError:
+            raise ValueError(
+                f"{path}:{number}: malformed line {line!r}: the score {fields[score_at]!r} is not "
+                "a number"
+            ) from None
+        if not np.isfinite(score):
+            raise ValueError(f"{path}:{number}: the score {fields[score_at]} is not finite")
+        if labelled and fields[label_at] not in _LABELS:
+            raise ValueError(
+                f"{path}:{number}: malformed line {line!r}: the label {fields[label_at]!r} is none "
+                f"of {', '.join(_LABELS)}"
+            )
+        pairs.add(number, fields[enrol_at], fields[test_at])
+        scores.append(score)
+        labels.append(labelled and _LABELS[fields[label_at]])
+    if not scores:
+        raise ValueError(f"{path}: no scores in it")
+    if trials is None:
+        labels = labels if labelled else None
+        return _index(list(pairs.first), labels, source), np.asarray(scores)
+    return trials, _in_order_of(trials, path, pairs.first, scores, labels if labelled else None)
+
+
+def _in_order_of(trials, path, pairs, scores, labels) -> np.ndarray:
+    position = {pair: n for n, pair in enumerate(pairs)}
+    ids = trials.ids
+    wanted = [
+        (ids[e], ids[t])
+        for e, t in zip(trials.enrolment.tolist(), trials.test.tolist(), strict=True)
+    ]
+    order = np.fromiter((position.get(pair, -1) for pair in wanted), np.int64, len(wanted))
+    if order.min() < 0:
+        first = wanted[int(np.argmin(order))]
+        raise ValueError(
+            f"{path}: {np.count_nonzero(order < 0)} of {len(trials)} trials have no score, the "
+            f"first is {first[0]} {first[1]}"
+        )
+    if labels is not None and (np.asarray(labels)[order] != trials.is_target).any():
+        at = int(np.argmax(np.asarray(labels)[order] != trials.is_target))
+        raise ValueError(
+            f"{path}: the label of {wanted[at][0]} {wanted[at][1]} is not that of the trial list"
+        )
+    dropped = len(position) - len(set(wanted))
+    if dropped:
+        warnings.warn(
+            f"{path}: {dropped} of {len(position)} scores dropped: not in the trial list",
+            stacklevel=3,
+        )
+    return np.asarray(scores)[order]
 
 
 def save_embeddings(path: str | Path, embeddings: Mapping[str, np.ndarray]) -> None:
     """Write ``ids`` [N] and ``embeddings`` float32 [N, D] as npz."""
-    ids = np.asarray(list(embeddings), dtype=np.str_)
-    matrix = np.stack(list(embeddings.values())).astype(np.float32)
-    _replace(Path(path), lambda stream: np.savez(stream, ids=ids, embeddings=matrix))
+    embeddings = Embeddings.of(embeddings)
+    with replacing(path) as partial, partial.open("wb") as stream:
+        np.savez(
+            stream,
+            ids=np.asarray(embeddings.ids, dtype=np.str_),
+            embeddings=embeddings.matrix.astype(np.float32, copy=False),
+        )
 
 
-def load_embeddings(path: str | Path) -> dict[str, np.ndarray]:
-    """Read a file of :func:`save_embeddings`; never executes code.
+def load_embeddings(path: str | Path, ids: str | Path | None = None) -> Embeddings:
+    """Read embeddings; never executes code.
+
+    Parameters
+    ----------
+    path : path
+        ``.npz`` of :func:`save_embeddings`, ``.npy`` [N, D] with its ids in a text file, or Kaldi
+        ``.ark`` or ``.scp``.
+    ids : path, optional
+        One id a line, for ``.npy``; by default the file of the same name with ``.txt``.
 
     Raises
     ------
     ValueError
-        Not such a file; named.
+        Another format, missing arrays, objects inside, an scp line that is a command, a vector of
+        another length, an id twice: with the file.
     """
+    path = Path(path)
+    if path.suffix in (".ark", ".scp"):
+        return _load_kaldi(path)
+    if path.suffix not in (".npz", ".npy"):
+        raise ValueError(f"{path}: embeddings are read from .npz, .npy, .ark or .scp")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(zip(file["ids"].tolist(), file["embeddings"], strict=True))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not ids [N] and embeddings [N, D] as npz: {error}") from error
+        loaded = np.load(path, allow_pickle=False)
+        if path.suffix == ".npz":
+            with loaded:
+                return Embeddings(loaded["ids"].tolist(), loaded["embeddings"])
+        names = Path(ids) if ids else path.with_suffix(".txt")
+        if not names.is_file():
+            raise ValueError(f"its ids are wanted in {names}, one a line")
+        return Embeddings(_lines(names)[0], loaded)
+    except KeyError as error:
+        raise ValueError(f"{path}: {error}; wanted arrays 'ids' and 'embeddings'") from None
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, EOFError) as error:  # numpy's own words for damage and pickles
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _load_kaldi(path: Path) -> Embeddings:
+    """Vectors of an ark, or of the arks that an scp points into.
+
+    kaldiio reads them too, but it also unpickles what an ark calls a pickle and runs what an scp
+    calls a pipe.
+    """
+    names, rows = [], []
+    if path.suffix == ".ark":
+        with path.open("rb") as stream:
+            while name := _token(stream):
+                names.append(name)
+                rows.append(_kaldi_vector(stream, f"{path}: {name}"))
+    else:
+        with ExitStack() as files:
+            opened: dict[str, BinaryIO] = {}
+            for number, line in enumerate(_lines(path)[0], 1):
+                name, _, place = line.strip().partition(" ")
+                ark, _, offset = place.strip().rpartition(":")
+                if not ark or not offset.isdigit():
+                    raise ValueError(
+                        f"{path}:{number}: expected 'id file.ark:offset', got {line!r}"
+                    )
+                if ark not in opened:
+                    opened[ark] = files.enter_context(Path(ark).open("rb"))
+                opened[ark].seek(int(offset))
+                names.append(name)
+                rows.append(_kaldi_vector(opened[ark], f"{path}:{number}: {ark}:{offset}"))
+    if not rows:
+        raise ValueError(f"{path}: no embeddings in it")
+    for name, row in zip(names, rows, strict=True):
+        if len(row) != len(rows[0]):
+            raise ValueError(f"{path}: {name} has {len(row)} values, those before {len(rows[0])}")
+    try:
+        return Embeddings(names, np.stack(rows))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _token(stream: BinaryIO) -> str:
+    """Bytes up to the next space, which is read too."""
+    token = bytearray()
+    while (byte := stream.read(1)) not in (b"", b" "):
+        token += byte
+    return token.decode().strip()
+
+
+def _kaldi_vector(stream: BinaryIO, where: str) -> np.ndarray:
+    """The vector that starts here, binary (FV, DV) or text."""
+    start = stream.read(2)
+    if start == b"\0B":
+        kind = stream.read(3)
+        dtype = {b"FV ": np.dtype("<f4"), b"DV ": np.dtype("<f8")}.get(kind)
+        if dtype is None:
+            raise ValueError(f"{where} is {kind!r}, not a Kaldi vector (FV or DV)")
+        size = int.from_bytes(stream.read(5)[1:], "little")
+        data = stream.read(size * dtype.itemsize)
+        if len(data) != size * dtype.itemsize:
+            raise ValueError(f"{where} ends after {len(data)} of {size * dtype.itemsize} bytes")
+        return np.frombuffer(data, dtype)
+    text = (start + stream.readline()).decode(errors="replace").strip()
+    try:
+        if text[0] != "[" or text[-1] != "]":
+            raise ValueError
+        return np.array(text[1:-1].split(), dtype=np.float32)
+    except (ValueError, IndexError):
+        raise ValueError(f"{where} is neither a binary vector nor '[ numbers ]'") from None

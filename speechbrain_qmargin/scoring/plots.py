@@ -1,0 +1,198 @@
+"""Pictures of scores: detection error trade-off, histograms, calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from speechbrain_qmargin.files import replacing
+from speechbrain_qmargin.scoring.metrics import (
+    OperatingPoints,
+    eer,
+    log_likelihood_ratios,
+    operating_points,
+)
+from speechbrain_qmargin.scoring.trials import Trials
+from speechbrain_qmargin.scoring.uncertainty import Resampled, resample_speakers
+
+__all__ = ["calibration_figure", "det_figure", "histogram_figure", "plot_det", "save_figure"]
+
+_TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99,
+          0.999)  # fmt: skip
+
+
+def _canvas(width: float, height: float):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib: pip install 'speechbrain_qmargin[report]'"
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def save_figure(figure, path: str | Path) -> None:
+    """Write a matplotlib figure whole or not at all; the suffix is the format."""
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150)
+
+
+def det_figure(systems: Mapping[str, tuple[OperatingPoints, Resampled | None]], title: str = ""):
+    """Detection error trade-offs on normal-deviate axes, as a matplotlib figure.
+
+    Each curve ends at the lowest FAR its impostors can show; the region below 30 false accepts is
+    shaded, the curve in it (and below 30 misses) dashed. With a bootstrap, the band is the 95 %
+    interval of FRR at every FAR.
+    """
+    from scipy.stats import norm
+
+    figure, axes = _canvas(6.6, 6.2)
+    lowest, supported, least_frr, most_frr = 0.5, 0.0, 0.2, 0.5
+    for name, (points, resampled) in systems.items():
+        equal = eer(points)
+        far, frr = _staircase(points)
+        sure = (far * points.num_impostors >= 30) & (frr * points.num_targets >= 30)
+        x, y = norm.ppf(far), norm.ppf(frr)
+        label = f"{name} (EER {100 * equal:.2f} %)"
+        (line,) = axes.plot(x, y, linewidth=0.9, linestyle=(0, (3, 2)))
+        color = line.get_color()
+        axes.plot(np.where(sure, x, np.nan), np.where(sure, y, np.nan), color=color, linewidth=1.7)
+        axes.plot([], [], color=color, linewidth=1.7, label=label)
+        if 0 < equal < 1:
+            axes.plot(norm.ppf(equal), norm.ppf(equal), "o", color=color, markersize=4)
+        lowest = min(lowest, 1 / points.num_impostors)
+        supported = max(supported, 30 / points.num_impostors)
+        if len(frr):
+            least_frr, most_frr = min(least_frr, frr.min()), max(most_frr, frr.max())
+        if resampled is not None:
+            grid = np.geomspace(1 / points.num_impostors, 0.5, 120)
+            reach = resampled.far[0].min() if not resampled.whole else 1.0
+            grid = grid[grid <= reach]
+            band = np.percentile(resampled.frr_at(grid), [2.5, 97.5], axis=1)
+            band = norm.ppf(np.clip(band, 0.2 / points.num_targets, 1 - 1e-6))
+            axes.fill_between(norm.ppf(grid), *band, color=color, alpha=0.15, linewidth=0)
+    low = max(lowest, 1e-7)
+    bottom = max(least_frr, 1e-5) / 1.5
+    top = min(max(most_frr, 0.6), 0.995)
+    ticks = [tick for tick in _TICKS]
+    labels = [f"{100 * tick:g}" for tick in ticks]
+    axes.set_xticks(norm.ppf(ticks), labels, fontsize=8)
+    axes.set_yticks(norm.ppf(ticks), labels, fontsize=8)
+    axes.set_xlim(norm.ppf(low * 0.8), norm.ppf(0.5))
+    axes.set_ylim(norm.ppf(bottom), norm.ppf(top))
+    if supported > low:
+        axes.axvspan(norm.ppf(low * 0.8), norm.ppf(min(supported, 0.5)), color="0.93", zorder=0)
+        axes.annotate(
+            "fewer than 30\nfalse accepts",
+            (norm.ppf(low * 0.8), norm.ppf(bottom)),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=8,
+            color="0.35",
+        )
+    axes.axline((0, 0), slope=1, color="0.7", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("False accept rate, %")
+    axes.set_ylabel("False reject rate, %")
+    axes.set_title(title, fontsize=10)
+    axes.grid(color="0.88", linewidth=0.6)
+    axes.legend(loc="upper right", fontsize=9)
+    return figure
+
+
+def _staircase(points: OperatingPoints) -> tuple[np.ndarray, np.ndarray]:
+    """FAR and FRR along the curve, with its steps, thinned to what a picture shows."""
+    from scipy.stats import norm
+
+    far = np.column_stack([points.far[:-1], points.above / points.num_impostors]).ravel()
+    frr = np.column_stack([points.frr[:-1], points.frr[1:]]).ravel()
+    inside = (far > 0) & (far < 1) & (frr > 0) & (frr < 1)
+    far, frr = far[inside], frr[inside]
+    if len(far) > 4000:
+        cell = np.round(300 * norm.ppf(far)) + 1j * np.round(300 * norm.ppf(frr))
+        kept = np.append(True, cell[1:] != cell[:-1])
+        far, frr = far[kept], frr[kept]
+    return far, frr
+
+
+def plot_det(
+    systems: Mapping[str, tuple[np.ndarray, np.ndarray | Trials]],
+    path: str | Path,
+    title: str = "",
+    *,
+    replicates: int = 500,
+    seed: int = 0,
+) -> None:
+    """Draw detection error trade-offs on normal-deviate axes and write them as PNG, SVG or PDF.
+
+    Parameters
+    ----------
+    systems : mapping from name to (scores [N], labels)
+        The labels are a bool array [N], or Trials, which give a 95 % band over speakers too.
+    path : path
+        Its suffix is the format.
+    title : str
+    replicates, seed : int
+        Of the bands' bootstrap.
+    """
+    curves = {}
+    for name, (scores, labels) in systems.items():
+        given = isinstance(labels, Trials)
+        points = operating_points(scores, labels.is_target if given else labels)
+        band = None
+        if given:
+            band = resample_speakers(
+                scores, labels, points, max_far=0.5, replicates=replicates, seed=seed
+            )
+        curves[name] = points, band
+    save_figure(det_figure(curves, title), path)
+
+
+def histogram_figure(name: str, points: OperatingPoints, thresholds: Mapping[str, float]):
+    """Densities of target and impostor scores, with thresholds as lines."""
+    figure, axes = _canvas(6.6, 3.0)
+    low = min(points.targets[0], points.impostors[0])
+    high = max(points.targets[-1], points.impostors[-1])
+    edges = np.linspace(low, high if high > low else low + 1, 101)
+    for scores, label in ((points.impostors, "impostors"), (points.targets, "targets")):
+        counts, _ = np.histogram(scores, edges)
+        axes.stairs(
+            counts / counts.sum() / np.diff(edges), edges, fill=True, alpha=0.5, label=label
+        )
+    for index, (label, threshold) in enumerate(thresholds.items()):
+        axes.axvline(threshold, color="0.25", linewidth=0.8, linestyle="--")
+        axes.annotate(
+            label,
+            (threshold, 0.97 - 0.1 * (index % 4)),
+            xycoords=("data", "axes fraction"),
+            fontsize=7,
+            xytext=(2, 0),
+            textcoords="offset points",
+            va="top",
+        )
+    axes.set_xlabel("score")
+    axes.set_ylabel("density")
+    axes.set_title(name, fontsize=10)
+    axes.legend(loc="upper left", fontsize=8)
+    return figure
+
+
+def calibration_figure(systems: Mapping[str, OperatingPoints], llr: bool):
+    """The log-likelihood ratio that each score is worth, by pooling adjacent violators.
+
+    Calibrated scores lie on the diagonal, which is drawn if they claim to be (`llr`).
+    """
+    figure, axes = _canvas(6.6, 3.6)
+    for name, points in systems.items():
+        scores, odds = log_likelihood_ratios(points)
+        axes.step(scores, np.clip(odds, -12, 12), where="post", label=name, linewidth=1.3)
+    if llr:
+        axes.axline((0, 0), slope=1, color="0.5", linewidth=0.8, linestyle=":", label="calibrated")
+    axes.set_ylim(-12.5, 12.5)
+    axes.set_xlabel("log-likelihood ratio given" if llr else "score")
+    axes.set_ylabel("log-likelihood ratio found")
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.legend(fontsize=8)
+    return figure
