@@ -47,10 +47,9 @@ __all__ = [
 
 # Above this 1/(alpha - 1), powers are taken as exp(k log1p(.)), which stays accurate as alpha -> 1.
 _LOG_DOMAIN_POWER = 8.0
-# Newton steps. The CPU stops as soon as every row has converged; elsewhere testing that would make
-# the host wait for the device, so all the steps are taken.
-_MAX_STEPS = {False: 100, True: 24}
 _MAX_STEPS_SAFEGUARDED = 128
+# What _newton_steps assumes of log q's spread where it is a tensor: looking would stall a device
+_ASSUMED_SPREAD = 40.0
 # tau on a subset of the classes is a lower bound of tau. With many classes the steps start from its
 # value on the largest logits, which is mostly the answer and saves most of the full passes.
 _WARM_START_CLASSES, _WARM_START_SUBSET = 2048, 64
@@ -137,14 +136,29 @@ def _powers_into(v: Tensor, tau: Tensor, alpha: float, u: Tensor, h: Tensor) -> 
     return h if k > 1 else h.masked_fill_(u == 0, 0)
 
 
-def _newton(mass, lower: Tensor, upper: Tensor, alpha: float) -> Tensor:
-    """The root of S(tau) = 1. `mass(tau)` gives S and H = sum_j q_j u_j^(k-1) = -dS/dtau."""
+def _newton_steps(alpha: float, classes: int, spread: float, dtype: torch.dtype) -> int:
+    """Steps after which S^(1/k) - 1 is proved to be below eps, for 1 < alpha <= 2.
+
+    g = S^(1/k) - 1 is convex and decreasing, so from the left g+ / g + g'+ / g' <= 1 for one step:
+    the product g |g'| falls at least fourfold. It begins at most at (C^2 q_max)^(1/k) and the slope
+    never falls below q_min^(1/k), both in units of alpha - 1. `spread` is log(q_max / q_min).
+    """
+    bits = (alpha - 1) * (2 * math.log2(classes) + spread / math.log(2))
+    return 1 + math.ceil((bits - math.log2(torch.finfo(dtype).eps)) / 2)
+
+
+def _newton(mass, lower: Tensor, upper: Tensor, alpha: float, steps: int) -> Tensor:
+    """The root of S(tau) = 1. `mass(tau)` gives S and H = sum_j q_j u_j^(k-1) = -dS/dtau.
+
+    The CPU stops as soon as every row has converged; elsewhere testing that would make the host
+    wait for the device, so all the steps are taken.
+    """
     safeguarded = alpha > 2
     tau = lower
     eps = torch.finfo(lower.dtype).eps
     on_cpu = lower.device.type == "cpu"
     done = torch.zeros_like(lower, dtype=torch.bool)
-    for step in range(_MAX_STEPS_SAFEGUARDED if safeguarded else _MAX_STEPS[not on_cpu]):
+    for step in range(_MAX_STEPS_SAFEGUARDED if safeguarded else steps):
         s, h = mass(tau)
         # Newton on S^(1/k) - 1, written so that it becomes log(S) S / H as alpha -> 1.
         log_s = s.log()
@@ -191,7 +205,9 @@ def _tau(logits: Tensor, alpha: float, log_q: Tensor | None) -> Tensor:
         h, u = _powers(logits, tau, alpha, log_q)
         return (h * u).sum(-1, keepdim=True), h.sum(-1, keepdim=True)
 
-    return _newton(mass, lower, upper, alpha)
+    spread = 0.0 if log_q is None else _ASSUMED_SPREAD
+    steps = _newton_steps(alpha, logits.shape[-1], spread, logits.dtype)
+    return _newton(mass, lower, upper, alpha, steps)
 
 
 def solve_tau(logits: Tensor, alpha: float, log_q: Tensor | None = None) -> Tensor:
@@ -412,7 +428,8 @@ class _QMargin(torch.autograd.Function):
                         s = torch.linalg.vecdot(powers, u).unsqueeze(1)
                         return s + h_y * u_y, powers.sum(1, keepdim=True) + h_y
 
-                    return _newton(mass, lower, upper, alpha)
+                    steps = _newton_steps(alpha, v.shape[1], scale * margin, v.dtype)
+                    return _newton(mass, lower, upper, alpha, steps)
 
                 upper = z_y.clamp(min=0) + 1 / (alpha - 1)
                 lower = torch.maximum(v.amax(1, keepdim=True) / (alpha - 1), alone)
