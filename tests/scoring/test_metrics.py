@@ -11,11 +11,10 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import det_curve
 
 from speechbrain_qmargin.scoring.metrics import (
-    EERS,
+    EER_METHODS,
     act_dcf,
     cllr,
     eer,
-    frr_at_far,
     min_cllr,
     min_dcf,
     operating_points,
@@ -101,7 +100,7 @@ def test_detection_costs(both, p_target, c_miss, c_fa):
     actual = miss * sum(s < threshold for s in targets) / len(targets)
     actual += accept * sum(s >= threshold for s in impostors) / len(impostors)
     actual /= min(miss, accept)
-    assert act_dcf(points, p_target, c_miss, c_fa) == pytest.approx(actual, rel=1e-12)
+    assert act_dcf(points, p_target, c_miss, c_fa, force=True) == pytest.approx(actual, rel=1e-12)
     assert actual >= min_dcf(points, p_target, c_miss, c_fa) - 1e-12
 
 
@@ -110,10 +109,10 @@ def test_detection_costs(both, p_target, c_miss, c_fa):
 def test_true_accepts_at_the_largest_far_that_is_not_above(both, far):
     targets, impostors = both
     points = points_of(*both)
-    tar, threshold, accepted = tar_at_far(points, far)
+    tar, threshold, accepted, missed = tar_at_far(points, far)
     allowed = [frr for rate, frr in roc(*both) if rate <= far + 1e-15]
     assert tar == pytest.approx(1 - min(allowed), abs=1e-12)
-    assert frr_at_far(points, far) == pytest.approx(min(allowed), abs=1e-12)
+    assert missed == sum(score < threshold for score in targets)
     assert accepted == sum(score >= threshold for score in impostors)
     assert accepted <= far * len(impostors) + 1e-9
     assert tar == pytest.approx(sum(s >= threshold for s in targets) / len(targets))
@@ -125,7 +124,7 @@ def test_log_likelihood_ratio_costs(both):
     targets, impostors = both
     naive = np.mean([math.log1p(math.exp(-s)) for s in targets])
     naive += np.mean([math.log1p(math.exp(s)) for s in impostors])
-    assert cllr(points_of(*both)) == pytest.approx(naive / 2 / math.log(2), rel=1e-12)
+    assert cllr(points_of(*both), force=True) == pytest.approx(naive / 2 / math.log(2), rel=1e-12)
 
     scores, is_target = trials(*both)
     ranks = np.unique(scores, return_inverse=True)[1]  # scikit-learn joins scores 1e-16 apart
@@ -134,7 +133,7 @@ def test_log_likelihood_ratio_costs(both):
         odds = posterior / (1 - posterior) * len(impostors) / len(targets)
         best = np.log2(1 + 1 / odds[is_target]).mean() + np.log2(1 + odds[~is_target]).mean()
     assert min_cllr(points_of(*both)) == pytest.approx(best / 2, abs=1e-9)
-    assert min_cllr(points_of(*both)) <= cllr(points_of(*both)) + 1e-12
+    assert min_cllr(points_of(*both)) <= cllr(points_of(*both), force=True) + 1e-12
 
 
 def test_the_rocch_is_the_lower_hull_of_scikit_learns_det_curve():
@@ -157,10 +156,10 @@ def test_the_rocch_is_the_lower_hull_of_scikit_learns_det_curve():
 
 def test_the_order_of_tied_trials_does_not_matter():
     rng = np.random.default_rng(1)
-    scores, is_target = rng.integers(0, 6, 400) / 4 - 1, rng.random(400) < 0.3
+    scores, is_target = rng.integers(0, 6, 400) - 3.0, rng.random(400) < 0.3
     scores += 0.5 * is_target
     metrics = (
-        *(lambda p, method=method: eer(p, method) for method in EERS),
+        *(lambda p, method=method: eer(p, method) for method in EER_METHODS),
         min_dcf,
         act_dcf,
         cllr,
@@ -176,18 +175,26 @@ def test_the_order_of_tied_trials_does_not_matter():
 
 def test_separated_scores_have_no_errors_and_tied_ones_are_worth_nothing():
     separated, tied = points_of([1, 2, 3], [-1, 0]), points_of([1.0] * 3, [1.0] * 5)
-    for method in EERS:
+    for method in EER_METHODS:
         assert eer(separated, method) == 0
         assert eer(tied, method) == 0.5
     assert min_dcf(separated) == min_cllr(separated) == 0
-    assert tar_at_far(separated, 1e-6) == (1.0, 1.0, 0)
+    assert tar_at_far(separated, 1e-6)[0] == 1.0
     assert min_dcf(tied) == min_cllr(tied) == 1
-    assert tar_at_far(tied, 0.1) == (0.0, math.inf, 0)
+    assert tar_at_far(tied, 0.1)[0] == 0.0
+
+
+def test_calibrated_costs_of_cosines_are_refused():
+    cosines = points_of([0.5, 1.0], [-1.0, 0.2])
+    for metric in (act_dcf, cllr):
+        with pytest.raises(ValueError, match=r"look like cosines.*force=True"):
+            metric(cosines)
+        assert metric(cosines, force=True) > 0
 
 
 def test_single_precision_scores_are_counted_as_they_are():
     scores = np.float32([0.1, 0.1, 0.3])
-    tar, threshold, accepted = tar_at_far(
+    tar, threshold, accepted, _ = tar_at_far(
         operating_points(scores, np.array([True, False, False])), 1.0
     )
     assert (tar, accepted) == (1.0, 2)
@@ -199,15 +206,15 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"scores \(2,\) and labels \(1,\)"):
         operating_points(np.zeros(2), yes)
     with pytest.raises(ValueError, match="1 scores are NaN or infinite"):
-        operating_points(np.array([np.nan]), yes)
+        operating_points(np.array([np.nan, 0]), np.array([True, False]))
     with pytest.raises(ValueError, match="0 target and 1 impostor"):
         operating_points(np.zeros(1), no)
     good = points_of([1], [0])
-    with pytest.raises(ValueError, match="rocch, nist, step, got 'mean'"):
+    with pytest.raises(ValueError, match="rocch, step, nist, got 'mean'"):
         eer(good, "mean")
     with pytest.raises(ValueError, match=r"p_target must be in \(0, 1\), got 1"):
         min_dcf(good, 1)
     with pytest.raises(ValueError, match="c_miss 0"):
-        act_dcf(good, c_miss=0)
+        act_dcf(good, c_miss=0, force=True)
     with pytest.raises(ValueError, match="far must be in"):
         tar_at_far(good, 0)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from speechbrain_qmargin.scoring.metrics import eer, min_dcf, operating_points, tar_at_far
-from speechbrain_qmargin.scoring.report import badge, evaluate, plot_det
+from speechbrain_qmargin.scoring.metrics import eer, min_cllr, min_dcf, operating_points, tar_at_far
+from speechbrain_qmargin.scoring.plots import plot_det
+from speechbrain_qmargin.scoring.report import evaluate
 from speechbrain_qmargin.scoring.trials import Trials
+from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval, resample_speakers
 
 
 def simulated(num_speakers=30, per_speaker=4, seed=0, distance=3.0):
@@ -52,7 +54,57 @@ def test_a_report_gives_the_plain_metrics_within_their_intervals():
 def test_the_same_seed_gives_the_same_intervals():
     scores, trials = simulated()
     first, again = (evaluate(scores, trials, replicates=50, seed=3) for _ in range(2))
-    assert first == again
+    assert first.to_dict() == again.to_dict()
+
+
+def test_the_bootstrap_counts_what_its_weights_say():
+    """Each replicate against a plain count with every trial repeated as often as it was drawn."""
+    scores, trials = simulated(num_speakers=8, distance=1.5)
+    scores = scores.round(1)  # ties
+    points = operating_points(scores, trials.is_target)
+    drawn = resample_speakers(scores, trials, points, replicates=20, seed=5)
+    counts = np.random.default_rng(5).multinomial(8, np.full(8, 1 / 8), size=20)
+    speakers = trials.speakers()
+    first, second = speakers[trials.enrolment], speakers[trials.test]
+    for r, weights in enumerate(counts):
+        times = np.where(trials.is_target, weights[first], weights[first] * weights[second])
+        again = operating_points(np.repeat(scores, times), np.repeat(trials.is_target, times))
+        assert drawn.num_targets[r] == again.num_targets
+        assert drawn.num_impostors[r] == again.num_impostors
+        for threshold, missed, accepted in zip(
+            drawn.thresholds, drawn.misses[:, r], drawn.false_accepts[:, r], strict=True
+        ):
+            assert (missed, accepted) == again.errors_at(threshold)
+        # read off a grid of 1 % steps in FAR
+        assert drawn.min_dcf(0.1)[r] == pytest.approx(min_dcf(again, 0.1), abs=0.02)
+        assert drawn.eer()[r] == pytest.approx(eer(again, "nist"), abs=0.01)
+
+
+def test_weights_of_one_reproduce_the_plain_metrics(monkeypatch):
+    class Ones:
+        def multinomial(self, count, p, size):
+            return np.ones((size, count), dtype=int)
+
+    scores, trials = simulated()
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Ones())
+    points = operating_points(scores, trials.is_target)
+    drawn = resample_speakers(scores, trials, points, replicates=3)
+    assert drawn.min_dcf(0.01) == pytest.approx(3 * [min_dcf(points)], rel=0.01)
+    assert drawn.tar_at_far(0.01) == pytest.approx(3 * [tar_at_far(points, 0.01)[0]], abs=0.01)
+    assert drawn.eer() == pytest.approx(3 * [eer(points, "nist")], abs=0.005)
+    assert drawn.min_cllr() == pytest.approx(3 * [min_cllr(points)], rel=0.01)
+
+
+def test_intervals_of_a_rate():
+    assert rate_interval(3, 50) == pytest.approx(
+        (beta.ppf(0.025, 3, 48), beta.ppf(0.975, 4, 47)), abs=1e-9
+    )
+    z, n, p = 1.959963984540054, 50, 3 / 50
+    middle, half = p + z * z / 2 / n, z * np.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    wilson = [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+    assert rate_interval(3, 50, method="wilson") == pytest.approx(wilson, abs=1e-9)
+    with pytest.raises(ValueError, match="clopper-pearson, wilson, got 'wald'"):
+        rate_interval(3, 50, method="wald")
 
 
 def test_few_errors_widen_the_interval_and_are_marked():
