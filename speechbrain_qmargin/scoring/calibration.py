@@ -1,0 +1,202 @@
+"""Scores to log-likelihood ratios: logistic regression on development trials.
+
+With quality measures of the recordings (duration, embedding norm, mean cohort score) it becomes
+WeSpeaker's quality-aware calibration (QMF). Saved as JSON; never fitted on what it reports.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.scoring.trials import Trials
+
+__all__ = ["Calibration", "fit_calibration"]
+
+_FORMAT = "speechbrain_qmargin calibration 1"
+Qualities = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """``llr = offset + weights . features``, in natural log.
+
+    Attributes
+    ----------
+    features : list of str
+        "score", then two for each quality measure: the lower and the higher of both sides.
+    weights : list of float
+    offset : float
+    p_target : float
+        The prior at which the fit was weighted.
+    fitted_on : str
+        Digest of the development trials.
+    num_trials : int
+    """
+
+    features: list[str]
+    weights: list[float]
+    offset: float
+    p_target: float
+    fitted_on: str
+    num_trials: int
+
+    @property
+    def qualities(self) -> list[str]:
+        """Names of the quality measures that :meth:`apply` wants."""
+        return [name.removeprefix("lower ") for name in self.features if name.startswith("lower ")]
+
+    def apply(
+        self,
+        scores: np.ndarray,
+        trials: Trials,
+        qualities: Qualities | None = None,
+        *,
+        allow_same: bool = False,
+    ) -> np.ndarray:
+        """Log-likelihood ratios of new scores: float64 [N].
+
+        Raises
+        ------
+        ValueError
+            The trials it was fitted on (unless `allow_same`), a missing quality measure.
+        """
+        if digest(trials) == self.fitted_on and not allow_same:
+            raise ValueError(
+                "these are the very trials the calibration was fitted on; figures on them would be "
+                "optimistic. Fit it on a development list"
+            )
+        given = {name: (qualities or {}).get(name) for name in self.qualities}
+        missing = [name for name, values in given.items() if values is None]
+        if missing:
+            raise ValueError(f"the calibration needs the quality measures {', '.join(missing)}")
+        return _features(scores, trials, given) @ np.asarray(self.weights) + self.offset
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON."""
+        write_text(path, json.dumps({"format": _FORMAT} | asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read a file of :meth:`save`.
+
+        Raises
+        ------
+        ValueError
+            Another file, or fields that are missing; with the file.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content.pop("format") != _FORMAT:
+                raise KeyError("format")
+            calibration = cls(**content)
+            if len(calibration.weights) != len(calibration.features):
+                raise KeyError("weights")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a calibration file ({error})") from None
+        return calibration
+
+
+def digest(trials: Trials) -> str:
+    """Digest of the pairs, whatever their order."""
+    pairs = [
+        f"{trials.ids[e]}\t{trials.ids[t]}\n"
+        for e, t in zip(trials.enrolment.tolist(), trials.test.tolist(), strict=True)
+    ]
+    return hashlib.sha256("".join(sorted(pairs)).encode()).hexdigest()
+
+
+def _features(scores: np.ndarray, trials: Trials, qualities: Qualities) -> np.ndarray:
+    columns = [np.asarray(scores, dtype=float)]
+    if columns[0].shape != (len(trials),):
+        raise ValueError(f"{len(trials)} trials and scores {columns[0].shape}")
+    for name, values in qualities.items():
+        missing = [recording for recording in trials.ids if recording not in values]
+        if missing:
+            raise ValueError(f"{len(missing)} recordings have no {name}, the first: {missing[0]}")
+        of_id = np.array([values[recording] for recording in trials.ids], dtype=float)
+        if not np.isfinite(of_id).all():
+            at = int(np.argmin(np.isfinite(of_id)))
+            raise ValueError(f"the {name} of {trials.ids[at]} is not finite")
+        sides = of_id[trials.enrolment], of_id[trials.test]
+        columns += [np.minimum(*sides), np.maximum(*sides)]
+    return np.column_stack(columns)
+
+
+def fit_calibration(
+    scores: np.ndarray,
+    trials: Trials,
+    qualities: Qualities | None = None,
+    *,
+    p_target: float = 0.01,
+) -> Calibration:
+    """Fit on development trials, of other speakers than those to be reported.
+
+    Unregularised logistic regression (scikit-learn), the classes weighted to a prior of
+    `p_target`, run to convergence.
+
+    Parameters
+    ----------
+    scores : float array [N]
+    trials : Trials
+    qualities : mapping from a measure's name to its value for every id
+        Durations are best given as logarithms.
+    p_target : float
+
+    Raises
+    ------
+    ValueError
+        One class missing, a recording without a quality, a prior outside (0, 1), scores that
+        separate the classes (the best log-likelihood ratio would be infinite).
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> left, right = np.triu_indices(80, 1)
+    >>> trials = Trials([str(i) for i in range(80)], left, right, left // 8 == right // 8)
+    >>> scores = rng.normal(size=len(trials)) * 0.1 + 0.2 * trials.is_target
+    >>> calibration = fit_calibration(scores, trials)
+    >>> calibration.features, 10 < calibration.weights[0] < 30
+    (['score'], True)
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError(
+            "calibration needs scikit-learn: pip install 'speechbrain_qmargin[report]'"
+        ) from error
+    if not 0 < p_target < 1:
+        raise ValueError(f"p_target must be in (0, 1), got {p_target}")
+    qualities = dict(qualities or {})
+    features = _features(scores, trials, qualities)
+    if not np.isfinite(features[:, 0]).all():
+        raise ValueError("scores must be finite")
+    target = trials.is_target
+    number = np.count_nonzero(target)
+    if number in (0, len(target)):
+        raise ValueError("calibration needs target and impostor trials")
+    if features[target, 0].min() > features[~target, 0].max():
+        raise ValueError(
+            "the development scores separate targets and impostors entirely: their best "
+            "log-likelihood ratios are infinite. Use a harder or larger list"
+        )
+    centre, spread = features.mean(0), features.std(0)
+    spread[spread == 0] = 1
+    weight = np.where(target, p_target / number, (1 - p_target) / (len(target) - number))
+    model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10, max_iter=1000)
+    model.fit((features - centre) / spread, target, sample_weight=weight * len(target))
+    weights = model.coef_[0] / spread
+    offset = model.intercept_[0] - weights @ centre - math.log(p_target / (1 - p_target))
+    names = ["score"]
+    for name in qualities:
+        names += [f"lower {name}", f"higher {name}"]
+    return Calibration(
+        names, weights.tolist(), float(offset), p_target, digest(trials), len(trials)
+    )

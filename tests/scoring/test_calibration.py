@@ -1,0 +1,102 @@
+"""Calibration: it calibrates, is the optimum, comes back from JSON, is never fitted on its test."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from speechbrain_qmargin.scoring.calibration import Calibration, fit_calibration
+from speechbrain_qmargin.scoring.metrics import cllr, eer, min_cllr, operating_points
+from speechbrain_qmargin.scoring.trials import Trials
+
+
+def simulated(seed, name="u", count=4000):
+    """Gaussian cosines whose log likelihood ratio is known: 40 * score - 8."""
+    rng = np.random.default_rng(seed)
+    ids = [f"{name}{i}" for i in range(count + 1)]
+    is_target = rng.random(count) < 0.3
+    trials = Trials(ids, np.arange(count), np.full(count, count), is_target)
+    return rng.normal(np.where(is_target, 0.3, 0.1), math.sqrt(0.005)), trials
+
+
+def test_it_finds_the_true_ratio_and_calibrates_new_scores():
+    scores, trials = simulated(0)
+    calibration = fit_calibration(scores, trials, p_target=0.3)
+    assert calibration.weights[0] == pytest.approx(40, rel=0.1)
+    assert calibration.offset == pytest.approx(-8, rel=0.15)
+    new, new_trials = simulated(1, "v")
+    points = operating_points(calibration.apply(new, new_trials), new_trials.is_target)
+    assert cllr(points) < min_cllr(points) + 0.02
+    assert eer(points) == eer(operating_points(new, new_trials.is_target))
+
+
+def test_it_is_the_optimum_of_the_weighted_cost():
+    scores, trials = simulated(2, count=500)
+    calibration = fit_calibration(scores, trials, p_target=0.05)
+    shift = math.log(0.05 / 0.95)
+
+    def cost(parameters):
+        llr = parameters[0] * scores + parameters[1] + shift
+        return (
+            0.05 * np.logaddexp(0, -llr[trials.is_target]).mean()
+            + 0.95 * np.logaddexp(0, llr[~trials.is_target]).mean()
+        )
+
+    best = minimize(
+        cost, [30.0, -5.0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-15}
+    )
+    found = cost([calibration.weights[0], calibration.offset])
+    assert found <= best.fun + 1e-9
+
+
+def test_quality_measures_help_where_they_matter():
+    scores, trials = simulated(3)
+    rng = np.random.default_rng(0)
+    noise = {
+        name: float(value) for name, value in zip(trials.ids, rng.normal(size=4001), strict=True)
+    }
+    worse = scores + 0.1 * np.array([noise[trials.ids[i]] for i in trials.enrolment])
+    plain = fit_calibration(worse, trials)
+    aware = fit_calibration(worse, trials, {"noise": noise})
+    assert aware.qualities == ["noise"]
+    costs = [
+        min_cllr(operating_points(c.apply(worse, trials, q, allow_same=True), trials.is_target))
+        for c, q in ((plain, None), (aware, {"noise": noise}))
+    ]
+    assert costs[1] < costs[0] - 0.05
+    with pytest.raises(ValueError, match="needs the quality measures noise"):
+        aware.apply(*simulated(4, "v"))
+    with pytest.raises(ValueError, match="4001 recordings have no noise, the first: v0"):
+        aware.apply(*simulated(4, "v"), {"noise": noise})
+
+
+def test_it_comes_back_from_json(tmp_path):
+    scores, trials = simulated(5)
+    calibration = fit_calibration(scores, trials)
+    calibration.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json") == calibration
+    content = json.loads((tmp_path / "c.json").read_text())
+    for broken in ({}, content | {"format": "x"}, content | {"weights": []}):
+        (tmp_path / "bad.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=r"bad\.json: not a calibration file"):
+            Calibration.load(tmp_path / "bad.json")
+
+
+def test_what_cannot_be_calibrated_is_refused():
+    scores, trials = simulated(6)
+    calibration = fit_calibration(scores, trials)
+    order = np.random.default_rng(0).permutation(len(scores))
+    shuffled = Trials(
+        trials.ids, trials.enrolment[order], trials.test[order], trials.is_target[order]
+    )
+    with pytest.raises(ValueError, match="very trials the calibration was fitted on"):
+        calibration.apply(scores[order], shuffled)
+    with pytest.raises(ValueError, match="separate targets and impostors entirely"):
+        fit_calibration(scores + 9 * trials.is_target, trials)
+    with pytest.raises(ValueError, match=r"p_target must be in \(0, 1\), got 0"):
+        fit_calibration(scores, trials, p_target=0)
+    none = Trials(trials.ids, trials.enrolment, trials.test, np.zeros(4000, bool))
+    with pytest.raises(ValueError, match="needs target and impostor trials"):
+        fit_calibration(scores, none)
