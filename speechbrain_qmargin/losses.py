@@ -38,6 +38,9 @@ class QMarginLoss(nn.Module):
     near 0.5 to 0.6. The module has no parameters and no state; it need not be in `modules` or in
     the checkpointer.
 
+    Under ``torch.compile`` loss and gradient stay the same, but on the CPU the graph breaks where
+    the solver asks whether it has converged: nothing is gained, and the value checks are skipped.
+
     Parameters
     ----------
     alpha : float, >= 1
