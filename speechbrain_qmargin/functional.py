@@ -401,11 +401,10 @@ class _QMargin(torch.autograd.Function):
         """
         with torch.autocast(cosines.device.type, enabled=False):
             index = targets.unsqueeze(1)
-            cos = cosines.to(_compute_dtype(cosines))
-            cos_y = cos.gather(1, index)
+            cos_y = cosines.gather(1, index).to(_compute_dtype(cosines))
             # Differences to the best wrong cosine, taken before scaling: nearly exact where it
             # matters. The target leaves the matrix, so that its tiny prior meets no rounding.
-            z = cos.scatter(1, index, -math.inf)
+            z = cosines.to(cos_y.dtype, copy=True).scatter_(1, index, -math.inf)
             peak = z.amax(1, keepdim=True)
             peak = torch.where(peak.isfinite(), peak, cos_y)  # C = 1: there is no wrong class
             z = z.sub_(peak)
@@ -433,7 +432,8 @@ class _QMargin(torch.autograd.Function):
 
                 upper = z_y.clamp(min=0) + 1 / (alpha - 1)
                 lower = torch.maximum(v.amax(1, keepdim=True) / (alpha - 1), alone)
-                if v.shape[1] >= _WARM_START_CLASSES:
+                # only where the steps stop by themselves is a better start worth a sort
+                if v.device.type == "cpu" and v.shape[1] >= _WARM_START_CLASSES:
                     top = v.topk(_WARM_START_SUBSET, 1, sorted=False).values
                     lower = solve(top, torch.empty_like(top), torch.empty_like(top), lower)
                 tau = solve(v, u, h, lower)
@@ -453,10 +453,10 @@ class _QMargin(torch.autograd.Function):
             p = p.div_(total).scatter_(1, index, p_y)
             loss = torch.where(p_y == 1, torch.zeros_like(loss), loss.clamp(min=0)).squeeze(1)
             p_y = p_y.squeeze(1)
-            support = torch.count_nonzero(p, dim=1) if count_support else p_y
+            support = torch.count_nonzero(p, dim=1) if count_support else None
         ctx.save_for_backward(p, index)
         ctx.scale, ctx.in_dtype = scale, cosines.dtype
-        ctx.mark_non_differentiable(p_y, support)
+        ctx.mark_non_differentiable(*([p_y, support] if count_support else [p_y]))
         return loss, p_y, support
 
     @staticmethod

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from speechbrain.nnet.losses import AdditiveAngularMargin, AngularMargin, LogSoftmaxWrapper
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from speechbrain_qmargin import LOSSES, CosFaceLoss, QMarginFaceLoss, QMarginLoss, make_loss
 from speechbrain_qmargin.functional import QMarginStats, q_margin_loss
@@ -145,11 +146,12 @@ def test_it_trains_a_classifier():
     assert (cosines.argmax(1) == labels).all()
 
 
-def test_torch_compile_gives_the_same_loss_and_gradient():
-    """Dynamo runs the solver outside its graphs: correct, not faster."""
+@pytest.mark.parametrize("loss", [QMarginLoss(), CosFaceLoss()])
+def test_torch_compile_gives_the_same_loss_and_gradient(loss):
+    """On the CPU dynamo runs the solver, which asks whether it is done, outside its graphs."""
     outputs, labels = outputs_and_labels()
-    loss = QMarginLoss()
-    compiled = torch.compile(loss, backend="aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=loss.alpha == 1)
     a, b = (outputs.clone().requires_grad_() for _ in range(2))
     first, second = loss(a, labels), compiled(b, labels)
     first.backward()
@@ -157,6 +159,23 @@ def test_torch_compile_gives_the_same_loss_and_gradient():
     torch.testing.assert_close(first, second)
     torch.testing.assert_close(a.grad, b.grad)
     assert math.isfinite(second.item())
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 3.0])
+def test_a_gpu_is_never_waited_for(alpha):
+    """On fake CUDA tensors (shapes without values) a look at a value raises."""
+    loss = QMarginLoss(alpha, 4.0)
+    with FakeTensorMode():
+        outputs = torch.empty(4, 1, 3000, device="cuda", requires_grad=True)
+        labels = torch.empty(4, 1, device="cuda", dtype=torch.long)
+        with pytest.raises(DataDependentOutputException):
+            bool((labels > 0).all())
+        value, stats = loss.with_stats(outputs, labels)
+        assert value.device.type == stats.support_mean.device.type == "cuda"
+        if alpha <= 2:  # 128 safeguarded steps take a minute to trace
+            torch.compiler.reset()
+            compiled = torch.compile(loss, backend="eager", fullgraph=True)
+            assert compiled(outputs, labels).shape == ()
 
 
 def test_importing_the_loss_imports_torch_alone():
