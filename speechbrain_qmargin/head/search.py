@@ -1,0 +1,335 @@
+r"""The exact support of the alpha-softargmax over millions of classes, in one pass over them.
+
+A class is active iff :math:`\theta_j > \tau - k` with :math:`k = 1/(\alpha - 1)`, and tau solved on
+any subset of the classes is a lower bound of tau. So whatever set of classes is collected, as long
+as it contains *every* class above a floor g,
+
+    tau(collected) - k >= g   proves that nothing active was left out.
+
+1. **Guess** a floor per sample, from the scores of a small strided sample of the classes whose
+   mass is scaled up to all of them. Only speed depends on it.
+2. **Screen** all classes with a bf16 product; keep those that may exceed a floor. The margin left
+   for rounding is the bound of :func:`screening_slack`, so no class above the floor is lost.
+3. **Score** the kept ones in float32, solve tau on them and check the certificate. The samples that
+   fail it (the guess was too high) take a second pass, with the floor tau(collected) - k, which is
+   proved and cannot fail.
+
+Scores of size batch x classes are never stored. Where the candidates themselves would not fit
+(ties, a tiny scale: everything is active), and at alpha = 1, tau comes from float32 passes over
+chunks (:func:`dense_tau`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from speechbrain_qmargin.functional import (
+    _newton,
+    _newton_steps,
+    _powers,
+    _powers_into,
+    _single_class_tau,
+)
+
+__all__ = [
+    "Candidates",
+    "Prototypes",
+    "chunked_cosines",
+    "dense_tau",
+    "posterior",
+    "screening_slack",
+    "search",
+]
+
+_CHUNK = 8192  # rows of a screening product: its output stays in the cache
+_BLOCK = 32768  # surviving rows scored in float32 at a time
+_SAMPLE = 16384  # rows the floor is guessed from
+_SAMPLE_TOP = 256
+_MAX_CANDIDATES = 4_000_000  # padded candidates of a batch: 16 MB a buffer
+_SHARE = 0.5  # of the estimated mass the guess relies on; lower is safer, higher tighter
+
+
+class Prototypes(NamedTuple):
+    """What a search reads: rows [C, D] float32, 1/norm [C], unit rows in bf16 [C, D], their error.
+
+    `residual` bounds ||w/||w|| - bf16 row|| over the rows (zero-dimensional).
+    """
+
+    weight: Tensor
+    inverse_norm: Tensor
+    screen: Tensor | None
+    residual: Tensor | None
+
+    def unit(self, rows: Tensor | slice) -> Tensor:
+        if isinstance(rows, slice):
+            return self.weight[rows] * self.inverse_norm[rows].unsqueeze(1)
+        unit = self.weight.index_select(0, rows)
+        return unit.mul_(self.inverse_norm.index_select(0, rows).unsqueeze(1))
+
+
+class Candidates(NamedTuple):
+    """A superset of the active classes other than the target, padded: cosine -inf, class 0."""
+
+    cosines: Tensor  # [B, K] float32
+    classes: Tensor  # [B, K] int64
+
+
+def screening_slack(embeddings: Tensor, rounded: Tensor, residual: Tensor) -> Tensor:
+    r"""[B]: by how much a bf16 product may fall short of the true cosine, its own rounding aside.
+
+    With x = x_b + dx and w = w_b + dw, where x_b and w_b are the rounded vectors,
+    :math:`x \cdot w - x_b \cdot w_b = dx \cdot w + x_b \cdot dw`, at most
+    :math:`\|dx\| + \|x_b\| \|dw\|` for unit w (Cauchy-Schwarz); the residuals are measured, not
+    estimated. Accumulation in float32 adds :math:`D 2^{-23}` at most. Rounding the result to bf16
+    is monotone, so it never takes a value from above a bf16 number to below it; thresholds are
+    bf16 numbers and need no slack for it.
+    """
+    dx = (embeddings - rounded.float()).norm(dim=1)
+    xb = rounded.float().norm(dim=1)
+    accumulation = embeddings.shape[1] * 2.0**-23
+    return (dx + xb * residual) * (1 + 2**-20) + xb * accumulation + 1e-7
+
+
+def _round_down(x: Tensor) -> Tensor:
+    """The largest bf16 number not above x, nearly: one or two units lower at most."""
+    return (x - x.abs() * 2.0**-7 - 1e-30).bfloat16()
+
+
+def _surviving_rows(embeddings: Tensor, floor: Tensor, prototypes: Prototypes) -> Tensor:
+    """Rows whose cosine with some embedding may be >= its floor [B] (in cosine)."""
+    screen = prototypes.screen
+    classes, device = screen.shape[0], screen.device
+    hit = torch.empty(classes, dtype=torch.bool, device=device)
+    out = torch.empty(min(_CHUNK, classes), embeddings.shape[0], dtype=screen.dtype, device=device)
+    # Embeddings divided by their threshold have one threshold in common: 1, and one maximum per
+    # row decides. That takes positive thresholds, which is the rule.
+    coarse = floor - 1.3 * (2.0**-9 + prototypes.residual) - 1e-4
+    if bool((coarse > 0.02).all()):
+        scaled = embeddings / coarse.unsqueeze(1)
+        rounded = scaled.to(screen.dtype)
+        slack = screening_slack(scaled, rounded, prototypes.residual)
+        threshold = _round_down((floor / coarse - slack).min())
+        offset = None
+    else:
+        rounded = embeddings.to(screen.dtype)
+        slack = screening_slack(embeddings, rounded, prototypes.residual)
+        offset, threshold = _round_down(floor - slack), 0.0
+    columns = rounded.T.contiguous()
+    for start in range(0, classes, _CHUNK):
+        rows = screen[start : start + _CHUNK]
+        scores = torch.mm(rows, columns, out=out[: rows.shape[0]])
+        if offset is not None:
+            scores.sub_(offset)  # the sign of a difference survives rounding
+        torch.ge(scores.amax(1), threshold, out=hit[start : start + _CHUNK])
+    return hit.nonzero().squeeze(1)
+
+
+def _compact(cosines: Tensor, keep: Tensor, classes: Tensor) -> Candidates:
+    """The kept entries of [B, R] moved to the left; classes is [R] or [B, R]."""
+    samples, positions = keep.nonzero(as_tuple=True)
+    counts = torch.bincount(samples, minlength=keep.shape[0])
+    width = max(int(counts.max()), 1)
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(samples.numel(), device=samples.device) - starts[samples]
+    place += samples * width
+    shape = (keep.shape[0], width)
+    values = cosines.new_full(shape, -math.inf)
+    names = torch.zeros(shape, dtype=torch.int64, device=cosines.device)
+    flat = samples * keep.shape[1] + positions
+    values.view(-1)[place] = cosines.reshape(-1)[flat]
+    source = classes[positions] if classes.ndim == 1 else classes.reshape(-1)[flat]
+    names.view(-1)[place] = source
+    return Candidates(values, names)
+
+
+def _collect(
+    embeddings: Tensor, labels: Tensor, floor: Tensor, prototypes: Prototypes
+) -> Candidates | None:
+    """All classes but the target with cosine >= floor [B]; None if they are too many."""
+    if prototypes.screen is None:
+        rows = torch.arange(prototypes.weight.shape[0], device=labels.device)
+    else:
+        rows = _surviving_rows(embeddings, floor, prototypes)
+    found, total = [], 0
+    for block in rows.split(_BLOCK):
+        cosines = embeddings @ prototypes.unit(block).T
+        place = torch.searchsorted(block, labels).clamp_(max=block.numel() - 1)
+        is_target = (block[place] == labels).unsqueeze(1)
+        column = place.unsqueeze(1)
+        cosines.scatter_(1, column, cosines.gather(1, column).masked_fill(is_target, -math.inf))
+        part = _compact(cosines, cosines >= floor.unsqueeze(1), block)
+        total += part.cosines.numel()
+        if total > _MAX_CANDIDATES:
+            return None
+        found.append(part)
+    if not found:
+        empty = embeddings.new_full((embeddings.shape[0], 1), -math.inf)
+        return Candidates(empty, torch.zeros_like(empty, dtype=torch.int64))
+    if len(found) == 1:
+        return found[0]
+    return Candidates(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
+
+
+def candidate_tau(
+    logits: Tensor, target: Tensor, alpha: float, log_q: float, weight: float = 1.0
+) -> Tensor:
+    """tau [B] of padded logits [B, K] and the target's [B]; each logit counts `weight` times."""
+    z_y = target.unsqueeze(1)
+    prior = torch.full_like(z_y, log_q)
+    alone = _single_class_tau(z_y, alpha, prior)
+    peak = logits.amax(1, keepdim=True)
+    lower = torch.maximum(peak, alone)
+    k = 1 / (alpha - 1)
+    upper = torch.maximum(peak, z_y) + k * max(1.0, weight * logits.shape[1]) ** min(1.0, 1 / k)
+    v = logits * (alpha - 1)
+    u, h = torch.empty_like(v), torch.empty_like(v)
+
+    def mass(tau: Tensor) -> tuple[Tensor, Tensor]:
+        powers = _powers_into(v, tau, alpha, u, h)
+        h_y, u_y = _powers(z_y, tau, alpha, prior)
+        s = torch.linalg.vecdot(powers, u).unsqueeze(1) * weight
+        return s + h_y * u_y, powers.sum(1, keepdim=True) * weight + h_y
+
+    count = 1 + max(1, round(weight * logits.shape[1]))
+    steps = _newton_steps(alpha, count, abs(log_q), logits.dtype)
+    return _newton(mass, lower, upper, alpha, steps).squeeze(1)
+
+
+def _guess(
+    embeddings: Tensor, target: Tensor, prototypes: Prototypes, alpha, scale, log_q
+) -> Tensor:
+    """A floor [B] in logits that is probably, not certainly, below tau - k."""
+    classes = prototypes.weight.shape[0]
+    stride = max(1, classes // _SAMPLE)
+    rows = prototypes.screen[::stride][:_SAMPLE]
+    scores = torch.mm(embeddings.to(rows.dtype), rows.T).float()
+    top = scores.topk(min(_SAMPLE_TOP, scores.shape[1]), 1, sorted=False).values * scale
+    weight = max(1.0, _SHARE * classes / rows.shape[0])
+    # rounding and the target itself may lift the sample's scores: a little lower costs little
+    return candidate_tau(top, target, alpha, log_q, weight) - 1 / (alpha - 1)
+
+
+def search(
+    embeddings: Tensor,
+    labels: Tensor,
+    target_cosine: Tensor,
+    prototypes: Prototypes,
+    alpha: float,
+    scale: float,
+    margin: float,
+) -> tuple[Candidates, Tensor] | None:
+    """Candidates that contain the whole support, and tau [B] in logits; None: too many for memory.
+
+    Parameters
+    ----------
+    embeddings : Tensor, [B, D], float32, unit rows
+    labels : Tensor, [B], int64
+    target_cosine : Tensor, [B]
+    prototypes : Prototypes
+    alpha : float, > 1
+    """
+    log_q, k = -scale * margin, 1 / (alpha - 1)
+    target = target_cosine * scale
+    if prototypes.screen is None:
+        # as if every class had been found: the floor is the target's own lower bound
+        prior = torch.full_like(target, log_q)
+        floor = _single_class_tau(target, alpha, prior) - k
+    else:
+        floor = _guess(embeddings, target, prototypes, alpha, scale, log_q)
+    found = _collect(embeddings, labels, floor / scale, prototypes)
+    if found is None:
+        return None
+    tau = candidate_tau(found.cosines * scale, target, alpha, log_q)
+    failed = (tau - k < floor).nonzero().squeeze(1)
+    if failed.numel():
+        again = _collect(embeddings[failed], labels[failed], (tau[failed] - k) / scale, prototypes)
+        if again is None:
+            return None
+        width = max(found.cosines.shape[1], again.cosines.shape[1])
+        if width * found.cosines.shape[0] > _MAX_CANDIDATES:
+            return None
+        cosines = found.cosines.new_full((found.cosines.shape[0], width), -math.inf)
+        classes = torch.zeros_like(cosines, dtype=torch.int64)
+        for to, source in ((cosines, found.cosines), (classes, found.classes)):
+            to[:, : source.shape[1]] = source
+        for to, source, filler in (
+            (cosines, again.cosines, -math.inf),
+            (classes, again.classes, 0),
+        ):
+            to[failed] = filler
+            to[failed, : source.shape[1]] = source
+        found = Candidates(cosines, classes)
+        tau[failed] = candidate_tau(cosines[failed] * scale, target[failed], alpha, log_q)
+    return found, tau
+
+
+def dense_tau(
+    embeddings: Tensor,
+    labels: Tensor,
+    target_cosine: Tensor,
+    prototypes: Prototypes,
+    alpha: float,
+    scale: float,
+    margin: float,
+) -> Tensor:
+    """tau [B] where everything may be active: float32 passes over chunks, nothing kept.
+
+    One pass at alpha = 1, else one per Newton step. Sums are accumulated in float64.
+    """
+    log_q = -scale * margin
+    z_y = target_cosine * scale
+    prior = torch.full_like(z_y, log_q)
+    alone = _single_class_tau(z_y, alpha, prior)
+    if alpha == 1:
+        total = alone.double()
+        for _, cosines in chunked_cosines(embeddings, labels, prototypes):
+            total = torch.logaddexp(total, torch.logsumexp(cosines * scale, 1).double())
+        return total.to(z_y.dtype)
+    peak = torch.full_like(z_y, -math.inf)
+    for _, cosines in chunked_cosines(embeddings, labels, prototypes):
+        peak = torch.maximum(peak, cosines.amax(1))
+    peak = peak * scale
+    k, classes = 1 / (alpha - 1), prototypes.weight.shape[0]
+    upper = torch.maximum(peak, z_y) + k
+
+    def mass(tau: Tensor) -> tuple[Tensor, Tensor]:
+        h_y, u_y = _powers(z_y, tau, alpha, prior)
+        s, slope = (h_y * u_y).double(), h_y.double()
+        for _, cosines in chunked_cosines(embeddings, labels, prototypes):
+            v = cosines.mul_(scale * (alpha - 1))
+            u, h = torch.empty_like(v), torch.empty_like(v)
+            powers = _powers_into(v, tau.unsqueeze(1), alpha, u, h)
+            s, slope = s + torch.linalg.vecdot(powers, u), slope + powers.sum(1)
+        return s.to(tau.dtype), slope.to(tau.dtype)
+
+    steps = _newton_steps(alpha, classes, abs(log_q), z_y.dtype)
+    return _newton(mass, torch.maximum(peak, alone), upper, alpha, steps)
+
+
+def chunked_cosines(
+    embeddings: Tensor, labels: Tensor, prototypes: Prototypes
+) -> Iterator[tuple[slice, Tensor]]:
+    """(classes, cosines [B, chunk]) over all classes, -inf at each sample's target."""
+    classes = prototypes.weight.shape[0]
+    for start in range(0, classes, _CHUNK):
+        rows = slice(start, min(start + _CHUNK, classes))
+        cosines = embeddings @ prototypes.unit(rows).T
+        place = (labels - start).clamp(0, cosines.shape[1] - 1).unsqueeze(1)
+        inside = ((labels >= start) & (labels < rows.stop)).unsqueeze(1)
+        value = cosines.gather(1, place).masked_fill(inside, -math.inf)
+        yield rows, cosines.scatter_(1, place, value)
+
+
+def posterior(logits: Tensor, tau: Tensor, alpha: float) -> Tensor:
+    """p [B, K] of the classes other than the target, from logits [B, K] and tau [B]."""
+    if alpha == 1:
+        return torch.exp(logits - tau.unsqueeze(1))
+    v = logits * (alpha - 1)
+    u, h = torch.empty_like(v), torch.empty_like(v)
+    powers = _powers_into(v, tau.unsqueeze(1), alpha, u, h)
+    return powers * u
