@@ -235,7 +235,8 @@ def solve_tau(logits: Tensor, alpha: float, log_q: Tensor | None = None) -> Tens
     _check_alpha(alpha)
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(_compute_dtype(logits))
-        log_q = None if log_q is None else log_q.to(logits.dtype)
+        if log_q is not None:
+            log_q = torch.as_tensor(log_q, dtype=logits.dtype, device=logits.device)
         peak = logits.amax(-1, keepdim=True)
         return (_tau(logits - peak, alpha, log_q) + peak).squeeze(-1)
 
