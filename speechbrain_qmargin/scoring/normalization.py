@@ -8,7 +8,8 @@ of score normalization in multilingual speaker recognition", Interspeech 2017) t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 METHODS = ("as", "as-cross", "s", "z", "t")
-_ROWS, _COLUMNS = 512, 8192  # of a block of cohort scores: 16 MiB
+_ROWS, _COLUMNS = 128, 8192  # of a block of cohort scores: 4 MiB
 _LEAST_STD = 1e-6
 
 
@@ -211,19 +212,38 @@ def cohort_statistics(
     top_n = _checked_top(top_n, len(cohort))
     other = torch.from_numpy(np.ascontiguousarray(cohort, dtype=np.float32)).to(device)
     means, stds = np.empty(len(matrix)), np.empty(len(matrix))
-    for start in range(0, len(matrix), _ROWS):
-        block = np.ascontiguousarray(matrix[start : start + _ROWS], dtype=np.float32)
-        rows = torch.from_numpy(block).to(device)
+
+    def block(start: int) -> int:
+        rows = np.ascontiguousarray(matrix[start : start + _ROWS], dtype=np.float32)
+        rows = torch.from_numpy(rows).to(device)
         if top_n == len(other):
-            # of all scores, mean and variance need only the cohort's first two moments
             mean, std = _all_moments(rows, other)
         else:
             mean, std = _moments(_largest(rows, other, top_n, False)[0])
         means[start : start + _ROWS] = mean.cpu()
         stds[start : start + _ROWS] = std.cpu()
+        return len(rows)
+
+    for done in _each_block(block, len(matrix), device):
         if progress:
-            progress(len(block))
+            progress(done)
     return means, np.maximum(stds, _LEAST_STD)
+
+
+def _each_block(block: Callable[[int], int], count: int, device: str) -> Iterator[int]:
+    """Run `block` for every start; on a CPU one block a thread, which beats threads in a block."""
+    torch = _torch()
+    starts = range(0, count, _ROWS)
+    if torch.device(device).type != "cpu":
+        yield from map(block, starts)
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(block, starts)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _all_moments(rows, cohort) -> tuple:
@@ -312,13 +332,17 @@ def _cross_selected(unit, trials, cohort, top_n, scores, device, progress) -> np
     other = torch.from_numpy(np.ascontiguousarray(cohort)).to(device)
     rows = torch.from_numpy(unit)
     nearest = torch.empty(len(unit), top_n, dtype=torch.int32)
-    for start in range(0, len(unit), _ROWS):
+
+    def select(start: int) -> int:
         part = slice(start, start + _ROWS)
         nearest[part] = _largest(rows[part].to(device), other, top_n, True)[1].int().cpu()
+        return len(rows[part])
+
+    for done in _each_block(select, len(unit), device):
         if progress:
-            progress(len(rows[part]))
+            progress(done)
     result = np.zeros(len(scores))
-    height = max(1, min(_ROWS, 2**25 // len(cohort)))
+    height = max(1, min(512, 2**24 // len(cohort)))
     for own, selecting in ((trials.enrolment, trials.test), (trials.test, trials.enrolment)):
         order = np.argsort(own, kind="stable")
         edges = np.searchsorted(own[order], np.arange(0, len(unit) + height, height))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -180,7 +181,6 @@ def resample_speakers(
     ValueError
         Fewer than two speakers, or none left in any replicate.
     """
-    import torch
     from scipy.sparse import coo_array
 
     scores = np.asarray(scores)
@@ -213,7 +213,7 @@ def resample_speakers(
     bins = np.searchsorted(thresholds, scores[impostor], side="right")
     order = np.argsort(bins, kind="stable")
     edges = np.searchsorted(bins[order], np.arange(len(thresholds) + 2))
-    one, two = torch.from_numpy(one[order]), torch.from_numpy(two[order])
+    one, two = one[order], two[order]
 
     parts = []
     block = max(8, min(replicates, 64_000_000 // (4 * count)))
@@ -222,7 +222,7 @@ def resample_speakers(
         drawn = rng.multinomial(count, np.full(count, 1 / count), size=number)
         weights = np.ascontiguousarray(drawn.T, dtype=np.float32)
         below = np.cumsum(target_counts @ weights, axis=0, dtype=np.float64)
-        inside = _bin_sums(torch.from_numpy(weights), one, two, edges)
+        inside = _bin_sums(weights, one, two, edges)
         accepted = np.cumsum(inside[::-1], axis=0, dtype=np.float64)[::-1]
         total = (pairs(weights) * weights).sum(axis=0, dtype=np.float64)
         parts.append((below[:-1], accepted[1:], below[-1], total))
@@ -272,18 +272,21 @@ def _pair_counts(one: np.ndarray, two: np.ndarray, count: int):
     return lambda weights: matrix @ weights
 
 
-def _bin_sums(weights, one, two, edges: np.ndarray) -> np.ndarray:
+def _bin_sums(weights: np.ndarray, one: np.ndarray, two: np.ndarray, edges: np.ndarray):
     """Sum of the products of both speakers' weights, in every bin: [bins, R]."""
-    import torch
+    from scipy.sparse import coo_array
 
-    sums = torch.zeros(len(edges) - 1, weights.shape[1])
-    chunk = max(64, 500_000 // weights.shape[1])
-    for index, (start, stop) in enumerate(
-        zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
-    ):
+    count, replicates = weights.shape
+    sums = np.zeros((len(edges) - 1, replicates), dtype=np.float32)
+    chunk = max(64, 60_000 // replicates)  # of trials, whose weights fit the processor's cache
+    for index, (start, stop) in enumerate(pairwise(edges.tolist())):
+        if stop - start > count:  # one row of weights a trial, then one product a speaker
+            pair = one[start:stop], two[start:stop]
+            counts = np.ones(stop - start, dtype=np.float32)
+            linked = coo_array((counts, pair), (count, count)).tocsr() @ weights
+            np.einsum("sr,sr->r", linked, weights, out=sums[index])
+            continue
         for at in range(start, stop, chunk):
             part = slice(at, min(at + chunk, stop))
-            product = weights.index_select(0, one[part])
-            product.mul_(weights.index_select(0, two[part]))
-            sums[index] += product.sum(0)
-    return sums.numpy()
+            sums[index] += np.einsum("tr,tr->r", weights[one[part]], weights[two[part]])
+    return sums
