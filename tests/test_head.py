@@ -48,11 +48,13 @@ def dense_reference(embeddings, weight, labels, alpha, scale, margin):
     return loss, p, x.grad, w.grad
 
 
-def close(got, wanted, tolerance=1e-5, terms=0.0):
-    """Relative to the result, or 16 float32 eps of the `terms` that cancelled in it."""
+EPS = 2.0**-23
+
+
+def close(got, wanted, tolerance=1e-5, rounding=0.0):
+    """Relative to the result, or to what rounding leaves of terms that cancelled in it."""
     got, wanted = got.detach().double(), wanted.detach().double()
-    rounding = 16 * 2**-23 * terms + 1e-9
-    assert float((got - wanted).norm()) <= tolerance * float(wanted.norm()) + rounding
+    assert float((got - wanted).norm()) <= tolerance * float(wanted.norm()) + rounding + 1e-9
 
 
 def check(head, embeddings, labels, alpha, scale, margin, tolerance=1e-5):
@@ -63,10 +65,13 @@ def check(head, embeddings, labels, alpha, scale, margin, tolerance=1e-5):
     )
     loss.mean().backward()
     wanted, p, grad_x, grad_w = dense_reference(x, head.weight, labels, alpha, scale, margin)
-    close(loss, wanted, tolerance, scale)
-    close(x.grad, grad_x, tolerance, scale * float((1 / x.detach().norm(dim=1)).mean()))
+    # 16 eps of the terms; above alpha = 2 a posterior has infinite slope where a class enters the
+    # support, so it is known only to a root of that
+    rounding = (16 * EPS if alpha <= 2 else (16 * EPS * scale) ** (1 / (alpha - 1))) * scale
+    close(loss, wanted, tolerance, rounding)
+    close(x.grad, grad_x, tolerance, rounding * float((1 / x.detach().norm(dim=1)).mean()))
     shortest = float(head.weight.detach().norm(dim=1).min())
-    close(head.weight.grad.to_dense(), grad_w, tolerance, scale / shortest)
+    close(head.weight.grad.to_dense(), grad_w, tolerance, rounding / shortest)
     return stats, p
 
 
@@ -87,7 +92,7 @@ def near(head, labels, noise, seed=1):
     return head.weight.detach()[labels] + noise * torch.randn(len(labels), head.weight.shape[1])
 
 
-@pytest.mark.parametrize("parameters", PARAMETERS)
+@pytest.mark.parametrize("parameters", [*PARAMETERS, (3.0, 4.0, 0.1)])
 @pytest.mark.parametrize("noise", [0.05, 0.5, 100])
 def test_equals_the_dense_loss_and_gradients(screened, parameters, noise):
     torch.manual_seed(0)
@@ -117,7 +122,7 @@ def test_support_is_the_dense_one(screened):
     classes=st.integers(1, 700),
     batch=st.integers(1, 6),
     dim=st.integers(1, 9),
-    parameters=st.sampled_from([*PARAMETERS, (1.05, 20.0, 0.3), (1.5, 0.5, 0.0), (3.0, 4.0, 0.1)]),
+    parameters=st.sampled_from([*PARAMETERS, (1.05, 20.0, 0.3), (1.5, 0.5, 0.0)]),
     noise=st.sampled_from([0.0, 1e-3, 0.1, 1.0, 50.0]),
     twins=st.booleans(),
     seed=st.integers(0, 1000),
@@ -134,9 +139,7 @@ def test_any_shape_with_ties(classes, batch, dim, parameters, noise, twins, seed
             with torch.no_grad():
                 head.weight[classes // 2 :] = head.weight[0].clone()
         labels = torch.randint(classes, (batch,))
-        # Where p_j ~ u^(1/(alpha-1)) has infinite slope, float32 logits fix it less well
-        tolerance = 2e-3 if parameters[0] > 2 else 3e-5
-        check(head, near(head, labels, noise, seed), labels, *parameters, tolerance)
+        check(head, near(head, labels, noise, seed), labels, *parameters, 3e-5)
 
 
 @pytest.mark.parametrize("alpha", [1.25, 2.0])

@@ -93,7 +93,12 @@ class QMarginHead(nn.Module):
         self.weight.qmargin_rows_changed = self._rows_changed
         self._cache: Prototypes | None = None
         self._cache_of: tuple | None = None
+        self.register_state_dict_pre_hook(lambda module, *_: module._catch_up())
         self.reset_parameters()
+
+    def _catch_up(self) -> None:
+        """Idle rows glide on: ask the optimiser that owns them, if it is a RowSparseSGD."""
+        getattr(self.weight, "qmargin_catch_up", lambda: None)()
 
     def reset_parameters(self) -> None:
         """Directions uniform on the sphere, unit length."""
@@ -182,6 +187,7 @@ class QMarginHead(nn.Module):
         if embeddings.shape[0] == 0:
             raise ValueError("an empty batch of embeddings")
         if labels is None and not self.training:
+            self._catch_up()
             with torch.autocast(embeddings.device.type, enabled=False):
                 unit = F.normalize(embeddings.float(), dim=1)
                 return F.linear(unit, F.normalize(self.weight, dim=1)).unsqueeze(1)
