@@ -165,7 +165,7 @@ def _report(args) -> None:
         )
     for name, report in reports.items():
         print(f"\n{name}\n{report.table()}")
-    print(f"\n{args.output}: report.html, report.json, det.png, operating_point.json")
+    print(f"\n{args.output}: report.html, report.json, pictures, operating_point*.json")
 
 
 def _parser() -> argparse.ArgumentParser:

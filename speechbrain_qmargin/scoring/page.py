@@ -39,7 +39,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; marg
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; margin: .6rem 0 1.2rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd;
-  vertical-align: top; }
+  vertical-align: top; white-space: nowrap; }
 td.n { text-align: right; } th { font-weight: 600; }
 img { max-width: 100%; height: auto; }
 .scroll { overflow-x: auto; } .note { color: #555; max-width: 46rem; }
@@ -267,7 +267,7 @@ def _page(title, reports, decisions, differences, zoo, folder, trials, replicate
             "95 % interval",
             "threshold",
             "rests on",
-            "if trials were independent",
+            "trials alone",
         ]
         parts += [f"<h3>{html.escape(name)}</h3>", _table(heads, rows)]
     parts.append(
@@ -286,8 +286,12 @@ def _page(title, reports, decisions, differences, zoo, folder, trials, replicate
             rows = []
             for value in values:
                 text = [shown[value.name].show(v) for v in (value.value, value.low, value.high)]
-                mark = "measured" if value.significant else ""
-                cell = f"{text[0]} ({text[1]} to {text[2]})"
+                weak = "unsupported" in (
+                    shown[value.name].support,
+                    reports[two][value.name].support,
+                )
+                mark = "unsupported" if weak else "measured" if value.significant else ""
+                cell = f"{text[0]} ({text[1]} to {text[2]})" + (" unsupported" if weak else "")
                 rows.append([value.name, (mark, cell)])
             parts.append(f"<h3>{html.escape(two)} minus {html.escape(one)}</h3>")
             parts.append(_table(["", "difference, 95 % interval"], rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -77,10 +78,9 @@ def det_figure(systems: Mapping[str, tuple[OperatingPoints, Resampled | None]], 
     low = max(lowest, 1e-7)
     bottom = max(least_frr, 1e-5) / 1.5
     top = min(max(most_frr, 0.6), 0.995)
-    ticks = [tick for tick in _TICKS]
-    labels = [f"{100 * tick:g}" for tick in ticks]
-    axes.set_xticks(norm.ppf(ticks), labels, fontsize=8)
-    axes.set_yticks(norm.ppf(ticks), labels, fontsize=8)
+    labels = [f"{100 * tick:g}" for tick in _TICKS]
+    axes.set_xticks(norm.ppf(_TICKS), labels, fontsize=8)
+    axes.set_yticks(norm.ppf(_TICKS), labels, fontsize=8)
     axes.set_xlim(norm.ppf(low * 0.8), norm.ppf(0.5))
     axes.set_ylim(norm.ppf(bottom), norm.ppf(top))
     if supported > low:
@@ -96,7 +96,7 @@ def det_figure(systems: Mapping[str, tuple[OperatingPoints, Resampled | None]], 
     axes.axline((0, 0), slope=1, color="0.7", linewidth=0.8, linestyle=":")
     axes.set_xlabel("False accept rate, %")
     axes.set_ylabel("False reject rate, %")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(textwrap.fill(title, 80), fontsize=10)
     axes.grid(color="0.88", linewidth=0.6)
     axes.legend(loc="upper right", fontsize=9)
     return figure
@@ -174,7 +174,7 @@ def histogram_figure(name: str, points: OperatingPoints, thresholds: Mapping[str
         )
     axes.set_xlabel("score")
     axes.set_ylabel("density")
-    axes.set_title(name, fontsize=10)
+    axes.set_title(textwrap.fill(name, 80), fontsize=10)
     axes.legend(loc="upper left", fontsize=8)
     return figure
 

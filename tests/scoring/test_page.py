@@ -45,7 +45,7 @@ def test_the_page_needs_no_network_and_holds_everything(tmp_path):
     assert "<b>cosine</b>" not in page
     for name in ("det.png", "det.svg", "histogram_1.png", "histogram_2.png", "calibration.png"):
         assert (tmp_path / name).stat().st_size > 1000
-    for text in ("Optimistic", "Chosen on dev", "unsupported", "TAR@FAR=1e-06", "independent"):
+    for text in ("Optimistic", "Chosen on dev", "unsupported", "TAR@FAR=1e-06", "trials alone"):
         assert text in page
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["systems"]["worse"]["figures"]["EER"]["value"] == reports["worse"]["EER"].value
