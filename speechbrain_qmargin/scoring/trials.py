@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -88,6 +89,10 @@ class Trials:
         ValueError
             A target trial of two speakers, or an impostor trial of one; named.
         """
+        return self._speakers
+
+    @cached_property
+    def _speakers(self) -> np.ndarray:
         if self.speaker_of is not None:
             names = list(self.speaker_of)
         elif any("/" in name for name in self.ids):
@@ -106,6 +111,26 @@ class Trials:
                 "(utt2spk)"
             )
         return speakers
+
+    @cached_property
+    def impostor_pairs(self):
+        """How many impostor trials each pair of speakers has: sparse float32 [S, S]."""
+        from scipy.sparse import coo_array, csr_array
+
+        speakers = self.speakers().astype(np.int32)
+        count = int(speakers.max()) + 1
+        dense = count <= 4096
+        total = np.zeros(count * count, np.float32) if dense else csr_array((count, count))
+        for start in range(0, len(self), 2**21):
+            block = slice(start, start + 2**21)
+            kept = np.flatnonzero(~self.is_target[block])
+            one, two = (speakers[side[block][kept]] for side in (self.enrolment, self.test))
+            if dense:
+                total += np.bincount(one * count + two, minlength=count * count)
+            elif len(kept):
+                ones = np.ones(len(kept), dtype=np.float32)
+                total = total + coo_array((ones, (one, two)), (count, count)).tocsr()
+        return csr_array(total.reshape(count, count)) if dense else total
 
 
 def _linked(count: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -9,9 +9,11 @@ which makes their differences paired.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 
 import numpy as np
 
@@ -86,11 +88,11 @@ class Resampled:
     num_impostors: np.ndarray
     whole: bool
 
-    @property
+    @cached_property
     def frr(self) -> np.ndarray:
         return self.misses / self.num_targets
 
-    @property
+    @cached_property
     def far(self) -> np.ndarray:
         return self.false_accepts / self.num_impostors
 
@@ -186,7 +188,7 @@ def resample_speakers(
     scores = np.asarray(scores)
     if not np.issubdtype(scores.dtype, np.floating):
         scores = scores.astype(float)
-    speakers = trials.speakers()
+    speakers = trials.speakers().astype(np.int32)
     count = int(speakers.max()) + 1
     if count < 2:
         raise ValueError("one speaker only: there is nothing to resample")
@@ -194,8 +196,8 @@ def resample_speakers(
     n_n = points.num_impostors
 
     whole = n_n * replicates <= _FULL_DEPTH
-    depth = n_n if whole else min(n_n, math.ceil(n_n * max(1.5 * max_far, 2 * eer(points, "step"))))
-    thresholds = _grid(points, depth)
+    reach = 1.0 if whole else min(1.0, max(1.3 * max_far, 1.5 * eer(points, "step")))
+    thresholds = _grid(points, math.ceil(n_n * reach))
 
     # targets: how often each speaker falls between two thresholds
     first = speakers[trials.enrolment[trials.is_target]]
@@ -204,16 +206,15 @@ def resample_speakers(
     target_counts = coo_array((np.ones(len(first), np.float32), (bins, first)), shape).tocsr()
 
     # impostors: the tail bin by bin, and the pairs of all
-    impostor = np.flatnonzero(~trials.is_target)
-    one, two = speakers[trials.enrolment[impostor]], speakers[trials.test[impostor]]
-    pairs = _pair_counts(one, two, count)
-    if not whole:
-        tail = np.flatnonzero(scores[impostor] >= thresholds[0])
-        impostor, one, two = impostor[tail], one[tail], two[tail]
-    bins = np.searchsorted(thresholds, scores[impostor], side="right")
+    pairs = trials.impostor_pairs
+    if pairs.nnz > 0.1 * count**2:
+        pairs = pairs.toarray()
+    tail = np.flatnonzero(~trials.is_target & (scores >= (-np.inf if whole else thresholds[0])))
+    bins = np.searchsorted(thresholds, scores[tail], side="right").astype(np.uint16)
     order = np.argsort(bins, kind="stable")
     edges = np.searchsorted(bins[order], np.arange(len(thresholds) + 2))
-    one, two = one[order], two[order]
+    tail = tail[order]
+    one, two = speakers[trials.enrolment[tail]], speakers[trials.test[tail]]
 
     parts = []
     block = max(8, min(replicates, 64_000_000 // (4 * count)))
@@ -224,7 +225,7 @@ def resample_speakers(
         below = np.cumsum(target_counts @ weights, axis=0, dtype=np.float64)
         inside = _bin_sums(weights, one, two, edges)
         accepted = np.cumsum(inside[::-1], axis=0, dtype=np.float64)[::-1]
-        total = (pairs(weights) * weights).sum(axis=0, dtype=np.float64)
+        total = np.einsum("sr,sr->r", pairs @ weights, weights, dtype=np.float64)
         parts.append((below[:-1], accepted[1:], below[-1], total))
         if progress:
             progress(number)
@@ -259,19 +260,6 @@ def _grid(points: OperatingPoints, depth: int) -> np.ndarray:
     return np.unique(above)
 
 
-def _pair_counts(one: np.ndarray, two: np.ndarray, count: int):
-    """The product of the pair-count matrix of all impostor trials with weights [S, R]."""
-    from scipy.sparse import coo_array
-
-    if count <= 4096:
-        table = np.bincount(one * count + two, minlength=count * count)
-        table = table.reshape(count, count).astype(np.float32)
-        matrix = table if np.count_nonzero(table) > 0.1 * table.size else coo_array(table).tocsr()
-    else:
-        matrix = coo_array((np.ones(len(one), np.float32), (one, two)), (count, count)).tocsr()
-    return lambda weights: matrix @ weights
-
-
 def _bin_sums(weights: np.ndarray, one: np.ndarray, two: np.ndarray, edges: np.ndarray):
     """Sum of the products of both speakers' weights, in every bin: [bins, R]."""
     from scipy.sparse import coo_array
@@ -279,14 +267,19 @@ def _bin_sums(weights: np.ndarray, one: np.ndarray, two: np.ndarray, edges: np.n
     count, replicates = weights.shape
     sums = np.zeros((len(edges) - 1, replicates), dtype=np.float32)
     chunk = max(64, 60_000 // replicates)  # of trials, whose weights fit the processor's cache
-    for index, (start, stop) in enumerate(pairwise(edges.tolist())):
+
+    def fill(index: int) -> None:
+        start, stop = edges[index], edges[index + 1]
         if stop - start > count:  # one row of weights a trial, then one product a speaker
             pair = one[start:stop], two[start:stop]
             counts = np.ones(stop - start, dtype=np.float32)
             linked = coo_array((counts, pair), (count, count)).tocsr() @ weights
             np.einsum("sr,sr->r", linked, weights, out=sums[index])
-            continue
+            return
         for at in range(start, stop, chunk):
             part = slice(at, min(at + chunk, stop))
             sums[index] += np.einsum("tr,tr->r", weights[one[part]], weights[two[part]])
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        list(pool.map(fill, range(len(sums))))
     return sums
