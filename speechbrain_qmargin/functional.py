@@ -16,7 +16,8 @@ necessarily normalised), order :math:`\alpha \ge 1` and the generator
 * :func:`q_margin_loss`: the Fenchel-Young loss with :math:`q_y = e^{-s m}` for the target and 1
   elsewhere.
 
-Everything is computed in float32, or in float64 for float64 input, whatever autocast says.
+Everything is computed in float32, or in float64 for float64 input, whatever autocast says; the
+loss keeps tau and the target's own terms, one number a row, in float64 in any case.
 
 How tau is found. With :math:`k = 1/(\alpha - 1)` and
 :math:`u_j(\tau) = [1 + (\alpha - 1)(\theta_j - \tau)]_+`, the mass is
@@ -99,6 +100,11 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def _row_dtype(tensor: Tensor) -> torch.dtype:
+    """Of what the loss keeps once per row: there 1 + (alpha-1)(theta - tau) nearly cancels."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
 def _check_alpha(alpha: float) -> None:
     if not (1 <= alpha < math.inf):
         raise ValueError(f"alpha must be a finite number >= 1, got {alpha}")
@@ -123,11 +129,11 @@ def _powers_into(v: Tensor, tau: Tensor, alpha: float, u: Tensor, h: Tensor) -> 
     """
     k = 1 / (alpha - 1)
     if k > _LOG_DOMAIN_POWER:
-        torch.sub(v, (alpha - 1) * tau, out=u).clamp_(min=-1)
+        torch.sub(v, ((alpha - 1) * tau).to(v.dtype), out=u).clamp_(min=-1)
         torch.log1p(u, out=h).mul_(k - 1).exp_()
         u.add_(1)
         return h
-    torch.sub(v, (alpha - 1) * tau - 1, out=u).clamp_(min=0)
+    torch.sub(v, ((alpha - 1) * tau - 1).to(v.dtype), out=u).clamp_(min=0)
     if k == 2:
         return u
     if k == 1:
@@ -151,31 +157,31 @@ def _newton(mass, lower: Tensor, upper: Tensor, alpha: float, steps: int) -> Ten
     """The root of S(tau) = 1. `mass(tau)` gives S and H = sum_j q_j u_j^(k-1) = -dS/dtau.
 
     The CPU stops as soon as every row has converged; elsewhere testing that would make the host
-    wait for the device, so all the steps are taken.
+    wait for the device, so all the steps are taken. tau may be of a finer dtype than the mass.
     """
     safeguarded = alpha > 2
     tau = lower
-    eps = torch.finfo(lower.dtype).eps
+    eps = torch.finfo(tau.dtype).eps
     on_cpu = lower.device.type == "cpu"
     done = torch.zeros_like(lower, dtype=torch.bool)
     for step in range(_MAX_STEPS_SAFEGUARDED if safeguarded else steps):
         s, h = mass(tau)
+        eps_mass, s, h = torch.finfo(s.dtype).eps, s.to(tau.dtype), h.to(tau.dtype)
         # Newton on S^(1/k) - 1, written so that it becomes log(S) S / H as alpha -> 1.
         log_s = s.log()
         gain = torch.expm1(log_s * (alpha - 1)) / (alpha - 1)
         delta = gain * torch.exp(log_s * (2 - alpha)) / h
-        # What rounding of tau and of S leaves of a step
-        noise = 4 * eps * (1 + tau.abs() + s / h)
+        noise = 4 * eps * (1 + tau.abs())  # what rounding of tau leaves of a step
         if safeguarded:
             lower = torch.where(s >= 1, tau, lower)
             upper = torch.where(s >= 1, upper, tau)
-            done = done | (upper - lower <= noise.nan_to_num(0, 0)) | (s == 1)
+            done = done | (upper - lower <= noise) | ((s - 1).abs() <= 4 * eps_mass)
             proposed = tau + delta
             usable = (proposed > lower) & (proposed < upper) & (step % 3 != 2)
             proposed = torch.where(usable, proposed, lower + 0.5 * (upper - lower))
         else:
-            # From the left every true step is forward; a step back is rounding.
-            done = done | ~(delta > noise)
+            # From the left every true step is forward; a step back is rounding, of S too.
+            done = done | ~(delta > noise + 4 * eps_mass * s / h)
             proposed = tau + delta
         tau = torch.where(done, tau, proposed)
         if on_cpu and bool(done.all()):
@@ -286,11 +292,11 @@ class _AlphaSoftargmax(torch.autograd.Function):
             grad_logits = (h * centred + p_ * gv).to(grad_p.dtype)
             grad_log_q = None
             if log_q is not None and ctx.needs_input_grad[1]:
-                # d value / d log q = -q f'-part of D_f: sum_j q_j (1 - (p_j/q_j)^alpha) / -alpha
-                q = log_q.to(dtype).exp()
-                ratio = torch.where(active, p_, torch.ones_like(p_)) / q
-                ratio = torch.where(active, ratio.pow(ctx.alpha), torch.zeros_like(ratio))
-                full = p_ * centred + gv * q * (ratio - 1) / ctx.alpha
+                # d value / d log q_j = (q_j^(1-alpha) p_j^alpha - q_j) / alpha; q may underflow
+                lq = log_q.to(dtype)
+                log_p = torch.where(active, p_, torch.ones_like(p_)).log()
+                tilted = p_ * torch.where(active, (ctx.alpha - 1) * (log_p - lq), p_).exp()
+                full = p_ * centred + gv * (tilted - lq.exp()) / ctx.alpha
                 grad_log_q = full.sum_to_size(log_q.shape).to(log_q.dtype)
         return grad_logits, grad_log_q, None
 
@@ -402,20 +408,21 @@ class _QMargin(torch.autograd.Function):
         """
         with torch.autocast(cosines.device.type, enabled=False):
             index = targets.unsqueeze(1)
-            cos_y = cosines.gather(1, index).to(_compute_dtype(cosines))
+            dtype, row_dtype = _compute_dtype(cosines), _row_dtype(cosines)
+            cos_y = cosines.gather(1, index).to(row_dtype)
             # Differences to the best wrong cosine, taken before scaling: nearly exact where it
             # matters. The target leaves the matrix, so that its tiny prior meets no rounding.
-            z = cosines.to(cos_y.dtype, copy=True).scatter_(1, index, -math.inf)
+            z = cosines.to(dtype, copy=True).scatter_(1, index, -math.inf)
             peak = z.amax(1, keepdim=True)
-            peak = torch.where(peak.isfinite(), peak, cos_y)  # C = 1: there is no wrong class
+            peak = torch.where(peak.isfinite(), peak, cos_y.to(dtype))  # C = 1: no wrong class
             z = z.sub_(peak)
             z_y = (cos_y - peak) * scale
             log_q = torch.full_like(z_y, -scale * margin)
             alone = _single_class_tau(z_y, alpha, log_q)
             if alpha == 1:
                 z = z.mul_(scale)
-                tau = torch.logaddexp(torch.logsumexp(z, 1, keepdim=True), alone)
-                p, p_y = z.sub_(tau).exp_(), torch.exp(alone - tau)
+                tau = torch.logaddexp(torch.logsumexp(z, 1, keepdim=True).to(row_dtype), alone)
+                p, p_y = z.sub_(tau.to(dtype)).exp_(), torch.exp(alone - tau)
                 gap = 0.0
             else:
                 v = z.mul_(scale * (alpha - 1))
@@ -426,7 +433,8 @@ class _QMargin(torch.autograd.Function):
                         powers = _powers_into(v, tau, alpha, u, h)
                         h_y, u_y = _powers(z_y, tau, alpha, log_q)
                         s = torch.linalg.vecdot(powers, u).unsqueeze(1)
-                        return s + h_y * u_y, powers.sum(1, keepdim=True) + h_y
+                        slope = powers.sum(1, keepdim=True)
+                        return s + (h_y * u_y).to(dtype), slope + h_y.to(dtype)
 
                     steps = _newton_steps(alpha, v.shape[1], scale * margin, v.dtype)
                     return _newton(mass, lower, upper, alpha, steps)
@@ -450,7 +458,7 @@ class _QMargin(torch.autograd.Function):
             # which has no 0/0 as alpha -> 1.
             loss = gap + (tau - alone) / alpha
             total = p.sum(1, keepdim=True) + p_y
-            p_y = p_y / total
+            loss, p_y, total = loss.to(dtype), (p_y / total).to(dtype), total.to(dtype)
             p = p.div_(total).scatter_(1, index, p_y)
             loss = torch.where(p_y == 1, torch.zeros_like(loss), loss.clamp(min=0)).squeeze(1)
             p_y = p_y.squeeze(1)

@@ -272,6 +272,21 @@ def test_logits_built_to_slow_newton_are_solved(dtype, kept):
 # ----------------------------------------------------------------- precision
 
 
+@pytest.mark.parametrize(("alpha", "tolerance"), [(1.5, 1e-6), (2, 1e-6), (3, 1e-5), (4, 2e-3)])
+def test_float32_resolves_a_crowd_of_barely_active_classes(alpha, tolerance):
+    """49 wrong classes share 0.2: at alpha = 4 their u is 7e-8, beside 1 - (alpha-1) tau ~ 0."""
+    u, u_y = (0.2 / 49) ** (alpha - 1), (0.8 * math.e) ** (alpha - 1)
+    cosines = torch.zeros(1, 50)
+    cosines[0, 7] = (u_y - u) / ((alpha - 1) * 5)
+    cosines.requires_grad_()
+    loss = q_margin_loss(cosines, torch.tensor([7]), alpha, 5.0, 0.2)
+    loss.backward()
+    expected, posterior = naive_loss(cosines.detach(), torch.tensor([7]), alpha, 5.0, 0.2)
+    gradient = posterior - F.one_hot(torch.tensor([7]), 50)
+    torch.testing.assert_close(cosines.grad.double() / 5, gradient, rtol=0, atol=tolerance)
+    torch.testing.assert_close(loss.double(), expected[0], rtol=10 * tolerance, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_input_is_computed_in_float32(dtype):
     cosines, targets = batch(dtype=dtype)
@@ -355,6 +370,12 @@ def test_softargmax_and_value_differentiate(alpha):
     assert torch.autograd.gradgradcheck(lambda x: alpha_softargmax(x, alpha), (logits,))
     grad = torch.autograd.grad(value(logits, log_q).sum(), logits)[0]
     torch.testing.assert_close(grad, posterior(logits, log_q))
+
+
+def test_a_prior_below_float32_has_a_gradient():
+    log_q = torch.tensor([-200.0, 0.0], requires_grad=True)
+    alpha_softmax_value(torch.tensor([300.0, 0.0]), 1.0, log_q).backward()
+    assert log_q.grad.tolist() == [1, -1]  # p - q
 
 
 def test_dim_shapes_and_absent_classes():
