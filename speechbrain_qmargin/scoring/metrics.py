@@ -21,6 +21,7 @@ __all__ = [
     "TarAtFar",
     "act_dcf",
     "allowed_false_accepts",
+    "bayes_threshold",
     "cllr",
     "eer",
     "eer_point",
@@ -289,9 +290,21 @@ def act_dcf(
     """
     _refuse_uncalibrated(points, force)
     miss, accept, least = _weights(p_target, c_miss, c_fa)
-    misses, false_accepts = points.errors_at(math.log(accept / miss))
+    misses, false_accepts = points.errors_at(bayes_threshold(p_target, c_miss, c_fa))
     cost = miss * misses / points.num_targets + accept * false_accepts / points.num_impostors
     return cost / least
+
+
+def bayes_threshold(p_target: float, c_miss: float = 1.0, c_fa: float = 1.0) -> float:
+    """The log-likelihood ratio from which accepting is cheaper.
+
+    Examples
+    --------
+    >>> round(bayes_threshold(0.01), 3)
+    4.595
+    """
+    miss, accept, _ = _weights(p_target, c_miss, c_fa)
+    return math.log(accept / miss)
 
 
 def _refuse_uncalibrated(points: OperatingPoints, force: bool) -> None:

@@ -18,6 +18,7 @@ from speechbrain_qmargin.scoring.metrics import (
     OperatingPoints,
     act_dcf,
     allowed_false_accepts,
+    bayes_threshold,
     cllr,
     eer,
     eer_point,
@@ -239,7 +240,7 @@ def evaluate(
     for prior in np.atleast_1d(p_target).tolist():
         add(_min_dcf_figure(points, prior), resampled.min_dcf(prior))
         if llr:
-            add(Figure(f"actDCF(p={prior:g})", act_dcf(points, prior)), None)
+            add(_act_dcf_figure(points, prior), resampled.act_dcf(prior))
     for far in fars:
         tar, threshold, accepts, misses = tar_at_far(points, far)
         allowed = allowed_false_accepts(far, points.num_impostors)
@@ -277,6 +278,19 @@ def _min_dcf_figure(points: OperatingPoints, prior: float) -> Figure:
     )
 
 
+def _act_dcf_figure(points: OperatingPoints, prior: float) -> Figure:
+    threshold = bayes_threshold(prior)
+    misses, accepts = points.errors_at(threshold)
+    return Figure(
+        f"actDCF(p={prior:g})",
+        act_dcf(points, prior, force=True),
+        threshold=threshold,
+        errors=min(misses, accepts),
+        misses=misses,
+        false_accepts=accepts,
+    )
+
+
 def _with_interval(
     figure: Figure, replicates: np.ndarray | None, points: OperatingPoints
 ) -> Figure:
@@ -306,7 +320,7 @@ def _few_errors(figure: Figure, points: OperatingPoints) -> tuple[float, float]:
         prior = float(figure.name.partition("=")[2].rstrip(")"))
         least = min(prior, 1 - prior)
         costs = [(prior * f + (1 - prior) * a) / least for f, a in zip(frr, far, strict=True)]
-        return costs[0], min(1.0, costs[1])
+        return costs[0], costs[1] if figure.name.startswith("act") else min(1.0, costs[1])
     least, most = rate_interval(
         allowed_false_accepts(float(figure.name.partition("=")[2]), n_n), n_n
     )

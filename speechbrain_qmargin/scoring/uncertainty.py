@@ -17,7 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
-from speechbrain_qmargin.scoring.metrics import OperatingPoints, eer
+from speechbrain_qmargin.scoring.metrics import OperatingPoints, bayes_threshold, eer
 from speechbrain_qmargin.scoring.trials import Trials
 
 __all__ = ["Resampled", "badge", "rate_interval", "resample_speakers"]
@@ -113,6 +113,13 @@ class Resampled:
         miss, accept = c_miss * p_target, c_fa * (1 - p_target)
         least = min(miss, accept)
         return np.minimum((miss * self.frr + accept * self.far).min(axis=0), least) / least
+
+    def act_dcf(self, p_target: float, c_miss: float = 1.0, c_fa: float = 1.0) -> np.ndarray:
+        """Normalised costs [R] at the threshold of the grid nearest to Bayes's, from above."""
+        miss, accept = c_miss * p_target, c_fa * (1 - p_target)
+        threshold = bayes_threshold(p_target, c_miss, c_fa)
+        at = min(int(np.searchsorted(self.thresholds, threshold)), len(self.thresholds) - 1)
+        return (miss * self.frr[at] + accept * self.far[at]) / min(miss, accept)
 
     def tar_at_far(self, far: float) -> np.ndarray:
         """True accept rates [R] at the largest FAR on the grid that is not above `far`."""

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from speechbrain_qmargin.scoring.metrics import eer, min_cllr, min_dcf, operating_points, tar_at_far
+from speechbrain_qmargin.scoring.metrics import (
+    act_dcf,
+    eer,
+    min_cllr,
+    min_dcf,
+    operating_points,
+    tar_at_far,
+)
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import evaluate
 from speechbrain_qmargin.scoring.trials import Trials
@@ -105,6 +112,16 @@ def test_intervals_of_a_rate():
     assert rate_interval(3, 50, method="wilson") == pytest.approx(wilson, abs=1e-9)
     with pytest.raises(ValueError, match="clopper-pearson, wilson, got 'wald'"):
         rate_interval(3, 50, method="wald")
+
+
+def test_calibrated_costs_have_their_interval_and_badge():
+    scores, trials = simulated()
+    report = evaluate(3 * scores - 4.5, trials, p_target=0.1, llr=True, replicates=100)
+    figure = report["actDCF(p=0.1)"]
+    assert figure.value == act_dcf(report.points, 0.1)
+    assert figure.low < figure.value < figure.high
+    assert figure.support == badge(min(report.points.errors_at(figure.threshold)))
+    assert report["Cllr"].value >= report["minCllr"].value
 
 
 def test_few_errors_widen_the_interval_and_are_marked():
