@@ -216,7 +216,7 @@ class HeadOutput:
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, QMarginStats]:
         """As :func:`speechbrain_qmargin.q_margin_loss`, for targets [B]."""
-        head, embeddings = self.head, self.embeddings
+        embeddings = self.embeddings
         check_loss_parameters(alpha, scale, margin)
         if targets.shape != embeddings.shape[:1]:
             raise ValueError(
@@ -224,17 +224,10 @@ class HeadOutput:
             )
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-        check_labels(targets, head.weight.shape[0])
         with torch.autocast(embeddings.device.type, enabled=False):
             unit = F.normalize(embeddings.float(), dim=1)
-            _check_finite(unit)
-            loss, p_y, support = _HeadLoss.apply(
-                unit,
-                head.weight,
-                targets.long(),
-                head.prototypes(),
-                (float(alpha), float(scale), float(margin)),
-            )
+            parameters = (float(alpha), float(scale), float(margin))
+            loss, p_y, support = self._losses(unit, targets.long(), parameters)
         stats = None
         if return_stats:
             count = support.to(loss.dtype)
@@ -243,6 +236,12 @@ class HeadOutput:
         if reduction != "none":
             loss = loss.mean() if reduction == "mean" else loss.sum()
         return (loss, stats) if return_stats else loss
+
+    def _losses(self, unit: Tensor, targets: Tensor, parameters: tuple) -> tuple[Tensor, ...]:
+        head = self.head
+        check_labels(targets, head.weight.shape[0])
+        _check_finite(unit)
+        return _HeadLoss.apply(unit, head.weight, targets, head.prototypes(), parameters)
 
 
 def _check_finite(unit: Tensor) -> None:
