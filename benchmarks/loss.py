@@ -1,10 +1,11 @@
 """What a step of each loss costs: forward and backward on given cosines, side by side in one run.
 
-    python benchmarks/loss.py [--repetitions 15]
+    python benchmarks/loss.py [--repetitions 15] [--cpu_time]
 
 Contenders take turns, so a drift of the machine's speed meets all of them; medians are printed.
 "Near" embeddings lie about their prototype (a trained network), "far" ones are independent of it
-(the first steps).
+(the first steps). On a machine that is not idle use --cpu_time: one thread, and only the time it
+had the processor.
 """
 
 import argparse
@@ -35,7 +36,9 @@ def contenders() -> dict:
     return losses
 
 
-def measure(batch: int, classes: int, noise: float | None, repetitions: int) -> dict[str, float]:
+def measure(
+    batch: int, classes: int, noise: float | None, repetitions: int, clock=time.perf_counter
+) -> dict[str, float]:
     """Median milliseconds of a step of each contender."""
     torch.manual_seed(0)
     prototypes = F.normalize(torch.randn(classes, 192), dim=1)
@@ -48,10 +51,10 @@ def measure(batch: int, classes: int, noise: float | None, repetitions: int) -> 
     for repetition in range(repetitions + 1):
         for name, loss in contenders().items():
             cosines.grad = None
-            start = time.perf_counter()
+            start = clock()
             loss(cosines, labels).backward()
             if repetition:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
@@ -60,13 +63,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--classes", type=int, nargs="+", default=[5994, 17982])
     parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--cpu_time", action="store_true", help="processor time of one thread")
     args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    if args.cpu_time:
+        torch.set_num_threads(1)
 
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, B = {args.batch}"
     )
     settings = [(c, noise) for c in args.classes for noise in (0.05, None)]
-    columns = [measure(args.batch, c, noise, args.repetitions) for c, noise in settings]
+    columns = [measure(args.batch, c, noise, args.repetitions, clock) for c, noise in settings]
     heads = [f"C = {c:,}, {'far' if noise is None else 'near'}" for c, noise in settings]
     print("| ms a step (over AAM; over entmax at the same alpha) | " + " | ".join(heads) + " |")
     print("|---|" + "---|" * len(heads))

@@ -38,8 +38,9 @@ class QMarginLoss(nn.Module):
     near 0.5 to 0.6. The module has no parameters and no state; it need not be in `modules` or in
     the checkpointer.
 
-    Under ``torch.compile`` loss and gradient stay the same, but on the CPU the graph breaks where
-    the solver asks whether it has converged: nothing is gained, and the value checks are skipped.
+    Under ``torch.compile`` loss and gradient stay the same and the checks of values are skipped.
+    CUDA tensors, and alpha = 1, give one whole graph; on the CPU it breaks where the solver asks
+    whether it has converged, and nothing is gained.
 
     Parameters
     ----------
