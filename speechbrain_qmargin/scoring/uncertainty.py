@@ -114,10 +114,15 @@ class Resampled:
         least = min(miss, accept)
         return np.minimum((miss * self.frr + accept * self.far).min(axis=0), least) / least
 
-    def act_dcf(self, p_target: float, c_miss: float = 1.0, c_fa: float = 1.0) -> np.ndarray:
-        """Normalised costs [R] at the threshold of the grid nearest to Bayes's, from above."""
+    def act_dcf(self, p_target: float, c_miss: float = 1.0, c_fa: float = 1.0):
+        """Normalised costs [R] of log-likelihood ratios; None if the grid ends above the threshold.
+
+        Read at the grid's next threshold, at most 1 % of FAR away.
+        """
         miss, accept = c_miss * p_target, c_fa * (1 - p_target)
         threshold = bayes_threshold(p_target, c_miss, c_fa)
+        if threshold < self.thresholds[0] and not self.whole:
+            return None
         at = min(int(np.searchsorted(self.thresholds, threshold)), len(self.thresholds) - 1)
         return (miss * self.frr[at] + accept * self.far[at]) / min(miss, accept)
 
