@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from speechbrain_qmargin import QMarginLoss
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
 from speechbrain_qmargin.head.distributed import Comm, ShardedQMarginHead
+from speechbrain_qmargin.head.search import _collect
 
 DIM = 16
 SETTINGS = [(1.0, 16.0, 0.2), (1.25, 32.0, 0.2), (1.5, 10.0, 0.2), (2.0, 5.0, 0.0), (1.5, 0.1, 0.2)]
@@ -67,11 +68,11 @@ def gradients(rank, world, classes, parameters):
     loss.backward()
     torch.testing.assert_close(loss, losses[rank], rtol=1e-5, atol=1e-6)
     # DDP divides the encoder's gradient by the number of ranks
-    assert relative(x.grad / world, inputs[rank][0].grad) < 2e-6
+    assert relative(x.grad / world, inputs[rank][0].grad) < 1e-6
     dense = head.weight.grad.to_dense() if head.weight.grad.is_sparse else head.weight.grad
     theirs = whole.weight.grad.to_dense() if whole.weight.grad.is_sparse else whole.weight.grad
     theirs = theirs[head.start : head.stop]
-    assert (dense - theirs).norm() < 2e-6 * whole.weight.grad.to_dense().norm() + 1e-9
+    assert (dense - theirs).norm() < 1e-6 * whole.weight.grad.to_dense().norm() + 1e-9
     if parameters[1] > 1 and parameters[0] > 1:
         assert torch.equal(dense.any(1), theirs.any(1))
     # evaluation: all cosines on every rank
@@ -260,3 +261,13 @@ def test_alone_it_is_the_head():
     head(mine, labels).backward()
     assert relative(head.weight.grad.to_dense(), whole.weight.grad.to_dense()) < 1e-6
     assert relative(mine.grad, x.grad) < 1e-6
+
+
+@torch.no_grad()
+def test_a_shard_where_no_row_survives():
+    """As for all shards but one when the embeddings are near their prototypes."""
+    head = QMarginHead(DIM, 40_000)
+    axis = torch.eye(DIM)[:1]
+    head.weight.copy_(axis + 0.05 * torch.randn_like(head.weight))
+    found = _collect(-axis, torch.tensor([-1]), torch.tensor([0.5]), head.prototypes())
+    assert found.cosines.tolist() == [[-torch.inf]]

@@ -156,7 +156,7 @@ def _collect(
     else:
         rows = _surviving_rows(embeddings, floor, prototypes)
     found, total = [], 0
-    for block in rows.split(_BLOCK):
+    for block in rows.split(_BLOCK) if rows.numel() else ():
         cosines = embeddings @ prototypes.unit(block).T
         place = torch.searchsorted(block, labels).clamp_(max=block.numel() - 1)
         is_target = (block[place] == labels).unsqueeze(1)
