@@ -325,7 +325,7 @@ def speechbrain() -> None:
 
 
 def agreement() -> None:
-    """The largest differences from scikit-learn and llreval."""
+    """The largest differences from scikit-learn and llreval (pip install llreval)."""
     from llreval.cllr import cllr as their_cllr
     from llreval.cllr import min_cllr as their_min_cllr
     from llreval.pav_rocch import PAV, ROCCH
