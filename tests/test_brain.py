@@ -35,6 +35,10 @@ def folder(tmp_path_factory):
     return root
 
 
+# Long and clean enough that any seed learns the six voices: at least 2.5 times less loss on 20 tried
+LEARNS = {"batch_size": 8, "number_of_epochs": 12, "final_lr": 0.05, "wav_augment": None}
+
+
 class Killed(Exception):
     pass
 
@@ -98,14 +102,14 @@ def test_trains_logs_and_embeds(folder, tmp_path):
         seen.append(set(embeddings))
         return {"eer": 0.25}
 
-    fit, brain, test = make_brain(folder, tmp_path, validate)
+    fit, brain, test = make_brain(folder, tmp_path, validate, **LEARNS)
     fit()
     history = brain.history()
-    assert [record["epoch"] for record in history] == [1, 2, 3]
+    assert [record["epoch"] for record in history] == list(range(1, 13))
     assert history[-1]["loss"] < history[0]["loss"]
     assert 1 <= history[0]["support_mean"] <= history[0]["support_max"] <= 4
     assert history[0]["valid_eer"] == 0.25
-    assert seen == [{"s4/0/0.wav", "s4/0/1.wav", "s5/0/0.wav"}] * 3
+    assert seen == [{"s4/0/0.wav", "s4/0/1.wav", "s5/0/0.wav"}] * 12
     assert "support_mean" in (tmp_path / "train_log.txt").read_text()
 
     embeddings = brain.extract(test, batch_size=1)
@@ -115,7 +119,7 @@ def test_trains_logs_and_embeds(folder, tmp_path):
 
 @pytest.mark.parametrize("loss", ["arcface", "cosface", "entmax", "sparsemax"])
 def test_every_loss_by_one_setting(folder, tmp_path, loss):
-    fit, brain, _ = make_brain(folder, tmp_path, loss=loss, number_of_epochs=4)
+    fit, brain, _ = make_brain(folder, tmp_path, loss=loss, **LEARNS)
     fit()
     losses = [record["loss"] for record in brain.history()]
     assert losses[-1] < losses[0]
