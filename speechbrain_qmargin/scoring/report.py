@@ -217,6 +217,7 @@ def evaluate(
         max_far=max(fars, default=0.1),
         replicates=replicates,
         seed=seed,
+        llr=llr,
         progress=progress,
     )
     figures, values = [], []
@@ -250,7 +251,7 @@ def evaluate(
     if all_eers or llr:
         add(Figure("minCllr", min_cllr(points)), resampled.min_cllr())
     if llr:
-        add(Figure("Cllr", cllr(points)), None)
+        add(Figure("Cllr", cllr(points)), resampled.cllr)
     return Report(
         figures,
         points.num_targets,

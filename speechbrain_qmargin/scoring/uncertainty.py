@@ -79,6 +79,8 @@ class Resampled:
     num_targets, num_impostors : float arrays [R]
     whole : bool
         Whether the grid reaches down to the lowest score, as :meth:`min_cllr` needs.
+    cllr : float array [R] or None
+        Cllr of every replicate, where the scores were said to be log-likelihood ratios.
     """
 
     thresholds: np.ndarray
@@ -87,6 +89,7 @@ class Resampled:
     num_targets: np.ndarray
     num_impostors: np.ndarray
     whole: bool
+    cllr: np.ndarray | None = None
 
     @cached_property
     def frr(self) -> np.ndarray:
@@ -167,6 +170,7 @@ def resample_speakers(
     max_far: float = 0.1,
     replicates: int = 1000,
     seed: int = 0,
+    llr: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Resampled:
     """Bootstrap over speakers.
@@ -182,6 +186,8 @@ def resample_speakers(
         and for the EER are resampled.
     replicates, seed : int
         The same seed and the same speakers give the same draws: differences are paired.
+    llr : bool
+        The scores are log-likelihood ratios: resample Cllr too, over all trials.
     progress : callable, optional
         Called with the number of replicates just done.
 
@@ -228,7 +234,16 @@ def resample_speakers(
     tail = tail[order]
     one, two = speakers[trials.enrolment[tail]], speakers[trials.test[tail]]
 
-    parts = []
+    if llr:  # Cllr is a mean: one cost a speaker for targets, one a pair for impostors
+        cost = np.logaddexp(0, np.where(trials.is_target, -scores, scores).astype(float))
+        target_cost = np.bincount(first, cost[trials.is_target], minlength=count)
+        sides = speakers[trials.enrolment], speakers[trials.test]
+        other = ~trials.is_target
+        pair_cost = coo_array(
+            (cost[other], (sides[0][other], sides[1][other])), (count, count)
+        ).tocsr()
+
+    parts, cllrs = [], []
     block = max(8, min(replicates, 64_000_000 // (4 * count)))
     for start in range(0, replicates, block):
         number = min(block, replicates - start)
@@ -239,6 +254,11 @@ def resample_speakers(
         accepted = np.cumsum(inside[::-1], axis=0, dtype=np.float64)[::-1]
         total = np.einsum("sr,sr->r", pairs @ weights, weights, dtype=np.float64)
         parts.append((below[:-1], accepted[1:], below[-1], total))
+        if llr:
+            impostor_cost = np.einsum("sr,sr->r", pair_cost @ weights, weights)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                bits = target_cost @ weights / below[-1] + impostor_cost / total
+            cllrs.append(bits / (2 * math.log(2)))
         if progress:
             progress(number)
     misses, false_accepts, num_targets, num_impostors = (
@@ -254,6 +274,7 @@ def resample_speakers(
         num_targets[held],
         num_impostors[held],
         whole,
+        np.concatenate(cllrs)[held] if llr else None,
     )
 
 

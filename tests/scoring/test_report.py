@@ -8,6 +8,7 @@ from scipy.stats import beta
 
 from speechbrain_qmargin.scoring.metrics import (
     act_dcf,
+    cllr,
     eer,
     min_cllr,
     min_dcf,
@@ -69,7 +70,7 @@ def test_the_bootstrap_counts_what_its_weights_say():
     scores, trials = simulated(num_speakers=8, distance=1.5)
     scores = scores.round(1)  # ties
     points = operating_points(scores, trials.is_target)
-    drawn = resample_speakers(scores, trials, points, replicates=20, seed=5)
+    drawn = resample_speakers(scores, trials, points, replicates=20, seed=5, llr=True)
     counts = np.random.default_rng(5).multinomial(8, np.full(8, 1 / 8), size=20)
     speakers = trials.speakers()
     first, second = speakers[trials.enrolment], speakers[trials.test]
@@ -85,6 +86,7 @@ def test_the_bootstrap_counts_what_its_weights_say():
         # read off a grid of 1 % steps in FAR
         assert drawn.min_dcf(0.1)[r] == pytest.approx(min_dcf(again, 0.1), abs=0.02)
         assert drawn.eer()[r] == pytest.approx(eer(again, "nist"), abs=0.01)
+        assert drawn.cllr[r] == pytest.approx(cllr(again, force=True), rel=1e-9)
 
 
 def test_weights_of_one_reproduce_the_plain_metrics(monkeypatch):
@@ -122,6 +124,7 @@ def test_calibrated_costs_have_their_interval_and_badge():
     assert figure.low < figure.value < figure.high
     assert figure.support == badge(min(report.points.errors_at(figure.threshold)))
     assert report["Cllr"].value >= report["minCllr"].value
+    assert report["Cllr"].low < report["Cllr"].value < report["Cllr"].high
 
 
 def test_few_errors_widen_the_interval_and_are_marked():
