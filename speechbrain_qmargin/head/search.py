@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from speechbrain_qmargin.functional import (
@@ -214,6 +215,12 @@ def _guess(
     return candidate_tau(top, target, alpha, log_q, weight) - 1 / (alpha - 1)
 
 
+def _widened(found: Candidates, width: int) -> Candidates:
+    """A padded copy with `width` columns."""
+    more = (0, width - found.cosines.shape[1])
+    return Candidates(F.pad(found.cosines, more, value=-math.inf), F.pad(found.classes, more))
+
+
 def search(
     embeddings: Tensor,
     labels: Tensor,
@@ -253,16 +260,8 @@ def search(
         width = max(found.cosines.shape[1], again.cosines.shape[1])
         if width * found.cosines.shape[0] > _MAX_CANDIDATES:
             return None
-        cosines = found.cosines.new_full((found.cosines.shape[0], width), -math.inf)
-        classes = torch.zeros_like(cosines, dtype=torch.int64)
-        for to, source in ((cosines, found.cosines), (classes, found.classes)):
-            to[:, : source.shape[1]] = source
-        for to, source, filler in (
-            (cosines, again.cosines, -math.inf),
-            (classes, again.classes, 0),
-        ):
-            to[failed] = filler
-            to[failed, : source.shape[1]] = source
+        cosines, classes = _widened(found, width)
+        cosines[failed], classes[failed] = _widened(again, width)
         found = Candidates(cosines, classes)
         tau[failed] = candidate_tau(cosines[failed] * scale, target[failed], alpha, log_q)
     return found, tau
