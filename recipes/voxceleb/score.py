@@ -27,18 +27,14 @@ from speechbrain_qmargin.scoring.trials import (
     load_embeddings,
     read_map,
     read_trials,
+    speaker_in,
     write_scores,
 )
 
 
 def speaker_map(ids, path):
     """Speaker of every id, from an utt2spk or from the ids."""
-    return read_map(path) if path else {name: name.split("/", 1)[0] for name in ids}
-
-
-def speakers_of(trials):
-    names = trials.speaker_of or [name.split("/", 1)[0] for name in trials.ids]
-    return set(names)
+    return read_map(path) if path else {name: speaker_in(name) for name in ids}
 
 
 def read_list(path, settings):
@@ -62,7 +58,7 @@ def main(argv):
         others = load_embeddings(settings["cohort"])
         speaker_of = speaker_map(others.ids, settings["cohort_speakers"])
         for trials in lists.values():
-            refuse_shared_speakers(speaker_of.values(), speakers_of(trials))
+            refuse_shared_speakers(speaker_of.values(), trials.speaker_names())
         mean = others.matrix.mean(axis=0)
         cohort = make_cohort(others, speaker_of, mean=mean)
 
@@ -78,7 +74,7 @@ def main(argv):
     if settings["dev_trials"]:
         dev = read_list(settings["dev_trials"], settings)
         for name, trials in lists.items():
-            shared = sorted(speakers_of(dev) & speakers_of(trials))
+            shared = sorted(set(dev.speaker_names()) & set(trials.speaker_names()))
             if shared:
                 raise ValueError(
                     f"dev_trials: {len(shared)} of its speakers are in {name} too, the first is "

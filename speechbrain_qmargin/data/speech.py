@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.scoring.trials import read_trials, speaker_in
 
 __all__ = ["SpeechCorpus", "prepare_speech", "read_audio", "speaker_encoder", "speech_dataset"]
 
@@ -159,39 +160,43 @@ def _scan(wav_root: Path, cache: Path, progress: bool) -> dict[str, tuple[float,
 
 def _resolve_trials(list_file: Path, durations: dict, wav_root: Path) -> tuple[str, set[str]]:
     """The trial list with ids as they are on disk, and the ids. Every named file must be usable."""
-    by_stem = {name.rsplit(".", 1)[0]: name for name in durations}
-    lines, names, missing, broken = [], set(), {}, {}
     if not list_file.is_file():
         raise FileNotFoundError(f"verification_file: {list_file} does not exist")
-    for number, line in enumerate(list_file.read_text(encoding="utf-8").splitlines(), 1):
-        fields = line.split()
-        if not fields:
-            continue
-        if len(fields) != 3 or fields[0] not in ("0", "1"):
-            raise ValueError(
-                f"{list_file}:{number}: expected 'label enrolment test' with label 0 or 1, "
-                f"got {line!r}"
-            )
-        sides = []
-        for name in fields[1:]:
-            actual = name if name in durations else by_stem.get(name.rsplit(".", 1)[0])
-            if actual is None:
-                missing.setdefault(name, number)
-            elif durations[actual][1]:
-                broken.setdefault(actual, number)
-            sides.append(actual or name)
-        names.update(sides)
-        lines.append(f"{fields[0]} {sides[0]} {sides[1]}")
+    trials = read_trials(list_file)
+    by_stem = {name.rsplit(".", 1)[0]: name for name in durations}
+    ids = [
+        name if name in durations else by_stem.get(name.rsplit(".", 1)[0], name)
+        for name in trials.ids
+    ]
+    missing = [name for name in ids if name not in durations]
+    broken = [name for name in ids if name in durations and durations[name][1]]
     for fault, what in ((missing, "not found"), (broken, "found but unreadable")):
         if fault:
-            shown = "; ".join(f"{name} (line {number})" for name, number in list(fault.items())[:5])
             raise FileNotFoundError(
                 f"{list_file}: {len(fault)} of the utterances it names are {what} below "
-                f"{wav_root}: {shown}. Complete the data, or use a list that matches it"
+                f"{wav_root}: {_with_lines(list_file, fault[:5])}. Complete the data, or use a "
+                "list that matches it"
             )
-    if not lines:
-        raise ValueError(f"{list_file}: no trials in it")
-    return "\n".join(lines) + "\n", names
+    trials.speakers()  # a label that contradicts its speakers stops the run before it trains
+    text = "".join(
+        f"{int(target)} {ids[enrolment]} {ids[test]}\n"
+        for target, enrolment, test in zip(
+            trials.is_target, trials.enrolment, trials.test, strict=True
+        )
+    )
+    return text, set(ids)
+
+
+def _with_lines(list_file: Path, names: list[str]) -> str:
+    """Names of a trial list's recordings, each with the first line that has it, suffixes aside."""
+    stems = {name.rsplit(".", 1)[0]: name for name in names}
+    found: dict[str, str] = {}
+    for number, line in enumerate(list_file.read_text(encoding="utf-8").splitlines(), 1):
+        for field in line.split():
+            name = stems.get(field.rsplit(".", 1)[0])
+            if name is not None:
+                found.setdefault(name, f"{name} (line {number})")
+    return "; ".join(found.values())
 
 
 def prepare_speech(
@@ -242,7 +247,7 @@ def prepare_speech(
             text, members[part] = _resolve_trials(Path(source), durations, wav_root)
             resolved[part] = save_folder / f"{part}_trials.txt"
             write_text(resolved[part], text)
-    held_out = {name.split("/", 1)[0] for part in members.values() for name in part}
+    held_out = {speaker_in(name) for part in members.values() for name in part}
 
     broken = {name: fault for name, (_, fault) in durations.items() if fault}
     if broken:
@@ -259,7 +264,7 @@ def prepare_speech(
     by_speaker: dict[str, list[str]] = defaultdict(list)
     for name in durations:
         if name not in broken:
-            by_speaker[name.split("/", 1)[0]].append(name)
+            by_speaker[speaker_in(name)].append(name)
     if train_speakers is None:
         candidates = sorted(set(by_speaker) - held_out)
     else:
@@ -301,7 +306,7 @@ def prepare_speech(
             name: {
                 "wav": str(wav_root / name),
                 "duration": durations[name][0],
-                "spk_id": name.split("/", 1)[0],
+                "spk_id": speaker_in(name),
             }
             for name in sorted(names)
         }
@@ -317,8 +322,10 @@ def prepare_speech(
 
 
 def _all_pairs(names: Iterable[str]) -> str:
-    same = lambda a, b: int(a.split("/", 1)[0] == b.split("/", 1)[0])  # noqa: E731
-    return "".join(f"{same(a, b)} {a} {b}\n" for a, b in combinations(sorted(names), 2))
+    return "".join(
+        f"{int(speaker_in(a) == speaker_in(b))} {a} {b}\n"
+        for a, b in combinations(sorted(names), 2)
+    )
 
 
 def speech_dataset(

@@ -18,6 +18,7 @@ from speechbrain_qmargin.scoring.trials import (
     read_map,
     read_scores,
     read_trials,
+    speaker_in,
     write_scores,
 )
 
@@ -56,9 +57,10 @@ def _normalize(args) -> None:
     raw = load_embeddings(args.cohort)
     speakers = read_map(args.cohort_utt2spk) if args.cohort_utt2spk else None
     if speakers is None and all("/" in name for name in raw.ids):
-        speakers = {name: name.split("/", 1)[0] for name in raw.ids}
-    of_trials = trials.speaker_of or [name.split("/", 1)[0] for name in trials.ids]
-    refuse_shared_speakers((speakers or {name: name for name in raw.ids}).values(), of_trials)
+        speakers = {name: speaker_in(name) for name in raw.ids}
+    refuse_shared_speakers(
+        (speakers or {name: name for name in raw.ids}).values(), trials.speaker_names()
+    )
     mean = raw.matrix.mean(axis=0) if args.subtract_mean else None
     cohort = make_cohort(raw, None if args.utterances else speakers, mean=mean)
     print(

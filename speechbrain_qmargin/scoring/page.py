@@ -90,11 +90,8 @@ def worst_speakers(
     impostors = sum(np.bincount(side[~target], minlength=size) for side in sides)
     accepts = sum(np.bincount(side[~target & accepted], minlength=size) for side in sides)
     name = {}
-    for speaker, recording, position in zip(
-        speakers.tolist(), trials.ids, range(len(trials.ids)), strict=True
-    ):
-        known = trials.speaker_of[position] if trials.speaker_of is not None else None
-        name.setdefault(speaker, known or recording.split("/", 1)[0])
+    for speaker, known in zip(speakers.tolist(), trials.speaker_names(), strict=True):
+        name.setdefault(speaker, known)  # linked by target trials: the first recording's
     share = misses / max(misses.sum(), 1) + accepts / max(accepts.sum(), 1)
     order = np.argsort(-share, kind="stable")[:count]
     return [

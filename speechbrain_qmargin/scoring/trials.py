@@ -29,12 +29,24 @@ __all__ = [
     "read_scores",
     "read_trials",
     "save_embeddings",
+    "speaker_in",
     "write_scores",
 ]
 
 _HEADER = ("enrolment", "test", "score", "label")
 _LABELS = {"1": True, "0": False, "target": True, "nontarget": False, "tgt": True, "imp": False}
 _BLOCK = 16384
+
+
+def speaker_in(name: str) -> str:
+    """The speaker that a recording's id names: its part before the first slash.
+
+    Examples
+    --------
+    >>> speaker_in("id10270/5r0dWxy17C8/00001.wav")
+    'id10270'
+    """
+    return name.split("/", 1)[0]
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,10 @@ class Trials:
             raise ValueError(f"{len(missing)} recordings have no speaker: {_some(missing)}")
         return replace(self, speaker_of=[speakers[name] for name in self.ids])
 
+    def speaker_names(self) -> Sequence[str]:
+        """Speaker of every id by name: `speaker_of`, else what the ids name."""
+        return self.speaker_of or [speaker_in(name) for name in self.ids]
+
     def speakers(self) -> np.ndarray:
         """Speaker of every id as an int array [len(ids)].
 
@@ -96,7 +112,7 @@ class Trials:
         if self.speaker_of is not None:
             names = list(self.speaker_of)
         elif any("/" in name for name in self.ids):
-            names = [name.split("/", 1)[0] for name in self.ids]
+            names = [speaker_in(name) for name in self.ids]
         else:
             return _linked(len(self.ids), self.enrolment[self.is_target], self.test[self.is_target])
         speakers = np.unique(names, return_inverse=True)[1]
