@@ -16,12 +16,17 @@ from pathlib import Path
 import numpy as np
 import speechbrain as sb
 import torch
+from speechbrain.dataio.dataset import FilteredSortedDynamicItemDataset
+from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.distributed import if_main_process
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from speechbrain_qmargin.batch_norm import synchronised_batch_norm
 from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.losses import loss_parameter, set_loss_parameters
 
-__all__ = ["SpeakerBrain", "VerificationBrain"]
+__all__ = ["SpeakerBrain", "VerificationBrain", "load_average", "load_module", "load_pretrained"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +42,12 @@ class VerificationBrain(sb.Brain):
     lr_schedule : callable
         ``lr = lr_schedule(epoch)`` with the time in epochs, for a batch of `lr_reference_batch`
         samples; it is scaled to the batch that is used.
+    loss_schedule : dict of callables, optional
+        ``{"margin": f}``: before each step the loss's margin is ``f(epoch, its own margin)``.
+    head_opt_class : callable, optional
+        The optimiser of a classifier in shards; `opt_class` is then that of the other modules.
+    average_checkpoints : int
+        How many of the last epochs' weights are averaged for :meth:`extract`.
     batch_size, lr_reference_batch : int
     epoch_counter, train_logger : SpeechBrain objects
     output_folder : str
@@ -53,6 +64,13 @@ class VerificationBrain(sb.Brain):
         super().__init__(*args, **kwargs)
         self.validate = validate
         self.embeddings: dict[str, np.ndarray] = {}
+        head = self.modules["classifier"]
+        self._sharded_head = head if hasattr(head, "save_shards") else None
+        schedule = getattr(self.hparams, "loss_schedule", None) or {}
+        full = {name: loss_parameter(self.hparams.compute_cost, name) for name in schedule}
+        self._loss_at = lambda epoch: {
+            name: change(epoch, full[name]) for name, change in schedule.items()
+        }
 
     # ---------------------------------------------------------------- batch to loss
 
@@ -109,6 +127,33 @@ class VerificationBrain(sb.Brain):
             f"{self.hparams.lr_reference_batch}"
         )
 
+    def _wrap_distributed(self):
+        if self.distributed_launch and self.distributed_backend == "gloo":
+            # SpeechBrain's own wrapping uses torch's SyncBatchNorm, which takes CUDA tensors only
+            for name, module in self.modules.items():
+                if any(p.requires_grad for p in module.parameters()):
+                    self.modules[name] = DistributedDataParallel(synchronised_batch_norm(module))
+        else:
+            super()._wrap_distributed()
+
+    def init_optimizers(self):
+        """One optimiser, or two where the classifier is in shards: a rank steps its own shard."""
+        if self._sharded_head is None:
+            super().init_optimizers()
+            return
+        head = self._sharded_head
+        others = [p for p in self.modules.parameters() if p is not head.weight]
+        self.optimizer = self.opt_class(others)
+        head_optimizer = self.hparams.head_opt_class([head.weight])
+        self.optimizers_dict = {"opt_class": self.optimizer, "head_opt_class": head_optimizer}
+        self.checkpointer.add_recoverable("optimizer", self.optimizer)
+        self.checkpointer.add_recoverable(
+            "classifier",
+            head,
+            custom_save_hook=lambda head, path: head.save_shards(path, head_optimizer),
+            custom_load_hook=lambda head, path, _: head.load_shards(path, head_optimizer),
+        )
+
     def on_fit_batch_start(self, batch, should_step):
         super().on_fit_batch_start(batch, should_step)
         # A step's randomness is a function of the seed and the step: a resumed run repeats it.
@@ -118,11 +163,13 @@ class VerificationBrain(sb.Brain):
         random.seed(seed)
         torch.manual_seed(seed)
         if should_step:
-            self._lr = self._lr_scale * self.hparams.lr_schedule(
-                self.optimizer_step / self._steps_per_epoch
-            )
-            for group in self.optimizer.param_groups:
-                group["lr"] = self._lr
+            time_in_epochs = self.optimizer_step / self._steps_per_epoch
+            self._loss_now = self._loss_at(time_in_epochs)
+            set_loss_parameters(self.hparams.compute_cost, **self._loss_now)
+            self._lr = self._lr_scale * self.hparams.lr_schedule(time_in_epochs)
+            for optimizer in self.optimizers_dict.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = self._lr
 
     # ---------------------------------------------------------------- epochs
 
@@ -137,6 +184,7 @@ class VerificationBrain(sb.Brain):
         seconds = time.perf_counter() - self._started
         if stage == sb.Stage.TRAIN:
             self._record = {"epoch": epoch, "lr": self._lr, "loss": stage_loss, "seconds": seconds}
+            self._record |= self._loss_now
             if self._stats:
                 stats = torch.stack(self._stats).double()
                 mean = stats.mean(0).tolist()
@@ -163,9 +211,19 @@ class VerificationBrain(sb.Brain):
             write_text(self._history_file, text)
         self.checkpointer.save_and_keep_only(
             meta={"epoch": record["epoch"], **valid_stats},
-            num_to_keep=1,
+            num_to_keep=self._averaged,
+            ckpt_predicate=_ends_an_epoch,
             verbosity=logging.DEBUG,
         )
+        self.checkpointer.delete_checkpoints(
+            num_to_keep=0,
+            ckpt_predicate=lambda found: not _ends_an_epoch(found),
+            verbosity=logging.DEBUG,
+        )
+
+    @property
+    def _averaged(self) -> int:
+        return getattr(self.hparams, "average_checkpoints", 1)
 
     @property
     def _history_file(self) -> Path:
@@ -180,9 +238,26 @@ class VerificationBrain(sb.Brain):
 
     # ---------------------------------------------------------------- embeddings
 
+    def on_evaluate_start(self, max_key=None, min_key=None):
+        """Take the average of the last epochs' weights."""
+        load_average(self.modules, self.checkpointer, self._averaged)
+
     def extract(self, dataset, **loader_kwargs) -> dict[str, np.ndarray]:
-        """Embeddings of a dataset, id to float32 [D], with the newest checkpoint."""
-        self.evaluate(dataset, test_loader_kwargs=dict(loader_kwargs))
+        """Embeddings of a dataset, id to float32 [D], with the averaged weights.
+
+        Over several processes each computes its share and all return the whole.
+        """
+        world = torch.distributed.get_world_size() if self.distributed_launch else 1
+        share = dataset
+        if world > 1:
+            ids = dataset.data_ids[torch.distributed.get_rank() :: world]
+            share = FilteredSortedDynamicItemDataset(dataset, ids)
+        self.evaluate(share, test_loader_kwargs=dict(loader_kwargs))
+        if world > 1:
+            shares: list = [None] * world
+            torch.distributed.all_gather_object(shares, self.embeddings)
+            found = {name: row for part in shares for name, row in part.items()}
+            self.embeddings = {name: found[name] for name in dataset.data_ids}
         return self.embeddings
 
 
@@ -206,3 +281,78 @@ class SpeakerBrain(VerificationBrain):
         if getattr(self.hparams, "wav_augment", None) is not None:
             labels = self.hparams.wav_augment.replicate_labels(labels)
         return labels
+
+
+def load_average(modules, checkpointer, count: int, first_rows: bool = False) -> None:
+    """Load the mean of the last `count` end-of-epoch checkpoints into the modules.
+
+    Weights and batch-normalisation statistics are averaged, integers are the newest's. Every
+    process averages its own shard of a classifier in shards. With `first_rows` a classifier may
+    have fewer classes than its checkpoints, and takes their first ones.
+    """
+    checkpoints = checkpointer.find_checkpoints(
+        ckpt_predicate=_ends_an_epoch, max_num_checkpoints=count
+    )
+    bare = {name: getattr(module, "module", module) for name, module in modules.items()}
+    total: dict[tuple, Tensor] = {}
+    for checkpoint in reversed(checkpoints):  # the newest last
+        for name in bare.keys() & checkpoint.paramfiles.keys():
+            load_module(bare[name], checkpoint.paramfiles[name], first_rows)
+            for key, value in bare[name].state_dict().items():
+                if value.is_floating_point():
+                    total[name, key] = total.get((name, key), 0) + value / len(checkpoints)
+    with torch.no_grad():
+        for (name, key), mean in total.items():
+            bare[name].state_dict(keep_vars=True)[key].copy_(mean)
+
+
+def _ends_an_epoch(checkpoint) -> bool:
+    return checkpoint.meta["end-of-epoch"]
+
+
+def load_module(module, path: str | Path, first_rows: bool = False) -> None:
+    """Weights of a module from a checkpoint: a file, or a folder for a classifier in shards."""
+    if Path(path).is_dir():
+        module.load_shards(path)
+        return
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if first_rows:
+        sizes = {key: len(value) for key, value in module.state_dict().items() if value.ndim}
+        state = {key: value[: sizes[key]] if value.ndim else value for key, value in state.items()}
+    module.load_state_dict(state)
+
+
+def load_pretrained(hparams: dict) -> None:
+    """Start from the weights of the finished run in ``pretrained``, its epochs averaged.
+
+    ``pretrained_classes`` says what becomes of its prototypes: ``keep``, for the same classes;
+    ``first``, for as many as there are now (the copies of speakers at other speeds come last and
+    are dropped); ``none``, a new classifier. A run that has checkpoints of its own ignores this.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No checkpoint there; other classes there than here.
+    """
+    source, classes = hparams["pretrained"], hparams["pretrained_classes"]
+    if source is None or hparams["checkpointer"].list_checkpoints():
+        return
+    if classes not in ("keep", "first", "none"):
+        raise ValueError(f"pretrained_classes: {classes!r}; choose keep, first or none")
+    save = Path(source) / "save"
+    names = ["embedding_model"] + ["classifier"] * (classes != "none")
+    modules = {name: hparams[name] for name in names}
+    if classes != "none":
+        there, here = (
+            Path(folder, "label_encoder.txt") for folder in (save, hparams["save_folder"])
+        )
+        if not there.is_file() or there.read_text() != here.read_text():
+            raise ValueError(
+                f"{source} was trained on other classes than these ({there} and {here} differ); "
+                "give --pretrained_classes none for a new classifier"
+            )
+    found = Checkpointer(save).list_checkpoints() if save.is_dir() else []
+    if not found:
+        raise FileNotFoundError(f"pretrained: {save} holds no checkpoint of a finished run")
+    load_average(modules, Checkpointer(save), len(found), first_rows=classes == "first")
+    logger.info(f"starting from {source}: {', '.join(names)}, {len(found)} epochs averaged")

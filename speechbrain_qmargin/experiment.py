@@ -1,8 +1,7 @@
 """What every recipe does around its training: settings, the output folder, results.
 
-A recipe is one YAML and one script. The YAML holds the full-size experiment; a file of the same
-folder, ``sizes/<size>.yaml``, overrides scalars for a smaller one, and the command line overrides
-both.
+A recipe is one YAML and one script. The YAML holds the full-size experiment and names the
+files that complete it, a model, a head, a size (:func:`load_experiment`); the command line wins.
 """
 
 from __future__ import annotations
@@ -10,15 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import speechbrain as sb
-from hyperpyyaml import resolve_references
+from hyperpyyaml import load_hyperpyyaml, resolve_references
+from hyperpyyaml.core import recursive_update
 from ruamel.yaml import YAML
 from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
@@ -64,15 +66,16 @@ class Experiment:
     hparams_file : str
         The YAML.
     run_opts : speechbrain RunOptions
-    overrides : dict
-        The size's and the command line's overrides, in this order; for ``load_hyperpyyaml``.
+    text : str
+        The whole experiment as one HyperPyYAML document: the YAML with what it extends, its
+        overlays and the command line.
     settings : dict
-        The plain values (numbers, strings, lists) of the resolved YAML.
+        The plain values (numbers, strings, lists) of `text`, resolved.
     """
 
     hparams_file: str
     run_opts: Any
-    overrides: dict
+    text: str
     settings: dict
 
     @property
@@ -82,6 +85,23 @@ class Experiment:
     @property
     def results_file(self) -> Path:
         return self.output_folder / "results.json"
+
+    def load(self, **known_now: Any) -> dict:
+        """The hyperparameters as objects.
+
+        `known_now` are values that the data decided. On the main process the output folder is
+        made, with ``experiment.yaml`` (`text`, for another experiment to extend), SpeechBrain's
+        ``hyperparams.yaml`` and its log.
+        """
+        tree = _round_trip(self.text)
+        tree.update(known_now)
+        text = _dump(tree)
+        hparams = load_hyperpyyaml(text)
+        saved = self.output_folder / "experiment.yaml"
+        if if_main_process():
+            write_text(saved, text)
+        sb.core.create_experiment_directory(str(self.output_folder), str(saved))
+        return hparams
 
     def announce_finished(self) -> bool:
         """Whether a run with these settings has ended here; if so, say so and show its table."""
@@ -107,7 +127,7 @@ class Experiment:
         saved = self.output_folder / "hyperparams.yaml"
         if not saved.is_file():
             return
-        before = _plain(YAML().load(saved.read_text(encoding="utf-8")))
+        before = _plain(_round_trip(saved.read_text(encoding="utf-8")))
         differing = {
             key: (before.get(key), value)
             for key, value in self.settings.items()
@@ -123,6 +143,17 @@ class Experiment:
             )
 
 
+def _round_trip(text: str) -> Any:
+    """A YAML text with its tags and comments."""
+    return YAML().load(text)
+
+
+def _dump(tree) -> str:
+    stream = StringIO()
+    YAML().dump(tree, stream)
+    return stream.getvalue()
+
+
 def _plain(tree) -> dict:
     """The untagged scalars and lists of a parsed YAML."""
     return {
@@ -133,50 +164,90 @@ def _plain(tree) -> dict:
 
 
 def load_experiment(argv: list[str]) -> Experiment:
-    """Parse ``hparams.yaml [--key value ...]`` as SpeechBrain does, with sizes.
+    """Parse ``hparams.yaml [--key value ...]`` as SpeechBrain does, and compose the experiment.
 
-    The YAML's ``size`` names a file ``sizes/<size>.yaml`` beside it whose values override the
-    YAML's own; ``full`` overrides nothing; ``auto`` is ``mini`` without a ``data_folder`` and
-    ``full`` with one.
+    Two keys of the YAML name other files beside it, with ``<key>`` for a setting's value:
+    ``extends`` is the YAML that this one completes or changes; ``overlays`` is a list of YAMLs over
+    it, ``models/<model>.yaml`` or ``sizes/<size>.yaml``. The later one wins and whole entries are
+    replaced; then comes the command line, which also chooses among the overlays. An overlay's
+    plain value for a key that no file but an overlay has is left out where nothing refers to it:
+    a size may speak of every model.
+
+    ``size: full`` has no file. ``size: auto`` is ``mini`` without a ``data_folder``, else ``full``.
 
     Raises
     ------
-    FileNotFoundError, ValueError, KeyError
-        A missing YAML, an unknown size, an override that names no key of the YAML.
+    FileNotFoundError, ValueError
+        A missing YAML, an unknown choice, an override that names no key of the experiment.
     """
     hparams_file, run_opts, overrides_text = sb.parse_arguments(argv)
     path = Path(hparams_file)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such hyperparameter file (in {os.getcwd()})")
     keys = [line.split(":", 1)[0] for line in overrides_text.splitlines()]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ValueError(f"--{twice[0]} is given twice on the command line")
-    given = dict(YAML().load(overrides_text) or {})
-    base = YAML().load(path.read_text(encoding="utf-8"))
-    unknown = sorted(set(given) - set(base))
+    given = _round_trip(overrides_text) or {}
+    tree = _compose(path, given)
+    # HyperPyYAML wants a value before what refers to it: scalars first, then objects
+    objects = {key: node for key, node in tree.items() if isinstance(node, (dict, list))}
+    text = _dump({key: tree[key] for key in tree if key not in objects} | objects)
+    settings = _plain(_round_trip(resolve_references(text).read()))
+    return Experiment(str(path), run_opts, text, settings)
+
+
+def _compose(path: Path, given: dict) -> Any:
+    """The tree of a YAML, what it extends, its overlays and the command line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such hyperparameter file (in {os.getcwd()})")
+    own = _round_trip(path.read_text(encoding="utf-8"))
+    overlays = own.pop("overlays", [])
+    parent = own.pop("extends", None)
+    tree = own
+    if parent is not None:
+        tree = _compose(_named(parent, path, {**_plain(own), **given}), {})
+        tree.update(own)
+    if "size" in tree:
+        size = given.get("size", tree["size"])
+        if size == "auto":
+            no_data = given.get("data_folder", tree.get("data_folder")) is None
+            size = "mini" if no_data else "full"
+        given = {**given, "size": size}
+    choices, layers = {**_plain(tree), **given}, []
+    for name in reversed(overlays):  # a later one may choose among those before it
+        if name.endswith("<size>.yaml") and choices["size"] == "full":
+            continue
+        layers.insert(0, (name, _compose(_named(name, path, choices), {})))
+        choices = {**choices, **layers[0][1], **given}
+    for name, layer in layers:
+        sized = name.endswith("<size>.yaml")
+        tree.update({key: layer[key] for key in layer if not sized or key in tree})
+    unknown = sorted(set(given) - set(tree))
     if unknown:
         raise ValueError(
             f"--{unknown[0]} is neither a setting of {path} nor an option of SpeechBrain; "
-            f"the settings are {', '.join(_plain(base))}"
+            f"the settings are {', '.join(_plain(tree))}"
         )
-    size = given.get("size", base.get("size", "full"))
-    if size == "auto":
-        data_folder = given.get("data_folder", base.get("data_folder"))
-        size = "mini" if data_folder is None else "full"
-    overrides = {}
-    if size != "full":
-        size_file = path.parent / "sizes" / f"{size}.yaml"
-        if not size_file.is_file():
-            known = sorted(file.stem for file in size_file.parent.glob("*.yaml"))
-            raise ValueError(f"size: {size!r} is unknown; choose auto, full, {', '.join(known)}")
-        overrides.update(YAML().load(size_file.read_text(encoding="utf-8")) or {})
-    overrides.update(given)
-    if "size" in base:
-        overrides["size"] = size
-    with path.open(encoding="utf-8") as stream:
-        settings = _plain(YAML().load(resolve_references(stream, overrides, True)))
-    return Experiment(str(path), run_opts, overrides, settings)
+    recursive_update(tree, given)
+    return tree
+
+
+def _named(name: str, path: Path, choices: dict) -> Path:
+    """The file that `name` means beside `path`; an unknown choice is named with the known ones."""
+    keys = re.findall(r"<(\w+)>", name)
+    if missing := [key for key in keys if choices.get(key) is None]:
+        raise ValueError(f"--{missing[0]} must be given: {path} starts from it")
+    file = Path(re.sub(r"<(\w+)>", lambda match: str(choices[match[1]]), name))
+    if not name.startswith("<"):  # a folder that the user gave is where the user is
+        file = path.parent / file
+    if not file.is_file():
+        if len(keys) == 1 and file.parent.is_dir() and Path(name).stem == f"<{keys[0]}>":
+            known = sorted(one.stem for one in file.parent.glob("*.yaml"))
+            known = (["auto", "full"] if keys[0] == "size" else []) + known
+            raise ValueError(
+                f"{keys[0]}: {choices[keys[0]]!r} is unknown; choose {', '.join(known)}"
+            )
+        raise FileNotFoundError(f"{file}: {path} starts from it, but there is no such file")
+    return file
 
 
 def main_process_first(function: Callable[[], Any]) -> Any:

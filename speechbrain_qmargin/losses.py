@@ -7,6 +7,7 @@ command line cannot pass any). :func:`make_loss` selects one by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -25,7 +26,9 @@ __all__ = [
     "QMarginFaceLoss",
     "QMarginLoss",
     "SparsemaxLoss",
+    "loss_parameter",
     "make_loss",
+    "set_loss_parameters",
 ]
 
 
@@ -238,3 +241,39 @@ def make_loss(
                 f"loss: {name} is {key} = {value:g}, got {given[key]}; use qmargin for others"
             )
     return LOSSES[name](**given)
+
+
+def loss_parameter(loss: nn.Module, name: str) -> float:
+    """alpha, scale or margin of a loss that :func:`make_loss` made.
+
+    Examples
+    --------
+    >>> loss_parameter(make_loss("arcface"), "margin")
+    0.2
+    """
+    holder = getattr(loss, "loss_fn", loss)
+    if not hasattr(holder, name):
+        raise ValueError(f"loss_schedule: {type(holder).__name__} has no {name}")
+    return getattr(holder, name)
+
+
+def set_loss_parameters(loss: nn.Module, **values: float) -> None:
+    """Change alpha, scale or margin of a loss that :func:`make_loss` made, between two steps.
+
+    Examples
+    --------
+    >>> loss = make_loss("qmargin")
+    >>> set_loss_parameters(loss, margin=0.1)
+    >>> loss
+    QMarginLoss(alpha=1.5, scale=10.0, margin=0.1, hard_margin_cos=0.33)
+    """
+    holder = getattr(loss, "loss_fn", loss)
+    current = {name: loss_parameter(loss, name) for name in ("scale", "margin")}
+    if isinstance(holder, QMarginLoss):
+        check_loss_parameters(**{"alpha": holder.alpha, **current, **values})
+    for name, value in values.items():
+        setattr(holder, name, value)
+    if hasattr(holder, "cos_m"):  # SpeechBrain's ArcFace derives these once, from the margin
+        m = holder.margin
+        holder.cos_m, holder.sin_m = math.cos(m), math.sin(m)
+        holder.th, holder.mm = math.cos(math.pi - m), math.sin(math.pi - m) * m

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as functions of training time, without state.
+"""Learning rates, margins and other schedules as functions of training time, without state.
 
 A schedule is called with the time in epochs (fractions count) and returns the value, so an
 interrupted run continues it exactly, and the number of devices does not enter.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["warmup_exponential"]
+__all__ = ["linear_change", "margin_rise", "polynomial_decay", "warmup_exponential"]
 
 
 def warmup_exponential(
@@ -36,3 +36,53 @@ def warmup_exponential(
     """
     ramp = min(1.0, epoch / warmup_epochs) if warmup_epochs > 0 else 1.0
     return ramp * peak * math.exp(epoch / epochs * math.log(final / peak))
+
+
+def margin_rise(epoch: float, full: float, *, start: float, end: float) -> float:
+    """0 until epoch `start`, then a rise to `full` at epoch `end`, steep at first.
+
+    ``full * (1 - exp(u ln 1e-3))`` with ``u = (t - start) / (end - start)``: the margin schedule
+    of WeSpeaker's VoxCeleb recipe. With ``start = end = 0`` it is `full` throughout.
+
+    Examples
+    --------
+    >>> [round(margin_rise(t, 0.2, start=20, end=40), 3) for t in (0, 20, 22, 30, 40, 150)]
+    [0.0, 0.0, 0.1, 0.194, 0.2, 0.2]
+    """
+    if epoch >= end:
+        return full
+    return full * -math.expm1(max(0.0, epoch - start) / (end - start) * math.log(1e-3))
+
+
+def linear_change(epoch: float, full: float, *, initial: float, start: float, end: float) -> float:
+    """`initial` until epoch `start`, then a straight line to `full` at epoch `end`.
+
+    For alpha or scale: a training may begin nearer to softmax, whose gradient reaches every class.
+
+    Examples
+    --------
+    >>> [linear_change(t, 1.5, initial=1.0, start=0, end=4) for t in (0, 2, 4, 9)]
+    [1.0, 1.25, 1.5, 1.5]
+    """
+    if epoch >= end:
+        return full
+    return initial + (full - initial) * max(0.0, epoch - start) / (end - start)
+
+
+def polynomial_decay(
+    epoch: float, *, peak: float, epochs: float, warmup_epochs: float = 0.0, power: float = 1.0
+) -> float:
+    """A linear ramp over the first epochs, then ``peak * (1 - u) ** power`` down to 0.
+
+    u runs from 0 at the ramp's end to 1 at the end: with power 1 the linear decay that
+    InsightFace's arcface_torch trains with.
+
+    Examples
+    --------
+    >>> [polynomial_decay(t, peak=0.1, epochs=20) for t in (0, 10, 20)]
+    [0.1, 0.05, 0.0]
+    """
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    left = max(0.0, epochs - epoch) / (epochs - warmup_epochs)
+    return peak * left**power

@@ -9,10 +9,10 @@ import pytest
 import soundfile
 import speechbrain as sb
 import torch
-from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_qmargin.brain import SpeakerBrain
 from speechbrain_qmargin.data.speech import prepare_speech, speaker_encoder, speech_dataset
+from speechbrain_qmargin.experiment import load_experiment
 
 RECIPE = Path(__file__).parent.parent / "hparams" / "qmargin.yaml"
 RATE = 16000
@@ -60,11 +60,10 @@ def make_brain(folder, output, validate=None, brain_class=SpeakerBrain, run_opts
         "lr_reference_batch": 4,
         "final_lr": 0.01,
         "warmup_epochs": 1,
-        "ckpt_interval_minutes": 0,
         **overrides,
     }
-    with RECIPE.open() as file:
-        hparams = load_hyperpyyaml(file, settings)
+    options = [f"--{key}={'null' if value is None else value}" for key, value in settings.items()]
+    hparams = load_experiment([str(RECIPE), *options]).load(ckpt_interval_minutes=0)
     brain = brain_class(
         modules=hparams["modules"],
         opt_class=hparams["opt_class"],

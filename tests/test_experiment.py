@@ -1,31 +1,46 @@
 """Settings, sizes, the output folder, checkpoints that appear whole."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from hyperpyyaml import load_hyperpyyaml
+from ruamel.yaml import YAML
 
 from speechbrain_qmargin.experiment import AtomicCheckpointer, load_experiment
 
+HPARAMS = Path(__file__).parent.parent / "hparams"
+
 BASE = """
+overlays: [layers/<kind>.yaml, sizes/<size>.yaml]
 size: auto
+kind: wide
 data_folder: null
 seed: 0
 output_folder: !ref results/<size>/<seed>
 width: 512
 deep: !ref <width> * 2
 loss: qmargin
+layer: !PLACEHOLDER
+"""
+
+WIDE = """
+outputs: 1
 layer: !new:torch.nn.Linear
     in_features: !ref <width>
-    out_features: 1
+    out_features: !ref <outputs>
 """
 
 
 @pytest.fixture
 def yaml(tmp_path):
     (tmp_path / "sizes").mkdir()
-    (tmp_path / "sizes" / "mini.yaml").write_text("width: 8\n")
+    (tmp_path / "sizes" / "mini.yaml").write_text("width: 8\ndepth_of_another_model: 3\n")
+    (tmp_path / "sizes" / "flat.yaml").write_text("kind: none\n")
+    (tmp_path / "layers").mkdir()
+    (tmp_path / "layers" / "wide.yaml").write_text(WIDE)
+    (tmp_path / "layers" / "biased.yaml").write_text("extends: wide.yaml\noutputs: 5\n")
+    (tmp_path / "layers" / "none.yaml").write_text("layer: !new:torch.nn.Identity\n")
     (tmp_path / "base.yaml").write_text(BASE)
     return str(tmp_path / "base.yaml")
 
@@ -37,25 +52,71 @@ def test_auto_is_mini_without_data_and_full_with(yaml):
     assert full.settings["output_folder"] == "results/full/0"
 
 
-def test_the_command_line_wins_over_the_size(yaml):
-    experiment = load_experiment([yaml, "--size=mini", "--width", "4"])
+def load(*argv, **known):
+    experiment = load_experiment(list(argv))
+    return experiment, experiment.load(**known)
+
+
+def test_the_command_line_wins_over_the_size(yaml, tmp_path):
+    out = f"--output_folder={tmp_path / 'out'}"
+    experiment, hparams = load(yaml, "--size=mini", "--width", "4", out, seed=7)
     assert experiment.settings["width"] == 4
-    with open(yaml) as file:
-        hparams = load_hyperpyyaml(file, experiment.overrides)
     assert hparams["layer"].in_features == 4
+    assert hparams["seed"] == 7
+    assert "depth_of_another_model" not in hparams
 
 
-def test_tags_on_the_command_line_survive(yaml):
-    experiment = load_experiment([yaml, "--layer=!new:torch.nn.Identity"])
-    with open(yaml) as file:
-        hparams = load_hyperpyyaml(file, experiment.overrides)
+def test_tags_on_the_command_line_survive(yaml, tmp_path):
+    _, hparams = load(yaml, "--layer=!new:torch.nn.Identity", f"--output_folder={tmp_path / 'out'}")
     assert isinstance(hparams["layer"], torch.nn.Identity)
+
+
+def test_overlays_are_chosen_by_setting_size_and_command_line(yaml, tmp_path):
+    out = f"--output_folder={tmp_path / 'out'}"
+    assert load(yaml, out)[1]["layer"].out_features == 1
+    assert load(yaml, "--kind=biased", out)[1]["layer"].out_features == 5
+    assert load(yaml, "--kind=biased", "--outputs=2", out)[1]["layer"].out_features == 2
+    assert isinstance(load(yaml, "--size=flat", out)[1]["layer"], torch.nn.Identity)
+    assert load(yaml, "--size=flat", "--kind=wide", out)[1]["layer"].in_features == 512
+    with pytest.raises(ValueError, match="kind: 'tall' is unknown; choose biased, none, wide"):
+        load_experiment([yaml, "--kind=tall"])
+
+
+def test_a_run_can_be_extended(yaml, tmp_path):
+    first = tmp_path / "first"
+    load(yaml, "--kind=biased", "--width=3", f"--output_folder={first}", seed=5)
+    second = tmp_path / "second.yaml"
+    second.write_text(
+        "extends: <start>/experiment.yaml\nstart: !PLACEHOLDER\n"
+        "output_folder: !ref <start>/tuned\noutputs: 4\n"
+    )
+    experiment, hparams = load(str(second), f"--start={first}")
+    assert (hparams["layer"].in_features, hparams["layer"].out_features) == (3, 4)
+    assert hparams["seed"] == 5
+    assert experiment.output_folder == first / "tuned"
+    with pytest.raises(ValueError, match="--start must be given"):
+        load_experiment([str(second)])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_experiment([str(second), "--start=nowhere"])
+
+
+def test_every_value_of_a_size_is_some_models():
+    for recipe, sizes in (("qmargin.yaml", "speech"), ("face_qmargin.yaml", "face")):
+        models = sorted((HPARAMS / sizes / "models").glob("*.yaml"))
+        keys = set()
+        for model in models:
+            text = load_experiment(
+                [str(HPARAMS / recipe), "--size=full", f"--model={model.stem}"]
+            ).text
+            keys |= set(YAML().load(text))
+        for size in (HPARAMS / sizes / "sizes").glob("*.yaml"):
+            assert set(YAML().load(size.read_text())) <= keys, size
 
 
 def test_errors_name_what_is_wrong(yaml):
     with pytest.raises(ValueError, match=r"--widht is neither a setting .* width"):
         load_experiment([yaml, "--widht", "3"])
-    with pytest.raises(ValueError, match="'huge' is unknown; choose auto, full, mini"):
+    with pytest.raises(ValueError, match="'huge' is unknown; choose auto, full, flat, mini"):
         load_experiment([yaml, "--size", "huge"])
     with pytest.raises(ValueError, match="--width is given twice"):
         load_experiment([yaml, "--width=3", "--width=4"])

@@ -8,11 +8,9 @@ Started again with the same settings, it resumes, or says that it is done.
 
 import sys
 
-import speechbrain as sb
-from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
-from speechbrain_qmargin.brain import SpeakerBrain
+from speechbrain_qmargin.brain import SpeakerBrain, load_pretrained
 from speechbrain_qmargin.data.speech import prepare_speech, speaker_encoder, speech_dataset
 from speechbrain_qmargin.experiment import load_experiment, main_process_first, validation, verify
 
@@ -55,12 +53,7 @@ def main(argv):
 
     # Speakers decide the classifier's size, so the data come before the model
     corpus = main_process_first(lambda: prepare(experiment.settings))
-    experiment.overrides["out_n_neurons"] = len(corpus.speakers)
-    with open(experiment.hparams_file, encoding="utf-8") as file:
-        hparams = load_hyperpyyaml(file, experiment.overrides)
-    sb.core.create_experiment_directory(
-        hparams["output_folder"], experiment.hparams_file, experiment.overrides
-    )
+    hparams = experiment.load(out_n_neurons=len(corpus.speakers))
 
     encoder_file = f"{hparams['save_folder']}/label_encoder.txt"
     encoder = main_process_first(lambda: speaker_encoder(corpus, encoder_file))
@@ -84,6 +77,7 @@ def main(argv):
         checkpointer=hparams["checkpointer"],
         validate=validation(corpus.valid_trials),
     )
+    load_pretrained(hparams)
     brain.fit(
         epochs,
         train_data,

@@ -1,0 +1,59 @@
+"""Batch normalisation over the processes of a CPU run, where torch has none.
+
+``torch.nn.SyncBatchNorm`` takes CUDA tensors only. With this one, training over gloo ranks is the
+computation of one process with the whole batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+__all__ = ["synchronised_batch_norm"]
+
+
+class _SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or dist.get_world_size() == 1:
+            return super().forward(x)
+        others = [dim for dim in range(x.ndim) if dim != 1]
+        wide = x.float()
+        count = all_reduce(torch.tensor(float(x.numel() // x.shape[1])))
+        mean = all_reduce(wide.sum(others, keepdim=True)) / count
+        centred = wide - mean
+        var = all_reduce(centred.square().sum(others, keepdim=True)) / count
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                step = self.momentum
+                if step is None:
+                    step = 1 / float(self.num_batches_tracked)
+                self.running_mean.lerp_(mean.flatten(), step)
+                self.running_var.lerp_(var.flatten() * count / (count - 1), step)
+        y = centred * torch.rsqrt(var + self.eps)
+        if self.affine:
+            shape = [1, -1] + [1] * (x.ndim - 2)
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
+
+
+def synchronised_batch_norm(module: nn.Module) -> nn.Module:
+    """Make every BatchNorm of a module, in place, share its statistics over all processes.
+
+    Parameters, buffers and their names stay. Each process may have a batch of another size.
+
+    Examples
+    --------
+    >>> net = synchronised_batch_norm(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    >>> [name for name, _ in net[1].named_buffers()]
+    ['running_mean', 'running_var', 'num_batches_tracked']
+    """
+    for part in module.modules():
+        if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+            part.__class__ = _SynchronisedBatchNorm
+    return module
