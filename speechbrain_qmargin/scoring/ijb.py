@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,9 +21,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from speechbrain_qmargin.files import replacing, write_text
+from speechbrain_qmargin.scoring.metrics import (
+    allowed_false_accepts,
+    operating_points,
+    tar_at_far,
+)
 from speechbrain_qmargin.scoring.pairs import FLIPS, flip_fusion
 from speechbrain_qmargin.scoring.report import Report, evaluate
 from speechbrain_qmargin.scoring.trials import Trials, pair_products
+from speechbrain_qmargin.scoring.uncertainty import badge
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +46,7 @@ __all__ = [
     "read_ijb",
     "read_template_pairs",
     "save_image_embeddings",
+    "sweep_table",
     "template_embeddings",
 ]
 
@@ -783,7 +790,7 @@ def evaluate_ijb(
     """
     options = options or IJBOptions()
     unit = template_embeddings(ijb, images, options)
-    scores = pair_products(unit, ijb.trials.enrolment, ijb.trials.test)
+    scores = _pair_cosines(ijb, unit)
     report = evaluate(
         scores, ijb.trials, fars=fars, replicates=replicates, seed=seed, progress=progress
     )
@@ -793,6 +800,41 @@ def evaluate_ijb(
         f"{len(ijb.trials):,} pairs"
     )
     return IJBResult(ijb.target, options, scores, report, ijb.subjects(), size)
+
+
+def sweep_table(
+    ijb: IJB,
+    images: ImageEmbeddings,
+    every: Iterable[IJBOptions],
+    fars: Sequence[float] = IJB_FARS,
+) -> str:
+    """TAR at FARs for several options, as a table: how far they move the result.
+
+    Values alone, for comparison; :func:`evaluate_ijb` has the intervals. Those that rest on fewer
+    than three errors are left out.
+
+    Parameters
+    ----------
+    ijb : IJB
+    images : ImageEmbeddings
+    every : iterable of IJBOptions
+    fars : sequence of float
+    """
+    rows = ["options    " + "".join(f"{f'FAR {far:g}':>11}" for far in fars)]
+    for options in every:
+        scores = _pair_cosines(ijb, template_embeddings(ijb, images, options))
+        points = operating_points(scores, ijb.trials.is_target)
+        row = f"{options.code:11}"
+        for far in fars:
+            found = tar_at_far(points, far)
+            errors = min(allowed_false_accepts(far, points.num_impostors), found.misses)
+            row += f"{100 * found.tar:11.2f}" if badge(errors) != "unsupported" else f"{'-':>11}"
+        rows.append(row)
+    return "\n".join(rows)
+
+
+def _pair_cosines(ijb: IJB, unit: np.ndarray) -> np.ndarray:
+    return pair_products(unit, ijb.trials.enrolment, ijb.trials.test)
 
 
 def _roc_figure(report: Report, title: str):

@@ -1,0 +1,68 @@
+"""Score IJB-B or IJB-C 1:1 from the embeddings of its images, with intervals over subjects.
+
+    python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --embeddings images.npz
+
+FOLDER holds meta/ as the official release does. The embeddings are an npz of `ids`, `embeddings`
+and `mirrored`, or the cache folder of an extraction. The table, its figures as JSON, the unrounded
+scores and the ROC and DET plots go to the output folder. docs/face_evaluation.md has the protocol.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+from tqdm import tqdm
+
+from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.scoring.ijb import (
+    IJBOptions,
+    evaluate_ijb,
+    load_image_embeddings,
+    read_ijb,
+    sweep_table,
+)
+from speechbrain_qmargin.scoring.pairs import FLIPS
+
+SWITCH = argparse.BooleanOptionalAction
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ijb", required=True, help="folder with meta/")
+    parser.add_argument("--target", default="IJBC", choices=("IJBB", "IJBC"))
+    parser.add_argument("--embeddings", required=True, help="npz, or the cache of an extraction")
+    parser.add_argument("--flip", default="sum", choices=FLIPS, help="image and mirror image")
+    parser.add_argument("--use_norm_score", default=True, action=SWITCH, help="lengths are weights")
+    parser.add_argument("--use_detector_score", default=True, action=SWITCH, help="as weights")
+    parser.add_argument("--all_options", action="store_true", help="every combination beside it")
+    parser.add_argument("--replicates", default=1000, type=int, help="of the bootstrap")
+    parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("--output_folder", default=None, help="results/face/<target> by default")
+    args = parser.parse_args(argv)
+
+    folder = Path(args.output_folder or f"results/face/{args.target}")
+    ijb = read_ijb(args.ijb, args.target)
+    images = load_image_embeddings(args.embeddings, ijb)
+    options = IJBOptions(args.flip, args.use_norm_score, args.use_detector_score)
+    with tqdm(total=args.replicates, desc="bootstrap", leave=False) as progress:
+        result = evaluate_ijb(
+            ijb,
+            images,
+            options,
+            replicates=args.replicates,
+            seed=args.seed,
+            progress=progress.update,
+        )
+    result.save(folder)
+    print(result.table())
+    if args.all_options:
+        flips = FLIPS if images.mirrored is not None else ("none",)
+        every = [IJBOptions(*each) for each in itertools.product(flips, (False, True), (False, True))]
+        table = sweep_table(ijb, images, tqdm(every, "options", leave=False))
+        write_text(folder / "options.txt", table + "\n")
+        print(f"\n{table}")
+    print(f"\nfiles: {folder}/")
+
+
+if __name__ == "__main__":
+    main()
