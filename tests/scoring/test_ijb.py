@@ -21,7 +21,7 @@ from speechbrain_qmargin.scoring.ijb import (
     save_image_embeddings,
     template_embeddings,
 )
-from speechbrain_qmargin.scoring.metrics import allowed_false_accepts
+from speechbrain_qmargin.scoring.metrics import operating_points, tar_at_far
 
 OPTIONS = [
     IJBOptions(flip, norm, detector)
@@ -451,24 +451,44 @@ def test_a_cache_of_other_images(pictures, tmp_path):
 # ------------------------------------------------------------------ the field's reading
 
 
-def field_reading(scores, same, far):
+def field_reading(scores, same, far, **options):
     """TAR at the point of scikit-learn's curve nearest to `far`, the larger FAR of two as near."""
     from sklearn.metrics import roc_curve
 
-    fpr, tpr, _ = roc_curve(same, scores)
+    fpr, tpr, _ = roc_curve(same, scores, **options)
     fpr, tpr = np.flipud(fpr), np.flipud(tpr)
     at = int(np.argmin(np.abs(fpr - far)))
     return tpr[at], fpr[at]
 
 
 def test_the_nearest_point_may_exceed_the_far_that_it_is_named_after():
-    """The numbers of docs/face_evaluation.md."""
+    """The first table of docs/face_evaluation.md."""
     # 1,000 impostors; genuine pairs above them all, below 2 and below 16 of them
-    impostors = np.arange(1000.0)
     genuine = np.concatenate([np.full(70, 999.5), np.full(20, 997.5), np.full(10, 983.5)])
-    scores, same = np.append(impostors, genuine), np.arange(1100) >= 1000
-    ours = {far: naive_tar(scores, same, far) for far in (0.01, 0.001)}
-    assert ours == {0.01: 0.9, 0.001: 0.7}
+    scores, same = np.append(np.arange(1000.0), genuine), np.arange(1100) >= 1000
+    points = operating_points(scores, same)
+    assert [tar_at_far(points, far).tar for far in (0.01, 0.001)] == pytest.approx([0.9, 0.7])
+    assert [naive_tar(scores, same, far) for far in (0.01, 0.001)] == [0.9, 0.7]
     assert field_reading(scores, same, 0.01) == (1.0, 0.016)
     assert field_reading(scores, same, 0.001) == (0.9, 0.002)
-    assert allowed_false_accepts(0.01, 1000) == 10
+    # half of it comes from the points that roc_curve drops unless told not to
+    assert field_reading(scores, same, 0.01, drop_intermediate=False) == (0.9, 0.01)
+
+
+def test_both_readings_of_one_list():
+    """The second table of docs/face_evaluation.md."""
+    rng = np.random.default_rng(0)
+    scores = np.concatenate([rng.normal(size=155_000), 4 + rng.normal(size=2_000)])
+    same = np.arange(len(scores)) >= 155_000
+    points = operating_points(scores, same)
+    wanted = {
+        # FAR: (ours, false accepts), (theirs, false accepts)
+        1e-3: ((81.35, 155), (81.35, 154)),
+        1e-4: ((55.40, 15), (55.55, 16)),
+        1e-5: ((37.50, 1), (42.35, 2)),
+    }
+    for far, (ours, theirs) in wanted.items():
+        found = tar_at_far(points, far)
+        assert (round(100 * found.tar, 2), found.false_accepts) == ours
+        tar, realised = field_reading(scores, same, far)
+        assert (round(100 * tar, 2), round(realised * 155_000)) == theirs
