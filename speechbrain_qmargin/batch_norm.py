@@ -22,8 +22,8 @@ class _SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or dist.get_world_size() == 1:
             return super().forward(x)
         others = [dim for dim in range(x.ndim) if dim != 1]
-        wide = x.float()
-        count = all_reduce(torch.tensor(float(x.numel() // x.shape[1])))
+        wide = x if x.dtype == torch.float64 else x.float()
+        count = all_reduce(wide.new_tensor(x.numel() // x.shape[1]))
         mean = all_reduce(wide.sum(others, keepdim=True)) / count
         centred = wide - mean
         var = all_reduce(centred.square().sum(others, keepdim=True)) / count

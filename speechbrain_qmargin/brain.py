@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import speechbrain as sb
 import torch
 from speechbrain.dataio.dataset import FilteredSortedDynamicItemDataset
+from speechbrain.dataio.sampler import ReproducibleRandomSampler
 from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.distributed import if_main_process
 from torch import Tensor
@@ -104,6 +106,10 @@ class VerificationBrain(sb.Brain):
     # ---------------------------------------------------------------- learning rate
 
     def make_dataloader(self, dataset, stage, **kwargs):
+        if stage == sb.Stage.TRAIN and self.distributed_launch and kwargs.get("shuffle"):
+            # the order of a run of one process: a step trains on the same items, shared out
+            seed = os.environ.get("SB_GLOBAL_SEED", 0)
+            kwargs |= {"sampler": ReproducibleRandomSampler(dataset, seed=seed), "shuffle": False}
         loader = super().make_dataloader(dataset, stage, **kwargs)
         if stage == sb.Stage.TRAIN:
             steps = len(loader) / self.grad_accumulation_factor
@@ -185,8 +191,9 @@ class VerificationBrain(sb.Brain):
         if stage == sb.Stage.TRAIN:
             self._record = {"epoch": epoch, "lr": self._lr, "loss": stage_loss, "seconds": seconds}
             self._record |= self._loss_now
+            self._record["loss"] = float(self._over_processes(torch.tensor([stage_loss])).mean())
             if self._stats:
-                stats = torch.stack(self._stats).double()
+                stats = self._over_processes(torch.stack(self._stats).double())
                 mean = stats.mean(0).tolist()
                 self._record |= {
                     "support_mean": mean[0],
@@ -199,6 +206,15 @@ class VerificationBrain(sb.Brain):
                 self._end_epoch({})
         elif stage == sb.Stage.VALID:
             self._end_epoch(self.validate(self.embeddings))
+
+    def _over_processes(self, rows: Tensor) -> Tensor:
+        """Rows [n, ...] of every process, one below the other."""
+        if not self.distributed_launch:
+            return rows
+        rows = rows.to(self.device)
+        parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, rows)
+        return torch.cat(parts)
 
     def _end_epoch(self, valid_stats: dict[str, float]) -> None:
         record = self._record | {f"valid_{key}": value for key, value in valid_stats.items()}

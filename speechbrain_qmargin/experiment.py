@@ -6,12 +6,14 @@ files that complete it, a model, a head, a size (:func:`load_experiment`); the c
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -19,11 +21,12 @@ from typing import Any
 
 import numpy as np
 import speechbrain as sb
+import torch
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from hyperpyyaml.core import recursive_update
 from ruamel.yaml import YAML
 from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
-from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.distributed import ddp_barrier, ddp_init_group, if_main_process
 
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.metrics import eer, operating_points, tar_at_far
@@ -40,6 +43,7 @@ __all__ = [
     "Experiment",
     "load_experiment",
     "main_process_first",
+    "processes",
     "validation",
     "verify",
 ]
@@ -48,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 # Settings that may change between two starts of one run.
 MAY_CHANGE = {
+    "batch_size",  # of one process, whose number may change; the learning rate follows
     "data_folder",
     "num_workers",
     "out_n_neurons",  # known only after the data are prepared; speaker_encoder compares speakers
@@ -250,6 +255,19 @@ def _named(name: str, path: Path, choices: dict) -> Path:
     return file
 
 
+@contextmanager
+def processes(run_opts: Any) -> Iterator[None]:
+    """The processes that torchrun started, joined for the time of a run."""
+    ddp_init_group(run_opts)
+    try:
+        yield
+        ddp_barrier()  # none leaves while another still needs it
+    finally:
+        if torch.distributed.is_initialized():
+            gc.collect()  # what still holds the group would end its threads too late
+            torch.distributed.destroy_process_group()
+
+
 def main_process_first(function: Callable[[], Any]) -> Any:
     """Call a function on the main process, then on the others, which find its files in place."""
     if not if_main_process():
@@ -340,13 +358,14 @@ class AtomicCheckpointer(Checkpointer):
                 f"free; {error}). The last whole one is kept: make room and start again to resume"
             ) from error
         ddp_barrier()  # every process has written its share
-        if saved is None:
-            return None
-        final = saved.path.with_name(saved.path.name.removeprefix(self._PARTIAL))
-        saved.path.replace(final)
-        logger.log(verbosity, f"saved checkpoint {final}")
-        files = {key: final / file.name for key, file in saved.paramfiles.items()}
-        return Checkpoint(final, saved.meta, files)
+        if saved is not None:
+            final = saved.path.with_name(saved.path.name.removeprefix(self._PARTIAL))
+            saved.path.replace(final)
+            logger.log(verbosity, f"saved checkpoint {final}")
+            files = {key: final / file.name for key, file in saved.paramfiles.items()}
+            saved = Checkpoint(final, saved.meta, files)
+        ddp_barrier()  # all see the same checkpoints when they choose which to delete
+        return saved
 
     def _new_checkpoint_dirpath(self):
         return self._hidden(super()._new_checkpoint_dirpath())

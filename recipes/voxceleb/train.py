@@ -8,11 +8,17 @@ Started again with the same settings, it resumes, or says that it is done.
 
 import sys
 
-from speechbrain.utils.distributed import ddp_init_group, if_main_process
+from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_qmargin.brain import SpeakerBrain, load_pretrained
 from speechbrain_qmargin.data.speech import prepare_speech, speaker_encoder, speech_dataset
-from speechbrain_qmargin.experiment import load_experiment, main_process_first, validation, verify
+from speechbrain_qmargin.experiment import (
+    load_experiment,
+    main_process_first,
+    processes,
+    validation,
+    verify,
+)
 
 SYNTHETIC = "synthetic voices: this shows that the machinery works, not how accurate it is"
 
@@ -42,7 +48,11 @@ def prepare(settings):
 
 def main(argv):
     experiment = load_experiment(argv)
-    ddp_init_group(experiment.run_opts)
+    with processes(experiment.run_opts):
+        run(experiment)
+
+
+def run(experiment):
     if experiment.announce_finished():
         return
     experiment.check_output_folder()
