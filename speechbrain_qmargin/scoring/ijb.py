@@ -400,7 +400,10 @@ def _cache_state(folder: Path, ijb: IJB, model: str | None = None) -> dict | Non
     path = folder / "cache.json"
     if not path.is_file():
         return None
-    state = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete it to extract anew") from None
     if state.get("images") != ijb.fingerprint:
         raise ValueError(f"{path}: of other images or landmarks; give another cache folder")
     if model is not None and state.get("model") != model:
@@ -454,7 +457,7 @@ def extract_ijb(
         Images that are missing, before anything is computed; counted, the first named.
     ValueError
         A cache of other images or of another model, an image that cannot be read, an embedding
-        that is not finite: with the file. What was computed is kept.
+        that is not finite: with the file. Embeddings of another shape. What was computed is kept.
     """
     import torch
     from tqdm import tqdm
@@ -496,6 +499,9 @@ def extract_ijb(
                     bad = int(np.argmin(np.isfinite(found).all(axis=1))) % len(batch)
                     raise ValueError(f"{images_folder / ijb.names[start + bad]}: its embedding "
                                      "is not finite")  # fmt: skip
+                wanted = (2 * len(batch), found.shape[-1] if array is None else array.shape[2])
+                if found.shape != wanted:
+                    raise ValueError(f"embed gave {found.shape} where {wanted} was wanted")
                 if array is None:
                     cache.mkdir(parents=True, exist_ok=True)
                     array = np.lib.format.open_memmap(

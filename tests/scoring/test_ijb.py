@@ -171,6 +171,26 @@ def test_images_without_a_template_and_images_in_two(tmp_path):
     np.testing.assert_allclose(found, [wanted[x] for x in protocol.trials.ids], atol=2e-7)
 
 
+def test_the_order_of_the_lines_does_not_matter(tmp_path):
+    embeddings = write_ijb(tmp_path)
+    before = read_ijb(tmp_path)
+    images = ImageEmbeddings(embeddings[:, 0], embeddings[:, 1])
+    wanted = evaluate_ijb(before, images, replicates=20).report
+    save_image_embeddings(tmp_path / "images.npz", before.names, *embeddings.transpose(1, 0, 2))
+    rng = np.random.default_rng(0)
+    for path in (tmp_path / "meta").iterdir():
+        path.write_text("".join(rng.permutation(path.read_text().splitlines(keepends=True))))
+    after = read_ijb(tmp_path)
+    assert after.names != before.names
+    images = load_image_embeddings(tmp_path / "images.npz", after)
+    found = evaluate_ijb(after, images, replicates=20).report
+    for one, other in zip(wanted.figures, found.figures, strict=True):
+        assert (one.name, one.misses, one.false_accepts) == (
+            other.name, other.misses, other.false_accepts,
+        )  # fmt: skip
+        assert other.value == pytest.approx(one.value)
+
+
 # ------------------------------------------------------------------ subjects
 
 
@@ -440,12 +460,25 @@ def test_an_embedding_that_is_not_finite(pictures, tmp_path):
         extract_ijb(embed, folder, protocol, tmp_path / "cache", batch_size=4)
 
 
+def test_embeddings_of_another_shape(pictures, tmp_path):
+    protocol, folder = pictures
+    with pytest.raises(ValueError, match=r"embed gave \(3, 2\) where \(6, 2\)"):
+        extract_ijb(lambda x: x[:3, 0, 0, :2], folder, protocol, tmp_path / "a", batch_size=3)
+    with pytest.raises(KeyboardInterrupt):
+        extract_ijb(Embed(stop_after=5), folder, protocol, tmp_path / "a", batch_size=5)
+    with pytest.raises(ValueError, match=r"embed gave \(10, 2\) where \(10, 12\)"):
+        extract_ijb(lambda x: x[:, 0, 0, :2], folder, protocol, tmp_path / "a", batch_size=5)
+
+
 def test_a_cache_of_other_images(pictures, tmp_path):
     protocol, folder = pictures
     extract_ijb(Embed(), folder, protocol, tmp_path / "cache")
     write_ijb(tmp_path / "other", subjects=3, seed=1)
     with pytest.raises(ValueError, match="of other images or landmarks"):
         load_image_embeddings(tmp_path / "cache", read_ijb(tmp_path / "other"))
+    (tmp_path / "cache/cache.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cache\.json: .* delete it to extract anew"):
+        load_image_embeddings(tmp_path / "cache", protocol)
 
 
 # ------------------------------------------------------------------ the field's reading
