@@ -14,7 +14,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,7 +76,9 @@ class IJB:
         media's own number.
     trials : Trials
         The pairs of ``*_template_pair_label.txt``, int32; its ids are the templates' numbers,
-        ascending.
+        ascending; its speakers are the subjects, where the 1:N lists name them.
+    unnamed : str
+        Why the subjects are not known by name; empty where they are.
     """
 
     target: str
@@ -87,6 +89,7 @@ class IJB:
     template: np.ndarray
     media: np.ndarray
     trials: Trials
+    unnamed: str = ""
 
     @property
     def num_templates(self) -> int:
@@ -109,16 +112,18 @@ class IJB:
     def subjects(self) -> str:
         """What is known of the people behind the templates, in words.
 
-        The meta files name none. A genuine pair says that two templates are one person, so the
-        templates that genuine pairs link are taken for one subject; an impostor pair says that
-        two subjects differ.
+        The 1:N lists name the subject of every template. Without them a genuine pair still says
+        that two templates are one person, so those that genuine pairs link are taken for one
+        subject; and an impostor pair says that two subjects differ.
         """
         units, labels = self.trials.speakers(), self.trials.is_target
         size = np.bincount(units)
+        if not self.unnamed:
+            return f"{len(size):,} subjects of {self.num_templates:,} templates, by the 1:N lists"
         text = (
-            f"the meta files name no subjects: the templates that genuine pairs link are taken for "
-            f"one, which makes {len(size):,} of {self.num_templates:,} templates "
-            f"({np.count_nonzero(size == 1):,} templates stay alone)"
+            f"subjects are not known by name ({self.unnamed}): the templates that genuine pairs "
+            f"link are taken for one, which makes {len(size):,} of {self.num_templates:,} "
+            f"templates ({np.count_nonzero(size == 1):,} templates stay alone)"
         )
         met = self.trials.impostor_pairs
         met = met + met.T
@@ -139,7 +144,11 @@ class IJB:
 
 
 def read_ijb(folder: str | Path, target: str = "IJBC") -> IJB:
-    """Read the three meta files of a 1:1 protocol.
+    """Read the meta files of a 1:1 protocol.
+
+    The subjects are named by the lists of the 1:N protocol, whose galleries and probes are the same
+    templates: ``ijbc_1N_gallery_G1.csv``, ``_G2.csv`` (IJB-B: ``S1``, ``S2``) and
+    ``ijbc_1N_probe_mixed.csv``, if they are there; see :meth:`IJB.subjects`.
 
     Parameters
     ----------
@@ -175,7 +184,49 @@ def read_ijb(folder: str | Path, target: str = "IJBC") -> IJB:
     left, right, same, source = read_template_pairs(meta / names[2])
     sides = [_rows_of(ids, side, meta / names[2], meta / names[1]) for side in (left, right)]
     trials = Trials([str(x) for x in ids.tolist()], *sides, same, source)
-    return IJB(target, images, points, scores, image, template.astype(np.int32), media, trials)
+    trials, unnamed = _with_subjects(trials, meta, target)
+    template = template.astype(np.int32)
+    return IJB(target, images, points, scores, image, template, media, trials, unnamed)
+
+
+def _with_subjects(trials: Trials, meta: Path, target: str) -> tuple[Trials, str]:
+    """The trials with the subjects of the 1:N lists; or as they are, and why."""
+    parts = "GS"[target == "IJBB"]
+    names = [f"{target.lower()}_1N_{part}.csv" for part in
+             (f"gallery_{parts}1", f"gallery_{parts}2", "probe_mixed")]  # fmt: skip
+    missing = [name for name in names if not (meta / name).is_file()]
+    if missing:
+        return trials, f"{', '.join(missing)} not in meta/"
+    subject_of: dict[str, str] = {}
+    for name in names:
+        with (meta / name).open(encoding="utf-8", errors="replace") as stream:
+            next(stream, None)
+            for number, line in enumerate(stream, 2):  # TEMPLATE_ID,SUBJECT_ID, and much more
+                template, _, rest = line.partition(",")
+                subject = rest.partition(",")[0].strip()
+                if not template.strip().isdigit() or not subject.isdigit():
+                    raise ValueError(
+                        f"{meta / name}:{number}: expected 'template,subject,...', got "
+                        f"{line.rstrip()!r}"
+                    )
+                known = subject_of.setdefault(str(int(template)), subject)
+                if known != subject:
+                    raise ValueError(
+                        f"{meta / name}:{number}: template {template} is of subject {subject}, and "
+                        f"of {known} before"
+                    )
+    without = [name for name in trials.ids if name not in subject_of]
+    if without:
+        return trials, f"the 1:N lists lack {len(without):,} templates, as {without[0]}"
+    subjects = [subject_of[name] for name in trials.ids]
+    numbers = np.unique(subjects, return_inverse=True)[1]
+    wrong = (numbers[trials.enrolment] == numbers[trials.test]) != trials.is_target
+    if wrong.any():
+        return trials, (
+            f"by the 1:N lists {np.count_nonzero(wrong):,} labels are wrong, the first in line "
+            f"{int(np.argmax(wrong)) + 1}"
+        )
+    return replace(trials, speaker_of=subjects), ""
 
 
 def _read_images(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -697,7 +748,7 @@ class IJBResult:
                 "",
                 self.report.table(),
                 self.size,
-                f"The intervals resample subjects, called speakers above; {self.subjects}",
+                f"The intervals resample subjects, called speakers above: {self.subjects}",
             ]
         )
 
@@ -737,8 +788,8 @@ def evaluate_ijb(
 ) -> IJBResult:
     """Templates, the cosine of every pair, TAR at FARs with 95 % intervals.
 
-    The intervals resample subjects, as far as genuine pairs tell them (:meth:`IJB.subjects`):
-    an impostor pair weighs the product of its two subjects' draws, a genuine pair its one's.
+    The intervals resample subjects, as far as they are known (:meth:`IJB.subjects`): an impostor
+    pair weighs the product of its two subjects' draws, a genuine pair its one's.
 
     Parameters
     ----------

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 from types import ModuleType
 
@@ -66,6 +67,18 @@ def write_ijb(folder, target="IJBC", subjects=12, seed=0):
         for probe in probes[two]
     ]
     name = target.lower()
+    halves = ("S1", "S2") if target == "IJBB" else ("G1", "G2")
+    for half, part in enumerate((*halves, "probe")):
+        lists = gallery if half < 2 else probes
+        rest = ",img/1.jpg,7,10,20,30,40,,0,1,2\n"
+        named = [
+            f"{template},{100 + subject}{rest}"
+            for subject in lists
+            if half == 2 or subject % 2 == half
+            for template in (probes[subject] if half == 2 else [gallery[subject]]) * 2
+        ]
+        of = f"{name}_1N_" + ("probe_mixed" if half == 2 else f"gallery_{part}") + ".csv"
+        (meta / of).write_text("TEMPLATE_ID,SUBJECT_ID,FILENAME,SIGHTING_ID\n" + "".join(named))
     (meta / f"{name}_face_tid_mid.txt").write_text("".join(tid_mid))
     (meta / f"{name}_name_5pts_score.txt").write_text("".join(points))
     (meta / f"{name}_template_pair_label.txt").write_text("".join(pairs))
@@ -178,7 +191,7 @@ def test_the_order_of_the_lines_does_not_matter(tmp_path):
     wanted = evaluate_ijb(before, images, replicates=20).report
     save_image_embeddings(tmp_path / "images.npz", before.names, *embeddings.transpose(1, 0, 2))
     rng = np.random.default_rng(0)
-    for path in (tmp_path / "meta").iterdir():
+    for path in (tmp_path / "meta").glob("*.txt"):
         path.write_text("".join(rng.permutation(path.read_text().splitlines(keepends=True))))
     after = read_ijb(tmp_path)
     assert after.names != before.names
@@ -194,11 +207,29 @@ def test_the_order_of_the_lines_does_not_matter(tmp_path):
 # ------------------------------------------------------------------ subjects
 
 
-def test_genuine_pairs_give_the_subjects(tree):
-    text = read_ijb(tree[0]).subjects()
+def test_the_1_to_n_lists_name_the_subjects(tree):
+    protocol = read_ijb(tree[0])
+    assert protocol.subjects() == "12 subjects of 36 templates, by the 1:N lists"
+    assert sorted(set(protocol.trials.speaker_of)) == [str(100 + i) for i in range(12)]
+
+
+def test_genuine_pairs_give_the_same_subjects(tree, tmp_path):
+    folder, embeddings = tree
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "meta/ijbc_1N_gallery_G2.csv").unlink()
+    linked = read_ijb(tmp_path)
+    text = linked.subjects()
+    assert text.startswith("subjects are not known by name (ijbc_1N_gallery_G2.csv not in meta/)")
     assert "makes 12 of 36 templates (0 templates stay alone)" in text
     assert "apart" not in text
     assert "contradict" not in text
+    named = read_ijb(folder).trials.speakers()
+    assert len(set(zip(named, linked.trials.speakers(), strict=True))) == 12
+    images = ImageEmbeddings(embeddings[:, 0], embeddings[:, 1])
+    one, two = (evaluate_ijb(x, images, replicates=20) for x in (linked, read_ijb(folder)))
+    assert "not known by name" in one.table()
+    assert "not known by name" not in two.table()
+    assert one.report["EER"].value == two.report["EER"].value
 
 
 def test_what_the_labels_leave_open_is_said(tmp_path):
@@ -208,13 +239,37 @@ def test_what_the_labels_leave_open_is_said(tmp_path):
     one, two = lines[0].split()[1], lines[1].split()[1]  # both probes of the first subject
     path.write_text("".join([*lines, f"{one} {two} 0\n"]))
     text = read_ijb(tmp_path).subjects()
+    last = len(lines) + 1
+    assert f"by the 1:N lists 1 labels are wrong, the first in line {last}" in text
     assert "1 impostor pairs are of one subject by the genuine pairs" in text
-    assert f"the first is line {len(lines) + 1}" in text
+    assert f"the first is line {last}" in text
 
     gallery = lines[0].split()[0]
     others = [x for x in lines if not (x.endswith("0\n") and {one, two, gallery} & set(x.split()))]
     path.write_text("".join(others))  # the first subject meets none of the 11 others
-    assert f"tells {100 * 11 / 66:.1f} % of the pairs" in read_ijb(tmp_path).subjects()
+    assert "by the 1:N lists" in read_ijb(tmp_path).subjects()
+    table = tmp_path / "meta/ijbc_1N_probe_mixed.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-3]))
+    text = read_ijb(tmp_path).subjects()
+    assert "(the 1:N lists lack 1 templates, as " in text
+    assert f"tells {100 * 11 / 66:.1f} % of the pairs" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("subject,template", "expected 'template,subject,...'"),
+        ("{},9999,x.jpg", "is of subject 9999, and of"),
+    ],
+)
+def test_a_bad_1_to_n_list_is_named_with_its_line(tmp_path, line, message):
+    write_ijb(tmp_path)
+    path = tmp_path / "meta/ijbc_1N_probe_mixed.csv"
+    lines = path.read_text().splitlines()
+    lines[2] = line.format(lines[1].split(",")[0])
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=rf"ijbc_1N_probe_mixed\.csv:3: .*{message}"):
+        read_ijb(tmp_path)
 
 
 # ------------------------------------------------------------------ files
@@ -362,7 +417,7 @@ def test_results_on_disk(tree, tmp_path):
     assert stored["figures"]["TAR@FAR=0.01"]["value"] == result.report["TAR@FAR=0.01"].value
     text = (tmp_path / "out/report.txt").read_text()
     assert text.startswith("IJBC 1:1, N1 D1 F2: embeddings keep their norm, weighted by")
-    assert "genuine pairs link" in text
+    assert "12 subjects of 36 templates, by the 1:N lists" in text
     assert "(unsupported)" in text  # 1e-6 of 264 impostor pairs
 
 
