@@ -91,9 +91,13 @@ def _shares(rng) -> np.ndarray:
 
 
 def ours(folder: Path):
-    from speechbrain_qmargin.scoring.ijb import ImageEmbeddings, read_ijb, template_embeddings
+    from speechbrain_qmargin.scoring.ijb import (
+        ImageEmbeddings,
+        pair_cosines,
+        read_ijb,
+        template_embeddings,
+    )
     from speechbrain_qmargin.scoring.report import evaluate
-    from speechbrain_qmargin.scoring.trials import pair_products
 
     yield "imports"
     protocol = read_ijb(folder)
@@ -102,9 +106,8 @@ def ours(folder: Path):
     unit = template_embeddings(protocol, ImageEmbeddings(both[:, 0], both[:, 1]))
     del both  # the mapped file
     yield "templates"
-    scores = pair_products(unit, protocol.trials.enrolment, protocol.trials.test)
+    scores = pair_cosines(protocol, unit)
     yield "pairs"
-    protocol.subjects()
     report = evaluate(scores, protocol.trials, fars=FARS, replicates=1000)
     yield "figures and 1,000 resamplings"
     for figure in report.figures:

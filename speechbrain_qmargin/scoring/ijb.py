@@ -44,6 +44,7 @@ __all__ = [
     "evaluate_ijb",
     "extract_ijb",
     "load_image_embeddings",
+    "pair_cosines",
     "read_ijb",
     "read_template_pairs",
     "save_image_embeddings",
@@ -53,6 +54,8 @@ __all__ = [
 
 IJB_FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 _IMAGES = 2**14  # image embeddings aggregated at once
+_GALLERY = 256  # gallery templates scored at once
+_SPARSE = 8  # cosines computed a pair, up to which whole blocks of them are worth it
 
 
 # ------------------------------------------------------------------ the protocol
@@ -808,7 +811,7 @@ def evaluate_ijb(
     """
     options = options or IJBOptions()
     unit = template_embeddings(ijb, images, options)
-    scores = _pair_cosines(ijb, unit)
+    scores = pair_cosines(ijb, unit)
     report = evaluate(
         scores, ijb.trials, fars=fars, replicates=replicates, seed=seed, progress=progress
     )
@@ -840,7 +843,7 @@ def sweep_table(
     """
     rows = ["options    " + "".join(f"{f'FAR {far:g}':>11}" for far in fars)]
     for options in every:
-        scores = _pair_cosines(ijb, template_embeddings(ijb, images, options))
+        scores = pair_cosines(ijb, template_embeddings(ijb, images, options))
         points = operating_points(scores, ijb.trials.is_target)
         row = f"{options.code:11}"
         for far in fars:
@@ -851,8 +854,42 @@ def sweep_table(
     return "\n".join(rows)
 
 
-def _pair_cosines(ijb: IJB, unit: np.ndarray) -> np.ndarray:
-    return pair_products(unit, ijb.trials.enrolment, ijb.trials.test)
+def pair_cosines(ijb: IJB, unit: np.ndarray) -> np.ndarray:
+    """The cosine of every pair, in the order of the pair list.
+
+    Parameters
+    ----------
+    ijb : IJB
+    unit : float32 array [T, D]
+        Of :func:`template_embeddings`.
+
+    Returns
+    -------
+    float32 array [N]
+
+    Notes
+    -----
+    A few thousand gallery templates meet each other template hundreds of times, so a block of them
+    against all is one matrix product, from which the pairs are picked: six times as fast at
+    IJB-C's size as gathering both rows of every pair.
+    """
+    left, right = ijb.trials.enrolment, ijb.trials.test
+    counts = [np.bincount(side, minlength=len(unit)) for side in (left, right)]
+    if np.count_nonzero(counts[1]) < np.count_nonzero(counts[0]):
+        left, right, counts = right, left, counts[::-1]
+    rows = np.flatnonzero(counts[0])
+    if len(rows) * len(unit) > _SPARSE * len(left):
+        return pair_products(unit, left, right)
+    order = np.argsort(left, kind="stable").astype(np.int32)
+    edges = np.append(0, np.cumsum(counts[0][rows]))
+    place = np.zeros(len(unit), dtype=np.int32)
+    scores = np.empty(len(left), dtype=np.float32)
+    for start in range(0, len(rows), _GALLERY):
+        block = rows[start : start + _GALLERY]
+        pairs = order[edges[start] : edges[start + len(block)]]
+        place[block] = np.arange(len(block))
+        scores[pairs] = (unit[block] @ unit.T)[place[left[pairs]], right[pairs]]
+    return scores
 
 
 def _roc_figure(report: Report, title: str):

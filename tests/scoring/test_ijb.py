@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -23,6 +24,7 @@ from speechbrain_qmargin.scoring.ijb import (
     template_embeddings,
 )
 from speechbrain_qmargin.scoring.metrics import operating_points, tar_at_far
+from speechbrain_qmargin.scoring.trials import Trials
 
 OPTIONS = [
     IJBOptions(flip, norm, detector)
@@ -167,6 +169,22 @@ def test_blocks_of_images_change_nothing(tree, monkeypatch):
     whole = template_embeddings(protocol, images)
     monkeypatch.setattr(module, "_IMAGES", 7)
     np.testing.assert_allclose(template_embeddings(protocol, images), whole, atol=1e-7)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_pairs_in_blocks_as_one_by_one(tree, monkeypatch, swap):
+    protocol = read_ijb(tree[0])
+    trials, rng = protocol.trials, np.random.default_rng(0)
+    order = rng.permutation(len(trials))
+    sides = [side[order] for side in (trials.enrolment, trials.test)][:: -1 if swap else 1]
+    protocol = replace(protocol, trials=Trials(trials.ids, *sides, trials.is_target[order]))
+    unit = rng.normal(size=(protocol.num_templates, 16)).astype(np.float32)
+    wanted = [unit[a].astype(float) @ unit[b] for a, b in zip(*sides, strict=True)]
+    for name, value in (("_GALLERY", 256), ("_GALLERY", 5), ("_SPARSE", 0)):
+        monkeypatch.setattr(module, name, value)
+        found = module.pair_cosines(protocol, unit)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_images_without_a_template_and_images_in_two(tmp_path):
