@@ -97,7 +97,7 @@ def main() -> None:
 
     systems = {}
     for loss in LOSSES:
-        trials, scores = read_scores(runs[loss, 0][1] / "scores.tsv")
+        trials, scores = read_scores(runs[loss, 0][1] / "scores/trials_test/cosine.tsv")
         systems[loss] = (scores, trials.is_target)
     plot_det(systems, args.output / "det.png", "seed 0")
 

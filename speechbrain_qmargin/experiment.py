@@ -29,13 +29,14 @@ from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
 from speechbrain.utils.distributed import ddp_barrier, ddp_init_group, if_main_process
 
 from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.scoring.lists import Cohort, score_lists
 from speechbrain_qmargin.scoring.metrics import eer, operating_points, tar_at_far
-from speechbrain_qmargin.scoring.report import Report, evaluate, plot_det
+from speechbrain_qmargin.scoring.report import Report
 from speechbrain_qmargin.scoring.trials import (
+    Trials,
     cosine_scores,
     read_trials,
     save_embeddings,
-    write_scores,
 )
 
 __all__ = [
@@ -297,28 +298,26 @@ def validation(
 def verify(
     experiment: Experiment,
     embeddings: Mapping[str, np.ndarray],
-    trials_file: str | Path,
+    lists: Mapping[str, Trials],
     history: list[dict],
     note: str = "",
-) -> Report:
-    """Score the test trials; write and print the results of a run.
+    cohort: Cohort | None = None,
+) -> dict[str, dict[str, Report]]:
+    """Score the test lists; write and print the results of a run.
 
-    In the output folder: ``embeddings.npz``, ``scores.tsv`` (unrounded), ``det.png``,
-    ``results.txt`` (the printed table) and, last, ``results.json``, which marks the run as done.
+    In the output folder: ``embeddings.npz``, ``scores/<list>/`` with every system's unrounded
+    scores and ``det.png``, ``results.txt`` (the printed tables) and, last, ``results.json``, which
+    marks the run as done. Its ``figures`` are the first list's, by cosine.
     """
     folder, settings = experiment.output_folder, experiment.settings
     save_embeddings(folder / "embeddings.npz", embeddings)
-    trials = read_trials(trials_file)
-    scores = cosine_scores(embeddings, trials)
-    write_scores(folder / "scores.tsv", trials, scores)
-    report = evaluate(scores, trials)
-    name = settings["loss"]
-    plot_det({name: (scores, trials.is_target)}, folder / "det.png", title=note)
+    reports, tables = score_lists(folder / "scores", lists, embeddings, cohort=cohort, title=note)
 
     seconds = sum(record["seconds"] for record in history)
+    name = settings["loss"]
     lines = [f"{name}, {settings['model']}, {len(history)} epochs, seed {settings['seed']}"]
     lines += [note] if note else []
-    lines += ["", report.table(), f"training took {seconds / 60:.1f} minutes"]
+    lines += ["", tables.rstrip(), f"training took {seconds / 60:.1f} minutes"]
     last = history[-1] if history else {}
     if "support_mean" in last:
         lines.append(
@@ -326,13 +325,24 @@ def verify(
             f"at most {last['support_max']}; {100 * last['zero_loss']:.0f} % of the samples at "
             "zero loss"
         )
-    lines.append(f"files: {folder}/ det.png, scores.tsv, embeddings.npz, history.jsonl")
+    pictures = ", ".join(f"scores/{name}/det.png" for name in lists)
+    lines.append(f"files: {folder}/ {pictures}, scores, embeddings.npz, history.jsonl")
     text = "\n".join(lines) + "\n"
     write_text(folder / "results.txt", text)
-    results = {"settings": settings, "note": note, "seconds": seconds, "last_epoch": last}
-    write_text(experiment.results_file, json.dumps(results | report.to_dict(), indent=2) + "\n")
+    results = {
+        "settings": settings,
+        "note": note,
+        "seconds": seconds,
+        "last_epoch": last,
+        **next(iter(reports.values()))["cosine"].to_dict(),
+        "lists": {
+            name: {system: report.to_dict() for system, report in systems.items()}
+            for name, systems in reports.items()
+        },
+    }
+    write_text(experiment.results_file, json.dumps(results, indent=2) + "\n")
     print("\n" + text)
-    return report
+    return reports
 
 
 class AtomicCheckpointer(Checkpointer):

@@ -10,25 +10,16 @@ import json
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from speechbrain_qmargin.experiment import load_experiment
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.calibration import fit_calibration
-from speechbrain_qmargin.scoring.normalization import (
-    make_cohort,
-    normalize,
-    refuse_shared_speakers,
-)
-from speechbrain_qmargin.scoring.plots import plot_det
-from speechbrain_qmargin.scoring.report import compare, evaluate
+from speechbrain_qmargin.scoring.lists import Cohort, score_lists
 from speechbrain_qmargin.scoring.trials import (
     cosine_scores,
     load_embeddings,
     read_map,
     read_trials,
     speaker_in,
-    write_scores,
 )
 
 
@@ -53,22 +44,12 @@ def main(argv):
     embeddings = load_embeddings(settings["embeddings"])
     folder = Path(settings["output_folder"])
 
-    cohort = mean = None
+    cohort = None
     if settings["cohort"]:
         others = load_embeddings(settings["cohort"])
-        speaker_of = speaker_map(others.ids, settings["cohort_speakers"])
-        for trials in lists.values():
-            refuse_shared_speakers(speaker_of.values(), trials.speaker_names())
-        mean = others.matrix.mean(axis=0)
-        cohort = make_cohort(others, speaker_of, mean=mean)
-
-    def best_scores(vectors, trials):
-        """Normalised scores where there is a cohort, cosines where not."""
-        if cohort is None:
-            return cosine_scores(vectors, trials)
-        options = {"method": settings["norm"], "top_n": settings["top_n"], "mean": mean}
-        with tqdm(total=len(trials.ids), desc=f"{settings['norm']}-norm", leave=False) as progress:
-            return normalize(vectors, trials, cohort, progress=progress.update, **options)
+        speakers = speaker_map(others.ids, settings["cohort_speakers"])
+        cohort = Cohort.of(others, speakers, settings["norm"], settings["top_n"])
+        cohort.refuse_speakers_of(lists.values())
 
     calibration = None
     if settings["dev_trials"]:
@@ -81,47 +62,22 @@ def main(argv):
                     f"{shared[0]}; figures on {name} would be optimistic"
                 )
         path = settings["dev_embeddings"]
-        dev_scores = best_scores(load_embeddings(path) if path else embeddings, dev)
-        calibration = fit_calibration(dev_scores, dev, p_target=min(settings["p_target"]))
+        dev_embeddings = load_embeddings(path) if path else embeddings
+        scores = (cohort.scores if cohort else cosine_scores)(dev_embeddings, dev)
+        calibration = fit_calibration(scores, dev, p_target=min(settings["p_target"]))
         calibration.save(folder / "calibration.json")
 
-    text, results = [], {}
-    for name, trials in tqdm(lists.items(), "lists", disable=len(lists) == 1):
-        systems = {"cosine": cosine_scores(embeddings, trials)}
-        if cohort is not None:
-            systems[f"{settings['norm']}-norm"] = best_scores(embeddings, trials)
-        if calibration is not None:
-            systems["calibrated"] = calibration.apply(list(systems.values())[-1], trials)
-        reports = {}
-        for system, scores in systems.items():
-            write_scores(folder / name / f"{system}.tsv", trials, scores)
-            reports[system] = evaluate(
-                scores,
-                trials,
-                fars=settings["fars"],
-                p_target=settings["p_target"],
-                llr=system == "calibrated",
-                replicates=settings["replicates"],
-                seed=settings["seed"],
-            )
-            text += [f"{name}, {system}", "", reports[system].table(), ""]
-        results[name] = {system: report.to_dict() for system, report in reports.items()}
-        first, *others = reports.values()
-        for system, report in zip(list(reports)[1:], others, strict=True):
-            text += [f"{name}: {system} minus cosine, paired over speakers"]
-            for difference in compare(first, report):
-                sure = "" if difference.significant else "  (zero is inside)"
-                text.append(
-                    f"  {difference.name}: {difference.value:+.4f}, 95 % interval "
-                    f"{difference.low:+.4f} to {difference.high:+.4f}{sure}"
-                )
-            text.append("")
-        drawn = {system: (scores, trials) for system, scores in systems.items()}
-        drawn.pop("calibrated", None)  # a straight line of the scores before: the same curve
-        plot_det(drawn, folder / name / "det.png", title=name)
-    write_text(folder / "results.txt", "\n".join(text))
+    options = {key: settings[key] for key in ("fars", "p_target", "replicates", "seed")}
+    reports, text = score_lists(
+        folder, lists, embeddings, cohort=cohort, calibration=calibration, **options
+    )
+    results = {
+        name: {system: report.to_dict() for system, report in systems.items()}
+        for name, systems in reports.items()
+    }
+    write_text(folder / "results.txt", text)
     write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    print("\n".join(text) + f"files: {folder}/ results.txt, results.json, and a folder per list")
+    print(f"{text}\nfiles: {folder}/ results.txt, results.json, and a folder per list")
 
 
 if __name__ == "__main__":

@@ -7,18 +7,11 @@ Started again with the same settings, it resumes, or says that it is done.
 """
 
 import sys
+from pathlib import Path
 
-from speechbrain.utils.distributed import if_main_process
-
-from speechbrain_qmargin.brain import SpeakerBrain, load_pretrained
+from speechbrain_qmargin.brain import SpeakerBrain
 from speechbrain_qmargin.data.speech import prepare_speech, speaker_encoder, speech_dataset
-from speechbrain_qmargin.experiment import (
-    load_experiment,
-    main_process_first,
-    processes,
-    validation,
-    verify,
-)
+from speechbrain_qmargin.recipe import Datasets, Task, train_verifier
 
 SYNTHETIC = "synthetic voices: this shows that the machinery works, not how accurate it is"
 
@@ -35,7 +28,7 @@ def prepare(settings):
         folder, test, valid = mini.folder, mini.trials_test, mini.trials_valid
     elif test is None:
         raise ValueError("verification_file: give the trials to test on, or leave out data_folder")
-    return prepare_speech(
+    corpus = prepare_speech(
         folder,
         settings["save_folder"],
         verification_file=test,
@@ -44,61 +37,49 @@ def prepare(settings):
         train_speakers=settings["train_speakers"],
         min_utterances=settings["min_utterances"],
     )
-
-
-def main(argv):
-    experiment = load_experiment(argv)
-    with processes(experiment.run_opts):
-        run(experiment)
-
-
-def run(experiment):
-    if experiment.announce_finished():
-        return
-    experiment.check_output_folder()
-
-    note = SYNTHETIC if experiment.settings["data_folder"] is None else ""
-    if note and if_main_process():
-        print(f"No --data_folder given. Training on {note}.", flush=True)
-
-    # Speakers decide the classifier's size, so the data come before the model
-    corpus = main_process_first(lambda: prepare(experiment.settings))
-    hparams = experiment.load(out_n_neurons=len(corpus.speakers))
-
-    encoder_file = f"{hparams['save_folder']}/label_encoder.txt"
-    encoder = main_process_first(lambda: speaker_encoder(corpus, encoder_file))
-    epochs = hparams["epoch_counter"]
-    train_data = speech_dataset(
-        corpus.train,
-        hparams["sample_rate"],
-        crop=hparams["sentence_len"],
-        label_encoder=encoder,
-        seed=hparams["seed"],
-        epoch=lambda: epochs.current,
+    return Task(
+        num_classes=len(corpus.speakers),
+        datasets=lambda hparams: datasets(corpus, hparams),
+        test_trials={Path(test).stem: corpus.test_trials},
+        valid_trials=corpus.valid_trials,
+        note=SYNTHETIC if settings["data_folder"] is None else "",
     )
-    valid_data = speech_dataset(corpus.valid, hparams["sample_rate"]) if corpus.valid else None
-    test_data = speech_dataset(corpus.test, hparams["sample_rate"])
 
-    brain = SpeakerBrain(
-        modules=hparams["modules"],
-        opt_class=hparams["opt_class"],
-        hparams=hparams,
-        run_opts=experiment.run_opts,
-        checkpointer=hparams["checkpointer"],
-        validate=validation(corpus.valid_trials),
+
+def datasets(corpus, hparams):
+    """Random crops to train on, whole utterances for the rest."""
+    rate, epochs = hparams["sample_rate"], hparams["epoch_counter"]
+    encoder = speaker_encoder(corpus, f"{hparams['save_folder']}/label_encoder.txt")
+    cohort = per_speaker(corpus.train, hparams["cohort_utterances"])
+    return Datasets(
+        train=speech_dataset(
+            corpus.train,
+            rate,
+            crop=hparams["sentence_len"],
+            label_encoder=encoder,
+            seed=hparams["seed"],
+            epoch=lambda: epochs.current,
+        ),
+        test=speech_dataset(corpus.test, rate),
+        valid=speech_dataset(corpus.valid, rate) if corpus.valid else None,
+        cohort=speech_dataset(cohort, rate) if cohort else None,
+        cohort_classes={name: item["spk_id"] for name, item in cohort.items()},
     )
-    load_pretrained(hparams)
-    brain.fit(
-        epochs,
-        train_data,
-        valid_data,
-        train_loader_kwargs=hparams["train_dataloader"],
-        valid_loader_kwargs=hparams["test_dataloader"],
-    )
-    embeddings = brain.extract(test_data, **hparams["test_dataloader"])
-    if if_main_process():
-        verify(experiment, embeddings, corpus.test_trials, brain.history(), note=note)
+
+
+def per_speaker(manifest, count):
+    """At most `count` utterances of each speaker, evenly spread; all where it is None."""
+    by_speaker = {}
+    for name, item in manifest.items():
+        by_speaker.setdefault(item["spk_id"], []).append(name)
+    chosen = {}
+    for names in by_speaker.values():
+        wanted = len(names) if count is None else min(count, len(names))
+        for i in range(wanted):
+            name = names[i * len(names) // wanted]
+            chosen[name] = manifest[name]
+    return chosen
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    train_verifier(sys.argv[1:], SpeakerBrain, prepare)

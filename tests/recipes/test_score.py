@@ -57,7 +57,7 @@ def test_lists_are_scored_normalised_and_calibrated_in_one_run(files, tmp_path, 
     assert "H: as-norm minus cosine, paired over speakers" in printed
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"O", "H"}
-    assert set(results["O"]) == {"cosine", "as-norm", "calibrated"}
+    assert set(results["O"]) == {"cosine", "centred", "as-norm", "calibrated"}
     normalised, calibrated = (results["H"][name]["figures"] for name in ("as-norm", "calibrated"))
     assert calibrated["EER"]["value"] == pytest.approx(normalised["EER"]["value"])
     assert calibrated["Cllr"]["value"] >= calibrated["minCllr"]["value"]

@@ -25,8 +25,13 @@ def recipe():
     return module
 
 
-def run(*options):
-    recipe().main([str(ROOT / "hparams" / "qmargin.yaml"), *TINY, *map(str, options)])
+def run(*options, module=None):
+    module = module or recipe()
+    module.train_verifier(
+        [str(ROOT / "hparams" / "qmargin.yaml"), *TINY, *map(str, options)],
+        module.SpeakerBrain,
+        module.prepare,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +71,12 @@ def test_the_main_job_ends_with_its_results_and_says_when_it_is_done(
     assert "95 % interval" in printed
     assert "synthetic" in printed
     assert "support in the last epoch" in printed
-    assert (output / "det.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "scores/trials_test/det.png").read_bytes().startswith(b"\x89PNG")
 
     results = json.loads((output / "results.json").read_text())
     assert results["settings"]["size"] == "mini"
     assert set(results["figures"]) >= {"EER", "minDCF(p=0.01)", "TAR@FAR=0.001"}
-    trials, scores = read_scores(output / "scores.tsv")
+    trials, scores = read_scores(output / "scores/trials_test/cosine.tsv")
     embeddings = load_embeddings(output / "embeddings.npz")
     a, b = (embeddings[trials.ids[side[0]]] for side in (trials.enrolment, trials.test))
     assert scores[0] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-6)
@@ -117,19 +122,19 @@ def test_bad_input_is_named_before_anything_is_trained(corpus, tmp_path):
         run(*on(corpus, output, trials=trials))
 
 
-def test_audio_broken_after_preparation_is_named(corpus, tmp_path):
+def test_audio_broken_after_preparation_is_named(corpus, tmp_path, monkeypatch):
     folder = tmp_path / "copy"
     shutil.copytree(corpus.folder, folder)
     options = on(corpus, tmp_path / "out", folder=folder)
     module = recipe()
-    whole = module.prepare
+    whole = module.prepare_speech
 
-    def prepare_then_break(settings):
-        found = whole(settings)
+    def prepare_then_break(*arguments, **settings):
+        found = whole(*arguments, **settings)
         for item in found.train.values():
             Path(item["wav"]).write_bytes(b"")
         return found
 
-    module.prepare = prepare_then_break
+    monkeypatch.setattr(module, "prepare_speech", prepare_then_break)
     with pytest.raises(OSError, match=r"\.flac: cannot be decoded"):
-        module.main([str(ROOT / "hparams" / "qmargin.yaml"), *TINY, *options])
+        run(*options, module=module)

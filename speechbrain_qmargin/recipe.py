@@ -1,0 +1,122 @@
+"""What every recipe does, in its order: data, model, training, embeddings, trials, results.
+
+A recipe's script says only what its data are: a function from the settings to a :class:`Task`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speechbrain.utils.distributed import if_main_process
+
+from speechbrain_qmargin.brain import VerificationBrain, load_pretrained
+from speechbrain_qmargin.experiment import (
+    load_experiment,
+    main_process_first,
+    processes,
+    validation,
+    verify,
+)
+from speechbrain_qmargin.scoring.lists import Cohort
+from speechbrain_qmargin.scoring.trials import read_trials
+
+__all__ = ["Datasets", "Task", "train_verifier"]
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """SpeechBrain datasets of a run.
+
+    Attributes
+    ----------
+    train : dataset with ``id`` and the Brain's ``label_key``
+    test, valid, cohort : datasets with ``id``
+        The recordings of the trials, of the validation trials (None: no validation), and those of
+        training classes that scores are normalised with (None: they are not).
+    cohort_classes : mapping from id to class, of the cohort
+    """
+
+    train: Any
+    test: Any
+    valid: Any = None
+    cohort: Any = None
+    cohort_classes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a recipe trains and is tested on.
+
+    Attributes
+    ----------
+    num_classes : int
+    datasets : callable
+        From the loaded hyperparameters to :class:`Datasets`.
+    test_trials : dict from name to path
+    valid_trials : path, optional
+    note : str
+        Said before training and in the results; synthetic data are called so.
+    """
+
+    num_classes: int
+    datasets: Callable[[dict], Datasets]
+    test_trials: Mapping[str, Path]
+    valid_trials: Path | None = None
+    note: str = ""
+
+
+def train_verifier(
+    argv: list[str], brain_class: type[VerificationBrain], prepare: Callable[[dict], Task]
+) -> None:
+    """Train, embed and verify as the command line says; resume or say that it is done.
+
+    Parameters
+    ----------
+    argv : list of str
+        ``hparams.yaml [--key value ...]``
+    brain_class : type
+    prepare : callable
+        From the experiment's settings to a :class:`Task`; called on the main process first.
+    """
+    experiment = load_experiment(argv)
+    with processes(experiment.run_opts):
+        if experiment.announce_finished():
+            return
+        experiment.check_output_folder()
+
+        # The classes decide the classifier's size, so the data come before the model
+        task = main_process_first(lambda: prepare(experiment.settings))
+        if task.note and if_main_process():
+            print(f"Training on {task.note}.", flush=True)
+        hparams = experiment.load(out_n_neurons=task.num_classes)
+        data = main_process_first(lambda: task.datasets(hparams))
+        load_pretrained(hparams)
+
+        brain = brain_class(
+            modules=hparams["modules"],
+            opt_class=hparams["opt_class"],
+            hparams=hparams,
+            run_opts=experiment.run_opts,
+            checkpointer=hparams["checkpointer"],
+            validate=validation(task.valid_trials),
+        )
+        loading = hparams["test_dataloader"]
+        brain.fit(
+            hparams["epoch_counter"],
+            data.train,
+            data.valid,
+            train_loader_kwargs=hparams["train_dataloader"],
+            valid_loader_kwargs=loading,
+        )
+        embeddings = brain.extract(data.test, **loading)
+        cohort_embeddings = brain.extract(data.cohort, **loading) if data.cohort else None
+        if if_main_process():
+            cohort = None
+            if cohort_embeddings is not None:
+                top_n = min(hparams["top_n"], len(set(data.cohort_classes.values())))
+                cohort = Cohort.of(cohort_embeddings, data.cohort_classes, top_n=top_n)
+            lists = {name: read_trials(path) for name, path in task.test_trials.items()}
+            verify(experiment, embeddings, lists, brain.history(), task.note, cohort)
