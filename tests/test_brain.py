@@ -10,7 +10,7 @@ import soundfile
 import speechbrain as sb
 import torch
 
-from speechbrain_qmargin.brain import SpeakerBrain
+from speechbrain_qmargin.brain import SpeakerBrain, load_pretrained
 from speechbrain_qmargin.data.speech import prepare_speech, speaker_encoder, speech_dataset
 from speechbrain_qmargin.experiment import load_experiment
 
@@ -186,3 +186,63 @@ def test_stage_without_embed_is_abstract():
 
     with pytest.raises(NotImplementedError):
         VerificationBrain.embed(None, None, sb.Stage.TRAIN)
+
+
+def test_the_margin_follows_its_schedule_and_is_logged(folder, tmp_path):
+    schedule = {"margin_from_epoch": 1, "margin_until_epoch": 2}
+    for loss in ("qmargin", "arcface"):
+        fit, brain, _ = make_brain(folder, tmp_path / loss, loss=loss, margin=0.3, **schedule)
+        fit()
+        # the last of four steps of each epoch
+        seen = [record["margin"] for record in brain.history()]
+        assert seen == pytest.approx([0, 0.3 * (1 - 1e-3**0.75), 0.3])
+    assert brain.hparams.compute_cost.loss_fn.cos_m == pytest.approx(np.cos(0.3))
+
+
+def test_the_last_epochs_are_averaged(folder, tmp_path):
+    fit, brain, test = make_brain(folder, tmp_path, average_checkpoints=2, lr=0.05)
+    fit()
+    found = sorted((tmp_path / "save").glob("CKPT+*"))
+    assert len(found) == 2
+    states = [torch.load(one / "embedding_model.ckpt", weights_only=True) for one in found]
+    brain.extract(test, batch_size=1)
+    for key, value in brain.hparams.embedding_model.state_dict().items():
+        first, last = (state[key] for state in states)
+        wanted = (first.double() + last.double()) / 2 if value.is_floating_point() else last
+        torch.testing.assert_close(value, wanted.to(value.dtype), msg=key)
+
+
+def test_fine_tuning_starts_from_the_runs_average(folder, tmp_path):
+    first = tmp_path / "first"
+    fit, brain, test = make_brain(folder, first, average_checkpoints=2)
+    fit()
+    before = brain.extract(test, batch_size=1)
+    start = {"pretrained": str(first), "pretrained_classes": "keep"}
+    _, tuned, test = make_brain(folder, tmp_path / "second", **start)
+    load_pretrained(vars(tuned.hparams))
+    tuned.checkpointer = None
+    tuned.modules.eval()
+    with torch.no_grad():
+        batch = sb.dataio.batch.PaddedBatch([test[0]])
+        now = tuned.compute_forward(batch, sb.Stage.TEST).flatten().numpy()
+    np.testing.assert_allclose(now, before[test[0]["id"]], rtol=1e-4, atol=1e-5)
+
+
+def test_pretraining_that_does_not_fit_is_named(folder, tmp_path):
+    first = tmp_path / "first"
+    make_brain(folder, first, number_of_epochs=1)[0]()
+    there = first / "save" / "label_encoder.txt"
+
+    def load(**start):
+        _, brain, _ = make_brain(folder, tmp_path / "second", **start)
+        load_pretrained(vars(brain.hparams))
+
+    load(pretrained=str(first), pretrained_classes="first")
+    with pytest.raises(ValueError, match="'all'; choose keep, first or none"):
+        load(pretrained=str(first), pretrained_classes="all")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load(pretrained="nowhere", pretrained_classes="none")
+    there.write_text(there.read_text().replace("s1", "somebody"))
+    with pytest.raises(ValueError, match="trained on other classes"):
+        load(pretrained=str(first), pretrained_classes="keep")
+    load(pretrained=str(first), pretrained_classes="none")

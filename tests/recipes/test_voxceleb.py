@@ -138,3 +138,20 @@ def test_audio_broken_after_preparation_is_named(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "prepare_speech", prepare_then_break)
     with pytest.raises(OSError, match=r"\.flac: cannot be decoded"):
         run(*options, module=module)
+
+
+def test_large_margin_fine_tuning_continues_a_run(corpus, tmp_path, capsys):
+    output = tmp_path / "first"
+    run(*on(corpus, output, "--alpha=1.75", "--scale=5"))
+    module = recipe()
+    argv = [str(ROOT / "hparams" / "qmargin_lm.yaml"), f"--pretrained={output}"]
+    argv += ["--number_of_epochs=1", "--sentence_len=0.7", "--noprogressbar", "--device=cpu"]
+    module.train_verifier(argv, module.SpeakerBrain, module.prepare)
+    assert "qmargin, ecapa, 1 epochs" in capsys.readouterr().out
+    results = json.loads((output / "lm" / "results.json").read_text())
+    settings = results["settings"]
+    assert (settings["alpha"], settings["margin"], settings["channels"]) == (1.75, 0.5, 8)
+    assert (settings["lr"], settings["sentence_len"]) == (0.0001, 0.7)
+    log = (output / "lm" / "log.txt").read_text()
+    assert "margin=0.5" in log
+    assert f"starting from {output}" in log
