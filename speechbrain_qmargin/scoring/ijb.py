@@ -675,6 +675,21 @@ def template_embeddings(
     ValueError
         An image whose embedding is not finite, or zero where it is to be normalised; a template
         whose embedding is zero; named. Mirror images wanted that `images` lacks.
+
+    Examples
+    --------
+    A video of two frames and a still are one template; the still is another:
+
+    >>> pair = Trials(["4", "9"], np.array([0]), np.array([1]), np.array([True]))
+    >>> ijb = IJB("IJBC", ["1.jpg", "2.jpg", "3.jpg"], np.zeros((3, 5, 2)), np.ones(3),
+    ...           image=np.array([0, 1, 2, 2]), template=np.array([0, 0, 0, 1]),
+    ...           media=np.array([7, 7, 8, 8]), trials=pair)
+    >>> images = ImageEmbeddings(np.array([[2.0, 0.0], [6.0, 0.0], [0.0, 3.0]]))
+    >>> unit = template_embeddings(ijb, images, IJBOptions(flip="none"))
+    >>> unit
+    array([[0.8, 0.6], [0. , 1. ]], dtype=float32)
+    >>> pair_cosines(ijb, unit)
+    array([0.6], dtype=float32)
     """
     from scipy.sparse import coo_array
 
@@ -913,6 +928,7 @@ def _roc_figure(report: Report, title: str):
     axes.axvspan(lowest / 2, 30 / points.num_impostors, color="0.93", zorder=0)
     axes.set_xscale("log")
     axes.set_xlim(max(lowest / 2, 1e-7), 1)
+    axes.set_ylim(max(0.0, band.min() - 0.05), 1.01)
     axes.set_xlabel("False accept rate (grey: fewer than 30 false accepts)")
     axes.set_ylabel("True accept rate")
     axes.set_title(title, fontsize=10)

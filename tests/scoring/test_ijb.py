@@ -461,6 +461,22 @@ def pictures(tmp_path, monkeypatch):
     return protocol, folder
 
 
+def test_alignment_is_that_of_the_training_data(tmp_path):
+    """Landmarks already at ArcFace's template: the image comes back, RGB."""
+    pytest.importorskip("speechbrain_qmargin.data.face_formats")
+    from PIL import Image
+
+    template = [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366],
+                [41.5493, 92.3655], [70.7299, 92.2041]]  # fmt: skip
+    x, y = np.meshgrid(np.arange(112), np.arange(112))
+    pixels = np.stack([x, 2 * y, 255 - x - y], axis=2).clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "1.png")
+    found = module._aligned(tmp_path / "1.png", np.asarray(template, dtype=np.float32))
+    assert (found.shape, found.dtype) == ((112, 112, 3), np.uint8)
+    inner = slice(2, -2)
+    assert np.abs(found.astype(int) - pixels)[inner, inner].max() <= 2
+
+
 class Embed:
     """The mean of each quarter of an image, and how often it was asked."""
 
