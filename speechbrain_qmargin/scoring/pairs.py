@@ -14,7 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from speechbrain_qmargin.scoring.metrics import operating_points, tar_at_far
+from speechbrain_qmargin.scoring.metrics import (
+    allowed_false_accepts,
+    operating_points,
+    tar_at_far,
+)
+from speechbrain_qmargin.scoring.report import Figure, _few_errors
 from speechbrain_qmargin.scoring.trials import pair_products
 from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval
 
@@ -42,9 +47,13 @@ class FoldFigure:
     low, high : float
         95 % interval of the mean: Student's t over the folds, which takes the folds for
         independent. LFW and CFP split people between folds; where people recur in several folds
-        the interval is too narrow. Below 30 errors, the wider of it and Clopper-Pearson.
+        the interval is too narrow. Below 30 errors, the wider of it and Clopper-Pearson (of a
+        TAR: of its threshold's FAR too).
     errors, pairs : int
         Wrong decisions (of a TAR: missed pairs), and the pairs they are of.
+    rests_on : int
+        The scarcer of the errors it rests on: of a TAR perhaps the false accepts that its FAR
+        allows among the other folds. `support` is its badge.
     values, thresholds : float arrays [folds]
         Of every fold; pairs are called the same where ``score >= threshold``.
     far : float array [folds] or None
@@ -58,23 +67,24 @@ class FoldFigure:
     high: float
     errors: int
     pairs: int
+    rests_on: int
     values: np.ndarray
     thresholds: np.ndarray
     far: np.ndarray | None = None
 
     @property
     def support(self) -> str:
-        return badge(self.errors)
+        return badge(self.rests_on)
 
     def __str__(self) -> str:
         text = (
             f"{self.name}: {100 * self.mean:.3f} % (std over folds {100 * self.std:.3f} %, 95 % "
             f"interval {100 * self.low:.3f} to {100 * self.high:.3f} %), {self.errors} errors in "
-            f"{self.pairs:,} pairs: {self.support}"
+            f"{self.pairs:,} pairs"
         )
         if self.far is not None:
-            text += f"; FAR realised {100 * self.far.mean():.3g} %"
-        return text
+            text += f", FAR realised {100 * self.far.mean():.3g} %"
+        return f"{text}; rests on {self.rests_on} errors: {self.support}"
 
 
 def ten_fold_accuracy(scores: np.ndarray, is_same: np.ndarray, folds: int = 10) -> FoldFigure:
@@ -112,7 +122,9 @@ def ten_fold_accuracy(scores: np.ndarray, is_same: np.ndarray, folds: int = 10) 
         values.append(1 - errors / (held.stop - held.start))
         thresholds.append(threshold)
         wrong += errors
-    return _figure(f"accuracy over {folds} folds", values, thresholds, wrong, len(scores))
+    name, count = f"accuracy over {folds} folds", len(scores)
+    few = rate_interval(count - wrong, count)
+    return _figure(name, values, wrong, count, wrong, few, thresholds)
 
 
 def ten_fold_tar(
@@ -154,9 +166,11 @@ def ten_fold_tar(
         fars.append(float(accepted[~same].mean()))
         thresholds.append(threshold)
         missed += int(np.count_nonzero(~accepted & same))
-    genuine = int(np.count_nonzero(is_same))
-    name = f"TAR@FAR={far:g} over {folds} folds"
-    return _figure(name, values, thresholds, missed, genuine, np.asarray(fars))
+    name, genuine = f"TAR@FAR={far:g}", int(np.count_nonzero(is_same))
+    few = _few_errors(Figure(name, float(np.mean(values))), operating_points(scores, is_same))
+    rests_on = min(missed, allowed_false_accepts(far, len(is_same) - genuine))
+    name += f" over {folds} folds"
+    return _figure(name, values, missed, genuine, rests_on, few, thresholds, np.asarray(fars))
 
 
 def flip_fusion(
@@ -273,25 +287,17 @@ def _best_threshold(scores: np.ndarray, is_same: np.ndarray) -> float:
     return middle if middle > below.max() else threshold
 
 
-def _figure(name, values, thresholds, errors, pairs, far=None) -> FoldFigure:
+def _figure(name, values, errors, pairs, rests_on, few, thresholds, far=None) -> FoldFigure:
+    """`few` is the interval for fewer than 30 errors."""
     from scipy.stats import t
 
     values = np.asarray(values)
     mean = float(values.mean())
     reach = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     low, high = mean - reach, mean + reach
-    if errors < 30:
-        least, most = rate_interval(pairs - errors, pairs)
-        low, high = min(low, least), max(high, most)
-    return FoldFigure(
-        name,
-        mean,
-        float(values.std()),
-        float(np.clip(low, 0, 1)),
-        float(np.clip(high, 0, 1)),
-        errors,
-        pairs,
-        values,
-        np.asarray(thresholds),
-        far,
-    )
+    if rests_on < 30:
+        low, high = min(low, few[0]), max(high, few[1])
+    low, high = float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))
+    std = float(values.std())
+    thresholds = np.asarray(thresholds)
+    return FoldFigure(name, mean, std, low, high, errors, pairs, rests_on, values, thresholds, far)

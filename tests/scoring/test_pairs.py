@@ -118,7 +118,23 @@ def test_tar_over_folds():
         assert figure.values[fold] == accepted[is_same[test]].mean()
         assert figure.far[fold] == accepted[~is_same[test]].mean()
     assert figure.errors == round((1 - figure.values).sum() * 100)
+    assert figure.rests_on == 10  # false accepts that 1 % of 1,000 impostor pairs allow
+    assert figure.support == "indicative"
     assert "FAR realised" in str(figure)
+    narrow = ten_fold_tar(scores, is_same, 0.1)
+    assert (narrow.rests_on, narrow.support) == (min(100, narrow.errors), "measured")
+    half = t.ppf(0.975, 9) * narrow.values.std(ddof=1) / np.sqrt(10)
+    assert narrow.high - narrow.low == pytest.approx(2 * half)
+
+
+def test_a_tar_of_few_false_accepts_is_as_uncertain_as_its_threshold():
+    scores, is_same = lfw_sized(pairs=6000, distance=4.0)
+    figure = ten_fold_tar(scores, is_same)
+    assert (figure.rests_on, figure.support) == (3, "indicative")
+    impostors = np.sort(scores[~is_same])[::-1]
+    # 3 false accepts of 3,000 may be 0.6 or 8.8 (Clopper-Pearson)
+    assert figure.low == 0.0
+    assert figure.high > (scores[is_same] > impostors[8]).mean()
 
 
 def test_flip_fusion_moves_the_result():
