@@ -2,7 +2,8 @@
 
 :class:`VerificationBrain` holds what speech and faces share: the loss with its diagnostics, the
 learning rate, validation by EER on identities never trained on, checkpoints, the history. A
-subclass says how a batch becomes embeddings; :class:`SpeakerBrain` does so for waveforms.
+subclass says how a batch becomes embeddings: :class:`SpeakerBrain` for waveforms,
+:class:`FaceBrain` for images.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from speechbrain_qmargin.batch_norm import synchronised_batch_norm
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.losses import loss_parameter, set_loss_parameters
 
-__all__ = ["SpeakerBrain", "VerificationBrain", "load_average", "load_module", "load_pretrained"]
+__all__ = [
+    "FaceBrain",
+    "SpeakerBrain",
+    "VerificationBrain",
+    "load_average",
+    "load_module",
+    "load_pretrained",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -217,9 +225,15 @@ class VerificationBrain(sb.Brain):
         return torch.cat(parts)
 
     def _end_epoch(self, valid_stats: dict[str, float]) -> None:
+        epoch = self._record["epoch"]
         record = self._record | {f"valid_{key}": value for key, value in valid_stats.items()}
         meta = {key: record[key] for key in ("epoch", "lr")}
         train = {key: record[key] for key in self._record if key not in meta}
+        steps = getattr(self.hparams.train_logger, "global_step", None)
+        if steps is not None:  # TensorBoard's curves go on where they ended
+            steps["meta"] = epoch - 1
+            steps["train"] = dict.fromkeys(train, epoch - 1)
+            steps["valid"] = dict.fromkeys(valid_stats, epoch - 1)
         self.hparams.train_logger.log_stats(meta, train, valid_stats or None)
         if if_main_process():
             history = [old for old in self.history() if old["epoch"] < record["epoch"]]
@@ -297,6 +311,26 @@ class SpeakerBrain(VerificationBrain):
         if getattr(self.hparams, "wav_augment", None) is not None:
             labels = self.hparams.wav_augment.replicate_labels(labels)
         return labels
+
+
+class FaceBrain(VerificationBrain):
+    """Aligned images to embeddings.
+
+    `modules` has ``embedding_model`` and ``classifier``. Batches have ``image``, [B, 3, H, W] in
+    [-1, 1]. With ``hparams.test_flip`` an embedding outside training is the sum of the image's and
+    its mirror image's, the field's usual test; ``hparams.channels_last`` chooses the layout.
+    """
+
+    label_key = "identity_encoded"
+
+    def embed(self, batch, stage):
+        images = batch.image.data
+        if self.hparams.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        embeddings = self.modules.embedding_model(images)
+        if stage != sb.Stage.TRAIN and self.hparams.test_flip:
+            embeddings = embeddings + self.modules.embedding_model(images.flip(-1))
+        return embeddings
 
 
 def load_average(modules, checkpointer, count: int, first_rows: bool = False) -> None:

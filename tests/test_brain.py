@@ -246,3 +246,14 @@ def test_pretraining_that_does_not_fit_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="trained on other classes"):
         load(pretrained=str(first), pretrained_classes="keep")
     load(pretrained=str(first), pretrained_classes="none")
+
+
+def test_tensorboard_by_one_setting(folder, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for epochs in (2, 2):  # the second start adds nothing
+        fit, _, _ = make_brain(folder, tmp_path, logger="tensorboard", number_of_epochs=epochs)
+        fit()
+    found = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [event.step for event in found.Scalars("loss/train")] == [1, 2]
+    assert "support_mean/train" in found.Tags()["scalars"]
