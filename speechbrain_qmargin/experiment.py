@@ -302,6 +302,7 @@ def verify(
     history: list[dict],
     note: str = "",
     cohort: Cohort | None = None,
+    units: str = "speakers",
 ) -> dict[str, dict[str, Report]]:
     """Score the test lists; write and print the results of a run.
 
@@ -311,7 +312,9 @@ def verify(
     """
     folder, settings = experiment.output_folder, experiment.settings
     save_embeddings(folder / "embeddings.npz", embeddings)
-    reports, tables = score_lists(folder / "scores", lists, embeddings, cohort=cohort, title=note)
+    reports, tables = score_lists(
+        folder / "scores", lists, embeddings, cohort=cohort, title=note, units=units
+    )
 
     seconds = sum(record["seconds"] for record in history)
     name = settings["loss"]

@@ -59,6 +59,8 @@ class Task:
     valid_trials : path, optional
     note : str
         Said before training and in the results; synthetic data are called so.
+    units : str
+        What the tables call those who are verified.
     """
 
     num_classes: int
@@ -66,6 +68,7 @@ class Task:
     test_trials: Mapping[str, Path]
     valid_trials: Path | None = None
     note: str = ""
+    units: str = "speakers"
 
 
 def train_verifier(
@@ -119,4 +122,4 @@ def train_verifier(
                 top_n = min(hparams["top_n"], len(set(data.cohort_classes.values())))
                 cohort = Cohort.of(cohort_embeddings, data.cohort_classes, top_n=top_n)
             lists = {name: read_trials(path) for name, path in task.test_trials.items()}
-            verify(experiment, embeddings, lists, brain.history(), task.note, cohort)
+            verify(experiment, embeddings, lists, brain.history(), task.note, cohort, task.units)

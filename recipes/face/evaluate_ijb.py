@@ -57,7 +57,9 @@ def main(argv=None):
     print(result.table())
     if args.all_options:
         flips = FLIPS if images.mirrored is not None else ("none",)
-        every = [IJBOptions(*each) for each in itertools.product(flips, (False, True), (False, True))]
+        every = [
+            IJBOptions(*each) for each in itertools.product(flips, (False, True), (False, True))
+        ]
         table = sweep_table(ijb, images, tqdm(every, "options", leave=False))
         write_text(folder / "options.txt", table + "\n")
         print(f"\n{table}")

@@ -744,7 +744,6 @@ class IJBResult:
     scores : float32 array [N]
         Of every pair, unrounded, in the order of the pair list.
     report : Report
-        Its "speakers" are subjects.
     subjects : str
         What is known of the people behind the templates.
     size : str
@@ -766,7 +765,7 @@ class IJBResult:
                 "",
                 self.report.table(),
                 self.size,
-                f"The intervals resample subjects, called speakers above: {self.subjects}",
+                f"The intervals resample subjects: {self.subjects}",
             ]
         )
 
@@ -828,7 +827,13 @@ def evaluate_ijb(
     unit = template_embeddings(ijb, images, options)
     scores = pair_cosines(ijb, unit)
     report = evaluate(
-        scores, ijb.trials, fars=fars, replicates=replicates, seed=seed, progress=progress
+        scores,
+        ijb.trials,
+        fars=fars,
+        replicates=replicates,
+        seed=seed,
+        progress=progress,
+        units="subjects",
     )
     media = int(ijb.template_media.max()) + 1
     size = (

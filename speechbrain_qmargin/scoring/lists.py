@@ -90,6 +90,7 @@ def score_lists(
     replicates: int = 1000,
     seed: int = 0,
     title: str = "",
+    units: str = "speakers",
 ) -> tuple[dict[str, dict[str, Report]], str]:
     """Score every list: cosine, centred cosine and normalised with a cohort, calibrated.
 
@@ -107,6 +108,8 @@ def score_lists(
         Of :func:`~speechbrain_qmargin.scoring.report.evaluate`.
     title : str
         Of the pictures.
+    units : str
+        What the tables call those who are resampled.
 
     Returns
     -------
@@ -134,12 +137,13 @@ def score_lists(
                 llr=system == "calibrated",
                 replicates=replicates,
                 seed=seed,
+                units=units,
             )
             if len(lists) > 1 or len(systems) > 1:
                 text += [f"{name}, {system}", ""]
             text += [reports[name][system].table(), ""]
         for system in list(systems)[1:]:
-            text += [f"{name}: {system} minus cosine, paired over speakers"]
+            text += [f"{name}: {system} minus cosine, paired over {units}"]
             for difference in compare(reports[name]["cosine"], reports[name][system]):
                 sure = "" if difference.significant else "  (zero is inside)"
                 text.append(

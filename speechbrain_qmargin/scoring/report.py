@@ -104,6 +104,7 @@ class Report:
     resampled: Resampled = field(repr=False)
     replicates: np.ndarray = field(repr=False)
     source: str = ""
+    units: str = "speakers"
 
     def __getitem__(self, name: str) -> Figure:
         for figure in self.figures:
@@ -122,7 +123,7 @@ class Report:
             "trials": {
                 "targets": self.num_targets,
                 "impostors": self.num_impostors,
-                "speakers": self.num_speakers,
+                self.units: self.num_speakers,
                 "source": self.source,
             },
             "figures": figures,
@@ -144,8 +145,8 @@ class Report:
         lines = _columns(rows)
         lines.append(
             f"{self.num_targets:,} target and {self.num_impostors:,} impostor trials of "
-            f"{self.num_speakers} speakers; EER by the ROC's convex hull, costs of 1, DCF over the "
-            "better of accepting and rejecting all"
+            f"{self.num_speakers} {self.units}; EER by the ROC's convex hull, costs of 1, DCF over "
+            "the better of accepting and rejecting all"
         )
         if self.source:
             lines.append(f"trials: {self.source}")
@@ -170,6 +171,7 @@ def evaluate(
     replicates: int = 1000,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    units: str = "speakers",
 ) -> Report:
     """EER, minDCF and TAR at FARs of scored trials, with 95 % intervals.
 
@@ -189,6 +191,8 @@ def evaluate(
         Of the speaker bootstrap. The same seed on the same trials pairs systems: :func:`compare`.
     progress : callable, optional
         Called with the number of replicates just done.
+    units : str
+        What the report calls those who are resampled: speakers, identities, subjects.
 
     Returns
     -------
@@ -261,6 +265,7 @@ def evaluate(
         resampled,
         np.stack(values),
         trials.source,
+        units,
     )
 
 
