@@ -35,7 +35,7 @@ RECIPES = {
     "face": ("recipes/face/train.py", "hparams/face_qmargin.yaml"),
 }
 LOSSES = ["arcface", "cosface", "entmax", "sparsemax", "qmargin"]
-ALPHAS, SCALES, MARGINS = [1.25, 1.5, 1.75, 2.0], [5, 10, 20, 32], [0.1, 0.2, 0.3]
+ALPHAS, SCALES = [1.25, 1.5, 1.75, 2.0], [5, 10, 20, 32]
 FIGURES = {"EER": "EER", "TAR@1e-2": "TAR@FAR=0.01", "TAR@1e-3": "TAR@FAR=0.001"}
 
 
@@ -161,7 +161,7 @@ def compare(args) -> None:
 def plane(args) -> None:
     """One seed at every point of alpha x scale x margin; the mean over seeds where there are."""
     (model,) = args.models
-    points = list(itertools.product(ALPHAS, SCALES, MARGINS))
+    points = list(itertools.product(ALPHAS, SCALES, args.margins))
     runs = {}
     for seed, (alpha, scale, margin) in itertools.product(range(args.seeds), points):
         options = [f"--model={model}", "--loss=qmargin", f"--seed={seed}"]
@@ -184,19 +184,19 @@ def plane(args) -> None:
         lines.append("| " + " | ".join(cells) + " |")
     write_text(args.output / "plane.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
-    draw_plane(values, figures, args.output / "plane.png")
+    draw_plane(values, figures, args.margins, args.output / "plane.png")
 
 
-def draw_plane(values: dict, figures: dict, file: Path) -> None:
+def draw_plane(values: dict, figures: dict, margins: list[float], file: Path) -> None:
     """A heat map of every figure and margin over alpha and scale, hard margins in the cells."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(MARGINS), 3.2 * len(figures)), layout="constrained")
-    axes = figure.subplots(len(figures), len(MARGINS), sharex=True, sharey=True, squeeze=False)
+    figure = Figure(figsize=(3.4 * len(margins), 3.2 * len(figures)), layout="constrained")
+    axes = figure.subplots(len(figures), len(margins), sharex=True, sharey=True, squeeze=False)
     for row, (title, name) in zip(axes, figures.items(), strict=True):
-        every = [values[(a, s, m, name)] for a in ALPHAS for s in SCALES for m in MARGINS]
+        every = [values[(a, s, m, name)] for a in ALPHAS for s in SCALES for m in margins]
         best = min(every) if name == "EER" else max(every)
-        for axis, margin in zip(row, MARGINS, strict=True):
+        for axis, margin in zip(row, margins, strict=True):
             grid = np.array([[values[(a, s, margin, name)] for a in ALPHAS] for s in SCALES])
             colours = "viridis_r" if name == "EER" else "viridis"
             image = axis.imshow(
@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=None, help="5; 1 with --plane")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--plane", action="store_true", help="alpha x scale x margin instead")
+    parser.add_argument("--margins", nargs="+", type=float, default=[0.1, 0.2, 0.3])
     args = parser.parse_args(argv[: argv.index("--")] if "--" in argv else argv)
     args.options, args.seeds = options, args.seeds or (1 if args.plane else 5)
     (plane if args.plane else compare)(args)
