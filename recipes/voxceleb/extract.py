@@ -1,0 +1,213 @@
+"""Embeddings of any recordings with a trained encoder.
+
+    python recipes/voxceleb/extract.py RUN_FOLDER AUDIO OUT
+
+RUN_FOLDER is a run's output folder or an inference folder. AUDIO is a folder, whose recordings are
+named by their path below it (below its wav/, if it has one), or a text file: a path a line, or an
+id and a path. OUT ends in .npz, or in .ark or .scp for Kaldi's pair.
+
+Every recording is embedded whole and on its own. What cannot be is listed in OUT.skipped.tsv. An
+interrupted extraction, started again, goes on where it was.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from speechbrain_qmargin.data.speech import AUDIO_SUFFIXES, read_audio
+from speechbrain_qmargin.export import load_encoder
+from speechbrain_qmargin.files import replacing, write_text
+from speechbrain_qmargin.scoring.trials import load_embeddings, save_embeddings
+
+MIN_SECONDS = 0.1  # less than the networks' context
+PART_SECONDS, PART_SIZE = 60, 5000  # what an interruption may cost; what is held in memory
+
+
+def find_recordings(audio: Path) -> dict[str, Path]:
+    """Id to file, of a folder or of a list."""
+    if audio.is_dir():
+        root = audio / "wav" if (audio / "wav").is_dir() else audio
+        files = sorted(glob("**/*", root_dir=root, recursive=True))  # links are followed
+        files = (Path(file) for file in files if file.lower().endswith(AUDIO_SUFFIXES))
+        found = {file.as_posix(): root / file for file in files}
+        if not found:
+            raise FileNotFoundError(f"{root}: no {', '.join(AUDIO_SUFFIXES)} file in it")
+        return found
+    found = {}
+    for number, line in enumerate(audio.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        if line.rstrip().endswith("|"):
+            raise ValueError(f"{audio}:{number}: {line!r} is a command; only files are read")
+        name, _, path = line.strip().partition("\t" if "\t" in line else " ")
+        if not path or Path(line.strip()).is_file():  # a path alone, perhaps with spaces in it
+            name = path = line.strip()
+        if name in found:
+            raise ValueError(f"{audio}:{number}: {name} is there twice")
+        found[name] = Path(path.strip())
+    if not found:
+        raise ValueError(f"{audio}: no recordings in it")
+    return found
+
+
+def decoded(recordings: dict[str, Path], sample_rate: int, workers: int):
+    """(id, samples or None, what is wrong) of every recording in order, read ahead by threads."""
+
+    def read(path):
+        try:
+            signal = read_audio(path, sample_rate)
+        except OSError as error:
+            return None, str(error)
+        if len(signal) < MIN_SECONDS * sample_rate:
+            return None, f"{path}: shorter than {MIN_SECONDS} s"
+        if signal.min() == signal.max():
+            return None, f"{path}: silent, all samples are equal"
+        return signal, ""
+
+    with ThreadPoolExecutor(workers) as pool:
+        items = iter(recordings.items())
+        ahead = deque((name, pool.submit(read, path)) for name, path in islice(items, 2 * workers))
+        while ahead:
+            name, future = ahead.popleft()
+            for next_name, path in islice(items, 1):
+                ahead.append((next_name, pool.submit(read, path)))
+            yield name, *future.result()
+
+
+class Parts:
+    """Embeddings on their way: atomic files beside the output, of one encoder."""
+
+    def __init__(self, out: Path, encoder_digest: str) -> None:
+        self.folder = out.with_name(out.name + ".parts")
+        self.waiting: dict[str, np.ndarray] = {}
+        about = self.folder / "encoder.json"
+        if about.is_file() and json.loads(about.read_text())["sha256"] != encoder_digest:
+            raise ValueError(
+                f"{self.folder} holds embeddings of another encoder; delete it, or give another OUT"
+            )
+        write_text(about, json.dumps({"sha256": encoder_digest}))
+        self.files = sorted(self.folder.glob("part*.npz"))
+        self.done = {name for file in self.files for name in load_embeddings(file).ids}
+        self.written = time.monotonic()
+
+    def add(self, name: str, embedding: np.ndarray) -> None:
+        self.waiting[name] = embedding
+        if len(self.waiting) >= PART_SIZE or time.monotonic() - self.written > PART_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.waiting:
+            self.files.append(self.folder / f"part{len(self.files):06d}.npz")
+            save_embeddings(self.files[-1], self.waiting)
+            self.waiting, self.written = {}, time.monotonic()
+
+    def merged(self, order) -> dict[str, np.ndarray]:
+        everything = {}
+        for file in self.files:
+            loaded = load_embeddings(file)
+            everything.update(zip(loaded.ids, loaded.matrix, strict=True))
+        return {name: everything[name] for name in order if name in everything}
+
+
+def write_embeddings(out: Path, embeddings: dict[str, np.ndarray]) -> None:
+    if out.suffix == ".npz":
+        save_embeddings(out, embeddings)
+        return
+    import kaldiio
+
+    ark, scp = out.with_suffix(".ark"), out.with_suffix(".scp")
+    with replacing(ark) as partial, replacing(scp) as index:
+        kaldiio.save_ark(str(partial), embeddings, scp=str(index))
+        text = index.read_text(encoding="utf-8")
+        index.write_text(text.replace(str(partial), str(ark.resolve())), encoding="utf-8")
+
+
+def check_output(out: Path, recordings: dict[str, Path]) -> None:
+    if out.suffix not in (".npz", ".ark", ".scp"):
+        raise ValueError(f"{out}: embeddings are written as .npz, .ark or .scp")
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; delete it, or give another OUT")
+    if out.suffix != ".npz":
+        try:
+            import kaldiio  # noqa: F401
+        except ImportError:
+            raise ImportError(
+                f"{out}: Kaldi's files want: pip install 'speechbrain_qmargin[kaldi]'"
+            ) from None
+        spaced = [name for name in recordings if len(name.split()) != 1]
+        if spaced:
+            raise ValueError(f"{out}: Kaldi's ids have no spaces, as {spaced[0]!r} has; use .npz")
+
+
+def extract(run_folder, audio, out, device: str = "cpu", workers: int = 4) -> None:
+    """The whole job; see the top of this file."""
+    audio, out = Path(audio), Path(out)
+    recordings = find_recordings(audio)
+    check_output(out, recordings)
+    encoder = load_encoder(run_folder, device)
+    parts = Parts(out, encoder.digest())
+    todo = {name: path for name, path in recordings.items() if name not in parts.done}
+    if len(todo) < len(recordings):
+        print(f"{len(recordings) - len(todo):,} recordings were embedded before", flush=True)
+
+    skipped = {}
+    try:
+        with tqdm(total=len(todo), desc="embeddings", unit=" recordings") as bar:
+            for name, signal, fault in decoded(todo, encoder.sample_rate, workers):
+                if not fault:
+                    with torch.inference_mode():
+                        embedding = encoder(signal[None].to(device))[0].float().cpu().numpy()
+                    if np.isfinite(embedding).all():
+                        parts.add(name, embedding)
+                    else:
+                        fault = f"{recordings[name]}: its embedding is not finite"
+                if fault:
+                    skipped[name] = fault
+                bar.update()
+    finally:
+        parts.flush()
+    embeddings = parts.merged(recordings)
+    if not embeddings:
+        raise OSError(f"{audio}: no recording could be embedded: {next(iter(skipped.values()))}")
+    if skipped:
+        listing = out.with_name(out.name + ".skipped.tsv")
+        write_text(listing, "".join(f"{name}\t{fault}\n" for name, fault in skipped.items()))
+        print(f"{len(skipped):,} recordings skipped, listed in {listing}; the first: "
+              f"{next(iter(skipped.values()))}")  # fmt: skip
+    write_embeddings(out, embeddings)
+    shutil.rmtree(parts.folder)
+    dim = len(next(iter(embeddings.values())))
+    print(f"{out}: {len(embeddings):,} embeddings of {dim} values")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_folder")
+    parser.add_argument("audio", help="a folder or a list")
+    parser.add_argument("out", help=".npz, .ark or .scp")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--num_workers", type=int, default=4, help="threads that read audio")
+    args = parser.parse_args(argv)
+    try:
+        extract(args.run_folder, args.audio, args.out, args.device, args.num_workers)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"extract.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""Trial lists from a folder of recordings, to choose a threshold on and to measure it.
+
+    python recipes/voxceleb/make_trials.py DATA_FOLDER OUT_FOLDER
+
+DATA_FOLDER has wav/<speaker>/<session>/<utterance>. Its speakers are drawn into three parts that
+share none: those of dev.txt, on which to validate and to choose a threshold; those of test.txt, on
+which to measure it; and the others, to train on. Every pair of the chosen recordings is a trial,
+but two of one speaker only if they are of different sessions, wherever the speaker has several.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from glob import glob
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from speechbrain_qmargin.data.speech import AUDIO_SUFFIXES
+from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.scoring.trials import speaker_in
+
+
+def session_in(name: str) -> str:
+    """What stands between an id's speaker and its file: "id1/a/b/1.wav" is of session "a/b"."""
+    return "/".join(name.split("/")[1:-1])
+
+
+def recordings_by_speaker(data_folder: Path) -> dict[str, list[str]]:
+    root = data_folder / "wav"
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} does not exist; it holds <speaker>/<session>/<utterance>")
+    found = defaultdict(list)
+    for file in sorted(glob("**/*", root_dir=root, recursive=True)):  # links are followed
+        name = Path(file).as_posix()
+        if not name.lower().endswith(AUDIO_SUFFIXES):
+            continue
+        if len(name.split()) != 1:
+            raise ValueError(f"{root / name}: rename it; names in a trial list cannot have spaces")
+        if "/" not in name:
+            raise ValueError(
+                f"{root / name} is in no speaker's folder: {root}/<speaker>/<session>/..."
+            )
+        found[speaker_in(name)].append(name)
+    return found
+
+
+def spread(names: list[str], count: int) -> list[str]:
+    """At most `count` recordings, a session after the other in turn."""
+    sessions = defaultdict(list)
+    for name in names:
+        sessions[session_in(name)].append(name)
+    turns = (
+        (turn, n, name) for n, s in enumerate(sessions.values()) for turn, name in enumerate(s)
+    )
+    return [name for *_, name in sorted(turns)[:count]]
+
+
+def trial_lines(chosen: dict[str, list[str]]) -> list[str]:
+    lines = []
+    for (one, a), (two, b) in combinations(
+        [(speaker, name) for speaker in chosen for name in chosen[speaker]], 2
+    ):
+        sessions = {session_in(name) for name in chosen[one]}
+        if one != two or len(sessions) == 1 or session_in(a) != session_in(b):
+            lines.append(f"{int(one == two)} {a} {b}\n")
+    return lines
+
+
+def make_trials(data_folder, out_folder, dev_speakers, test_speakers, utterances=10, seed=0):
+    """Write dev.txt and test.txt; print what is in them."""
+    found = recordings_by_speaker(Path(data_folder))
+    # with a single recording a speaker has no target trial, but can be trained on
+    able = sorted(speaker for speaker, names in found.items() if len(names) > 1)
+    if dev_speakers + test_speakers > len(able):
+        raise ValueError(
+            f"{data_folder}: {len(able)} speakers have two recordings or more; dev_speakers "
+            f"{dev_speakers} and test_speakers {test_speakers} are more than that"
+        )
+    drawn = [able[i] for i in np.random.default_rng(seed).permutation(len(able))]
+    parts = {"test": drawn[:test_speakers], "dev": drawn[test_speakers:][:dev_speakers]}
+    for part, speakers in parts.items():
+        lines = trial_lines({name: spread(found[name], utterances) for name in sorted(speakers)})
+        targets = sum(line.startswith("1") for line in lines)
+        file = Path(out_folder) / f"{part}.txt"
+        if not speakers:
+            continue
+        write_text(file, "".join(lines))
+        print(f"{file}: {len(speakers)} speakers, {targets:,} target and "
+              f"{len(lines) - targets:,} impostor trials")  # fmt: skip
+    left = len(found) - dev_speakers - test_speakers
+    print(f"{left} speakers are left to train on")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data_folder")
+    parser.add_argument("out_folder")
+    parser.add_argument("--dev_speakers", type=int, default=20)
+    parser.add_argument("--test_speakers", type=int, default=20)
+    parser.add_argument("--utterances", type=int, default=10, help="of a speaker, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    try:
+        make_trials(**vars(parser.parse_args(argv)))
+    except (ValueError, OSError) as error:
+        print(f"make_trials.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

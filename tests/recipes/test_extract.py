@@ -1,0 +1,199 @@
+"""Embeddings of folders and lists, interruptions and broken audio included; trial lists."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from speechbrain.utils.checkpoints import Checkpointer
+
+from speechbrain_qmargin.data.speech import read_audio
+from speechbrain_qmargin.export import load_encoder
+from speechbrain_qmargin.scoring.trials import load_embeddings, read_trials
+
+YAML = """
+sample_rate: 16000
+compute_features: !new:speechbrain.lobes.features.Fbank
+    n_mels: 20
+mean_var_norm: !new:speechbrain.processing.features.InputNormalization
+    norm_type: sentence
+    std_norm: False
+embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN
+    input_size: 20
+    channels: [8, 8, 8, 8, 24]
+    attention_channels: 8
+    lin_neurons: 16
+modules:
+    compute_features: !ref <compute_features>
+    mean_var_norm: !ref <mean_var_norm>
+    embedding_model: !ref <embedding_model>
+"""
+
+
+def script(name="extract"):
+    path = Path(__file__).parents[2] / "recipes" / "voxceleb" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"voxceleb_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_run(folder, seed=0):
+    from hyperpyyaml import load_hyperpyyaml
+
+    (folder / "save").mkdir(parents=True)
+    (folder / "hyperparams.yaml").write_text(YAML)
+    torch.manual_seed(seed)
+    model = load_hyperpyyaml(YAML)["embedding_model"]
+    checkpointer = Checkpointer(folder / "save", {"embedding_model": model})
+    checkpointer.save_checkpoint(end_of_epoch=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture
+def audio(tmp_path):
+    """Six recordings of three speakers in VoxCeleb's layout."""
+    rng = np.random.default_rng(0)
+    for speaker in ("ann", "bob", "cyd"):
+        for number in range(2):
+            path = tmp_path / "corpus" / "wav" / speaker / "s1" / f"{number}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, 0.1 * rng.standard_normal(4000 + 100 * number), 16000)
+    return tmp_path / "corpus"
+
+
+def extract(*arguments):
+    return script().main([*map(str, arguments), "--device=cpu"])
+
+
+def expected(run, path):
+    with torch.no_grad():
+        return load_encoder(run)(read_audio(path, 16000)[None])[0].numpy()
+
+
+def test_a_folder_is_embedded_whole_utterance_by_utterance(run, audio, tmp_path, capsys):
+    assert extract(run, audio, tmp_path / "out.npz") == 0
+    found = load_embeddings(tmp_path / "out.npz")
+    assert found.ids == [f"{who}/s1/{n}.wav" for who in ("ann", "bob", "cyd") for n in (0, 1)]
+    for name in found.ids:
+        np.testing.assert_allclose(found[name], expected(run, audio / "wav" / name), rtol=1e-5)
+    assert "6 embeddings of 16 values" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out.npz"]
+
+
+@pytest.mark.parametrize("suffix", [".ark", ".scp"])
+def test_a_list_becomes_kaldis_files(run, audio, tmp_path, suffix):
+    spaced = audio / "wav" / "ann" / "s1" / "with a space.wav"
+    (audio / "wav" / "ann" / "s1" / "0.wav").rename(spaced)
+    other = audio / "wav" / "bob" / "s1" / "0.wav"
+    (tmp_path / "list.txt").write_text(f"one {spaced}\ntwo\t{other}\n\n{other}\n")
+    assert extract(run, tmp_path / "list.txt", tmp_path / f"out{suffix}") == 0
+    for name in ("out.ark", "out.scp"):
+        found = load_embeddings(tmp_path / name)
+        assert found.ids == ["one", "two", str(other)]
+        np.testing.assert_allclose(found["one"], expected(run, spaced), rtol=1e-5)
+
+
+def test_broken_audio_is_listed_and_the_rest_embedded(run, audio, tmp_path, capsys):
+    wav = audio / "wav"
+    (wav / "ann" / "s1" / "0.wav").write_bytes(b"not audio")
+    soundfile.write(wav / "bob" / "s1" / "0.wav", np.zeros(16000), 16000)
+    soundfile.write(wav / "cyd" / "s1" / "0.wav", np.ones(100), 16000)
+    assert extract(run, audio, tmp_path / "out.npz") == 0
+    found = load_embeddings(tmp_path / "out.npz")
+    assert found.ids == ["ann/s1/1.wav", "bob/s1/1.wav", "cyd/s1/1.wav"]
+    lines = (tmp_path / "out.npz.skipped.tsv").read_text().splitlines()
+    for line, why in zip(lines, ("decoded", "silent", "shorter"), strict=True):
+        assert why in line
+    assert "3 recordings skipped" in capsys.readouterr().out
+    for path in wav.rglob("1.wav"):
+        path.unlink()
+    assert extract(run, audio, tmp_path / "none.npz") == 1
+    assert "no recording could be embedded" in capsys.readouterr().err
+
+
+def test_an_interrupted_extraction_goes_on_where_it_was(run, audio, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.npz"
+    module, read = script(), []
+
+    def dies(path, rate):
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        read.append(path)
+        return read_audio(path, rate)
+
+    module.read_audio = dies
+    with pytest.raises(KeyboardInterrupt):
+        module.extract(run, audio, out, workers=1)
+    assert not out.exists()
+    assert list((tmp_path / "out.npz.parts").glob("part*.npz"))
+
+    other = make_run(tmp_path / "other", seed=1)
+    assert extract(other, audio, out) == 1
+    assert "another encoder" in capsys.readouterr().err
+
+    module = script()
+    again = []
+    module.read_audio = lambda path, rate: again.append(path) or read_audio(path, rate)
+    module.extract(run, audio, out, workers=1)
+    assert sorted(read + again) == sorted(audio.rglob("*.wav"))
+    assert len(load_embeddings(out).ids) == 6
+    assert not (tmp_path / "out.npz.parts").exists()
+
+
+def test_bad_input_is_named(run, audio, tmp_path, capsys):
+    def error(*arguments):
+        assert extract(*arguments) == 1
+        return capsys.readouterr().err
+
+    (tmp_path / "empty").mkdir()
+    assert "no .wav" in error(run, tmp_path / "empty", tmp_path / "out.npz")
+    assert "out.txt" in error(run, audio, tmp_path / "out.txt")
+    assert "nowhere" in error(run, tmp_path / "nowhere", tmp_path / "out.npz")
+    assert "hyperparams.yaml" in error(tmp_path, audio, tmp_path / "out.npz")
+    (tmp_path / "there.npz").touch()
+    assert "there already" in error(run, audio, tmp_path / "there.npz")
+    (tmp_path / "list.txt").write_text("a x.wav\na y.wav\n")
+    assert "list.txt:2: a is there twice" in error(run, tmp_path / "list.txt", tmp_path / "o.npz")
+    (tmp_path / "list.txt").write_text("a sox x.wav -t wav - |\n")
+    assert "list.txt:1" in error(run, tmp_path / "list.txt", tmp_path / "o.npz")
+    spaced = tmp_path / "spaced"
+    spaced.mkdir()
+    (spaced / "a b.wav").touch()
+    assert "'a b.wav'" in error(run, spaced, tmp_path / "out.ark")
+
+
+def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
+    for speaker in "abcdef":
+        for session in ("s1", "s2"):
+            folder = tmp_path / "wav" / speaker / session
+            folder.mkdir(parents=True)
+            for number in range(3):
+                (folder / f"{number}.wav").touch()
+    (tmp_path / "wav" / "g").mkdir()
+    (tmp_path / "wav" / "g" / "1.wav").touch()
+    options = ["--dev_speakers=2", "--test_speakers=3", "--utterances=4"]
+    make_trials = script("make_trials").main
+    assert make_trials([str(tmp_path), str(tmp_path / "lists"), *options]) == 0
+    assert "2 speakers are left" in capsys.readouterr().out
+    speakers = {}
+    for part in ("dev", "test"):
+        trials = read_trials(tmp_path / "lists" / f"{part}.txt")
+        speakers[part] = set(trials.speaker_names())
+        assert len(trials.ids) == 4 * len(speakers[part])
+        assert trials.is_target.sum() == 4 * len(speakers[part])  # of 6 pairs, 4 cross sessions
+        pairs = zip(trials.enrolment[trials.is_target], trials.test[trials.is_target], strict=True)
+        assert all(trials.ids[a].split("/")[1] != trials.ids[b].split("/")[1] for a, b in pairs)
+    assert not speakers["dev"] & speakers["test"]
+    assert make_trials([str(tmp_path), str(tmp_path), "--dev_speakers=9"]) == 1
+    assert "6 speakers have two recordings" in capsys.readouterr().err
+    (tmp_path / "wav" / "g" / "1 2.wav").touch()
+    assert make_trials([str(tmp_path), str(tmp_path)]) == 1
+    assert "1 2.wav: rename it" in capsys.readouterr().err
