@@ -88,13 +88,11 @@ def test_published_checkpoints_fit_by_name(tmp_path):
     torch.save({f"module.{key}": value for key, value in other.state_dict().items()}, file)
     load_arcface_torch(model, file)
     assert torch.equal(model.fc.weight, other.fc.weight)
-    # names of the published definition, a block of each kind
-    assert {
-        "conv1.weight", "bn1.weight", "prelu.weight", "layer1.0.bn1.weight",
-        "layer1.0.conv1.weight", "layer1.0.bn2.weight", "layer1.0.prelu.weight", "layer1.0.conv2.weight",
-        "layer1.0.bn3.weight", "layer1.0.downsample.0.weight", "layer1.0.downsample.1.weight",
-        "layer1.1.bn1.weight", "bn2.weight", "fc.weight", "fc.bias", "features.running_mean",
-    } <= set(model.state_dict())  # fmt: skip
+    # names of the published definition
+    block = ["bn1", "conv1", "bn2", "prelu", "conv2", "bn3", "downsample.0", "downsample.1"]
+    names = ["conv1", "bn1", "prelu", "bn2", "fc", "features"]
+    names += [f"layer{stage}.0.{part}" for stage in (1, 2, 3, 4) for part in block]
+    assert {f"{name}.weight" for name in names} <= set(model.state_dict())
     with pytest.raises(ValueError, match=r"backbone\.pth is not of this network"):
         load_arcface_torch(IResNet(34, 8, channels=4, image_size=32), file)
     with pytest.raises(ValueError, match="depth: 20; choose 18, 34, 50, 100"):
