@@ -180,7 +180,7 @@ def export_for_inference(
     ValueError
         The YAML does not describe `modules`; labels and classes that do not fit.
     """
-    tree, folder = _tree(hyperparams), Path(folder)
+    tree, folder, modules = _tree(hyperparams), Path(folder), dict(modules.items())
     labels = _labels(label_encoder)
     prototypes = None
     if labels is not None and labels <= max_classes:

@@ -4,8 +4,10 @@
 
 DATA_FOLDER has wav/<speaker>/<session>/<utterance>. Its speakers are drawn into three parts that
 share none: those of dev.txt, on which to validate and to choose a threshold; those of test.txt, on
-which to measure it; and the others, to train on. Every pair of the chosen recordings is a trial,
-but two of one speaker only if they are of different sessions, wherever the speaker has several.
+which to measure it; and the others, to train on or for a cohort. Every pair of the chosen
+recordings is a trial, but two of one speaker only if they are of different sessions, wherever the
+speaker has several. For extract.py, trial_recordings.txt lists the recordings of the trials, and
+train_recordings.txt those of the others.
 """
 
 import argparse
@@ -69,28 +71,39 @@ def trial_lines(chosen: dict[str, list[str]]) -> list[str]:
 
 
 def make_trials(data_folder, out_folder, dev_speakers, test_speakers, utterances=10, seed=0):
-    """Write dev.txt and test.txt; print what is in them."""
-    found = recordings_by_speaker(Path(data_folder))
+    """Write the two trial lists and the two lists of recordings; print what is in them."""
+    data_folder, out_folder = Path(data_folder), Path(out_folder)
+    found = recordings_by_speaker(data_folder)
     # with a single recording a speaker has no target trial, but can be trained on
     able = sorted(speaker for speaker, names in found.items() if len(names) > 1)
-    if dev_speakers + test_speakers > len(able):
+    if min(dev_speakers, test_speakers) < 2 or dev_speakers + test_speakers > len(able):
         raise ValueError(
             f"{data_folder}: {len(able)} speakers have two recordings or more; dev_speakers "
-            f"{dev_speakers} and test_speakers {test_speakers} are more than that"
+            f"{dev_speakers} and test_speakers {test_speakers} must be 2 at least, and no more "
+            "than that together"
         )
     drawn = [able[i] for i in np.random.default_rng(seed).permutation(len(able))]
-    parts = {"test": drawn[:test_speakers], "dev": drawn[test_speakers:][:dev_speakers]}
-    for part, speakers in parts.items():
-        lines = trial_lines({name: spread(found[name], utterances) for name in sorted(speakers)})
+    recordings = {"trial": [], "train": []}
+    for part, speakers in (
+        ("dev", drawn[:dev_speakers]),
+        ("test", drawn[dev_speakers:][:test_speakers]),
+    ):
+        chosen = {name: spread(found.pop(name), utterances) for name in sorted(speakers)}
+        recordings["trial"] += [name for names in chosen.values() for name in names]
+        lines = trial_lines(chosen)
         targets = sum(line.startswith("1") for line in lines)
-        file = Path(out_folder) / f"{part}.txt"
-        if not speakers:
-            continue
-        write_text(file, "".join(lines))
-        print(f"{file}: {len(speakers)} speakers, {targets:,} target and "
-              f"{len(lines) - targets:,} impostor trials")  # fmt: skip
-    left = len(found) - dev_speakers - test_speakers
-    print(f"{left} speakers are left to train on")
+        write_text(out_folder / f"{part}.txt", "".join(lines))
+        print(
+            f"{out_folder / part}.txt: {len(speakers)} speakers, {targets:,} target and "
+            f"{len(lines) - targets:,} impostor trials"
+        )
+    recordings["train"] = [name for names in found.values() for name in names]
+    for part, names in recordings.items():
+        file = out_folder / f"{part}_recordings.txt"
+        write_text(file, "".join(f"{name}\t{data_folder / 'wav' / name}\n" for name in names))
+        print(
+            f"{file}: {len(names):,} recordings of {len({speaker_in(n) for n in names})} speakers"
+        )
 
 
 def main(argv: list[str]) -> int:

@@ -182,7 +182,7 @@ def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
     options = ["--dev_speakers=2", "--test_speakers=3", "--utterances=4"]
     make_trials = script("make_trials").main
     assert make_trials([str(tmp_path), str(tmp_path / "lists"), *options]) == 0
-    assert "2 speakers are left" in capsys.readouterr().out
+    assert "7 recordings of 2 speakers" in capsys.readouterr().out
     speakers = {}
     for part in ("dev", "test"):
         trials = read_trials(tmp_path / "lists" / f"{part}.txt")
@@ -192,6 +192,15 @@ def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
         pairs = zip(trials.enrolment[trials.is_target], trials.test[trials.is_target], strict=True)
         assert all(trials.ids[a].split("/")[1] != trials.ids[b].split("/")[1] for a, b in pairs)
     assert not speakers["dev"] & speakers["test"]
+    listed = {
+        part: script().find_recordings(tmp_path / "lists" / f"{part}_recordings.txt")
+        for part in ("trial", "train")
+    }
+    assert all(path.is_file() for paths in listed.values() for path in paths.values())
+    assert {name[0] for name in listed["trial"]} == speakers["dev"] | speakers["test"]
+    assert {name[0] for name in listed["train"]} == {*"abcdefg"} - speakers["dev"] - speakers[
+        "test"
+    ]
     assert make_trials([str(tmp_path), str(tmp_path), "--dev_speakers=9"]) == 1
     assert "6 speakers have two recordings" in capsys.readouterr().err
     (tmp_path / "wav" / "g" / "1 2.wav").touch()
