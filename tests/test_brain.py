@@ -138,12 +138,13 @@ class Recorder(SpeakerBrain):
         return loss
 
 
+@pytest.mark.parametrize("head", ["dense", "sparse"])
 @pytest.mark.parametrize("kill_at", [(2, 1), (2, 3), (3, 4)])
-def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path, kill_at):
+def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path, kill_at, head):
     def run(output, kill_at=None):
         torch.manual_seed(0)
         fit, brain, _ = make_brain(
-            folder, output, brain_class=Recorder, run_opts={"ckpt_interval_steps": 2}
+            folder, output, brain_class=Recorder, run_opts={"ckpt_interval_steps": 2}, head=head
         )
         brain.losses, brain.kill_at = {}, kill_at
         with contextlib.suppress(Killed):
