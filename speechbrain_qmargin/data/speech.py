@@ -1,20 +1,19 @@
-"""A folder of speech becomes manifests: who is trained on, who is validated and tested on.
+"""Folders of speech become manifests: who is trained on, who is validated and tested on.
 
-The folder has VoxCeleb's layout, ``wav/<speaker>/<session>/<utterance>.{wav,flac}`` (any depth
-below the speaker). An utterance's id is its path below ``wav/``, as trial lists write it. Speakers
-that a trial list names are never trained on.
+The folders have VoxCeleb's layouts (:func:`~speechbrain_qmargin.data.voxceleb.audio_roots`). An
+utterance's id is its path from its speaker on, as trial lists write it. Speakers that a trial list
+names are never trained on.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -22,14 +21,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, inspect_audio, read_audio
+from speechbrain_qmargin.data.voxceleb import audio_files, audio_roots
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.scoring.trials import read_trials, speaker_in
+from speechbrain_qmargin.scoring.trials import Trials, read_trials, speaker_in
 
-__all__ = ["SpeechCorpus", "prepare_speech", "read_audio", "speaker_encoder", "speech_dataset"]
+__all__ = [
+    "AUDIO_SUFFIXES",
+    "SpeechCorpus",
+    "prepare_speech",
+    "read_audio",
+    "speaker_encoder",
+    "speech_dataset",
+]
 
 logger = logging.getLogger(__name__)
-
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,13 @@ class SpeechCorpus:
     Attributes
     ----------
     root : Path
-        The folder whose ``wav/`` holds the audio.
+        The first data folder.
     train, valid, test : dict
         Utterance id to ``{"wav": path, "duration": seconds, "spk_id": speaker}``.
-    valid_trials, test_trials : Path or None
-        Trial lists in VoxCeleb's format, ids as in the manifests.
+    valid_trials : Path or None
+        Trial list in VoxCeleb's format, ids as in the manifests.
+    test_lists : dict
+        Name to such a list.
     """
 
     root: Path
@@ -51,7 +59,12 @@ class SpeechCorpus:
     valid: dict[str, dict]
     test: dict[str, dict]
     valid_trials: Path | None
-    test_trials: Path | None
+    test_lists: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def test_trials(self) -> Path | None:
+        """The first of the test lists."""
+        return next(iter(self.test_lists.values()), None)
 
     @property
     def speakers(self) -> list[str]:
@@ -59,168 +72,244 @@ class SpeechCorpus:
         return sorted({item["spk_id"] for item in self.train.values()})
 
 
-def read_audio(path: str | Path, sample_rate: int, start: float = 0.0, length: float | None = None):
-    """Mono float32 samples of a stretch of an audio file, at `sample_rate`.
+@dataclass(frozen=True)
+class _Audio:
+    path: str
+    seconds: float
+    fault: str
+    trials_only: bool
 
-    Parameters
-    ----------
-    path : str or Path
-        Anything libsndfile reads: wav, flac, ogg, mp3.
-    sample_rate : int
-        Hz; other rates are resampled.
-    start, length : float
-        Seconds. `length` None reads to the end.
 
-    Returns
-    -------
-    Tensor, [time], float32
+def _scan(
+    folders: list[Path], trials_folders: list[Path], cache: Path, progress: bool
+) -> dict[str, _Audio]:
+    """Every audio file by its path from the speaker on; unchanged files are not reopened.
 
-    Raises
-    ------
-    OSError
-        The file cannot be decoded; the message names it.
+    The cache is keyed by each file's path, size and time of change, so it never goes stale, and is
+    written on the way, so that an interrupted scan goes on. Of an utterance that is there twice
+    (as m4a and decoded, or in two folders) the first is taken.
     """
-    import soundfile
+    found: dict[str, tuple] = {}
+    by_stem: dict[str, str] = {}
+    doubles = []
+    for folder in [*folders, *trials_folders]:
+        roots = audio_roots(folder)
+        count = 0
+        for root in roots:
+            for name, entry in audio_files(root):
+                count += 1
+                stem = name.rsplit(".", 1)[0]
+                if stem in by_stem:
+                    doubles.append(f"{entry.path} is {found[by_stem[stem]][0]} again")
+                    continue
+                status = entry.stat()
+                by_stem[stem] = name
+                only = folder not in folders
+                found[name] = (entry.path, status.st_size, status.st_mtime_ns, only)
+        if not count:
+            raise FileNotFoundError(
+                f"data_folder: no {', '.join(AUDIO_SUFFIXES)} file below "
+                f"{', '.join(str(root) for root in roots)}"
+            )
+    if doubles:
+        logger.warning(f"{len(doubles)} recordings are there twice, used once: {doubles[0]}")
 
-    try:
-        with soundfile.SoundFile(str(path)) as file:
-            rate = file.samplerate
-            file.seek(min(round(start * rate), file.frames))
-            frames = -1 if length is None else round(length * rate)
-            samples = file.read(frames, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise OSError(f"{path}: cannot be decoded ({error})") from error
-    signal = torch.from_numpy(samples.mean(axis=1))
-    if rate != sample_rate:
-        from torchaudio.functional import resample
-
-        signal = resample(signal, rate, sample_rate)
-    return signal
-
-
-def _inspect(path: Path) -> tuple[float, str]:
-    """(seconds, what is wrong): the header, and whether the last samples are really there."""
-    import soundfile
-
-    try:
-        with soundfile.SoundFile(str(path)) as file:
-            frames, rate = file.frames, file.samplerate
-            if frames == 0:
-                return 0.0, "empty: it has no samples"
-            tail = min(frames, rate // 100)
-            file.seek(frames - tail)
-            if len(file.read(tail)) < tail:
-                return 0.0, "truncated: its header promises more samples than it holds"
-            return frames / rate, ""
-    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-        reason = "empty file" if path.stat().st_size == 0 else str(error).split(": ", 1)[-1]
-        return 0.0, f"empty, truncated or not audio ({reason})"
-
-
-def _scan(wav_root: Path, cache: Path, progress: bool) -> dict[str, tuple[float, str]]:
-    """Duration and fault of every audio file; files unchanged since the last scan are not reopened.
-
-    The cache is keyed by each file's path, size and time of change, so it never goes stale.
-    """
-    if not wav_root.is_dir():
-        raise FileNotFoundError(
-            f"data_folder: {wav_root} does not exist. It must hold "
-            "wav/<speaker>/<session>/<utterance>.wav or .flac"
-        )
-    found = {}
-    for folder, _, names in os.walk(wav_root, followlinks=True):
-        for name in names:
-            if name.lower().endswith(AUDIO_SUFFIXES):
-                path = Path(folder, name)
-                status = path.stat()
-                found[path.relative_to(wav_root).as_posix()] = (status.st_size, status.st_mtime_ns)
-    if not found:
-        raise FileNotFoundError(
-            f"data_folder: no {', '.join(AUDIO_SUFFIXES)} file below {wav_root}"
-        )
     known = {}
     if cache.is_file():
         try:
             known = json.loads(cache.read_text())
         except ValueError:
             logger.warning(f"{cache} is damaged; reading the corpus again")
-    stale = [name for name, key in found.items() if known.get(name, {}).get("key") != list(key)]
+    stale = [name for name, item in found.items() if known.get(name, {}).get("key") != [*item[:3]]]
     if stale:
+        bar = tqdm(total=len(stale), desc="reading durations", unit="file", disable=not progress)
         with ThreadPoolExecutor() as pool:
-            checked = pool.map(lambda name: _inspect(wav_root / name), stale)
-            for name, (seconds, fault) in zip(
-                stale,
-                tqdm(checked, "reading durations", len(stale), disable=not progress, unit="file"),
-                strict=True,
-            ):
-                known[name] = {"key": found[name], "seconds": seconds, "fault": fault}
-        write_text(cache, json.dumps(known))
-    return {name: (known[name]["seconds"], known[name]["fault"]) for name in sorted(found)}
+            for start in range(0, len(stale), 100_000):
+                for at in range(start, min(start + 100_000, len(stale)), 4096):
+                    names = stale[at : min(at + 4096, start + 100_000)]
+                    paths = [Path(found[name][0]) for name in names]
+                    checked = pool.map(inspect_audio, paths)
+                    for name, (seconds, fault) in zip(names, checked, strict=True):
+                        known[name] = {"key": found[name][:3], "seconds": seconds, "fault": fault}
+                        bar.update()
+                write_text(cache, json.dumps(known))
+        bar.close()
+    return {
+        name: _Audio(item[0], known[name]["seconds"], known[name]["fault"], item[3])
+        for name, item in sorted(found.items())
+    }
 
 
-def _resolve_trials(list_file: Path, durations: dict, wav_root: Path) -> tuple[str, set[str]]:
-    """The trial list with ids as they are on disk, and the ids. Every named file must be usable."""
-    if not list_file.is_file():
-        raise FileNotFoundError(f"verification_file: {list_file} does not exist")
-    trials = read_trials(list_file)
-    by_stem = {name.rsplit(".", 1)[0]: name for name in durations}
-    ids = [
-        name if name in durations else by_stem.get(name.rsplit(".", 1)[0], name)
-        for name in trials.ids
-    ]
-    missing = [name for name in ids if name not in durations]
-    broken = [name for name in ids if name in durations and durations[name][1]]
-    for fault, what in ((missing, "not found"), (broken, "found but unreadable")):
-        if fault:
-            raise FileNotFoundError(
-                f"{list_file}: {len(fault)} of the utterances it names are {what} below "
-                f"{wav_root}: {_with_lines(list_file, fault[:5])}. Complete the data, or use a "
-                "list that matches it"
-            )
-    trials.speakers()  # a label that contradicts its speakers stops the run before it trains
-    text = "".join(
-        f"{int(target)} {ids[enrolment]} {ids[test]}\n"
-        for target, enrolment, test in zip(
-            trials.is_target, trials.enrolment, trials.test, strict=True
+def _named_lists(source: str | Path | Sequence | Mapping | None) -> dict[str, Path]:
+    """Trial lists by name: given names, or the files' own."""
+    if source is None:
+        return {}
+    if isinstance(source, Mapping):
+        lists = {str(name): Path(path) for name, path in source.items()}
+    else:
+        paths = [source] if isinstance(source, str | Path) else list(source)
+        lists = {}
+        for path in map(Path, paths):
+            if path.stem in lists:
+                raise ValueError(
+                    f"verification_file: {lists[path.stem]} and {path} have one name; give them "
+                    "names of your own: {O: one.txt, H: other.txt}"
+                )
+            lists[path.stem] = path
+    for name, path in lists.items():
+        if not path.is_file():
+            raise FileNotFoundError(f"verification_file: {path} does not exist")
+        if "/" in name:
+            raise ValueError(f"verification_file: a list cannot be called {name!r}")
+    return lists
+
+
+def _on_disk(trials: Trials, by_stem: dict[str, str]) -> Trials:
+    """The trials with ids as the files are called: lists write .wav where the folder has .m4a."""
+    names = [by_stem.get(name.rsplit(".", 1)[0], name) for name in trials.ids]
+    return replace(trials, ids=names)
+
+
+def _without(trials: Trials, lost: set[str]) -> Trials:
+    gone = np.array([name in lost for name in trials.ids])
+    kept = ~(gone[trials.enrolment] | gone[trials.test])
+    return replace(
+        trials,
+        enrolment=trials.enrolment[kept],
+        test=trials.test[kept],
+        is_target=trials.is_target[kept],
+    )
+
+
+def _trials_text(trials: Trials) -> str:
+    ids = trials.ids
+    return "".join(
+        f"{label} {ids[enrolment]} {ids[test]}\n"
+        for label, enrolment, test in zip(
+            trials.is_target.astype(int).tolist(),
+            trials.enrolment.tolist(),
+            trials.test.tolist(),
+            strict=True,
         )
     )
-    return text, set(ids)
 
 
-def _with_lines(list_file: Path, names: list[str]) -> str:
-    """Names of a trial list's recordings, each with the first line that has it, suffixes aside."""
+def _resolve_lists(
+    lists: dict[str, Path],
+    audio: dict[str, _Audio],
+    folders: str,
+    save_folder: Path,
+    allow_missing: bool,
+) -> tuple[dict[str, Trials], set[str]]:
+    """The lists with ids as on disk, without what is missing if that is allowed; all speakers."""
+    by_stem = {name.rsplit(".", 1)[0]: name for name in audio}
+    resolved, report, summaries, speakers = {}, [], [], set()
+    for name, path in lists.items():
+        trials = _on_disk(read_trials(path), by_stem)
+        speakers |= {speaker_in(utterance) for utterance in trials.ids}
+        absent = [utterance for utterance in trials.ids if utterance not in audio]
+        broken = [utterance for utterance in trials.ids if _fault(audio, utterance)]
+        if absent or broken:
+            kept = _without(trials, {*absent, *broken})
+            lines = _first_lines(path, [*absent, *broken])
+            faults = {utterance: "not found" for utterance in absent}
+            faults |= {utterance: audio[utterance].fault for utterance in broken}
+            report += [
+                f"{name}\t{utterance}\tline {lines[utterance]}\t{fault}\n"
+                for utterance, fault in faults.items()
+            ]
+            parts = [
+                f"{len(some)} are {what} ("
+                + "; ".join(f"{utterance} (line {lines[utterance]})" for utterance in some[:5])
+                + ")"
+                for some, what in ((absent, "not found"), (broken, "found but unreadable"))
+                if some
+            ]
+            summaries.append(
+                f"{path}: of the {len(trials.ids):,} utterances it names, {' and '.join(parts)}; "
+                f"{len(kept):,} of its {len(trials):,} trials have both"
+            )
+            if allow_missing and len(np.unique(kept.is_target)) < 2:
+                raise ValueError(
+                    f"{path}: without what is missing below {folders} it has no target or no "
+                    "impostor trials left"
+                )
+            trials = kept
+        resolved[name] = trials
+    missing = save_folder / "missing.txt"
+    if report:
+        write_text(missing, "".join(report))
+        what = "\n".join(summaries)
+        if not allow_missing:
+            raise FileNotFoundError(
+                f"Recordings are missing below {folders}.\n{what}\nAll are listed in {missing}. "
+                "Complete the data, use a list that matches it, or set allow_missing to leave "
+                "these trials out"
+            )
+        logger.warning(f"Trials are left out; results are on reduced lists.\n{what}\nSee {missing}")
+    else:
+        missing.unlink(missing_ok=True)
+    for trials in resolved.values():
+        trials.speakers()  # a label that contradicts its speakers stops the run before it trains
+    return resolved, speakers
+
+
+def _fault(audio: dict[str, _Audio], name: str) -> str:
+    return audio[name].fault if name in audio else ""
+
+
+def _first_lines(list_file: Path, names: list[str]) -> dict[str, int]:
+    """The first line of a trial list that has each of the recordings, suffixes aside."""
     stems = {name.rsplit(".", 1)[0]: name for name in names}
-    found: dict[str, str] = {}
-    for number, line in enumerate(list_file.read_text(encoding="utf-8").splitlines(), 1):
-        for field in line.split():
-            name = stems.get(field.rsplit(".", 1)[0])
-            if name is not None:
-                found.setdefault(name, f"{name} (line {number})")
-    return "; ".join(found.values())
+    found: dict[str, int] = {}
+    with list_file.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            for word in line.split():
+                name = stems.get(word.rsplit(".", 1)[0])
+                if name is not None:
+                    found.setdefault(name, number)
+    return found
+
+
+def _paths(folder: str | Path | Sequence[str | Path] | None) -> list[Path]:
+    if folder is None:
+        return []
+    return [Path(folder)] if isinstance(folder, str | Path) else [Path(one) for one in folder]
 
 
 def prepare_speech(
-    data_folder: str | Path,
+    data_folder: str | Path | Sequence[str | Path],
     save_folder: str | Path,
     *,
-    verification_file: str | Path | None = None,
+    trials_folder: str | Path | Sequence[str | Path] | None = None,
+    verification_file: str | Path | Sequence[str | Path] | Mapping[str, str | Path] | None = None,
     valid_file: str | Path | None = None,
     num_valid_speakers: int = 0,
     train_speakers: str | Path | None = None,
     min_utterances: int = 2,
+    allow_missing: bool = False,
     progress: bool = True,
 ) -> SpeechCorpus:
-    """Scan a folder in VoxCeleb layout and divide it into training, validation and test.
+    """Scan folders in VoxCeleb's layouts and divide them into training, validation and test.
 
     Parameters
     ----------
-    data_folder : path
-        Holds ``wav/<speaker>/.../<utterance>.{wav,flac}``.
+    data_folder : path or list of paths
+        What is trained on, less the speakers of the trials: folders that hold
+        ``wav/<speaker>/.../<utterance>.{wav,flac}`` or ``dev/aac/<speaker>/.../<utterance>.m4a``,
+        see :func:`~speechbrain_qmargin.data.voxceleb.audio_roots`.
     save_folder : path
-        Where the scan's cache, the resolved trial lists and ``skipped_audio.txt`` are written.
-    verification_file, valid_file : path, optional
-        Trial lists, ``label enrolment test`` per line. A suffix that differs from the file on disk
-        (``.wav`` in the list, ``.flac`` in the folder) is accepted.
+        Where the scan's cache, the resolved trial lists, ``missing.txt`` (of the trials) and
+        ``skipped_audio.txt`` are written.
+    trials_folder : path or list of paths, optional
+        Folders that only trials are taken from: nobody in them is trained on, be they in a list or
+        not. For VoxCeleb1 beside training on VoxCeleb2.
+    verification_file : path, list of paths, or mapping from name to path, optional
+        Test trials, ``label enrolment test`` per line; a list's name is its file's unless given. A
+        suffix that differs from the file on disk (``.wav`` in the list, ``.flac`` in the folder)
+        is accepted.
+    valid_file : path, optional
+        Validation trials, likewise.
     num_valid_speakers : int
         Without a `valid_file`: how many training speakers to hold out; all pairs of up to ten of
         their utterances each become the validation trials. 0 is no validation.
@@ -228,6 +317,9 @@ def prepare_speech(
         A file of speaker names, one a line, to train on; otherwise all that no trial list names.
     min_utterances : int
         Training speakers with fewer usable utterances are dropped, with a warning that names them.
+    allow_missing : bool
+        Leave out trials whose recordings are missing or unreadable, and say so, instead of
+        stopping.
 
     Raises
     ------
@@ -235,35 +327,46 @@ def prepare_speech(
         A missing folder or list, a trial that names a missing or broken file, a training list
         that shares speakers with the trials or names unknown ones: each is named.
     """
-    root, save_folder = Path(data_folder), Path(save_folder)
-    wav_root = root / "wav"
-    durations = _scan(wav_root, save_folder / "durations.json", progress)
+    folders, trials_folders = _paths(data_folder), _paths(trials_folder)
+    save_folder = Path(save_folder)
+    where = ", ".join(map(str, [*folders, *trials_folders]))
+    lists = _named_lists(verification_file)
+    valid_list = {} if valid_file is None else {"valid": Path(valid_file)}
+    for path in valid_list.values():
+        if not path.is_file():
+            raise FileNotFoundError(f"valid_file: {path} does not exist")
+    if "valid" in lists and valid_list:
+        raise ValueError("verification_file: the name 'valid' is that of the validation trials")
+    audio = _scan(folders, trials_folders, save_folder / "durations.json", progress)
 
-    resolved: dict[str, Path | None] = {}
-    members: dict[str, set[str]] = {}
-    for part, source in (("test", verification_file), ("valid", valid_file)):
-        members[part], resolved[part] = set(), None
-        if source is not None:
-            text, members[part] = _resolve_trials(Path(source), durations, wav_root)
-            resolved[part] = save_folder / f"{part}_trials.txt"
-            write_text(resolved[part], text)
-    held_out = {speaker_in(name) for part in members.values() for name in part}
+    trials, held_out = _resolve_lists(lists | valid_list, audio, where, save_folder, allow_missing)
+    resolved = {}
+    for name in trials:
+        resolved[name] = save_folder / "trials" / f"{name}.txt"
+        write_text(resolved[name], _trials_text(trials[name]))
+    valid_trials = resolved.pop("valid") if valid_list else None
+    members = {
+        "test": {one for name in lists for one in _used(trials[name])},
+        "valid": _used(trials["valid"]) if valid_list else set(),
+    }
 
-    broken = {name: fault for name, (_, fault) in durations.items() if fault}
+    broken = {name: item.fault for name, item in audio.items() if item.fault}
     if broken:
         write_text(
             save_folder / "skipped_audio.txt",
             "".join(f"{name}\t{fault}\n" for name, fault in broken.items()),
         )
-        first = "; ".join(f"{wav_root / name}: {fault}" for name, fault in list(broken.items())[:3])
+        first = "; ".join(f"{audio[name].path}: {broken[name]}" for name in list(broken)[:3])
         logger.warning(
             f"{len(broken)} audio files are left out, all listed in "
             f"{save_folder / 'skipped_audio.txt'}: {first}"
         )
 
     by_speaker: dict[str, list[str]] = defaultdict(list)
-    for name in durations:
-        if name not in broken:
+    for name, item in audio.items():
+        if item.trials_only:
+            held_out.add(speaker_in(name))
+        elif not item.fault:
             by_speaker[speaker_in(name)].append(name)
     if train_speakers is None:
         candidates = sorted(set(by_speaker) - held_out)
@@ -290,35 +393,40 @@ def prepare_speech(
         chosen = np.random.default_rng(0).permutation(len(candidates))[:num_valid_speakers]
         chosen = {candidates[i] for i in chosen}
         candidates = [name for name in candidates if name not in chosen]
-        resolved["valid"] = save_folder / "valid_trials.txt"
+        valid_trials = save_folder / "trials" / "valid.txt"
         for speaker in chosen:
             step = max(1, len(by_speaker[speaker]) // 10)
             members["valid"].update(by_speaker[speaker][::step][:10])
-        write_text(resolved["valid"], _all_pairs(members["valid"]))
+        write_text(valid_trials, _all_pairs(members["valid"]))
     if len(candidates) < 2:
         raise ValueError(
-            f"{wav_root}: {len(candidates)} speakers left to train on, at least 2 are needed "
+            f"{where}: {len(candidates)} speakers left to train on, at least 2 are needed "
             f"(the trial lists and validation hold out {len(held_out)})"
         )
 
     def manifest(names: Iterable[str]) -> dict[str, dict]:
         return {
             name: {
-                "wav": str(wav_root / name),
-                "duration": durations[name][0],
+                "wav": audio[name].path,
+                "duration": audio[name].seconds,
                 "spk_id": speaker_in(name),
             }
             for name in sorted(names)
         }
 
     return SpeechCorpus(
-        root=root,
+        root=folders[0],
         train=manifest(name for speaker in candidates for name in by_speaker[speaker]),
         valid=manifest(members["valid"]),
         test=manifest(members["test"]),
-        valid_trials=resolved["valid"],
-        test_trials=resolved["test"],
+        valid_trials=valid_trials,
+        test_lists=resolved,
     )
+
+
+def _used(trials: Trials) -> set[str]:
+    """The recordings of the trials; ids of trials that were left out are not among them."""
+    return {trials.ids[i] for i in np.unique([trials.enrolment, trials.test]).tolist()}
 
 
 def _all_pairs(names: Iterable[str]) -> str:

@@ -1,0 +1,24 @@
+"""Decode VoxCeleb2's m4a files once, to FLAC; training then starts from the converted folder.
+
+    python recipes/voxceleb/to_flac.py VoxCeleb2 VoxCeleb2_flac [--jobs 16]
+
+Started again, it goes on where it was interrupted.
+"""
+
+import argparse
+
+from speechbrain_qmargin.data.voxceleb import convert_to_flac
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", help="a folder with dev/aac, or any other layout of the recipe")
+    parser.add_argument("destination")
+    parser.add_argument("--jobs", type=int, help="threads; default: as many as there are CPUs")
+    arguments = parser.parse_args()
+    counts = convert_to_flac(arguments.source, arguments.destination, jobs=arguments.jobs)
+    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()

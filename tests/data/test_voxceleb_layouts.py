@@ -1,0 +1,208 @@
+"""VoxCeleb's real layouts, m4a, several lists: on a generated tree of its names."""
+
+import logging
+import os
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+pytest.importorskip("av", reason="m4a needs the extra voxceleb (PyAV)")
+
+from speechbrain_qmargin.data import voxceleb
+from speechbrain_qmargin.data.audio import inspect_audio
+from speechbrain_qmargin.data.mini_voxceleb import build_dry_run_tree, write_m4a
+from speechbrain_qmargin.data.speech import prepare_speech, read_audio, speech_dataset
+from speechbrain_qmargin.data.voxceleb import audio_roots, convert_to_flac
+
+RATE = 16000
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return build_dry_run_tree(tmp_path_factory.mktemp("vox"), train_speakers=3, test_speakers=4)
+
+
+def prepare(tree, save, **kwargs):
+    kwargs = {"trials_folder": tree.voxceleb1, "verification_file": tree.lists, **kwargs}
+    return prepare_speech(tree.voxceleb2, save, progress=False, **kwargs)
+
+
+def test_train_from_voxceleb2_and_test_on_voxceleb1(tree, tmp_path):
+    found = prepare(tree, tmp_path)
+    assert found.speakers == ["id00012", "id00015", "id00018"]
+    assert len(found.train) == 12
+    assert all(item["wav"].endswith(".m4a") for item in found.train.values())
+    assert {name: path.name for name, path in found.test_lists.items()} == {
+        "O": "O.txt",
+        "E": "E.txt",
+        "H": "H.txt",
+    }
+    assert {name[:7] for name in found.test} == {"id10001", "id10002", "id10270", "id10271"}
+    assert found.test_lists["O"].read_text() == tree.lists["O"].read_text()
+    for name, item in found.train.items():
+        samples = read_audio(item["wav"], RATE)
+        assert len(samples) == pytest.approx(RATE * item["duration"], abs=1), name
+
+
+def test_folders_in_one_list_exclude_by_the_lists_alone(tree, tmp_path):
+    only_o = {"O": tree.lists["O"]}
+    both = [tree.voxceleb2, tree.voxceleb1]
+    found = prepare_speech(both, tmp_path / "o", verification_file=only_o, progress=False)
+    assert {"id10001", "id10002", "id00012"} <= set(found.speakers)
+    assert not {"id10270", "id10271"} & set(found.speakers)
+    found = prepare(tree, tmp_path / "e", verification_file=next(iter(tree.lists.values())))
+    assert found.speakers == ["id00012", "id00015", "id00018"]
+    assert list(found.test_lists) == ["veri_test2"]
+
+
+def test_what_is_missing_is_counted_by_list(tree, tmp_path, caplog):
+    extra = "1 id10270/gone/00001.wav id10270/gone/00002.wav\n"
+    lists = {}
+    for name, path in tree.lists.items():
+        lists[name] = tmp_path / path.name
+        lists[name].write_text(path.read_text() + (extra if name != "O" else ""))
+    with pytest.raises(FileNotFoundError, match=r"list_test_all2.txt: .*2 are not found") as error:
+        prepare(tree, tmp_path / "save", verification_file=lists)
+    assert "list_test_hard2.txt" in str(error.value)
+    assert "veri_test2.txt" not in str(error.value)
+    rows = [line.split("\t") for line in (tmp_path / "save/missing.txt").open()]
+    assert [row[0] for row in rows] == ["E", "E", "H", "H"]
+    assert rows[0][1] == "id10270/gone/00001.wav"
+    with caplog.at_level(logging.WARNING):
+        found = prepare(tree, tmp_path / "save", verification_file=lists, allow_missing=True)
+    assert "reduced lists" in caplog.text
+    assert found.test_lists["E"].read_text() == tree.lists["E"].read_text()
+    assert not any("gone" in name for name in found.test)
+    prepare(tree, tmp_path / "save")
+    assert not (tmp_path / "save/missing.txt").exists()
+
+
+def test_a_list_without_targets_left_is_refused(tree, tmp_path):
+    only = tmp_path / "only.txt"
+    a, b = sorted(path.name for path in (tree.voxceleb1 / "vox1_test_wav/wav/id10270").iterdir())
+    only.write_text(
+        f"0 id10270/{a}/00001.wav id10271/none/00001.wav\n"
+        f"1 id10270/{a}/00001.wav id10270/{b}/00001.wav\n"
+    )
+    with pytest.raises(ValueError, match="no target or no impostor"):
+        prepare(tree, tmp_path / "save", verification_file=only, allow_missing=True)
+
+
+def test_lists_of_one_name_and_missing_lists(tree, tmp_path):
+    (tmp_path / "veri_test2.txt").write_text("")
+    with pytest.raises(ValueError, match="have one name"):
+        prepare(tree, tmp_path, verification_file=[tree.lists["O"], tmp_path / "veri_test2.txt"])
+    with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
+        prepare(tree, tmp_path, verification_file={"O": tmp_path / "gone.txt"})
+
+
+def test_layouts(tmp_path, caplog):
+    with pytest.raises(FileNotFoundError, match="dev/aac"):
+        audio_roots(tmp_path)
+    for name in ("dev/aac/id1/v", "test/aac/id2/v"):
+        (tmp_path / name).mkdir(parents=True)
+    assert audio_roots(tmp_path) == [tmp_path / "dev/aac"]
+    assert "test/aac is not" in caplog.text
+    (tmp_path / "wav/aac").mkdir(parents=True)  # a speaker of that name is no root
+    assert audio_roots(tmp_path) == [tmp_path / "wav", tmp_path / "dev/aac"]
+
+
+def test_m4a_stretches_are_those_of_the_whole(tmp_path):
+    rng = np.random.default_rng(0)
+    time = np.arange(int(4.321 * RATE)) / RATE
+    signal = 0.3 * np.sin(2 * np.pi * (200 + 40 * time) * time) + 0.05 * rng.standard_normal(
+        len(time)
+    )
+    path = tmp_path / "a.m4a"
+    write_m4a(path, signal)
+    whole = read_audio(path, RATE)
+    assert len(whole) == pytest.approx(len(signal), abs=1)
+    assert np.corrcoef(whole[: len(signal)], signal[: len(whole)])[0, 1] > 0.95
+    for start in (0.0, 0.01, 0.2, 1.2345, 3.9, 4.321, 9.0):
+        first = round(start * RATE)
+        part = read_audio(path, RATE, start, 1.5)
+        assert torch.equal(part, whole[first : first + round(1.5 * RATE)])
+    assert read_audio(path, RATE // 2).shape[0] == pytest.approx(len(whole) / 2, abs=1)
+    assert inspect_audio(path) == (pytest.approx(4.321, abs=1e-3), "")
+
+
+def test_broken_m4a_is_named(tmp_path):
+    path = tmp_path / "a.m4a"
+    write_m4a(path, np.zeros(RATE))
+    content = path.read_bytes()
+    for bad in (b"", b"no audio", content[: len(content) // 2]):
+        path.write_bytes(bad)
+        assert inspect_audio(path)[1].startswith("empty, truncated or not audio")
+        with pytest.raises(OSError, match=r"a\.m4a: cannot be decoded"):
+            read_audio(path, RATE)
+
+
+def test_conversion_resumes_and_lists_what_fails(tree, tmp_path, monkeypatch):
+    flac = tmp_path / "flac"
+    assert convert_to_flac(tree.voxceleb2, flac, progress=False) == {
+        "converted": 12,
+        "kept": 0,
+        "failed": 0,
+    }
+    found = prepare_speech(
+        flac,
+        tmp_path / "save",
+        trials_folder=tree.voxceleb1,
+        verification_file=tree.lists,
+        progress=False,
+    )
+    direct = prepare(tree, tmp_path / "save2")
+    assert {name.split(".")[0] for name in found.train} == {
+        name.split(".")[0] for name in direct.train
+    }
+    one = next(iter(direct.train.values()))["wav"]
+    decoded, written = (
+        read_audio(one, RATE),
+        read_audio(next(iter(found.train.values()))["wav"], RATE),
+    )
+    assert torch.allclose(decoded, written, atol=2**-15)
+
+    files = sorted(flac.rglob("*.flac"))
+    files[0].unlink()
+    os.utime(files[1], (0, 0))
+    assert convert_to_flac(tree.voxceleb2, flac, progress=False)["converted"] == 2
+
+    broken = tmp_path / "vox2/dev/aac/id1/v"
+    broken.mkdir(parents=True)
+    (broken / "00001.m4a").write_bytes(b"none")
+    assert convert_to_flac(tmp_path / "vox2", flac, progress=False)["failed"] == 1
+    assert "id1/v/00001.m4a" in (flac / "not_converted.txt").read_text()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    files[0].unlink()
+    monkeypatch.setattr(soundfile, "write", full)
+    with pytest.raises(OSError, match="make room and start again"):
+        convert_to_flac(tree.voxceleb2, flac, progress=False)
+    assert not list(flac.rglob("*.partial*"))
+    assert voxceleb.audio_roots(flac) == [flac / "wav"]
+
+
+def test_recordings_that_are_there_twice_are_used_once(tree, tmp_path, caplog):
+    both = tmp_path / "both"
+    convert_to_flac(tree.voxceleb2, both, progress=False)
+    (both / "dev").symlink_to(tree.voxceleb2 / "dev")
+    found = prepare_speech(both, tmp_path / "save", progress=False)
+    assert len(found.train) == 12
+    assert all(item["wav"].endswith(".flac") for item in found.train.values())
+    assert "12 recordings are there twice" in caplog.text
+
+
+def test_crops_of_m4a(tree, tmp_path):
+    found = prepare(tree, tmp_path)
+    data = speech_dataset(found.train, RATE, crop=2.0)
+    assert {data[i]["sig"].shape for i in range(len(data))} == {torch.Size([32000])}
+
+
+def test_the_tree_is_left_alone_when_complete(tree):
+    before = {path: path.stat().st_mtime_ns for path in tree.folder.rglob("*")}
+    build_dry_run_tree(tree.folder, train_speakers=3, test_speakers=4)
+    assert before == {path: path.stat().st_mtime_ns for path in tree.folder.rglob("*")}
