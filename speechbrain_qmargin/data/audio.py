@@ -19,7 +19,13 @@ _AAC_FRAME = 1024
 _PREROLL = 3  # frames decoded before a stretch: each overlaps with the one before it
 
 
-def read_audio(path: str | Path, sample_rate: int, start: float = 0.0, length: float | None = None):
+def read_audio(
+    path: str | Path,
+    sample_rate: int,
+    start: float = 0.0,
+    length: float | None = None,
+    speed: float = 1.0,
+) -> torch.Tensor:
     """Mono float32 samples of a stretch of an audio file, at `sample_rate`.
 
     Only the stretch is read. In m4a too it is sample for sample that of the whole recording:
@@ -32,7 +38,10 @@ def read_audio(path: str | Path, sample_rate: int, start: float = 0.0, length: f
     sample_rate : int
         Hz; other rates are resampled.
     start, length : float
-        Seconds. `length` None reads to the end.
+        Seconds of the file and of the result. `length` None reads to the end.
+    speed : float
+        Played so much faster, pitch included (sox's ``speed``): ``length * speed`` seconds of the
+        file become `length`.
 
     Returns
     -------
@@ -45,8 +54,9 @@ def read_audio(path: str | Path, sample_rate: int, start: float = 0.0, length: f
     ImportError
         An m4a file without PyAV, the extra ``voxceleb``.
     """
+    reach = None if length is None else length * speed
     if str(path).lower().endswith(".m4a"):
-        samples, rate = _read_m4a(path, start, length)
+        samples, rate = _read_m4a(path, start, reach)
     else:
         import soundfile
 
@@ -54,12 +64,12 @@ def read_audio(path: str | Path, sample_rate: int, start: float = 0.0, length: f
             with soundfile.SoundFile(str(path)) as file:
                 rate = file.samplerate
                 file.seek(min(round(start * rate), file.frames))
-                frames = -1 if length is None else round(length * rate)
+                frames = -1 if reach is None else round(reach * rate)
                 samples = file.read(frames, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, RuntimeError) as error:
             raise OSError(f"{path}: cannot be decoded ({error})") from error
         samples = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-    return resampled(torch.from_numpy(samples), rate, sample_rate)
+    return resampled(torch.from_numpy(samples), round(rate * speed), sample_rate)
 
 
 def resampled(signal: torch.Tensor, rate: int, wanted: int) -> torch.Tensor:

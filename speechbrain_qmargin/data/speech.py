@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, inspect_audio, read_audio
+from speechbrain_qmargin.data.augment import Augment
 from speechbrain_qmargin.data.voxceleb import audio_files, audio_roots
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.trials import Trials, read_trials, speaker_in
@@ -444,8 +445,15 @@ def speech_dataset(
     label_encoder=None,
     seed: int = 0,
     epoch: Callable[[], int] = lambda: 0,
+    speeds: Sequence[float] = (1.0,),
+    augment: Augment | None = None,
 ):
     """A SpeechBrain dynamic dataset over a manifest of :func:`prepare_speech`.
+
+    Everything random about an item is a function of (seed, epoch, utterance) alone, so neither the
+    number of workers nor an interruption changes what is trained on. An index ``draw * len(self) +
+    item``, as :class:`~speechbrain_qmargin.data.sampling.BalancedSampler` gives, is the item with
+    other randomness.
 
     Parameters
     ----------
@@ -454,12 +462,17 @@ def speech_dataset(
         Hz.
     crop : float, optional
         Seconds of a random crop, shorter recordings are repeated; None gives whole recordings.
-        The crop is a function of (seed, epoch, utterance) alone, so neither the number of workers
-        nor an interruption changes what is trained on.
     label_encoder : CategoricalEncoder, optional
         With it, items also carry ``spk_id_encoded``.
     epoch : callable
         Gives the current epoch.
+    speeds : sequence of float
+        Each item is played at one of them, drawn anew in every epoch. Speaker ``k`` of C at the
+        i-th speed is class ``i * C + k``, so there are ``len(speeds) * C`` classes, those of the
+        first speed before the others: begin with 1.0.
+    augment : callable, optional
+        ``augment(signal, rng, speaker)``, e.g. of
+        :func:`~speechbrain_qmargin.data.augment.room_and_noise`.
 
     Returns
     -------
@@ -468,30 +481,52 @@ def speech_dataset(
     from speechbrain.dataio.dataset import DynamicItemDataset
     from speechbrain.utils.data_pipeline import provides, takes
 
-    @takes("id", "wav", "duration")
-    @provides("sig")
-    def load(name: str, wav: str, duration: float) -> torch.Tensor:
-        if crop is None:
-            return read_audio(wav, sample_rate)
-        rng = np.random.default_rng([seed, epoch(), zlib.crc32(name.encode())])
-        start = rng.uniform(0, max(0.0, duration - crop))
-        signal = read_audio(wav, sample_rate, start, crop)
-        if signal.numel() == 0:
-            raise OSError(
-                f"{wav}: no samples at {start:.2f} s, though it once lasted {duration:.2f} s"
-            )
-        wanted = round(crop * sample_rate)
-        return signal.repeat(-(-wanted // signal.numel()))[:wanted]
+    if len(speeds) > 1 and speeds[0] != 1.0:
+        raise ValueError(f"speeds: {speeds} must begin with 1.0, whose classes are the speakers")
+    draw = 0
 
-    @takes("spk_id")
+    def rng_of(name: str, *purpose: int) -> np.random.Generator:
+        return np.random.default_rng([seed, epoch(), zlib.crc32(name.encode()), draw, *purpose])
+
+    def speed_of(name: str) -> int:
+        return 0 if len(speeds) == 1 else int(rng_of(name, 1).integers(len(speeds)))
+
+    @takes("id", "wav", "duration", "spk_id")
+    @provides("sig")
+    def load(name: str, wav: str, duration: float, speaker: str) -> torch.Tensor:
+        speed = speeds[speed_of(name)]
+        if crop is None:
+            signal = read_audio(wav, sample_rate, speed=speed)
+        else:
+            start = rng_of(name).uniform(0, max(0.0, duration - crop * speed))
+            signal = read_audio(wav, sample_rate, start, crop, speed)
+            if signal.numel() == 0:
+                raise OSError(
+                    f"{wav}: no samples at {start:.2f} s, though it once lasted {duration:.2f} s"
+                )
+            wanted = round(crop * sample_rate)
+            signal = signal.repeat(-(-wanted // signal.numel()))[:wanted]
+        return signal if augment is None else augment(signal, rng_of(name, 2), speaker)
+
+    @takes("id", "spk_id")
     @provides("spk_id_encoded")
-    def encode(speaker: str) -> torch.Tensor:
-        return label_encoder.encode_sequence_torch([speaker])
+    def encode(name: str, speaker: str) -> torch.Tensor:
+        label = label_encoder.encode_sequence_torch([speaker])
+        return label + len(label_encoder) * speed_of(name)
+
+    class SpeechDataset(DynamicItemDataset):
+        def __getitem__(self, index: int) -> dict:
+            nonlocal draw
+            draw, item = divmod(index, len(self)) if index >= 0 else (0, index)
+            try:
+                return super().__getitem__(item)
+            finally:
+                draw = 0
 
     items, keys = [load], ["id", "sig"]
     if label_encoder is not None:
         items, keys = [load, encode], [*keys, "spk_id_encoded"]
-    return DynamicItemDataset(manifest, dynamic_items=items, output_keys=keys)
+    return SpeechDataset(manifest, dynamic_items=items, output_keys=keys)
 
 
 def speaker_encoder(corpus: SpeechCorpus, file: str | Path):

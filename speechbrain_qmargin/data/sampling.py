@@ -1,0 +1,88 @@
+"""The order of training items: every speaker equally often."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+__all__ = ["BalancedSampler"]
+
+
+class BalancedSampler(Sampler[int]):
+    """Equally many items of every class per epoch, in rounds that have each class once.
+
+    A batch no larger than the number of classes thus has a class at most twice. A class with fewer
+    items than rounds has some again, and each further time the item is another *draw* of it:
+    index ``draw * len(classes) + item``, which :func:`~speechbrain_qmargin.data.speech.
+    speech_dataset` answers with another crop, speed and augmentation.
+
+    The order is a function of (seed, epoch). It is the whole run's: over several processes
+    SpeechBrain's Brain deals it out (DistributedSamplerWrapper), every rank its own items.
+
+    Parameters
+    ----------
+    classes : sequence of hashable
+        The class of every item of the dataset, in its order.
+    seed : int
+    epoch : callable, optional
+        Gives the current epoch; without it, :meth:`set_epoch` says it.
+    rounds : int, optional
+        Items of each class per epoch; by default as many as keep the epoch's size (the mean, up).
+    distinct_draws : bool
+        False gives plain indices, for datasets that know no draws.
+
+    Raises
+    ------
+    ValueError
+        No items, or `rounds` below 1.
+
+    Examples
+    --------
+    >>> sampler = BalancedSampler(["a", "a", "a", "b"], rounds=2)
+    >>> order = list(sampler)
+    >>> sum(index % 4 == 3 for index in order), len(order)
+    (2, 4)
+    """
+
+    def __init__(
+        self,
+        classes: Sequence,
+        *,
+        seed: int = 0,
+        epoch: Callable[[], int] | None = None,
+        rounds: int | None = None,
+        distinct_draws: bool = True,
+    ) -> None:
+        items = defaultdict(list)
+        for index, name in enumerate(classes):
+            items[name].append(index)
+        if not items:
+            raise ValueError("classes: there are no items to sample")
+        self._items = [np.array(items[name]) for name in sorted(items)]
+        self._size = len(classes)
+        self.rounds = -(-self._size // len(items)) if rounds is None else rounds
+        if self.rounds < 1:
+            raise ValueError(f"rounds: {rounds}, at least 1 is needed")
+        self.seed, self._epoch, self._given = seed, 0, epoch
+        self._distinct = distinct_draws
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; without effect where `epoch` was given as a callable."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rounds * len(self._items)
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self._epoch if self._given is None else self._given()
+        rng = np.random.default_rng([self.seed, epoch])
+        table = np.empty((len(self._items), self.rounds), dtype=np.int64)
+        for row, items in zip(table, self._items, strict=True):
+            for draw, start in enumerate(range(0, self.rounds, len(items))):
+                part = rng.permutation(items)[: self.rounds - start]
+                row[start : start + len(part)] = part + draw * self._size * self._distinct
+        for column in table.T:
+            yield from rng.permutation(column).tolist()
