@@ -407,10 +407,9 @@ def _definitions(tree: Any, names) -> str:
             for value in node.values() if isinstance(node, CommentedMap) else node:
                 without_comments(value)
 
-    missing = [name for name in names if name not in tree["modules"]]
-    if missing:
-        raise ValueError(f"hyperparams.yaml: no {', '.join(missing)} among its modules")
-    chosen = CommentedMap((name, tree["modules"][name]) for name in names)
+    chosen = CommentedMap(
+        (name, tree["modules"][name]) for name in names if name in tree["modules"]
+    )
     without_comments(chosen)
     stream = io.StringIO()
     YAML().dump(chosen, stream)

@@ -11,6 +11,8 @@ from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_qmargin.data.speech import read_audio
 from speechbrain_qmargin.export import load_encoder
+from speechbrain_qmargin.scoring.decision import choose_operating_point
+from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.scoring.trials import load_embeddings, read_trials
 
 YAML = """
@@ -206,3 +208,17 @@ def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
     (tmp_path / "wav" / "g" / "1 2.wav").touch()
     assert make_trials([str(tmp_path), str(tmp_path)]) == 1
     assert "1 2.wav: rename it" in capsys.readouterr().err
+
+
+def test_a_run_is_exported_with_its_threshold(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    points = operating_points(np.linspace(0, 1, 100), np.arange(100) >= 90)
+    point = choose_operating_point("cosine", points, 0.1)
+    point.save(tmp_path / "point.json")
+    arguments = [str(run), f"--operating_point={tmp_path / 'point.json'}"]
+    assert script("export").main(arguments) == 0
+    assert f"threshold {point.threshold:.4f}" in capsys.readouterr().out
+    assert f"threshold: {point.threshold!r}" in (run / "inference" / "hyperparams.yaml").read_text()
+    (tmp_path / "point.json").write_text("{}")
+    assert script("export").main(arguments) == 1
+    assert "not an operating point" in capsys.readouterr().err
