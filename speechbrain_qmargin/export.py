@@ -32,6 +32,7 @@ __all__ = [
     "export_onnx",
     "export_run",
     "load_encoder",
+    "load_run",
     "set_operating_point",
 ]
 
@@ -115,7 +116,7 @@ def load_encoder(folder: str | Path, device: str | torch.device = "cpu") -> Spea
     if _is_run(folder) and (folder / "inference" / "hyperparams.yaml").is_file():
         folder = folder / "inference"
     if _is_run(folder):
-        loaded = _load_run(folder, PARTS)
+        loaded = load_run(folder, PARTS)
         logger.info(f"{folder} has no inference/; the average of its last epochs is taken")
         return SpeakerEncoder(loaded, loaded["sample_rate"]).to(device)
     tree = _tree(folder / "hyperparams.yaml")
@@ -222,7 +223,7 @@ def export_run(run_folder: str | Path, **options: Any) -> Path:
     run_folder = Path(run_folder)
     if not _is_run(run_folder):
         raise FileNotFoundError(f"{run_folder}: not a run's output folder (no save/)")
-    loaded = _load_run(run_folder, (*PARTS, "classifier"))
+    loaded = load_run(run_folder, (*PARTS, "classifier"))
     labels = run_folder / "save" / "label_encoder.txt"
     options = {"label_encoder": labels if labels.is_file() else None, **options}
     hyperparams, folder = run_folder / "hyperparams.yaml", run_folder / "inference"
@@ -278,9 +279,11 @@ def export_onnx(
     graph = _Graph(encoder, from_waveform).eval()
     name, axis = ("waveform", "samples") if from_waveform else ("features", "frames")
     with replacing(path) as partial, torch.no_grad():
+        dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+        example = (_probe(encoder, from_waveform, 2, rate),)
         torch.onnx.export(
-            graph,
-            (_probe(encoder, from_waveform, 2, rate),),
+            torch.export.export(graph, example, dynamic_shapes=dynamic, strict=True),
+            example,
             partial,
             dynamo=True,
             input_names=[name],
@@ -422,7 +425,7 @@ def _build(tree: Any, names) -> dict[str, Any]:
     return load_hyperpyyaml(_definitions(tree, names))
 
 
-def _load_run(folder: Path, names) -> dict[str, Any]:
+def load_run(folder: Path, names) -> dict[str, Any]:
     """Modules of a run with the average of its last epochs, and its ``sample_rate``."""
     from speechbrain.utils.checkpoints import Checkpointer
 
@@ -434,7 +437,7 @@ def _load_run(folder: Path, names) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder / 'save'}: no checkpoint of a finished epoch")
     modules = _build(tree, names)
     load_average(modules, checkpointer, tree.get("average_checkpoints", 1))
-    return {**modules, "sample_rate": tree["sample_rate"]}
+    return {**modules, "sample_rate": tree.get("sample_rate")}
 
 
 def _inference_yaml(tree: Any, saved: set[str], prototypes: Tensor | None) -> str:
