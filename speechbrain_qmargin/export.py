@@ -281,6 +281,9 @@ def export_onnx(
     with replacing(path) as partial, torch.no_grad():
         dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
         example = (_probe(encoder, from_waveform, 2, rate),)
+        graph(
+            *example
+        )  # SpeechBrain wraps functions on their first call, which is not to be traced
         torch.onnx.export(
             torch.export.export(graph, example, dynamic_shapes=dynamic, strict=True),
             example,
