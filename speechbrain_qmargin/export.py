@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PARTS = ("compute_features", "mean_var_norm", "embedding_model")
+MAX_CLASSES = 100_000
 _TOLERANCE = 1e-4  # of an embedding's length; float32 rounding through the networks is near 1e-6
 
 
@@ -92,7 +94,10 @@ class SpeakerEncoder(nn.Module):
     def digest(self) -> str:
         """SHA-256 of all weights and statistics: two encoders of one digest are the same."""
         digest = hashlib.sha256()
-        for key, value in sorted(self.state_dict().items()):
+        state = self.state_dict()
+        if hasattr(self.mean_var_norm, "glob_mean"):  # InputNormalization keeps no state_dict
+            state |= {name: getattr(self.mean_var_norm, name) for name in ("glob_mean", "glob_std")}
+        for key, value in sorted(state.items()):
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -142,7 +147,7 @@ def export_for_inference(
     *,
     label_encoder: str | Path | None = None,
     operating_point: OperatingPoint | None = None,
-    max_classes: int = 100_000,
+    max_classes: int = MAX_CLASSES,
 ) -> Path:
     """Write a folder that SpeechBrain's inference classes load offline, unmodified::
 
@@ -223,9 +228,11 @@ def export_run(run_folder: str | Path, **options: Any) -> Path:
     run_folder = Path(run_folder)
     if not _is_run(run_folder):
         raise FileNotFoundError(f"{run_folder}: not a run's output folder (no save/)")
-    loaded = load_run(run_folder, (*PARTS, "classifier"))
     labels = run_folder / "save" / "label_encoder.txt"
     options = {"label_encoder": labels if labels.is_file() else None, **options}
+    count = _labels(options["label_encoder"])
+    few = count is not None and count <= options.get("max_classes", MAX_CLASSES)
+    loaded = load_run(run_folder, (*PARTS, "classifier") if few else PARTS)
     hyperparams, folder = run_folder / "hyperparams.yaml", run_folder / "inference"
     return export_for_inference(hyperparams, loaded, folder, **options)
 
@@ -281,20 +288,20 @@ def export_onnx(
     with replacing(path) as partial, torch.no_grad():
         dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
         example = (_probe(encoder, from_waveform, 2, rate),)
-        graph(
-            *example
-        )  # SpeechBrain wraps functions on their first call, which is not to be traced
-        torch.onnx.export(
-            torch.export.export(graph, example, dynamic_shapes=dynamic, strict=True),
-            example,
-            partial,
-            dynamo=True,
-            input_names=[name],
-            output_names=["embedding"],
-            dynamic_shapes=({0: "batch", 1: axis},),
-            external_data=False,
-            verbose=False,
-        )
+        graph(*example)  # SpeechBrain wraps some functions when they are first called
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tracing's own
+            torch.onnx.export(
+                torch.export.export(graph, example, dynamic_shapes=dynamic, strict=True),
+                example,
+                partial,
+                dynamo=True,
+                input_names=[name],
+                output_names=["embedding"],
+                dynamic_shapes=({0: "batch", 1: axis},),
+                external_data=False,
+                verbose=False,
+            )
         session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
         differences = {}
         for batch, seconds in ((1, 0.3), (3, 1.37), (2, 5.0), (1, 12.0)):
@@ -386,7 +393,7 @@ def _is_run(folder: Path) -> bool:
     return (folder / "save").is_dir()
 
 
-def _tree(path: str | Path) -> Any:
+def _tree(path: str | Path, wanted: tuple[str, ...] = ("modules", "sample_rate")) -> Any:
     """A ``hyperparams.yaml`` with its tags, references resolved."""
     from hyperpyyaml import resolve_references
     from ruamel.yaml import YAML
@@ -395,9 +402,9 @@ def _tree(path: str | Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a run's output folder holds one")
     tree = YAML().load(resolve_references(path.read_text(encoding="utf-8")).read())
-    wanted = [key for key in ("modules", "sample_rate") if key not in (tree or {})]
-    if wanted:
-        raise ValueError(f"{path}: no {' and no '.join(wanted)} in it")
+    missing = [key for key in wanted if key not in (tree or {})]
+    if missing:
+        raise ValueError(f"{path}: no {' and no '.join(missing)} in it")
     return tree
 
 
@@ -429,12 +436,12 @@ def _build(tree: Any, names) -> dict[str, Any]:
 
 
 def load_run(folder: Path, names) -> dict[str, Any]:
-    """Modules of a run with the average of its last epochs, and its ``sample_rate``."""
+    """Modules of a run, by name, with the average of its last epochs, and its ``sample_rate``."""
     from speechbrain.utils.checkpoints import Checkpointer
 
     from speechbrain_qmargin.brain import load_average
 
-    tree = _tree(folder / "hyperparams.yaml")
+    tree = _tree(folder / "hyperparams.yaml", ("modules",))
     checkpointer = Checkpointer(folder / "save")
     if not checkpointer.find_checkpoints(ckpt_predicate=lambda ckpt: ckpt.meta["end-of-epoch"]):
         raise FileNotFoundError(f"{folder / 'save'}: no checkpoint of a finished epoch")

@@ -211,6 +211,11 @@ def test_learned_features_and_global_statistics_are_carried(tmp_path):
     encoder = SpeakerEncoder(modules)
     with torch.no_grad():
         torch.testing.assert_close(load_encoder(folder)(waveforms), encoder(waveforms))
+        assert load_encoder(folder).digest() == encoder.digest()
+        wanted = encoder.digest()
+        modules["mean_var_norm"].glob_mean += 1
+        assert encoder.digest() != wanted
+        modules["mean_var_norm"].glob_mean -= 1
         loaded = EncoderClassifier.from_hparams(source=str(folder), savedir=str(tmp_path / "cache"))
         torch.testing.assert_close(loaded.encode_batch(waveforms)[:, 0], encoder(waveforms))
 

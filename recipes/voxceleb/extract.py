@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from speechbrain_qmargin.data.speech import AUDIO_SUFFIXES, read_audio
+from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, read_audio
 from speechbrain_qmargin.export import load_encoder
 from speechbrain_qmargin.files import replacing, write_text
 from speechbrain_qmargin.scoring.trials import load_embeddings, save_embeddings

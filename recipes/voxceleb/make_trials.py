@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speechbrain_qmargin.data.speech import AUDIO_SUFFIXES
+from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.trials import speaker_in
 

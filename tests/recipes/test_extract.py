@@ -9,7 +9,7 @@ import soundfile
 import torch
 from speechbrain.utils.checkpoints import Checkpointer
 
-from speechbrain_qmargin.data.speech import read_audio
+from speechbrain_qmargin.data.audio import read_audio
 from speechbrain_qmargin.export import load_encoder
 from speechbrain_qmargin.scoring.decision import choose_operating_point
 from speechbrain_qmargin.scoring.metrics import operating_points
