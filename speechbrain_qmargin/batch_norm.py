@@ -9,9 +9,22 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 __all__ = ["synchronised_batch_norm"]
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the processes; so is the gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _Sum.apply(grad)
 
 
 class _SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -23,10 +36,10 @@ class _SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         others = [dim for dim in range(x.ndim) if dim != 1]
         wide = x if x.dtype == torch.float64 else x.float()
-        count = all_reduce(wide.new_tensor(x.numel() // x.shape[1]))
-        mean = all_reduce(wide.sum(others, keepdim=True)) / count
+        count = _Sum.apply(wide.new_tensor(x.numel() // x.shape[1]))
+        mean = _Sum.apply(wide.sum(others, keepdim=True)) / count
         centred = wide - mean
-        var = all_reduce(centred.square().sum(others, keepdim=True)) / count
+        var = _Sum.apply(centred.square().sum(others, keepdim=True)) / count
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1

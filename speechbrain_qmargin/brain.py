@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import speechbrain as sb
 import torch
+from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import FilteredSortedDynamicItemDataset
 from speechbrain.dataio.sampler import ReproducibleRandomSampler
 from speechbrain.utils.checkpoints import Checkpointer
@@ -114,6 +115,7 @@ class VerificationBrain(sb.Brain):
     # ---------------------------------------------------------------- learning rate
 
     def make_dataloader(self, dataset, stage, **kwargs):
+        kwargs.setdefault("collate_fn", PaddedBatch)
         if stage == sb.Stage.TRAIN and self.distributed_launch and kwargs.get("shuffle"):
             # the order of a run of one process: a step trains on the same items, shared out
             seed = os.environ.get("SB_GLOBAL_SEED", 0)
@@ -318,14 +320,14 @@ class FaceBrain(VerificationBrain):
 
     `modules` has ``embedding_model`` and ``classifier``. Batches have ``image``, [B, 3, H, W] in
     [-1, 1]. With ``hparams.test_flip`` an embedding outside training is the sum of the image's and
-    its mirror image's, the field's usual test; ``hparams.channels_last`` chooses the layout.
+    its mirror image's, the field's usual test; ``hparams.channels_last`` is for GPUs.
     """
 
     label_key = "identity_encoded"
 
     def embed(self, batch, stage):
         images = batch.image.data
-        if self.hparams.channels_last:
+        if self.hparams.channels_last and images.is_cuda:  # torch 2.14 corrupts memory on the CPU
             images = images.contiguous(memory_format=torch.channels_last)
         embeddings = self.modules.embedding_model(images)
         if stage != sb.Stage.TRAIN and self.hparams.test_flip:

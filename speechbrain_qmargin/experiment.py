@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from speechbrain.utils.distributed import ddp_barrier, ddp_init_group, if_main_p
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.lists import Cohort, score_lists
 from speechbrain_qmargin.scoring.metrics import eer, operating_points, tar_at_far
+from speechbrain_qmargin.scoring.pairs import pair_scores, ten_fold_accuracy, ten_fold_tar
 from speechbrain_qmargin.scoring.report import Report
 from speechbrain_qmargin.scoring.trials import (
     Trials,
@@ -44,6 +45,7 @@ __all__ = [
     "Experiment",
     "load_experiment",
     "main_process_first",
+    "pair_ids",
     "processes",
     "validation",
     "verify",
@@ -302,13 +304,15 @@ def verify(
     history: list[dict],
     note: str = "",
     cohort: Cohort | None = None,
+    pair_sets: Mapping[str, np.ndarray] | None = None,
     units: str = "speakers",
 ) -> dict[str, dict[str, Report]]:
     """Score the test lists; write and print the results of a run.
 
     In the output folder: ``embeddings.npz``, ``scores/<list>/`` with every system's unrounded
     scores and ``det.png``, ``results.txt`` (the printed tables) and, last, ``results.json``, which
-    marks the run as done. Its ``figures`` are the first list's, by cosine.
+    marks the run as done. Its ``figures`` are the first list's, by cosine. `pair_sets` are
+    measured over ten folds, as faces are.
     """
     folder, settings = experiment.output_folder, experiment.settings
     save_embeddings(folder / "embeddings.npz", embeddings)
@@ -320,7 +324,9 @@ def verify(
     name = settings["loss"]
     lines = [f"{name}, {settings['model']}, {len(history)} epochs, seed {settings['seed']}"]
     lines += [note] if note else []
-    lines += ["", tables.rstrip(), f"training took {seconds / 60:.1f} minutes"]
+    folds = {name: _ten_folds(name, embeddings, same) for name, same in (pair_sets or {}).items()}
+    lines += ["", *(f"{name}: {one}" for name, figures in folds.items() for one in figures)]
+    lines += [tables.rstrip(), f"training took {seconds / 60:.1f} minutes"]
     last = history[-1] if history else {}
     if "support_mean" in last:
         lines.append(
@@ -330,22 +336,41 @@ def verify(
         )
     pictures = ", ".join(f"scores/{name}/det.png" for name in lists)
     lines.append(f"files: {folder}/ {pictures}, scores, embeddings.npz, history.jsonl")
-    text = "\n".join(lines) + "\n"
-    write_text(folder / "results.txt", text)
+    table = "\n".join(lines) + "\n"
+    write_text(folder / "results.txt", table)
     results = {
         "settings": settings,
         "note": note,
         "seconds": seconds,
         "last_epoch": last,
-        **next(iter(reports.values()))["cosine"].to_dict(),
+        **(next(iter(reports.values()))["cosine"].to_dict() if reports else {}),
+        "pair_sets": {name: [asdict(one) for one in figures] for name, figures in folds.items()},
         "lists": {
             name: {system: report.to_dict() for system, report in systems.items()}
             for name, systems in reports.items()
         },
     }
-    write_text(experiment.results_file, json.dumps(results, indent=2) + "\n")
-    print("\n" + text)
+    text = json.dumps(results, indent=2, default=np.ndarray.tolist)
+    write_text(experiment.results_file, text + "\n")
+    print("\n" + table)
     return reports
+
+
+def pair_ids(name: str, count: int) -> list[str]:
+    """The ids of a pair set's images, two a pair.
+
+    Examples
+    --------
+    >>> pair_ids("lfw", 1)
+    ['lfw/000000', 'lfw/000001']
+    """
+    return [f"{name}/{number:06d}" for number in range(2 * count)]
+
+
+def _ten_folds(name: str, embeddings: Mapping[str, np.ndarray], same: np.ndarray) -> tuple:
+    rows = np.stack([embeddings[one] for one in pair_ids(name, len(same))])
+    scores = pair_scores(rows, flip="none")  # the Brain has added the mirror images already
+    return ten_fold_accuracy(scores, same), ten_fold_tar(scores, same)
 
 
 class AtomicCheckpointer(Checkpointer):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_qmargin.brain import VerificationBrain, load_pretrained
@@ -56,6 +57,9 @@ class Task:
     datasets : callable
         From the loaded hyperparameters to :class:`Datasets`.
     test_trials : dict from name to path
+    pair_sets : dict from name to bool array [N]
+        Pairs without identities, measured over ten folds: whether pair n is one identity. Its
+        images are in the test dataset by :func:`~speechbrain_qmargin.experiment.pair_ids`.
     valid_trials : path, optional
     note : str
         Said before training and in the results; synthetic data are called so.
@@ -66,13 +70,17 @@ class Task:
     num_classes: int
     datasets: Callable[[dict], Datasets]
     test_trials: Mapping[str, Path]
+    pair_sets: Mapping[str, np.ndarray] = field(default_factory=dict)
     valid_trials: Path | None = None
     note: str = ""
     units: str = "speakers"
 
 
 def train_verifier(
-    argv: list[str], brain_class: type[VerificationBrain], prepare: Callable[[dict], Task]
+    argv: list[str],
+    brain_class: type[VerificationBrain],
+    prepare: Callable[[dict], Task],
+    finish: Callable[[Path], Any] | None = None,
 ) -> None:
     """Train, embed and verify as the command line says; resume or say that it is done.
 
@@ -83,6 +91,8 @@ def train_verifier(
     brain_class : type
     prepare : callable
         From the experiment's settings to a :class:`Task`; called on the main process first.
+    finish : callable, optional
+        Called with the output folder on the main process, once the results are there.
     """
     experiment = load_experiment(argv)
     with processes(experiment.run_opts):
@@ -122,4 +132,15 @@ def train_verifier(
                 top_n = min(hparams["top_n"], len(set(data.cohort_classes.values())))
                 cohort = Cohort.of(cohort_embeddings, data.cohort_classes, top_n=top_n)
             lists = {name: read_trials(path) for name, path in task.test_trials.items()}
-            verify(experiment, embeddings, lists, brain.history(), task.note, cohort, task.units)
+            verify(
+                experiment,
+                embeddings,
+                lists,
+                brain.history(),
+                note=task.note,
+                cohort=cohort,
+                pair_sets=task.pair_sets,
+                units=task.units,
+            )
+    if finish is not None and if_main_process():
+        finish(experiment.output_folder)

@@ -1,22 +1,28 @@
 """Score IJB-B or IJB-C 1:1 from the embeddings of its images, with intervals over subjects.
 
+    python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --run results/face/full/...
     python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --embeddings images.npz
 
-FOLDER holds meta/ as the official release does. The embeddings are an npz of `ids`, `embeddings`
-and `mirrored`, or the cache folder of an extraction. The table, its figures as JSON, the unrounded
-scores and the ROC and DET plots go to the output folder. docs/face_evaluation.md has the protocol.
+FOLDER holds meta/ and loose_crop/ as the official release does. The embeddings are an npz of
+`ids`, `embeddings` and `mirrored`, or the cache folder of an extraction. The table, its figures as
+JSON, the unrounded scores and the ROC and DET plots go to the output folder.
+docs/face_evaluation.md has the protocol.
 """
 
 import argparse
+import hashlib
 import itertools
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+from speechbrain_qmargin.export import load_run
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.ijb import (
     IJBOptions,
     evaluate_ijb,
+    extract_ijb,
     load_image_embeddings,
     read_ijb,
     sweep_table,
@@ -26,11 +32,37 @@ from speechbrain_qmargin.scoring.pairs import FLIPS
 SWITCH = argparse.BooleanOptionalAction
 
 
+def embed(ijb, args, cache):
+    """The images of FOLDER/loose_crop by a run's model; interrupted, it goes on."""
+    model = load_run(Path(args.run), ["embedding_model"])["embedding_model"].to(args.device).eval()
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+
+    @torch.inference_mode()
+    def forward(images):
+        return model(images.to(args.device)).flatten(1).float().cpu()
+
+    places = Path(args.ijb) / "loose_crop", Path(args.ijb) / args.target / "loose_crop"
+    return extract_ijb(
+        forward,
+        next((place for place in places if place.is_dir()), places[0]),
+        ijb,
+        cache,
+        args.batch_size,
+        model=digest.hexdigest(),
+    )
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ijb", required=True, help="folder with meta/")
     parser.add_argument("--target", default="IJBC", choices=("IJBB", "IJBC"))
-    parser.add_argument("--embeddings", required=True, help="npz, or the cache of an extraction")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--embeddings", help="npz, or the cache of an extraction")
+    source.add_argument("--run", help="output folder of recipes/face/train.py: embed the images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch_size", default=128, type=int)
     parser.add_argument("--flip", default="sum", choices=FLIPS, help="image and mirror image")
     parser.add_argument("--use_norm_score", default=True, action=SWITCH, help="lengths are weights")
     parser.add_argument("--use_detector_score", default=True, action=SWITCH, help="as weights")
@@ -42,7 +74,10 @@ def main(argv=None):
 
     folder = Path(args.output_folder or f"results/face/{args.target}")
     ijb = read_ijb(args.ijb, args.target)
-    images = load_image_embeddings(args.embeddings, ijb)
+    if args.run:
+        images = embed(ijb, args, folder / "cache")
+    else:
+        images = load_image_embeddings(args.embeddings, ijb)
     options = IJBOptions(args.flip, args.use_norm_score, args.use_detector_score)
     with tqdm(total=args.replicates, desc="bootstrap", leave=False) as progress:
         result = evaluate_ijb(

@@ -7,10 +7,13 @@ with the same settings, it resumes, or says that it is done.
 """
 
 import sys
+from pathlib import Path
 
 from speechbrain_qmargin.brain import FaceBrain
+from speechbrain_qmargin.data.face_formats import FaceRecords, read_bin
 from speechbrain_qmargin.data.faces import face_dataset, prepare_faces
 from speechbrain_qmargin.data.labels import class_encoder
+from speechbrain_qmargin.experiment import pair_ids
 from speechbrain_qmargin.recipe import Datasets, Task, train_verifier
 
 SYNTHETIC = "generated faces: this shows that the machinery works, not how accurate it is"
@@ -21,6 +24,13 @@ def prepare(settings):
     folder, test, valid = (
         settings[key] for key in ("data_folder", "verification_file", "valid_file")
     )
+    sets = {Path(path).stem: read_bin(path) for path in settings["test_sets"]}
+    pair_sets = {name: same for name, (_, same) in sets.items()}
+    if folder is not None and str(folder).endswith(".rec"):
+        if not sets or test is not None:
+            raise ValueError("a .rec has no identities to test on: give --test_sets '[lfw.bin]'")
+        classes = FaceRecords(folder).num_classes
+        return Task(classes, lambda hparams: record_datasets(folder, sets, hparams), {}, pair_sets)
     if folder is None:
         from speechbrain_qmargin.data.mini_faces import build_mini_faces
 
@@ -39,15 +49,16 @@ def prepare(settings):
     )
     return Task(
         num_classes=len(corpus.identities),
-        datasets=lambda hparams: datasets(corpus, hparams),
+        datasets=lambda hparams: folder_datasets(corpus, sets, hparams),
         test_trials=corpus.test_lists,
+        pair_sets=pair_sets,
         valid_trials=corpus.valid_trials,
         note=SYNTHETIC if settings["data_folder"] is None else "",
         units="identities",
     )
 
 
-def datasets(corpus, hparams):
+def folder_datasets(corpus, sets, hparams):
     """Half of the training images mirrored; the others as they are."""
     size, epochs = hparams["image_size"], hparams["epoch_counter"]
     train = face_dataset(
@@ -61,7 +72,23 @@ def datasets(corpus, hparams):
         epoch=lambda: epochs.current,
     )
     valid = face_dataset(corpus.valid, size) if corpus.valid else None
-    return Datasets(train, face_dataset(corpus.test, size), valid)
+    return Datasets(train, face_dataset(corpus.test | pair_images(sets), size), valid)
+
+
+def record_datasets(path, sets, hparams):
+    """InsightFace's records to train on, its verification sets to test on."""
+    size, epochs = hparams["image_size"], hparams["epoch_counter"]
+    train = FaceRecords(path, size, flip=True, seed=hparams["seed"], epoch=lambda: epochs.current)
+    return Datasets(train, face_dataset(pair_images(sets), size))
+
+
+def pair_images(sets):
+    """A manifest of the images of .bin sets."""
+    return {
+        name: {"image": image, "identity": ""}
+        for one, (images, same) in sets.items()
+        for name, image in zip(pair_ids(one, len(same)), images, strict=True)
+    }
 
 
 if __name__ == "__main__":

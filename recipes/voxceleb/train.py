@@ -11,6 +11,7 @@ from pathlib import Path
 
 from speechbrain_qmargin.brain import SpeakerBrain
 from speechbrain_qmargin.data.speech import prepare_speech, speaker_encoder, speech_dataset
+from speechbrain_qmargin.export import export_run
 from speechbrain_qmargin.recipe import Datasets, Task, train_verifier
 
 SYNTHETIC = "synthetic voices: this shows that the machinery works, not how accurate it is"
@@ -82,4 +83,4 @@ def per_speaker(manifest, count):
 
 
 if __name__ == "__main__":
-    train_verifier(sys.argv[1:], SpeakerBrain, prepare)
+    train_verifier(sys.argv[1:], SpeakerBrain, prepare, finish=export_run)

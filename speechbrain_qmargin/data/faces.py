@@ -6,6 +6,7 @@ its path below that, as pair lists write it. Identities that a pair list names a
 
 from __future__ import annotations
 
+import io
 import logging
 import zlib
 from collections import defaultdict
@@ -180,13 +181,13 @@ def _images_of(pair_list: Path, images: dict[str, Path], root: Path) -> set[str]
     return set(trials.ids)
 
 
-def read_image(path: str | Path, size: int) -> Tensor:
+def read_image(source: str | Path | bytes, size: int) -> Tensor:
     """A face as the networks take it, [3, size, size] float32 in [-1, 1].
 
     Parameters
     ----------
-    path : path
-        Anything Pillow reads. Grey images get three equal channels.
+    source : path or bytes
+        A file of any format Pillow reads, or its content. Grey images get three equal channels.
     size : int
         Other sizes are resized, antialiased; shapes that are not square are stretched.
 
@@ -198,13 +199,14 @@ def read_image(path: str | Path, size: int) -> Tensor:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image = image.convert("RGB")
             if image.size != (size, size):
                 image = image.resize((size, size), Image.Resampling.BICUBIC)
             pixels = np.array(image)
     except (OSError, SyntaxError, ValueError) as error:
-        raise OSError(f"{path}: cannot be decoded ({error})") from error
+        name = "image" if isinstance(source, bytes) else source
+        raise OSError(f"{name}: cannot be decoded ({error})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).float().sub_(127.5).div_(127.5)
 
 

@@ -119,7 +119,7 @@ def score_lists(
     if cohort is not None:
         cohort.refuse_speakers_of(lists.values())
     reports: dict[str, dict[str, Report]] = {}
-    for name, trials in tqdm(lists.items(), "lists", disable=len(lists) == 1):
+    for name, trials in tqdm(lists.items(), "lists", disable=len(lists) <= 1):
         systems = {"cosine": cosine_scores(embeddings, trials)}
         if cohort is not None:
             systems["centred"] = cosine_scores(embeddings, trials, cohort.mean)

@@ -1,7 +1,10 @@
 """The recipe over two gloo processes against one process with the same global batch."""
 
+import importlib.util
+import io
 import json
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -11,11 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speechbrain_qmargin.data import mini_voices
+from speechbrain_qmargin.data import mini_faces, mini_voices
+from speechbrain_qmargin.data.face_formats import write_records
+from speechbrain_qmargin.scoring.ijb import read_ijb
 from speechbrain_qmargin.scoring.trials import load_embeddings
 
 ROOT = Path(__file__).parents[2]
 BATCH = 8
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +44,8 @@ def corpus(tmp_path_factory):
     )
 
 
-def train(corpus, output, world, *options):
-    """A run of the recipe over `world` processes; returns its losses and embeddings."""
+def launch(script, yaml, world, *options):
+    """A recipe over `world` gloo processes, one thread each."""
     command = [sys.executable]
     if world > 1:
         with socket.socket() as free:
@@ -40,14 +53,8 @@ def train(corpus, output, world, *options):
             port = free.getsockname()[1]
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={world}"]
         command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
-    command += [str(ROOT / "recipes/voxceleb/train.py"), str(ROOT / "hparams/qmargin.yaml")]
-    command += ["--size=small", "--channels=64", "--attention_channels=16", "--embedding_dim=16"]
-    command += ["--number_of_epochs=2", "--lr=0.003", "--final_lr=0.003", "--warmup_epochs=0"]
-    command += ["--augment=none", "--noprogressbar"]
-    command += ["--sentence_len=0.5", f"--batch_size={BATCH // world}", "--num_valid_speakers=0"]
-    command += ["--device=cpu", "--distributed_backend=gloo", "--lr_reference_batch=8"]
-    command += [f"--data_folder={corpus.folder}", f"--verification_file={corpus.trials_test}"]
-    command += [f"--output_folder={output}", *options]
+    command += [str(ROOT / "recipes" / script), str(ROOT / "hparams" / yaml), "--noprogressbar"]
+    command += ["--device=cpu", "--distributed_backend=gloo", *options]
     done = subprocess.run(
         command,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -57,8 +64,22 @@ def train(corpus, output, world, *options):
         check=False,
     )
     assert done.returncode == 0, done.stderr[:2000] + done.stderr[-6000:]
-    history = [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
-    return [epoch["loss"] for epoch in history], load_embeddings(output / "embeddings.npz")
+
+
+def losses_of(output):
+    history = (output / "history.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in history]
+
+
+def train(corpus, output, world, *options):
+    """A run of the speaker recipe over `world` processes; its losses and embeddings."""
+    tiny = ["--size=small", "--channels=64", "--attention_channels=16", "--embedding_dim=16"]
+    tiny += ["--number_of_epochs=2", "--lr=0.003", "--final_lr=0.003", "--warmup_epochs=0"]
+    tiny += ["--augment=none", "--sentence_len=0.5", f"--batch_size={BATCH // world}"]
+    tiny += ["--num_valid_speakers=0", "--lr_reference_batch=8"]
+    tiny += [f"--data_folder={corpus.folder}", f"--verification_file={corpus.trials_test}"]
+    launch("voxceleb/train.py", "qmargin.yaml", world, *tiny, f"--output_folder={output}", *options)
+    return losses_of(output), load_embeddings(output / "embeddings.npz")
 
 
 @pytest.mark.parametrize("head", ["dense", "sparse"])
@@ -87,3 +108,48 @@ def test_a_sparse_run_resumes_on_another_number_of_processes(corpus, tmp_path):
     assert one[1] == pytest.approx(two[1], rel=1e-3)
     for name in before:
         np.testing.assert_allclose(after[name], before[name], rtol=0.02, atol=0.02)
+
+
+def test_webface_in_small_trains_in_shards_resumes_and_is_scored_on_ijb(tmp_path, capsys):
+    """The YAML of 2 M identities: records, the sparse head over two ranks, .bin sets, IJB."""
+
+    def png(face):
+        stream = io.BytesIO()
+        face.save(stream, format="PNG")
+        return stream.getvalue()
+
+    faces = [png(mini_faces.draw_face((0, i), j, 32)) for i in range(60) for j in range(2)]
+    write_records(tmp_path / "train.rec", faces, [i // 2 for i in range(120)])
+    same = [True, False] * 10
+    images = [faces[0], faces[1], faces[2], faces[5]] * 10
+    (tmp_path / "lfw.bin").write_bytes(pickle.dumps((images, same)))
+    output = tmp_path / "out"
+    options = ["--size=webface42m", f"--data_folder={tmp_path / 'train.rec'}", "--width=4"]
+    options += ["--batch_size=15", "--number_of_epochs=2", "--average_checkpoints=2"]
+    options += [f"--test_sets=[{tmp_path / 'lfw.bin'}]", "--num_workers=0", "--embedding_dim=32"]
+    options += [f"--output_folder={output}"]
+    launch("face/train.py", "face_qmargin.yaml", 2, *options)
+    results = json.loads((output / "results.json").read_text())
+    assert results["settings"]["depth"] == 100
+    assert results["settings"]["loss"] == "qmargin_face"
+    accuracy, _ = results["pair_sets"]["lfw"]
+    assert 0 <= accuracy["mean"] <= 1
+    assert accuracy["pairs"] == 20
+
+    # as if it had been killed in its last epoch
+    before = losses_of(output)
+    (output / "results.json").unlink()
+    shutil.rmtree(sorted((output / "save").glob("CKPT+*"))[-1])
+    launch("face/train.py", "face_qmargin.yaml", 2, *options)
+    assert losses_of(output) == pytest.approx(before, rel=1e-5)
+
+    write_ijb = load(ROOT / "tests/scoring/test_ijb.py").write_ijb
+    write_ijb(tmp_path / "IJBB", "IJBB", subjects=6)
+    crops = tmp_path / "IJBB" / "loose_crop"
+    crops.mkdir()
+    for number, name in enumerate(read_ijb(tmp_path, "IJBB").names):
+        mini_faces.draw_face((1, number % 6), number).save(crops / name)
+    evaluate = load(ROOT / "recipes/face/evaluate_ijb.py")
+    arguments = ["--ijb", tmp_path, "--target", "IJBB", "--run", output, "--replicates", 20]
+    evaluate.main([str(a) for a in [*arguments, "--output_folder", tmp_path / "ijb"]])
+    assert "TAR@FAR=0.0001" in capsys.readouterr().out
