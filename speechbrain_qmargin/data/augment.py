@@ -118,8 +118,9 @@ def _reverberated(signal: Tensor, response: Tensor) -> Tensor:
         return signal
     response = response[: len(signal)] / energy
     size = _fast_size(len(signal) + len(response) - 1)
-    product = torch.fft.rfft(signal, size) * torch.fft.rfft(response, size)
-    return torch.fft.irfft(product, size)[: len(signal)]
+    # numpy's FFT of one short signal takes a third of the time of torch's
+    product = np.fft.rfft(signal.numpy(), size) * np.fft.rfft(response.numpy(), size)
+    return torch.from_numpy(np.fft.irfft(product, size)[: len(signal)].astype(np.float32))
 
 
 def _fast_size(least: int) -> int:
@@ -251,10 +252,11 @@ def _synthetic_noise(
             return 0.1 * babble, SNR["speech"]
     slope = rng.uniform(0, 2)  # of the power over frequency: 0 white, 1 pink, 2 brown
     size = _fast_size(length)
-    frequencies = torch.arange(1, size // 2 + 2)
-    spectrum = torch.fft.rfft(torch.from_numpy(rng.standard_normal(size, dtype=np.float32)))
-    noise = torch.fft.irfft(spectrum * frequencies ** (-slope / 2), size)[:length]
-    return 0.1 * noise / noise.square().mean().sqrt(), SNR["noise"]
+    spectrum = np.fft.rfft(rng.standard_normal(size, dtype=np.float32))
+    spectrum *= np.arange(1, len(spectrum) + 1, dtype=np.float32) ** (-slope / 2)
+    noise = np.fft.irfft(spectrum, size)[:length]
+    noise *= 0.1 / np.sqrt(np.square(noise).mean())
+    return torch.from_numpy(noise.astype(np.float32)), SNR["noise"]
 
 
 def _synthetic_room(rate: int, rng: np.random.Generator) -> Tensor:
