@@ -38,6 +38,7 @@ class Datasets:
         The recordings of the trials, of the validation trials (None: no validation), and those of
         training classes that scores are normalised with (None: they are not).
     cohort_classes : mapping from id to class, of the cohort
+    sampler : torch Sampler of the training items; None: shuffled
     """
 
     train: Any
@@ -45,6 +46,7 @@ class Datasets:
     valid: Any = None
     cohort: Any = None
     cohort_classes: Mapping[str, str] = field(default_factory=dict)
+    sampler: Any = None
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,14 @@ def train_verifier(
             checkpointer=hparams["checkpointer"],
             validate=validation(task.valid_trials),
         )
-        loading = hparams["test_dataloader"]
+        loading, train_loading = hparams["test_dataloader"], hparams["train_dataloader"]
+        if data.sampler is not None:
+            train_loading = {**train_loading, "sampler": data.sampler, "shuffle": False}
         brain.fit(
             hparams["epoch_counter"],
             data.train,
             data.valid,
-            train_loader_kwargs=hparams["train_dataloader"],
+            train_loader_kwargs=train_loading,
             valid_loader_kwargs=loading,
         )
         embeddings = brain.extract(data.test, **loading)

@@ -7,9 +7,9 @@ Started again with the same settings, it resumes, or says that it is done.
 """
 
 import sys
-from pathlib import Path
 
 from speechbrain_qmargin.brain import SpeakerBrain
+from speechbrain_qmargin.data.sampling import BalancedSampler
 from speechbrain_qmargin.data.speech import prepare_speech, speaker_encoder, speech_dataset
 from speechbrain_qmargin.export import export_run
 from speechbrain_qmargin.recipe import Datasets, Task, train_verifier
@@ -32,16 +32,18 @@ def prepare(settings):
     corpus = prepare_speech(
         folder,
         settings["save_folder"],
+        trials_folder=settings["trials_folder"],
         verification_file=test,
         valid_file=valid,
         num_valid_speakers=settings["num_valid_speakers"],
         train_speakers=settings["train_speakers"],
         min_utterances=settings["min_utterances"],
+        allow_missing=settings["allow_missing"],
     )
     return Task(
-        num_classes=len(corpus.speakers),
+        num_classes=len(settings["speeds"]) * len(corpus.speakers),
         datasets=lambda hparams: datasets(corpus, hparams),
-        test_trials={Path(test).stem: corpus.test_trials},
+        test_trials=corpus.test_lists,
         valid_trials=corpus.valid_trials,
         note=SYNTHETIC if settings["data_folder"] is None else "",
     )
@@ -52,6 +54,12 @@ def datasets(corpus, hparams):
     rate, epochs = hparams["sample_rate"], hparams["epoch_counter"]
     encoder = speaker_encoder(corpus, f"{hparams['save_folder']}/label_encoder.txt")
     cohort = per_speaker(corpus.train, hparams["cohort_utterances"])
+    augment, sampler = hparams["crop_augment"], None
+    if hparams["sampler"] == "balanced":
+        speakers = [item["spk_id"] for item in corpus.train.values()]
+        sampler = BalancedSampler(speakers, seed=hparams["seed"], epoch=lambda: epochs.current)
+    elif hparams["sampler"] != "plain":
+        raise ValueError(f"sampler: {hparams['sampler']!r}; choose plain or balanced")
     return Datasets(
         train=speech_dataset(
             corpus.train,
@@ -60,7 +68,10 @@ def datasets(corpus, hparams):
             label_encoder=encoder,
             seed=hparams["seed"],
             epoch=lambda: epochs.current,
+            speeds=hparams["speeds"] if hparams["perturb_speed"] else hparams["speeds"][:1],
+            augment=augment and augment(speech=corpus.train),
         ),
+        sampler=sampler,
         test=speech_dataset(corpus.test, rate),
         valid=speech_dataset(corpus.valid, rate) if corpus.valid else None,
         cohort=speech_dataset(cohort, rate) if cohort else None,
