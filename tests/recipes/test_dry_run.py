@@ -1,0 +1,60 @@
+"""The full recipe on a tree with VoxCeleb's names, layouts and formats, at 1/1000 of its size.
+
+Full-size models, the published schedules, every list with AS-norm, fine-tuning: nothing of the YAML
+that a lab runs for weeks is left out, so that it cannot rot.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from speechbrain_qmargin.data.mini_voxceleb import build_dry_run_tree
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(yaml, *options):
+    path = ROOT / "recipes" / "voxceleb" / "train.py"
+    spec = importlib.util.spec_from_file_location("voxceleb_train", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    argv = [str(ROOT / "hparams" / yaml), "--noprogressbar", "--device=cpu", "--num_workers=0"]
+    module.train_verifier(
+        [*argv, *map(str, options)], module.SpeakerBrain, module.prepare, module.export_run
+    )
+
+
+@pytest.mark.parametrize("model", ["ecapa", "resnet34"])
+def test_the_full_recipe_in_small(tmp_path, model, caplog):
+    pytest.importorskip("av", reason="m4a files need PyAV: pip install '.[voxceleb]'")
+    tree = build_dry_run_tree(tmp_path / "voxceleb")
+    output = tmp_path / "out"
+    lists = ", ".join(str(path) for path in tree.lists.values())
+    run(
+        "qmargin.yaml",
+        f"--model={model}",
+        f"--data_folder={tree.voxceleb2}",
+        f"--trials_folder={tree.voxceleb1}",
+        f"--verification_file=[{lists}]",
+        f"--noise_folder={tree.musan}",
+        f"--rir_folder={tree.rirs}",
+        "--num_valid_speakers=2",
+        "--batch_size=4",
+        "--number_of_epochs=2",
+        f"--output_folder={output}",
+    )
+    results = json.loads((output / "results.json").read_text())
+    settings = results["settings"]
+    assert (settings["size"], settings["speeds"]) == ("full", [1.0, 0.9, 1.1])
+    assert set(results["lists"]) == {"veri_test2", "list_test_all2", "list_test_hard2"}
+    for systems in results["lists"].values():
+        assert set(systems) == {"cosine", "centred", "as-norm"}
+    assert "SYNTHETIC" not in caplog.text
+    assert (output / "inference" / "hyperparams.yaml").is_file()
+    if model == "ecapa":
+        run("qmargin_lm.yaml", f"--pretrained={output}", "--number_of_epochs=1")
+        tuned = json.loads((output / "lm" / "results.json").read_text())
+        assert tuned["settings"]["margin"] == 0.5
+        assert set(tuned["lists"]) == set(results["lists"])
