@@ -14,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", help="a folder with dev/aac, or any other layout of the recipe")
     parser.add_argument("destination")
-    parser.add_argument("--jobs", type=int, help="threads; default: as many as there are CPUs")
+    parser.add_argument("--jobs", type=int, help="processes; default: as many as there are CPUs")
     arguments = parser.parse_args()
     counts = convert_to_flac(arguments.source, arguments.destination, jobs=arguments.jobs)
     print(", ".join(f"{count} {what}" for what, count in counts.items()))

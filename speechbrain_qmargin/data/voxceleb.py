@@ -9,11 +9,13 @@ VoxCeleb2             ``dev/aac/idXXXXX/<video>/<utterance>.m4a``
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
@@ -95,7 +97,7 @@ def convert_to_flac(
     sample_rate : int
         Hz; other rates are resampled.
     jobs : int, optional
-        Threads (decoder and encoder run outside Python's lock); the number of CPUs by default.
+        Processes; the number of CPUs by default.
 
     Returns
     -------
@@ -106,10 +108,8 @@ def convert_to_flac(
     FileNotFoundError
         Nothing to convert there.
     OSError
-        The disk is full; what is converted stays.
+        A file cannot be written (the disk is full); what is converted stays.
     """
-    import soundfile
-
     destination = Path(destination)
     tasks = []
     for root in audio_roots(source):
@@ -119,39 +119,22 @@ def convert_to_flac(
     if not tasks:
         raise FileNotFoundError(f"{source}: no audio below {audio_roots(source)}")
     jobs = jobs or os.cpu_count() or 1
-
-    def convert(task: tuple[str, Path, Path]) -> tuple[str, str]:
-        name, path, target = task
-        if target.is_file() and target.stat().st_mtime_ns >= path.stat().st_mtime_ns:
-            return "kept", ""
-        try:
-            signal = read_audio(path, sample_rate)
-        except OSError as error:
-            return "failed", f"{name}\t{error}\n"
-        if not signal.numel():
-            return "failed", f"{name}\t{path}: empty\n"
-        try:
-            with replacing(target) as partial:
-                soundfile.write(str(partial), signal.numpy(), sample_rate, subtype="PCM_16")
-        except (OSError, soundfile.LibsndfileError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, None):
-                raise
-            raise OSError(
-                f"{target}: cannot be written ({error}). What is converted stays; make room and "
-                "start again"
-            ) from error
-        return "converted", ""
-
     counts = dict.fromkeys(("converted", "kept", "failed"), 0)
     failures = []
-    with ThreadPoolExecutor(jobs) as pool:
-        bar = tqdm(total=len(tasks), desc="to FLAC", unit="file", disable=not progress)
+    convert = partial(_convert, sample_rate=sample_rate)
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(total=len(tasks), desc="to FLAC", unit="file", disable=not progress)
+        )
+        run = map
+        if jobs > 1:  # processes: PyAV holds Python's lock most of the time
+            pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+            run = partial(stack.enter_context(pool).map, chunksize=16)
         for start in range(0, len(tasks), 4096):
-            for outcome, failure in pool.map(convert, tasks[start : start + 4096]):
+            for outcome, failure in run(convert, tasks[start : start + 4096]):
                 counts[outcome] += 1
                 failures += [failure] if failure else []
                 bar.update()
-        bar.close()
     if failures:
         write_text(destination / "not_converted.txt", "".join(failures))
         logger.warning(
@@ -159,3 +142,27 @@ def convert_to_flac(
             f"{destination / 'not_converted.txt'}: {failures[0].strip()}"
         )
     return counts
+
+
+def _convert(task: tuple[str, Path, Path], sample_rate: int) -> tuple[str, str]:
+    """(converted, kept or failed, the reason)."""
+    import soundfile
+
+    name, path, target = task
+    if target.is_file() and target.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+        return "kept", ""
+    try:
+        signal = read_audio(path, sample_rate)
+    except OSError as error:
+        return "failed", f"{name}\t{error}\n"
+    if not signal.numel():
+        return "failed", f"{name}\t{path}: empty\n"
+    try:
+        with replacing(target) as partial_file:
+            soundfile.write(str(partial_file), signal.numpy(), sample_rate, subtype="PCM_16")
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise OSError(
+            f"{target}: cannot be written ({error}). What is converted stays; make room and start "
+            "again"
+        ) from error
+    return "converted", ""

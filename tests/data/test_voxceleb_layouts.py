@@ -141,7 +141,7 @@ def test_broken_m4a_is_named(tmp_path):
 
 def test_conversion_resumes_and_lists_what_fails(tree, tmp_path, monkeypatch):
     flac = tmp_path / "flac"
-    assert convert_to_flac(tree.voxceleb2, flac, progress=False) == {
+    assert convert_to_flac(tree.voxceleb2, flac, jobs=2, progress=False) == {
         "converted": 12,
         "kept": 0,
         "failed": 0,
@@ -167,12 +167,12 @@ def test_conversion_resumes_and_lists_what_fails(tree, tmp_path, monkeypatch):
     files = sorted(flac.rglob("*.flac"))
     files[0].unlink()
     os.utime(files[1], (0, 0))
-    assert convert_to_flac(tree.voxceleb2, flac, progress=False)["converted"] == 2
+    assert convert_to_flac(tree.voxceleb2, flac, jobs=1, progress=False)["converted"] == 2
 
     broken = tmp_path / "vox2/dev/aac/id1/v"
     broken.mkdir(parents=True)
     (broken / "00001.m4a").write_bytes(b"none")
-    assert convert_to_flac(tmp_path / "vox2", flac, progress=False)["failed"] == 1
+    assert convert_to_flac(tmp_path / "vox2", flac, jobs=1, progress=False)["failed"] == 1
     assert "id1/v/00001.m4a" in (flac / "not_converted.txt").read_text()
 
     def full(*args, **kwargs):
@@ -181,14 +181,14 @@ def test_conversion_resumes_and_lists_what_fails(tree, tmp_path, monkeypatch):
     files[0].unlink()
     monkeypatch.setattr(soundfile, "write", full)
     with pytest.raises(OSError, match="make room and start again"):
-        convert_to_flac(tree.voxceleb2, flac, progress=False)
+        convert_to_flac(tree.voxceleb2, flac, jobs=1, progress=False)
     assert not list(flac.rglob("*.partial*"))
     assert voxceleb.audio_roots(flac) == [flac / "wav"]
 
 
 def test_recordings_that_are_there_twice_are_used_once(tree, tmp_path, caplog):
     both = tmp_path / "both"
-    convert_to_flac(tree.voxceleb2, both, progress=False)
+    convert_to_flac(tree.voxceleb2, both, jobs=1, progress=False)
     (both / "dev").symlink_to(tree.voxceleb2 / "dev")
     found = prepare_speech(both, tmp_path / "save", progress=False)
     assert len(found.train) == 12
