@@ -63,11 +63,6 @@ class SpeechCorpus:
     test_lists: dict[str, Path] = field(default_factory=dict)
 
     @property
-    def test_trials(self) -> Path | None:
-        """The first of the test lists."""
-        return next(iter(self.test_lists.values()), None)
-
-    @property
     def speakers(self) -> list[str]:
         """Training speakers, sorted."""
         return sorted({item["spk_id"] for item in self.train.values()})

@@ -57,7 +57,7 @@ def test_a_list_written_for_wav_fits_a_folder_of_flac(corpus):
     (corpus / "trials.txt").write_text(text)
     found = prepare(corpus)
     assert "c/s0/0.flac" in found.test
-    assert ".wav" not in found.test_trials.read_text()
+    assert ".wav" not in found.test_lists["trials"].read_text()
 
 
 def test_held_out_speakers_make_the_validation_pairs(corpus):
