@@ -239,3 +239,37 @@ def test_errors():
         loss.backward()
     with pytest.raises(RuntimeError, match=r"size mismatch"):
         head.load_state_dict(QMarginHead(4, 11).state_dict())
+
+
+@pytest.mark.parametrize("parameters", [(1.25, 32.0, 0.2), (1.5, 10.0, 0.2), (2.0, 5.0, 0.2)])
+def test_losses_near_zero_are_exact_relative_to_themselves(screened, parameters):
+    torch.manual_seed(0)
+    head = QMarginHead(256, 3000)
+    labels = torch.randint(3000, (256,))
+    edge = {1.25: 0.040, 1.5: 0.053, 2.0: 0.053}[parameters[0]]  # where the lead is the hard margin
+    noise = torch.linspace(0.8 * edge, 1.2 * edge, 256).unsqueeze(1)
+    x = head.weight.detach()[labels] + noise * torch.randn(256, 256)
+    loss = head.train()(x).q_margin_loss(labels, *parameters, reduction="none")
+    wanted = dense_reference(x, head.weight, labels, *parameters)[0]
+    small = (wanted > 0) & (wanted < 1e-2)
+    assert small.sum() >= 3
+    assert wanted[small].min() < 1e-3
+    positive = wanted > 1e-8  # below, the reference has rounding of its own
+    error = (loss[positive].double() - wanted[positive]).abs() / wanted[positive]
+    assert error.max() < 1e-5
+
+
+def test_ties_above_alpha_2_share_the_gradient(screened):
+    torch.manual_seed(0)
+    head = QMarginHead(16, 400)
+    with torch.no_grad():
+        head.weight[:40] = head.weight[0]  # forty equal prototypes
+    labels = torch.full((8,), 100)
+    x = (head.weight.detach()[:1] + 0.3 * torch.randn(8, 16)).requires_grad_()
+    loss = head.train()(x).q_margin_loss(labels, 3.0, 6.0, 0.1, reduction="none")
+    loss.mean().backward()
+    wanted, p, grad_x, grad_w = dense_reference(x, head.weight, labels, 3.0, 6.0, 0.1)
+    assert (p > 0).sum(1).max() >= 40
+    close(loss, wanted, 1e-5, 0)
+    close(x.grad, grad_x, 1e-5, 1e-7)
+    close(head.weight.grad.to_dense(), grad_w, 1e-5, 1e-7)

@@ -16,9 +16,12 @@ from speechbrain_qmargin.functional import (
 )
 from speechbrain_qmargin.head.search import (
     Prototypes,
+    candidate_tau,
     chunked_cosines,
     dense_tau,
+    exact_cosines,
     posterior,
+    refined,
     search,
 )
 
@@ -241,7 +244,8 @@ class HeadOutput:
         head = self.head
         check_labels(targets, head.weight.shape[0])
         _check_finite(unit)
-        return _HeadLoss.apply(unit, head.weight, targets, head.prototypes(), parameters)
+        exact = F.normalize(self.embeddings.detach().double(), dim=1)
+        return _HeadLoss.apply(unit, head.weight, targets, exact, head.prototypes(), parameters)
 
 
 def _check_finite(unit: Tensor) -> None:
@@ -258,18 +262,23 @@ def _check_finite(unit: Tensor) -> None:
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, unit, weight, labels, prototypes, parameters):
-        """Loss [B], target posterior [B], support [B] of unit embeddings [B, D]."""
+    def forward(ctx, unit, weight, labels, exact, prototypes, parameters):
+        """Loss [B], target posterior [B], support [B] of unit embeddings [B, D]; exact: float64."""
         alpha, scale, margin = parameters
         own = prototypes.unit(labels)
         cos_y = torch.linalg.vecdot(unit, own)
         found = search(unit, labels, cos_y, prototypes, *parameters) if alpha > 1 else None
+        if found is not None:
+            candidates = refined(exact, *found, prototypes, alpha, scale)
+            everyone = torch.arange(labels.numel(), device=labels.device)
+            cos_y = exact_cosines(exact, everyone, labels, prototypes)
+            logits = candidates.cosines * scale
+            tau = candidate_tau(logits, cos_y * scale, alpha, -scale * margin)
         z_y = cos_y * scale
         prior = torch.full_like(z_y, -scale * margin)
         alone = _single_class_tau(z_y, alpha, prior)
         if found is not None:
-            candidates, tau = found
-            p = posterior(candidates.cosines * scale, tau, alpha)
+            p = posterior(logits, tau, alpha)
             active = p > 0
             support = active.sum(1)
             total = p.sum(1)
@@ -296,13 +305,13 @@ class _HeadLoss(torch.autograd.Function):
         support = support + (p_y > 0)
         p_y = p_y * inverse_total
         loss = torch.where(p_y == 1, torch.zeros_like(loss), loss.clamp(min=0))
+        tau, inverse_total, p_y, loss = (x.float() for x in (tau, inverse_total, p_y, loss))
         if found is not None:
             samples, place = active.nonzero(as_tuple=True)
             flat = samples * active.shape[1] + place
-            p = p.view(-1)[flat] * inverse_total[samples]
+            p = p.view(-1)[flat].float() * inverse_total[samples]
             rows = candidates.classes.view(-1)[flat]
             # the target is an entry like the others
-            everyone = torch.arange(labels.numel(), device=labels.device)
             ctx.entries = (
                 torch.cat([samples, everyone]),
                 torch.cat([rows, labels]),
@@ -329,7 +338,7 @@ class _HeadLoss(torch.autograd.Function):
             grads = (_sparse_backward if ctx.entries is not None else _dense_backward)(
                 ctx, grad_loss * ctx.parameters[1]
             )
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def _sparse_backward(ctx, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -45,7 +45,9 @@ from speechbrain_qmargin.head.search import (
     _collect,
     _guess,
     chunked_cosines,
+    exact_cosines,
     posterior,
+    refined,
 )
 
 __all__ = ["Comm", "ShardedQMarginHead"]
@@ -227,20 +229,33 @@ def _dense_tau(x, labels, cos_y, prototypes, parameters, classes, comm) -> Tenso
 
 class _ShardedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, unit, weight, anchor, labels, head, parameters):
-        """Loss [B], target posterior [B], support [B] of this rank's unit embeddings [B, D]."""
+    def forward(ctx, unit, weight, anchor, labels, raw, head, parameters):
+        """Loss [B], target posterior [B], support [B] of this rank's embeddings [B, D].
+
+        unit: of unit length; raw: float32, of any length.
+        """
         alpha, scale, margin = parameters
         comm, prototypes = head.comm, head.prototypes()
         sizes = head._batch_sizes(unit, labels)
         offset = sum(sizes[: comm.rank])
         own = slice(offset, offset + sizes[comm.rank])
-        x, labels = comm.gather(unit, sizes), comm.gather(labels, sizes)
+        raw, labels = comm.gather(raw, sizes), comm.gather(labels, sizes)
+        x = F.normalize(raw, dim=1)
         here = (labels >= head.start) & (labels < head.stop)
         labels = torch.where(here, labels - head.start, -1)
         rows = prototypes.unit(labels.clamp(min=0))
         cos_y = comm.sum(torch.where(here, torch.linalg.vecdot(x, rows), 0.0))
         arguments = (x, labels, cos_y, prototypes, parameters, head.num_classes, comm)
         found = _search(*arguments) if alpha > 1 else None
+        if found is not None:
+            exact = F.normalize(raw.double(), dim=1)
+            candidates = refined(exact, *found, prototypes, alpha, scale)
+            mine = here.nonzero().squeeze(1)
+            cos_y = torch.zeros_like(exact[:, 0])
+            cos_y[mine] = exact_cosines(exact, mine, labels[mine], prototypes)
+            cos_y = comm.sum(cos_y)
+            logits, log_q = candidates.cosines * scale, -scale * margin
+            tau = _reduced_tau(logits, cos_y * scale, alpha, log_q, head.num_classes, comm)
         moments = torch.zeros(3, x.shape[0], dtype=torch.float64, device=x.device)
 
         def add(p: Tensor, cosines: Tensor) -> None:
@@ -248,14 +263,13 @@ class _ShardedLoss(torch.autograd.Function):
             moments.add_(torch.stack((p.sum(1), torch.linalg.vecdot(p, lead), (p > 0).sum(1))))
 
         if found is not None:
-            candidates, tau = found
-            p = posterior(candidates.cosines * scale, tau, alpha)
+            p = posterior(logits, tau, alpha)
             add(p, candidates.cosines)
         else:
             tau = _dense_tau(*arguments)
             for _, cosines in chunked_cosines(x, labels, prototypes):
                 add(posterior(cosines * scale, tau, alpha), cosines)
-        others, gap, support = comm.sum(moments).to(x.dtype)
+        others, gap, support = comm.sum(moments)
         z_y = cos_y * scale
         prior = torch.full_like(z_y, -scale * margin)
         alone = _single_class_tau(z_y, alpha, prior)
@@ -269,14 +283,16 @@ class _ShardedLoss(torch.autograd.Function):
         loss = (1 - 1 / alpha) * gap * scale * inverse_total + (tau - alone) / alpha
         loss = torch.where(others == 0, 0.0, loss.clamp(min=0))
         p_y = p_y * inverse_total
+        tau, inverse_total, p_y, loss, support = (
+            each.float() for each in (tau, inverse_total, p_y, loss, support)
+        )
         ctx.entries = None
         if found is not None:
             samples, place = p.nonzero(as_tuple=True)
-            mine = here.nonzero().squeeze(1)
             ctx.entries = (
                 torch.cat([samples, mine]),
                 torch.cat([candidates.classes[samples, place], labels[mine]]),
-                torch.cat([p[samples, place] * inverse_total[samples], p_y[mine] - 1]),
+                torch.cat([p[samples, place].float() * inverse_total[samples], p_y[mine] - 1]),
             )
         ctx.save_for_backward(x, labels, tau, inverse_total, p_y)
         ctx.prototypes, ctx.parameters = prototypes, parameters
@@ -302,13 +318,14 @@ class _ShardedLoss(torch.autograd.Function):
         if grad_weight is not None:
             values = grad_weight._values() if grad_weight.is_sparse else grad_weight
             values.div_(comm.world)
-        return grad_unit, grad_weight, torch.zeros_like(grad_loss.sum()), None, None, None
+        return grad_unit, grad_weight, torch.zeros_like(grad_loss.sum()), None, None, None, None
 
 
 class _ShardedOutput(HeadOutput):
     def _losses(self, unit, targets, parameters):
         head = self.head
-        return _ShardedLoss.apply(unit, head.weight, head.anchor, targets, head, parameters)
+        raw = self.embeddings.detach().float()
+        return _ShardedLoss.apply(unit, head.weight, head.anchor, targets, raw, head, parameters)
 
 
 class ShardedQMarginHead(QMarginHead):

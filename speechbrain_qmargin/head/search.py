@@ -53,6 +53,7 @@ _SAMPLE = 16384  # rows the floor is guessed from
 _SAMPLE_TOP = 256
 _MAX_CANDIDATES = 4_000_000  # padded candidates of a batch: 16 MB a buffer
 _SHARE = 0.5  # of the estimated mass the guess relies on; lower is safer, higher tighter
+_EXACT_AT_ONCE = 4096  # rows computed again in float64
 
 
 class Prototypes(NamedTuple):
@@ -332,3 +333,49 @@ def posterior(logits: Tensor, tau: Tensor, alpha: float) -> Tensor:
     u, h = torch.empty_like(v), torch.empty_like(v)
     powers = _powers_into(v, tau.unsqueeze(1), alpha, u, h)
     return powers * u
+
+
+def refined(
+    exact: Tensor,
+    found: Candidates,
+    tau: Tensor,
+    prototypes: Prototypes,
+    alpha: float,
+    scale: float,
+) -> Candidates:
+    """The candidates that may be active, their cosines in float64.
+
+    A loss near zero is a difference of nearly equal cosines, whose float32 rounding would be most
+    of it. Only what may be active is computed again, so the cost is the support's.
+
+    Parameters
+    ----------
+    exact : Tensor, [B, D], float64, unit rows
+    found, tau
+        What :func:`search` gave.
+    """
+    # more than the float32 rounding of a cosine and of tau can move a class across the edge
+    slack = scale * exact.shape[1] * 2**-23 + 2**-20 * (1 + tau.abs())
+    keep = found.cosines * scale > (tau - 1 / (alpha - 1) - slack).unsqueeze(1)
+    samples, place = keep.nonzero(as_tuple=True)
+    column = (keep.cumsum(1) - 1)[samples, place]
+    classes = found.classes[samples, place]
+    width = int(keep.sum(1).max().clamp(min=1))
+    cosines = exact.new_full((exact.shape[0], width), -math.inf)
+    names = torch.zeros_like(cosines, dtype=torch.int64)
+    cosines[samples, column] = exact_cosines(exact, samples, classes, prototypes)
+    names[samples, column] = classes
+    return Candidates(cosines, names)
+
+
+def exact_cosines(
+    exact: Tensor, samples: Tensor, classes: Tensor, prototypes: Prototypes
+) -> Tensor:
+    """cos(exact[samples], prototypes[classes]) in float64, a few megabytes at a time."""
+    cosines = exact.new_empty(samples.numel())
+    for start in range(0, samples.numel(), _EXACT_AT_ONCE):
+        part = slice(start, start + _EXACT_AT_ONCE)
+        rows = prototypes.weight[classes[part]].double()
+        length = torch.linalg.vector_norm(rows, dim=1).clamp_(min=1e-12)
+        cosines[part] = torch.linalg.vecdot(exact[samples[part]], rows) / length
+    return cosines
