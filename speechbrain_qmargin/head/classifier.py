@@ -351,17 +351,17 @@ def _sparse_backward(ctx, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
     grad_unit = grad_weight = None
     if ctx.needs_input_grad[0]:
         grad_unit = torch.zeros_like(unit)
-        for part in torch.arange(keep.numel(), device=unit.device).split(65536):
+        for part in torch.arange(keep.numel(), device=unit.device).split(_ROWS_AT_ONCE):
             rows = weight.index_select(0, classes[part])
             rows.mul_((g[part] * inverse_norm[classes[part]]).unsqueeze(1))
             grad_unit.index_add_(0, samples[part], rows)
     if ctx.needs_input_grad[1]:
         rows, slot = torch.unique(classes, return_inverse=True)
         values = unit.new_zeros(rows.numel(), unit.shape[1])
-        for part in torch.arange(keep.numel(), device=unit.device).split(65536):
+        for part in torch.arange(keep.numel(), device=unit.device).split(_ROWS_AT_ONCE):
             values.index_add_(0, slot[part], unit[samples[part]] * g[part].unsqueeze(1))
-        for start in range(0, rows.numel(), 65536):
-            part = slice(start, start + 65536)
+        for start in range(0, rows.numel(), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
             _project(values[part], ctx.prototypes.unit(rows[part]), inverse_norm[rows[part]])
         grad_weight = torch.sparse_coo_tensor(
             rows.unsqueeze(0), values, weight.shape, is_coalesced=True, check_invariants=False
