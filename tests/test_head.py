@@ -241,22 +241,37 @@ def test_errors():
         head.load_state_dict(QMarginHead(4, 11).state_dict())
 
 
-@pytest.mark.parametrize("parameters", [(1.25, 32.0, 0.2), (1.5, 10.0, 0.2), (2.0, 5.0, 0.2)])
-def test_losses_near_zero_are_exact_relative_to_themselves(screened, parameters):
+@pytest.mark.parametrize("candidates", [4_000_000, 0])  # 0: passes over chunks
+@pytest.mark.parametrize(
+    "parameters", [(1.0, 32.0, 0.2), (1.25, 32.0, 0.2), (1.5, 10.0, 0.2), (2.0, 5.0, 0.2)]
+)
+def test_near_zero_each_loss_and_gradient_is_exact_relative_to_itself(
+    screened, monkeypatch, parameters, candidates
+):
+    monkeypatch.setattr(search, "_MAX_CANDIDATES", candidates)
     torch.manual_seed(0)
     head = QMarginHead(256, 3000)
     labels = torch.randint(3000, (256,))
-    edge = {1.25: 0.040, 1.5: 0.053, 2.0: 0.053}[parameters[0]]  # where the lead is the hard margin
+    # where the lead is the hard margin
+    edge = {1.0: 0.01, 1.25: 0.040, 1.5: 0.053, 2.0: 0.053}[parameters[0]]
     noise = torch.linspace(0.8 * edge, 1.2 * edge, 256).unsqueeze(1)
     x = head.weight.detach()[labels] + noise * torch.randn(256, 256)
-    loss = head.train()(x).q_margin_loss(labels, *parameters, reduction="none")
-    wanted = dense_reference(x, head.weight, labels, *parameters)[0]
+    x.requires_grad_()
+    loss, stats = head.train()(x).q_margin_loss(
+        labels, *parameters, reduction="none", return_stats=True
+    )
+    loss.mean().backward()
+    wanted, p, grad_x, grad_w = dense_reference(x, head.weight, labels, *parameters)
     small = (wanted > 0) & (wanted < 1e-2)
-    assert small.sum() >= 3
-    assert wanted[small].min() < 1e-3
+    if parameters[0] > 1:
+        assert small.sum() >= 3
+        assert wanted[small].min() < 1e-3
     positive = wanted > 1e-8  # below, the reference has rounding of its own
-    error = (loss[positive].double() - wanted[positive]).abs() / wanted[positive]
-    assert error.max() < 1e-5
+    assert ((loss.double() - wanted).abs() / wanted)[positive].max() < 1e-5
+    error = (x.grad.double() - grad_x).norm(dim=1) / grad_x.norm(dim=1)
+    assert error[positive].max() < 1e-5
+    close(head.weight.grad.to_dense(), grad_w, 1e-5)
+    torch.testing.assert_close(stats.support_mean, (p > 0).sum(1).float().mean())
 
 
 def test_ties_above_alpha_2_share_the_gradient(screened):

@@ -265,33 +265,32 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, unit, weight, labels, exact, prototypes, parameters):
         """Loss [B], target posterior [B], support [B] of unit embeddings [B, D]; exact: float64."""
         alpha, scale, margin = parameters
-        own = prototypes.unit(labels)
-        cos_y = torch.linalg.vecdot(unit, own)
-        found = search(unit, labels, cos_y, prototypes, *parameters) if alpha > 1 else None
-        if found is not None:
-            candidates = refined(exact, *found, prototypes, alpha, scale)
-            everyone = torch.arange(labels.numel(), device=labels.device)
-            cos_y = exact_cosines(exact, everyone, labels, prototypes)
-            logits = candidates.cosines * scale
-            tau = candidate_tau(logits, cos_y * scale, alpha, -scale * margin)
+        everyone = torch.arange(labels.numel(), device=labels.device)
+        cos_y = exact_cosines(exact, everyone, labels, prototypes)
+        found = None
+        if alpha > 1:
+            found = search(unit, labels, cos_y.float(), prototypes, *parameters)
+        scored = exact if alpha > 1 else unit
         z_y = cos_y * scale
         prior = torch.full_like(z_y, -scale * margin)
         alone = _single_class_tau(z_y, alpha, prior)
         if found is not None:
+            candidates = refined(exact, *found, prototypes, alpha, scale)
+            logits = candidates.cosines * scale
+            tau = candidate_tau(logits, z_y, alpha, -scale * margin)
             p = posterior(logits, tau, alpha)
             active = p > 0
             support = active.sum(1)
             total = p.sum(1)
             gap = (p * (candidates.cosines - cos_y.unsqueeze(1)).masked_fill_(~active, 0)).sum(1)
         else:
-            tau = dense_tau(unit, labels, cos_y, prototypes, *parameters)
-            total, gap = torch.zeros_like(tau).double(), torch.zeros_like(tau).double()
+            tau = dense_tau(scored, labels, cos_y, prototypes, *parameters)
+            total, gap = torch.zeros_like(tau), torch.zeros_like(tau)
             support = torch.zeros_like(labels)
-            for _, cosines in chunked_cosines(unit, labels, prototypes):
-                p = posterior(cosines * scale, tau, alpha)
+            for _, cosines in chunked_cosines(scored, labels, prototypes):
+                p = posterior(cosines * scale, tau.to(cosines.dtype), alpha)
                 total, support = total + p.sum(1), support + (p > 0).sum(1)
                 gap = gap + (p * (cosines - cos_y.unsqueeze(1)).clamp_(min=-3)).sum(1)
-            total, gap = total.float(), gap.float()
         if alpha == 1:
             p_y = torch.exp(alone - tau)
         else:
@@ -299,27 +298,26 @@ class _HeadLoss(torch.autograd.Function):
             p_y = h_y * u_y
         # L = (1 - 1/alpha) (<p, theta> - theta_y) + (tau - tau of the target alone) / alpha, with
         # sum p = 1; see functional._QMargin
-        gap = gap * scale / (total + p_y)
-        loss = (1 - 1 / alpha) * gap + (tau - alone) / alpha
         inverse_total = 1 / (total + p_y)
+        loss = (1 - 1 / alpha) * gap * scale * inverse_total + (tau - alone) / alpha
+        loss = torch.where(total == 0, 0.0, loss.clamp(min=0)).float()
         support = support + (p_y > 0)
-        p_y = p_y * inverse_total
-        loss = torch.where(p_y == 1, torch.zeros_like(loss), loss.clamp(min=0))
-        tau, inverse_total, p_y, loss = (x.float() for x in (tau, inverse_total, p_y, loss))
+        g_y = (-total * inverse_total).float()  # p_y - 1, which near 1 would be all rounding
+        p_y = (p_y * inverse_total).float()
         if found is not None:
             samples, place = active.nonzero(as_tuple=True)
             flat = samples * active.shape[1] + place
-            p = p.view(-1)[flat].float() * inverse_total[samples]
+            p = (p.view(-1)[flat] * inverse_total[samples]).float()
             rows = candidates.classes.view(-1)[flat]
             # the target is an entry like the others
             ctx.entries = (
                 torch.cat([samples, everyone]),
                 torch.cat([rows, labels]),
-                torch.cat([p, p_y - 1]),
+                torch.cat([p, g_y]),
             )
         else:
             ctx.entries = None
-        ctx.save_for_backward(unit, labels, tau, inverse_total, p_y)
+        ctx.save_for_backward(unit, scored, labels, tau, inverse_total, g_y)
         ctx.prototypes, ctx.parameters = prototypes, parameters
         ctx.key = weight._version
         ctx.weight = weight
@@ -376,17 +374,18 @@ def _project(grad: Tensor, unit: Tensor, inverse_norm: Tensor) -> None:
 
 
 def _dense_backward(ctx, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    unit, labels, tau, inverse_total, p_y = ctx.saved_tensors
+    unit, scored, labels, tau, inverse_total, g_y = ctx.saved_tensors
     alpha, logit_scale, _ = ctx.parameters
     prototypes = ctx.prototypes
     grad_unit = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
     grad_weight = torch.empty_like(prototypes.weight) if ctx.needs_input_grad[1] else None
     everyone = torch.arange(labels.numel(), device=labels.device)
-    for rows, cosines in chunked_cosines(unit, labels, prototypes):
-        g = posterior(cosines * logit_scale, tau, alpha) * inverse_total.unsqueeze(1)
+    for rows, cosines in chunked_cosines(scored, labels, prototypes):
+        g = posterior(cosines * logit_scale, tau.to(cosines.dtype), alpha)
+        g = (g * inverse_total.unsqueeze(1)).float()
         inside = (labels >= rows.start) & (labels < rows.stop)
         place = (labels - rows.start).clamp(0, g.shape[1] - 1)
-        g[everyone, place] += torch.where(inside, p_y - 1, 0)
+        g[everyone, place] += torch.where(inside, g_y, 0)
         g *= scale.unsqueeze(1)
         directions = prototypes.unit(rows)
         if grad_unit is not None:

@@ -48,6 +48,7 @@ from speechbrain_qmargin.head.search import (
     exact_cosines,
     posterior,
     refined,
+    rounding,
 )
 
 __all__ = ["Comm", "ShardedQMarginHead"]
@@ -167,7 +168,8 @@ def _search(x, labels, cos_y, prototypes, parameters, classes, comm):
     alpha, scale, margin = parameters
     log_q, k, target = -scale * margin, 1 / (alpha - 1), cos_y * scale
     if prototypes.screen is None:
-        floor = _single_class_tau(target, alpha, torch.full_like(target, log_q)) - k
+        alone = _single_class_tau(target, alpha, torch.full_like(target, log_q))
+        floor = alone - k - 2 * rounding(alone, scale, x.shape[1])
     else:
         floor = _guess(x, target, prototypes, alpha, scale, log_q)
     floor = comm.max(floor)
@@ -175,10 +177,11 @@ def _search(x, labels, cos_y, prototypes, parameters, classes, comm):
     if comm.any(found is None, x.device):
         return None
     tau = _reduced_tau(found.cosines * scale, target, alpha, log_q, classes, comm)
-    failed = (tau - k < floor).nonzero().squeeze(1)
+    proved = tau - k - rounding(tau, scale, x.shape[1])
+    failed = (proved < floor).nonzero().squeeze(1)
     if not failed.numel():
         return found, tau
-    again = _collect(x[failed], labels[failed], (tau[failed] - k) / scale, prototypes)
+    again = _collect(x[failed], labels[failed], proved[failed] / scale, prototypes)
     width = 0 if again is None else max(found.cosines.shape[1], again.cosines.shape[1])
     if comm.any(again is None or width * x.shape[0] > _MAX_CANDIDATES, x.device):
         return None
@@ -198,7 +201,7 @@ def _search(x, labels, cos_y, prototypes, parameters, classes, comm):
 def _dense_tau(x, labels, cos_y, prototypes, parameters, classes, comm) -> Tensor:
     """As ``search.dense_tau``, with the classes in shards."""
     alpha, scale, margin = parameters
-    target = cos_y * scale
+    target = cos_y * scale  # float64
 
     def chunks():
         return (cosines for _, cosines in chunked_cosines(x, labels, prototypes))
@@ -210,7 +213,7 @@ def _dense_tau(x, labels, cos_y, prototypes, parameters, classes, comm) -> Tenso
         peak = comm.max(total)
         peak = torch.where(peak.isfinite(), peak, 0)
         total = comm.sum(torch.exp(total - peak)).log() + peak
-        return torch.logaddexp(total, (target - scale * margin).double()).to(target.dtype)
+        return torch.logaddexp(total, target - scale * margin)
     peak = torch.full_like(target, -torch.inf)
     for cosines in chunks():
         peak = torch.maximum(peak, cosines.amax(1) * scale)
@@ -241,34 +244,37 @@ class _ShardedLoss(torch.autograd.Function):
         own = slice(offset, offset + sizes[comm.rank])
         raw, labels = comm.gather(raw, sizes), comm.gather(labels, sizes)
         x = F.normalize(raw, dim=1)
+        exact = F.normalize(raw.double(), dim=1)
+        scored = exact if alpha > 1 else x
         here = (labels >= head.start) & (labels < head.stop)
         labels = torch.where(here, labels - head.start, -1)
-        rows = prototypes.unit(labels.clamp(min=0))
-        cos_y = comm.sum(torch.where(here, torch.linalg.vecdot(x, rows), 0.0))
-        arguments = (x, labels, cos_y, prototypes, parameters, head.num_classes, comm)
-        found = _search(*arguments) if alpha > 1 else None
+        mine = here.nonzero().squeeze(1)
+        cos_y = torch.zeros_like(exact[:, 0])
+        cos_y[mine] = exact_cosines(exact, mine, labels[mine], prototypes)
+        cos_y = comm.sum(cos_y)
+        found = None
+        if alpha > 1:
+            found = _search(
+                x, labels, cos_y.float(), prototypes, parameters, head.num_classes, comm
+            )
         if found is not None:
-            exact = F.normalize(raw.double(), dim=1)
             candidates = refined(exact, *found, prototypes, alpha, scale)
-            mine = here.nonzero().squeeze(1)
-            cos_y = torch.zeros_like(exact[:, 0])
-            cos_y[mine] = exact_cosines(exact, mine, labels[mine], prototypes)
-            cos_y = comm.sum(cos_y)
             logits, log_q = candidates.cosines * scale, -scale * margin
             tau = _reduced_tau(logits, cos_y * scale, alpha, log_q, head.num_classes, comm)
         moments = torch.zeros(3, x.shape[0], dtype=torch.float64, device=x.device)
 
         def add(p: Tensor, cosines: Tensor) -> None:
             lead = (cosines - cos_y.unsqueeze(1)).masked_fill_(p == 0, 0)
-            moments.add_(torch.stack((p.sum(1), torch.linalg.vecdot(p, lead), (p > 0).sum(1))))
+            gap = torch.linalg.vecdot(p.double(), lead)
+            moments.add_(torch.stack((p.sum(1), gap, (p > 0).sum(1))))
 
         if found is not None:
             p = posterior(logits, tau, alpha)
             add(p, candidates.cosines)
         else:
-            tau = _dense_tau(*arguments)
-            for _, cosines in chunked_cosines(x, labels, prototypes):
-                add(posterior(cosines * scale, tau, alpha), cosines)
+            tau = _dense_tau(scored, labels, cos_y, prototypes, parameters, head.num_classes, comm)
+            for _, cosines in chunked_cosines(scored, labels, prototypes):
+                add(posterior(cosines * scale, tau.to(cosines.dtype), alpha), cosines)
         others, gap, support = comm.sum(moments)
         z_y = cos_y * scale
         prior = torch.full_like(z_y, -scale * margin)
@@ -279,22 +285,20 @@ class _ShardedLoss(torch.autograd.Function):
             h_y, u_y = _powers(z_y, tau, alpha, prior)
             p_y = h_y * u_y
         inverse_total = 1 / (others + p_y)
-        support = support + (p_y > 0)
+        support = (support + (p_y > 0)).float()
         loss = (1 - 1 / alpha) * gap * scale * inverse_total + (tau - alone) / alpha
-        loss = torch.where(others == 0, 0.0, loss.clamp(min=0))
-        p_y = p_y * inverse_total
-        tau, inverse_total, p_y, loss, support = (
-            each.float() for each in (tau, inverse_total, p_y, loss, support)
-        )
+        loss = torch.where(others == 0, 0.0, loss.clamp(min=0)).float()
+        g_y = (-others * inverse_total).float()  # p_y - 1, which near 1 would be all rounding
+        p_y = (p_y * inverse_total).float()
         ctx.entries = None
         if found is not None:
             samples, place = p.nonzero(as_tuple=True)
             ctx.entries = (
                 torch.cat([samples, mine]),
                 torch.cat([candidates.classes[samples, place], labels[mine]]),
-                torch.cat([p[samples, place].float() * inverse_total[samples], p_y[mine] - 1]),
+                torch.cat([(p[samples, place] * inverse_total[samples]).float(), g_y[mine]]),
             )
-        ctx.save_for_backward(x, labels, tau, inverse_total, p_y)
+        ctx.save_for_backward(x, scored, labels, tau, inverse_total, g_y)
         ctx.prototypes, ctx.parameters = prototypes, parameters
         ctx.comm, ctx.sizes, ctx.own = comm, sizes, own
         ctx.weight, ctx.key = weight, weight._version

@@ -10,13 +10,15 @@ as it contains *every* class above a floor g,
    mass is scaled up to all of them. Only speed depends on it.
 2. **Screen** all classes with a bf16 product; keep those that may exceed a floor. The margin left
    for rounding is the bound of :func:`screening_slack`, so no class above the floor is lost.
-3. **Score** the kept ones in float32, solve tau on them and check the certificate. The samples that
-   fail it (the guess was too high) take a second pass, with the floor tau(collected) - k, which is
-   proved and cannot fail.
+3. **Score** the kept ones in float32, solve tau on them and check the certificate, rounding
+   allowed for. The samples that fail it (the guess was too high) take a second pass, with the floor
+   tau(collected) - k, which is proved and cannot fail.
+4. **Refine** what may be active in float64 (:func:`refined`): a loss near zero is a difference of
+   nearly equal cosines, and is to be exact relative to itself.
 
 Scores of size batch x classes are never stored. Where the candidates themselves would not fit
-(ties, a tiny scale: everything is active), and at alpha = 1, tau comes from float32 passes over
-chunks (:func:`dense_tau`).
+(ties, a tiny scale: everything is active), and at alpha = 1, tau comes from passes over chunks
+(:func:`dense_tau`).
 """
 
 from __future__ import annotations
@@ -67,7 +69,11 @@ class Prototypes(NamedTuple):
     screen: Tensor | None
     residual: Tensor | None
 
-    def unit(self, rows: Tensor | slice) -> Tensor:
+    def unit(self, rows: Tensor | slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        if dtype == torch.float64:
+            unit = self.weight[rows].double()
+            length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+            return unit.div_(length.clamp_(min=1e-12))
         if isinstance(rows, slice):
             return self.weight[rows] * self.inverse_norm[rows].unsqueeze(1)
         unit = self.weight.index_select(0, rows)
@@ -216,6 +222,11 @@ def _guess(
     return candidate_tau(top, target, alpha, log_q, weight) - 1 / (alpha - 1)
 
 
+def rounding(tau: Tensor, scale: float, dim: int) -> Tensor:
+    """[B]: more than float32 cosines and tau can move a class across the edge, in logits."""
+    return scale * dim * 2**-23 + 2**-20 * (1 + tau.abs())
+
+
 def _widened(found: Candidates, width: int) -> Candidates:
     """A padded copy with `width` columns."""
     more = (0, width - found.cosines.shape[1])
@@ -246,16 +257,18 @@ def search(
     if prototypes.screen is None:
         # as if every class had been found: the floor is the target's own lower bound
         prior = torch.full_like(target, log_q)
-        floor = _single_class_tau(target, alpha, prior) - k
+        alone = _single_class_tau(target, alpha, prior)
+        floor = alone - k - 2 * rounding(alone, scale, embeddings.shape[1])
     else:
         floor = _guess(embeddings, target, prototypes, alpha, scale, log_q)
     found = _collect(embeddings, labels, floor / scale, prototypes)
     if found is None:
         return None
     tau = candidate_tau(found.cosines * scale, target, alpha, log_q)
-    failed = (tau - k < floor).nonzero().squeeze(1)
+    proved = tau - k - rounding(tau, scale, embeddings.shape[1])
+    failed = (proved < floor).nonzero().squeeze(1)
     if failed.numel():
-        again = _collect(embeddings[failed], labels[failed], (tau[failed] - k) / scale, prototypes)
+        again = _collect(embeddings[failed], labels[failed], proved[failed] / scale, prototypes)
         if again is None:
             return None
         width = max(found.cosines.shape[1], again.cosines.shape[1])
@@ -277,19 +290,20 @@ def dense_tau(
     scale: float,
     margin: float,
 ) -> Tensor:
-    """tau [B] where everything may be active: float32 passes over chunks, nothing kept.
+    """tau [B], float64, where everything may be active: passes over chunks, nothing kept.
 
-    One pass at alpha = 1, else one per Newton step. Sums are accumulated in float64.
+    One pass at alpha = 1, else one per Newton step. `embeddings` and `target_cosine` as for
+    :func:`chunked_cosines`, whose dtype is theirs.
     """
     log_q = -scale * margin
-    z_y = target_cosine * scale
+    z_y = target_cosine.double() * scale
     prior = torch.full_like(z_y, log_q)
     alone = _single_class_tau(z_y, alpha, prior)
     if alpha == 1:
-        total = alone.double()
+        total = alone
         for _, cosines in chunked_cosines(embeddings, labels, prototypes):
             total = torch.logaddexp(total, torch.logsumexp(cosines * scale, 1).double())
-        return total.to(z_y.dtype)
+        return total
     peak = torch.full_like(z_y, -math.inf)
     for _, cosines in chunked_cosines(embeddings, labels, prototypes):
         peak = torch.maximum(peak, cosines.amax(1))
@@ -299,13 +313,13 @@ def dense_tau(
 
     def mass(tau: Tensor) -> tuple[Tensor, Tensor]:
         h_y, u_y = _powers(z_y, tau, alpha, prior)
-        s, slope = (h_y * u_y).double(), h_y.double()
+        s, slope = h_y * u_y, h_y
         for _, cosines in chunked_cosines(embeddings, labels, prototypes):
             v = cosines.mul_(scale * (alpha - 1))
             u, h = torch.empty_like(v), torch.empty_like(v)
             powers = _powers_into(v, tau.unsqueeze(1), alpha, u, h)
             s, slope = s + torch.linalg.vecdot(powers, u), slope + powers.sum(1)
-        return s.to(tau.dtype), slope.to(tau.dtype)
+        return s, slope
 
     steps = _newton_steps(alpha, classes, abs(log_q), z_y.dtype)
     return _newton(mass, torch.maximum(peak, alone), upper, alpha, steps)
@@ -314,11 +328,16 @@ def dense_tau(
 def chunked_cosines(
     embeddings: Tensor, labels: Tensor, prototypes: Prototypes
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(classes, cosines [B, chunk]) over all classes, -inf at each sample's target."""
+    """(classes, cosines [B, chunk]) over all classes, -inf at each sample's target.
+
+    In the dtype of `embeddings`: float32 is enough at alpha = 1, where a posterior is as exact
+    relative to itself as its logit is absolutely; above, 1 + (alpha - 1)(theta - tau) may nearly
+    cancel, so float64.
+    """
     classes = prototypes.weight.shape[0]
     for start in range(0, classes, _CHUNK):
         rows = slice(start, min(start + _CHUNK, classes))
-        cosines = embeddings @ prototypes.unit(rows).T
+        cosines = embeddings @ prototypes.unit(rows, embeddings.dtype).T
         place = (labels - start).clamp(0, cosines.shape[1] - 1).unsqueeze(1)
         inside = ((labels >= start) & (labels < rows.stop)).unsqueeze(1)
         value = cosines.gather(1, place).masked_fill(inside, -math.inf)
@@ -354,9 +373,8 @@ def refined(
     found, tau
         What :func:`search` gave.
     """
-    # more than the float32 rounding of a cosine and of tau can move a class across the edge
-    slack = scale * exact.shape[1] * 2**-23 + 2**-20 * (1 + tau.abs())
-    keep = found.cosines * scale > (tau - 1 / (alpha - 1) - slack).unsqueeze(1)
+    edge = tau - 1 / (alpha - 1) - rounding(tau, scale, exact.shape[1])
+    keep = found.cosines * scale > edge.unsqueeze(1)
     samples, place = keep.nonzero(as_tuple=True)
     column = (keep.cumsum(1) - 1)[samples, place]
     classes = found.classes[samples, place]
@@ -375,7 +393,6 @@ def exact_cosines(
     cosines = exact.new_empty(samples.numel())
     for start in range(0, samples.numel(), _EXACT_AT_ONCE):
         part = slice(start, start + _EXACT_AT_ONCE)
-        rows = prototypes.weight[classes[part]].double()
-        length = torch.linalg.vector_norm(rows, dim=1).clamp_(min=1e-12)
-        cosines[part] = torch.linalg.vecdot(exact[samples[part]], rows) / length
+        rows = prototypes.unit(classes[part], exact.dtype)
+        cosines[part] = torch.linalg.vecdot(exact[samples[part]], rows)
     return cosines
