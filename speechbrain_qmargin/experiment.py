@@ -58,7 +58,7 @@ MAY_CHANGE = {
     "batch_size",  # of one process, whose number may change; the learning rate follows
     "data_folder",
     "num_workers",
-    "out_n_neurons",  # known only after the data are prepared; speaker_encoder compares speakers
+    "out_n_neurons",  # known only after the data are prepared; class_encoder compares classes
     "train_speakers",
     "valid_file",
     "verification_file",

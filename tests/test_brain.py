@@ -11,7 +11,8 @@ import speechbrain as sb
 import torch
 
 from speechbrain_qmargin.brain import SpeakerBrain, load_pretrained
-from speechbrain_qmargin.data.speech import prepare_speech, speaker_encoder, speech_dataset
+from speechbrain_qmargin.data.classes import class_encoder
+from speechbrain_qmargin.data.speech import prepare_speech, speech_dataset
 from speechbrain_qmargin.experiment import load_experiment
 
 RECIPE = Path(__file__).parent.parent / "hparams" / "qmargin.yaml"
@@ -77,7 +78,7 @@ def make_brain(folder, output, validate=None, brain_class=SpeakerBrain, run_opts
         corpus.train,
         RATE,
         crop=hparams["sentence_len"],
-        label_encoder=speaker_encoder(corpus, output / "save" / "label_encoder.txt"),
+        label_encoder=class_encoder(corpus.speakers, output / "save" / "label_encoder.txt"),
         seed=hparams["seed"],
         epoch=lambda: epochs.current,
     )

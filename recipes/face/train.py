@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from speechbrain_qmargin.brain import FaceBrain
+from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.face_formats import FaceRecords, read_bin
 from speechbrain_qmargin.data.faces import face_dataset, prepare_faces
-from speechbrain_qmargin.data.labels import class_encoder
 from speechbrain_qmargin.experiment import pair_ids
 from speechbrain_qmargin.recipe import Datasets, Task, train_verifier
 

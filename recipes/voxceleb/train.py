@@ -9,8 +9,9 @@ Started again with the same settings, it resumes, or says that it is done.
 import sys
 
 from speechbrain_qmargin.brain import SpeakerBrain
+from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.sampling import BalancedSampler
-from speechbrain_qmargin.data.speech import prepare_speech, speaker_encoder, speech_dataset
+from speechbrain_qmargin.data.speech import prepare_speech, speech_dataset
 from speechbrain_qmargin.export import export_run
 from speechbrain_qmargin.recipe import Datasets, Task, train_verifier
 
@@ -52,7 +53,7 @@ def prepare(settings):
 def datasets(corpus, hparams):
     """Random crops to train on, whole utterances for the rest."""
     rate, epochs = hparams["sample_rate"], hparams["epoch_counter"]
-    encoder = speaker_encoder(corpus, f"{hparams['save_folder']}/label_encoder.txt")
+    encoder = class_encoder(corpus.speakers, f"{hparams['save_folder']}/label_encoder.txt")
     cohort = per_speaker(corpus.train, hparams["cohort_utterances"])
     augment, sampler = hparams["crop_augment"], None
     if hparams["sampler"] == "balanced":

@@ -12,13 +12,13 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from speechbrain_qmargin.data.classes import all_pairs, held_out_for_validation, training_classes
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.trials import read_trials, speaker_in
 
@@ -114,36 +114,19 @@ def prepare_faces(
     by_identity: dict[str, list[str]] = defaultdict(list)
     for name in images:
         by_identity[speaker_in(name)].append(name)
-    candidates = sorted(set(by_identity) - held_out)
-    if train_identities is not None:
-        candidates = sorted(set(Path(train_identities).read_text(encoding="utf-8").split()))
-        unknown = [name for name in candidates if name not in by_identity]
-        shared = sorted(set(candidates) & held_out)
-        if unknown:
-            raise ValueError(f"{train_identities}: no images of {', '.join(unknown[:5])}")
-        if shared:
-            raise ValueError(
-                f"{train_identities}: {', '.join(shared[:5])} also appear in a pair list; training "
-                "and test must not share identities"
-            )
-    few = {name for name in candidates if len(by_identity[name]) < min_images}
-    if few:
-        logger.warning(
-            f"{len(few)} identities with fewer than {min_images} images are not trained on: "
-            f"{', '.join(sorted(few)[:10])}{' ...' if len(few) > 10 else ''}"
-        )
-        candidates = [name for name in candidates if name not in few]
+    candidates = training_classes(
+        by_identity,
+        held_out,
+        listed=train_identities,
+        minimum=min_images,
+        names=("identities", "images"),
+    )
     if valid_file is None and num_valid_identities > 0:
-        order = np.random.default_rng(0).permutation(len(candidates))[:num_valid_identities]
-        chosen = {candidates[i] for i in order}
-        candidates = [name for name in candidates if name not in chosen]
-        members["valid"] = {name for one in chosen for name in by_identity[one][:10]}
-        pairs = combinations(sorted(members["valid"]), 2)
-        valid_trials = Path(save_folder) / "trials" / "valid.txt"
-        write_text(
-            valid_trials,
-            "".join(f"{int(speaker_in(a) == speaker_in(b))} {a} {b}\n" for a, b in pairs),
+        candidates, members["valid"] = held_out_for_validation(
+            by_identity, candidates, num_valid_identities
         )
+        valid_trials = Path(save_folder) / "trials" / "valid.txt"
+        write_text(valid_trials, all_pairs(members["valid"]))
     if len(candidates) < 2:
         raise ValueError(
             f"{root}: {len(candidates)} identities left to train on, at least 2 are needed (the "

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, inspect_audio, read_audio
 from speechbrain_qmargin.data.augment import Augment
+from speechbrain_qmargin.data.classes import all_pairs, held_out_for_validation, training_classes
 from speechbrain_qmargin.data.voxceleb import audio_files, audio_roots
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.trials import Trials, read_trials, speaker_in
@@ -32,7 +32,6 @@ __all__ = [
     "SpeechCorpus",
     "prepare_speech",
     "read_audio",
-    "speaker_encoder",
     "speech_dataset",
 ]
 
@@ -364,36 +363,15 @@ def prepare_speech(
             held_out.add(speaker_in(name))
         elif not item.fault:
             by_speaker[speaker_in(name)].append(name)
-    if train_speakers is None:
-        candidates = sorted(set(by_speaker) - held_out)
-    else:
-        candidates = sorted(set(Path(train_speakers).read_text(encoding="utf-8").split()))
-        unknown = [name for name in candidates if name not in by_speaker]
-        shared = sorted(set(candidates) & held_out)
-        if unknown:
-            raise ValueError(f"{train_speakers}: no usable audio of {', '.join(unknown[:5])}")
-        if shared:
-            raise ValueError(
-                f"{train_speakers}: {', '.join(shared[:5])} also appear in a trial list; training "
-                "and trials must not share speakers"
-            )
-    few = [name for name in candidates if len(by_speaker[name]) < min_utterances]
-    if few:
-        logger.warning(
-            f"{len(few)} speakers with fewer than {min_utterances} usable utterances are not "
-            f"trained on: {', '.join(few[:10])}{' ...' if len(few) > 10 else ''}"
-        )
-        candidates = [name for name in candidates if name not in set(few)]
-
+    candidates = training_classes(
+        by_speaker, held_out, listed=train_speakers, minimum=min_utterances
+    )
     if valid_file is None and num_valid_speakers > 0:
-        chosen = np.random.default_rng(0).permutation(len(candidates))[:num_valid_speakers]
-        chosen = {candidates[i] for i in chosen}
-        candidates = [name for name in candidates if name not in chosen]
+        candidates, members["valid"] = held_out_for_validation(
+            by_speaker, candidates, num_valid_speakers
+        )
         valid_trials = save_folder / "trials" / "valid.txt"
-        for speaker in chosen:
-            step = max(1, len(by_speaker[speaker]) // 10)
-            members["valid"].update(by_speaker[speaker][::step][:10])
-        write_text(valid_trials, _all_pairs(members["valid"]))
+        write_text(valid_trials, all_pairs(members["valid"]))
     if len(candidates) < 2:
         raise ValueError(
             f"{where}: {len(candidates)} speakers left to train on, at least 2 are needed "
@@ -423,13 +401,6 @@ def prepare_speech(
 def _used(trials: Trials) -> set[str]:
     """The recordings of the trials; ids of trials that were left out are not among them."""
     return {trials.ids[i] for i in np.unique([trials.enrolment, trials.test]).tolist()}
-
-
-def _all_pairs(names: Iterable[str]) -> str:
-    return "".join(
-        f"{int(speaker_in(a) == speaker_in(b))} {a} {b}\n"
-        for a, b in combinations(sorted(names), 2)
-    )
 
 
 def speech_dataset(
@@ -522,32 +493,3 @@ def speech_dataset(
     if label_encoder is not None:
         items, keys = [load, encode], [*keys, "spk_id_encoded"]
     return SpeechDataset(manifest, dynamic_items=items, output_keys=keys)
-
-
-def speaker_encoder(corpus: SpeechCorpus, file: str | Path):
-    """SpeechBrain's CategoricalEncoder over the training speakers, kept in `file`.
-
-    Raises
-    ------
-    ValueError
-        `file` is of a run on other speakers, whose classifier would not fit.
-    """
-    from speechbrain.dataio.encoder import CategoricalEncoder
-
-    encoder = CategoricalEncoder()
-    encoder.update_from_iterable(corpus.speakers)
-    encoder.expect_len(len(corpus.speakers))
-    file = Path(file)
-    if file.is_file():
-        before = set(CategoricalEncoder.from_saved(file).lab2ind)
-        changed = sorted(before ^ set(corpus.speakers))
-        if changed:
-            raise ValueError(
-                f"{file}: the training speakers have changed since this run began "
-                f"({len(before)} then, {len(corpus.speakers)} now; {', '.join(changed[:5])}). "
-                "Give a new --output_folder"
-            )
-    else:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        encoder.save(file)
-    return encoder

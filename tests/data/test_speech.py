@@ -8,10 +8,10 @@ import pytest
 import soundfile
 import torch
 
+from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.speech import (
     prepare_speech,
     read_audio,
-    speaker_encoder,
     speech_dataset,
 )
 
@@ -194,11 +194,11 @@ def test_scan_cache_is_json(corpus):
 
 def test_the_encoder_is_kept_and_a_change_of_speakers_is_refused(corpus):
     found = prepare(corpus)
-    first = speaker_encoder(found, corpus / "save/label_encoder.txt")
+    first = class_encoder(found.speakers, corpus / "save/label_encoder.txt")
     assert first.lab2ind == {"a": 0, "b": 1}
-    again = speaker_encoder(found, corpus / "save/label_encoder.txt")
+    again = class_encoder(found.speakers, corpus / "save/label_encoder.txt")
     assert again.lab2ind == first.lab2ind
     for utterance in "01":
         write(corpus / "wav/new/s0" / f"{utterance}.wav")
-    with pytest.raises(ValueError, match=r"speakers have changed .*new"):
-        speaker_encoder(prepare(corpus), corpus / "save/label_encoder.txt")
+    with pytest.raises(ValueError, match=r"classes have changed .*new"):
+        class_encoder(prepare(corpus).speakers, corpus / "save/label_encoder.txt")

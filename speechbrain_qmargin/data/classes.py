@@ -1,0 +1,128 @@
+"""Training classes, speakers or identities: who is trained on, who validates, which label."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from speechbrain_qmargin.scoring.trials import speaker_in
+
+__all__ = ["all_pairs", "class_encoder", "held_out_for_validation", "training_classes"]
+
+logger = logging.getLogger(__name__)
+
+
+def training_classes(
+    items: Mapping[str, Sequence[str]],
+    held_out: set[str],
+    *,
+    listed: str | Path | None = None,
+    minimum: int = 1,
+    names: tuple[str, str] = ("speakers", "utterances"),
+) -> list[str]:
+    """The classes to train on, sorted.
+
+    Parameters
+    ----------
+    items : mapping from class to its usable items
+    held_out : set
+        Classes that trials name.
+    listed : path, optional
+        A file of classes to train on, one a line; otherwise all that are not held out.
+    minimum : int
+        Classes with fewer items are dropped, with a warning that names them.
+    names : tuple
+        What classes and items are called in messages.
+
+    Raises
+    ------
+    ValueError
+        The file names unknown classes or ones that trials name.
+
+    Examples
+    --------
+    >>> training_classes({"ann": ["1", "2"], "bob": ["1", "2"], "eve": ["1", "2"]}, {"eve"})
+    ['ann', 'bob']
+    """
+    classes, what = names
+    chosen = sorted(set(items) - held_out)
+    if listed is not None:
+        chosen = sorted(set(Path(listed).read_text(encoding="utf-8").split()))
+        unknown = [name for name in chosen if name not in items]
+        shared = sorted(set(chosen) & held_out)
+        if unknown:
+            raise ValueError(f"{listed}: no usable {what} of {', '.join(unknown[:5])}")
+        if shared:
+            raise ValueError(
+                f"{listed}: {', '.join(shared[:5])} also appear in a trial list; training and "
+                f"trials must not share {classes}"
+            )
+    few = {name for name in chosen if len(items[name]) < minimum}
+    if few:
+        logger.warning(
+            f"{len(few)} {classes} with fewer than {minimum} usable {what} are not trained on: "
+            f"{', '.join(sorted(few)[:10])}{' ...' if len(few) > 10 else ''}"
+        )
+    return [name for name in chosen if name not in few]
+
+
+def held_out_for_validation(
+    items: Mapping[str, Sequence[str]], classes: list[str], count: int
+) -> tuple[list[str], set[str]]:
+    """The classes that stay, and up to ten items, evenly spread, of each of `count` others.
+
+    Who is held out depends on the number of classes alone.
+    """
+    order = np.random.default_rng(0).permutation(len(classes))[:count]
+    chosen = {classes[i] for i in order}
+    members = {name for one in chosen for name in items[one][:: max(1, len(items[one]) // 10)][:10]}
+    return [name for name in classes if name not in chosen], members
+
+
+def all_pairs(names: Iterable[str]) -> str:
+    """Trials of every pair, ``label enrolment test`` a line; a class is an id's first part.
+
+    Examples
+    --------
+    >>> print(all_pairs(["ann/1", "ann/2", "bob/1"]), end="")
+    1 ann/1 ann/2
+    0 ann/1 bob/1
+    0 ann/2 bob/1
+    """
+    return "".join(
+        f"{int(speaker_in(a) == speaker_in(b))} {a} {b}\n"
+        for a, b in combinations(sorted(names), 2)
+    )
+
+
+def class_encoder(classes: Iterable[str], file: str | Path):
+    """SpeechBrain's CategoricalEncoder over the classes in sorted order, kept in `file`.
+
+    Raises
+    ------
+    ValueError
+        `file` is of a run on other classes, whose classifier would not fit.
+    """
+    from speechbrain.dataio.encoder import CategoricalEncoder
+
+    classes, file = sorted(classes), Path(file)
+    encoder = CategoricalEncoder()
+    encoder.update_from_iterable(classes)
+    encoder.expect_len(len(classes))
+    if file.is_file():
+        before = set(CategoricalEncoder.from_saved(file).lab2ind)
+        changed = sorted(before ^ set(classes))
+        if changed:
+            raise ValueError(
+                f"{file}: the training classes have changed since this run began "
+                f"({len(before)} then, {len(classes)} now; {', '.join(changed[:5])}). "
+                "Give a new --output_folder"
+            )
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        encoder.save(file)
+    return encoder
