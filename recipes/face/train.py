@@ -7,11 +7,12 @@ with the same settings, it resumes, or says that it is done.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from speechbrain_qmargin.brain import FaceBrain
 from speechbrain_qmargin.data.classes import class_encoder
-from speechbrain_qmargin.data.face_formats import FaceRecords, read_bin
+from speechbrain_qmargin.data.face_formats import FaceRecords, FaceShards, read_bin
 from speechbrain_qmargin.data.faces import face_dataset, prepare_faces
 from speechbrain_qmargin.experiment import pair_ids
 from speechbrain_qmargin.recipe import Datasets, Task, train_verifier
@@ -26,11 +27,11 @@ def prepare(settings):
     )
     sets = {Path(path).stem: read_bin(path) for path in settings["test_sets"]}
     pair_sets = {name: same for name, (_, same) in sets.items()}
-    if folder is not None and str(folder).endswith(".rec"):
+    if folder is not None and (stored := stored_faces(folder, settings["save_folder"])):
         if not sets or test is not None:
-            raise ValueError("a .rec has no identities to test on: give --test_sets '[lfw.bin]'")
-        classes = FaceRecords(folder).num_classes
-        return Task(classes, lambda hparams: record_datasets(folder, sets, hparams), {}, pair_sets)
+            raise ValueError(f"{folder} has no names to test on: give --test_sets '[lfw.bin]'")
+        classes = stored().num_classes
+        return Task(classes, lambda hparams: stored_datasets(stored, sets, hparams), {}, pair_sets)
     if folder is None:
         from speechbrain_qmargin.data.mini_faces import build_mini_faces
 
@@ -75,10 +76,19 @@ def folder_datasets(corpus, sets, hparams):
     return Datasets(train, face_dataset(corpus.test | pair_images(sets), size), valid)
 
 
-def record_datasets(path, sets, hparams):
-    """InsightFace's records to train on, its verification sets to test on."""
+def stored_faces(folder, save_folder):
+    """What opens a .rec or a folder of .tar shards; None for a folder of images."""
+    if str(folder).endswith(".rec"):
+        return partial(FaceRecords, folder)
+    if any(Path(folder).glob("*.tar")):
+        return partial(FaceShards, folder, index=Path(save_folder) / "shards.npz")
+    return None
+
+
+def stored_datasets(stored, sets, hparams):
+    """Records or shards to train on, InsightFace's verification sets to test on."""
     size, epochs = hparams["image_size"], hparams["epoch_counter"]
-    train = FaceRecords(path, size, flip=True, seed=hparams["seed"], epoch=lambda: epochs.current)
+    train = stored(image_size=size, flip=True, seed=hparams["seed"], epoch=lambda: epochs.current)
     return Datasets(train, face_dataset(pair_images(sets), size))
 
 

@@ -1,7 +1,7 @@
 """InsightFace's file formats, without MXNet and without executing what a file says.
 
 ``.rec`` with ``.idx`` (RecordIO of MXNet) hold training sets, ``.bin`` verification sets; faces are
-aligned to 112 x 112 by five landmarks.
+aligned to 112 x 112 by five landmarks. Shards in webdataset's layout are read beside them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import logging
 import os
 import pickle
 import struct
+import tarfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,12 +20,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from speechbrain_qmargin.data.faces import read_image
+from speechbrain_qmargin.data.faces import IMAGE_SUFFIXES, read_image
+from speechbrain_qmargin.files import replacing
 
 __all__ = [
     "ARCFACE_TEMPLATE",
     "FaceRecords",
+    "FaceShards",
     "Record",
     "align_face",
     "read_bin",
@@ -123,11 +129,61 @@ def write_records(path: str | Path, images: list[bytes], labels: list[int]) -> N
                 rec.write(b"\0" * (-len(part) % 4))
 
 
-class FaceRecords(Dataset):
-    """The images of a ``.rec`` file, read as they are asked for: MS1MV3, WebFace and the like.
+class _StoredFaces(Dataset):
+    """Images inside large files, read as they are asked for; a subclass says how one is read.
 
-    Of 42 M images the offsets are kept, 8 bytes each. A record that cannot be decoded is named in
-    a warning, and the next one takes its place.
+    An image that cannot be decoded is named in a warning, and the next one takes its place.
+    """
+
+    def __init__(self, image_size: int, flip: bool, seed: int, epoch: Callable[[], int]) -> None:
+        self.image_size, self.flip, self.seed, self.epoch = image_size, flip, seed, epoch
+        self.num_classes = 0
+        self.skipped: set[str] = set()
+        self._streams: dict[Path, BinaryIO] = {}
+        self._process = -1
+
+    def _stream(self, path: Path) -> BinaryIO:
+        if self._process != os.getpid():  # a stream for each worker
+            self._streams, self._process = {}, os.getpid()
+        if path not in self._streams:
+            self._streams[path] = path.open("rb")
+        return self._streams[path]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_streams": {}, "_process": -1}
+
+    def _image(self, row: int) -> tuple[bytes, int]:
+        """(encoded image, label); ValueError or OSError where it is broken."""
+        raise NotImplementedError
+
+    def _name(self, row: int) -> str:
+        raise NotImplementedError
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        for step in range(len(self)):
+            at = (row + step) % len(self)
+            name = self._name(at)
+            try:
+                content, label = self._image(at)
+                image = read_image(content, self.image_size)
+                if not 0 <= label < self.num_classes:
+                    raise ValueError(f"its label {label} is outside 0 to {self.num_classes - 1}")
+            except (OSError, ValueError) as error:
+                if name not in self.skipped:
+                    self.skipped.add(name)
+                    logger.warning(f"{name} is skipped, the next takes its place ({error})")
+                continue
+            if self.flip:
+                rng = np.random.default_rng([self.seed, self.epoch(), zlib.crc32(name.encode())])
+                image = image.flip(2) if rng.random() < 0.5 else image
+            return {"id": name, "image": image, "identity_encoded": torch.tensor([label])}
+        raise ValueError("no image can be decoded")
+
+
+class FaceRecords(_StoredFaces):
+    """The images of a ``.rec`` file: MS1MV3, WebFace and the like.
+
+    Of 42 M images the offsets are kept, 8 bytes each.
 
     Parameters
     ----------
@@ -157,14 +213,16 @@ class FaceRecords(Dataset):
     """
 
     def __init__(
-        self, path: str | Path, image_size: int = 112, *, flip: bool = False, seed: int = 0,
-        epoch=lambda: 0,
-    ) -> None:  # fmt: skip
-        self.path, self.image_size, self.flip = Path(path), image_size, flip
-        self.seed, self.epoch = seed, epoch
-        self._stream: BinaryIO | None = None
-        self._process = -1
-        self.skipped: set[int] = set()
+        self,
+        path: str | Path,
+        image_size: int = 112,
+        *,
+        flip: bool = False,
+        seed: int = 0,
+        epoch: Callable[[], int] = lambda: 0,
+    ) -> None:
+        super().__init__(image_size, flip, seed, epoch)
+        self.path = Path(path)
         index = self.path.with_suffix(".idx")
         for file in (self.path, index):
             if not file.is_file():
@@ -175,54 +233,122 @@ class FaceRecords(Dataset):
             raise ValueError(f"{index}: must have a key and an offset per line ({error})") from None
         if table.shape[1] != 2 or not len(table):
             raise ValueError(f"{index}: must have a key and an offset per line")
-        offsets = dict(zip(table[:, 0].tolist(), range(len(table)), strict=True))
-        self._offsets = table[:, 1]
-        self._keys = table[:, 0]
-        header = self._read(offsets[0]) if 0 in offsets else None
+        self._keys, self._offsets = table.T
+        first = np.flatnonzero(self._keys == 0)
+        header = self._read(int(first[0])) if len(first) else None
         if header is not None and len(header.labels) == 2 and not header.content:
-            first, last = (int(value) for value in header.labels)
-            images = (self._keys >= 1) & (self._keys < first)
-            self.num_classes = last - first
+            start, end = (int(value) for value in header.labels)
+            images = (self._keys >= 1) & (self._keys < start)
+            self.num_classes = end - start
         else:  # no header record: every record is an image
             images = np.ones(len(table), dtype=bool)
             labels = [int(self._read(row).labels[0]) for row in range(len(table))]
             self.num_classes = max(labels) + 1
-        self._offsets, self._keys = self._offsets[images], self._keys[images]
+        self._keys, self._offsets = self._keys[images], self._offsets[images]
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def _read(self, row: int) -> Record:
-        if self._stream is None or self._process != os.getpid():  # a stream for each worker
-            self._stream, self._process = self.path.open("rb"), os.getpid()
-        self._stream.seek(int(self._offsets[row]))
-        return read_record(self._stream)
+        stream = self._stream(self.path)
+        stream.seek(int(self._offsets[row]))
+        return read_record(stream)
 
-    def __getstate__(self):
-        return self.__dict__ | {"_stream": None}
+    def _name(self, row: int) -> str:
+        return f"{self.path.name}: record {self._keys[row]}"
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        for step in range(len(self)):
-            at = (row + step) % len(self)
-            key = int(self._keys[at])
-            try:
-                record = self._read(at)
-                image = read_image(record.content, self.image_size)
-                label = int(record.labels[0])
-                if not 0 <= label < self.num_classes:
-                    raise ValueError(f"its label {label} is outside 0 to {self.num_classes - 1}")
-            except (OSError, ValueError) as error:
-                if key not in self.skipped:
-                    self.skipped.add(key)
-                    logger.warning(
-                        f"{self.path}: record {key} is skipped, the next takes its place ({error})"
-                    )
-                continue
-            if self.flip:
-                rng = np.random.default_rng([self.seed, self.epoch(), key])
-                image = image.flip(2) if rng.random() < 0.5 else image
-            return {"id": str(key), "image": image, "identity_encoded": torch.tensor([label])}
-        raise ValueError(f"{self.path}: no record of it can be decoded")
+    def _image(self, row: int) -> tuple[bytes, int]:
+        record = self._read(row)
+        return record.content, int(record.labels[0])
+
+
+class FaceShards(_StoredFaces):
+    """The images of webdataset shards: ``.tar`` files of ``<key>.jpg`` and ``<key>.cls``.
+
+    Plain tar files are read at random by offset, so training shuffles over all shards. Their
+    headers are read once; `index` keeps what was found, and is made anew when a shard changes.
+
+    Parameters
+    ----------
+    folder : path
+    image_size, flip, seed, epoch
+        As :class:`FaceRecords`.
+    index : path, optional
+        An ``.npz`` file for the offsets and labels, 20 bytes an image.
+    progress : bool
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No shards; a shard that is cut off, compressed, or has an image without its ``.cls``: named.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        image_size: int = 112,
+        *,
+        flip: bool = False,
+        seed: int = 0,
+        epoch: Callable[[], int] = lambda: 0,
+        index: str | Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        super().__init__(image_size, flip, seed, epoch)
+        self.shards = sorted(Path(folder).glob("*.tar"))
+        if not self.shards:
+            raise FileNotFoundError(f"{folder}: no .tar shards there")
+        states = [(shard.stat().st_size, shard.stat().st_mtime_ns) for shard in self.shards]
+        found = None
+        if index is not None and Path(index).is_file():
+            with np.load(index, allow_pickle=False) as saved:
+                if saved["states"].tolist() == [list(state) for state in states]:
+                    found = {key: saved[key] for key in ("shard", "offset", "size", "label")}
+        if found is None:
+            shards = tqdm(self.shards, "reading shards", disable=not progress, leave=False)
+            rows = [row for number, shard in enumerate(shards) for row in _members(number, shard)]
+            columns = zip(*rows, strict=True)
+            found = {
+                key: np.array(column, dtype=np.int64)
+                for key, column in zip(("shard", "offset", "size", "label"), columns, strict=True)
+            }
+            if index is not None:
+                with replacing(Path(index)) as partial, partial.open("wb") as stream:
+                    np.savez(stream, states=np.array(states), **found)
+        self._index = found
+        self.num_classes = int(found["label"].max()) + 1
+
+    def __len__(self) -> int:
+        return len(self._index["label"])
+
+    def _name(self, row: int) -> str:
+        shard = self.shards[int(self._index["shard"][row])].name
+        return f"{shard}: the image at byte {self._index['offset'][row]}"
+
+    def _image(self, row: int) -> tuple[bytes, int]:
+        at = {key: int(column[row]) for key, column in self._index.items()}
+        stream = self._stream(self.shards[at["shard"]])
+        stream.seek(at["offset"])
+        return stream.read(at["size"]), at["label"]
+
+
+def _members(number: int, shard: Path) -> list[tuple[int, int, int, int]]:
+    """(shard, offset, size, label) of the images of a tar file, in its order."""
+    images, labels = {}, {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                key, _, suffix = member.name.rpartition(".")
+                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                    images[key] = (member.offset_data, member.size)
+                elif suffix == "cls":
+                    labels[key] = int(tar.extractfile(member).read())
+    except (tarfile.TarError, ValueError) as error:
+        raise ValueError(f"{shard}: not a plain tar file of images and labels ({error})") from None
+    missing = [key for key in images if key not in labels]
+    if missing:
+        raise ValueError(f"{shard}: {len(missing)} images have no .cls, the first is {missing[0]}")
+    return [(number, *place, labels[key]) for key, place in images.items()]
 
 
 # ------------------------------------------------------------------------- verification sets

@@ -4,6 +4,7 @@ import io
 import logging
 import pickle
 import struct
+import tarfile
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from speechbrain_qmargin.data.face_formats import (
     ARCFACE_TEMPLATE,
     FaceRecords,
+    FaceShards,
     align_face,
     read_bin,
     read_record,
@@ -118,8 +120,8 @@ def test_a_corrupt_record_is_named_and_the_next_takes_its_place(records, caplog)
     data = FaceRecords(records, 16)
     with caplog.at_level(logging.WARNING):
         item = data[1]
-    assert item["id"] == "3"
-    assert data.skipped == {2}
+    assert item["id"] == "train.rec: record 3"
+    assert data.skipped == {"train.rec: record 2"}
     assert "record 2 is skipped" in caplog.text
 
 
@@ -188,3 +190,40 @@ def test_bad_landmarks_are_refused():
         align_face(image, np.ones((5, 2)))
     with pytest.raises(ValueError, match="must be"):
         align_face(image, np.ones((4, 2)))
+
+
+def write_shard(path, images, labels):
+    with tarfile.open(path, "w") as tar:
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            for suffix, content in (("png", image), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def test_shards_are_read_at_random_and_their_index_is_kept(tmp_path, caplog):
+    write_shard(tmp_path / "0.tar", [encoded(10), encoded(20)], [0, 1])
+    write_shard(tmp_path / "1.tar", [encoded(30), b"no image"], [1, 2])
+    index = tmp_path / "index.npz"
+    for _ in range(2):  # the second time from the index
+        data = FaceShards(tmp_path, 16, index=index, progress=False)
+        assert (len(data), data.num_classes) == (4, 3)
+        assert [data[i]["identity_encoded"].item() for i in (2, 0, 1)] == [1, 0, 1]
+    assert data[3]["identity_encoded"].item() == 0  # the next, from the beginning
+    assert "1.tar: the image at byte" in caplog.text
+    loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=2)
+    assert len(torch.cat([batch["identity_encoded"] for batch in loader])) == 4
+    write_shard(tmp_path / "1.tar", [encoded(30)], [4])
+    assert FaceShards(tmp_path, 16, index=index, progress=False).num_classes == 5
+
+
+def test_shards_that_do_not_fit_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no \.tar shards"):
+        FaceShards(tmp_path)
+    (tmp_path / "0.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(ValueError, match=r"0\.tar: not a plain tar"):
+        FaceShards(tmp_path, progress=False)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"))
+    with pytest.raises(ValueError, match=r"1 images have no \.cls, the first is a"):
+        FaceShards(tmp_path, progress=False)
