@@ -1,14 +1,17 @@
 """What a training step of the head costs at a million classes, contender by contender.
 
-    python benchmarks/head.py                                   the table, C = 1,000,000, D = 192
-    python benchmarks/head.py --dim 512 --contenders qmargin    the face size
-    python benchmarks/head.py --sweep --contenders qmargin      C from 1e4 to 1e7, with a picture
+    python benchmarks/head.py --records head.jsonl     the tables, C = 1,000,000, D = 192 and 512
+    python benchmarks/head.py --records head.jsonl --sweep --picture docs/head_scaling.png
+    python benchmarks/head.py --roofline               what the machine reaches, and the bf16 pass
+
+Measurements are kept in --records and not made again: an interrupted run goes on, and parts that
+were run one by one (--dim, --contenders) make one table.
 
 A step is forward, backward and the update of the prototypes by SGD (no momentum, no decay). Every
 contender runs in a process of its own, in which its steps and the bare float32 product x W^T take
-turns, so that a drift of the machine's speed meets both; medians are printed. Memory is the peak of
-the resident set during a step beyond what is resident before it: weights, and the bf16 copy where
-there is one.
+turns, so that a drift of the machine's speed meets both; medians are printed, and a contender is
+compared with ours by these ratios. Memory is the peak of the resident set during a step beyond what
+is resident before it: weights, and the bf16 copy where there is one.
 
 Prototypes are random. Embeddings are their prototype plus noise of the given standard deviation in
 every coordinate; "none": embeddings independent of the prototypes, as in an untrained network.
@@ -21,12 +24,13 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
-from speechbrain_qmargin.head.search import search
+from speechbrain_qmargin.head.search import candidate_tau, posterior, refined, search
 
 LR = 0.01
 SETTINGS = {192: [(1.25, 32, 0.05), (1.25, 32, 0.3), (1.5, 10, 0.05), (1.25, 32, None)]}
@@ -60,28 +64,33 @@ class QMargin:
         return float(loss.detach())
 
     def check(self, x, labels):
-        """Support, and the largest relative error of two samples' losses against float64."""
+        """Supports, and the losses and supports of four samples against float64.
+
+        Smallest and largest support, and two others. The error is relative to the sample's loss.
+        """
         head, own = self.head, self.head.prototypes()
-        unit = F.normalize(x.detach(), dim=1)
-        target = torch.linalg.vecdot(unit, own.unit(labels))
-        parameters = head.alpha, head.scale, head.margin
-        found = search(unit, labels, target, own, *parameters)
-        candidates, tau = found
-        active = candidates.cosines * head.scale > (tau - 1 / (head.alpha - 1)).unsqueeze(1)
+        x = x.detach()
+        parameters = alpha, scale, margin = head.alpha, head.scale, head.margin
+        unit, exact = F.normalize(x, dim=1), F.normalize(x.double(), dim=1)
+        target = torch.linalg.vecdot(exact, own.unit(labels, torch.float64))
+        found = search(unit, labels, target.float(), own, *parameters)
+        candidates = refined(exact, *found, own, alpha, scale)
+        logits = candidates.cosines * scale
+        tau = candidate_tau(logits, target * scale, alpha, -scale * margin)
+        active = posterior(logits, tau, alpha) > 0
         counts = active.sum(1)
-        rows = torch.stack((counts.argmin(), counts.argmax()))
-        got = head(x[rows].detach()).q_margin_loss(labels[rows], *parameters, reduction="none")
+        rows = torch.stack((counts.argmin(), counts.argmax(), *torch.arange(2)))
+        got = head(x[rows]).q_margin_loss(labels[rows], *parameters, reduction="none")
+        theta = [
+            scale * exact[rows] @ F.normalize(part.double(), dim=1).T
+            for part in self.weight.detach().split(65536)
+        ]
         error, same = 0.0, True
-        for row, value in zip(rows.tolist(), got.tolist(), strict=True):
-            theta = torch.cat(
-                [part.double() @ unit[row].double() for part in self.weight.detach().split(65536)]
-            )
-            norms = torch.cat([p.double().norm(dim=1) for p in self.weight.detach().split(65536)])
-            theta = head.scale * theta / norms
-            wanted, support = loss64(theta, int(labels[row]), *parameters)
-            error = max(error, abs(value - wanted) / max(wanted, 1e-6))
-            mine = set(candidates.classes[row][active[row]].tolist())
-            same = same and mine == support - {int(labels[row])}
+        for row, value, mine in zip(rows.tolist(), got.tolist(), torch.cat(theta, 1), strict=True):
+            wanted, support = loss64(mine, int(labels[row]), *parameters)
+            error = max(error, abs(value - wanted) / max(wanted, 1e-8))
+            found = set(candidates.classes[row][active[row]].tolist())
+            same = same and found == support - {int(labels[row])}
         return {
             "support_mean": counts.double().mean().item(),
             "support_max": int(counts.max()),
@@ -96,6 +105,11 @@ def loss64(theta, label, alpha, scale, margin):
     log_q[label] = -scale * margin
     low = float((theta - torch.expm1(log_q * (1 - alpha)) / (alpha - 1)).max())
     high = float(theta.max()) + len(theta) ** (alpha - 1) / (alpha - 1)
+    # tau >= low: the others are inactive; the target stays, first
+    rest = theta > low - 1 / (alpha - 1)
+    rest[label] = False
+    names = torch.cat([torch.tensor([label]), rest.nonzero().squeeze(1)])
+    theta, log_q = theta[names], log_q[names]
 
     def posterior(tau):
         return log_q.exp() * (1 + (alpha - 1) * (theta - tau)).clamp(min=0) ** (1 / (alpha - 1))
@@ -105,9 +119,9 @@ def loss64(theta, label, alpha, scale, margin):
         low, high = (middle, high) if float(posterior(middle).sum()) > 1 else (low, middle)
     p = posterior(low)
     power = (log_q * (1 - alpha)).exp()
-    loss = float(p @ theta - theta[label])
-    loss += float(power[label] - (power * p**alpha).sum()) / (alpha * (alpha - 1))
-    return loss, set(p.nonzero().squeeze(1).tolist())
+    loss = float(p @ (theta - theta[0]))
+    loss += float(power[0] - (power * p**alpha).sum()) / (alpha * (alpha - 1))
+    return loss, set(names[p > 0].tolist())
 
 
 class LeanCosFace:
@@ -222,6 +236,15 @@ CONTENDERS = {
 }
 
 
+LABELS = {
+    "qmargin": "Q-Margin, this package (exact)",
+    "partial_fc": "Partial FC at 0.1 (sampled)",
+    "cosface": "CosFace, lean",
+    "paper": "Q-Margin as in its paper",
+    "speechbrain": "SpeechBrain AAM",
+}
+
+
 # ------------------------------------------------------------------ measuring
 
 
@@ -275,18 +298,78 @@ def work(name, classes, dim, batch, alpha, scale, noise, repetitions, bare) -> d
     return result
 
 
-def measure(args, name, classes, alpha, scale, noise) -> dict:
-    """`work` in a process of its own."""
+def median_seconds(action, repetitions: int = 5) -> float:
+    action()
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def roofline(classes: int, dim: int, batch: int) -> None:
+    """The bf16 pass over the prototypes against the machine's bf16 product and memory."""
+    from speechbrain_qmargin.head.search import _CHUNK, _surviving_rows
+
+    torch.manual_seed(0)
+    head = QMarginHead(dim, classes)
+    own = head.prototypes()
+    x = F.normalize(own.weight[:batch] + 0.05 * torch.randn(batch, dim), dim=1)
+    columns, cached = x.bfloat16().T.contiguous(), own.screen[:1024].clone()
+    out = torch.empty(1024, batch, dtype=torch.bfloat16)
+    target, source = torch.empty_like(own.screen), own.screen
+    rate = (
+        64
+        * 2
+        * 1024
+        * dim
+        * batch
+        / median_seconds(lambda: [torch.mm(cached, columns, out=out) for _ in range(64)])
+    )
+    bandwidth = source.numel() * 2 / median_seconds(lambda: source.view(torch.int32).amax())
+    copied = 2 * source.numel() * 2 / median_seconds(lambda: target.copy_(source))
+    products = median_seconds(
+        lambda: [torch.mm(part, columns) for part in own.screen.split(_CHUNK)]
+    )
+    floor = torch.full((batch,), 0.4)
+    screened = median_seconds(lambda: _surviving_rows(x, floor, own))
+    bare = median_seconds(lambda: x @ own.weight.T)
+    flops, size = 2.0 * classes * dim * batch, 2.0 * classes * dim
+    print(f"C = {classes:,}, D = {dim}, B = {batch}, {torch.get_num_threads()} threads")
+    print(f"bf16 product, rows in the cache: {rate / 1e9:.0f} GFLOP/s")
+    print(f"memory: {bandwidth / 1e9:.1f} GB/s read, {copied / 1e9:.1f} GB/s copied")
+    print(f"bf16 pass: {size / 1e6:.0f} MB, {flops / 1e9:.1f} GFLOP")
+    print(f"  at least {flops / rate:.3f} s by the product, {size / bandwidth:.3f} s by memory")
+    print(f"  products alone {products:.3f} s, {flops / products / 1e9:.0f} GFLOP/s")
+    print(f"  with comparison and survivors {screened:.3f} s, {flops / screened / 1e9:.0f} GFLOP/s")
+    print(f"bare float32 product {bare:.3f} s, {flops / bare / 1e9:.0f} GFLOP/s")
+
+
+def measure(args, name, classes, dim, alpha, scale, noise) -> dict:
+    """`work` in a process of its own, or what --records has of it."""
+    what = {"name": name, "classes": classes, "dim": dim, "batch": args.batch}
+    what |= {"alpha": alpha, "scale": scale, "noise": noise}
+    if args.records and args.records.exists():
+        for line in args.records.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if record.items() >= what.items():
+                return record
     noise_text = "none" if noise is None else str(noise)
     command = [sys.executable, __file__, "--worker", name, "--classes", str(classes)]
-    command += ["--dim", str(args.dim), "--batch", str(args.batch)]
+    command += ["--dim", str(dim), "--batch", str(args.batch)]
     command += ["--setting", str(alpha), str(scale), noise_text]
-    command += ["--repetitions", str(args.repetitions if name == "qmargin" else args.others)]
+    quick = name in ("qmargin", "partial_fc")
+    command += ["--repetitions", str(args.repetitions if quick else args.others)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"ended by signal {-done.returncode}"]
-        return {"failed": reason[0]}
-    return json.loads(done.stdout.splitlines()[-1])
+        return what | {"failed": reason[0]}
+    record = what | json.loads(done.stdout.splitlines()[-1])
+    if args.records:
+        with args.records.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    return record
 
 
 def picture(records: list[dict], path: str) -> None:
@@ -296,82 +379,104 @@ def picture(records: list[dict], path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
     for axis, key, label in (
         (axes[0], "seconds", "seconds a step"),
-        (axes[1], "peak_mb", "MB beyond the resident weights"),
+        (axes[1], "peak_mb", "peak MB beyond the resident weights"),
     ):
         for name in dict.fromkeys(record["name"] for record in records):
             points = [(r["classes"], r[key]) for r in records if r["name"] == name and key in r]
-            axis.loglog(*zip(*points, strict=True), marker="o", label=name)
+            style = dict(linewidth=2.5, zorder=3) if name == "qmargin" else {}
+            axis.loglog(*zip(*points, strict=True), marker="o", label=LABELS[name], **style)
         axis.set(xlabel="classes", ylabel=label)
-        axis.grid(True, which="both", alpha=0.3)
-    axes[0].legend()
+        axis.grid(True, which="major", alpha=0.4)
+    low, high = axes[0].get_xlim()
+    seconds = [r["seconds"] for r in records if (r["name"], r["classes"]) == ("qmargin", 1_000_000)]
+    if seconds:
+        ends = [seconds[0] * c / 1e6 for c in (low, high)]
+        axes[0].loglog((low, high), ends, "k:", linewidth=1, label="linear in the classes")
+        axes[0].set_xlim(low, high)
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def line(record: dict, ours: list[float]) -> str:
+    """A row of the table; `ours`: our ratios to the product, of the settings to compare with."""
+    r = record
+    text = f"| {r['name']} | {r['classes']:,} | {r['dim']} "
+    text += f"| {r['alpha']:g}, {r['scale']:g}, {r['noise'] or 'untrained'} |"
+    if "failed" in r:
+        return text + f" failed: {r['failed']} | | | | |"
+    times = ""
+    if ours and r["name"] != "qmargin" and "ratio" in r:
+        times = " / ".join(f"{r['ratio'] / each:.1f}" for each in ours)
+    ratio = f"{r['ratio']:.2f}" if "ratio" in r else ""
+    check = ""
+    if "support_mean" in r:
+        check = f"{r['support_mean']:.0f}, at most {r['support_max']}; "
+        check += "same" if r["same_support"] else "DIFFERS"
+        check += f", loss within {r['loss_error']:.0e}"
+    return text + f" {r['seconds']:.3f} s | {ratio} | {times} | {r['peak_mb']:.0f} | {check} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--classes", type=int, default=1_000_000)
-    parser.add_argument("--dim", type=int, default=192)
+    parser.add_argument("--dim", type=int, nargs="+", default=[192, 512])
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--repetitions", type=int, default=9, help="of ours and Partial FC")
     parser.add_argument("--others", type=int, default=3, help="repetitions of the slow contenders")
-    parser.add_argument("--sweep", action="store_true", help="C = 1e4 .. --largest instead")
-    parser.add_argument("--largest", type=int, default=10_000_000)
-    parser.add_argument("--largest-other", type=int, default=1_000_000)
-    parser.add_argument("--picture", default="head.png")
+    parser.add_argument("--records", type=Path, help="JSON lines: measurements made and to reuse")
+    parser.add_argument("--sweep", action="store_true", help="C = 1e4 .. 1e7 at D = 192 instead")
+    parser.add_argument("--picture", default="head_scaling.png", help="of the sweep")
+    parser.add_argument("--roofline", action="store_true", help="what the machine reaches instead")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--setting", nargs=3, help="alpha scale noise; one instead of the list")
     args = parser.parse_args()
-    settings = SETTINGS.get(args.dim, SETTINGS[192])
+    given = None
     if args.setting:
         alpha, scale, noise = args.setting
-        noise = None if noise == "none" else float(noise)
-        settings = [(float(alpha), float(scale), noise)]
+        given = float(alpha), float(scale), None if noise == "none" else float(noise)
     if args.worker:
         bare = args.classes <= 2_000_000
-        print(
-            json.dumps(
-                work(
-                    *(args.worker, args.classes, args.dim, args.batch),
-                    *(*settings[0], args.repetitions, bare),
-                )
-            )
-        )
+        sizes = args.classes, args.dim[0], args.batch
+        print(json.dumps(work(args.worker, *sizes, *given, args.repetitions, bare)))
+        return
+    if args.roofline:
+        for dim in args.dim:
+            roofline(args.classes, dim, args.batch)
         return
 
+    plan = []  # ours first: the others are compared with it
+    for dim in [192] if args.sweep else args.dim:
+        settings = [given] if given else SETTINGS.get(dim, SETTINGS[192])
+        for classes in [10**4, 10**5, 10**6, 10**7] if args.sweep else [args.classes]:
+            for name in args.contenders:
+                if classes > 2_000_000 and name not in ("qmargin", "partial_fc"):
+                    continue  # more memory than most machines have
+                # the others' arithmetic does not depend on the data; their size is D = 192
+                if name == "qmargin" and not args.sweep:
+                    plan += [(name, classes, dim, *each) for each in settings]
+                elif args.sweep or dim == 192 or name == "partial_fc":
+                    plan.append((name, classes, dim, *settings[0]))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, B = {args.batch}")
-    print("| contender | C | D | alpha, s, noise | step | over x W^T | peak MB | support, check |")
-    print("|---|---|---|---|---|---|---|---|")
-    records = []
-    sizes = [10_000, 100_000, 1_000_000, 10_000_000] if args.sweep else [args.classes]
-    for classes in sizes:
-        for name in args.contenders:
-            limit = args.largest if name == "qmargin" else args.largest_other
-            if args.sweep and classes > limit:
-                continue
-            # the others' arithmetic does not depend on the data
-            whole = name == "qmargin" and not args.sweep
-            for alpha, scale, noise in settings if whole else settings[:1]:
-                found = measure(args, name, classes, alpha, scale, noise)
-                where = f"| {name} | {classes:,} | {args.dim} | {alpha:g}, {scale:g}, {noise} |"
-                if "failed" in found:
-                    print(where, f"failed: {found['failed']} | | | |", flush=True)
-                    continue
-                records.append({"name": name, "classes": classes, **found})
-                ratio = f"{found['ratio']:.2f}" if "ratio" in found else ""
-                check = ""
-                if "support_mean" in found:
-                    check = f"{found['support_mean']:.0f}, at most {found['support_max']}; "
-                    check += "same as float64" if found["same_support"] else "DIFFERS from float64"
-                    check += f", loss within {found['loss_error']:.0e}"
-                print(
-                    where,
-                    f"{found['seconds']:.3f} s | {ratio} | {found['peak_mb']:.0f} | {check} |",
-                    flush=True,
-                )
+    print(
+        "| contender | C | D | alpha, s, noise | step | over x W^T | over ours | peak MB |", end=""
+    )
+    print(" support, check |\n|---|---|---|---|---|---|---|---|---|")
+    records: list[dict] = []
+    for each in plan:
+        found = measure(args, *each)
+        records.append(found)
+        ours = [
+            r["ratio"]
+            for r in records
+            if r["name"] == "qmargin"
+            and "ratio" in r
+            and (r["classes"], r["dim"]) == (found["classes"], found["dim"])
+        ]
+        print(line(found, ours), flush=True)
     if args.sweep:
         picture(records, args.picture)
         print(f"picture: {args.picture}")

@@ -167,11 +167,7 @@ def _search(x, labels, cos_y, prototypes, parameters, classes, comm):
     """As ``search.search``, for candidates in shards. None on all ranks if too many on one."""
     alpha, scale, margin = parameters
     log_q, k, target = -scale * margin, 1 / (alpha - 1), cos_y * scale
-    if prototypes.screen is None:
-        alone = _single_class_tau(target, alpha, torch.full_like(target, log_q))
-        floor = alone - k - 2 * rounding(alone, scale, x.shape[1])
-    else:
-        floor = _guess(x, target, prototypes, alpha, scale, log_q)
+    floor = _guess(x, labels, target, prototypes, alpha, scale, log_q)
     floor = comm.max(floor)
     found = _collect(x, labels, floor / scale, prototypes)
     if comm.any(found is None, x.device):

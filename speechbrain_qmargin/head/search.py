@@ -53,6 +53,7 @@ _CHUNK = 8192  # rows of a screening product: its output stays in the cache
 _BLOCK = 32768  # surviving rows scored in float32 at a time
 _SAMPLE = 16384  # rows the floor is guessed from
 _SAMPLE_TOP = 256
+_EXACT_TOP = 64  # of each chunk, where all classes are scored in float32
 _MAX_CANDIDATES = 4_000_000  # padded candidates of a batch: 16 MB a buffer
 _SHARE = 0.5  # of the estimated mass the guess relies on; lower is safer, higher tighter
 _EXACT_AT_ONCE = 4096  # rows computed again in float64
@@ -209,10 +210,20 @@ def candidate_tau(
 
 
 def _guess(
-    embeddings: Tensor, target: Tensor, prototypes: Prototypes, alpha, scale, log_q
+    embeddings: Tensor, labels: Tensor, target: Tensor, prototypes: Prototypes, alpha, scale, log_q
 ) -> Tensor:
-    """A floor [B] in logits that is probably, not certainly, below tau - k."""
+    """A floor [B] in logits that is probably, not certainly, below tau - k.
+
+    Without a bf16 copy, where classes are few, it is certain: tau of the largest float32 logits.
+    """
     classes = prototypes.weight.shape[0]
+    if prototypes.screen is None:
+        tops = [
+            cosines.topk(min(_EXACT_TOP, cosines.shape[1]), 1, sorted=False).values
+            for _, cosines in chunked_cosines(embeddings, labels, prototypes)
+        ]
+        tau = candidate_tau(torch.cat(tops, 1) * scale, target, alpha, log_q)
+        return tau - 1 / (alpha - 1) - 2 * rounding(tau, scale, embeddings.shape[1])
     stride = max(1, classes // _SAMPLE)
     rows = prototypes.screen[::stride][:_SAMPLE]
     scores = torch.mm(embeddings.to(rows.dtype), rows.T).float()
@@ -254,13 +265,7 @@ def search(
     """
     log_q, k = -scale * margin, 1 / (alpha - 1)
     target = target_cosine * scale
-    if prototypes.screen is None:
-        # as if every class had been found: the floor is the target's own lower bound
-        prior = torch.full_like(target, log_q)
-        alone = _single_class_tau(target, alpha, prior)
-        floor = alone - k - 2 * rounding(alone, scale, embeddings.shape[1])
-    else:
-        floor = _guess(embeddings, target, prototypes, alpha, scale, log_q)
+    floor = _guess(embeddings, labels, target, prototypes, alpha, scale, log_q)
     found = _collect(embeddings, labels, floor / scale, prototypes)
     if found is None:
         return None
