@@ -227,10 +227,15 @@ def _guess(
     stride = max(1, classes // _SAMPLE)
     rows = prototypes.screen[::stride][:_SAMPLE]
     scores = torch.mm(embeddings.to(rows.dtype), rows.T).float()
+    place = (labels // stride).clamp(0, rows.shape[0] - 1)
+    is_target = (place * stride == labels).unsqueeze(1)  # it is no competitor of itself
+    own = scores.gather(1, place.unsqueeze(1)).masked_fill(is_target, -math.inf)
+    scores.scatter_(1, place.unsqueeze(1), own)
     top = scores.topk(min(_SAMPLE_TOP, scores.shape[1]), 1, sorted=False).values * scale
     weight = max(1.0, _SHARE * classes / rows.shape[0])
-    # rounding and the target itself may lift the sample's scores: a little lower costs little
-    return candidate_tau(top, target, alpha, log_q, weight) - 1 / (alpha - 1)
+    # a target alone has the same tau here and in the end: rounding must not fail its certificate
+    tau = candidate_tau(top, target, alpha, log_q, weight)
+    return tau - 1 / (alpha - 1) - 2 * rounding(tau, scale, embeddings.shape[1])
 
 
 def rounding(tau: Tensor, scale: float, dim: int) -> Tensor:
