@@ -80,7 +80,15 @@ def resampled(signal: torch.Tensor, rate: int, wanted: int) -> torch.Tensor:
     >>> resampled(torch.zeros(8000), 8000, 16000).shape
     torch.Size([16000])
     """
-    return signal if rate == wanted else _resampler(rate, wanted)(signal)
+    if rate == wanted:
+        return signal
+    # The convolution rounds by the number of threads; a worker has one, the main process many
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _resampler(rate, wanted)(signal)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=16)

@@ -47,6 +47,14 @@ def temporal_statistics(frames: Tensor, lengths: Tensor | None = None) -> Tensor
     return torch.cat((mean.flatten(1), std.flatten(1)), 1)
 
 
+def _silence(frames: Tensor, kept: Tensor | None) -> Tensor:
+    """Zeros beyond the first `kept` [B] frames of [B, C, F, T]: what a convolution pads with."""
+    if kept is None:
+        return frames
+    beyond = torch.arange(frames.shape[3], device=frames.device) >= kept.unsqueeze(1)
+    return frames.masked_fill(beyond[:, None, None, :], 0.0)
+
+
 class _Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -60,9 +68,9 @@ class _Block(nn.Module):
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        y = _silence(F.relu(self.bn1(self.conv1(x))), kept)
+        return _silence(F.relu(self.bn2(self.conv2(y)) + self.shortcut(x)), kept)
 
 
 class ResNet34(nn.Module):
@@ -70,8 +78,9 @@ class ResNet34(nn.Module):
 
     Source: WeSpeaker (Wang et al. 2023), ``ResNet34`` with TSTP pooling and one embedding layer;
     parameters have its names. Time and frequency are halved three times. In a padded batch the
-    frames beyond an item's length do not enter its statistics; convolutions still see the padding
-    near the item's end, as they see the zeros beyond the last frame of an unpadded one.
+    frames beyond an item's length are zeroed before every convolution and do not enter the
+    statistics: in evaluation its embedding is that of the item alone, up to rounding. (In training
+    the batch normalisations still count the zeros.)
 
     Parameters
     ----------
@@ -109,6 +118,15 @@ class ResNet34(nn.Module):
         `lengths` [B] are relative lengths in (0, 1] of a padded batch.
         """
         y = x.transpose(1, 2).unsqueeze(1)
-        y = F.relu(self.bn1(self.conv1(y)))
-        y = self.layer4(self.layer3(self.layer2(self.layer1(y))))
+        kept = None
+        if lengths is not None:
+            kept = (lengths.to(y.device, torch.float32) * y.shape[3]).round().clamp(min=1)
+        y = _silence(F.relu(self.bn1(self.conv1(_silence(y, kept)))), kept)
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in layer:
+                if kept is not None and block.conv1.stride[1] == 2:
+                    kept = (kept / 2).ceil()
+                y = block(y, kept)
+        if kept is not None:
+            lengths = kept / y.shape[3]
         return self.seg_1(temporal_statistics(y, lengths)).unsqueeze(1)
