@@ -103,6 +103,7 @@ class Experiment:
         """
         tree = _round_trip(self.text)
         tree.update(known_now)
+        self.settings.update(known_now)  # the results say them too
         text = _dump(tree)
         hparams = load_hyperpyyaml(text)
         saved = self.output_folder / "experiment.yaml"
