@@ -3,12 +3,9 @@
     python benchmarks/compare_losses.py speech --models ecapa resnet34 --output OUT -- \
         --data_folder=DIR --verification_file=DIR/trials_test.txt \
         --train_speakers=DIR/train_speakers.txt
-    python benchmarks/compare_losses.py speech --models ecapa --plane --output OUT -- ...
 
 Every run is the recipe with ``--size small`` (options after ``--`` go to it) and another model,
 loss or seed; nothing else changes. Finished runs are kept: started again, it continues.
-``--plane`` trains Q-Margin over alpha, scale and margin instead, and draws EER and TAR@FAR=1e-2
-over the plane with the hard margin in every cell.
 """
 
 import argparse
@@ -23,7 +20,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from speechbrain_qmargin import hard_margin
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import evaluate
@@ -35,7 +31,6 @@ RECIPES = {
     "face": ("recipes/face/train.py", "hparams/face_qmargin.yaml"),
 }
 LOSSES = ["arcface", "cosface", "entmax", "sparsemax", "qmargin"]
-ALPHAS, SCALES = [1.25, 1.5, 1.75, 2.0], [5, 10, 20, 32]
 FIGURES = {"EER": "EER", "TAR@1e-2": "TAR@FAR=0.01", "TAR@1e-3": "TAR@FAR=0.001"}
 
 
@@ -56,11 +51,11 @@ def train(recipe: str, options: list[str], folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def train_all(args, runs: dict) -> dict:
-    """Results by key of {key: (options, folder)}."""
-    with ThreadPoolExecutor(args.jobs) as pool:
+def train_all(recipe: str, runs: dict, given: list[str], jobs: int) -> dict:
+    """Results by key of {key: (options, folder)}; `given` are options of every run."""
+    with ThreadPoolExecutor(jobs) as pool:
         futures = {
-            key: pool.submit(train, args.recipe, [*options, *args.options], folder)
+            key: pool.submit(train, recipe, [*options, *given], folder)
             for key, (options, folder) in runs.items()
         }
         return {key: future.result() for key, future in tqdm(futures.items(), "runs")}
@@ -143,7 +138,7 @@ def compare(args) -> None:
     for seed, model, loss in itertools.product(range(args.seeds), args.models, LOSSES):
         options = [f"--model={model}", f"--loss={loss}", f"--seed={seed}"]
         runs[model, loss, seed] = (options, args.output / f"{model}_{loss}_{seed}")
-    results = train_all(args, runs)
+    results = train_all(args.recipe, runs, args.options, args.jobs)
     systems = list(systems_of(next(iter(results.values()))))
     text = table(args, results)
     for system in systems:
@@ -158,84 +153,26 @@ def compare(args) -> None:
         plot_det(drawn, args.output / f"det_{model}.png", f"{model}, seed 0")
 
 
-def plane(args) -> None:
-    """One seed at every point of alpha x scale x margin; the mean over seeds where there are."""
-    (model,) = args.models
-    points = list(itertools.product(ALPHAS, SCALES, args.margins))
-    runs = {}
-    for seed, (alpha, scale, margin) in itertools.product(range(args.seeds), points):
-        options = [f"--model={model}", "--loss=qmargin", f"--seed={seed}"]
-        options += [f"--alpha={alpha}", f"--scale={scale}", f"--margin={margin}"]
-        runs[alpha, scale, margin, seed] = (
-            options,
-            args.output / f"{alpha}_{scale}_{margin}_{seed}",
-        )
-    results = train_all(args, runs)
-    figures = {"EER, %": "EER", "TAR@FAR=1e-2, %": "TAR@FAR=0.01"}
-    heads = ["alpha", "s", "m", "hard margin", *figures]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    values = {}
-    for point in points:
-        found = [results[(*point, seed)]["figures"] for seed in range(args.seeds)]
-        cells = [f"{value:g}" for value in point] + [f"{hard_margin(*point):.2f}"]
-        for figure in figures.values():
-            values[(*point, figure)] = 100 * np.mean([f[figure]["value"] for f in found])
-            cells.append(spread([f[figure]["value"] for f in found]))
-        lines.append("| " + " | ".join(cells) + " |")
-    write_text(args.output / "plane.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
-    draw_plane(values, figures, args.margins, args.output / "plane.png")
-
-
-def draw_plane(values: dict, figures: dict, margins: list[float], file: Path) -> None:
-    """A heat map of every figure and margin over alpha and scale, hard margins in the cells."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.4 * len(margins), 3.2 * len(figures)), layout="constrained")
-    axes = figure.subplots(len(figures), len(margins), sharex=True, sharey=True, squeeze=False)
-    for row, (title, name) in zip(axes, figures.items(), strict=True):
-        every = [values[(a, s, m, name)] for a in ALPHAS for s in SCALES for m in margins]
-        best = min(every) if name == "EER" else max(every)
-        for axis, margin in zip(row, margins, strict=True):
-            grid = np.array([[values[(a, s, margin, name)] for a in ALPHAS] for s in SCALES])
-            colours = "viridis_r" if name == "EER" else "viridis"
-            image = axis.imshow(
-                grid, origin="lower", cmap=colours, vmin=min(every), vmax=max(every), aspect="auto"
-            )
-            for (i, s), (j, a) in itertools.product(enumerate(SCALES), enumerate(ALPHAS)):
-                value = grid[i, j]
-                weight = "bold" if value == best else "normal"
-                text = f"{value:.1f}\nh {hard_margin(a, s, margin):.2f}"
-                axis.text(
-                    j, i, text, ha="center", va="center", fontsize=7, color="white", weight=weight
-                )
-            axis.set_xticks(range(len(ALPHAS)), [f"{a:g}" for a in ALPHAS])
-            axis.set_yticks(range(len(SCALES)), [f"{s:g}" for s in SCALES])
-            axis.set_title(f"{title}, m = {margin:g}", fontsize=9)
-        row[0].set_ylabel("scale s")
-        figure.colorbar(image, ax=list(row))
-    for axis in axes[-1]:
-        axis.set_xlabel("alpha")
-    figure.suptitle("h: hard margin in cosine; bold: best", fontsize=9)
-    figure.savefig(file, dpi=150)
+def recipe_options() -> tuple[list[str], list[str]]:
+    """The command line before and after ``--``."""
+    argv = sys.argv[1:]
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    options = argv[argv.index("--") + 1 :] if "--" in argv else []
+    argv, options = recipe_options()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=None, help="5; 1 with --plane")
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--plane", action="store_true", help="alpha x scale x margin instead")
-    parser.add_argument("--margins", nargs="+", type=float, default=[0.1, 0.2, 0.3])
-    args = parser.parse_args(argv[: argv.index("--")] if "--" in argv else argv)
-    args.options, args.seeds = options, args.seeds or (1 if args.plane else 5)
-    (plane if args.plane else compare)(args)
+    args = parser.parse_args(argv)
+    args.options = options
+    compare(args)
 
 
 if __name__ == "__main__":
