@@ -121,9 +121,9 @@ def load_encoder(folder: str | Path, device: str | torch.device = "cpu") -> Spea
     if _is_run(folder) and (folder / "inference" / "hyperparams.yaml").is_file():
         folder = folder / "inference"
     if _is_run(folder):
-        loaded = load_run(folder, PARTS)
+        modules, tree = load_run(folder, PARTS)
         logger.info(f"{folder} has no inference/; the average of its last epochs is taken")
-        return SpeakerEncoder(loaded, loaded["sample_rate"]).to(device)
+        return SpeakerEncoder(modules, tree["sample_rate"]).to(device)
     tree = _tree(folder / "hyperparams.yaml")
     modules = _build(tree, PARTS)
     if not (folder / "embedding_model.ckpt").is_file():
@@ -232,9 +232,9 @@ def export_run(run_folder: str | Path, **options: Any) -> Path:
     options = {"label_encoder": labels if labels.is_file() else None, **options}
     count = _labels(options["label_encoder"])
     few = count is not None and count <= options.get("max_classes", MAX_CLASSES)
-    loaded = load_run(run_folder, (*PARTS, "classifier") if few else PARTS)
+    modules, _ = load_run(run_folder, (*PARTS, "classifier") if few else PARTS)
     hyperparams, folder = run_folder / "hyperparams.yaml", run_folder / "inference"
-    return export_for_inference(hyperparams, loaded, folder, **options)
+    return export_for_inference(hyperparams, modules, folder, **options)
 
 
 def set_operating_point(folder: str | Path, point: OperatingPoint) -> None:
@@ -435,8 +435,8 @@ def _build(tree: Any, names) -> dict[str, Any]:
     return load_hyperpyyaml(_definitions(tree, names))
 
 
-def load_run(folder: Path, names) -> dict[str, Any]:
-    """Modules of a run, by name, with the average of its last epochs, and its ``sample_rate``."""
+def load_run(folder: Path, names) -> tuple[dict[str, nn.Module], Mapping[str, Any]]:
+    """Modules of a run, by name, with the average of its last epochs; the settings it ran with."""
     from speechbrain.utils.checkpoints import Checkpointer
 
     from speechbrain_qmargin.brain import load_average
@@ -447,7 +447,7 @@ def load_run(folder: Path, names) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder / 'save'}: no checkpoint of a finished epoch")
     modules = _build(tree, names)
     load_average(modules, checkpointer, tree.get("average_checkpoints", 1))
-    return {**modules, "sample_rate": tree.get("sample_rate")}
+    return modules, tree
 
 
 def _inference_yaml(tree: Any, saved: set[str], prototypes: Tensor | None) -> str:

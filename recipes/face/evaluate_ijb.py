@@ -34,7 +34,8 @@ SWITCH = argparse.BooleanOptionalAction
 
 def embed(ijb, args, cache):
     """The images of FOLDER/loose_crop by a run's model; interrupted, it goes on."""
-    model = load_run(Path(args.run), ["embedding_model"])["embedding_model"].to(args.device).eval()
+    modules, settings = load_run(Path(args.run), ["embedding_model"])
+    model = modules["embedding_model"].to(args.device).eval()
     digest = hashlib.sha256()
     for value in model.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())
@@ -51,6 +52,7 @@ def embed(ijb, args, cache):
         cache,
         args.batch_size,
         model=digest.hexdigest(),
+        image_size=settings["image_size"],
     )
 
 

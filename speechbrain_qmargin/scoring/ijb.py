@@ -475,17 +475,18 @@ def extract_ijb(
     batch_size: int = 128,
     *,
     model: str = "",
+    image_size: int = 112,
     workers: int = 4,
 ) -> ImageEmbeddings:
     """Embed every image of a protocol and its mirror image; interrupted, it goes on.
 
-    The images are aligned by their five landmarks to 112 x 112, RGB in [-1, 1].
+    The images are aligned by their five landmarks, RGB in [-1, 1].
 
     Parameters
     ----------
     embed : callable
-        From float32 [2 B, 3, 112, 112] on the CPU, images and then their mirror images, to
-        [2 B, D]. In evaluation mode: no statistics of a batch.
+        From float32 [2 B, 3, image_size, image_size] on the CPU, images and then their mirror
+        images, to [2 B, D]. In evaluation mode: no statistics of a batch.
     images_folder : path
         ``loose_crop``.
     ijb : IJB
@@ -497,6 +498,8 @@ def extract_ijb(
     model : str
         What tells the model from others, such as its checkpoint's SHA-256: a cache of another is
         refused.
+    image_size : int
+        What the model takes; ArcFace's template is scaled to it.
     workers : int
         Threads that decode and align.
 
@@ -529,7 +532,8 @@ def extract_ijb(
 
     def faces(start: int) -> list:
         rows = range(start, min(start + batch_size, total))
-        return [pool.submit(_aligned, images_folder / ijb.names[i], ijb.landmarks[i]) for i in rows]
+        places = ((images_folder / ijb.names[i], ijb.landmarks[i]) for i in rows)
+        return [pool.submit(_aligned, *place, image_size) for place in places]
 
     def keep() -> None:
         if array is not None:
@@ -585,8 +589,8 @@ def _refuse_missing(folder: Path, names: Sequence[str]) -> None:
         )
 
 
-def _aligned(path: Path, landmarks: np.ndarray) -> np.ndarray:
-    """An image, aligned: uint8 [112, 112, 3], RGB."""
+def _aligned(path: Path, landmarks: np.ndarray, size: int) -> np.ndarray:
+    """An image, aligned: uint8 [size, size, 3], RGB."""
     from speechbrain_qmargin.data.face_formats import align_face
 
     try:
@@ -600,7 +604,7 @@ def _aligned(path: Path, landmarks: np.ndarray) -> np.ndarray:
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from None
-    return np.asarray(align_face(pixels, landmarks, size=112))
+    return np.asarray(align_face(pixels, landmarks, size))
 
 
 # ------------------------------------------------------------------ templates

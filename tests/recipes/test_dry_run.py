@@ -4,26 +4,17 @@ Full-size models, the published schedules, every list with AS-norm, fine-tuning:
 that a lab runs for weeks is left out, so that it cannot rot.
 """
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from scripts import train
 
 from speechbrain_qmargin.data.mini_voxceleb import build_dry_run_tree
-
-ROOT = Path(__file__).parents[2]
+from speechbrain_qmargin.export import export_run
 
 
 def run(yaml, *options):
-    path = ROOT / "recipes" / "voxceleb" / "train.py"
-    spec = importlib.util.spec_from_file_location("voxceleb_train", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    argv = [str(ROOT / "hparams" / yaml), "--noprogressbar", "--device=cpu", "--num_workers=0"]
-    module.train_verifier(
-        [*argv, *map(str, options)], module.SpeakerBrain, module.prepare, module.export_run
-    )
+    train("voxceleb", yaml, "--num_workers=0", *options, finish=export_run)
 
 
 @pytest.mark.parametrize("model", ["ecapa", "resnet34"])

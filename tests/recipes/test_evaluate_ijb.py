@@ -1,29 +1,16 @@
 """The IJB recipe on a tiny tree in the official format."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from scripts import load
 
 from speechbrain_qmargin.scoring.ijb import read_ijb, save_image_embeddings
-
-ROOT = Path(__file__).parents[2]
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ijb")
-    write_ijb = load(ROOT / "tests/scoring/test_ijb.py").write_ijb
+    write_ijb = load("tests/scoring/test_ijb.py").write_ijb
     rows = write_ijb(folder / "IJBB", "IJBB", subjects=30)
     names = read_ijb(folder, "IJBB").names
     save_image_embeddings(folder / "images.npz", names, rows[:, 0], rows[:, 1])
@@ -31,7 +18,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_whole_evaluation(folder, capsys):
-    recipe = load(ROOT / "recipes/face/evaluate_ijb.py")
+    recipe = load("recipes/face/evaluate_ijb.py")
     recipe.main(["--ijb", str(folder), "--target", "IJBB", "--replicates", "50", "--all_options",
                  "--embeddings", str(folder / "images.npz"), "--output_folder",
                  str(folder / "out"), "--no-use_detector_score"])  # fmt: skip

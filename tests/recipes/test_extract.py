@@ -1,12 +1,10 @@
 """Embeddings of folders and lists, interruptions and broken audio included; trial lists."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import soundfile
 import torch
+from scripts import load
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_qmargin.data.audio import read_audio
@@ -35,11 +33,7 @@ modules:
 
 
 def script(name="extract"):
-    path = Path(__file__).parents[2] / "recipes" / "voxceleb" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"voxceleb_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(f"recipes/voxceleb/{name}.py")
 
 
 def make_run(folder, seed=0):

@@ -1,25 +1,18 @@
 """The face recipe from the command line to the results, on faces drawn for the test."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from scripts import train
 
 from speechbrain_qmargin.data import mini_faces
 
-ROOT = Path(__file__).parents[2]
 TINY = ["--depth=18", "--width=4", "--embedding_dim=16", "--image_size=32", "--batch_size=8"]
-TINY += ["--number_of_epochs=2", "--noprogressbar", "--device=cpu"]
+TINY += ["--number_of_epochs=2"]
 
 
 def run(*options, tiny=TINY):
-    path = ROOT / "recipes" / "face" / "train.py"
-    spec = importlib.util.spec_from_file_location("face_train", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    argv = [str(ROOT / "hparams" / "face_qmargin.yaml"), *tiny, *map(str, options)]
-    module.train_verifier(argv, module.FaceBrain, module.prepare)
+    train("face", "face_qmargin.yaml", *tiny, *options)
 
 
 @pytest.fixture(scope="module")

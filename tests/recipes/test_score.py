@@ -1,22 +1,16 @@
 """The scoring recipe: several lists from one set of embeddings."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import ROOT, load
 
 from speechbrain_qmargin.scoring.trials import read_scores, save_embeddings
 
-ROOT = Path(__file__).parents[2]
-
 
 def run(*options):
-    path = ROOT / "recipes" / "voxceleb" / "score.py"
-    spec = importlib.util.spec_from_file_location("voxceleb_score", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("recipes/voxceleb/score.py")
     module.main([str(ROOT / "hparams" / "score.yaml"), "--replicates=50", *map(str, options)])
 
 

@@ -1,6 +1,5 @@
 """The recipe over two gloo processes against one process with the same global batch."""
 
-import importlib.util
 import io
 import json
 import os
@@ -9,26 +8,17 @@ import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import ROOT, load
 
 from speechbrain_qmargin.data import mini_faces, mini_voices
 from speechbrain_qmargin.data.face_formats import write_records
 from speechbrain_qmargin.scoring.ijb import read_ijb
 from speechbrain_qmargin.scoring.trials import load_embeddings
 
-ROOT = Path(__file__).parents[2]
 BATCH = 8
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -111,27 +101,29 @@ def test_a_sparse_run_resumes_on_another_number_of_processes(corpus, tmp_path):
 
 
 def test_webface_in_small_trains_in_shards_resumes_and_is_scored_on_ijb(tmp_path, capsys):
-    """The YAML of 2 M identities: records, the sparse head over two ranks, .bin sets, IJB."""
+    """The YAML of 2 M identities with 1/1000 of them: records, shards over two ranks, .bin, IJB."""
 
     def png(face):
         stream = io.BytesIO()
         face.save(stream, format="PNG")
         return stream.getvalue()
 
-    faces = [png(mini_faces.draw_face((0, i), j, 32)) for i in range(60) for j in range(2)]
-    write_records(tmp_path / "train.rec", faces, [i // 2 for i in range(120)])
+    identities = 2060
+    faces = [png(mini_faces.draw_face((0, i), j, 32)) for i in range(identities) for j in range(2)]
+    write_records(tmp_path / "train.rec", faces, [i // 2 for i in range(len(faces))])
     same = [True, False] * 10
     images = [faces[0], faces[1], faces[2], faces[5]] * 10
     (tmp_path / "lfw.bin").write_bytes(pickle.dumps((images, same)))
     output = tmp_path / "out"
     options = ["--size=webface42m", f"--data_folder={tmp_path / 'train.rec'}", "--width=4"]
-    options += ["--batch_size=15", "--number_of_epochs=2", "--average_checkpoints=2"]
-    options += [f"--test_sets=[{tmp_path / 'lfw.bin'}]", "--num_workers=0", "--embedding_dim=32"]
+    options += ["--number_of_epochs=2", "--average_checkpoints=2"]
+    options += [f"--test_sets=[{tmp_path / 'lfw.bin'}]", "--num_workers=0", "--image_size=32"]
     options += [f"--output_folder={output}"]
     launch("face/train.py", "face_qmargin.yaml", 2, *options)
     results = json.loads((output / "results.json").read_text())
     assert results["settings"]["depth"] == 100
     assert results["settings"]["loss"] == "qmargin_face"
+    assert results["settings"]["out_n_neurons"] == identities
     accuracy, _ = results["pair_sets"]["lfw"]
     assert 0 <= accuracy["mean"] <= 1
     assert accuracy["pairs"] == 20
@@ -143,13 +135,13 @@ def test_webface_in_small_trains_in_shards_resumes_and_is_scored_on_ijb(tmp_path
     launch("face/train.py", "face_qmargin.yaml", 2, *options)
     assert losses_of(output) == pytest.approx(before, rel=1e-5)
 
-    write_ijb = load(ROOT / "tests/scoring/test_ijb.py").write_ijb
+    write_ijb = load("tests/scoring/test_ijb.py").write_ijb
     write_ijb(tmp_path / "IJBB", "IJBB", subjects=6)
     crops = tmp_path / "IJBB" / "loose_crop"
     crops.mkdir()
     for number, name in enumerate(read_ijb(tmp_path, "IJBB").names):
         mini_faces.draw_face((1, number % 6), number).save(crops / name)
-    evaluate = load(ROOT / "recipes/face/evaluate_ijb.py")
+    evaluate = load("recipes/face/evaluate_ijb.py")
     arguments = ["--ijb", tmp_path, "--target", "IJBB", "--run", output, "--replicates", 20]
     evaluate.main([str(a) for a in [*arguments, "--output_folder", tmp_path / "ijb"]])
     assert "TAR@FAR=0.0001" in capsys.readouterr().out

@@ -1,37 +1,23 @@
 """The recipe's script from the command line to the results, on corpora small enough for a test."""
 
 import functools
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import load, train
 
 from speechbrain_qmargin.data import mini_voices
 from speechbrain_qmargin.scoring.trials import load_embeddings, read_scores
 
-ROOT = Path(__file__).parents[2]
 TINY = ["--channels=8", "--attention_channels=8", "--embedding_dim=16", "--number_of_epochs=2"]
-TINY += ["--batch_size=4", "--sentence_len=0.5", "--noprogressbar", "--device=cpu"]
-
-
-def recipe():
-    path = ROOT / "recipes" / "voxceleb" / "train.py"
-    spec = importlib.util.spec_from_file_location("voxceleb_train", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+TINY += ["--batch_size=4", "--sentence_len=0.5"]
 
 
 def run(*options, module=None):
-    module = module or recipe()
-    module.train_verifier(
-        [str(ROOT / "hparams" / "qmargin.yaml"), *TINY, *map(str, options)],
-        module.SpeakerBrain,
-        module.prepare,
-    )
+    train("voxceleb", "qmargin.yaml", *TINY, *options, module=module)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +112,7 @@ def test_audio_broken_after_preparation_is_named(corpus, tmp_path, monkeypatch):
     folder = tmp_path / "copy"
     shutil.copytree(corpus.folder, folder)
     options = on(corpus, tmp_path / "out", folder=folder)
-    module = recipe()
+    module = load("recipes/voxceleb/train.py")
     whole = module.prepare_speech
 
     def prepare_then_break(*arguments, **settings):
@@ -143,10 +129,8 @@ def test_audio_broken_after_preparation_is_named(corpus, tmp_path, monkeypatch):
 def test_large_margin_fine_tuning_continues_a_run(corpus, tmp_path, capsys):
     output = tmp_path / "first"
     run(*on(corpus, output, "--alpha=1.75", "--scale=5"))
-    module = recipe()
-    argv = [str(ROOT / "hparams" / "qmargin_lm.yaml"), f"--pretrained={output}"]
-    argv += ["--number_of_epochs=1", "--sentence_len=0.7", "--noprogressbar", "--device=cpu"]
-    module.train_verifier(argv, module.SpeakerBrain, module.prepare)
+    options = [f"--pretrained={output}", "--number_of_epochs=1", "--sentence_len=0.7"]
+    train("voxceleb", "qmargin_lm.yaml", *options)
     assert "qmargin, ecapa, 1 epochs" in capsys.readouterr().out
     results = json.loads((output / "lm" / "results.json").read_text())
     settings = results["settings"]

@@ -471,7 +471,7 @@ def test_alignment_is_that_of_the_training_data(tmp_path):
     x, y = np.meshgrid(np.arange(112), np.arange(112))
     pixels = np.stack([x, 2 * y, 255 - x - y], axis=2).clip(0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "1.png")
-    found = module._aligned(tmp_path / "1.png", np.asarray(template, dtype=np.float32))
+    found = module._aligned(tmp_path / "1.png", np.asarray(template, dtype=np.float32), 112)
     assert (found.shape, found.dtype) == ((112, 112, 3), np.uint8)
     inner = slice(2, -2)
     assert np.abs(found.astype(int) - pixels)[inner, inner].max() <= 2
