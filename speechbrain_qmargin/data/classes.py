@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from speechbrain_qmargin.files import replacing
 from speechbrain_qmargin.scoring.trials import speaker_in
 
 __all__ = ["all_pairs", "class_encoder", "held_out_for_validation", "training_classes"]
@@ -123,6 +124,6 @@ def class_encoder(classes: Iterable[str], file: str | Path):
                 "Give a new --output_folder"
             )
     else:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        encoder.save(file)
+        with replacing(file) as partial:
+            encoder.save(partial)
     return encoder
