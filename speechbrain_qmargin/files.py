@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and where those lie that can be made again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "write_text"]
+__all__ = ["CACHE_VARIABLE", "cache_folder", "replacing", "write_text"]
+
+CACHE_VARIABLE = "SPEECHBRAIN_QMARGIN_CACHE"
+
+
+def cache_folder() -> Path:
+    """Where runs share what can be made again: generated corpora, durations.
+
+    It is the environment variable ``SPEECHBRAIN_QMARGIN_CACHE`` if that is set, else
+    ``~/.cache/speechbrain_qmargin``.
+    """
+    base = os.environ.get(CACHE_VARIABLE)
+    return (Path(base) if base else Path.home() / ".cache" / "speechbrain_qmargin").expanduser()
 
 
 @contextmanager

@@ -62,7 +62,6 @@ CORPUS_VERSION = 2
 """Raised whenever the same seed would give other samples or other lists."""
 
 SAMPLE_RATE = 16_000
-CACHE_VARIABLE = "SPEECHBRAIN_QMARGIN_CACHE"
 
 # What makes the task hard or easy. Spreads are standard deviations between speakers (VOICE_*) and
 # between sessions of one speaker (SESSION_*). As they are, an ECAPA-TDNN of half a million
@@ -305,17 +304,16 @@ def default_cache_folder(seed: int = 0) -> Path:
     Returns
     -------
     Path
-        ``mini_voices-<version>-<seed>`` below the environment variable
-        ``SPEECHBRAIN_QMARGIN_CACHE`` if that is set, else below ``~/.cache/speechbrain_qmargin``.
+        ``mini_voices-<version>-<seed>`` below :func:`~speechbrain_qmargin.files.cache_folder`.
 
     Examples
     --------
     >>> default_cache_folder(7).name
     'mini_voices-2-7'
     """
-    base = os.environ.get(CACHE_VARIABLE)
-    base = Path(base) if base else Path.home() / ".cache" / "speechbrain_qmargin"
-    return base.expanduser() / f"mini_voices-{CORPUS_VERSION}-{seed}"
+    from speechbrain_qmargin.files import cache_folder  # not in the workers, which import little
+
+    return cache_folder() / f"mini_voices-{CORPUS_VERSION}-{seed}"
 
 
 def build_mini_corpus(
@@ -581,6 +579,8 @@ def _naming_folder(folder: Path, needed: int) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
+        from speechbrain_qmargin.files import CACHE_VARIABLE
+
         at = f" at {error.filename}" if error.filename else ""
         raise OSError(
             error.errno,

@@ -7,23 +7,26 @@ names are never trained on.
 
 from __future__ import annotations
 
-import json
 import logging
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, inspect_audio, read_audio
+from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, read_audio
 from speechbrain_qmargin.data.augment import Augment
 from speechbrain_qmargin.data.classes import all_pairs, held_out_for_validation, training_classes
-from speechbrain_qmargin.data.voxceleb import audio_files, audio_roots
+from speechbrain_qmargin.data.durations import durations
+from speechbrain_qmargin.data.voxceleb import (
+    audio_files,
+    audio_roots,
+    training_roots,
+    warn_of_too_many_speakers,
+)
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.trials import Trials, read_trials, speaker_in
 
@@ -75,32 +78,40 @@ class _Audio:
     trials_only: bool
 
 
-def _scan(
-    folders: list[Path], trials_folders: list[Path], cache: Path, progress: bool
-) -> dict[str, _Audio]:
-    """Every audio file by its path from the speaker on; unchanged files are not reopened.
+def _scan(folders: list[Path], trials_folders: list[Path], progress: bool) -> dict[str, _Audio]:
+    """Every audio file by its path from the speaker on; each root is logged with what it holds.
 
-    The cache is keyed by each file's path, size and time of change, so it never goes stale, and is
-    written on the way, so that an interrupted scan goes on. Of an utterance that is there twice
-    (as m4a and decoded, or in two folders) the first is taken.
+    Of an utterance that is there twice (as m4a and decoded, or in two folders) the first is taken.
     """
-    found: dict[str, tuple] = {}
-    by_stem: dict[str, str] = {}
-    doubles = []
-    for folder in [*folders, *trials_folders]:
-        roots = audio_roots(folder)
+    found: dict[str, _Audio] = {}
+    by_stem: dict[str, str] = {}  # to its path
+    doubles, scanned = [], set()
+    for number, folder in enumerate([*folders, *trials_folders]):
+        trials_only = number >= len(folders)
+        roots = audio_roots(folder) if trials_only else training_roots(folder)
         count = 0
         for root in roots:
+            if root in scanned:  # trials of a folder that is trained on
+                count += 1
+                continue
+            scanned.add(root)
+            files = {}
             for name, entry in audio_files(root):
                 count += 1
                 stem = name.rsplit(".", 1)[0]
                 if stem in by_stem:
-                    doubles.append(f"{entry.path} is {found[by_stem[stem]][0]} again")
+                    doubles.append(f"{entry.path} is {by_stem[stem]} again")
                     continue
+                by_stem[stem] = entry.path
                 status = entry.stat()
-                by_stem[stem] = name
-                only = folder not in folders
-                found[name] = (entry.path, status.st_size, status.st_mtime_ns, only)
+                files[name] = (status.st_size, status.st_mtime_ns)
+            for name, (seconds, fault) in durations(root, files, progress=progress).items():
+                path = by_stem[name.rsplit(".", 1)[0]]
+                found[name] = _Audio(path, seconds, fault, trials_only)
+            logger.info(
+                f"{root}: {len(files):,} recordings of {len(set(map(speaker_in, files))):,} "
+                f"speakers, {'for trials alone' if trials_only else 'to train on or for trials'}"
+            )
         if not count:
             raise FileNotFoundError(
                 f"data_folder: no {', '.join(AUDIO_SUFFIXES)} file below "
@@ -108,31 +119,7 @@ def _scan(
             )
     if doubles:
         logger.warning(f"{len(doubles)} recordings are there twice, used once: {doubles[0]}")
-
-    known = {}
-    if cache.is_file():
-        try:
-            known = json.loads(cache.read_text())
-        except ValueError:
-            logger.warning(f"{cache} is damaged; reading the corpus again")
-    stale = [name for name, item in found.items() if known.get(name, {}).get("key") != [*item[:3]]]
-    if stale:
-        bar = tqdm(total=len(stale), desc="reading durations", unit="file", disable=not progress)
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, len(stale), 100_000):
-                for at in range(start, min(start + 100_000, len(stale)), 4096):
-                    names = stale[at : min(at + 4096, start + 100_000)]
-                    paths = [Path(found[name][0]) for name in names]
-                    checked = pool.map(inspect_audio, paths)
-                    for name, (seconds, fault) in zip(names, checked, strict=True):
-                        known[name] = {"key": found[name][:3], "seconds": seconds, "fault": fault}
-                        bar.update()
-                write_text(cache, json.dumps(known))
-        bar.close()
-    return {
-        name: _Audio(item[0], known[name]["seconds"], known[name]["fault"], item[3])
-        for name, item in sorted(found.items())
-    }
+    return dict(sorted(found.items()))
 
 
 def _named_lists(source: str | Path | Sequence | Mapping | None) -> dict[str, Path]:
@@ -292,10 +279,12 @@ def prepare_speech(
     data_folder : path or list of paths
         What is trained on, less the speakers of the trials: folders that hold
         ``wav/<speaker>/.../<utterance>.{wav,flac}`` or ``dev/aac/<speaker>/.../<utterance>.m4a``,
-        see :func:`~speechbrain_qmargin.data.voxceleb.audio_roots`.
+        see :func:`~speechbrain_qmargin.data.voxceleb.training_roots`: VoxCeleb2's test part is
+        left out.
     save_folder : path
-        Where the scan's cache, the resolved trial lists, ``missing.txt`` (of the trials) and
-        ``skipped_audio.txt`` are written.
+        Where the resolved trial lists, ``missing.txt`` (of the trials) and ``skipped_audio.txt``
+        are written. What the scan found is kept for all runs, see
+        :func:`~speechbrain_qmargin.data.durations.durations`.
     trials_folder : path or list of paths, optional
         Folders that only trials are taken from: nobody in them is trained on, be they in a list or
         not. For VoxCeleb1 beside training on VoxCeleb2.
@@ -332,7 +321,7 @@ def prepare_speech(
             raise FileNotFoundError(f"valid_file: {path} does not exist")
     if "valid" in lists and valid_list:
         raise ValueError("verification_file: the name 'valid' is that of the validation trials")
-    audio = _scan(folders, trials_folders, save_folder / "durations.json", progress)
+    audio = _scan(folders, trials_folders, progress)
 
     trials, held_out = _resolve_lists(lists | valid_list, audio, where, save_folder, allow_missing)
     resolved = {}
@@ -366,6 +355,7 @@ def prepare_speech(
     candidates = training_classes(
         by_speaker, held_out, listed=train_speakers, minimum=min_utterances
     )
+    warn_of_too_many_speakers(candidates)
     if valid_file is None and num_valid_speakers > 0:
         candidates, members["valid"] = held_out_for_validation(
             by_speaker, candidates, num_valid_speakers
@@ -428,6 +418,8 @@ def speech_dataset(
         Hz.
     crop : float, optional
         Seconds of a random crop, shorter recordings are repeated; None gives whole recordings.
+        Instead of a crop that cannot be read one of another utterance of the speaker is taken, the
+        same in every run, and a warning names the file; after 20 of them, or all, OSError.
     label_encoder : CategoricalEncoder, optional
         With it, items also carry ``spk_id_encoded``.
     epoch : callable
@@ -450,6 +442,8 @@ def speech_dataset(
     if len(speeds) > 1 and speeds[0] != 1.0:
         raise ValueError(f"speeds: {speeds} must begin with 1.0, whose classes are the speakers")
     draw = 0
+    by_speaker: dict[str, list[str]] = defaultdict(list)
+    broken: set[str] = set()
 
     def rng_of(name: str, *purpose: int) -> np.random.Generator:
         return np.random.default_rng([seed, epoch(), zlib.crc32(name.encode()), draw, *purpose])
@@ -457,21 +451,46 @@ def speech_dataset(
     def speed_of(name: str) -> int:
         return 0 if len(speeds) == 1 else int(rng_of(name, 1).integers(len(speeds)))
 
-    @takes("id", "wav", "duration", "spk_id")
+    def cropped(name: str, chosen: str, speed: float) -> torch.Tensor:
+        wav, duration = (manifest[chosen][key] for key in ("wav", "duration"))
+        start = rng_of(name).uniform(0, max(0.0, duration - crop * speed))
+        signal = read_audio(wav, sample_rate, start, crop, speed)
+        if signal.numel() == 0:
+            raise OSError(
+                f"{wav}: no samples at {start:.2f} s, though it once lasted {duration:.2f} s"
+            )
+        wanted = round(crop * sample_rate)
+        return signal.repeat(-(-wanted // signal.numel()))[:wanted]
+
+    def readable_crop(name: str, speaker: str, speed: float) -> torch.Tensor:
+        """A crop of the utterance, or of another one of the speaker where it cannot be read."""
+        chosen, tried = name, []
+        while True:
+            try:
+                return cropped(name, chosen, speed)
+            except OSError as error:
+                tried.append(chosen)
+                if not by_speaker:
+                    for one, item in manifest.items():
+                        by_speaker[item["spk_id"]].append(one)
+                left = [one for one in by_speaker[speaker] if one not in tried]
+                if not left or len(tried) == 20:
+                    raise OSError(
+                        f"{error}; {len(tried)} utterances of {speaker} were tried"
+                    ) from error
+                if chosen not in broken:
+                    broken.add(chosen)
+                    logger.warning(f"{error}; another utterance of {speaker} is taken instead")
+                chosen = left[int(rng_of(name, 3, len(tried)).integers(len(left)))]
+
+    @takes("id", "wav", "spk_id")
     @provides("sig")
-    def load(name: str, wav: str, duration: float, speaker: str) -> torch.Tensor:
+    def load(name: str, wav: str, speaker: str) -> torch.Tensor:
         speed = speeds[speed_of(name)]
         if crop is None:
             signal = read_audio(wav, sample_rate, speed=speed)
         else:
-            start = rng_of(name).uniform(0, max(0.0, duration - crop * speed))
-            signal = read_audio(wav, sample_rate, start, crop, speed)
-            if signal.numel() == 0:
-                raise OSError(
-                    f"{wav}: no samples at {start:.2f} s, though it once lasted {duration:.2f} s"
-                )
-            wanted = round(crop * sample_rate)
-            signal = signal.repeat(-(-wanted // signal.numel()))[:wanted]
+            signal = readable_crop(name, speaker, speed)
         return signal if augment is None else augment(signal, rng_of(name, 2), speaker)
 
     @takes("id", "spk_id")

@@ -1,6 +1,5 @@
 """Preparation of a folder in VoxCeleb layout."""
 
-import json
 import logging
 
 import numpy as np
@@ -97,8 +96,6 @@ def test_the_scan_follows_the_files_not_their_names(corpus):
     assert prepare(corpus).train["a/s0/0.flac"]["duration"] == pytest.approx(0.4)
     write(corpus / "wav/a/s0/0.flac", 0.9)
     assert prepare(corpus).train["a/s0/0.flac"]["duration"] == pytest.approx(0.9)
-    (corpus / "save/durations.json").write_text("{")
-    assert prepare(corpus).train["a/s0/0.flac"]["duration"] == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(
@@ -186,10 +183,47 @@ def test_read_audio(tmp_path):
         read_audio(tmp_path / "bad.wav", RATE)
 
 
-def test_scan_cache_is_json(corpus):
-    prepare(corpus)
-    cache = json.loads((corpus / "save/durations.json").read_text())
-    assert cache["a/s0/0.flac"]["fault"] == ""
+def test_an_unreadable_crop_is_another_utterance_of_its_speaker(corpus, caplog):
+    paths = [corpus / "wav/b/s0" / f"{n}.flac" for n in range(3)]
+    for number, path in enumerate(paths):
+        write(path, 0.5, seed=10 + number)
+    found = prepare(corpus)
+    encoder = class_encoder(found.speakers, corpus / "save/label_encoder.txt")
+    clock = {"epoch": 1}
+
+    def data(crop=0.2, speeds=(1.0, 0.9, 1.1)):
+        return speech_dataset(
+            found.train,
+            RATE,
+            crop=crop,
+            label_encoder=encoder,
+            epoch=lambda: clock["epoch"],
+            speeds=speeds,
+        )
+
+    whole = data()
+    before = [whole[i] for i in range(6)]
+    paths[0].write_bytes(b"")
+    damaged, again = data(), data()
+    for i, old in enumerate(before):
+        new = damaged[i]
+        assert (new["id"], new["spk_id_encoded"]) == (old["id"], old["spk_id_encoded"])
+        assert torch.equal(new["sig"], old["sig"]) == (i != 3)
+    others = [read_audio(path, RATE).unfold(0, 3200, 1) for path in paths[1:]]
+    chosen, plain = set(), data(speeds=(1.0,))
+    for clock["epoch"] in range(1, 9):
+        assert torch.equal(damaged[3]["sig"], again[3]["sig"])
+        taken = plain[3]["sig"]
+        chosen |= {n for n, windows in enumerate(others) if (windows == taken).all(1).any()}
+    assert chosen == {0, 1}
+    assert caplog.text.count("b/s0/0.flac: cannot be decoded") == 3  # once a dataset
+    assert "another utterance of b is taken instead" in caplog.text
+    with pytest.raises(OSError, match=r"0\.flac: cannot be decoded"):
+        data(crop=None)[3]
+    for path in paths[1:]:
+        path.write_bytes(b"")
+    with pytest.raises(OSError, match=r"\.flac: cannot .* 3 utterances of b were tried"):
+        data()[3]
 
 
 def test_the_encoder_is_kept_and_a_change_of_speakers_is_refused(corpus):
@@ -198,6 +232,7 @@ def test_the_encoder_is_kept_and_a_change_of_speakers_is_refused(corpus):
     assert first.lab2ind == {"a": 0, "b": 1}
     again = class_encoder(found.speakers, corpus / "save/label_encoder.txt")
     assert again.lab2ind == first.lab2ind
+    assert [path.name for path in (corpus / "save").glob("*label*")] == ["label_encoder.txt"]
     for utterance in "01":
         write(corpus / "wav/new/s0" / f"{utterance}.wav")
     with pytest.raises(ValueError, match=r"classes have changed .*new"):

@@ -14,7 +14,7 @@ from speechbrain_qmargin.data import voxceleb
 from speechbrain_qmargin.data.audio import inspect_audio
 from speechbrain_qmargin.data.mini_voxceleb import build_dry_run_tree, write_m4a
 from speechbrain_qmargin.data.speech import prepare_speech, read_audio, speech_dataset
-from speechbrain_qmargin.data.voxceleb import audio_roots, convert_to_flac
+from speechbrain_qmargin.data.voxceleb import audio_roots, convert_to_flac, training_roots
 
 RATE = 16000
 
@@ -98,15 +98,86 @@ def test_lists_of_one_name_and_missing_lists(tree, tmp_path):
         prepare(tree, tmp_path, verification_file={"O": tmp_path / "gone.txt"})
 
 
-def test_layouts(tmp_path, caplog):
+def layout(folder, *parts):
+    """Empty folders ``root/speaker``; the paths of the roots, in their order."""
+    roots = {}
+    for part in parts:
+        (folder / part).mkdir(parents=True)
+        roots[(folder / part).parent] = None
+    return list(roots)
+
+
+def test_layouts(tmp_path):
     with pytest.raises(FileNotFoundError, match="dev/aac"):
         audio_roots(tmp_path)
-    for name in ("dev/aac/id1/v", "test/aac/id2/v"):
-        (tmp_path / name).mkdir(parents=True)
-    assert audio_roots(tmp_path) == [tmp_path / "dev/aac"]
-    assert "test/aac is not" in caplog.text
-    (tmp_path / "wav/aac").mkdir(parents=True)  # a speaker of that name is no root
-    assert audio_roots(tmp_path) == [tmp_path / "wav", tmp_path / "dev/aac"]
+    roots = layout(tmp_path, "wav/aac", "vox1_test_wav/wav/id10270", "vox2/dev/aac/id00012")
+    assert audio_roots(tmp_path) == roots  # wav/aac is a speaker
+    layout(tmp_path, "other/deeper/wav/id00012")
+    assert audio_roots(tmp_path) == roots
+
+
+@pytest.mark.parametrize(
+    ("dev", "test"),
+    [
+        ("dev/aac", "test/aac"),
+        ("dev/aac", "aac"),  # both archives unzipped in one folder
+        ("vox2_dev_aac/dev/aac", "vox2_test_aac/aac"),
+        ("vox2_dev_aac/aac", "vox2_test_aac/aac"),
+        ("dev/wav", "test/wav"),  # converted
+        ("train/wav", "test/wav"),
+        ("wav", "test/wav"),
+        ("aac", "vox2_test_aac/aac"),
+    ],
+)
+def test_the_test_part_of_voxceleb2_is_not_trained_on(tmp_path, caplog, dev, test):
+    layout(tmp_path, f"{dev}/id00012", f"{dev}/id09272", f"{test}/id00017")
+    assert training_roots(tmp_path) == [tmp_path / dev]
+    assert f"its test part, {tmp_path / test}, is not trained on" in caplog.text
+    assert set(audio_roots(tmp_path)) == {tmp_path / dev, tmp_path / test}
+
+
+def test_everything_else_is_trained_on(tmp_path, caplog):
+    one = layout(tmp_path / "1", "vox1_dev_wav/wav/id10001", "vox1_test_wav/wav/id10270")
+    assert training_roots(tmp_path / "1") == one
+    both = layout(tmp_path / "2", "wav/id10270", "dev/aac/id00012", "test/wav/id10271")
+    assert set(training_roots(tmp_path / "2")) == set(both)
+    copy = layout(tmp_path / "3", "wav/id00012", "dev/aac/id00012")
+    assert training_roots(tmp_path / "3") == copy
+    alone = layout(tmp_path / "4", "test/aac/id00017")
+    assert training_roots(tmp_path / "4") == alone
+    own = layout(tmp_path / "5", "dev/wav/ann", "test/wav/bob")
+    assert training_roots(tmp_path / "5") == own
+    assert not caplog.text
+
+
+def test_the_test_part_of_voxceleb2_can_be_tested_on(tree, tmp_path):
+    folder = tmp_path / "vox2"
+    for part, speakers in (("dev", ("id00012", "id00015")), ("test", ("id00018",))):
+        for speaker in speakers:
+            there = folder / part / "aac" / speaker
+            there.parent.mkdir(parents=True, exist_ok=True)
+            there.symlink_to(tree.voxceleb2 / "dev/aac" / speaker)
+    names = sorted(path.relative_to(folder / "test/aac").as_posix()
+                   for path in (folder / "test/aac/id00018").rglob("*.m4a"))  # fmt: skip
+    trials = tmp_path / "trials.txt"
+    trials.write_text(f"1 {names[0]} {names[1]}\n")
+    found = prepare_speech(
+        folder, tmp_path, trials_folder=folder, verification_file=trials, progress=False
+    )
+    assert found.speakers == ["id00012", "id00015"]
+    assert set(found.test) == set(names[:2])
+
+
+def test_the_roots_are_logged_and_too_many_speakers_warned_of(tree, tmp_path, caplog, monkeypatch):
+    with caplog.at_level(logging.INFO):
+        prepare(tree, tmp_path)
+    voxceleb1 = tree.voxceleb1 / "vox1_test_wav/wav"
+    assert f"{tree.voxceleb2 / 'dev/aac'}: 12 recordings of 3 speakers, to train" in caplog.text
+    assert f"{voxceleb1}: 8 recordings of 2 speakers, for trials alone" in caplog.text
+    assert "development part" not in caplog.text
+    monkeypatch.setattr(voxceleb, "_VOXCELEB2_TRAINING_SPEAKERS", 2)
+    prepare(tree, tmp_path)
+    assert "3 training speakers are VoxCeleb2's by their ids" in caplog.text
 
 
 def test_m4a_stretches_are_those_of_the_whole(tmp_path):
@@ -183,7 +254,7 @@ def test_conversion_resumes_and_lists_what_fails(tree, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="make room and start again"):
         convert_to_flac(tree.voxceleb2, flac, jobs=1, progress=False)
     assert not list(flac.rglob("*.partial*"))
-    assert voxceleb.audio_roots(flac) == [flac / "wav"]
+    assert audio_roots(flac) == [flac / "wav"]
 
 
 def test_recordings_that_are_there_twice_are_used_once(tree, tmp_path, caplog):

@@ -108,22 +108,35 @@ def test_bad_input_is_named_before_anything_is_trained(corpus, tmp_path):
         run(*on(corpus, output, trials=trials))
 
 
-def test_audio_broken_after_preparation_is_named(corpus, tmp_path, monkeypatch):
-    folder = tmp_path / "copy"
+def broken_after_preparation(corpus, folder, monkeypatch, broken):
+    """The script's module, and a copy of the corpus whose training recordings break late."""
     shutil.copytree(corpus.folder, folder)
-    options = on(corpus, tmp_path / "out", folder=folder)
     module = load("recipes/voxceleb/train.py")
     whole = module.prepare_speech
 
     def prepare_then_break(*arguments, **settings):
         found = whole(*arguments, **settings)
-        for item in found.train.values():
+        for item in list(found.train.values())[broken]:
             Path(item["wav"]).write_bytes(b"")
         return found
 
     monkeypatch.setattr(module, "prepare_speech", prepare_then_break)
+    return module
+
+
+def test_audio_broken_after_preparation_is_named(corpus, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    module = broken_after_preparation(corpus, folder, monkeypatch, slice(None))
     with pytest.raises(OSError, match=r"\.flac: cannot be decoded"):
-        run(*options, module=module)
+        run(*on(corpus, tmp_path / "out", folder=folder), module=module)
+
+
+def test_one_broken_training_recording_does_not_end_the_training(corpus, tmp_path, monkeypatch):
+    folder, output = tmp_path / "copy", tmp_path / "out"
+    module = broken_after_preparation(corpus, folder, monkeypatch, slice(1))
+    run(*on(corpus, output, "--cohort_utterances=0", folder=folder), module=module)
+    assert (output / "results.json").is_file()
+    assert (output / "log.txt").read_text().count("is taken instead") == 1
 
 
 def test_large_margin_fine_tuning_continues_a_run(corpus, tmp_path, capsys):

@@ -1,0 +1,118 @@
+"""Durations: each recording is opened once for all runs."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import soundfile
+
+from speechbrain_qmargin.data import durations as module
+from speechbrain_qmargin.data.durations import durations, durations_file
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The paths that are opened."""
+    paths, inspect = [], module.inspect_audio
+    monkeypatch.setattr(
+        module, "inspect_audio", lambda path: paths.append(path.name) or inspect(path)
+    )
+    return paths
+
+
+def write(path, seconds):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.zeros(round(seconds * 16000)), 16000)
+
+
+def files(folder):
+    found = {}
+    for path in sorted(folder.rglob("*.*")):
+        status = path.stat()
+        found[path.relative_to(folder).as_posix()] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+def scan(folder):
+    return durations(folder, files(folder), progress=False)
+
+
+def test_only_what_is_new_or_changed_is_opened(tmp_path, opened):
+    corpus = tmp_path / "corpus"
+    write(corpus / "a/1.wav", 0.5)
+    write(corpus / "a/2.wav", 0.75)
+    (corpus / "b.wav").touch()
+    first = scan(corpus)
+    assert first["a/1.wav"] == (0.5, "")
+    assert first["a/2.wav"] == (0.75, "")
+    assert "empty file" in first["b.wav"][1]
+    assert sorted(opened) == ["1.wav", "2.wav", "b.wav"]
+    opened.clear()
+    (tmp_path / "link").symlink_to(corpus)
+    assert scan(tmp_path / "link") == first
+    assert not opened
+    write(corpus / "a/1.wav", 1.5)
+    write(corpus / "ü 3.wav", 0.25)
+    assert scan(corpus)["a/1.wav"] == (1.5, "")
+    assert sorted(opened) == ["1.wav", "ü 3.wav"]
+    opened.clear()
+    assert scan(corpus)["ü 3.wav"] == (0.25, "")
+    assert not opened
+    assert durations(corpus, {}, progress=False) == {}
+
+
+def test_a_damaged_cache_is_read_again_and_one_that_cannot_be_written_is_said(
+    tmp_path, opened, caplog, monkeypatch
+):
+    write(tmp_path / "corpus/1.wav", 0.5)
+    first = scan(tmp_path / "corpus")
+    cache = durations_file(tmp_path / "corpus")
+    for content in (b"", b"none", cache.read_bytes()[:-30]):
+        cache.write_bytes(content)
+        caplog.clear()
+        assert scan(tmp_path / "corpus") == first
+        assert f"{cache} is damaged" in caplog.text
+    assert len(opened) == 4
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPEECHBRAIN_QMARGIN_CACHE", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING):
+        assert scan(tmp_path / "corpus") == first
+    assert "cannot be written" in caplog.text
+    assert "SPEECHBRAIN_QMARGIN_CACHE" in caplog.text
+
+
+def test_an_interrupted_scan_goes_on(tmp_path, opened, monkeypatch):
+    for number in range(8):
+        write(tmp_path / f"corpus/{number}.wav", 0.1)
+    monkeypatch.setattr(module, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(1))
+    inspect = module.inspect_audio
+
+    def dies(path):
+        if path.name == "5.wav":
+            raise KeyboardInterrupt
+        return inspect(path)
+
+    monkeypatch.setattr(module, "inspect_audio", dies)
+    with pytest.raises(KeyboardInterrupt):
+        scan(tmp_path / "corpus")
+    monkeypatch.setattr(module, "inspect_audio", inspect)
+    del opened[:]
+    assert len(scan(tmp_path / "corpus")) == 8
+    assert "0.wav" not in opened
+    assert "5.wav" in opened
+
+
+def test_many_m4a_files_are_opened_by_processes(tmp_path, monkeypatch):
+    pytest.importorskip("av", reason="m4a needs the extra voxceleb (PyAV)")
+    from speechbrain_qmargin.data.mini_voxceleb import write_m4a
+
+    for name in ("1", "2"):
+        (tmp_path / "corpus").mkdir(exist_ok=True)
+        write_m4a(tmp_path / f"corpus/{name}.m4a", 0.1 * np.sin(np.arange(16000)))
+    (tmp_path / "corpus/3.m4a").write_bytes(b"none")
+    expected = scan(tmp_path / "corpus")
+    durations_file(tmp_path / "corpus").unlink()
+    monkeypatch.setattr(module, "_MANY", 1)
+    assert type(module._pool(["1.m4a"])).__name__ == "ProcessPoolExecutor"
+    assert scan(tmp_path / "corpus") == expected
