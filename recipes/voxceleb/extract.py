@@ -2,9 +2,11 @@
 
     python recipes/voxceleb/extract.py RUN_FOLDER AUDIO OUT
 
-RUN_FOLDER is a run's output folder or an inference folder. AUDIO is a folder, whose recordings are
-named by their path below it (below its wav/, if it has one), or a text file: a path a line, or an
-id and a path. OUT ends in .npz, or in .ark or .scp for Kaldi's pair.
+RUN_FOLDER is a run's output folder or an inference folder. AUDIO is a folder or a text file: a path
+a line, or an id and a path. A folder in a layout of VoxCeleb (wav/<speaker>/..., dev/aac/<speaker>/
+..., vox1_test_wav/wav/<speaker>/...) names its recordings as trial lists do, from the speaker on;
+any other folder by their path below it; which of the two is said. OUT ends in .npz, or in .ark or
+.scp for Kaldi's pair.
 
 Every recording is embedded whole and on its own. What cannot be is listed in OUT.skipped.tsv. An
 interrupted extraction, started again, goes on where it was.
@@ -17,7 +19,6 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, read_audio
+from speechbrain_qmargin.data.voxceleb import audio_files, audio_roots
 from speechbrain_qmargin.export import load_encoder
 from speechbrain_qmargin.files import replacing, write_text
 from speechbrain_qmargin.scoring.trials import load_embeddings, save_embeddings
@@ -37,13 +39,7 @@ PART_SECONDS, PART_SIZE = 60, 5000  # what an interruption may cost; what is hel
 def find_recordings(audio: Path) -> dict[str, Path]:
     """Id to file, of a folder or of a list."""
     if audio.is_dir():
-        root = audio / "wav" if (audio / "wav").is_dir() else audio
-        files = sorted(glob("**/*", root_dir=root, recursive=True))  # links are followed
-        files = (Path(file) for file in files if file.lower().endswith(AUDIO_SUFFIXES))
-        found = {file.as_posix(): root / file for file in files}
-        if not found:
-            raise FileNotFoundError(f"{root}: no {', '.join(AUDIO_SUFFIXES)} file in it")
-        return found
+        return recordings_in(audio)
     found = {}
     for number, line in enumerate(audio.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -59,6 +55,30 @@ def find_recordings(audio: Path) -> dict[str, Path]:
     if not found:
         raise ValueError(f"{audio}: no recordings in it")
     return found
+
+
+def recordings_in(folder: Path) -> dict[str, Path]:
+    """Id to file: from the speaker on in a layout of VoxCeleb, else the path below the folder."""
+    files = {name: Path(entry.path) for name, entry in audio_files(folder)}
+    if not files:
+        raise FileNotFoundError(f"{folder}: no {', '.join(AUDIO_SUFFIXES)} file in it")
+    try:
+        roots = [root.relative_to(folder).as_posix() + "/" for root in audio_roots(folder)]
+    except FileNotFoundError:
+        roots = []
+    ids = {}
+    for name in files:
+        root = next((root for root in roots if name.startswith(root)), None)
+        if root is not None:
+            ids[name] = name.removeprefix(root)
+    if ids and len(set(ids.values())) == len(ids) and all("/" in one for one in ids.values()):
+        print(f"{folder}: recordings are named from their speaker on, below {', '.join(roots)}")
+        if len(ids) < len(files):
+            print(f"{folder}: {len(files) - len(ids):,} recordings elsewhere are not embedded")
+    else:
+        ids = {name: name for name in files}
+        print(f"{folder}: recordings are named by their path below it")
+    return {ids[name]: files[name] for name in sorted(ids, key=ids.get)}
 
 
 def decoded(recordings: dict[str, Path], sample_rate: int, workers: int):

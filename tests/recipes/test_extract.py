@@ -84,6 +84,32 @@ def test_a_folder_is_embedded_whole_utterance_by_utterance(run, audio, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out.npz"]
 
 
+def test_ids_are_those_of_trial_lists_where_the_layout_is_voxcelebs(tmp_path, capsys):
+    def ids(folder, *paths):
+        for path in paths:
+            (tmp_path / folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / path).touch()
+        found = script().find_recordings(tmp_path / folder)
+        assert all(path.is_file() for path in found.values())
+        return list(found)
+
+    one, two = "vox1_dev_wav/wav/id10001/v/1.wav", "vox1_test_wav/wav/id10270/v/1.wav"
+    assert ids("1", one, two, "x.wav") == ["id10001/v/1.wav", "id10270/v/1.wav"]
+    printed = capsys.readouterr().out
+    assert "from their speaker on, below vox1_dev_wav/wav/, vox1_test_wav/wav/" in printed
+    assert "1 recordings elsewhere are not embedded" in printed
+    parts = ["dev/aac/id00012/v/1.m4a", "test/aac/id00017/v/1.m4a"]
+    assert ids("2", *parts) == ["id00012/v/1.m4a", "id00017/v/1.m4a"]
+    capsys.readouterr()
+    for folder, paths in {
+        "plain": ["ann/1.wav", "bob/1.wav"],
+        "flat": ["ann/wav/1.wav", "bob/wav/2.wav"],  # speakers with a folder of that name
+        "equal": ["ann/wav/s1/1.wav", "bob/wav/s1/1.wav"],
+    }.items():
+        assert ids(folder, *paths) == paths
+        assert "named by their path below it" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("suffix", [".ark", ".scp"])
 def test_a_list_becomes_kaldis_files(run, audio, tmp_path, suffix):
     spaced = audio / "wav" / "ann" / "s1" / "with a space.wav"
