@@ -8,6 +8,7 @@ from speechbrain_qmargin.functional import (
     alpha_softargmax,
     alpha_softmax_value,
     hard_margin,
+    margin_for,
     q_margin_loss,
     solve_tau,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "alpha_softmax_value",
     "hard_margin",
     "make_loss",
+    "margin_for",
     "q_margin_loss",
     "solve_tau",
 ]

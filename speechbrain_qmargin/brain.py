@@ -12,7 +12,10 @@ import json
 import logging
 import os
 import random
+import shutil
 import time
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +24,20 @@ import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import FilteredSortedDynamicItemDataset
 from speechbrain.dataio.sampler import ReproducibleRandomSampler
-from speechbrain.utils.checkpoints import Checkpointer
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.checkpoints import (
+    Checkpointer,
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from speechbrain_qmargin.batch_norm import synchronised_batch_norm
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.losses import loss_parameter, set_loss_parameters
+from speechbrain_qmargin.parts import EmbeddingParts
 
 __all__ = [
     "FaceBrain",
@@ -41,7 +50,11 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_NOTHING = {"items_at_once": None, "seconds": 0.0, "stats": [0.0] * 5}
+_LARGEST = 2  # of the statistics, where the largest support stands: no sum
 
+
+@register_checkpoint_hooks
 class VerificationBrain(sb.Brain):
     """Trains embeddings with any loss of the family and compares them by cosine.
 
@@ -60,6 +73,9 @@ class VerificationBrain(sb.Brain):
     average_checkpoints : int
         How many of the last epochs' weights are averaged for :meth:`extract`.
     batch_size, lr_reference_batch : int
+    max_grad_norm : float
+        To which the gradient is clipped: that of all modules in one, or of `clipped_alone`. A
+        classifier in shards is never clipped: its norm would depend on the number of processes.
     epoch_counter, train_logger : SpeechBrain objects
     output_folder : str
         Where ``history.jsonl`` is written: one record an epoch.
@@ -70,18 +86,26 @@ class VerificationBrain(sb.Brain):
     """
 
     label_key = "spk_id_encoded"
+    clipped_alone: str | None = None
 
     def __init__(self, *args, validate=None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.validate = validate
         self.embeddings: dict[str, np.ndarray] = {}
+        self._keep = None
         head = self.modules["classifier"]
         self._sharded_head = head if hasattr(head, "save_shards") else None
+        if self._sharded_head is not None and not hasattr(self.hparams.compute_cost, "with_stats"):
+            raise ValueError(
+                f"the sparse head evaluates Q-Margin's family, not "
+                f"{type(self.hparams.compute_cost).__name__}: arcface needs --head dense"
+            )
         schedule = getattr(self.hparams, "loss_schedule", None) or {}
         full = {name: loss_parameter(self.hparams.compute_cost, name) for name in schedule}
         self._loss_at = lambda epoch: {
             name: change(epoch, full[name]) for name, change in schedule.items()
         }
+        self._earlier = _NOTHING  # of this epoch, from before an interruption
 
     # ---------------------------------------------------------------- batch to loss
 
@@ -97,7 +121,8 @@ class VerificationBrain(sb.Brain):
     def compute_objectives(self, predictions, batch, stage):
         if stage != sb.Stage.TRAIN:
             rows = predictions.flatten(1).float().cpu().numpy()
-            self.embeddings.update(zip(batch.id, rows, strict=True))
+            for name, row in zip(batch.id, rows, strict=True):
+                (self._keep or self.embeddings.__setitem__)(name, row)
             return torch.zeros(())
         labels = self.labels(batch)
         cost = self.hparams.compute_cost
@@ -122,19 +147,20 @@ class VerificationBrain(sb.Brain):
             kwargs |= {"sampler": ReproducibleRandomSampler(dataset, seed=seed), "shuffle": False}
         loader = super().make_dataloader(dataset, stage, **kwargs)
         if stage == sb.Stage.TRAIN:
-            steps = len(loader) / self.grad_accumulation_factor
-            if steps < 1:
+            if len(loader) < self.grad_accumulation_factor:
                 raise ValueError(
                     f"batch_size: {len(dataset)} training items make no full batch of "
-                    f"{self.hparams.batch_size}; lower batch_size"
+                    f"{self.hparams.batch_size} x {self.grad_accumulation_factor} (accumulation); "
+                    "lower batch_size"
                 )
-            self._steps_per_epoch = steps
+            self._train_loader = loader
         return loader
 
     def on_fit_start(self):
         super().on_fit_start()
         world = torch.distributed.get_world_size() if self.distributed_launch else 1
-        batch = world * self.hparams.batch_size * self.grad_accumulation_factor
+        self._share_out_anew()
+        batch = self._items_at_once * self.grad_accumulation_factor
         self._lr_scale = batch / self.hparams.lr_reference_batch
         logger.info(f"loss: {self.hparams.compute_cost}")
         logger.info(
@@ -142,6 +168,35 @@ class VerificationBrain(sb.Brain):
             f"{self.hparams.batch_size} x accumulation {self.grad_accumulation_factor} / "
             f"{self.hparams.lr_reference_batch}"
         )
+
+    @property
+    def _items_at_once(self) -> int:
+        """Items of a forward pass, over all processes."""
+        world = torch.distributed.get_world_size() if self.distributed_launch else 1
+        return world * self.hparams.batch_size
+
+    def _share_out_anew(self) -> None:
+        """Within an epoch that began with other batches, go on at the item where it stood."""
+        before = self._earlier["items_at_once"]
+        if self.step and before not in (None, self._items_at_once):
+            factor = self.grad_accumulation_factor
+            self.step = self.step * before // (self._items_at_once * factor) * factor
+            self._train_loader._speechbrain_recovery_skip_to = self.step
+
+    @property
+    def _time(self) -> float:
+        """Epochs trained before the current step, whatever the batch and the processes are."""
+        factor = self.grad_accumulation_factor
+        begun = max(0, self.step - 1) // factor * factor
+        return self.hparams.epoch_counter.current - 1 + begun / len(self._train_loader)
+
+    def _follow_schedules(self) -> None:
+        self._loss_now = self._loss_at(self._time)
+        set_loss_parameters(self.hparams.compute_cost, **self._loss_now)
+        self._lr = self._lr_scale * self.hparams.lr_schedule(self._time)
+        for optimizer in self.optimizers_dict.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr
 
     def _wrap_distributed(self):
         if self.distributed_launch and self.distributed_backend == "gloo":
@@ -153,16 +208,24 @@ class VerificationBrain(sb.Brain):
             super()._wrap_distributed()
 
     def init_optimizers(self):
-        """One optimiser, or two where the classifier is in shards: a rank steps its own shard."""
-        if self._sharded_head is None:
-            super().init_optimizers()
-            return
-        head = self._sharded_head
-        others = [p for p in self.modules.parameters() if p is not head.weight]
-        self.optimizer = self.opt_class(others)
-        head_optimizer = self.hparams.head_opt_class([head.weight])
-        self.optimizers_dict = {"opt_class": self.optimizer, "head_opt_class": head_optimizer}
+        """One optimiser, or two where the classifier is in shards: a rank steps its own shard.
+
+        SpeechBrain clips the first group of each optimiser's parameters.
+        """
+        head, clipped = self._sharded_head, self.modules
+        if self.clipped_alone is not None:
+            clipped = self.modules[self.clipped_alone]
+        first = [p for p in clipped.parameters() if head is None or p is not head.weight]
+        seen = {id(p) for p in first} | ({id(head.weight)} if head is not None else set())
+        others = [p for p in self.modules.parameters() if id(p) not in seen]
+        groups = [{"params": part} for part in (first, others) if part]
+        self.optimizer = self.opt_class(groups)
+        self.optimizers_dict = {"opt_class": self.optimizer}
         self.checkpointer.add_recoverable("optimizer", self.optimizer)
+        if head is None:
+            return
+        head_optimizer = self.hparams.head_opt_class([{"params": []}, {"params": [head.weight]}])
+        self.optimizers_dict["head_opt_class"] = head_optimizer
         self.checkpointer.add_recoverable(
             "classifier",
             head,
@@ -178,14 +241,32 @@ class VerificationBrain(sb.Brain):
         seed = int(seed.generate_state(1)[0])
         random.seed(seed)
         torch.manual_seed(seed)
-        if should_step:
-            time_in_epochs = self.optimizer_step / self._steps_per_epoch
-            self._loss_now = self._loss_at(time_in_epochs)
-            set_loss_parameters(self.hparams.compute_cost, **self._loss_now)
-            self._lr = self._lr_scale * self.hparams.lr_schedule(time_in_epochs)
-            for optimizer in self.optimizers_dict.values():
-                for group in optimizer.param_groups:
-                    group["lr"] = self._lr
+        self._follow_schedules()
+
+    def _should_save_intra_epoch_ckpt(self, *args):
+        # between two steps there are gradients that no checkpoint holds
+        return self.step % self.grad_accumulation_factor == 0 and (
+            super()._should_save_intra_epoch_ckpt(*args)
+        )
+
+    @mark_as_saver
+    def _save(self, path):
+        state = {
+            "step": self.step,
+            "avg_train_loss": float(self.avg_train_loss),
+            "optimizer_step": self.optimizer_step,
+            "items_at_once": self._items_at_once,
+            "seconds": self._seconds(),
+            "stats": self._totals().tolist(),
+        }
+        Path(path).write_text(json.dumps(state), encoding="utf-8")
+
+    @mark_as_loader
+    def _recover(self, path, end_of_epoch):
+        state = json.loads(Path(path).read_text(encoding="utf-8"))
+        for name in ("step", "avg_train_loss", "optimizer_step"):
+            setattr(self, name, state.pop(name))
+        self._earlier = state
 
     # ---------------------------------------------------------------- epochs
 
@@ -193,25 +274,42 @@ class VerificationBrain(sb.Brain):
         self._started = time.perf_counter()
         if stage == sb.Stage.TRAIN:
             self._stats = []
+            if self.step == 0:
+                self._earlier = _NOTHING
+            self._follow_schedules()
         else:
             self.embeddings = {}
 
+    def _seconds(self) -> float:
+        return self._earlier["seconds"] + time.perf_counter() - self._started
+
+    def _totals(self) -> Tensor:
+        """Of this epoch's batches: their number, and the sums of the loss's statistics [5]."""
+        earlier = torch.tensor(self._earlier["stats"], dtype=torch.float64)
+        if not self._stats:
+            return earlier
+        stats = torch.stack(self._stats).cpu().double()
+        total = earlier + torch.cat((stats.new_tensor([len(stats)]), stats.sum(0)))
+        total[_LARGEST] = max(earlier[_LARGEST], stats[:, _LARGEST - 1].max())
+        return total
+
     def on_stage_end(self, stage, stage_loss, epoch=None):
-        seconds = time.perf_counter() - self._started
         if stage == sb.Stage.TRAIN:
-            self._record = {"epoch": epoch, "lr": self._lr, "loss": stage_loss, "seconds": seconds}
-            self._record |= self._loss_now
+            self._record = {"epoch": epoch, "lr": self._lr}
             self._record["loss"] = float(self._over_processes(torch.tensor([stage_loss])).mean())
-            if self._stats:
-                stats = self._over_processes(torch.stack(self._stats).double())
-                mean = stats.mean(0).tolist()
+            self._record |= {"seconds": self._seconds(), **self._loss_now}
+            totals = self._over_processes(self._totals()[None])
+            if totals[0, 0]:
+                mean = (totals.sum(0) / totals[:, 0].sum()).tolist()
                 self._record |= {
-                    "support_mean": mean[0],
-                    "support_max": int(stats[:, 1].max()),
-                    "zero_loss": mean[2],
-                    "target_posterior": mean[3],
+                    "support_mean": mean[1],
+                    "support_max": int(totals[:, _LARGEST].max()),
+                    "zero_loss": mean[3],
+                    "target_posterior": mean[4],
                 }
-            self.step, self.avg_train_loss = 0, 0.0  # as after the epoch, for its checkpoint
+            # as after the epoch, for its checkpoint
+            self.step, self.avg_train_loss, self._stats = 0, 0.0, []
+            self._earlier = _NOTHING
             if self.validate is None:
                 self._end_epoch({})
         elif stage == sb.Stage.VALID:
@@ -277,20 +375,49 @@ class VerificationBrain(sb.Brain):
     def extract(self, dataset, **loader_kwargs) -> dict[str, np.ndarray]:
         """Embeddings of a dataset, id to float32 [D], with the averaged weights.
 
-        Over several processes each computes its share and all return the whole.
+        They are kept in ``embeddings/`` of the checkpoints' folder, so an interrupted extraction
+        goes on. Over several processes each computes its share, and the main process returns the
+        whole, the others nothing.
         """
         world = torch.distributed.get_world_size() if self.distributed_launch else 1
-        share = dataset
-        if world > 1:
-            ids = dataset.data_ids[torch.distributed.get_rank() :: world]
+        rank = torch.distributed.get_rank() if world > 1 else 0
+        found = self.checkpointer.find_checkpoints(
+            ckpt_predicate=_ends_an_epoch, max_num_checkpoints=self._averaged
+        )
+        model = " ".join(sorted(checkpoint.path.name for checkpoint in found))
+        folder = Path(self.checkpointer.checkpoints_dir) / "embeddings"
+        own = folder / f"{zlib.crc32(model.encode()):08x}"
+        if if_main_process() and folder.is_dir():
+            for older in set(folder.iterdir()) - {own}:
+                shutil.rmtree(older, ignore_errors=True)
+        parts = EmbeddingParts(own, model, rank)
+        ddp_barrier()  # all have seen the same ones
+        left = [name for name in dataset.data_ids if name not in parts.done]
+        ids = left[rank::world]
+        if ids:
             share = FilteredSortedDynamicItemDataset(dataset, ids)
-        self.evaluate(share, test_loader_kwargs=dict(loader_kwargs))
-        if world > 1:
-            shares: list = [None] * world
-            torch.distributed.all_gather_object(shares, self.embeddings)
-            found = {name: row for part in shares for name, row in part.items()}
-            self.embeddings = {name: found[name] for name in dataset.data_ids}
-        return self.embeddings
+            try:
+                with self._embedding_into(parts):
+                    self.evaluate(share, test_loader_kwargs=dict(loader_kwargs))
+            finally:
+                parts.flush()
+        ddp_barrier()
+        return parts.merged(dataset.data_ids) if if_main_process() else {}
+
+    @contextmanager
+    def _embedding_into(self, parts: EmbeddingParts):
+        """Embeddings go to `parts`; modules run without their wrapper, whose processes would wait
+        for each other."""
+        wrapped = dict(self.modules.items())
+        for name, module in wrapped.items():
+            self.modules[name] = getattr(module, "module", module)
+        self._keep = parts.add
+        try:
+            yield
+        finally:
+            self._keep = None
+            for name, module in wrapped.items():
+                self.modules[name] = module
 
 
 class SpeakerBrain(VerificationBrain):
@@ -300,13 +427,20 @@ class SpeakerBrain(VerificationBrain):
     `hparams` may have ``wav_augment`` (SpeechBrain's Augmenter). Batches have ``sig``.
     """
 
+    def compute_forward(self, batch, stage):
+        self._padded = bool((batch.sig.lengths < 1).any())  # asked before it is on a GPU
+        return super().compute_forward(batch, stage)
+
     def embed(self, batch, stage):
         signals, lengths = batch.sig
+        padded = self._padded
         if stage == sb.Stage.TRAIN and getattr(self.hparams, "wav_augment", None) is not None:
             signals, lengths = self.hparams.wav_augment(signals, lengths)
+            padded = True  # perhaps
         features = self.modules.compute_features(signals)
         features = self.modules.mean_var_norm(features, lengths)
-        return self.modules.embedding_model(features, lengths)
+        # Masks of crops of one length would cost ResNet34 half of its memory again
+        return self.modules.embedding_model(features, lengths if padded else None)
 
     def labels(self, batch):
         labels = super().labels(batch)
@@ -324,6 +458,7 @@ class FaceBrain(VerificationBrain):
     """
 
     label_key = "identity_encoded"
+    clipped_alone = "embedding_model"  # as arcface_torch
 
     def embed(self, batch, stage):
         images = batch.image.data
@@ -335,16 +470,30 @@ class FaceBrain(VerificationBrain):
         return embeddings
 
 
-def load_average(modules, checkpointer, count: int, first_rows: bool = False) -> None:
+def load_average(modules, checkpointer, count: int, first_rows: bool = False) -> int:
     """Load the mean of the last `count` end-of-epoch checkpoints into the modules.
 
     Weights and batch-normalisation statistics are averaged, integers are the newest's. Every
     process averages its own shard of a classifier in shards. With `first_rows` a classifier may
     have fewer classes than its checkpoints, and takes their first ones.
+
+    Returns
+    -------
+    int
+        How many there were.
+
+    Raises
+    ------
+    FileNotFoundError
+        No epoch was finished.
     """
     checkpoints = checkpointer.find_checkpoints(
         ckpt_predicate=_ends_an_epoch, max_num_checkpoints=count
     )
+    if not checkpoints:
+        raise FileNotFoundError(
+            f"{checkpointer.checkpoints_dir} holds no checkpoint of a finished epoch"
+        )
     bare = {name: getattr(module, "module", module) for name, module in modules.items()}
     total: dict[tuple, Tensor] = {}
     for checkpoint in reversed(checkpoints):  # the newest last
@@ -356,6 +505,7 @@ def load_average(modules, checkpointer, count: int, first_rows: bool = False) ->
     with torch.no_grad():
         for (name, key), mean in total.items():
             bare[name].state_dict(keep_vars=True)[key].copy_(mean)
+    return len(checkpoints)
 
 
 def _ends_an_epoch(checkpoint) -> bool:
@@ -365,7 +515,7 @@ def _ends_an_epoch(checkpoint) -> bool:
 def load_module(module, path: str | Path, first_rows: bool = False) -> None:
     """Weights of a module from a checkpoint: a file, or a folder for a classifier in shards."""
     if Path(path).is_dir():
-        module.load_shards(path)
+        module.load_shards(path, first_rows=first_rows)
         return
     state = torch.load(path, map_location="cpu", weights_only=True)
     if first_rows:
@@ -384,7 +534,7 @@ def load_pretrained(hparams: dict) -> None:
     Raises
     ------
     FileNotFoundError, ValueError
-        No checkpoint there; other classes there than here.
+        No finished epoch there; another model or other classes there than here.
     """
     source, classes = hparams["pretrained"], hparams["pretrained_classes"]
     if source is None or hparams["checkpointer"].list_checkpoints():
@@ -394,17 +544,28 @@ def load_pretrained(hparams: dict) -> None:
     save = Path(source) / "save"
     names = ["embedding_model"] + ["classifier"] * (classes != "none")
     modules = {name: hparams[name] for name in names}
+    if not save.is_dir():
+        raise FileNotFoundError(f"pretrained: {source} is no run's output folder (no save/ in it)")
     if classes != "none":
         there, here = (
             Path(folder, "label_encoder.txt") for folder in (save, hparams["save_folder"])
         )
-        if not there.is_file() or there.read_text() != here.read_text():
+        labels = [path.read_text() if path.is_file() else None for path in (there, here)]
+        if labels[0] != labels[1]:
             raise ValueError(
                 f"{source} was trained on other classes than these ({there} and {here} differ); "
                 "give --pretrained_classes none for a new classifier"
             )
-    found = Checkpointer(save).list_checkpoints() if save.is_dir() else []
-    if not found:
-        raise FileNotFoundError(f"pretrained: {save} holds no checkpoint of a finished run")
-    load_average(modules, Checkpointer(save), len(found), first_rows=classes == "first")
-    logger.info(f"starting from {source}: {', '.join(names)}, {len(found)} epochs averaged")
+    if not Path(source, "results.json").is_file():
+        logger.warning(f"pretrained: {source} is not finished; its last epochs so far are taken")
+    checkpointer = Checkpointer(save)
+    try:
+        count = load_average(
+            modules, checkpointer, len(checkpointer.list_checkpoints()), classes == "first"
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"pretrained: {source} was trained with another model or other sizes (--model, --size, "
+            f"--channels, ...) than this run; see its experiment.yaml. {str(error)[:300]}"
+        ) from error
+    logger.info(f"starting from {source}: {', '.join(names)}, {count} epochs averaged")

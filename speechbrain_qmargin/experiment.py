@@ -56,11 +56,24 @@ logger = logging.getLogger(__name__)
 # Settings that may change between two starts of one run.
 MAY_CHANGE = {
     "batch_size",  # of one process, whose number may change; the learning rate follows
-    "data_folder",
+    "ckpt_interval_minutes",
+    "logger",
+    "noise_folder",
     "num_workers",
-    "out_n_neurons",  # known only after the data are prepared; class_encoder compares classes
+    "out_n_neurons",  # known only after the data are prepared; Experiment.load compares it
+    "rir_folder",
     "train_speakers",
     "valid_file",
+}
+# Those of them that only the scoring reads: a finished run is scored anew with other ones. Other
+# classes in another folder are noticed by class_encoder and Experiment.load.
+SCORING = {
+    "allow_missing",
+    "cohort_utterances",
+    "data_folder",
+    "test_sets",
+    "top_n",
+    "trials_folder",
     "verification_file",
 }
 
@@ -102,6 +115,13 @@ class Experiment:
         ``hyperparams.yaml`` and its log.
         """
         tree = _round_trip(self.text)
+        before = self._before()
+        for key, value in known_now.items():
+            if before.get(key, value) != value:
+                raise ValueError(
+                    f"{self.output_folder} holds a run with {key} = {before[key]}; these data give "
+                    f"{value}. Give a new --output_folder"
+                )
         tree.update(known_now)
         self.settings.update(known_now)  # the results say them too
         text = _dump(tree)
@@ -117,6 +137,12 @@ class Experiment:
         if not self.results_file.is_file():
             return False
         self.check_output_folder()
+        before = json.loads(self.results_file.read_text(encoding="utf-8"))["settings"]
+        changed = [key for key in sorted(SCORING) if before.get(key) != self.settings.get(key)]
+        if changed:
+            if if_main_process():
+                print(f"Trained already; scored anew, for {', '.join(changed)} changed.")
+            return False
         if if_main_process():
             print((self.output_folder / "results.txt").read_text(encoding="utf-8"))
             print(
@@ -133,14 +159,11 @@ class Experiment:
         ValueError
             The output folder holds a run with other settings.
         """
-        saved = self.output_folder / "hyperparams.yaml"
-        if not saved.is_file():
-            return
-        before = _plain(_round_trip(saved.read_text(encoding="utf-8")))
+        before = self._before()
         differing = {
             key: (before.get(key), value)
             for key, value in self.settings.items()
-            if key in before and before[key] != value and key not in MAY_CHANGE
+            if key in before and before[key] != value and key not in MAY_CHANGE | SCORING
         }
         if differing:
             shown = "; ".join(
@@ -150,6 +173,13 @@ class Experiment:
                 f"{self.output_folder} holds a run of another experiment ({shown}). Give a new "
                 "--output_folder, delete that one, or repeat its settings to continue it"
             )
+
+    def _before(self) -> dict:
+        """The settings of the run that the output folder holds; empty without one."""
+        saved = self.output_folder / "hyperparams.yaml"
+        if not saved.is_file():
+            return {}
+        return _plain(_round_trip(saved.read_text(encoding="utf-8")))
 
 
 def _round_trip(text: str) -> Any:
@@ -339,8 +369,10 @@ def verify(
     lines.append(f"files: {folder}/ {pictures}, scores, embeddings.npz, history.jsonl")
     table = "\n".join(lines) + "\n"
     write_text(folder / "results.txt", table)
+    used = {key: getattr(experiment.run_opts, key, None) for key in ("precision", "device")}
     results = {
         "settings": settings,
+        "run_opts": used,
         "note": note,
         "seconds": seconds,
         "last_epoch": last,
@@ -374,6 +406,10 @@ def _ten_folds(name: str, embeddings: Mapping[str, np.ndarray], same: np.ndarray
     return ten_fold_accuracy(scores, same), ten_fold_tar(scores, same)
 
 
+# torch reports a file that cannot be written as RuntimeError
+_FULL_DISK = re.compile("PytorchStreamWriter|inline_container|unexpected pos|iostream", re.I)
+
+
 class AtomicCheckpointer(Checkpointer):
     """SpeechBrain's Checkpointer, whose checkpoints appear whole or not at all.
 
@@ -390,7 +426,9 @@ class AtomicCheckpointer(Checkpointer):
                 shutil.rmtree(leftover, ignore_errors=True)
         try:
             saved = super().save_checkpoint(*args, verbosity=logging.DEBUG, **kwargs)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        except (OSError, RuntimeError) as error:
+            if not isinstance(error, OSError) and not _FULL_DISK.search(str(error)):
+                raise
             free = shutil.disk_usage(self.checkpoints_dir).free / 2**20
             raise OSError(
                 f"{self.checkpoints_dir}: a checkpoint could not be written ({free:.0f} MiB are "

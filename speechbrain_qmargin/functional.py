@@ -42,6 +42,7 @@ __all__ = [
     "alpha_softargmax",
     "alpha_softmax_value",
     "hard_margin",
+    "margin_for",
     "q_margin_loss",
     "solve_tau",
 ]
@@ -91,6 +92,28 @@ def hard_margin(alpha: float, scale: float, margin: float) -> float:
         return math.inf
     exponent = rate * margin
     return math.exp(exponent) / rate if exponent < 700 else math.inf
+
+
+def margin_for(alpha: float, scale: float, lead: float) -> float:
+    r"""The margin whose :func:`hard_margin` is `lead`: :math:`\ln(r\,lead) / r`, r = (alpha - 1) s.
+
+    Raises
+    ------
+    ValueError
+        alpha = 1, or a lead below 1 / r, the hard margin of m = 0.
+
+    Examples
+    --------
+    >>> round(margin_for(1.5, 10, 0.544), 3), round(margin_for(1.75, 5, 0.565), 3)
+    (0.2, 0.2)
+    """
+    rate = (alpha - 1) * scale
+    if rate <= 0 or rate * lead < 1:
+        raise ValueError(
+            f"no margin gives a hard margin of {lead:g} at alpha {alpha:g}, scale {scale:g}: "
+            + (f"it is {1 / rate:.3g} or more" if rate > 0 else "the loss never vanishes")
+        )
+    return math.log(rate * lead) / rate
 
 
 # --------------------------------------------------------------------------- the solver

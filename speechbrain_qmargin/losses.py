@@ -7,6 +7,7 @@ command line cannot pass any). :func:`make_loss` selects one by name.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from speechbrain_qmargin.functional import (
     QMarginStats,
     check_loss_parameters,
     hard_margin,
+    margin_for,
     q_margin_loss,
 )
 
@@ -30,6 +32,13 @@ __all__ = [
     "make_loss",
     "set_loss_parameters",
 ]
+
+
+logger = logging.getLogger(__name__)
+
+# Of large-margin fine-tuning. Q-Margin's is the lead in cosine beyond which a sample rests: 0.5 as
+# a margin m would ask for more than two cosines can differ by
+_LARGE_MARGIN, _LARGE_LEAD = 0.5, 0.9
 
 
 class QMarginLoss(nn.Module):
@@ -131,7 +140,7 @@ class QMarginLoss(nn.Module):
     def extra_repr(self) -> str:
         reach = hard_margin(self.alpha, self.scale, self.margin)
         return (
-            f"alpha={self.alpha:g}, scale={self.scale}, margin={self.margin:g}, "
+            f"alpha={self.alpha:g}, scale={self.scale}, margin={self.margin:.3g}, "
             f"hard_margin_cos={reach:.3g}"
         )
 
@@ -211,12 +220,15 @@ def make_loss(
     name: str,
     alpha: float | None = None,
     scale: float | None = None,
-    margin: float | None = None,
+    margin: float | str | None = None,
 ) -> nn.Module:
     """A loss of the comparison by name; None keeps that loss's own default.
 
     ``arcface`` is SpeechBrain's own ``LogSoftmaxWrapper(AdditiveAngularMargin)``, the others are
     :class:`QMarginLoss` at their place in the family.
+
+    A margin of ``"large"`` is for fine-tuning: 0.5 for ArcFace and CosFace, as WeSpeaker; for
+    Q-Margin the one whose hard margin is 0.9 in cosine; none for the members without a margin.
 
     Raises
     ------
@@ -228,6 +240,8 @@ def make_loss(
     --------
     >>> make_loss("qmargin", alpha=1.75, scale=5)
     QMarginLoss(alpha=1.75, scale=5.0, margin=0.2, hard_margin_cos=0.565)
+    >>> make_loss("qmargin", margin="large")
+    QMarginLoss(alpha=1.5, scale=10.0, margin=0.301, hard_margin_cos=0.9)
     """
     if name not in LOSSES:
         raise ValueError(f"loss: unknown name {name!r}; choose one of {', '.join(sorted(LOSSES))}")
@@ -235,12 +249,34 @@ def make_loss(
     given = {key: value for key, value in given.items() if value is not None}
     if name == "arcface" and "alpha" in given:
         raise ValueError("loss: arcface has no alpha; leave it out")
+    if margin == "large":
+        given["margin"] = _large_margin(name, given)
+    elif isinstance(margin, str):
+        raise ValueError(f"margin: {margin!r}; give a number or large")
     for key, value in _FIXED.get(name, {}).items():
         if given.get(key, value) != value:
             raise ValueError(
                 f"loss: {name} is {key} = {value:g}, got {given[key]}; use qmargin for others"
             )
-    return LOSSES[name](**given)
+    loss = LOSSES[name](**given)
+    if isinstance(loss, QMarginLoss) and loss.alpha > 1:
+        lead = hard_margin(loss.alpha, loss.scale, loss.margin)
+        if lead > 2:
+            logger.warning(
+                f"the hard margin of alpha {loss.alpha:g}, scale {loss.scale:g}, margin "
+                f"{loss.margin:g} is {lead:.3g}, more than two cosines can differ by: no sample "
+                "will be at zero loss"
+            )
+    return loss
+
+
+def _large_margin(name: str, given: dict) -> float:
+    if "margin" in _FIXED.get(name, {}):
+        return _FIXED[name]["margin"]
+    own = LOSSES[name](**{key: value for key, value in given.items() if key != "margin"})
+    if getattr(own, "alpha", 1) > 1:
+        return max(own.margin, margin_for(own.alpha, own.scale, _LARGE_LEAD))
+    return _LARGE_MARGIN
 
 
 def loss_parameter(loss: nn.Module, name: str) -> float:

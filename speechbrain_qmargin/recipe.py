@@ -15,12 +15,14 @@ from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_qmargin.brain import VerificationBrain, load_pretrained
 from speechbrain_qmargin.experiment import (
+    Experiment,
     load_experiment,
     main_process_first,
     processes,
     validation,
     verify,
 )
+from speechbrain_qmargin.export import export_run
 from speechbrain_qmargin.scoring.lists import Cohort
 from speechbrain_qmargin.scoring.trials import read_trials
 
@@ -82,7 +84,7 @@ def train_verifier(
     argv: list[str],
     brain_class: type[VerificationBrain],
     prepare: Callable[[dict], Task],
-    finish: Callable[[Path], Any] | None = None,
+    export: bool = False,
 ) -> None:
     """Train, embed and verify as the command line says; resume or say that it is done.
 
@@ -93,58 +95,63 @@ def train_verifier(
     brain_class : type
     prepare : callable
         From the experiment's settings to a :class:`Task`; called on the main process first.
-    finish : callable, optional
-        Called with the output folder on the main process, once the results are there.
+    export : bool
+        Once the results are there, write ``inference/`` for SpeechBrain's inference classes.
     """
     experiment = load_experiment(argv)
+    inference = experiment.output_folder / "inference"
     with processes(experiment.run_opts):
-        if experiment.announce_finished():
-            return
-        experiment.check_output_folder()
+        main, finished = if_main_process(), experiment.announce_finished()
+        if not finished:
+            _train_and_verify(experiment, brain_class, prepare)
+    # without the others: a classifier in shards is whole in the checkpoints
+    if export and main and not (finished and inference.is_dir()):
+        export_run(experiment.output_folder)
 
-        # The classes decide the classifier's size, so the data come before the model
-        task = main_process_first(lambda: prepare(experiment.settings))
-        if task.note and if_main_process():
-            print(f"Training on {task.note}.", flush=True)
-        hparams = experiment.load(out_n_neurons=task.num_classes)
-        data = main_process_first(lambda: task.datasets(hparams))
-        load_pretrained(hparams)
 
-        brain = brain_class(
-            modules=hparams["modules"],
-            opt_class=hparams["opt_class"],
-            hparams=hparams,
-            run_opts=experiment.run_opts,
-            checkpointer=hparams["checkpointer"],
-            validate=validation(task.valid_trials),
-        )
-        loading, train_loading = hparams["test_dataloader"], hparams["train_dataloader"]
-        if data.sampler is not None:
-            train_loading = {**train_loading, "sampler": data.sampler, "shuffle": False}
-        brain.fit(
-            hparams["epoch_counter"],
-            data.train,
-            data.valid,
-            train_loader_kwargs=train_loading,
-            valid_loader_kwargs=loading,
-        )
-        embeddings = brain.extract(data.test, **loading)
-        cohort_embeddings = brain.extract(data.cohort, **loading) if data.cohort else None
-        if if_main_process():
-            cohort = None
-            if cohort_embeddings is not None:
-                top_n = min(hparams["top_n"], len(set(data.cohort_classes.values())))
-                cohort = Cohort.of(cohort_embeddings, data.cohort_classes, top_n=top_n)
-            lists = {name: read_trials(path) for name, path in task.test_trials.items()}
-            verify(
-                experiment,
-                embeddings,
-                lists,
-                brain.history(),
-                note=task.note,
-                cohort=cohort,
-                pair_sets=task.pair_sets,
-                units=task.units,
-            )
-    if finish is not None and if_main_process():
-        finish(experiment.output_folder)
+def _train_and_verify(experiment: Experiment, brain_class, prepare) -> None:
+    experiment.check_output_folder()
+    # The classes decide the classifier's size, so the data come before the model
+    task = main_process_first(lambda: prepare(experiment.settings))
+    if task.note and if_main_process():
+        print(f"Training on {task.note}.", flush=True)
+    hparams = experiment.load(out_n_neurons=task.num_classes)
+    data = main_process_first(lambda: task.datasets(hparams))
+    load_pretrained(hparams)
+
+    brain = brain_class(
+        modules=hparams["modules"],
+        opt_class=hparams["opt_class"],
+        hparams=hparams,
+        run_opts=experiment.run_opts,
+        checkpointer=hparams["checkpointer"],
+        validate=validation(task.valid_trials),
+    )
+    loading, train_loading = hparams["test_dataloader"], hparams["train_dataloader"]
+    if data.sampler is not None:
+        train_loading = {**train_loading, "sampler": data.sampler, "shuffle": False}
+    brain.fit(
+        hparams["epoch_counter"],
+        data.train,
+        data.valid,
+        train_loader_kwargs=train_loading,
+        valid_loader_kwargs=loading,
+    )
+    embeddings = brain.extract(data.test, **loading)
+    cohort_embeddings = brain.extract(data.cohort, **loading) if data.cohort else None
+    if not if_main_process():
+        return
+    cohort = None
+    if cohort_embeddings is not None:
+        top_n = min(hparams["top_n"], len(set(data.cohort_classes.values())))
+        cohort = Cohort.of(cohort_embeddings, data.cohort_classes, top_n=top_n)
+    verify(
+        experiment,
+        embeddings,
+        {name: read_trials(path) for name, path in task.test_trials.items()},
+        brain.history(),
+        note=task.note,
+        cohort=cohort,
+        pair_sets=task.pair_sets,
+        units=task.units,
+    )

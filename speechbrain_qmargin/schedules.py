@@ -7,8 +7,16 @@ interrupted run continues it exactly, and the number of devices does not enter.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
-__all__ = ["linear_change", "margin_rise", "polynomial_decay", "warmup_exponential"]
+__all__ = [
+    "linear_change",
+    "loss_schedule",
+    "margin_rise",
+    "polynomial_decay",
+    "warmup_exponential",
+]
 
 
 def warmup_exponential(
@@ -67,6 +75,40 @@ def linear_change(epoch: float, full: float, *, initial: float, start: float, en
     if epoch >= end:
         return full
     return initial + (full - initial) * max(0.0, epoch - start) / (end - start)
+
+
+def loss_schedule(
+    margin: tuple[float, float] = (0, 0),
+    alpha: tuple[float | None, float] = (None, 0),
+    scale: tuple[float | None, float] = (None, 0),
+) -> dict[str, Callable[[float, float], float]]:
+    """Schedules of a loss's parameters, ``{"margin": f}`` with ``f(epoch, full)``, from settings.
+
+    Epochs are counted from 1 here, as in the settings of WeSpeaker's recipe: a rise from 20 to 40
+    begins with the 20th epoch, at time 19.
+
+    Parameters
+    ----------
+    margin : (first, last)
+        :func:`margin_rise` from 0 to the loss's own; (0, 0) is full throughout.
+    alpha, scale : (initial, last)
+        :func:`linear_change` from `initial` to the loss's own, which is reached with that epoch;
+        an `initial` of None is no change.
+
+    Examples
+    --------
+    >>> found = loss_schedule(margin=(20, 40), alpha=(1.0, 5))
+    >>> [round(found["margin"](t, 0.2), 3) for t in (19, 20, 21, 39)]
+    [0.0, 0.058, 0.1, 0.2]
+    >>> found["alpha"](0, 1.5), found["alpha"](2, 1.5), found["alpha"](4, 1.5)
+    (1.0, 1.25, 1.5)
+    """
+    first, last = margin
+    schedule: dict = {"margin": partial(margin_rise, start=first - 1, end=last - 1)}
+    for name, (initial, until) in (("alpha", alpha), ("scale", scale)):
+        if initial is not None:
+            schedule[name] = partial(linear_change, initial=initial, start=0, end=until - 1)
+    return schedule
 
 
 def polynomial_decay(

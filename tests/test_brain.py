@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -139,27 +140,147 @@ class Recorder(SpeakerBrain):
         return loss
 
 
+def record(folder, output, kill_at=None, every=2, validate=None, accumulation=1, **settings):
+    """A run that keeps its losses, killed before a step or by `validate`."""
+    torch.manual_seed(0)
+    options = {"ckpt_interval_steps": every, "grad_accumulation_factor": accumulation}
+    fit, brain, _ = make_brain(folder, output, validate, Recorder, options, **settings)
+    brain.losses, brain.kill_at = {}, kill_at
+    with contextlib.suppress(Killed):
+        fit()
+    return brain
+
+
+def assert_same(whole, first, second):
+    """Losses, weights and what is said of every epoch."""
+    assert first.losses | second.losses == whole.losses
+    assert len(second.losses) < len(whole.losses)
+    for a, b in zip(whole.modules.parameters(), second.modules.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(whole.history(), second.history(), strict=True):
+        assert a | {"seconds": 0} == pytest.approx(b | {"seconds": 0}, rel=1e-6)
+
+
 @pytest.mark.parametrize("head", ["dense", "sparse"])
 @pytest.mark.parametrize("kill_at", [(2, 1), (2, 3), (3, 4)])
 def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path, kill_at, head):
-    def run(output, kill_at=None):
-        torch.manual_seed(0)
-        fit, brain, _ = make_brain(
-            folder, output, brain_class=Recorder, run_opts={"ckpt_interval_steps": 2}, head=head
-        )
-        brain.losses, brain.kill_at = {}, kill_at
-        with contextlib.suppress(Killed):
-            fit()
-        return brain
-
-    whole = run(tmp_path / "whole")
-    first = run(tmp_path / "killed", kill_at)
-    second = run(tmp_path / "killed")
+    whole = record(folder, tmp_path / "whole", head=head)
+    first = record(folder, tmp_path / "killed", kill_at, head=head)
+    second = record(folder, tmp_path / "killed", head=head)
     assert len(whole.losses) == 12
-    assert first.losses | second.losses == whole.losses
-    assert len(second.losses) < 12
-    for a, b in zip(whole.modules.parameters(), second.modules.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert_same(whole, first, second)
+
+
+def test_a_run_killed_between_its_last_step_and_its_epochs_checkpoint_resumes(folder, tmp_path):
+    def killed(_):
+        raise Killed
+
+    def measured(_):
+        return {"eer": 0.5}
+
+    whole = record(folder, tmp_path / "whole", every=4, validate=measured)
+    first = record(folder, tmp_path / "killed", every=4, validate=killed)
+    assert set(first.losses) == {(1, step) for step in (1, 2, 3, 4)}
+    assert_same(whole, first, record(folder, tmp_path / "killed", every=4, validate=measured))
+
+
+def test_a_run_that_accumulates_gradients_resumes_between_two_steps(folder, tmp_path):
+    settings = {"accumulation": 2, "batch_size": 2, "every": 3, "loss": "cosface"}
+    settings |= {"margin_from_epoch": 3, "margin_until_epoch": 4}
+    margins = []
+
+    class Watched(SpeakerBrain):
+        def compute_objectives(self, *args):
+            margins.append(self.hparams.compute_cost.margin)
+            return super().compute_objectives(*args)
+
+    whole = record(folder, tmp_path / "whole", **settings)
+    first = record(folder, tmp_path / "killed", (2, 6), **settings)
+    assert_same(whole, first, record(folder, tmp_path / "killed", **settings))
+    fit, _, _ = make_brain(
+        folder,
+        tmp_path / "margins",
+        brain_class=Watched,
+        run_opts={"grad_accumulation_factor": 2},
+        batch_size=2,
+        margin_from_epoch=3,
+        margin_until_epoch=4,
+    )
+    fit()
+    assert margins[:16] == [0] * 16  # the first batches of a start too
+    assert margins[18] == margins[19] > margins[17] == margins[16] == 0
+
+
+def test_time_goes_on_when_a_run_goes_on_with_other_batches(folder, tmp_path):
+    settings = {"number_of_epochs": 4, "lr": 0.1, "margin_from_epoch": 1, "margin_until_epoch": 4}
+    whole = record(folder, tmp_path / "whole", batch_size=2, **settings)
+    record(folder, tmp_path / "moved", kill_at=(2, 3), batch_size=4, **settings)
+    moved = record(folder, tmp_path / "moved", batch_size=2, **settings)
+    # two of the four batches of 4 were done: four of the eight of 2 are left
+    assert min(moved.losses) == (2, 5)
+    assert len(moved.losses) == 4 + 2 * 8
+    for name in ("margin", "lr"):
+        there, here = ([entry[name] for entry in run.history()] for run in (whole, moved))
+        assert here[1:] == pytest.approx(there[1:])
+
+
+def test_alpha_and_scale_change_by_schedule(folder, tmp_path):
+    settings = {"alpha_initial": 1.0, "alpha_until_epoch": 3, "scale_initial": 20.0}
+    fit, brain, _ = make_brain(folder, tmp_path, scale_until_epoch=2, **settings)
+    fit()
+    history = brain.history()  # at the last of four steps
+    assert [entry["alpha"] for entry in history] == pytest.approx([1.1875, 1.4375, 1.5])
+    assert [entry["scale"] for entry in history] == pytest.approx([12.5, 10, 10])
+
+
+def test_arcface_with_the_sparse_head_is_refused_before_training(folder, tmp_path):
+    with pytest.raises(ValueError, match="arcface needs --head dense"):
+        make_brain(folder, tmp_path, loss="arcface", head="sparse")
+
+
+def test_what_is_clipped(folder, tmp_path):
+    def clipped(**settings):
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        fit, brain, _ = make_brain(folder, output, number_of_epochs=1, **settings)
+        fit()
+        groups = [optimizer.param_groups[0] for optimizer in brain.optimizers_dict.values()]
+        return brain, [id(parameter) for group in groups for parameter in group["params"]]
+
+    brain, everything = clipped()
+    assert everything == [id(p) for p in brain.modules.parameters()]
+
+    class Alone(SpeakerBrain):
+        clipped_alone = "embedding_model"
+
+    brain, encoder = clipped(brain_class=Alone)
+    assert encoder == [id(p) for p in brain.modules["embedding_model"].parameters()]
+    brain, others = clipped(head="sparse")
+    assert set(others) >= {id(p) for p in brain.modules["embedding_model"].parameters()}
+    assert id(brain.modules["classifier"].weight) not in others
+
+
+def test_an_interrupted_extraction_goes_on(folder, tmp_path):
+    fit, brain, test = make_brain(folder, tmp_path, number_of_epochs=1)
+    fit()
+    whole = brain.extract(test, batch_size=1)
+    shutil.rmtree(tmp_path / "save" / "embeddings")
+    names = []
+
+    class Interrupted(type(brain)):
+        def embed(self, batch, stage):
+            names.extend(batch.id)
+            if len(names) == 3:
+                raise Killed
+            return super().embed(batch, stage)
+
+    brain.__class__ = Interrupted
+    with pytest.raises(Killed):
+        brain.extract(test, batch_size=1)
+    again = brain.extract(test, batch_size=1)
+    assert names[2:] == [names[2], *names[3:]]
+    assert len(names) == len(whole) + 1
+    for name, row in whole.items():
+        np.testing.assert_array_equal(again[name], row)
 
 
 def test_learning_rate_follows_the_schedule_whatever_the_accumulation(folder, tmp_path):
@@ -191,7 +312,7 @@ def test_stage_without_embed_is_abstract():
 
 
 def test_the_margin_follows_its_schedule_and_is_logged(folder, tmp_path):
-    schedule = {"margin_from_epoch": 1, "margin_until_epoch": 2}
+    schedule = {"margin_from_epoch": 2, "margin_until_epoch": 3}
     for loss in ("qmargin", "arcface"):
         fit, brain, _ = make_brain(folder, tmp_path / loss, loss=loss, margin=0.3, **schedule)
         fit()
@@ -244,10 +365,27 @@ def test_pretraining_that_does_not_fit_is_named(folder, tmp_path):
         load(pretrained=str(first), pretrained_classes="all")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load(pretrained="nowhere", pretrained_classes="none")
+    with pytest.raises(ValueError, match=r"(?s)first was trained with another model.*blocks"):
+        load(pretrained=str(first), pretrained_classes="none", channels=16)
     there.write_text(there.read_text().replace("s1", "somebody"))
     with pytest.raises(ValueError, match="trained on other classes"):
         load(pretrained=str(first), pretrained_classes="keep")
     load(pretrained=str(first), pretrained_classes="none")
+    record(folder, tmp_path / "begun", kill_at=(1, 3))
+    with pytest.raises(FileNotFoundError, match=r"begun.*no checkpoint of a finished epoch"):
+        load(pretrained=str(tmp_path / "begun"), pretrained_classes="none")
+
+
+def test_the_sparse_heads_first_classes_are_kept(folder, tmp_path):
+    first = tmp_path / "first"
+    fit, brain, _ = make_brain(folder, first, head="sparse", out_n_neurons=12)
+    fit()
+    options = {"pretrained": str(first), "pretrained_classes": "first"}
+    _, tuned, _ = make_brain(folder, tmp_path / "second", head="sparse", **options)
+    load_pretrained(vars(tuned.hparams))
+    there, here = (run.modules["classifier"].weight for run in (brain, tuned))
+    assert here.shape[0] == 4
+    assert torch.equal(here, there[:4])
 
 
 def test_tensorboard_by_one_setting(folder, tmp_path):

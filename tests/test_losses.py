@@ -11,8 +11,16 @@ import torch.nn.functional as F
 from speechbrain.nnet.losses import AdditiveAngularMargin, AngularMargin, LogSoftmaxWrapper
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from speechbrain_qmargin import LOSSES, CosFaceLoss, QMarginFaceLoss, QMarginLoss, make_loss
+from speechbrain_qmargin import (
+    LOSSES,
+    CosFaceLoss,
+    QMarginFaceLoss,
+    QMarginLoss,
+    make_loss,
+    margin_for,
+)
 from speechbrain_qmargin.functional import QMarginStats, q_margin_loss
+from speechbrain_qmargin.losses import loss_parameter
 
 
 def outputs_and_labels(rows=5, classes=9):
@@ -185,3 +193,23 @@ def test_importing_the_loss_imports_torch_alone():
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "torch" in answer.stdout.split()
     assert not heavy & set(answer.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "margin"),
+    [("arcface", 0.5), ("cosface", 0.5), ("entmax", 0), ("sparsemax", 0), ("qmargin_face", 0.247)],
+)
+def test_large_margins_of_fine_tuning(name, margin):
+    loss = make_loss(name, margin="large")
+    assert loss_parameter(loss, "margin") == pytest.approx(margin, abs=1e-3)
+    with pytest.raises(ValueError, match="'huge'; give a number or large"):
+        make_loss(name, margin="huge")
+
+
+def test_a_margin_that_no_cosines_reach_is_said(caplog):
+    make_loss("qmargin", margin=0.5)
+    assert "is 2.44, more than two cosines can differ by" in caplog.text
+    with pytest.raises(ValueError, match=r"it is 0\.2 or more"):
+        margin_for(1.5, 10, 0.1)
+    with pytest.raises(ValueError, match="never vanishes"):
+        margin_for(1.0, 10, 0.5)

@@ -13,10 +13,8 @@ interrupted extraction, started again, goes on where it was.
 """
 
 import argparse
-import json
 import shutil
 import sys
-import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -30,10 +28,10 @@ from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, read_audio
 from speechbrain_qmargin.data.voxceleb import audio_files, audio_roots
 from speechbrain_qmargin.export import load_encoder
 from speechbrain_qmargin.files import replacing, write_text
-from speechbrain_qmargin.scoring.trials import load_embeddings, save_embeddings
+from speechbrain_qmargin.parts import EmbeddingParts
+from speechbrain_qmargin.scoring.trials import save_embeddings
 
 MIN_SECONDS = 0.1  # less than the networks' context
-PART_SECONDS, PART_SIZE = 60, 5000  # what an interruption may cost; what is held in memory
 
 
 def find_recordings(audio: Path) -> dict[str, Path]:
@@ -105,41 +103,6 @@ def decoded(recordings: dict[str, Path], sample_rate: int, workers: int):
             yield name, *future.result()
 
 
-class Parts:
-    """Embeddings on their way: atomic files beside the output, of one encoder."""
-
-    def __init__(self, out: Path, encoder_digest: str) -> None:
-        self.folder = out.with_name(out.name + ".parts")
-        self.waiting: dict[str, np.ndarray] = {}
-        about = self.folder / "encoder.json"
-        if about.is_file() and json.loads(about.read_text())["sha256"] != encoder_digest:
-            raise ValueError(
-                f"{self.folder} holds embeddings of another encoder; delete it, or give another OUT"
-            )
-        write_text(about, json.dumps({"sha256": encoder_digest}))
-        self.files = sorted(self.folder.glob("part*.npz"))
-        self.done = {name for file in self.files for name in load_embeddings(file).ids}
-        self.written = time.monotonic()
-
-    def add(self, name: str, embedding: np.ndarray) -> None:
-        self.waiting[name] = embedding
-        if len(self.waiting) >= PART_SIZE or time.monotonic() - self.written > PART_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self.waiting:
-            self.files.append(self.folder / f"part{len(self.files):06d}.npz")
-            save_embeddings(self.files[-1], self.waiting)
-            self.waiting, self.written = {}, time.monotonic()
-
-    def merged(self, order) -> dict[str, np.ndarray]:
-        everything = {}
-        for file in self.files:
-            loaded = load_embeddings(file)
-            everything.update(zip(loaded.ids, loaded.matrix, strict=True))
-        return {name: everything[name] for name in order if name in everything}
-
-
 def write_embeddings(out: Path, embeddings: dict[str, np.ndarray]) -> None:
     if out.suffix == ".npz":
         save_embeddings(out, embeddings)
@@ -176,7 +139,7 @@ def extract(run_folder, audio, out, device: str = "cpu", workers: int = 4) -> No
     recordings = find_recordings(audio)
     check_output(out, recordings)
     encoder = load_encoder(run_folder, device)
-    parts = Parts(out, encoder.digest())
+    parts = EmbeddingParts(out.with_name(out.name + ".parts"), encoder.digest())
     todo = {name: path for name, path in recordings.items() if name not in parts.done}
     if len(todo) < len(recordings):
         print(f"{len(recordings) - len(todo):,} recordings were embedded before", flush=True)

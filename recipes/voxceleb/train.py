@@ -12,7 +12,6 @@ from speechbrain_qmargin.brain import SpeakerBrain
 from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.sampling import BalancedSampler
 from speechbrain_qmargin.data.speech import prepare_speech, speech_dataset
-from speechbrain_qmargin.export import export_run
 from speechbrain_qmargin.recipe import Datasets, Task, train_verifier
 
 SYNTHETIC = "synthetic voices: this shows that the machinery works, not how accurate it is"
@@ -95,4 +94,4 @@ def per_speaker(manifest, count):
 
 
 if __name__ == "__main__":
-    train_verifier(sys.argv[1:], SpeakerBrain, prepare, finish=export_run)
+    train_verifier(sys.argv[1:], SpeakerBrain, prepare, export=True)

@@ -489,8 +489,11 @@ class ShardedQMarginHead(QMarginHead):
         self.comm.barrier()
 
     @torch.no_grad()
-    def load_shards(self, folder: str | Path, optimizer=None) -> None:
+    def load_shards(self, folder: str | Path, optimizer=None, *, first_rows: bool = False) -> None:
         """Read what :meth:`save_shards` wrote on any number of ranks.
+
+        With `first_rows` the head may have fewer classes than the checkpoint, and takes its first
+        ones.
 
         Raises
         ------
@@ -501,7 +504,8 @@ class ShardedQMarginHead(QMarginHead):
         index = json.loads((folder / "index.json").read_text())
         theirs = (index["embedding_dim"], index["num_classes"])
         ours = (self.weight.shape[1], self.num_classes)
-        if theirs != ours:
+        fits = theirs == ours or (first_rows and theirs[0] == ours[0] and theirs[1] > ours[1])
+        if not fits:
             raise ValueError(
                 f"{folder}: the checkpoint has (embedding_dim, num_classes) = {theirs}, this head "
                 f"{ours}"

@@ -18,9 +18,9 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def train(recipe: str, yaml: str, *options, finish=None, module=None) -> None:
-    """``python recipes/<recipe>/train.py hparams/<yaml> [options]``, without its finish."""
+def train(recipe: str, yaml: str, *options, export=False, module=None) -> None:
+    """``python recipes/<recipe>/train.py hparams/<yaml> [options]``, exported only if asked for."""
     module = module or load(f"recipes/{recipe}/train.py")
     brain = {"voxceleb": "SpeakerBrain", "face": "FaceBrain"}[recipe]
     argv = [str(ROOT / "hparams" / yaml), "--noprogressbar", "--device=cpu", *map(str, options)]
-    module.train_verifier(argv, getattr(module, brain), module.prepare, finish)
+    module.train_verifier(argv, getattr(module, brain), module.prepare, export)

@@ -10,11 +10,10 @@ import pytest
 from scripts import train
 
 from speechbrain_qmargin.data.mini_voxceleb import build_dry_run_tree
-from speechbrain_qmargin.export import export_run
 
 
 def run(yaml, *options):
-    train("voxceleb", yaml, "--num_workers=0", *options, finish=export_run)
+    train("voxceleb", yaml, "--num_workers=0", *options, export=True)
 
 
 @pytest.mark.parametrize("model", ["ecapa", "resnet34"])
@@ -47,5 +46,5 @@ def test_the_full_recipe_in_small(tmp_path, model, caplog):
     if model == "ecapa":
         run("qmargin_lm.yaml", f"--pretrained={output}", "--number_of_epochs=1")
         tuned = json.loads((output / "lm" / "results.json").read_text())
-        assert tuned["settings"]["margin"] == 0.5
+        assert tuned["settings"]["margin"] == "large"
         assert set(tuned["lists"]) == set(results["lists"])

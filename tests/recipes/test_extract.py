@@ -159,7 +159,7 @@ def test_an_interrupted_extraction_goes_on_where_it_was(run, audio, tmp_path, mo
 
     other = make_run(tmp_path / "other", seed=1)
     assert extract(other, audio, out) == 1
-    assert "another encoder" in capsys.readouterr().err
+    assert "another model" in capsys.readouterr().err
 
     module = script()
     again = []

@@ -85,6 +85,19 @@ def test_results_lost_after_training_are_made_again_without_training(corpus, tmp
     assert (output / "history.jsonl").read_bytes() == history
 
 
+def test_a_finished_run_is_scored_anew_on_another_list(corpus, tmp_path, capsys):
+    output = tmp_path / "out"
+    run(*on(corpus, output))
+    history = (output / "history.jsonl").read_bytes()
+    shorter = tmp_path / "shorter.txt"
+    shorter.write_text("".join(corpus.trials_test.read_text().splitlines(keepends=True)[::2]))
+    run(*on(corpus, output, trials=shorter))
+    assert "scored anew, for verification_file changed" in capsys.readouterr().out
+    results = json.loads((output / "results.json").read_text())
+    assert set(results["lists"]) == {"shorter"}
+    assert (output / "history.jsonl").read_bytes() == history
+
+
 def test_another_loss_in_the_same_folder_is_refused_and_touches_nothing(corpus, tmp_path):
     output = tmp_path / "out"
     run(*on(corpus, output))
@@ -147,8 +160,8 @@ def test_large_margin_fine_tuning_continues_a_run(corpus, tmp_path, capsys):
     assert "qmargin, ecapa, 1 epochs" in capsys.readouterr().out
     results = json.loads((output / "lm" / "results.json").read_text())
     settings = results["settings"]
-    assert (settings["alpha"], settings["margin"], settings["channels"]) == (1.75, 0.5, 8)
+    assert (settings["alpha"], settings["margin"], settings["channels"]) == (1.75, "large", 8)
     assert (settings["lr"], settings["sentence_len"]) == (0.0001, 0.7)
     log = (output / "lm" / "log.txt").read_text()
-    assert "margin=0.5" in log
+    assert "margin=0.324, hard_margin_cos=0.9" in log
     assert f"starting from {output}" in log
