@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -96,11 +97,13 @@ class IResNet(nn.Module):
                 nn.init.normal_(module.weight, 0, 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embeddings [B, 1, embedding_dim] of images [B, 3, H, W]."""
+        """Embeddings [B, 1, embedding_dim] of images [B, 3, H, W]; float32 from `fc` on."""
         y = self.prelu(self.bn1(self.conv1(x)))
         y = self.layer4(self.layer3(self.layer2(self.layer1(y))))
-        y = self.fc(self.dropout(self.bn2(y).flatten(1)))
-        return self.features(y.float()).unsqueeze(1)
+        y = self.bn2(y).flatten(1)
+        with torch.autocast(x.device.type, enabled=False):  # as arcface_torch
+            y = self.fc(self.dropout(y.float()))
+            return self.features(y).unsqueeze(1)
 
 
 def load_arcface_torch(model: IResNet, path: str | Path) -> None:
@@ -109,10 +112,14 @@ def load_arcface_torch(model: IResNet, path: str | Path) -> None:
     Raises
     ------
     ValueError
-        A checkpoint of another depth or width; the first parameters that differ are named.
+        No such checkpoint, or one of another depth or width; the first parameters that differ are
+        named.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("state_dict_backbone", state.get("state_dict", state))
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict_backbone", state.get("state_dict", state))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of weights alone ({error})") from None
     state = {key.removeprefix("module."): value for key, value in state.items()}
     own = model.state_dict()
     differing = [key for key in own if key not in state or state[key].shape != own[key].shape]
@@ -120,6 +127,6 @@ def load_arcface_torch(model: IResNet, path: str | Path) -> None:
     if differing:
         raise ValueError(
             f"{path} is not of this network: {len(differing)} entries differ, the first are "
-            f"{', '.join(differing[:3])}"
+            f"{', '.join(differing[:3])}; is its depth another (--depth)?"
         )
     model.load_state_dict(state)

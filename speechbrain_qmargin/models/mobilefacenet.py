@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["MobileFaceNet"]
@@ -50,7 +51,6 @@ class MobileFaceNet(nn.Module):
 
     Examples
     --------
-    >>> import torch
     >>> model = MobileFaceNet(embedding_dim=16, image_size=32).eval()
     >>> model(torch.randn(2, 3, 32, 32)).shape
     torch.Size([2, 1, 16])
@@ -79,5 +79,7 @@ class MobileFaceNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embeddings [B, 1, embedding_dim] of images [B, 3, H, W]."""
-        return self.layers(x).flatten(1).float().unsqueeze(1)
+        """Embeddings [B, 1, embedding_dim] of images [B, 3, H, W]; the last layer is float32."""
+        y = self.layers[:-2](x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.layers[-2:](y.float()).flatten(1).unsqueeze(1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from speechbrain_qmargin.models.iresnet import BLOCKS, IResNet, load_arcface_torch
 from speechbrain_qmargin.models.mobilefacenet import STAGES, MobileFaceNet
@@ -81,6 +82,75 @@ def test_evaluation_depends_neither_on_the_batch_nor_on_autocast_much(make):
     assert torch.nn.functional.cosine_similarity(half, whole, dim=2).min() > 0.98
 
 
+def published_output(state, depth, x, training):
+    """arcface_torch's iresnet.py as plain functions of its weights; BN's eps is 1e-5."""
+
+    def norm(name, x):
+        mean, var = (state[f"{name}.running_{what}"].clone() for what in ("mean", "var"))
+        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+        return F.batch_norm(x, mean, var, weight, bias, training=training, eps=1e-5)
+
+    x = F.conv2d(x, state["conv1.weight"], stride=1, padding=1)
+    x = F.prelu(norm("bn1", x), state["prelu.weight"])
+    blocks = {18: [2, 2, 2, 2], 50: [3, 4, 14, 3], 100: [3, 13, 30, 3]}[depth]
+    for layer, count in enumerate(blocks, 1):
+        for number in range(count):
+            at, stride = f"layer{layer}.{number}", 2 if number == 0 else 1
+            y = norm(f"{at}.bn1", x)
+            y = F.conv2d(y, state[f"{at}.conv1.weight"], stride=1, padding=1)
+            y = F.prelu(norm(f"{at}.bn2", y), state[f"{at}.prelu.weight"])
+            y = norm(
+                f"{at}.bn3", F.conv2d(y, state[f"{at}.conv2.weight"], stride=stride, padding=1)
+            )
+            if number == 0:
+                x = F.conv2d(x, state[f"{at}.downsample.0.weight"], stride=stride)
+                x = norm(f"{at}.downsample.1", x)
+            x = x + y
+    x = torch.flatten(norm("bn2", x), 1)
+    return norm("features", F.linear(x, state["fc.weight"], state["fc.bias"]))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("depth", [18, 50, 100])
+def test_iresnet_computes_the_published_definition(depth, training):
+    torch.manual_seed(depth)
+    model = IResNet(depth, 16, channels=4, image_size=48)
+    for name, value in model.state_dict().items():  # nothing at its initial value
+        if name.endswith(("bias", "running_mean")):
+            value.copy_(torch.randn_like(value) * 0.1)
+        elif value.ndim == 4:
+            value.copy_(torch.randn_like(value) / value[0].numel() ** 0.5)
+        elif value.ndim == 1:  # of norms and PReLUs
+            value.copy_(torch.rand_like(value) * 0.5 + 0.5)
+    model.train(training)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.rand(6, 3, 48, 48) * 2 - 1
+    with torch.no_grad():
+        wanted = published_output(state, depth, x, training)
+        found = model(x)
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(found[:, 0], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "last"),
+    [
+        (lambda: IResNet(18, 8, 4, image_size=32), lambda model: model.fc),
+        (lambda: MobileFaceNet(8, 32), lambda model: model.layers[-2]),
+    ],
+)
+def test_the_last_layer_is_outside_autocast(make, last):
+    model, seen = make().train(), []
+    last(model).register_forward_hook(lambda module, x, y: seen.append((x[0].dtype, y.dtype)))
+    first = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    first.register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert seen == [torch.bfloat16, (torch.float32, torch.float32)]
+    weight = next(last(model).parameters())
+    assert weight.grad.dtype == torch.float32
+
+
 def test_published_checkpoints_fit_by_name(tmp_path):
     torch.manual_seed(0)
     model, other = (IResNet(18, 8, channels=4, image_size=32) for _ in range(2))
@@ -95,5 +165,8 @@ def test_published_checkpoints_fit_by_name(tmp_path):
     assert {f"{name}.weight" for name in names} <= set(model.state_dict())
     with pytest.raises(ValueError, match=r"backbone\.pth is not of this network"):
         load_arcface_torch(IResNet(34, 8, channels=4, image_size=32), file)
+    file.write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"backbone\.pth: not a checkpoint"):
+        load_arcface_torch(model, file)
     with pytest.raises(ValueError, match="depth: 20; choose 18, 34, 50, 100"):
         IResNet(20)
