@@ -32,12 +32,14 @@ from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.lists import Cohort, score_lists
 from speechbrain_qmargin.scoring.metrics import eer, operating_points, tar_at_far
 from speechbrain_qmargin.scoring.pairs import pair_scores, ten_fold_accuracy, ten_fold_tar
+from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import Report
 from speechbrain_qmargin.scoring.trials import (
     Trials,
     cosine_scores,
     read_trials,
     save_embeddings,
+    write_scores,
 )
 
 __all__ = [
@@ -343,7 +345,7 @@ def verify(
     In the output folder: ``embeddings.npz``, ``scores/<list>/`` with every system's unrounded
     scores and ``det.png``, ``results.txt`` (the printed tables) and, last, ``results.json``, which
     marks the run as done. Its ``figures`` are the first list's, by cosine. `pair_sets` are
-    measured over ten folds, as faces are.
+    measured over ten folds, as faces are; their scores and DET stand beside the lists'.
     """
     folder, settings = experiment.output_folder, experiment.settings
     save_embeddings(folder / "embeddings.npz", embeddings)
@@ -355,7 +357,10 @@ def verify(
     name = settings["loss"]
     lines = [f"{name}, {settings['model']}, {len(history)} epochs, seed {settings['seed']}"]
     lines += [note] if note else []
-    folds = {name: _ten_folds(name, embeddings, same) for name, same in (pair_sets or {}).items()}
+    folds = {
+        name: _pair_set(folder / "scores" / name, name, embeddings, same, note)
+        for name, same in (pair_sets or {}).items()
+    }
     lines += ["", *(f"{name}: {one}" for name, figures in folds.items() for one in figures)]
     lines += [tables.rstrip(), f"training took {seconds / 60:.1f} minutes"]
     last = history[-1] if history else {}
@@ -365,7 +370,7 @@ def verify(
             f"at most {last['support_max']}; {100 * last['zero_loss']:.0f} % of the samples at "
             "zero loss"
         )
-    pictures = ", ".join(f"scores/{name}/det.png" for name in lists)
+    pictures = ", ".join(f"scores/{name}/det.png" for name in [*lists, *folds])
     lines.append(f"files: {folder}/ {pictures}, scores, embeddings.npz, history.jsonl")
     table = "\n".join(lines) + "\n"
     write_text(folder / "results.txt", table)
@@ -400,9 +405,16 @@ def pair_ids(name: str, count: int) -> list[str]:
     return [f"{name}/{number:06d}" for number in range(2 * count)]
 
 
-def _ten_folds(name: str, embeddings: Mapping[str, np.ndarray], same: np.ndarray) -> tuple:
-    rows = np.stack([embeddings[one] for one in pair_ids(name, len(same))])
+def _pair_set(
+    folder: Path, name: str, embeddings: Mapping[str, np.ndarray], same: np.ndarray, title: str
+) -> tuple:
+    """The figures over ten folds; the scores and the DET go into the folder."""
+    ids = pair_ids(name, len(same))
+    rows = np.stack([embeddings[one] for one in ids])
     scores = pair_scores(rows, flip="none")  # the Brain has added the mirror images already
+    trials = Trials(ids, np.arange(0, len(ids), 2), np.arange(1, len(ids), 2), same)
+    write_scores(folder / "cosine.tsv", trials, scores)
+    plot_det({"cosine": (scores, same)}, folder / "det.png", f"{name}. {title}" if title else name)
     return ten_fold_accuracy(scores, same), ten_fold_tar(scores, same)
 
 

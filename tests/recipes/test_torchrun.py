@@ -127,6 +127,8 @@ def test_webface_in_small_trains_in_shards_resumes_and_is_scored_on_ijb(tmp_path
     accuracy, _ = results["pair_sets"]["lfw"]
     assert 0 <= accuracy["mean"] <= 1
     assert accuracy["pairs"] == 20
+    assert len((output / "scores/lfw/cosine.tsv").read_text().splitlines()) >= 20
+    assert (output / "scores/lfw/det.png").is_file()
 
     # as if it had been killed in its last epoch
     before = losses_of(output)
