@@ -26,6 +26,7 @@ from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval
 __all__ = [
     "FLIPS",
     "FoldFigure",
+    "check_folds",
     "flip_fusion",
     "pair_scores",
     "ten_fold_accuracy",
@@ -153,13 +154,10 @@ def ten_fold_tar(
     1.0
     """
     scores, is_same = _checked(scores, is_same, folds)
+    check_folds(is_same, folds)
     values, thresholds, fars, missed = [], [], [], 0
     for held in _folds(len(scores), folds):
         same = is_same[held]
-        if same.all() or not same.any():
-            raise ValueError(
-                f"pairs {held.start} to {held.stop - 1} are a fold of one kind only: no rate"
-            )
         threshold = tar_at_far(operating_points(*_others(scores, is_same, held)), far).threshold
         accepted = scores[held] >= threshold
         values.append(float(accepted[same].mean()))
@@ -171,6 +169,33 @@ def ten_fold_tar(
     rests_on = min(missed, allowed_false_accepts(far, len(is_same) - genuine))
     name += f" over {folds} folds"
     return _figure(name, values, missed, genuine, rests_on, few, thresholds, np.asarray(fars))
+
+
+def check_folds(is_same: np.ndarray, folds: int = 10) -> None:
+    """Whether the pairs allow :func:`ten_fold_accuracy` and :func:`ten_fold_tar`, before scores.
+
+    Parameters
+    ----------
+    is_same, folds
+        As :func:`ten_fold_accuracy`.
+
+    Raises
+    ------
+    ValueError
+        Fewer pairs than folds, fewer than two folds, a fold without a genuine or without an
+        impostor pair.
+
+    Examples
+    --------
+    >>> check_folds(np.tile([True, False], 30))
+    """
+    _checked(np.zeros(len(is_same)), is_same, folds)
+    for held in _folds(len(is_same), folds):
+        same = is_same[held]
+        if same.all() or not same.any():
+            raise ValueError(
+                f"pairs {held.start} to {held.stop - 1} are a fold of one kind only: no rate"
+            )
 
 
 def flip_fusion(
