@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from speechbrain_qmargin.files import replacing, write_text
+from speechbrain_qmargin.files import cache_folder, replacing, write_text
 
 __all__ = ["CORPUS_VERSION", "MiniFaces", "build_mini_faces", "draw_face"]
 
@@ -54,7 +54,7 @@ def build_mini_faces(
     Parameters
     ----------
     folder : path, optional
-        Default: below ``SPEECHBRAIN_QMARGIN_CACHE``, else below ``~/.cache/speechbrain_qmargin``.
+        Default: below :func:`~speechbrain_qmargin.files.cache_folder`.
     seed, num_train, num_valid, num_test, num_images : int
         Each image is a function of the seed, its identity's number and its own.
 
@@ -70,11 +70,8 @@ def build_mini_faces(
     '1 test000/00.png test000/01.png'
     """
     if folder is None:
-        from speechbrain_qmargin.data.mini_voices import default_cache_folder
-
         counts = f"{seed}-{num_train}-{num_valid}-{num_test}-{num_images}"
-        base = default_cache_folder().parent
-        folder = base / f"mini_faces-{CORPUS_VERSION}-{counts}"
+        folder = cache_folder() / f"mini_faces-{CORPUS_VERSION}-{counts}"
     folder = Path(folder).expanduser().absolute()
     parts = {"train": num_train, "valid": num_valid, "test": num_test}
     identities = [(part, number) for part, count in parts.items() for number in range(count)]

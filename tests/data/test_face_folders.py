@@ -1,0 +1,136 @@
+"""Folders of face images: layout, what cannot be decoded, what is tested on."""
+
+import io
+import logging
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from speechbrain_qmargin.data.classes import class_encoder
+from speechbrain_qmargin.data.faces import (
+    SkippedImages,
+    check_images,
+    face_dataset,
+    prepare_faces,
+    read_image,
+    read_pixels,
+)
+
+
+def write(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 16), (value, value, value)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for identity in range(3):
+        for image in range(3):
+            write(tmp_path / f"faces/id{identity}/{image}.png", 50 * identity + 10 * image)
+    return tmp_path / "faces"
+
+
+def test_a_folder_without_pairs_is_all_for_training(folder, tmp_path):
+    (folder / "read.me").write_text("no image")
+    write(folder / ".thumbnails/a/b/0.png")
+    write(folder / "id0/.0.png")
+    corpus = prepare_faces(folder, tmp_path / "save")
+    assert list(corpus.train) == [f"id{i}/{j}.png" for i in range(3) for j in range(3)]
+    assert (corpus.test, corpus.test_lists, corpus.valid_trials) == ({}, {}, None)
+
+
+def test_pairs_hold_their_identities_out(folder, tmp_path):
+    pairs = tmp_path / "pairs.txt"
+    pairs.write_text("1 id1/0.png id1/1.png\n")
+    corpus = prepare_faces(folder, tmp_path / "save", verification_file=pairs)
+    assert corpus.identities == ["id0", "id2"]
+    assert list(corpus.test) == ["id1/0.png", "id1/1.png"]
+
+
+def test_images_deeper_than_their_identity_are_refused(folder, tmp_path):
+    write(folder / "0/0_0_0000000/a.jpg")
+    with pytest.raises(ValueError, match=r"0/0_0_0000000/a\.jpg is deeper .* such as .*faces/0;"):
+        prepare_faces(folder, tmp_path / "save")
+
+
+def test_no_images_at_all(tmp_path):
+    (tmp_path / "id0").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no <identity>/<image>"):
+        prepare_faces(tmp_path, tmp_path / "save")
+
+
+def training(folder, tmp_path, skipped):
+    corpus = prepare_faces(folder, tmp_path / "save")
+    encoder = class_encoder(corpus.identities, tmp_path / "labels.txt")
+    return face_dataset(corpus.train, 16, label_encoder=encoder, skipped=skipped)
+
+
+def test_an_undecodable_image_is_replaced_by_its_identitys_next(folder, tmp_path, caplog):
+    (folder / "id1/1.png").write_bytes(b"no image")
+    (folder / "id2/2.png").write_bytes((folder / "id2/2.png").read_bytes()[:40])
+    listing = tmp_path / "skipped.txt"
+    for _ in range(2):
+        data = training(folder, tmp_path, SkippedImages(listing))
+        with caplog.at_level(logging.WARNING):
+            loader = torch.utils.data.DataLoader(data, batch_size=1, num_workers=2)
+            items = {item["id"][0]: item for item in loader}
+        wanted = {"id1/1.png": "id1/2.png", "id2/2.png": "id2/0.png"}
+        for name, item in items.items():
+            same = read_image(folder / wanted.get(name, name), 16)
+            assert torch.equal(item["image"][0], same), name
+            assert item["identity_encoded"].item() == int(name[2])
+    lines = listing.read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in lines) == ["id1/1.png", "id2/2.png"]
+
+
+def test_an_identity_without_a_decodable_image_is_named(folder, tmp_path):
+    for image in range(3):
+        (folder / f"id1/{image}.png").write_bytes(b"")
+    data = training(folder, tmp_path, SkippedImages())
+    with pytest.raises(OSError, match="no image of the identity id1 can be decoded"):
+        data[4]
+
+
+def test_what_is_tested_on_raises(folder, tmp_path):
+    (folder / "id1/1.png").write_bytes(b"no image")
+    corpus = prepare_faces(folder, tmp_path / "save")
+    with pytest.raises(OSError, match=r"id1/1\.png: cannot be decoded"):
+        face_dataset(corpus.train, 16)[4]
+
+
+def bomb():
+    """A JPEG that says it is 60000 x 60000."""
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, format="JPEG")
+    content = bytearray(stream.getvalue())
+    at = content.index(b"\xff\xc0")
+    content[at + 5 : at + 9] = struct.pack(">HH", 60000, 60000)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, bomb()])
+def test_every_fault_of_an_image_is_an_oserror(content, tmp_path):
+    with pytest.raises(OSError, match=r"^cannot be decoded"):
+        read_pixels(content)
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(OSError, match=r"a\.jpg: cannot be decoded"):
+        read_pixels(tmp_path / "a.jpg")
+
+
+def test_checking_names_what_cannot_be_decoded(folder):
+    images = {f"lfw.bin, pair {n}": folder / f"id0/{n % 3}.png" for n in range(9)}
+    check_images(images)
+    images |= {f"lfw.bin, pair {n}": b"none" for n in (3, 5, 7, 8)}
+    with pytest.raises(OSError, match=r"4 of 9 images .*pair 3: cannot .*pair 5: .*pair 7: [^;]*$"):
+        check_images(images)
+
+
+def test_pixels_are_rgb_and_resized_on_demand():
+    stream = io.BytesIO()
+    Image.fromarray(np.full((8, 6), 7, dtype=np.uint8)).save(stream, format="PNG")
+    assert (read_pixels(stream.getvalue()) == np.full((8, 6, 3), 7)).all()
+    assert read_pixels(stream.getvalue(), 4).shape == (4, 4, 3)
+    assert read_image(stream.getvalue(), 4).unique().item() == pytest.approx((7 - 127.5) / 127.5)
