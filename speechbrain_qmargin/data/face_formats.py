@@ -1,19 +1,27 @@
 """InsightFace's file formats, without MXNet and without executing what a file says.
 
 ``.rec`` with ``.idx`` (RecordIO of MXNet) hold training sets, ``.bin`` verification sets; faces are
-aligned to 112 x 112 by five landmarks. Shards in webdataset's layout are read beside them.
+aligned to 112 x 112 by five landmarks. Shards in webdataset's layout are read beside them. Where
+the images lie is found once and kept for all runs, beside the data or in the cache folder.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import mmap
 import os
 import pickle
 import struct
 import tarfile
+import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,8 +30,8 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from speechbrain_qmargin.data.faces import IMAGE_SUFFIXES, read_image
-from speechbrain_qmargin.files import replacing
+from speechbrain_qmargin.data.faces import IMAGE_SUFFIXES, SkippedImages, read_image
+from speechbrain_qmargin.files import cache_folder, replacing
 
 __all__ = [
     "ARCFACE_TEMPLATE",
@@ -33,6 +41,7 @@ __all__ = [
     "align_face",
     "read_bin",
     "read_record",
+    "stored_faces",
     "write_records",
 ]
 
@@ -40,6 +49,9 @@ logger = logging.getLogger(__name__)
 
 MAGIC = 0xCED7230A
 _LENGTH = (1 << 29) - 1
+_EXACT = 1 << 24  # up to which float32, in which labels and headers are kept, has every integer
+_BROKEN, _NO_IMAGE = -1, -2
+_IN_A_ROW = 100  # broken images, one after the other, that are passed over
 
 # Eyes, nose, corners of the mouth (x, y) in a 112 x 112 image: InsightFace's arcface_dst
 ARCFACE_TEMPLATE = np.array(
@@ -62,6 +74,13 @@ class Record:
 
     labels: np.ndarray
     content: bytes
+
+    @property
+    def identity(self) -> int:
+        """The first label; ValueError if no identity has such a number."""
+        if not _are_identities(self.labels[:1])[0]:
+            raise ValueError(f"its label {self.labels[0]} is no identity's")
+        return int(self.labels[0])
 
 
 def read_record(stream: BinaryIO) -> Record:
@@ -101,13 +120,28 @@ def read_record(stream: BinaryIO) -> Record:
     return Record(np.frombuffer(content[24:end], dtype="<f4"), content[end:])
 
 
+def _are_identities(labels: np.ndarray) -> np.ndarray:
+    return (labels >= 0) & (labels < _EXACT) & (labels == np.floor(labels))
+
+
 def write_records(path: str | Path, images: list[bytes], labels: list[int]) -> None:
     """A ``.rec`` and its ``.idx`` as InsightFace lays them out: for tests and conversions.
 
     Record 0 says where images end and identities begin; images follow, sorted by identity, then a
     record for each identity with its range of images.
+
+    Raises
+    ------
+    ValueError
+        More than 2^24 images and identities, which record 0 would round.
     """
     path = Path(path)
+    records = len(images) + len(np.unique(labels)) + 1
+    if records > _EXACT:
+        raise ValueError(
+            f"{path}: {records:,} records, and the float32 of record 0 counts to {_EXACT:,}; "
+            "write several files, or shards (.tar)"
+        )
     order = np.argsort(labels, kind="stable")
     names, starts = np.unique(np.asarray(labels)[order], return_index=True)
     first = len(images) + 1
@@ -129,16 +163,45 @@ def write_records(path: str | Path, images: list[bytes], labels: list[int]) -> N
                 rec.write(b"\0" * (-len(part) % 4))
 
 
+# --------------------------------------------------------------------------- images in large files
+
+
+def stored_faces(path: str | Path) -> FaceRecords | FaceShards | None:
+    """What keeps its images inside large files at a path.
+
+    Returns
+    -------
+    FaceRecords of a ``.rec``, or of the one in a folder (``train.rec`` where there are several);
+    FaceShards of a folder of ``.tar`` files; None for anything else, as a folder of images.
+
+    Raises
+    ------
+    ValueError
+        Several ``.rec`` files, none of which is ``train.rec``.
+    """
+    path = Path(path)
+    if path.suffix == ".rec":
+        return FaceRecords(path)
+    records = sorted(path.glob("*.rec"))
+    if len(records) > 1:
+        records = [one for one in records if one.name == "train.rec"]
+        if not records:
+            raise ValueError(f"{path}: several .rec files are there; name the one to train on")
+    if records:
+        return FaceRecords(records[0])
+    return FaceShards(path) if any(path.glob("*.tar")) else None
+
+
 class _StoredFaces(Dataset):
     """Images inside large files, read as they are asked for; a subclass says how one is read.
 
-    An image that cannot be decoded is named in a warning, and the next one takes its place.
+    An image that cannot be decoded is listed in `skipped`, and the next one takes its place.
     """
 
     def __init__(self, image_size: int, flip: bool, seed: int, epoch: Callable[[], int]) -> None:
         self.image_size, self.flip, self.seed, self.epoch = image_size, flip, seed, epoch
         self.num_classes = 0
-        self.skipped: set[str] = set()
+        self.skipped = SkippedImages()
         self._streams: dict[Path, BinaryIO] = {}
         self._process = -1
 
@@ -160,7 +223,7 @@ class _StoredFaces(Dataset):
         raise NotImplementedError
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        for step in range(len(self)):
+        for step in range(min(len(self), _IN_A_ROW)):
             at = (row + step) % len(self)
             name = self._name(at)
             try:
@@ -169,21 +232,55 @@ class _StoredFaces(Dataset):
                 if not 0 <= label < self.num_classes:
                     raise ValueError(f"its label {label} is outside 0 to {self.num_classes - 1}")
             except (OSError, ValueError) as error:
-                if name not in self.skipped:
-                    self.skipped.add(name)
+                fault = f"{name}: {error}"
+                if self.skipped.add(name, error):
                     logger.warning(f"{name} is skipped, the next takes its place ({error})")
                 continue
             if self.flip:
                 rng = np.random.default_rng([self.seed, self.epoch(), zlib.crc32(name.encode())])
                 image = image.flip(2) if rng.random() < 0.5 else image
             return {"id": name, "image": image, "identity_encoded": torch.tensor([label])}
-        raise ValueError("no image can be decoded")
+        raise OSError(f"{step + 1} images in a row cannot be read, the last is {fault}")
+
+
+def _kept(
+    beside: Path, files: Sequence[Path], make: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Arrays that are made once for all runs and made anew when a file changes.
+
+    They lie at the path `beside` where that can be written, else in the cache folder.
+    """
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    state = hashlib.sha256(json.dumps(states).encode()).hexdigest()
+    place = hashlib.sha256(str(beside.resolve()).encode()).hexdigest()[:16]
+    places = beside, cache_folder() / "face_indexes" / f"{place}-{beside.name}"
+    for file in filter(Path.is_file, places):
+        try:
+            with np.load(file, allow_pickle=False) as saved:
+                if str(saved["state"]) == state:
+                    return {key: saved[key] for key in saved.files if key != "state"}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            logger.warning(f"{file} cannot be read and is made anew")
+    arrays = make()
+    for file in places:
+        try:
+            with replacing(file) as partial, partial.open("wb") as stream:
+                np.savez(stream, state=np.array(state), **arrays)
+            break
+        except OSError as error:
+            fault = error
+    else:
+        logger.warning(f"what was found is not kept for the next run ({fault})")
+    return arrays
 
 
 class FaceRecords(_StoredFaces):
     """The images of a ``.rec`` file: MS1MV3, WebFace and the like.
 
-    Of 42 M images the offsets are kept, 8 bytes each.
+    16 bytes an image are held in memory. InsightFace's files say in record 0 which records are
+    images. Those of im2rec (WebFace42M) do not, and above 2^24 records the float32 of record 0 is
+    rounded: then the labels are read once, of the ``.lst`` beside the file if it fits, else of
+    the records' headers (not the images), and kept as ``<name>.rec.index.npz``.
 
     Parameters
     ----------
@@ -195,15 +292,21 @@ class FaceRecords(_StoredFaces):
     seed : int
     epoch : callable
         Gives the current epoch.
+    progress : bool
+        Of reading the labels.
 
     Attributes
     ----------
     num_classes : int
+    image_size, flip, seed, epoch
+        As above; they may be set later.
+    skipped : SkippedImages
+        The broken images met so far.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        A file that is missing or is no RecordIO; with file and line.
+        A file that is missing, is no RecordIO, or whose ``.idx`` is of another: named.
 
     Examples
     --------
@@ -220,62 +323,208 @@ class FaceRecords(_StoredFaces):
         flip: bool = False,
         seed: int = 0,
         epoch: Callable[[], int] = lambda: 0,
+        progress: bool = True,
     ) -> None:
         super().__init__(image_size, flip, seed, epoch)
         self.path = Path(path)
-        index = self.path.with_suffix(".idx")
-        for file in (self.path, index):
+        files = [self.path, self.path.with_suffix(".idx")]
+        for file in files:
             if not file.is_file():
                 raise FileNotFoundError(f"{file}: no such file; a .rec needs its .idx beside it")
-        try:
-            table = np.loadtxt(index, dtype=np.int64, ndmin=2)
-        except ValueError as error:
-            raise ValueError(f"{index}: must have a key and an offset per line ({error})") from None
-        if table.shape[1] != 2 or not len(table):
-            raise ValueError(f"{index}: must have a key and an offset per line")
-        self._keys, self._offsets = table.T
-        first = np.flatnonzero(self._keys == 0)
-        header = self._read(int(first[0])) if len(first) else None
-        if header is not None and len(header.labels) == 2 and not header.content:
-            start, end = (int(value) for value in header.labels)
-            images = (self._keys >= 1) & (self._keys < start)
-            self.num_classes = end - start
-        else:  # no header record: every record is an image
-            images = np.ones(len(table), dtype=bool)
-            labels = [int(self._read(row).labels[0]) for row in range(len(table))]
-            self.num_classes = max(labels) + 1
-        self._keys, self._offsets = self._keys[images], self._offsets[images]
+        files += filter(Path.is_file, [self.path.with_suffix(".lst")])
+        index = _kept(
+            self.path.with_name(self.path.name + ".index.npz"),
+            files,
+            lambda: _index_of_records(self.path, progress),
+        )
+        self._keys, self._offsets, self._labels = (
+            index[name] for name in ("key", "offset", "label")
+        )
+        self.num_classes = int(index["num_classes"])
+        for key, fault in zip(index["broken"], index["fault"], strict=True):
+            self.skipped.add(f"{self.path.name}: record {key}", fault)
+        if self.skipped:
+            logger.warning(self.skipped.warning())
 
     def __len__(self) -> int:
         return len(self._keys)
-
-    def _read(self, row: int) -> Record:
-        stream = self._stream(self.path)
-        stream.seek(int(self._offsets[row]))
-        return read_record(stream)
 
     def _name(self, row: int) -> str:
         return f"{self.path.name}: record {self._keys[row]}"
 
     def _image(self, row: int) -> tuple[bytes, int]:
-        record = self._read(row)
-        return record.content, int(record.labels[0])
+        stream = self._stream(self.path)
+        stream.seek(int(self._offsets[row]))
+        record = read_record(stream)
+        return record.content, int(self._labels[row]) if len(self._labels) else record.identity
+
+
+def _index_of_records(path: Path, progress: bool) -> dict[str, np.ndarray]:
+    """The images of a ``.rec``: key int32, offset int64, label int32, or [0] where record 0 counts.
+
+    Beside them ``num_classes``, and ``broken`` keys with a ``fault`` each.
+    """
+    index = path.with_suffix(".idx")
+    try:
+        table = np.loadtxt(index, dtype=np.int64, ndmin=2)
+        good = table.shape[1] == 2 and len(table) and np.abs(table[:, 0]).max() < 2**31
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(f"{index}: must have a key and an offset per line")
+    keys, offsets = table[:, 0].astype(np.int32), table[:, 1].copy()
+    del table
+    found = {"broken": keys[:0], "fault": np.array([], dtype=np.str_)}
+    header = _header_of_records(path, offsets[keys == 0])
+    if header is not None:
+        start, end = header
+        images = (keys >= 1) & (keys < start)
+        if np.count_nonzero(images) != start - 1:
+            logger.warning(
+                f"{index} has {np.count_nonzero(images):,} of the {start - 1:,} images that record "
+                f"0 of {path.name} counts: is it cut off?"
+            )
+        labels, count = np.zeros(0, dtype=np.int32), end - start
+    else:
+        labels = _listed_labels(path, keys, offsets)
+        if labels is None:
+            labels, faults = _read_labels(path, offsets, progress)
+            found = {"broken": keys[list(faults)], "fault": np.array([*faults.values()], np.str_)}
+        images = labels >= 0
+        labels = labels[images]
+        count = int(labels.max(initial=-1)) + 1
+        present = len(np.unique(labels))
+        if 2 * present < count:
+            row = int(np.argmax(labels))
+            logger.warning(
+                f"{path}: {count:,} identities, of which {present:,} have images: is the label "
+                f"{labels[row]} of record {keys[images][row]} broken?"
+            )
+    if not images.any() or count < 1:
+        raise ValueError(f"{path}: it has no images")
+    return {
+        "key": keys[images],
+        "offset": offsets[images],
+        "label": labels,
+        "num_classes": np.array(count),
+        **found,
+    }
+
+
+def _header_of_records(path: Path, offset: np.ndarray) -> tuple[int, int] | None:
+    """Where images end and identities end by record 0; None if it does not say, or rounded."""
+    if not len(offset):
+        return None
+    try:
+        with path.open("rb") as stream:
+            stream.seek(int(offset[0]))
+            record = read_record(stream)
+    except ValueError:
+        return None
+    labels = record.labels
+    if record.content or len(labels) != 2 or not _are_identities(labels).all():
+        return None
+    start, end = map(int, labels)
+    return (start, end) if 1 < start < end else None
+
+
+def _read_labels(
+    path: Path, offsets: np.ndarray, progress: bool
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Labels int32 [N] by the headers of the records, and what is wrong with row n.
+
+    A page of the file is read a record, by several threads, which wait for the disk at once.
+    """
+    size = path.stat().st_size
+    labels = np.full(len(offsets), _BROKEN, dtype=np.int32)
+    chunks = range(0, len(offsets), 2**16)
+    if size >= 36:
+        words = np.memmap(path, dtype="<u4", mode="r", shape=(size // 4,))
+        if hasattr(mmap, "MADV_RANDOM"):
+            words._mmap.madvise(mmap.MADV_RANDOM)
+
+        def read(start: int) -> None:
+            places = offsets[start : start + 2**16]
+            inside = (places >= 0) & (places % 4 == 0) & (places <= size - 36)
+            first = np.where(inside, places // 4, 0)
+            # magic number, length, then flag, label and two numbers of 64 bits, then more labels
+            head = words[first[:, None] + np.arange(9)]
+            flag, length, part = head[:, 2], head[:, 1] & _LENGTH, head[:, 1] >> 29
+            value = np.where(flag > 0, head[:, 8], head[:, 3]).view(np.float32)
+            whole = inside & (head[:, 0] == MAGIC) & (places + 8 + length <= size)
+            end = 24 + 4 * flag.astype(np.int64)
+            with np.errstate(invalid="ignore"):
+                good = whole & (part == 0) & (length >= end) & _are_identities(value)
+            found = np.where(good, value, _BROKEN).astype(np.int32)
+            found[whole & (part == 0) & (flag > 0) & (length == end)] = _NO_IMAGE
+            labels[start : start + 2**16] = found
+
+        with (
+            ThreadPoolExecutor(16) as pool,
+            tqdm(
+                total=len(chunks), desc="reading labels", disable=not progress, leave=False
+            ) as bar,
+        ):
+            for _ in pool.map(read, chunks):
+                bar.update()
+    doubtful = np.flatnonzero(labels == _BROKEN)  # or written in parts
+    if 2 * len(doubtful) > len(labels):
+        raise ValueError(
+            f"{path}: no images begin at {len(doubtful):,} of the {len(labels):,} offsets of its "
+            ".idx: is one of them cut off, or of another file?"
+        )
+    faults = {}
+    with path.open("rb") as stream:
+        for row in doubtful.tolist():
+            try:
+                stream.seek(int(offsets[row]))
+                labels[row] = read_record(stream).identity
+            except (OSError, ValueError) as error:
+                faults[row] = str(error)
+    return labels, faults
+
+
+def _listed_labels(path: Path, keys: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
+    """Labels int32 [N] by im2rec's ``.lst`` (key, label, ..., file); None where it does not fit."""
+    listing = path.with_suffix(".lst")
+    if not listing.is_file():
+        return None
+    try:
+        if not listing.stat().st_size:
+            raise ValueError("empty")
+        listed, values = np.loadtxt(
+            listing, delimiter="\t", comments=None, usecols=(0, 1), ndmin=2, encoding="latin-1"
+        ).T
+        order = np.argsort(listed)
+        at = order[np.searchsorted(listed, keys, sorter=order).clip(max=len(order) - 1)]
+        fits = (listed[at] == keys).all() and _are_identities(values[at]).all()
+    except (ValueError, IndexError):
+        fits = False
+    if fits:
+        labels = values[at].astype(np.int32)
+        some = np.unique(np.linspace(0, len(keys) - 1, 1000).astype(int))
+        read, faults = _read_labels(path, offsets[some], False)
+        same = read == labels[some]
+        same[[*faults]] = True
+        fits = same.all()
+    if not fits:
+        logger.warning(f"{listing} does not fit {path.name}; the labels are read from that")
+        return None
+    return labels
 
 
 class FaceShards(_StoredFaces):
     """The images of webdataset shards: ``.tar`` files of ``<key>.jpg`` and ``<key>.cls``.
 
     Plain tar files are read at random by offset, so training shuffles over all shards. Their
-    headers are read once; `index` keeps what was found, and is made anew when a shard changes.
+    headers are read once; what was found, 20 bytes an image, is held in memory and kept as
+    ``shards.index.npz``.
 
     Parameters
     ----------
     folder : path
-    image_size, flip, seed, epoch
-        As :class:`FaceRecords`.
-    index : path, optional
-        An ``.npz`` file for the offsets and labels, 20 bytes an image.
-    progress : bool
+    image_size, flip, seed, epoch, progress
+        As :class:`FaceRecords`, and so are the attributes.
 
     Raises
     ------
@@ -291,32 +540,18 @@ class FaceShards(_StoredFaces):
         flip: bool = False,
         seed: int = 0,
         epoch: Callable[[], int] = lambda: 0,
-        index: str | Path | None = None,
         progress: bool = True,
     ) -> None:
         super().__init__(image_size, flip, seed, epoch)
         self.shards = sorted(Path(folder).glob("*.tar"))
         if not self.shards:
             raise FileNotFoundError(f"{folder}: no .tar shards there")
-        states = [(shard.stat().st_size, shard.stat().st_mtime_ns) for shard in self.shards]
-        found = None
-        if index is not None and Path(index).is_file():
-            with np.load(index, allow_pickle=False) as saved:
-                if saved["states"].tolist() == [list(state) for state in states]:
-                    found = {key: saved[key] for key in ("shard", "offset", "size", "label")}
-        if found is None:
-            shards = tqdm(self.shards, "reading shards", disable=not progress, leave=False)
-            rows = [row for number, shard in enumerate(shards) for row in _members(number, shard)]
-            columns = zip(*rows, strict=True)
-            found = {
-                key: np.array(column, dtype=np.int64)
-                for key, column in zip(("shard", "offset", "size", "label"), columns, strict=True)
-            }
-            if index is not None:
-                with replacing(Path(index)) as partial, partial.open("wb") as stream:
-                    np.savez(stream, states=np.array(states), **found)
-        self._index = found
-        self.num_classes = int(found["label"].max()) + 1
+        self._index = _kept(
+            Path(folder) / "shards.index.npz",
+            self.shards,
+            lambda: _index_of_shards(self.shards, progress),
+        )
+        self.num_classes = int(self._index["label"].max()) + 1
 
     def __len__(self) -> int:
         return len(self._index["label"])
@@ -332,23 +567,48 @@ class FaceShards(_StoredFaces):
         return stream.read(at["size"]), at["label"]
 
 
-def _members(number: int, shard: Path) -> list[tuple[int, int, int, int]]:
-    """(shard, offset, size, label) of the images of a tar file, in its order."""
+def _index_of_shards(shards: list[Path], progress: bool) -> dict[str, np.ndarray]:
+    """shard int32, offset int64, size int32, label int32, [N] each; many by several processes."""
+    with ExitStack() as stack:
+        run = map
+        if len(shards) >= 64 and (os.cpu_count() or 1) > 1:  # a process takes seconds to start
+            jobs = min(8, os.cpu_count())
+            pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+            run = stack.enter_context(pool).map
+        bar = tqdm(total=len(shards), desc="reading shards", disable=not progress, leave=False)
+        stack.enter_context(bar)
+        parts = []
+        for number, part in enumerate(run(_members, shards)):
+            parts.append({"shard": np.full(len(part["label"]), number, dtype=np.int32), **part})
+            bar.update()
+    found = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    if not len(found["label"]):
+        raise ValueError(f"{shards[0].parent}: the .tar shards there hold no images")
+    return found
+
+
+def _members(shard: Path) -> dict[str, np.ndarray]:
+    """offset, size and label of the images of a tar file, in its order."""
     images, labels = {}, {}
     try:
         with tarfile.open(shard, "r:") as tar:
-            for member in tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # it would keep them all
                 key, _, suffix = member.name.rpartition(".")
                 if f".{suffix.lower()}" in IMAGE_SUFFIXES:
                     images[key] = (member.offset_data, member.size)
                 elif suffix == "cls":
                     labels[key] = int(tar.extractfile(member).read())
-    except (tarfile.TarError, ValueError) as error:
+        missing = [key for key in images if key not in labels]
+        if missing:
+            raise ValueError(f"{len(missing)} images have no .cls, the first is {missing[0]}")
+        offsets, sizes = np.array(list(images.values()), dtype=np.int64).reshape(-1, 2).T
+        if sizes.max(initial=0) >= 2**31:
+            raise ValueError("an image of more than 2 GB")
+        labels = np.array([labels[key] for key in images], dtype=np.int32)
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise ValueError(f"{shard}: not a plain tar file of images and labels ({error})") from None
-    missing = [key for key in images if key not in labels]
-    if missing:
-        raise ValueError(f"{shard}: {len(missing)} images have no .cls, the first is {missing[0]}")
-    return [(number, *place, labels[key]) for key, place in images.items()]
+    return {"offset": offsets, "size": sizes.astype(np.int32), "label": labels}
 
 
 # ------------------------------------------------------------------------- verification sets
@@ -362,19 +622,22 @@ class _Unpickler(pickle.Unpickler):
         ("numpy", "dtype"),
         ("_codecs", "encode"),
         *(
-            (f"numpy.{core}.multiarray", name)
+            (f"numpy.{core}.{module}", name)
             for core in ("core", "_core")
-            for name in ("_reconstruct", "scalar")
+            for module, name in (
+                ("multiarray", "_reconstruct"),
+                ("multiarray", "scalar"),
+                ("numeric", "_frombuffer"),
+            )
         ),
     }
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self._ALLOWED:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no such set needs")
-        if module.startswith("numpy.") and not hasattr(np, "_core"):
-            module = "numpy.core.multiarray"
-        elif module.startswith("numpy."):
-            module = "numpy._core.multiarray"
+        if module.startswith("numpy."):  # numpy 2 renamed core
+            core = "numpy._core." if hasattr(np, "_core") else "numpy.core."
+            module = core + module.rpartition(".")[2]
         return super().find_class(module, name)
 
 
@@ -401,10 +664,12 @@ def read_bin(path: str | Path) -> tuple[list[bytes], np.ndarray]:
     try:
         with path.open("rb") as stream:
             images, same = _Unpickler(stream, encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError) as error:
+        images = [memoryview(one).tobytes() for one in images]  # bytes or arrays
+        same = np.array([bool(flag) for flag in same])
+    except OSError:
+        raise
+    except Exception as error:  # unpickling raises anything
         raise ValueError(f"{path}: not a verification set ({error})") from None
-    images = [one.tobytes() if isinstance(one, np.ndarray) else bytes(one) for one in images]
-    same = np.array([bool(flag) for flag in same])
     if len(images) != 2 * len(same) or not len(same):
         raise ValueError(f"{path}: {len(images)} images for {len(same)} pairs")
     return images, same

@@ -1,11 +1,14 @@
 """The face recipe from the command line to the results, on faces drawn for the test."""
 
+import io
 import json
+import pickle
 
 import pytest
-from scripts import train
+from scripts import ROOT, load, train
 
 from speechbrain_qmargin.data import mini_faces
+from speechbrain_qmargin.data.face_formats import write_records
 
 TINY = ["--depth=18", "--width=4", "--embedding_dim=16", "--image_size=32", "--batch_size=8"]
 TINY += ["--number_of_epochs=2"]
@@ -71,3 +74,95 @@ def test_bad_input_is_named_before_anything_is_trained(corpus, tmp_path):
             f"--verification_file={broken}",
             output,
         )
+
+
+# ---------------------------------------------------------- .rec and .bin, undecodable images
+
+
+def png(identity, number):
+    stream = io.BytesIO()
+    mini_faces.draw_face((0, identity), number, 32).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+FACES = [[png(identity, number) for number in range(4)] for identity in range(6)]
+
+
+def write_bin(path, pairs=20, broken=None, same=None):
+    same = [True, False] * (pairs // 2) if same is None else same
+    images = [x for n in range(pairs) for x in (FACES[0][n % 4], FACES[n % 2][(n + 1) % 4])]
+    if broken is not None:
+        images[broken] = b"no image"
+    path.write_bytes(pickle.dumps((images, same)))
+    return path
+
+
+@pytest.fixture
+def records(tmp_path):
+    folder = tmp_path / "ms1m"
+    folder.mkdir()
+    faces = [face for identity in FACES for face in identity]
+    write_records(folder / "train.rec", faces, [i // 4 for i in range(24)])
+    return folder
+
+
+def test_records_by_their_folder_and_one_set_without_brackets(records, tmp_path):
+    content = (records / "train.rec").read_bytes()
+    (records / "train.rec").write_bytes(content.replace(FACES[1][2], b"x" * len(FACES[1][2])))
+    output = tmp_path / "out"
+    tests = write_bin(tmp_path / "lfw.bin")
+    run("--size=small", f"--data_folder={records}", f"--test_sets={tests}",
+        f"--output_folder={output}")  # fmt: skip
+    assert list(json.loads((output / "results.json").read_text())["pair_sets"]) == ["lfw"]
+    listed = (output / "save/skipped_images.txt").read_text()
+    assert listed == "train.rec: record 7\tcannot be decoded (of no format that Pillow knows)\n"
+
+
+def test_a_folder_of_images_with_sets_alone_and_a_broken_image(tmp_path, capsys):
+    images = tmp_path / "images"
+    for identity, faces in enumerate(FACES):
+        (images / str(identity)).mkdir(parents=True)
+        for number, face in enumerate(faces):
+            (images / str(identity) / f"{number}.png").write_bytes(face)
+    (images / "3/1.png").write_bytes(FACES[3][1][:60])
+    output = tmp_path / "out"
+    tests = write_bin(tmp_path / "lfw.bin")
+    argv = [str(ROOT / "hparams/face_qmargin.yaml"), "--noprogressbar", "--device=cpu", *TINY]
+    argv += ["--size=small", f"--data_folder={images}", f"--test_sets=[{tests}]"]
+    recipe = load("recipes/face/train.py")
+    recipe.main([*argv, f"--output_folder={output}"])
+    assert "1 images cannot be used" in capsys.readouterr().out
+    assert (output / "save/skipped_images.txt").read_text().startswith("3/1.png\t")
+    results = json.loads((output / "results.json").read_text())
+    assert results["pair_sets"]["lfw"][0]["pairs"] == 20
+    assert results["lists"] == {}
+
+
+def test_faults_of_test_images_are_found_before_training(corpus, records, tmp_path):
+    def fails(error, match, *options):
+        with pytest.raises(error, match=match):
+            run("--size=small", f"--output_folder={tmp_path / 'out'}", *options)
+        assert not (tmp_path / "out/save").exists()
+
+    data = f"--data_folder={records}"
+    broken = write_bin(tmp_path / "lfw.bin", broken=2 * 17 + 1)
+    fails(OSError, r"lfw\.bin, pair 17, image 2: cannot be decoded", data, f"--test_sets={broken}")
+    few = write_bin(tmp_path / "few.bin", pairs=8)
+    fails(ValueError, r"few\.bin: 10 folds of 8 pairs", data, f"--test_sets=[{few}]")
+    one = write_bin(tmp_path / "one.bin", same=[True] * 10 + [False] * 10)
+    fails(ValueError, r"one\.bin: pairs 0 to 1 are a fold of one kind", data, f"--test_sets={one}")
+    good = write_bin(tmp_path / "good.bin")
+    fails(ValueError, "two of them are called good", data, f"--test_sets=[{good}, {good}]")
+    pairs = f"--verification_file={corpus.trials_test}"
+    fails(ValueError, "verification_file: does not apply", data, f"--test_sets={good}", pairs)
+    fails(ValueError, "give --test_sets", data)
+
+    images = tmp_path / "images"
+    for identity in range(4):
+        (images / str(identity)).mkdir(parents=True)
+        for number in range(2):
+            (images / str(identity) / f"{number}.png").write_bytes(FACES[identity][number])
+    (tmp_path / "pairs.txt").write_text("1 0/0.png 0/1.png\n0 0/0.png 1/0.png\n")
+    (images / "1/0.png").write_bytes(b"")
+    options = f"--data_folder={images}", f"--verification_file={tmp_path / 'pairs.txt'}"
+    fails(OSError, r"1 of 3 images to test on cannot be decoded.*: 1/0\.png: ", *options)
