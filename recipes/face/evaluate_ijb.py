@@ -1,12 +1,14 @@
 """Score IJB-B or IJB-C 1:1 from the embeddings of its images, with intervals over subjects.
 
     python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --run results/face/full/...
+    python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --backbone r100.pth --depth 100
     python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --embeddings images.npz
 
-FOLDER holds meta/ and loose_crop/ as the official release does. The embeddings are an npz of
-`ids`, `embeddings` and `mirrored`, or the cache folder of an extraction. The table, its figures as
-JSON, the unrounded scores and the ROC and DET plots go to the output folder.
-docs/face_evaluation.md has the protocol.
+The embeddings are those of a run of recipes/face/train.py, of a checkpoint that arcface_torch
+published, or an npz of `ids`, `embeddings` and `mirrored` (or the cache folder of an extraction).
+FOLDER holds meta/ and loose_crop/ as the official release does. The table, its figures as JSON, the
+unrounded scores and the ROC and DET plots go to the output folder: <run>/<target>, or beside the
+checkpoint or embeddings <name>_<target>. docs/face_evaluation.md has the protocol.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 from speechbrain_qmargin.export import load_run
 from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.models.iresnet import BLOCKS, IResNet, load_arcface_torch
 from speechbrain_qmargin.scoring.ijb import (
     IJBOptions,
     evaluate_ijb,
@@ -32,10 +35,20 @@ from speechbrain_qmargin.scoring.pairs import FLIPS
 SWITCH = argparse.BooleanOptionalAction
 
 
+def load_model(args):
+    """A run's network or a published one, and the height of its images."""
+    if args.run:
+        modules, settings = load_run(Path(args.run), ["embedding_model"])
+        return modules["embedding_model"], settings["image_size"]
+    model = IResNet(args.depth)
+    load_arcface_torch(model, args.backbone)
+    return model, 112
+
+
 def embed(ijb, args, cache):
-    """The images of FOLDER/loose_crop by a run's model; interrupted, it goes on."""
-    modules, settings = load_run(Path(args.run), ["embedding_model"])
-    model = modules["embedding_model"].to(args.device).eval()
+    """The images of FOLDER/loose_crop by the model; interrupted, it goes on."""
+    model, image_size = load_model(args)
+    model = model.to(args.device).eval()
     digest = hashlib.sha256()
     for value in model.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())
@@ -52,8 +65,16 @@ def embed(ijb, args, cache):
         cache,
         args.batch_size,
         model=digest.hexdigest(),
-        image_size=settings["image_size"],
+        image_size=image_size,
     )
+
+
+def default_folder(args):
+    """One for each model, so that none is overwritten by another's results."""
+    if args.run:
+        return Path(args.run) / args.target
+    source = Path(args.embeddings or args.backbone)
+    return source.with_name(f"{source.stem if source.is_file() else source.name}_{args.target}")
 
 
 def main(argv=None):
@@ -63,6 +84,8 @@ def main(argv=None):
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--embeddings", help="npz, or the cache of an extraction")
     source.add_argument("--run", help="output folder of recipes/face/train.py: embed the images")
+    source.add_argument("--backbone", help="checkpoint of arcface_torch: embed the images")
+    parser.add_argument("--depth", default=100, type=int, choices=BLOCKS, help="of the backbone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch_size", default=128, type=int)
     parser.add_argument("--flip", default="sum", choices=FLIPS, help="image and mirror image")
@@ -71,12 +94,12 @@ def main(argv=None):
     parser.add_argument("--all_options", action="store_true", help="every combination beside it")
     parser.add_argument("--replicates", default=1000, type=int, help="of the bootstrap")
     parser.add_argument("--seed", default=0, type=int)
-    parser.add_argument("--output_folder", default=None, help="results/face/<target> by default")
+    parser.add_argument("--output_folder", default=None, help="<run>/<target> by default")
     args = parser.parse_args(argv)
 
-    folder = Path(args.output_folder or f"results/face/{args.target}")
+    folder = Path(args.output_folder or default_folder(args))
     ijb = read_ijb(args.ijb, args.target)
-    if args.run:
+    if args.embeddings is None:
         images = embed(ijb, args, folder / "cache")
     else:
         images = load_image_embeddings(args.embeddings, ijb)

@@ -459,10 +459,13 @@ def _cache_state(folder: Path, ijb: IJB, model: str | None = None) -> dict | Non
     except ValueError as error:
         raise ValueError(f"{path}: {error}; delete it to extract anew") from None
     if state.get("images") != ijb.fingerprint:
-        raise ValueError(f"{path}: of other images or landmarks; give another cache folder")
+        raise ValueError(
+            f"{path}: of other images or landmarks; give another cache folder (--output_folder)"
+        )
     if model is not None and state.get("model") != model:
         raise ValueError(
-            f"{path}: of the model {state.get('model')!r}, not {model!r}; give another cache folder"
+            f"{path}: of the model {state.get('model')!r}, not {model!r}; give another cache "
+            "folder (--output_folder), or delete this one"
         )
     return state
 
@@ -512,9 +515,11 @@ def extract_ijb(
     ------
     FileNotFoundError
         Images that are missing, before anything is computed; counted, the first named.
+    OSError
+        An image that cannot be decoded: with the file. What was computed is kept.
     ValueError
-        A cache of other images or of another model, an image that cannot be read, an embedding
-        that is not finite: with the file. Embeddings of another shape. What was computed is kept.
+        A cache of other images or of another model, an embedding that is not finite: with the
+        file. Embeddings of another shape. What was computed is kept.
     """
     import torch
     from tqdm import tqdm
@@ -592,19 +597,9 @@ def _refuse_missing(folder: Path, names: Sequence[str]) -> None:
 def _aligned(path: Path, landmarks: np.ndarray, size: int) -> np.ndarray:
     """An image, aligned: uint8 [size, size, 3], RGB."""
     from speechbrain_qmargin.data.face_formats import align_face
+    from speechbrain_qmargin.data.faces import read_pixels
 
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(
-            "images are read with pillow: pip install 'speechbrain_qmargin[report]'"
-        ) from error
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from None
-    return np.asarray(align_face(pixels, landmarks, size))
+    return np.asarray(align_face(read_pixels(path), landmarks, size))
 
 
 # ------------------------------------------------------------------ templates

@@ -1,9 +1,14 @@
 """The IJB recipe on a tiny tree in the official format."""
 
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from scripts import load
 
+from speechbrain_qmargin.models.iresnet import IResNet
 from speechbrain_qmargin.scoring.ijb import read_ijb, save_image_embeddings
 
 
@@ -31,3 +36,58 @@ def test_the_whole_evaluation(folder, capsys):
     assert f"TAR@FAR=0.01    {shown[4]} %" in text
     assert len(np.load(folder / "out/scores.npy")) == len(read_ijb(folder, "IJBB").trials)
     assert (folder / "out/roc.png").stat().st_size > 1000
+
+
+def test_a_published_checkpoint_is_evaluated_beside_itself(tmp_path, monkeypatch, capsys):
+    write_ijb = load("tests/scoring/test_ijb.py").write_ijb
+    write_ijb(tmp_path / "IJBC", "IJBC", subjects=6)
+    protocol = read_ijb(tmp_path, "IJBC")
+    rng = np.random.default_rng(0)
+    crops = tmp_path / "IJBC/loose_crop"
+    crops.mkdir()
+    for name in protocol.names:
+        Image.fromarray(rng.integers(0, 256, (120, 120, 3), dtype=np.uint8)).save(crops / name)
+
+    recipe = load("recipes/face/evaluate_ijb.py")
+    monkeypatch.setattr(recipe, "IResNet", partial(IResNet, embedding_dim=8, channels=2))
+    torch.manual_seed(0)
+    for name in ("a", "b"):
+        state = recipe.IResNet(18).state_dict()
+        torch.save(
+            {f"module.{key}": value for key, value in state.items()}, tmp_path / f"{name}.pth"
+        )
+
+    def evaluate(name, *options):
+        arguments = ["--ijb", tmp_path, "--replicates", 20, "--backbone", tmp_path / f"{name}.pth"]
+        recipe.main([str(one) for one in (*arguments, "--device", "cpu", *options)])
+
+    with pytest.raises(ValueError, match=r"a\.pth is not of this network: .*--depth"):
+        evaluate("a")
+    evaluate("a", "--depth", 18)
+    assert "IJBC 1:1, N1 D1 F2" in capsys.readouterr().out
+    found = np.load(tmp_path / "a_IJBC/cache/embeddings.npy")
+    assert found.shape == (len(protocol.names), 2, 8)
+
+    # the first image, embedded by hand
+    model = recipe.IResNet(18).eval()
+    recipe.load_arcface_torch(model, tmp_path / "a.pth")
+    from speechbrain_qmargin.data.face_formats import align_face
+
+    pixels = np.asarray(Image.open(crops / protocol.names[0]))
+    image = torch.from_numpy(align_face(pixels, protocol.landmarks[0]).copy())
+    image = (image.permute(2, 0, 1)[None].float() - 127.5) / 127.5
+    with torch.no_grad():
+        wanted = torch.cat([model(image), model(image.flip(3))])[:, 0]
+    np.testing.assert_allclose(found[0], wanted, rtol=1e-3, atol=1e-3)
+
+    evaluate("b", "--depth", 18)
+    assert (tmp_path / "b_IJBC/report.txt").is_file()
+    with pytest.raises(ValueError, match=r"cache\.json: of the model .* \(--output_folder\)"):
+        evaluate("b", "--depth", 18, "--output_folder", tmp_path / "a_IJBC")
+
+
+def test_results_of_a_model_go_where_no_other_model_writes(folder):
+    recipe = load("recipes/face/evaluate_ijb.py")
+    recipe.main(["--ijb", str(folder), "--target", "IJBB", "--replicates", "20",
+                 "--embeddings", str(folder / "images.npz")])  # fmt: skip
+    assert (folder / "images_IJBB/report.json").is_file()

@@ -528,7 +528,7 @@ def test_an_interrupted_extraction_goes_on(pictures, tmp_path):
 def test_images_that_are_missing_or_damaged(pictures, tmp_path):
     protocol, folder = pictures
     (folder / "6.jpg").write_bytes(b"\xff\xd8 no more")
-    with pytest.raises(ValueError, match=r"6\.jpg: not a readable image"):
+    with pytest.raises(OSError, match=r"6\.jpg: cannot be decoded"):
         extract_ijb(Embed(), folder, protocol, tmp_path / "cache", batch_size=2)
     assert json.loads((tmp_path / "cache/cache.json").read_text())["done"] == 4
     (folder / "6.jpg").unlink()
