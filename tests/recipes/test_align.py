@@ -1,0 +1,67 @@
+"""The alignment recipe on photographs whose landmarks are known."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from scripts import load
+
+from speechbrain_qmargin.data.face_formats import ARCFACE_TEMPLATE, align_face
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Two photographs and a broken one, with a file of landmarks."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for name in ("ann/first one.jpg", "bob/1.png", "bob/2.png"):
+        file = tmp_path / "images" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (150, 140, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file)
+        points = 1.2 * ARCFACE_TEMPLATE + 3
+        lines.append(name + "".join(f" {value:.3f}" for value in points.flatten()) + "\n")
+    file.write_bytes(b"no image")
+    (tmp_path / "landmarks.txt").write_text("".join(lines))
+    return tmp_path
+
+
+def align(folder):
+    arguments = [folder / "images", folder / "landmarks.txt", folder / "out"]
+    load("recipes/face/align.py").main([str(one) for one in arguments])
+
+
+def test_photographs_are_aligned_and_broken_ones_listed(photographs, capsys):
+    align(photographs)
+    assert "2 aligned images" in capsys.readouterr().out
+    out = photographs / "out"
+    pixels = np.asarray(Image.open(photographs / "images/bob/1.png"))
+    wanted = align_face(pixels, 1.2 * ARCFACE_TEMPLATE + 3)
+    difference = np.abs(np.asarray(Image.open(out / "bob/1.png")).astype(int) - wanted)
+    assert difference.max() <= 1  # landmarks have three decimals in the file
+    assert Image.open(out / "ann/first one.png").size == (112, 112)
+    assert (out / "skipped_images.txt").read_text().startswith("bob/2.png\t")
+
+    # again: what is there stays, what is repaired is done
+    before = (out / "bob/1.png").stat().st_mtime_ns
+    Image.fromarray(pixels).save(photographs / "images/bob/2.png")
+    align(photographs)
+    assert (out / "bob/1.png").stat().st_mtime_ns == before
+    assert (out / "bob/2.png").is_file()
+    assert not (out / "skipped_images.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a.jpg 1 2 3", "landmarks.txt:4: expected 'image x1 y1"),
+        ("a.jpg" + " x" * 10, "landmarks.txt:4: expected 'image x1 y1"),
+        ("", "landmarks.txt:4: expected"),
+        ("../a.jpg" + " 1" * 10, "landmarks.txt:4: ../a.jpg must be a path below"),
+        ("bob/1.jpg" + " 1" * 10, "landmarks.txt:4: bob/1.jpg would overwrite the image of line 2"),
+    ],
+)
+def test_lines_that_do_not_fit_are_named(photographs, line, message):
+    with (photographs / "landmarks.txt").open("a") as stream:
+        stream.write(line + "\n")
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        align(photographs)
