@@ -16,6 +16,7 @@ import random
 import tarfile
 import tempfile
 import time
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from speechbrain_qmargin.data.augment import WESPEAKER_SPEEDS, room_and_noise
 from speechbrain_qmargin.data.mini_voxceleb import write_m4a
 from speechbrain_qmargin.data.speech import speech_dataset
+from speechbrain_qmargin.features import KaldiFbank
 from speechbrain_qmargin.models.resnet import ResNet34
 
 RATE, CROP, LENGTH = 16000, 2.0, 8.0
@@ -217,15 +219,22 @@ def main() -> None:
                 loading(data, seconds)
             pstats.Stats(profile).sort_stats("tottime").print_stats(18)
 
-        fbank, normalise = Fbank(sample_rate=RATE, n_mels=80), InputNormalization("sentence")
+        normalise = InputNormalization("sentence", std_norm=False)
 
-        def features(signals):
+        def features(signals, fbank):
             return normalise(fbank(signals), torch.ones(len(signals)))
 
         signals = torch.randn(arguments.batch, int(CROP * RATE))
-        print_row("features of a batch", rate_of(lambda: features(signals), len(signals), seconds))
+        for name, fbank in (
+            ("Kaldi's, training", KaldiFbank()),
+            ("Kaldi's, evaluation", KaldiFbank().eval()),
+            ("SpeechBrain's", Fbank(sample_rate=RATE, n_mels=80)),
+        ):
+            rate = rate_of(partial(features, signals, fbank), len(signals), seconds)
+            print_row(f"features of a batch, {name}", rate)
+        of_training = partial(features, fbank=KaldiFbank())
         for workers in (0, 1, 2):
-            rate = with_workers(data, workers, arguments.batch, features, seconds)
+            rate = with_workers(data, workers, arguments.batch, of_training, seconds)
             print_row(f"flac: all of it and features, {workers} workers", rate)
         if arguments.shards:
             shards(manifests["flac"], folder)

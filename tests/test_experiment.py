@@ -113,6 +113,18 @@ def test_every_value_of_a_size_is_some_models():
             assert set(YAML().load(size.read_text())) <= keys, size
 
 
+def test_the_full_size_has_kaldis_features_and_the_others_speechbrains():
+    def features(*options):
+        text = load_experiment([str(HPARAMS / "qmargin.yaml"), *options]).text
+        return str(YAML().load(text)["compute_features"].tag.value).rsplit(".", 1)[1]
+
+    assert features("--size=full") == "KaldiFbank"
+    assert features("--size=mini") == features("--size=small") == "Fbank"
+    assert features("--size=mini", "--features=kaldi") == "KaldiFbank"
+    with pytest.raises(ValueError, match="features: 'mfcc' is unknown; choose kaldi, speechbrain"):
+        features("--features=mfcc")
+
+
 def test_errors_name_what_is_wrong(yaml):
     with pytest.raises(ValueError, match=r"--widht is neither a setting .* width"):
         load_experiment([yaml, "--widht", "3"])
