@@ -287,7 +287,8 @@ def prepare_speech(
         :func:`~speechbrain_qmargin.data.durations.durations`.
     trials_folder : path or list of paths, optional
         Folders that only trials are taken from: nobody in them is trained on, be they in a list or
-        not. For VoxCeleb1 beside training on VoxCeleb2.
+        not. For VoxCeleb1 beside training on VoxCeleb2. A folder of `data_folder` again: its parts
+        that are not trained on.
     verification_file : path, list of paths, or mapping from name to path, optional
         Test trials, ``label enrolment test`` per line; a list's name is its file's unless given. A
         suffix that differs from the file on disk (``.wav`` in the list, ``.flac`` in the folder)
