@@ -437,14 +437,15 @@ def _read_labels(
     """
     size = path.stat().st_size
     labels = np.full(len(offsets), _BROKEN, dtype=np.int32)
-    chunks = range(0, len(offsets), 2**16)
+    chunks = range(0, len(offsets), 2**14)
     if size >= 36:
-        words = np.memmap(path, dtype="<u4", mode="r", shape=(size // 4,))
-        if hasattr(mmap, "MADV_RANDOM"):
-            words._mmap.madvise(mmap.MADV_RANDOM)
 
         def read(start: int) -> None:
-            places = offsets[start : start + 2**16]
+            # mapped anew for each chunk, so that the pages of earlier ones are given back
+            words = np.memmap(path, dtype="<u4", mode="r", shape=(size // 4,))
+            if hasattr(mmap, "MADV_RANDOM"):
+                words._mmap.madvise(mmap.MADV_RANDOM)
+            places = offsets[start : start + 2**14]
             inside = (places >= 0) & (places % 4 == 0) & (places <= size - 36)
             first = np.where(inside, places // 4, 0)
             # magic number, length, then flag, label and two numbers of 64 bits, then more labels
@@ -457,7 +458,7 @@ def _read_labels(
                 good = whole & (part == 0) & (length >= end) & _are_identities(value)
             found = np.where(good, value, _BROKEN).astype(np.int32)
             found[whole & (part == 0) & (flag > 0) & (length == end)] = _NO_IMAGE
-            labels[start : start + 2**16] = found
+            labels[start : start + 2**14] = found
 
         with (
             ThreadPoolExecutor(16) as pool,
