@@ -95,11 +95,6 @@ class VerificationBrain(sb.Brain):
         self._keep = None
         head = self.modules["classifier"]
         self._sharded_head = head if hasattr(head, "save_shards") else None
-        if self._sharded_head is not None and not hasattr(self.hparams.compute_cost, "with_stats"):
-            raise ValueError(
-                f"the sparse head evaluates Q-Margin's family, not "
-                f"{type(self.hparams.compute_cost).__name__}: arcface needs --head dense"
-            )
         schedule = getattr(self.hparams, "loss_schedule", None) or {}
         full = {name: loss_parameter(self.hparams.compute_cost, name) for name in schedule}
         self._loss_at = lambda epoch: {

@@ -197,10 +197,10 @@ class SparsemaxLoss(QMarginLoss):
         super().__init__(alpha, scale, margin)
 
 
-def _arcface(scale: float = 32.0, margin: float = 0.2) -> nn.Module:
-    from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
+def _arcface(**given: float) -> nn.Module:
+    from speechbrain_qmargin.arcface import ArcFaceLoss  # SpeechBrain's, not wanted by the others
 
-    return LogSoftmaxWrapper(AdditiveAngularMargin(margin=margin, scale=scale))
+    return ArcFaceLoss(**given)
 
 
 LOSSES: dict[str, Callable[..., nn.Module]] = {

@@ -233,11 +233,6 @@ def test_alpha_and_scale_change_by_schedule(folder, tmp_path):
     assert [entry["scale"] for entry in history] == pytest.approx([12.5, 10, 10])
 
 
-def test_arcface_with_the_sparse_head_is_refused_before_training(folder, tmp_path):
-    with pytest.raises(ValueError, match="arcface needs --head dense"):
-        make_brain(folder, tmp_path, loss="arcface", head="sparse")
-
-
 def test_what_is_clipped(folder, tmp_path):
     def clipped(**settings):
         output = tmp_path / str(len(list(tmp_path.iterdir())))

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
 
 from speechbrain_qmargin import QMarginLoss
+from speechbrain_qmargin.arcface import ArcFaceLoss
 from speechbrain_qmargin.head import QMarginHead, classifier, search
 
 
@@ -286,3 +288,23 @@ def test_ties_above_alpha_2_share_the_gradient(screened):
     close(loss, wanted, 1e-5, 0)
     close(x.grad, grad_x, 1e-5, 1e-7)
     close(head.weight.grad.to_dense(), grad_w, 1e-5, 1e-7)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2, 0.5])
+def test_arcface_is_speechbrains(margin):
+    torch.manual_seed(0)
+    head = QMarginHead(16, 300)
+    labels = torch.arange(8)
+    x = head.weight.detach()[:8] + 0.3 * torch.randn(8, 16)
+    x[0] = -head.weight.detach()[0] + 0.02 * torch.randn(16)  # beyond pi - margin
+    x = x.requires_grad_()
+    loss = ArcFaceLoss(scale=32.0, margin=margin)(head.train()(x.unsqueeze(1)), labels[:, None])
+    loss.backward()
+    dense, w = x.detach().double().requires_grad_(), head.weight.detach().double().requires_grad_()
+    cosines = F.normalize(dense, dim=1) @ F.normalize(w, dim=1).T
+    speechbrains = LogSoftmaxWrapper(AdditiveAngularMargin(margin=margin, scale=32.0))
+    wanted = speechbrains(cosines.unsqueeze(1), labels[:, None])
+    wanted.backward()
+    torch.testing.assert_close(loss.double(), wanted.double(), rtol=1e-5, atol=1e-6)
+    close(x.grad, dense.grad, 1e-5, 1e-6)
+    close(head.weight.grad, w.grad, 1e-5, 1e-6)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from speechbrain_qmargin import QMarginLoss
+from speechbrain_qmargin.arcface import ArcFaceLoss
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
 from speechbrain_qmargin.head.distributed import Comm, ShardedQMarginHead
 from speechbrain_qmargin.head.search import _collect
@@ -78,6 +79,22 @@ def gradients(rank, world, classes, parameters):
     # evaluation: all cosines on every rank
     cosines = head.eval()(x.detach().unsqueeze(1))
     torch.testing.assert_close(cosines, whole.eval()(inputs[rank][0].detach().unsqueeze(1)))
+
+
+def arcface(rank, world):
+    head = ShardedQMarginHead(DIM, 101)
+    loss = ArcFaceLoss(scale=16.0, margin=0.3)
+    whole, inputs, _ = reference(101, world, SETTINGS[2])
+    inputs = [(x.detach().requires_grad_(), y) for x, y in inputs]
+    whole.weight.grad = None
+    wanted = [loss(whole(x), y) for x, y in inputs]
+    (sum(wanted) / world).backward()
+    x = inputs[rank][0].detach().requires_grad_()
+    found = loss(head(x), inputs[rank][1])
+    found.backward()
+    torch.testing.assert_close(found, wanted[rank], rtol=1e-5, atol=1e-6)
+    assert relative(x.grad / world, inputs[rank][0].grad) < 1e-5
+    assert relative(head.weight.grad, whole.weight.grad[head.start : head.stop]) < 1e-5
 
 
 def relative(a, b):
@@ -244,11 +261,11 @@ def bad_input(rank, world):
 
 
 def two(rank, world):
-    for job in (many, traffic, ddp, bad_input):
+    for job in (many, arcface, traffic, ddp, bad_input):
         job(rank, world)
 
 
-def test_2_ranks_gradients_traffic_ddp_and_bad_input(tmp_path):
+def test_2_ranks_gradients_arcface_traffic_ddp_and_bad_input(tmp_path):
     """One start of the processes, which is most of the time, for all that two ranks can show."""
     spawn(two, 2, tmp_path)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -240,12 +242,28 @@ class HeadOutput:
             loss = loss.mean() if reduction == "mean" else loss.sum()
         return (loss, stats) if return_stats else loss
 
-    def _losses(self, unit: Tensor, targets: Tensor, parameters: tuple) -> tuple[Tensor, ...]:
+    def arcface_loss(self, targets: Tensor, scale: float, margin: float) -> Tensor:
+        """Mean cross-entropy with an angular margin (radians) at the targets [B]."""
+        from speechbrain_qmargin.arcface import angular_margin
+
+        check_loss_parameters(1.0, scale, margin)
+        with torch.autocast(self.embeddings.device.type, enabled=False):
+            unit = F.normalize(self.embeddings.float(), dim=1)
+            moved = partial(angular_margin, margin=margin)
+            loss, _, _ = self._losses(unit, targets.long(), (1.0, float(scale), 0.0), moved)
+        return loss.mean()
+
+    def _losses(
+        self, unit: Tensor, targets: Tensor, parameters: tuple, moved=None
+    ) -> tuple[Tensor, ...]:
+        """Loss, target posterior, support [B]; `moved`: new cosines and slopes of the targets."""
         head = self.head
         check_labels(targets, head.weight.shape[0])
         _check_finite(unit)
         exact = F.normalize(self.embeddings.detach().double(), dim=1)
-        return _HeadLoss.apply(unit, head.weight, targets, exact, head.prototypes(), parameters)
+        return _HeadLoss.apply(
+            unit, head.weight, targets, exact, head.prototypes(), parameters, moved
+        )
 
 
 def _check_finite(unit: Tensor) -> None:
@@ -262,11 +280,12 @@ def _check_finite(unit: Tensor) -> None:
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, unit, weight, labels, exact, prototypes, parameters):
+    def forward(ctx, unit, weight, labels, exact, prototypes, parameters, moved):
         """Loss [B], target posterior [B], support [B] of unit embeddings [B, D]; exact: float64."""
         alpha, scale, margin = parameters
         everyone = torch.arange(labels.numel(), device=labels.device)
         cos_y = exact_cosines(exact, everyone, labels, prototypes)
+        cos_y, slope = (cos_y, 1.0) if moved is None else moved(cos_y)
         found = None
         if alpha > 1:
             found = search(unit, labels, cos_y.float(), prototypes, *parameters)
@@ -302,7 +321,7 @@ class _HeadLoss(torch.autograd.Function):
         loss = (1 - 1 / alpha) * gap * scale * inverse_total + (tau - alone) / alpha
         loss = torch.where(total == 0, 0.0, loss.clamp(min=0)).float()
         support = support + (p_y > 0)
-        g_y = (-total * inverse_total).float()  # p_y - 1, which near 1 would be all rounding
+        g_y = (-total * inverse_total * slope).float()  # p_y - 1, near 1 would be all rounding
         p_y = (p_y * inverse_total).float()
         if found is not None:
             samples, place = active.nonzero(as_tuple=True)
@@ -336,7 +355,7 @@ class _HeadLoss(torch.autograd.Function):
             grads = (_sparse_backward if ctx.entries is not None else _dense_backward)(
                 ctx, grad_loss * ctx.parameters[1]
             )
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _sparse_backward(ctx, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:

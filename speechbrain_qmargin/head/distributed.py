@@ -228,7 +228,7 @@ def _dense_tau(x, labels, cos_y, prototypes, parameters, classes, comm) -> Tenso
 
 class _ShardedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, unit, weight, anchor, labels, raw, head, parameters):
+    def forward(ctx, unit, weight, anchor, labels, raw, head, parameters, moved):
         """Loss [B], target posterior [B], support [B] of this rank's embeddings [B, D].
 
         unit: of unit length; raw: float32, of any length.
@@ -248,6 +248,7 @@ class _ShardedLoss(torch.autograd.Function):
         cos_y = torch.zeros_like(exact[:, 0])
         cos_y[mine] = exact_cosines(exact, mine, labels[mine], prototypes)
         cos_y = comm.sum(cos_y)
+        cos_y, slope = (cos_y, 1.0) if moved is None else moved(cos_y)
         found = None
         if alpha > 1:
             found = _search(
@@ -284,7 +285,7 @@ class _ShardedLoss(torch.autograd.Function):
         support = (support + (p_y > 0)).float()
         loss = (1 - 1 / alpha) * gap * scale * inverse_total + (tau - alone) / alpha
         loss = torch.where(others == 0, 0.0, loss.clamp(min=0)).float()
-        g_y = (-others * inverse_total).float()  # p_y - 1, which near 1 would be all rounding
+        g_y = (-others * inverse_total * slope).float()  # p_y - 1, near 1 would be all rounding
         p_y = (p_y * inverse_total).float()
         ctx.entries = None
         if found is not None:
@@ -318,14 +319,17 @@ class _ShardedLoss(torch.autograd.Function):
         if grad_weight is not None:
             values = grad_weight._values() if grad_weight.is_sparse else grad_weight
             values.div_(comm.world)
-        return grad_unit, grad_weight, torch.zeros_like(grad_loss.sum()), None, None, None, None
+        anchor = torch.zeros_like(grad_loss.sum())
+        return grad_unit, grad_weight, anchor, None, None, None, None, None
 
 
 class _ShardedOutput(HeadOutput):
-    def _losses(self, unit, targets, parameters):
+    def _losses(self, unit, targets, parameters, moved=None):
         head = self.head
         raw = self.embeddings.detach().float()
-        return _ShardedLoss.apply(unit, head.weight, head.anchor, targets, raw, head, parameters)
+        return _ShardedLoss.apply(
+            unit, head.weight, head.anchor, targets, raw, head, parameters, moved
+        )
 
 
 class ShardedQMarginHead(QMarginHead):
