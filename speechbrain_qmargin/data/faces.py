@@ -299,6 +299,13 @@ def check_images(images: Mapping[str, str | Path | bytes]) -> None:
     ------
     OSError
         Some cannot be decoded: their number, and the first three of them.
+
+    Examples
+    --------
+    >>> check_images({"lfw.bin, pair 17, image 2": b"no image"})
+    Traceback (most recent call last):
+    OSError: 1 of 1 images to test on cannot be decoded, repair them or take their pairs out:
+    lfw.bin, pair 17, image 2: cannot be decoded (of no format that Pillow knows)
     """
 
     def fault(item: tuple[str, str | Path | bytes]) -> str:
@@ -333,6 +340,11 @@ def read_pixels(source: str | Path | bytes, size: int | None = None) -> np.ndarr
         The image cannot be decoded; the message names its file.
     ImportError
         Pillow is not installed.
+
+    Examples
+    --------
+    >>> read_pixels(b"P5 2 1 255 " + bytes([7, 9])).tolist()  # a PGM image
+    [[[7, 7, 7], [9, 9, 9]]]
     """
     try:
         from PIL import Image, UnidentifiedImageError

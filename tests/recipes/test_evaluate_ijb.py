@@ -1,6 +1,8 @@
 """The IJB recipe on a tiny tree in the official format."""
 
+from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,3 +93,5 @@ def test_results_of_a_model_go_where_no_other_model_writes(folder):
     recipe.main(["--ijb", str(folder), "--target", "IJBB", "--replicates", "20",
                  "--embeddings", str(folder / "images.npz")])  # fmt: skip
     assert (folder / "images_IJBB/report.json").is_file()
+    run = Namespace(run="results/a", embeddings=None, backbone=None, target="IJBC")
+    assert recipe.default_folder(run) == Path("results/a/IJBC")

@@ -8,7 +8,7 @@ import pytest
 from scripts import ROOT, load, train
 
 from speechbrain_qmargin.data import mini_faces
-from speechbrain_qmargin.data.face_formats import write_records
+from speechbrain_qmargin.data.face_formats import FaceRecords, write_records
 
 TINY = ["--depth=18", "--width=4", "--embedding_dim=16", "--image_size=32", "--batch_size=8"]
 TINY += ["--number_of_epochs=2"]
@@ -106,13 +106,18 @@ def records(tmp_path):
     return folder
 
 
-def test_records_by_their_folder_and_one_set_without_brackets(records, tmp_path):
+def test_records_by_their_folder_and_one_set_without_brackets(records, tmp_path, monkeypatch):
+    opened, init = [], FaceRecords.__init__
+    monkeypatch.setattr(
+        FaceRecords, "__init__", lambda self, path: opened.append(path) or init(self, path)
+    )
     content = (records / "train.rec").read_bytes()
     (records / "train.rec").write_bytes(content.replace(FACES[1][2], b"x" * len(FACES[1][2])))
     output = tmp_path / "out"
     tests = write_bin(tmp_path / "lfw.bin")
     run("--size=small", f"--data_folder={records}", f"--test_sets={tests}",
         f"--output_folder={output}")  # fmt: skip
+    assert opened == [records / "train.rec"]  # once
     assert list(json.loads((output / "results.json").read_text())["pair_sets"]) == ["lfw"]
     listed = (output / "save/skipped_images.txt").read_text()
     assert listed == "train.rec: record 7\tcannot be decoded (of no format that Pillow knows)\n"
