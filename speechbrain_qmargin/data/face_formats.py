@@ -51,6 +51,7 @@ MAGIC = 0xCED7230A
 _LENGTH = (1 << 29) - 1
 _EXACT = 1 << 24  # up to which float32, in which labels and headers are kept, has every integer
 _BROKEN, _NO_IMAGE = -1, -2
+_INDEX_VERSION = 1  # of what is kept beside the data; raised when that changes
 _IN_A_ROW = 100  # broken images, one after the other, that are passed over
 
 # Eyes, nose, corners of the mouth (x, y) in a 112 x 112 image: InsightFace's arcface_dst
@@ -251,7 +252,7 @@ def _kept(
     They lie at the path `beside` where that can be written, else in the cache folder.
     """
     states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    state = hashlib.sha256(json.dumps(states).encode()).hexdigest()
+    state = hashlib.sha256(json.dumps([_INDEX_VERSION, *states]).encode()).hexdigest()
     place = hashlib.sha256(str(beside.resolve()).encode()).hexdigest()[:16]
     places = beside, cache_folder() / "face_indexes" / f"{place}-{beside.name}"
     for file in filter(Path.is_file, places):
@@ -519,7 +520,8 @@ class FaceShards(_StoredFaces):
 
     Plain tar files are read at random by offset, so training shuffles over all shards. Their
     headers are read once; what was found, 20 bytes an image, is held in memory and kept as
-    ``shards.index.npz``.
+    ``shards.index.npz``. 64 shards or more are read by spawned processes, so the script that opens
+    them needs its ``if __name__ == "__main__":``.
 
     Parameters
     ----------
