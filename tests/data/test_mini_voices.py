@@ -10,6 +10,7 @@ import pytest
 
 from speechbrain_qmargin.data import mini_voices
 from speechbrain_qmargin.data.mini_voices import build_mini_corpus, default_cache_folder
+from speechbrain_qmargin.files import CACHE_VARIABLE
 
 soundfile = pytest.importorskip("soundfile", reason="needs the extra 'demo'")
 pytest.importorskip("espeakng_loader", reason="needs the extra 'demo'")
@@ -207,7 +208,7 @@ def test_full_disk_names_folder_and_space(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left.* about 3 MB .*mini'") as raised:
         build_mini_corpus(tmp_path / "mini", **TINY)
     assert raised.value.errno == mini_voices.errno.ENOSPC
-    assert mini_voices.CACHE_VARIABLE in str(raised.value)
+    assert CACHE_VARIABLE in str(raised.value)
 
 
 def test_folder_that_cannot_be_written(tmp_path):
@@ -270,9 +271,9 @@ def test_sizes_out_of_range(tmp_path, name, value):
 
 
 def test_cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(mini_voices.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     assert default_cache_folder(5) == tmp_path / f"mini_voices-{mini_voices.CORPUS_VERSION}-5"
-    monkeypatch.delenv(mini_voices.CACHE_VARIABLE)
+    monkeypatch.delenv(CACHE_VARIABLE)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     assert default_cache_folder().parent == tmp_path / ".cache" / "speechbrain_qmargin"
