@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["CACHE_VARIABLE", "cache_folder", "replacing", "write_text"]
+__all__ = [
+    "CACHE_VARIABLE",
+    "cache_folder",
+    "load_record",
+    "replacing",
+    "save_record",
+    "write_text",
+]
 
 CACHE_VARIABLE = "SPEECHBRAIN_QMARGIN_CACHE"
 
@@ -50,3 +59,34 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def save_record(path: str | Path, kind: str, content: dict) -> None:
+    """Write a JSON file that says what kind of record it is."""
+    record = {"format": f"speechbrain_qmargin {kind} 1", **content}
+    write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def load_record(path: str | Path, kind: str, make: Callable[..., Any]) -> Any:
+    """``make(**content)`` of a file of :func:`save_record`.
+
+    Raises
+    ------
+    ValueError
+        Another file, or fields that `make` does not take; with the file.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "point.json"
+    >>> save_record(file, "point", {"x": 1})
+    >>> load_record(file, "point", dict)
+    {'x': 1}
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content.pop("format") != f"speechbrain_qmargin {kind} 1":
+            raise KeyError("format")
+        return make(**content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise ValueError(f"{path}: not {article} {kind} file ({error})") from None

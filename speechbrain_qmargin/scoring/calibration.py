@@ -7,7 +7,6 @@ WeSpeaker's quality-aware calibration (QMF). Saved as JSON; never fitted on what
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.files import load_record, save_record
 from speechbrain_qmargin.scoring.trials import Trials
 
 __all__ = ["Calibration", "fit_calibration"]
 
-_FORMAT = "speechbrain_qmargin calibration 1"
 Qualities = Mapping[str, Mapping[str, float]]
 
 
@@ -81,7 +79,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        write_text(path, json.dumps({"format": _FORMAT} | asdict(self), indent=2) + "\n")
+        save_record(path, "calibration", asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -92,15 +90,9 @@ class Calibration:
         ValueError
             Another file, or fields that are missing; with the file.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content.pop("format") != _FORMAT:
-                raise KeyError("format")
-            calibration = cls(**content)
-            if len(calibration.weights) != len(calibration.features):
-                raise KeyError("weights")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a calibration file ({error})") from None
+        calibration = load_record(path, "calibration", cls)
+        if len(calibration.weights) != len(calibration.features):
+            raise ValueError(f"{path}: not a calibration (weights and features disagree)")
         return calibration
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.files import load_record, save_record
 from speechbrain_qmargin.scoring.metrics import (
     OperatingPoints,
     allowed_false_accepts,
@@ -16,8 +15,6 @@ from speechbrain_qmargin.scoring.metrics import (
 from speechbrain_qmargin.scoring.uncertainty import badge
 
 __all__ = ["OperatingPoint", "choose_operating_point"]
-
-_FORMAT = "speechbrain_qmargin operating point 1"
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class OperatingPoint:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        write_text(path, json.dumps({"format": _FORMAT} | asdict(self), indent=2) + "\n")
+        save_record(path, "operating point", asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> OperatingPoint:
@@ -80,15 +77,9 @@ class OperatingPoint:
         ValueError
             Another file, or a threshold that is not finite; with the file.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content.pop("format") != _FORMAT:
-                raise KeyError("format")
-            point = cls(**content)
-            if not math.isfinite(point.threshold):
-                raise ValueError("the threshold is not finite")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not an operating point ({error})") from None
+        point = load_record(path, "operating point", cls)
+        if not math.isfinite(point.threshold):
+            raise ValueError(f"{path}: not an operating point (the threshold is not finite)")
         return point
 
 

@@ -44,7 +44,7 @@ def test_the_full_recipe_in_small(tmp_path, model, caplog):
     assert "SYNTHETIC" not in caplog.text
     assert (output / "inference" / "hyperparams.yaml").is_file()
     if model == "ecapa":
-        run("qmargin_lm.yaml", f"--pretrained={output}", "--number_of_epochs=1")
+        run("qmargin_lm.yaml", f"--pretrained={output}", "--number_of_epochs=1", "--batch_size=4")
         tuned = json.loads((output / "lm" / "results.json").read_text())
         assert tuned["settings"]["margin"] == "large"
         assert set(tuned["lists"]) == set(results["lists"])

@@ -156,6 +156,7 @@ def test_large_margin_fine_tuning_continues_a_run(corpus, tmp_path, capsys):
     output = tmp_path / "first"
     run(*on(corpus, output, "--alpha=1.75", "--scale=5"))
     options = [f"--pretrained={output}", "--number_of_epochs=1", "--sentence_len=0.7"]
+    options += ["--batch_size=4"]
     train("voxceleb", "qmargin_lm.yaml", *options)
     assert "qmargin, ecapa, 1 epochs" in capsys.readouterr().out
     results = json.loads((output / "lm" / "results.json").read_text())
