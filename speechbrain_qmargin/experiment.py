@@ -370,8 +370,9 @@ def verify(
             f"at most {last['support_max']}; {100 * last['zero_loss']:.0f} % of the samples at "
             "zero loss"
         )
-    pictures = ", ".join(f"scores/{name}/det.png" for name in [*lists, *folds])
-    lines.append(f"files: {folder}/ {pictures}, scores, embeddings.npz, history.jsonl")
+    pictures = [f"scores/{name}/det.png" for name in [*lists, *folds]]
+    files = ", ".join([*pictures, "scores", "embeddings.npz", "history.jsonl"])
+    lines.append(f"files: {folder}/ {files}")
     table = "\n".join(lines) + "\n"
     write_text(folder / "results.txt", table)
     used = {key: getattr(experiment.run_opts, key, None) for key in ("precision", "device")}

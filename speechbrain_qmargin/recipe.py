@@ -85,7 +85,7 @@ def train_verifier(
     brain_class: type[VerificationBrain],
     prepare: Callable[[dict], Task],
     export: bool = False,
-) -> None:
+) -> Experiment:
     """Train, embed and verify as the command line says; resume or say that it is done.
 
     Parameters
@@ -97,6 +97,11 @@ def train_verifier(
         From the experiment's settings to a :class:`Task`; called on the main process first.
     export : bool
         Once the results are there, write ``inference/`` for SpeechBrain's inference classes.
+
+    Returns
+    -------
+    Experiment
+        What the command line said.
     """
     experiment = load_experiment(argv)
     inference = experiment.output_folder / "inference"
@@ -107,6 +112,7 @@ def train_verifier(
     # without the others: a classifier in shards is whole in the checkpoints
     if export and main and not (finished and inference.is_dir()):
         export_run(experiment.output_folder)
+    return experiment
 
 
 def _train_and_verify(experiment: Experiment, brain_class, prepare) -> None:

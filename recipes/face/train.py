@@ -17,7 +17,7 @@ from speechbrain_qmargin.brain import FaceBrain
 from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.face_formats import read_bin, stored_faces
 from speechbrain_qmargin.data.faces import SkippedImages, check_images, face_dataset, prepare_faces
-from speechbrain_qmargin.experiment import load_experiment, pair_ids
+from speechbrain_qmargin.experiment import pair_ids
 from speechbrain_qmargin.recipe import Datasets, Task, train_verifier
 from speechbrain_qmargin.scoring.pairs import check_folds
 
@@ -145,8 +145,8 @@ def warned(skipped):
 
 def main(argv):
     """A run, and at its end which images were not trained on."""
-    train_verifier(argv, FaceBrain, prepare)
-    warned(SkippedImages(Path(load_experiment(argv).settings["save_folder"]) / SKIPPED))
+    settings = train_verifier(argv, FaceBrain, prepare).settings
+    warned(SkippedImages(Path(settings["save_folder"]) / SKIPPED))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class Calibration:
         """
         calibration = load_record(path, "calibration", cls)
         if len(calibration.weights) != len(calibration.features):
-            raise ValueError(f"{path}: not a calibration (weights and features disagree)")
+            raise ValueError(f"{path}: not a calibration file (weights and features disagree)")
         return calibration
 
 
