@@ -5,6 +5,7 @@ A recipe's script says only what its data are: a function from the settings to a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,9 @@ def train_verifier(
 
 def _train_and_verify(experiment: Experiment, brain_class, prepare) -> None:
     experiment.check_output_folder()
+    # until SpeechBrain sets up its own, in the output folder
+    level = logging.INFO if if_main_process() else logging.ERROR
+    logging.basicConfig(level=level, format="%(name)s - %(message)s")
     # The classes decide the classifier's size, so the data come before the model
     task = main_process_first(lambda: prepare(experiment.settings))
     if task.note and if_main_process():
