@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.scoring.pairs import ten_fold_accuracy
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import evaluate
 from speechbrain_qmargin.scoring.trials import read_scores
@@ -31,6 +32,7 @@ RECIPES = {
     "face": ("recipes/face/train.py", "hparams/face_qmargin.yaml"),
 }
 LOSSES = ["arcface", "cosface", "entmax", "sparsemax", "qmargin"]
+ACCURACY = "accuracy of balanced pairs"
 FIGURES = {"EER": "EER", "TAR@1e-2": "TAR@FAR=0.01", "TAR@1e-3": "TAR@FAR=0.001"}
 
 
@@ -72,32 +74,69 @@ def spread(values) -> str:
     return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
 
 
-def table(args, results: dict) -> str:
-    """A row for every model, loss and treatment of the scores."""
-    systems = list(systems_of(next(iter(results.values()))))
-    heads = ["model", "loss", "scores", *(f"{name}, %" for name in FIGURES)]
-    heads += ["support", "at zero loss, %", "minutes"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for model, loss, system in itertools.product(args.models, LOSSES, systems):
-        runs = [results[model, loss, seed] for seed in range(args.seeds)]
-        found = [systems_of(run)[system]["figures"] for run in runs]
-        cells = [model, loss, system]
-        cells += [spread([f[figure]["value"] for f in found]) for figure in FIGURES.values()]
-        last = [run["last_epoch"] for run in runs]
-        sparse = "support_mean" in last[0]
-        cells.append(f"{np.mean([e['support_mean'] for e in last]):.1f}" if sparse else "all")
-        cells.append(f"{100 * np.mean([e['zero_loss'] for e in last]):.0f}" if sparse else "0")
-        cells.append(f"{np.mean([run['seconds'] for run in runs]) / 60:.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def scores_file(folder: Path, system: str) -> Path:
     (found,) = (folder / "scores").glob(f"*/{system}.tsv")
     return found
 
 
-def differences(args, runs: dict, system: str) -> str:
+def balanced_accuracy(file: Path) -> float:
+    """As of the field's pair sets: all target pairs and as many impostor pairs, in ten folds.
+
+    The impostor pairs and the folds are drawn at random, the same for every run.
+    """
+    trials, scores = read_scores(file)
+    rng = np.random.default_rng(0)
+    targets, impostors = (rng.permutation(np.flatnonzero(trials.is_target == x)) for x in (1, 0))
+    pairs = np.stack([targets, impostors[: len(targets)]], axis=1).reshape(-1)
+    return ten_fold_accuracy(scores[pairs], trials.is_target[pairs]).mean
+
+
+def measured(args, folders: dict, system: str) -> dict:
+    """(values [3], bootstrap replicates [3, R]) of every (model, loss, seed).
+
+    All see the same draws of speakers or identities.
+    """
+    found = {}
+    for key in tqdm(itertools.product(args.models, LOSSES, range(args.seeds)), system):
+        trials, scores = read_scores(scores_file(folders[key], system))
+        report = evaluate(scores, trials, fars=(1e-2, 1e-3))
+        names = [figure.name for figure in report.figures]
+        at = [names.index(figure) for figure in FIGURES.values()]
+        values = np.array([report.figures[i].value for i in at])
+        found[key] = values, report.replicates[at]
+    return found
+
+
+def interval(draws: np.ndarray, sign: str = "") -> str:
+    low, high = 100 * np.percentile(draws, [2.5, 97.5])
+    return f"{low:{sign}.2f} to {high:{sign}.2f}"
+
+
+def table(args, results: dict, folders: dict, found: dict) -> str:
+    """A row for every model, loss and treatment of the scores."""
+    heads = ["model", "loss", "scores", *(f"{name}, %" for name in FIGURES)]
+    heads += [f"{ACCURACY}, %"] if args.recipe == "face" else []
+    heads += ["support", "at zero loss, %", "minutes"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for model, loss, system in itertools.product(args.models, LOSSES, found):
+        keys = [(model, loss, seed) for seed in range(args.seeds)]
+        values, draws = zip(*(found[system][key] for key in keys), strict=True)
+        values, draws = np.array(values).T, np.mean(draws, axis=0)
+        cells = [model, loss, system]
+        cells += [f"{spread(v)} ({interval(d)})" for v, d in zip(values, draws, strict=True)]
+        if args.recipe == "face":
+            files = [scores_file(folders[key], system) for key in keys]
+            cells.append(spread([balanced_accuracy(file) for file in files]))
+        last = [results[key]["last_epoch"] for key in keys]
+        sparse = "support_mean" in last[0]
+        cells.append(f"{np.mean([e['support_mean'] for e in last]):.1f}" if sparse else "all")
+        cells.append(f"{100 * np.mean([e['zero_loss'] for e in last]):.0f}" if sparse else "0")
+        cells.append(f"{np.mean([results[key]['seconds'] for key in keys]) / 60:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def differences(args, found: dict) -> str:
     """Q-Margin minus each baseline: the seeds' mean, bootstrapped over speakers in pairs.
 
     All systems see the same draws of speakers, so the interval is of the speakers' sampling; the
@@ -105,31 +144,18 @@ def differences(args, runs: dict, system: str) -> str:
     """
     heads = ["model", "baseline", *(f"{name}, points" for name in FIGURES)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for model in args.models:
-        values, replicates = {}, {}
-        for loss, seed in itertools.product(LOSSES, range(args.seeds)):
-            trials, scores = read_scores(scores_file(runs[model, loss, seed][1], system))
-            report = evaluate(scores, trials, fars=(1e-2, 1e-3))
-            names = [figure.name for figure in report.figures]
-            at = [names.index(figure) for figure in FIGURES.values()]
-            values[loss, seed] = np.array([report.figures[i].value for i in at])
-            replicates[loss, seed] = report.replicates[at]
-        for baseline in LOSSES[:-1]:
-            cells = [model, baseline]
-            value, spread_of_seeds, draws = (
-                of(
-                    [each["qmargin", seed] - each[baseline, seed] for seed in range(args.seeds)],
-                    axis=0,
-                )
-                for of, each in ((np.mean, values), (np.std, values), (np.mean, replicates))
-            )
-            low, high = np.percentile(draws, [2.5, 97.5], axis=1)
-            for i in range(len(FIGURES)):
-                cells.append(
-                    f"{100 * value[i]:+.2f} ({100 * low[i]:+.2f} to {100 * high[i]:+.2f}; "
-                    f"seeds ± {100 * spread_of_seeds[i]:.2f})"
-                )
-            lines.append("| " + " | ".join(cells) + " |")
+    for model, baseline in itertools.product(args.models, LOSSES[:-1]):
+        pairs = [
+            (found[model, "qmargin", seed], found[model, baseline, seed])
+            for seed in range(args.seeds)
+        ]
+        values = np.array([ours[0] - theirs[0] for ours, theirs in pairs]).T
+        draws = np.mean([ours[1] - theirs[1] for ours, theirs in pairs], axis=0)
+        cells = [model, baseline]
+        for value, drawn in zip(100 * values, draws, strict=True):
+            seeds = f"; seeds ± {value.std(ddof=1):.2f}" if len(value) > 1 else ""
+            cells.append(f"{value.mean():+.2f} ({interval(drawn, '+')}{seeds})")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -139,16 +165,18 @@ def compare(args) -> None:
         options = [f"--model={model}", f"--loss={loss}", f"--seed={seed}"]
         runs[model, loss, seed] = (options, args.output / f"{model}_{loss}_{seed}")
     results = train_all(args.recipe, runs, args.options, args.jobs)
+    folders = {key: folder for key, (_, folder) in runs.items()}
     systems = list(systems_of(next(iter(results.values()))))
-    text = table(args, results)
+    found = {system: measured(args, folders, system) for system in systems}
+    text = table(args, results, folders, found)
     for system in systems:
-        text += f"\nQ-Margin minus the baseline, {system}:\n\n" + differences(args, runs, system)
+        text += f"\nQ-Margin minus the baseline, {system}:\n\n" + differences(args, found[system])
     write_text(args.output / "table.md", text)
     print(text)
     for model in args.models:
         drawn = {}
         for loss in LOSSES:
-            trials, scores = read_scores(scores_file(runs[model, loss, 0][1], "cosine"))
+            trials, scores = read_scores(scores_file(folders[model, loss, 0], "cosine"))
             drawn[loss] = (scores, trials.is_target)
         plot_det(drawn, args.output / f"det_{model}.png", f"{model}, seed 0")
 
