@@ -101,6 +101,7 @@ class VerificationBrain(sb.Brain):
             name: change(epoch, full[name]) for name, change in schedule.items()
         }
         self._earlier = _NOTHING  # of this epoch, from before an interruption
+        self.epochs_trained = 0  # by this process
 
     # ---------------------------------------------------------------- batch to loss
 
@@ -172,11 +173,11 @@ class VerificationBrain(sb.Brain):
 
     def _share_out_anew(self) -> None:
         """Within an epoch that began with other batches, go on at the item where it stood."""
-        before = self._earlier["items_at_once"]
-        if self.step and before not in (None, self._items_at_once):
-            factor = self.grad_accumulation_factor
-            self.step = self.step * before // (self._items_at_once * factor) * factor
-            self._train_loader._speechbrain_recovery_skip_to = self.step
+        before, factor = self._earlier["items_at_once"], self.grad_accumulation_factor
+        if self.step and before is not None:
+            step = self.step * before // (self._items_at_once * factor) * factor
+            if step != self.step or before != self._items_at_once:
+                self.step = self._train_loader._speechbrain_recovery_skip_to = step
 
     @property
     def _time(self) -> float:
@@ -207,6 +208,11 @@ class VerificationBrain(sb.Brain):
 
         SpeechBrain clips the first group of each optimiser's parameters.
         """
+        if self._sharded_head is None and self.clipped_alone is None:
+            super().init_optimizers()
+            return
+        if self.remove_vector_weight_decay:
+            raise ValueError("--remove_vector_weight_decay: not with faces or the sparse head")
         head, clipped = self._sharded_head, self.modules
         if self.clipped_alone is not None:
             clipped = self.modules[self.clipped_alone]
@@ -320,6 +326,7 @@ class VerificationBrain(sb.Brain):
         return torch.cat(parts)
 
     def _end_epoch(self, valid_stats: dict[str, float]) -> None:
+        self.epochs_trained += 1
         epoch = self._record["epoch"]
         record = self._record | {f"valid_{key}": value for key, value in valid_stats.items()}
         meta = {key: record[key] for key in ("epoch", "lr")}
@@ -382,31 +389,37 @@ class VerificationBrain(sb.Brain):
         model = " ".join(sorted(checkpoint.path.name for checkpoint in found))
         folder = Path(self.checkpointer.checkpoints_dir) / "embeddings"
         own = folder / f"{zlib.crc32(model.encode()):08x}"
-        if if_main_process() and folder.is_dir():
-            for older in set(folder.iterdir()) - {own}:
+        if if_main_process():
+            for older in set(folder.glob("*")) - {own}:
                 shutil.rmtree(older, ignore_errors=True)
+            EmbeddingParts(own, model)
+        ddp_barrier()  # the main process has made the folder
         parts = EmbeddingParts(own, model, rank)
         ddp_barrier()  # all have seen the same ones
-        left = [name for name in dataset.data_ids if name not in parts.done]
+        keys = {name: _content_key(name, dataset.data[name]) for name in dataset.data_ids}
+        left = [name for name in dataset.data_ids if keys[name] not in parts.done]
         ids = left[rank::world]
         if ids:
             share = FilteredSortedDynamicItemDataset(dataset, ids)
             try:
-                with self._embedding_into(parts):
+                with self._embedding_into(lambda name, row: parts.add(keys[name], row)):
                     self.evaluate(share, test_loader_kwargs=dict(loader_kwargs))
             finally:
                 parts.flush()
         ddp_barrier()
-        return parts.merged(dataset.data_ids) if if_main_process() else {}
+        if not if_main_process():
+            return {}
+        found = parts.merged(keys.values())
+        return {name: found[key] for name, key in keys.items()}
 
     @contextmanager
-    def _embedding_into(self, parts: EmbeddingParts):
-        """Embeddings go to `parts`; modules run without their wrapper, whose processes would wait
+    def _embedding_into(self, keep):
+        """Embeddings go to `keep`; modules run without their wrapper, whose processes would wait
         for each other."""
         wrapped = dict(self.modules.items())
         for name, module in wrapped.items():
-            self.modules[name] = getattr(module, "module", module)
-        self._keep = parts.add
+            self.modules[name] = bare(module)
+        self._keep = keep
         try:
             yield
         finally:
@@ -489,18 +502,36 @@ def load_average(modules, checkpointer, count: int, first_rows: bool = False) ->
         raise FileNotFoundError(
             f"{checkpointer.checkpoints_dir} holds no checkpoint of a finished epoch"
         )
-    bare = {name: getattr(module, "module", module) for name, module in modules.items()}
+    plain = {name: bare(module) for name, module in modules.items()}
     total: dict[tuple, Tensor] = {}
     for checkpoint in reversed(checkpoints):  # the newest last
-        for name in bare.keys() & checkpoint.paramfiles.keys():
-            load_module(bare[name], checkpoint.paramfiles[name], first_rows)
-            for key, value in bare[name].state_dict().items():
+        for name in plain.keys() & checkpoint.paramfiles.keys():
+            load_module(plain[name], checkpoint.paramfiles[name], first_rows)
+            for key, value in plain[name].state_dict().items():
                 if value.is_floating_point():
                     total[name, key] = total.get((name, key), 0) + value / len(checkpoints)
     with torch.no_grad():
         for (name, key), mean in total.items():
-            bare[name].state_dict(keep_vars=True)[key].copy_(mean)
+            plain[name].state_dict(keep_vars=True)[key].copy_(mean)
     return len(checkpoints)
+
+
+def bare(module):
+    """A module without what wraps it: DDP for several processes, torch.compile."""
+    for wrapper in ("module", "_orig_mod"):
+        module = getattr(module, wrapper, module)
+    return module
+
+
+def _content_key(name: str, item: dict) -> str:
+    """An id with what its embedding is of: another file or other bytes under it are another."""
+    parts = []
+    for value in item.values():
+        parts.append(value if isinstance(value, bytes) else repr(value).encode())
+        if isinstance(value, str) and os.sep in value and os.path.isfile(value):
+            status = os.stat(value)
+            parts.append(b"%d %d" % (status.st_size, status.st_mtime_ns))
+    return f"{name} {zlib.crc32(b' '.join(parts)):08x}"
 
 
 def _ends_an_epoch(checkpoint) -> bool:
@@ -515,7 +546,9 @@ def load_module(module, path: str | Path, first_rows: bool = False) -> None:
     state = torch.load(path, map_location="cpu", weights_only=True)
     if first_rows:
         sizes = {key: len(value) for key, value in module.state_dict().items() if value.ndim}
-        state = {key: value[: sizes[key]] if value.ndim else value for key, value in state.items()}
+        state = {
+            key: value[: sizes[key]] if key in sizes else value for key, value in state.items()
+        }
     module.load_state_dict(state)
 
 

@@ -67,8 +67,8 @@ MAY_CHANGE = {
     "train_speakers",
     "valid_file",
 }
-# Those of them that only the scoring reads: a finished run is scored anew with other ones. Other
-# classes in another folder are noticed by class_encoder and Experiment.load.
+# Settings with which a finished run is scored anew. Other classes in another folder are noticed by
+# class_encoder and Experiment.load.
 SCORING = {
     "allow_missing",
     "cohort_utterances",
@@ -110,12 +110,7 @@ class Experiment:
         return self.output_folder / "results.json"
 
     def load(self, **known_now: Any) -> dict:
-        """The hyperparameters as objects.
-
-        `known_now` are values that the data decided. On the main process the output folder is
-        made, with ``experiment.yaml`` (`text`, for another experiment to extend), SpeechBrain's
-        ``hyperparams.yaml`` and its log.
-        """
+        """The hyperparameters as objects; `known_now` are values that the data decided."""
         tree = _round_trip(self.text)
         before = self._before()
         for key, value in known_now.items():
@@ -126,13 +121,22 @@ class Experiment:
                 )
         tree.update(known_now)
         self.settings.update(known_now)  # the results say them too
-        text = _dump(tree)
-        hparams = load_hyperpyyaml(text)
+        self.text = _dump(tree)
+        return load_hyperpyyaml(self.text)
+
+    def begin(self) -> None:
+        """On the main process make the output folder, with ``experiment.yaml`` (`text`, for another
+        experiment to extend), SpeechBrain's ``hyperparams.yaml`` and its log.
+
+        Results of a scoring before become ``results.previous.json``: until there are new ones the
+        run is not done.
+        """
         saved = self.output_folder / "experiment.yaml"
         if if_main_process():
-            write_text(saved, text)
+            write_text(saved, self.text)
+            if self.results_file.is_file():
+                self.results_file.replace(self.output_folder / "results.previous.json")
         sb.core.create_experiment_directory(str(self.output_folder), str(saved))
-        return hparams
 
     def announce_finished(self) -> bool:
         """Whether a run with these settings has ended here; if so, say so and show its table."""

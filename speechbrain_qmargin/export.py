@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speechbrain_qmargin.brain import bare, load_average
 from speechbrain_qmargin.files import replacing, write_text
 from speechbrain_qmargin.scoring.decision import OperatingPoint
 
@@ -75,7 +76,7 @@ class SpeakerEncoder(nn.Module):
         if missing:
             raise ValueError(f"modules: {', '.join(missing)} wanted for a speaker encoder")
         for name in PARTS:
-            self.add_module(name, _bare(modules[name]))
+            self.add_module(name, bare(modules[name]))
         self.sample_rate = sample_rate
         self.eval()
 
@@ -92,8 +93,8 @@ class SpeakerEncoder(nn.Module):
         return next(self.embedding_model.parameters()).device
 
     def digest(self) -> str:
-        """SHA-256 of all weights and statistics: two encoders of one digest are the same."""
-        digest = hashlib.sha256()
+        """SHA-256 of weights, statistics and the modules' descriptions."""
+        digest = hashlib.sha256(repr(self).encode())
         state = self.state_dict()
         if hasattr(self.mean_var_norm, "glob_mean"):  # InputNormalization keeps no state_dict
             state |= {name: getattr(self.mean_var_norm, name) for name in ("glob_mean", "glob_std")}
@@ -439,12 +440,8 @@ def load_run(folder: Path, names) -> tuple[dict[str, nn.Module], Mapping[str, An
     """Modules of a run, by name, with the average of its last epochs; the settings it ran with."""
     from speechbrain.utils.checkpoints import Checkpointer
 
-    from speechbrain_qmargin.brain import load_average
-
     tree = _tree(folder / "hyperparams.yaml", ("modules",))
     checkpointer = Checkpointer(folder / "save")
-    if not checkpointer.find_checkpoints(ckpt_predicate=lambda ckpt: ckpt.meta["end-of-epoch"]):
-        raise FileNotFoundError(f"{folder / 'save'}: no checkpoint of a finished epoch")
     modules = _build(tree, names)
     load_average(modules, checkpointer, tree.get("average_checkpoints", 1))
     return modules, tree
@@ -479,11 +476,6 @@ def _inference_yaml(tree: Any, saved: set[str], prototypes: Tensor | None) -> st
 # ---------------------------------------------------------------- weights
 
 
-def _bare(module: nn.Module) -> nn.Module:
-    """A module without what wraps it for several processes."""
-    return getattr(module, "module", module)
-
-
 def _save(module: nn.Module, file: Path) -> bool:
     """Write a module's weights as SpeechBrain loads them; False where it has none."""
     if hasattr(module, "_statistics_dict"):  # InputNormalization
@@ -511,12 +503,12 @@ def _labels(path: str | Path | None) -> int | None:
 
 def _prototypes(classifier: nn.Module | None, labels: int) -> Tensor | None:
     """The classes' vectors [labels, D] of any cosine classifier; None if it is none."""
-    state = {} if classifier is None else _bare(classifier).state_dict()
+    state = {} if classifier is None else bare(classifier).state_dict()
     if [key for key, value in state.items() if value.ndim] != ["weight"]:
         return None
-    weight, comm = state["weight"].detach(), getattr(_bare(classifier), "comm", None)
+    weight, comm = state["weight"].detach(), getattr(bare(classifier), "comm", None)
     if comm is not None and comm.world > 1:
-        classes = _bare(classifier).num_classes
+        classes = bare(classifier).num_classes
         bounds = [comm.shard_of(classes, rank) for rank in range(comm.world)]
         weight = comm.gather(weight, [stop - start for start, stop in bounds])
     if labels > len(weight):

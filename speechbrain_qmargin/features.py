@@ -59,6 +59,12 @@ class KaldiFbank(nn.Module):
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("banks", banks, persistent=False)
 
+    def extra_repr(self) -> str:
+        return (
+            f"{self.sample_rate} Hz, {self.banks.shape[1]} bins, {self.length} / {self.shift} "
+            f"samples, dither {self.dither:g}"
+        )
+
     @fwd_default_precision(cast_inputs=torch.float32)
     def forward(self, waveforms: Tensor) -> Tensor:
         """Features [B, frames, n_mels], float32, of waveforms [B, time] in [-1, 1].

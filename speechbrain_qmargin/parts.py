@@ -26,7 +26,8 @@ class EmbeddingParts:
     ----------
     folder : path
     model : str
-        What tells the model from others, such as a digest of its weights.
+        What tells the model from others, such as a digest of its weights, and the data, where ids
+        alone do not.
     writer : int
 
     Attributes
@@ -37,7 +38,7 @@ class EmbeddingParts:
     Raises
     ------
     ValueError
-        The folder holds embeddings of another model.
+        The folder holds embeddings of another model or of other data.
 
     Examples
     --------
@@ -52,11 +53,13 @@ class EmbeddingParts:
         self.folder, self.writer = Path(folder), writer
         self.waiting: dict[str, np.ndarray] = {}
         about = self.folder / "model.json"
-        if about.is_file() and json.loads(about.read_text())["model"] != model:
+        if not about.is_file():
+            write_text(about, json.dumps({"model": model}))
+        elif json.loads(about.read_text())["model"] != model:
             raise ValueError(
-                f"{self.folder} holds embeddings of another model; delete it, or write elsewhere"
+                f"{self.folder} holds embeddings of another model or of other data; delete it, or "
+                "write elsewhere"
             )
-        write_text(about, json.dumps({"model": model}))
         self.done = {name for file in self._files() for name in load_embeddings(file).ids}
         self._written = time.monotonic()
 

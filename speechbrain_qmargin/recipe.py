@@ -107,16 +107,17 @@ def train_verifier(
     experiment = load_experiment(argv)
     inference = experiment.output_folder / "inference"
     with processes(experiment.run_opts):
-        main, finished = if_main_process(), experiment.announce_finished()
-        if not finished:
-            _train_and_verify(experiment, brain_class, prepare)
+        main, trained = if_main_process(), False
+        if not experiment.announce_finished():
+            trained = _train_and_verify(experiment, brain_class, prepare)
     # without the others: a classifier in shards is whole in the checkpoints
-    if export and main and not (finished and inference.is_dir()):
+    if export and main and (trained or not inference.is_dir()):
         export_run(experiment.output_folder)
     return experiment
 
 
-def _train_and_verify(experiment: Experiment, brain_class, prepare) -> None:
+def _train_and_verify(experiment: Experiment, brain_class, prepare) -> bool:
+    """Whether there was an epoch left to train."""
     experiment.check_output_folder()
     # until SpeechBrain sets up its own, in the output folder
     level = logging.INFO if if_main_process() else logging.ERROR
@@ -127,6 +128,7 @@ def _train_and_verify(experiment: Experiment, brain_class, prepare) -> None:
         print(f"Training on {task.note}.", flush=True)
     hparams = experiment.load(out_n_neurons=task.num_classes)
     data = main_process_first(lambda: task.datasets(hparams))
+    experiment.begin()
     load_pretrained(hparams)
 
     brain = brain_class(
@@ -150,7 +152,7 @@ def _train_and_verify(experiment: Experiment, brain_class, prepare) -> None:
     embeddings = brain.extract(data.test, **loading)
     cohort_embeddings = brain.extract(data.cohort, **loading) if data.cohort else None
     if not if_main_process():
-        return
+        return brain.epochs_trained > 0
     cohort = None
     if cohort_embeddings is not None:
         top_n = min(hparams["top_n"], len(set(data.cohort_classes.values())))
@@ -165,3 +167,4 @@ def _train_and_verify(experiment: Experiment, brain_class, prepare) -> None:
         pair_sets=task.pair_sets,
         units=task.units,
     )
+    return brain.epochs_trained > 0

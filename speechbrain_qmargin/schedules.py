@@ -59,7 +59,9 @@ def margin_rise(epoch: float, full: float, *, start: float, end: float) -> float
     """
     if epoch >= end:
         return full
-    return full * -math.expm1(max(0.0, epoch - start) / (end - start) * math.log(1e-3))
+    if epoch <= start:
+        return 0.0
+    return full * -math.expm1((epoch - start) / (end - start) * math.log(1e-3))
 
 
 def linear_change(epoch: float, full: float, *, initial: float, start: float, end: float) -> float:
@@ -74,7 +76,9 @@ def linear_change(epoch: float, full: float, *, initial: float, start: float, en
     """
     if epoch >= end:
         return full
-    return initial + (full - initial) * max(0.0, epoch - start) / (end - start)
+    if epoch <= start:
+        return initial
+    return initial + (full - initial) * (epoch - start) / (end - start)
 
 
 def loss_schedule(
@@ -95,6 +99,11 @@ def loss_schedule(
         :func:`linear_change` from `initial` to the loss's own, which is reached with that epoch;
         an `initial` of None is no change.
 
+    Raises
+    ------
+    ValueError
+        A change whose end is missing or lies before its beginning.
+
     Examples
     --------
     >>> found = loss_schedule(margin=(20, 40), alpha=(1.0, 5))
@@ -104,9 +113,13 @@ def loss_schedule(
     (1.0, 1.25, 1.5)
     """
     first, last = margin
+    if last < first:
+        raise ValueError(f"margin_until_epoch: {last} is before margin_from_epoch: {first}")
     schedule: dict = {"margin": partial(margin_rise, start=first - 1, end=last - 1)}
     for name, (initial, until) in (("alpha", alpha), ("scale", scale)):
         if initial is not None:
+            if until < 1:
+                raise ValueError(f"{name}_until_epoch: {name}_initial wants an epoch from 1 on")
             schedule[name] = partial(linear_change, initial=initial, start=0, end=until - 1)
     return schedule
 

@@ -65,7 +65,9 @@ def make_brain(folder, output, validate=None, brain_class=SpeakerBrain, run_opts
         **overrides,
     }
     options = [f"--{key}={'null' if value is None else value}" for key, value in settings.items()]
-    hparams = load_experiment([str(RECIPE), *options]).load(ckpt_interval_minutes=0)
+    experiment = load_experiment([str(RECIPE), *options])
+    hparams = experiment.load(ckpt_interval_minutes=0)
+    experiment.begin()
     brain = brain_class(
         modules=hparams["modules"],
         opt_class=hparams["opt_class"],
@@ -276,6 +278,19 @@ def test_an_interrupted_extraction_goes_on(folder, tmp_path):
     assert len(names) == len(whole) + 1
     for name, row in whole.items():
         np.testing.assert_array_equal(again[name], row)
+
+
+def test_other_audio_under_an_id_is_embedded_anew(folder, tmp_path):
+    copy_of = shutil.copytree(folder, tmp_path / "voices")
+    fit, brain, test = make_brain(copy_of, tmp_path / "out", number_of_epochs=1)
+    fit()
+    before = brain.extract(test, batch_size=1)
+    file = copy_of / "wav/s4/0/0.wav"
+    signal, _ = soundfile.read(file)
+    soundfile.write(file, signal[::-1], RATE)
+    after = brain.extract(test, batch_size=1)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"s4/0/0.wav"}
 
 
 def test_learning_rate_follows_the_schedule_whatever_the_accumulation(folder, tmp_path):

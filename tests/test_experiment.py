@@ -84,7 +84,8 @@ def test_overlays_are_chosen_by_setting_size_and_command_line(yaml, tmp_path):
 
 def test_a_run_can_be_extended(yaml, tmp_path):
     first = tmp_path / "first"
-    load(yaml, "--kind=biased", "--width=3", f"--output_folder={first}", seed=5)
+    experiment, _ = load(yaml, "--kind=biased", "--width=3", f"--output_folder={first}", seed=5)
+    experiment.begin()
     second = tmp_path / "second.yaml"
     second.write_text(
         "extends: <start>/experiment.yaml\nstart: !PLACEHOLDER\n"
@@ -148,6 +149,14 @@ def test_another_experiments_folder_is_refused(yaml, tmp_path):
         experiment.check_output_folder()
     same = load_experiment([yaml, "--output_folder", str(folder), "--loss", "cosface"])
     same.check_output_folder()
+
+
+def test_a_number_of_classes_that_changed_is_named(yaml, tmp_path):
+    out = f"--output_folder={tmp_path / 'out'}"
+    experiment, _ = load(yaml, out, width=4)
+    experiment.begin()
+    with pytest.raises(ValueError, match="holds a run with width = 4; these data give 5"):
+        load(yaml, out, width=5)
 
 
 class Interrupted(Exception):

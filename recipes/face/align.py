@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from speechbrain_qmargin.data.face_formats import align_face
 from speechbrain_qmargin.data.faces import SkippedImages, read_pixels
-from speechbrain_qmargin.files import replacing
+from speechbrain_qmargin.files import replacing, write_text
 
 
 def read_landmarks(path):
@@ -68,6 +68,12 @@ def main(argv=None):
             Image.fromarray(aligned).save(partial)
         return ""
 
+    sizes = args.out / "size.txt"
+    if sizes.is_file() and sizes.read_text() != f"{args.size}\n":
+        raise ValueError(
+            f"{args.out} holds images of size {sizes.read_text().strip()}; another OUT"
+        )
+    write_text(sizes, f"{args.size}\n")
     listing = args.out / "skipped_images.txt"
     listing.unlink(missing_ok=True)  # they are tried again
     skipped = SkippedImages(listing)

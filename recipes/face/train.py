@@ -32,7 +32,7 @@ def prepare(settings):
     folder, test, valid = (
         settings[key] for key in ("data_folder", "verification_file", "valid_file")
     )
-    sets = read_sets(settings["test_sets"])
+    sets = read_sets(settings["test_sets"], test)
     pair_sets = {name: same for name, (_, same) in sets.items()}
     stored = None if folder is None else stored_faces(folder)
     if stored is not None:
@@ -81,7 +81,7 @@ def prepare(settings):
     )
 
 
-def read_sets(paths):
+def read_sets(paths, pair_list):
     """InsightFace's .bin sets by name; what would fail after training fails here."""
     sets = {}
     for path in map(Path, [paths] if isinstance(paths, str) else paths):
@@ -90,8 +90,8 @@ def read_sets(paths):
             check_folds(same)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        if path.stem in sets:
-            raise ValueError(f"test_sets: two of them are called {path.stem}")
+        if path.stem in sets or path.stem == Path(pair_list or "").stem:
+            raise ValueError(f"test_sets: {path} shares its name with another list; rename it")
         if if_main_process():
             check_images(
                 {f"{path.name}, pair {n // 2}, image {n % 2 + 1}": x for n, x in enumerate(images)}

@@ -24,14 +24,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, read_audio
+from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, MIN_SECONDS, read_audio
 from speechbrain_qmargin.data.voxceleb import audio_files, audio_roots
 from speechbrain_qmargin.export import load_encoder
 from speechbrain_qmargin.files import replacing, write_text
 from speechbrain_qmargin.parts import EmbeddingParts
 from speechbrain_qmargin.scoring.trials import save_embeddings
-
-MIN_SECONDS = 0.1  # less than the networks' context
 
 
 def find_recordings(audio: Path) -> dict[str, Path]:
@@ -139,7 +137,9 @@ def extract(run_folder, audio, out, device: str = "cpu", workers: int = 4) -> No
     recordings = find_recordings(audio)
     check_output(out, recordings)
     encoder = load_encoder(run_folder, device)
-    parts = EmbeddingParts(out.with_name(out.name + ".parts"), encoder.digest())
+    parts = EmbeddingParts(
+        out.with_name(out.name + ".parts"), f"{encoder.digest()} on {audio.resolve()}"
+    )
     todo = {name: path for name, path in recordings.items() if name not in parts.done}
     if len(todo) < len(recordings):
         print(f"{len(recordings) - len(todo):,} recordings were embedded before", flush=True)

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-__all__ = ["AUDIO_SUFFIXES", "inspect_audio", "read_audio", "resampled"]
+__all__ = ["AUDIO_SUFFIXES", "MIN_SECONDS", "inspect_audio", "read_audio", "resampled"]
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
+MIN_SECONDS = 0.1  # less than the networks' context
 
 _AAC_FRAME = 1024
 _PREROLL = 3  # frames decoded before a stretch: each overlaps with the one before it

@@ -2,7 +2,8 @@
 
 One file a folder of recordings, ``durations/<hash of the folder's path>.npz`` below
 :func:`~speechbrain_qmargin.files.cache_folder`, holds what was found. It is keyed by each
-recording's path, size and time of change, so it never goes stale.
+recording's path, size and time of change, so it never goes stale. Recordings that could not be read
+are not in it: the next run tries them again.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ def _read(cache: Path) -> _Known:
 
 
 def _write(cache: Path, known: _Known) -> None:
+    known = {name: one for name, one in known.items() if not one[3]}
     if not known:
         return
     sizes, times, seconds, faults = zip(*known.values(), strict=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, read_audio
+from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, MIN_SECONDS, read_audio
 from speechbrain_qmargin.data.augment import Augment
 from speechbrain_qmargin.data.classes import all_pairs, held_out_for_validation, training_classes
 from speechbrain_qmargin.data.durations import durations
@@ -107,6 +107,8 @@ def _scan(folders: list[Path], trials_folders: list[Path], progress: bool) -> di
                 files[name] = (status.st_size, status.st_mtime_ns)
             for name, (seconds, fault) in durations(root, files, progress=progress).items():
                 path = by_stem[name.rsplit(".", 1)[0]]
+                if not fault and seconds < MIN_SECONDS:
+                    fault = f"shorter than {MIN_SECONDS} s"
                 found[name] = _Audio(path, seconds, fault, trials_only)
             logger.info(
                 f"{root}: {len(files):,} recordings of {len(set(map(speaker_in, files))):,} "
@@ -134,8 +136,8 @@ def _named_lists(source: str | Path | Sequence | Mapping | None) -> dict[str, Pa
         for path in map(Path, paths):
             if path.stem in lists:
                 raise ValueError(
-                    f"verification_file: {lists[path.stem]} and {path} have one name; give them "
-                    "names of your own: {O: one.txt, H: other.txt}"
+                    f"verification_file: {lists[path.stem]} and {path} have one name, which "
+                    "their results would share; rename one of them"
                 )
             lists[path.stem] = path
     for name, path in lists.items():

@@ -157,7 +157,12 @@ def test_faults_of_test_images_are_found_before_training(corpus, records, tmp_pa
     one = write_bin(tmp_path / "one.bin", same=[True] * 10 + [False] * 10)
     fails(ValueError, r"one\.bin: pairs 0 to 1 are a fold of one kind", data, f"--test_sets={one}")
     good = write_bin(tmp_path / "good.bin")
-    fails(ValueError, "two of them are called good", data, f"--test_sets=[{good}, {good}]")
+    fails(
+        ValueError,
+        "good.bin shares its name with another list",
+        data,
+        f"--test_sets=[{good}, {good}]",
+    )
     pairs = f"--verification_file={corpus.trials_test}"
     fails(ValueError, "verification_file: does not apply", data, f"--test_sets={good}", pairs)
     fails(ValueError, "give --test_sets", data)
