@@ -97,7 +97,7 @@ def measured(args, folders: dict, system: str) -> dict:
     All see the same draws of speakers or identities.
     """
     found = {}
-    for key in tqdm(itertools.product(args.models, LOSSES, range(args.seeds)), system):
+    for key in tqdm(itertools.product(args.models, args.losses, range(args.seeds)), system):
         trials, scores = read_scores(scores_file(folders[key], system))
         report = evaluate(scores, trials, fars=(1e-2, 1e-3))
         names = [figure.name for figure in report.figures]
@@ -118,7 +118,7 @@ def table(args, results: dict, folders: dict, found: dict) -> str:
     heads += [f"{ACCURACY}, %"] if args.recipe == "face" else []
     heads += ["support", "at zero loss, %", "minutes"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for model, loss, system in itertools.product(args.models, LOSSES, found):
+    for model, loss, system in itertools.product(args.models, args.losses, found):
         keys = [(model, loss, seed) for seed in range(args.seeds)]
         values, draws = zip(*(found[system][key] for key in keys), strict=True)
         values, draws = np.array(values).T, np.mean(draws, axis=0)
@@ -144,7 +144,8 @@ def differences(args, found: dict) -> str:
     """
     heads = ["model", "baseline", *(f"{name}, points" for name in FIGURES)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for model, baseline in itertools.product(args.models, LOSSES[:-1]):
+    baselines = [loss for loss in args.losses if loss != "qmargin"]
+    for model, baseline in itertools.product(args.models, baselines):
         pairs = [
             (found[model, "qmargin", seed], found[model, baseline, seed])
             for seed in range(args.seeds)
@@ -161,7 +162,7 @@ def differences(args, found: dict) -> str:
 
 def compare(args) -> None:
     runs = {}
-    for seed, model, loss in itertools.product(range(args.seeds), args.models, LOSSES):
+    for seed, model, loss in itertools.product(range(args.seeds), args.models, args.losses):
         options = [f"--model={model}", f"--loss={loss}", f"--seed={seed}"]
         runs[model, loss, seed] = (options, args.output / f"{model}_{loss}_{seed}")
     results = train_all(args.recipe, runs, args.options, args.jobs)
@@ -169,13 +170,13 @@ def compare(args) -> None:
     systems = list(systems_of(next(iter(results.values()))))
     found = {system: measured(args, folders, system) for system in systems}
     text = table(args, results, folders, found)
-    for system in systems:
+    for system in systems if len(args.losses) > 1 and "qmargin" in args.losses else ():
         text += f"\nQ-Margin minus the baseline, {system}:\n\n" + differences(args, found[system])
     write_text(args.output / "table.md", text)
     print(text)
     for model in args.models:
         drawn = {}
-        for loss in LOSSES:
+        for loss in args.losses:
             trials, scores = read_scores(scores_file(folders[model, loss, 0], "cosine"))
             drawn[loss] = (scores, trials.is_target)
         plot_det(drawn, args.output / f"det_{model}.png", f"{model}, seed 0")
@@ -195,6 +196,7 @@ def main() -> None:
     )
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--models", nargs="+", required=True)
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
