@@ -142,10 +142,10 @@ class Recorder(SpeakerBrain):
         return loss
 
 
-def record(folder, output, kill_at=None, every=2, validate=None, accumulation=1, **settings):
+def record(folder, output, kill_at=None, every=2, validate=None, run_opts=None, **settings):
     """A run that keeps its losses, killed before a step or by `validate`."""
     torch.manual_seed(0)
-    options = {"ckpt_interval_steps": every, "grad_accumulation_factor": accumulation}
+    options = {"ckpt_interval_steps": every, **(run_opts or {})}
     fit, brain, _ = make_brain(folder, output, validate, Recorder, options, **settings)
     brain.losses, brain.kill_at = {}, kill_at
     with contextlib.suppress(Killed):
@@ -173,6 +173,17 @@ def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path, kill_at, head
     assert_same(whole, first, second)
 
 
+@pytest.mark.parametrize("head", ["dense", "sparse"])
+def test_autocast_learns_and_resumes(folder, tmp_path, head):
+    settings = {"head": head, "run_opts": {"precision": "bf16"}}
+    whole = record(folder, tmp_path / "whole", **settings, **(LEARNS | {"number_of_epochs": 6}))
+    assert whole.history()[-1]["loss"] < whole.history()[0]["loss"]
+    assert all(p.dtype == torch.float32 for p in whole.modules.parameters())
+    whole = record(folder, tmp_path / "same", **settings)
+    first = record(folder, tmp_path / "killed", (2, 3), **settings)
+    assert_same(whole, first, record(folder, tmp_path / "killed", **settings))
+
+
 def test_a_run_killed_between_its_last_step_and_its_epochs_checkpoint_resumes(folder, tmp_path):
     def killed(_):
         raise Killed
@@ -187,7 +198,8 @@ def test_a_run_killed_between_its_last_step_and_its_epochs_checkpoint_resumes(fo
 
 
 def test_a_run_that_accumulates_gradients_resumes_between_two_steps(folder, tmp_path):
-    settings = {"accumulation": 2, "batch_size": 2, "every": 3, "loss": "cosface"}
+    settings = {"batch_size": 2, "every": 3, "loss": "cosface"}
+    settings |= {"run_opts": {"grad_accumulation_factor": 2}}
     settings |= {"margin_from_epoch": 3, "margin_until_epoch": 4}
     margins = []
 
