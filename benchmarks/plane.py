@@ -43,6 +43,7 @@ def run(args, options: list[str]) -> None:
         cells = [f"{value:g}" for value in point] + [f"{hard_margin(*point):.2f}"]
         cells += [spread(planes[figure][point]) for figure in FIGURES.values()]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *by_hard_margin(planes)]
     write_text(args.output / "plane.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     draw_plane(planes, args.margins, args.output / "plane.png")
@@ -62,6 +63,24 @@ def read_plane(folder: Path) -> tuple[dict, int]:
     if len(classes) != 1:
         raise SystemExit(f"{folder}: finished runs of one number of classes wanted, got {classes}")
     return planes, classes.pop()
+
+
+def by_hard_margin(planes: dict) -> list[str]:
+    """The points by their hard margin: mean and standard error of each range."""
+    heads = ["hard margin", "points", *FIGURES]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for low, high in itertools.pairwise([0, 0.4, 1, 2, np.inf]):
+        points = [p for p in planes["EER"] if low <= hard_margin(*p) < high]
+        cells = [f"{low:g} to {high:g}", str(len(points))]
+        for figure in FIGURES.values():
+            values = [100 * np.mean(planes[figure][point]) for point in points]
+            if len(values) > 1:
+                error = np.std(values, ddof=1) / len(values) ** 0.5
+                cells.append(f"{np.mean(values):.2f} ± {error:.2f}")
+            else:
+                cells.append("")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def best_of(figure: str, values) -> float:
