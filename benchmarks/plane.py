@@ -128,8 +128,9 @@ def draw_plane(planes: dict, margins: list[float], file: Path) -> None:
 
 
 def classes(args) -> None:
-    """The best scale at every alpha for every number of classes: a table and a picture."""
+    """Mean over the scales and the best scale at every alpha for every number of classes."""
     found = sorted((read_plane(folder) for folder in args.planes), key=lambda plane: plane[1])
+    # at the points that all have
     shared = set.intersection(*({*plane["EER"]} for plane, _ in found))
     figure = Figure(figsize=(4.2 * len(FIGURES), 3.4), layout="constrained")
     axes = figure.subplots(1, len(FIGURES))
@@ -142,13 +143,14 @@ def classes(args) -> None:
                 means = {p: 100 * np.mean(plane[name][p]) for p in shared if p[0] == alpha}
                 best = best_of(name, means.values())
                 at = next(point for point, value in means.items() if value == best)
-                cells.append(f"{best:.1f} (s {at[1]:g}, h {hard_margin(*at):.2f})")
-                line.append(best)
+                mean = np.mean(list(means.values()))
+                cells.append(f"{mean:.1f}; {best:.1f} (s {at[1]:g}, h {hard_margin(*at):.2f})")
+                line.append(mean)
             lines.append("| " + " | ".join(cells) + " |")
             (drawn,) = axis.plot(ALPHAS, line, "o-", label=f"{number} classes")
             at = line.index(best_of(name, line))
             axis.plot(ALPHAS[at], line[at], "*", markersize=15, color=drawn.get_color())
-        axis.set(title=f"{title}, best scale", xlabel="alpha", xticks=ALPHAS)
+        axis.set(title=f"{title}, mean over the scales", xlabel="alpha", xticks=ALPHAS)
     axes[0].legend()
     figure.savefig(args.picture, dpi=150)
     print("\n".join(lines))
