@@ -154,22 +154,24 @@ class VerificationBrain(sb.Brain):
 
     def on_fit_start(self):
         super().on_fit_start()
-        world = torch.distributed.get_world_size() if self.distributed_launch else 1
         self._share_out_anew()
         batch = self._items_at_once * self.grad_accumulation_factor
         self._lr_scale = batch / self.hparams.lr_reference_batch
         logger.info(f"loss: {self.hparams.compute_cost}")
         logger.info(
-            f"learning rate x {self._lr_scale:g}: {world} processes x batch "
+            f"learning rate x {self._lr_scale:g}: {self._processes} processes x batch "
             f"{self.hparams.batch_size} x accumulation {self.grad_accumulation_factor} / "
             f"{self.hparams.lr_reference_batch}"
         )
 
     @property
+    def _processes(self) -> int:
+        return torch.distributed.get_world_size() if self.distributed_launch else 1
+
+    @property
     def _items_at_once(self) -> int:
         """Items of a forward pass, over all processes."""
-        world = torch.distributed.get_world_size() if self.distributed_launch else 1
-        return world * self.hparams.batch_size
+        return self._processes * self.hparams.batch_size
 
     def _share_out_anew(self) -> None:
         """Within an epoch that began with other batches, go on at the item where it stood."""
@@ -321,7 +323,7 @@ class VerificationBrain(sb.Brain):
         if not self.distributed_launch:
             return rows
         rows = rows.to(self.device)
-        parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        parts = [torch.empty_like(rows) for _ in range(self._processes)]
         torch.distributed.all_gather(parts, rows)
         return torch.cat(parts)
 
@@ -381,12 +383,11 @@ class VerificationBrain(sb.Brain):
         goes on. Over several processes each computes its share, and the main process returns the
         whole, the others nothing.
         """
-        world = torch.distributed.get_world_size() if self.distributed_launch else 1
-        rank = torch.distributed.get_rank() if world > 1 else 0
-        found = self.checkpointer.find_checkpoints(
+        rank = torch.distributed.get_rank() if self._processes > 1 else 0
+        averaged = self.checkpointer.find_checkpoints(
             ckpt_predicate=_ends_an_epoch, max_num_checkpoints=self._averaged
         )
-        model = " ".join(sorted(checkpoint.path.name for checkpoint in found))
+        model = " ".join(sorted(checkpoint.path.name for checkpoint in averaged))
         folder = Path(self.checkpointer.checkpoints_dir) / "embeddings"
         own = folder / f"{zlib.crc32(model.encode()):08x}"
         if if_main_process():
@@ -398,7 +399,7 @@ class VerificationBrain(sb.Brain):
         ddp_barrier()  # all have seen the same ones
         keys = {name: _content_key(name, dataset.data[name]) for name in dataset.data_ids}
         left = [name for name in dataset.data_ids if keys[name] not in parts.done]
-        ids = left[rank::world]
+        ids = left[rank :: self._processes]
         if ids:
             share = FilteredSortedDynamicItemDataset(dataset, ids)
             try:
