@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from speechbrain_qmargin.faces.pair_sets import ten_fold_accuracy
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.scoring.pairs import ten_fold_accuracy
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import evaluate
-from speechbrain_qmargin.scoring.trials import read_scores
+from speechbrain_qmargin.trials import read_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {

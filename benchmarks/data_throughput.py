@@ -13,6 +13,7 @@ import itertools
 import os
 import pstats
 import random
+import sys
 import tarfile
 import tempfile
 import time
@@ -30,10 +31,12 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from speechbrain_qmargin.data.augment import WESPEAKER_SPEEDS, room_and_noise
-from speechbrain_qmargin.data.mini_voxceleb import write_m4a
 from speechbrain_qmargin.data.speech import speech_dataset
 from speechbrain_qmargin.features import KaldiFbank
 from speechbrain_qmargin.models.resnet import ResNet34
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from voxceleb_tree import write_m4a
 
 RATE, CROP, LENGTH = 16000, 2.0, 8.0
 GPU_FLOPS = 40e12  # assumption: what a data-centre GPU sustains in training with TF32 or bf16

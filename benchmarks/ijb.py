@@ -91,7 +91,7 @@ def _shares(rng) -> np.ndarray:
 
 
 def ours(folder: Path):
-    from speechbrain_qmargin.scoring.ijb import (
+    from speechbrain_qmargin.faces.ijb import (
         ImageEmbeddings,
         pair_cosines,
         read_ijb,
@@ -197,8 +197,8 @@ def coverage(simulations: int = 200, replicates: int = 300) -> None:
     from tqdm import tqdm
 
     from speechbrain_qmargin.scoring.report import evaluate
-    from speechbrain_qmargin.scoring.trials import Trials
     from speechbrain_qmargin.scoring.uncertainty import rate_interval
+    from speechbrain_qmargin.trials import Trials
 
     print("| subjects | effects | figure | covered | pairs alone | median width: ours, alone |")
     print("|---|---|---|---|---|---|")

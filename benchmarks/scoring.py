@@ -54,7 +54,7 @@ def unit_rows(count: int, dim: int, seed: int) -> np.ndarray:
 
 def trials_of(count: int, speakers: int):
     """Trials of random speakers, two recordings each; 1 % targets."""
-    from speechbrain_qmargin.scoring.trials import Trials
+    from speechbrain_qmargin.trials import Trials
 
     rng = np.random.default_rng(1)
     is_target = np.arange(count) % 100 == 0
@@ -113,7 +113,7 @@ def small_speechbrain_third():
 
 
 def norm_ours():
-    from speechbrain_qmargin.scoring.normalization import cohort_statistics
+    from speechbrain_qmargin.scoring.normalisation import cohort_statistics
 
     rows, cohort = unit_rows(RECORDINGS, DIM, 0), unit_rows(COHORT, DIM, 1)
     return lambda: cohort_statistics(rows, cohort, TOP)
@@ -130,7 +130,8 @@ def norm_full_sort():
 
 
 def _h_sized():
-    from speechbrain_qmargin.scoring.trials import Embeddings, Trials
+    from speechbrain_qmargin.embeddings import Embeddings
+    from speechbrain_qmargin.trials import Trials
 
     rows, cohort = unit_rows(H_RECORDINGS, DIM, 0), unit_rows(5_994, DIM, 1)
     left, right = np.random.default_rng(2).integers(H_RECORDINGS, size=(2, H_TRIALS))
@@ -140,7 +141,7 @@ def _h_sized():
 
 
 def asnorm_ours():
-    from speechbrain_qmargin.scoring.normalization import normalize
+    from speechbrain_qmargin.scoring.normalisation import normalize
 
     data = _h_sized()
     return lambda: normalize(*data, top_n=TOP)
@@ -233,8 +234,8 @@ def three_bootstrap(replicates=1_000):
 
 
 def ijbc_ours():
-    from speechbrain_qmargin.scoring.normalization import class_means
-    from speechbrain_qmargin.scoring.trials import pair_products
+    from speechbrain_qmargin.embeddings import pair_products
+    from speechbrain_qmargin.scoring.normalisation import class_means
 
     rng = np.random.default_rng(0)
     images = rng.standard_normal((IMAGES, FACE_DIM), dtype=np.float32)
@@ -396,8 +397,8 @@ def coverage(simulations: int = 200, replicates: int = 300) -> None:
     from tqdm import tqdm
 
     from speechbrain_qmargin.scoring.report import evaluate
-    from speechbrain_qmargin.scoring.trials import Trials
     from speechbrain_qmargin.scoring.uncertainty import rate_interval
+    from speechbrain_qmargin.trials import Trials
 
     print(
         "| speakers | effect | figure | covered | trials alone | medians of width: ours, trials |"

@@ -3,7 +3,7 @@
 Importing the package imports torch and nothing else; recipes, data and scoring live in submodules.
 """
 
-from speechbrain_qmargin.functional import (
+from speechbrain_qmargin.loss.functional import (
     QMarginStats,
     alpha_softargmax,
     alpha_softmax_value,
@@ -12,7 +12,7 @@ from speechbrain_qmargin.functional import (
     q_margin_loss,
     solve_tau,
 )
-from speechbrain_qmargin.losses import (
+from speechbrain_qmargin.loss.registry import (
     LOSSES,
     CosFaceLoss,
     EntmaxLoss,

@@ -7,7 +7,12 @@ from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.processing.features import InputNormalization
 from torchaudio.compliance import kaldi
 
-from speechbrain_qmargin.export import PARTS, SpeakerEncoder, export_for_inference, export_onnx
+from speechbrain_qmargin.export.encoder import (
+    PARTS,
+    SpeakerEncoder,
+    export_for_inference,
+    export_onnx,
+)
 from speechbrain_qmargin.features import KaldiFbank
 
 

@@ -17,8 +17,8 @@ from pathlib import Path, PurePath
 import numpy as np
 from tqdm import tqdm
 
-from speechbrain_qmargin.data.face_formats import align_face
 from speechbrain_qmargin.data.faces import SkippedImages, read_pixels
+from speechbrain_qmargin.data.records import align_face
 from speechbrain_qmargin.files import replacing, write_text
 
 

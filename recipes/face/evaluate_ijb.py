@@ -19,10 +19,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from speechbrain_qmargin.export import load_run
-from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.models.iresnet import BLOCKS, IResNet, load_arcface_torch
-from speechbrain_qmargin.scoring.ijb import (
+from speechbrain_qmargin.export.encoder import load_run
+from speechbrain_qmargin.faces.ijb import (
     IJBOptions,
     evaluate_ijb,
     extract_ijb,
@@ -30,7 +28,9 @@ from speechbrain_qmargin.scoring.ijb import (
     read_ijb,
     sweep_table,
 )
-from speechbrain_qmargin.scoring.pairs import FLIPS
+from speechbrain_qmargin.faces.pair_sets import FLIPS
+from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.models.iresnet import BLOCKS, IResNet, load_arcface_torch
 
 SWITCH = argparse.BooleanOptionalAction
 

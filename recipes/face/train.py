@@ -13,13 +13,13 @@ from pathlib import Path
 
 from speechbrain.utils.distributed import if_main_process
 
-from speechbrain_qmargin.brain import FaceBrain
 from speechbrain_qmargin.data.classes import class_encoder
-from speechbrain_qmargin.data.face_formats import read_bin, stored_faces
 from speechbrain_qmargin.data.faces import SkippedImages, check_images, face_dataset, prepare_faces
-from speechbrain_qmargin.experiment import pair_ids
-from speechbrain_qmargin.recipe import Datasets, Task, train_verifier
-from speechbrain_qmargin.scoring.pairs import check_folds
+from speechbrain_qmargin.data.records import read_bin, stored_faces
+from speechbrain_qmargin.faces.pair_sets import check_folds
+from speechbrain_qmargin.training.brain import FaceBrain
+from speechbrain_qmargin.training.experiment import pair_ids
+from speechbrain_qmargin.training.run import Datasets, Task, train_verifier
 
 SYNTHETIC = "generated faces: this shows that the machinery works, not how accurate it is"
 SKIPPED = "skipped_images.txt"
@@ -51,7 +51,7 @@ def prepare(settings):
             pair_sets,
         )
     if folder is None:
-        from speechbrain_qmargin.data.mini_faces import build_mini_faces
+        from speechbrain_qmargin.synthetic.faces import build_mini_faces
 
         mini = build_mini_faces()
         folder, test, valid = mini.folder, mini.trials_test, mini.trials_valid

@@ -2,14 +2,14 @@
 
     python recipes/voxceleb/export.py RUN_FOLDER [--operating_point FILE] [--onnx OUT.onnx]
 
-Writes RUN_FOLDER/inference/ anew from the run's checkpoints. A FILE of `qmargin-score report` whose
+Writes RUN_FOLDER/inference/ anew from the run's checkpoints. A FILE of `qmargin report` whose
 scores are plain cosines becomes the folder's threshold.
 """
 
 import argparse
 import sys
 
-from speechbrain_qmargin.export import export_onnx, export_run, load_encoder
+from speechbrain_qmargin.export.encoder import export_onnx, export_run, load_encoder
 from speechbrain_qmargin.scoring.decision import OperatingPoint
 
 

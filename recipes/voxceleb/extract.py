@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, MIN_SECONDS, read_audio
 from speechbrain_qmargin.data.voxceleb import audio_files, audio_roots
-from speechbrain_qmargin.export import load_encoder
+from speechbrain_qmargin.embeddings import save_embeddings
+from speechbrain_qmargin.export.encoder import load_encoder
 from speechbrain_qmargin.files import replacing, write_text
-from speechbrain_qmargin.parts import EmbeddingParts
-from speechbrain_qmargin.scoring.trials import save_embeddings
+from speechbrain_qmargin.training.extraction import EmbeddingParts
 
 
 def find_recordings(audio: Path) -> dict[str, Path]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.scoring.trials import speaker_in
+from speechbrain_qmargin.trials import speaker_in
 
 
 def session_in(name: str) -> str:

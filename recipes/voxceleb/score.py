@@ -10,17 +10,12 @@ import json
 import sys
 from pathlib import Path
 
-from speechbrain_qmargin.experiment import load_experiment
+from speechbrain_qmargin.embeddings import cosine_scores, load_embeddings
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.calibration import fit_calibration
 from speechbrain_qmargin.scoring.lists import Cohort, score_lists
-from speechbrain_qmargin.scoring.trials import (
-    cosine_scores,
-    load_embeddings,
-    read_map,
-    read_trials,
-    speaker_in,
-)
+from speechbrain_qmargin.training.experiment import load_experiment
+from speechbrain_qmargin.trials import read_map, read_trials, speaker_in
 
 
 def speaker_map(ids, path):

@@ -8,11 +8,11 @@ Started again with the same settings, it resumes, or says that it is done.
 
 import sys
 
-from speechbrain_qmargin.brain import SpeakerBrain
 from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.sampling import BalancedSampler
 from speechbrain_qmargin.data.speech import prepare_speech, speech_dataset
-from speechbrain_qmargin.recipe import Datasets, Task, train_verifier
+from speechbrain_qmargin.training.brain import SpeakerBrain
+from speechbrain_qmargin.training.run import Datasets, Task, train_verifier
 
 SYNTHETIC = "synthetic voices: this shows that the machinery works, not how accurate it is"
 
@@ -23,7 +23,7 @@ def prepare(settings):
         settings[key] for key in ("data_folder", "verification_file", "valid_file")
     )
     if folder is None:
-        from speechbrain_qmargin.data.mini_voices import build_mini_corpus
+        from speechbrain_qmargin.synthetic.voices import build_mini_corpus
 
         mini = build_mini_corpus()
         folder, test, valid = mini.folder, mini.trials_test, mini.trials_valid

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_qmargin.files import replacing
-from speechbrain_qmargin.scoring.trials import speaker_in
+from speechbrain_qmargin.trials import speaker_in
 
 __all__ = ["all_pairs", "class_encoder", "held_out_for_validation", "training_classes"]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from speechbrain_qmargin.data.classes import all_pairs, held_out_for_validation, training_classes
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.scoring.trials import read_trials, speaker_in
+from speechbrain_qmargin.trials import read_trials, speaker_in
 
 __all__ = [
     "FaceCorpus",

@@ -28,7 +28,7 @@ from speechbrain_qmargin.data.voxceleb import (
     warn_of_too_many_speakers,
 )
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.scoring.trials import Trials, read_trials, speaker_in
+from speechbrain_qmargin.trials import Trials, read_trials, speaker_in
 
 __all__ = [
     "AUDIO_SUFFIXES",

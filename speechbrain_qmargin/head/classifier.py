@@ -9,13 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from speechbrain_qmargin.functional import (
-    QMarginStats,
-    _powers,
-    _single_class_tau,
-    check_labels,
-    check_loss_parameters,
-)
 from speechbrain_qmargin.head.search import (
     Prototypes,
     candidate_tau,
@@ -25,6 +18,13 @@ from speechbrain_qmargin.head.search import (
     posterior,
     refined,
     search,
+)
+from speechbrain_qmargin.loss.functional import (
+    QMarginStats,
+    _powers,
+    _single_class_tau,
+    check_labels,
+    check_loss_parameters,
 )
 
 __all__ = ["HeadOutput", "QMarginHead"]
@@ -244,7 +244,7 @@ class HeadOutput:
 
     def arcface_loss(self, targets: Tensor, scale: float, margin: float) -> Tensor:
         """Mean cross-entropy with an angular margin (radians) at the targets [B]."""
-        from speechbrain_qmargin.arcface import angular_margin
+        from speechbrain_qmargin.loss.arcface import angular_margin
 
         check_loss_parameters(1.0, scale, margin)
         with torch.autocast(self.embeddings.device.type, enabled=False):

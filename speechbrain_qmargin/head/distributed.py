@@ -26,13 +26,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from speechbrain_qmargin.files import replacing, write_text
-from speechbrain_qmargin.functional import (
-    _newton,
-    _newton_steps,
-    _powers,
-    _powers_into,
-    _single_class_tau,
-)
 from speechbrain_qmargin.head.classifier import (
     HeadOutput,
     QMarginHead,
@@ -49,6 +42,13 @@ from speechbrain_qmargin.head.search import (
     posterior,
     refined,
     rounding,
+)
+from speechbrain_qmargin.loss.functional import (
+    _newton,
+    _newton_steps,
+    _powers,
+    _powers_into,
+    _single_class_tau,
 )
 
 __all__ = ["Comm", "ShardedQMarginHead"]

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speechbrain_qmargin.functional import (
+from speechbrain_qmargin.loss.functional import (
     _newton,
     _newton_steps,
     _powers,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_qmargin.files import load_record, save_record
-from speechbrain_qmargin.scoring.trials import Trials
+from speechbrain_qmargin.trials import Trials
 
 __all__ = ["Calibration", "fit_calibration"]
 

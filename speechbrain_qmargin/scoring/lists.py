@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from speechbrain_qmargin.embeddings import Embeddings, cosine_scores
 from speechbrain_qmargin.scoring.calibration import Calibration
-from speechbrain_qmargin.scoring.normalization import make_cohort, normalize, refuse_shared_speakers
+from speechbrain_qmargin.scoring.normalisation import make_cohort, normalize, refuse_shared_speakers
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import FARS, Report, compare, evaluate
-from speechbrain_qmargin.scoring.trials import Embeddings, Trials, cosine_scores, write_scores
+from speechbrain_qmargin.trials import Trials, write_scores
 
 __all__ = ["Cohort", "score_lists"]
 

@@ -15,8 +15,8 @@ from speechbrain_qmargin.scoring.metrics import (
     log_likelihood_ratios,
     operating_points,
 )
-from speechbrain_qmargin.scoring.trials import Trials
 from speechbrain_qmargin.scoring.uncertainty import Resampled, resample_speakers
+from speechbrain_qmargin.trials import Trials
 
 __all__ = ["calibration_figure", "det_figure", "histogram_figure", "plot_det", "save_figure"]
 

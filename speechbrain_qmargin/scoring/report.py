@@ -28,13 +28,13 @@ from speechbrain_qmargin.scoring.metrics import (
     tar_at_far,
 )
 from speechbrain_qmargin.scoring.plots import plot_det
-from speechbrain_qmargin.scoring.trials import Trials
 from speechbrain_qmargin.scoring.uncertainty import (
     Resampled,
     badge,
     rate_interval,
     resample_speakers,
 )
+from speechbrain_qmargin.trials import Trials
 
 __all__ = ["FARS", "Difference", "Figure", "Report", "badge", "compare", "evaluate", "plot_det"]
 

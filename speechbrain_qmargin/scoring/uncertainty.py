@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from speechbrain_qmargin.scoring.metrics import OperatingPoints, bayes_threshold, eer
-from speechbrain_qmargin.scoring.trials import Trials
+from speechbrain_qmargin.trials import Trials
 
 __all__ = ["Resampled", "badge", "rate_interval", "resample_speakers"]
 

@@ -106,7 +106,7 @@ def test_an_interrupted_scan_goes_on(tmp_path, opened, monkeypatch):
 
 def test_many_m4a_files_are_opened_by_processes(tmp_path, monkeypatch):
     pytest.importorskip("av", reason="m4a needs the extra voxceleb (PyAV)")
-    from speechbrain_qmargin.data.mini_voxceleb import write_m4a
+    from voxceleb_tree import write_m4a
 
     for name in ("1", "2"):
         (tmp_path / "corpus").mkdir(exist_ok=True)

@@ -10,9 +10,10 @@ import torch
 
 pytest.importorskip("av", reason="m4a needs the extra voxceleb (PyAV)")
 
+from voxceleb_tree import build_dry_run_tree, write_m4a
+
 from speechbrain_qmargin.data import voxceleb
 from speechbrain_qmargin.data.audio import inspect_audio
-from speechbrain_qmargin.data.mini_voxceleb import build_dry_run_tree, write_m4a
 from speechbrain_qmargin.data.speech import prepare_speech, read_audio, speech_dataset
 from speechbrain_qmargin.data.voxceleb import audio_roots, convert_to_flac, training_roots
 

@@ -8,8 +8,7 @@ import json
 
 import pytest
 from scripts import train
-
-from speechbrain_qmargin.data.mini_voxceleb import build_dry_run_tree
+from voxceleb_tree import build_dry_run_tree
 
 
 def run(yaml, *options):

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from scripts import load
 
+from speechbrain_qmargin.faces.ijb import read_ijb, save_image_embeddings
 from speechbrain_qmargin.models.iresnet import IResNet
-from speechbrain_qmargin.scoring.ijb import read_ijb, save_image_embeddings
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_published_checkpoint_is_evaluated_beside_itself(tmp_path, monkeypatch
     # the first image, embedded by hand
     model = recipe.IResNet(18).eval()
     recipe.load_arcface_torch(model, tmp_path / "a.pth")
-    from speechbrain_qmargin.data.face_formats import align_face
+    from speechbrain_qmargin.data.records import align_face
 
     pixels = np.asarray(Image.open(crops / protocol.names[0]))
     image = torch.from_numpy(align_face(pixels, protocol.landmarks[0]).copy())

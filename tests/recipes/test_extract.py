@@ -8,10 +8,11 @@ from scripts import load
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_qmargin.data.audio import read_audio
-from speechbrain_qmargin.export import load_encoder
+from speechbrain_qmargin.embeddings import load_embeddings
+from speechbrain_qmargin.export.encoder import load_encoder
 from speechbrain_qmargin.scoring.decision import choose_operating_point
 from speechbrain_qmargin.scoring.metrics import operating_points
-from speechbrain_qmargin.scoring.trials import load_embeddings, read_trials
+from speechbrain_qmargin.trials import read_trials
 
 YAML = """
 sample_rate: 16000

@@ -7,8 +7,8 @@ import pickle
 import pytest
 from scripts import ROOT, load, train
 
-from speechbrain_qmargin.data import mini_faces
-from speechbrain_qmargin.data.face_formats import FaceRecords, write_records
+from speechbrain_qmargin.data.records import FaceRecords, write_records
+from speechbrain_qmargin.synthetic import faces as mini_faces
 
 TINY = ["--depth=18", "--width=4", "--embedding_dim=16", "--image_size=32", "--batch_size=8"]
 TINY += ["--number_of_epochs=2"]

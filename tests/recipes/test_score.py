@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scripts import ROOT, load
 
-from speechbrain_qmargin.scoring.trials import read_scores, save_embeddings
+from speechbrain_qmargin.embeddings import save_embeddings
+from speechbrain_qmargin.trials import read_scores
 
 
 def run(*options):

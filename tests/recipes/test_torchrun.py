@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from scripts import ROOT, load
 
-from speechbrain_qmargin.data import mini_faces, mini_voices
-from speechbrain_qmargin.data.face_formats import write_records
-from speechbrain_qmargin.scoring.ijb import read_ijb
-from speechbrain_qmargin.scoring.trials import load_embeddings
+from speechbrain_qmargin.data.records import write_records
+from speechbrain_qmargin.embeddings import load_embeddings
+from speechbrain_qmargin.faces.ijb import read_ijb
+from speechbrain_qmargin.synthetic import faces as mini_faces
+from speechbrain_qmargin.synthetic import voices as mini_voices
 
 BATCH = 8
 

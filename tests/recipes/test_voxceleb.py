@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scripts import load, train
 
-from speechbrain_qmargin.data import mini_voices
-from speechbrain_qmargin.scoring.trials import load_embeddings, read_scores
+from speechbrain_qmargin.embeddings import load_embeddings
+from speechbrain_qmargin.synthetic import voices as mini_voices
+from speechbrain_qmargin.trials import read_scores
 
 TINY = ["--channels=8", "--attention_channels=8", "--embedding_dim=16", "--number_of_epochs=2"]
 TINY += ["--batch_size=4", "--sentence_len=0.5"]

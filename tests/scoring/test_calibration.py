@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 
 from speechbrain_qmargin.scoring.calibration import Calibration, fit_calibration
 from speechbrain_qmargin.scoring.metrics import cllr, eer, min_cllr, operating_points
-from speechbrain_qmargin.scoring.trials import Trials
+from speechbrain_qmargin.trials import Trials
 
 
 def simulated(seed, name="u", count=4000):

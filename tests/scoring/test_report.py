@@ -17,8 +17,8 @@ from speechbrain_qmargin.scoring.metrics import (
 )
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import evaluate
-from speechbrain_qmargin.scoring.trials import Trials
 from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval, resample_speakers
+from speechbrain_qmargin.trials import Trials
 
 
 def simulated(num_speakers=30, per_speaker=4, seed=0, distance=3.0):

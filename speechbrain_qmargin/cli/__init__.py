@@ -1,0 +1,71 @@
+"""The command ``qmargin``: one front door, a module for each group of subcommands.
+
+A module of this package that has subcommands defines ``configure(add)``, which calls
+``add(name, run, help)`` once for each and adds the arguments to the parser that it returns;
+``run(args)`` does the work. :data:`GROUPS` names the modules; only the one that has the subcommand
+is imported, so that ``--help`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+__all__ = ["GROUPS", "main"]
+
+# module: its subcommands with one line of help each
+GROUPS: dict[str, dict[str, str]] = {
+    "score": {
+        "cosine": "cosine scores of a trial list",
+        "normalize": "cosine scores, normalised against a cohort",
+        "calibrate": "fit log-likelihood ratios on development scores",
+        "apply": "apply a calibration to other scores",
+        "report": "HTML page, pictures, JSON and operating point of systems",
+    },
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand. An error of the user's input ends with one line, not with a traceback.
+
+    With ``QMARGIN_TRACEBACK=1`` in the environment the traceback is shown.
+
+    Returns
+    -------
+    int
+        Exit status: 0; 1 for an error of the input; argparse ends with 2 by itself.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="qmargin",
+        description="Speaker and face verification with Q-Margin.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    wanted = next((word for word in argv if not word.startswith("-")), None)
+    for group, texts in GROUPS.items():
+        if wanted in texts:
+
+            def add(name: str, run, texts=texts) -> argparse.ArgumentParser:
+                sub = commands.add_parser(
+                    name, help=texts[name], description=texts[name], allow_abbrev=False
+                )
+                sub.set_defaults(run=run)
+                return sub
+
+            importlib.import_module(f"{__name__}.{group}").configure(add)
+        else:
+            for name, text in texts.items():
+                commands.add_parser(name, help=text)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        if os.environ.get("QMARGIN_TRACEBACK"):
+            raise
+        print(f"qmargin {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,367 @@
+r"""Score normalisation against a cohort: S, Z, T and adaptive (AS) norm.
+
+The scores of a recording x against the cohort give a mean and a population standard deviation;
+each recording's are computed once however many trials name it. AS-norm (Matejka et al., "Analysis
+of score normalization in multilingual speaker recognition", Interspeech 2017) takes only the
+`top_n` nearest cohort entries: ``(s - mean_e) / std_e`` and ``(s - mean_t) / std_t``, averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+
+from speechbrain_qmargin.embeddings import Embeddings, pair_products
+from speechbrain_qmargin.trials import Trials
+
+__all__ = [
+    "METHODS",
+    "class_means",
+    "cohort_statistics",
+    "make_cohort",
+    "normalize",
+    "refuse_shared_speakers",
+]
+
+METHODS = ("as", "as-cross", "s", "z", "t")
+_ROWS, _COLUMNS = 128, 8192  # of a block of cohort scores: 4 MiB
+_LEAST_STD = 1e-6
+
+
+def class_means(matrix: np.ndarray, labels: np.ndarray, count: int | None = None) -> np.ndarray:
+    """Mean of the rows of each class (a speaker's recordings, a template's images).
+
+    Parameters
+    ----------
+    matrix : float array [N, D]
+    labels : int array [N]
+    count : int, optional
+        Number of classes.
+
+    Returns
+    -------
+    float32 array [count, D]
+
+    Raises
+    ------
+    ValueError
+        A class without rows.
+
+    Examples
+    --------
+    >>> class_means(np.array([[1.0, 0], [3, 0], [0, 5]]), np.array([0, 0, 1]))
+    array([[2., 0.],
+           [0., 5.]], dtype=float32)
+    """
+    from scipy.sparse import csr_array
+
+    count = int(labels.max()) + 1 if count is None else count
+    sizes = np.bincount(labels, minlength=count)
+    if (sizes == 0).any():
+        raise ValueError(f"class {int(np.argmin(sizes))} has no rows")
+    order = np.argsort(labels, kind="stable")
+    start = np.concatenate(([0], np.cumsum(sizes)))
+    share = np.repeat((1 / sizes).astype(np.float32), sizes)
+    average = csr_array((share, order, start), shape=(count, len(matrix)))
+    return average @ matrix.astype(np.float32, copy=False)
+
+
+def make_cohort(
+    embeddings: Mapping[str, np.ndarray],
+    speakers: Mapping[str, str] | None = None,
+    *,
+    mean: np.ndarray | None = None,
+) -> Embeddings:
+    """Cohort of unit length: one mean embedding a speaker, or every utterance.
+
+    As in WeSpeaker: a speaker's raw embeddings are averaged, `mean` is subtracted, then the length
+    is normalised.
+
+    Parameters
+    ----------
+    embeddings : mapping from id to array [D]
+    speakers : mapping from id to speaker, optional
+        Without it every utterance is an entry.
+    mean : array [D], optional
+        The mean that is subtracted from the trials' embeddings too; usually of these embeddings.
+    """
+    embeddings = Embeddings.of(embeddings)
+    if speakers is not None:
+        missing = [name for name in embeddings.ids if name not in speakers]
+        if missing:
+            raise ValueError(f"{len(missing)} cohort ids have no speaker, the first: {missing[0]}")
+        names, labels = np.unique([speakers[name] for name in embeddings], return_inverse=True)
+        embeddings = Embeddings(names.tolist(), class_means(embeddings.matrix, labels, len(names)))
+    return Embeddings(embeddings.ids, embeddings.unit(embeddings.ids, mean))
+
+
+def refuse_shared_speakers(cohort: Iterable[str], trials: Iterable[str]) -> None:
+    """A cohort must be of other speakers than the trials.
+
+    Raises
+    ------
+    ValueError
+        Speakers in both; named.
+    """
+    shared = sorted(set(cohort) & set(trials))
+    if shared:
+        raise ValueError(
+            f"{len(shared)} speakers are in the cohort and in the trials: {', '.join(shared[:5])}. "
+            "Normalised scores would be optimistic; take them out of the cohort"
+        )
+
+
+def _largest(matrix, cohort, top_n: int, want_index: bool):
+    """The `top_n` largest products of every row with the cohort; blocked both ways."""
+    import torch
+
+    best = where = None
+    for start in range(0, len(cohort), _COLUMNS):
+        scores = matrix @ cohort[start : start + _COLUMNS].T
+        if not want_index and start == 0 and len(cohort) <= _COLUMNS:
+            return _partition(scores, top_n), None
+        values, index = scores.topk(min(top_n, scores.shape[1]), sorted=False)
+        index += start
+        if best is not None:
+            values, index = torch.cat((best, values), 1), torch.cat((where, index), 1)
+            values, kept = values.topk(min(top_n, values.shape[1]), sorted=False)
+            index = index.gather(1, kept)
+        best, where = values, index
+    return best, where
+
+
+def _partition(scores, top_n: int):
+    """As topk without indices; numpy's partial sort of CPU rows is several times faster."""
+    import torch
+
+    if scores.device.type != "cpu":
+        return scores.topk(top_n, sorted=False).values
+    table = scores.numpy()
+    table.partition(table.shape[1] - top_n, axis=1)
+    return torch.from_numpy(table[:, table.shape[1] - top_n :])
+
+
+def _moments(values) -> tuple:
+    """Mean and population standard deviation of every row, in float64."""
+    values = values.double()
+    std, mean = _torch().std_mean(values, dim=1, correction=0)
+    return mean, std
+
+
+def _torch():
+    import torch
+
+    return torch
+
+
+def _checked_top(top_n: int | None, cohort_size: int) -> int:
+    if cohort_size < 2:
+        raise ValueError(f"the cohort has {cohort_size} entries; at least 2 are needed")
+    if top_n is None:
+        return cohort_size
+    if not 2 <= top_n <= cohort_size:
+        raise ValueError(f"top_n is {top_n}; it must be from 2 to the cohort's size, {cohort_size}")
+    return top_n
+
+
+def cohort_statistics(
+    matrix: np.ndarray,
+    cohort: np.ndarray,
+    top_n: int | None = None,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and population standard deviation of every row's highest cohort scores.
+
+    Blocks of rows against blocks of the cohort with a running top-n: the full table of scores is
+    never held.
+
+    Parameters
+    ----------
+    matrix : float32 array [N, D]
+        Unit length.
+    cohort : float32 array [C, D]
+        Unit length.
+    top_n : int, optional
+        Of the cohort; all of it by default.
+    device : str
+        Of torch.
+    progress : callable, optional
+        Called with the number of rows just done.
+
+    Returns
+    -------
+    (mean, std) : float64 arrays [N]
+        `std` is at least 1e-6.
+
+    Raises
+    ------
+    ValueError
+        A `top_n` larger than the cohort, or below 2.
+
+    Examples
+    --------
+    >>> mean, std = cohort_statistics(np.eye(2, dtype="f"), np.eye(2, dtype="f"))
+    >>> mean.tolist(), std.tolist()
+    ([0.5, 0.5], [0.5, 0.5])
+    """
+    torch = _torch()
+    top_n = _checked_top(top_n, len(cohort))
+    other = torch.from_numpy(np.ascontiguousarray(cohort, dtype=np.float32)).to(device)
+    means, stds = np.empty(len(matrix)), np.empty(len(matrix))
+
+    def block(start: int) -> int:
+        rows = np.ascontiguousarray(matrix[start : start + _ROWS], dtype=np.float32)
+        rows = torch.from_numpy(rows).to(device)
+        if top_n == len(other):
+            mean, std = _all_moments(rows, other)
+        else:
+            mean, std = _moments(_largest(rows, other, top_n, False)[0])
+        means[start : start + _ROWS] = mean.cpu()
+        stds[start : start + _ROWS] = std.cpu()
+        return len(rows)
+
+    for done in _each_block(block, len(matrix), device):
+        if progress:
+            progress(done)
+    return means, np.maximum(stds, _LEAST_STD)
+
+
+def _each_block(block: Callable[[int], int], count: int, device: str) -> Iterator[int]:
+    """Run `block` for every start; on a CPU one block a thread, which beats threads in a block."""
+    torch = _torch()
+    starts = range(0, count, _ROWS)
+    if torch.device(device).type != "cpu":
+        yield from map(block, starts)
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(block, starts)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _all_moments(rows, cohort) -> tuple:
+    torch = _torch()
+    total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    square = torch.zeros_like(total)
+    for start in range(0, len(cohort), _COLUMNS):
+        scores = (rows @ cohort[start : start + _COLUMNS].T).double()
+        total += scores.sum(1)
+        square += scores.square().sum(1)
+    mean = total / len(cohort)
+    return mean, (square / len(cohort) - mean.square()).clamp_min(0).sqrt()
+
+
+def normalize(
+    embeddings: Mapping[str, np.ndarray],
+    trials: Trials,
+    cohort: Embeddings,
+    *,
+    method: str = "as",
+    top_n: int | None = 300,
+    mean: np.ndarray | None = None,
+    device: str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Cosine scores of trials, normalised against a cohort.
+
+    Parameters
+    ----------
+    embeddings : mapping from id to array [D]
+    trials : Trials
+    cohort : Embeddings
+        Of :func:`make_cohort`.
+    method : {"as", "as-cross", "s", "z", "t"}
+        ``as``: each side against its own `top_n`. ``as-cross``: each side against the `top_n` of
+        the other. ``s``: as, with the whole cohort. ``z``: the enrolment's side of ``s`` only,
+        ``t``: the test's.
+    top_n : int
+        For the adaptive methods.
+    mean : array [D], optional
+        Subtracted from the embeddings; the cohort's was when it was made.
+    device : str
+        Of torch.
+    progress : callable, optional
+        Called with the number of recordings just done.
+
+    Returns
+    -------
+    float64 array [N]
+
+    Raises
+    ------
+    ValueError
+        An unknown method; as :func:`cohort_statistics` and :meth:`Embeddings.unit`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    unit = Embeddings.of(embeddings).unit(trials.ids, mean)
+    if unit.shape[1] != cohort.matrix.shape[1]:
+        raise ValueError(
+            f"embeddings have {unit.shape[1]} dimensions, the cohort {cohort.matrix.shape[1]}"
+        )
+    scores = pair_products(unit, trials.enrolment, trials.test).astype(np.float64)
+    if method == "as-cross":
+        return _cross_selected(unit, trials, cohort.matrix, top_n, scores, device, progress)
+    top = top_n if method == "as" else None
+    named, at = np.unique(
+        {"z": trials.enrolment, "t": trials.test}.get(
+            method, np.concatenate((trials.enrolment, trials.test))
+        ),
+        return_inverse=True,
+    )
+    centre, spread = cohort_statistics(
+        unit[named], cohort.matrix, top, device=device, progress=progress
+    )
+    if method in "zt":
+        return (scores - centre[at]) / spread[at]
+    sides = at.reshape(2, -1)
+    return sum((scores - centre[side]) / spread[side] for side in sides) / 2
+
+
+def _cross_selected(unit, trials, cohort, top_n, scores, device, progress) -> np.ndarray:
+    """Each side's statistics over the cohort entries nearest to the other side."""
+    torch = _torch()
+    top_n = _checked_top(top_n, len(cohort))
+    other = torch.from_numpy(np.ascontiguousarray(cohort)).to(device)
+    rows = torch.from_numpy(unit)
+    nearest = torch.empty(len(unit), top_n, dtype=torch.int32)
+
+    def select(start: int) -> int:
+        part = slice(start, start + _ROWS)
+        nearest[part] = _largest(rows[part].to(device), other, top_n, True)[1].int().cpu()
+        return len(rows[part])
+
+    for done in _each_block(select, len(unit), device):
+        if progress:
+            progress(done)
+    result = np.zeros(len(scores))
+    height = max(1, min(512, 2**24 // len(cohort)))
+    for own, selecting in ((trials.enrolment, trials.test), (trials.test, trials.enrolment)):
+        order = np.argsort(own, kind="stable")
+        edges = np.searchsorted(own[order], np.arange(0, len(unit) + height, height))
+        for block, (first, last) in enumerate(pairwise(edges.tolist())):
+            start = block * height
+            table = (rows[start : start + height].to(device) @ other.T).cpu()
+            for at in range(first, last, 4096):
+                trial = order[at : min(at + 4096, last)]
+                local = torch.from_numpy(own[trial] - start)[:, None]
+                chosen = nearest[torch.from_numpy(selecting[trial])].long()
+                mean, std = _moments(table[local, chosen])
+                spread = np.maximum(std.numpy(), _LEAST_STD)
+                result[trial] += (scores[trial] - mean.numpy()) / spread / 2
+    return result
+
+
+def cohort_mean_quality(
+    unit: np.ndarray, cohort: np.ndarray, ids: Sequence[str], top_n: int | None
+) -> dict[str, float]:
+    """Mean of each recording's highest cohort scores, a quality measure for calibration."""
+    return dict(zip(ids, cohort_statistics(unit, cohort, top_n)[0].tolist(), strict=True))

@@ -1,0 +1,600 @@
+"""Batch to embedding to loss: the Brains that train and evaluate verifiers.
+
+:class:`VerificationBrain` holds what speech and faces share: the loss with its diagnostics, the
+learning rate, validation by EER on identities never trained on, checkpoints, the history. A
+subclass says how a batch becomes embeddings: :class:`SpeakerBrain` for waveforms,
+:class:`FaceBrain` for images.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import time
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import speechbrain as sb
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.dataio.dataset import FilteredSortedDynamicItemDataset
+from speechbrain.dataio.sampler import ReproducibleRandomSampler
+from speechbrain.utils.checkpoints import (
+    Checkpointer,
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.loss.registry import loss_parameter, set_loss_parameters
+from speechbrain_qmargin.training.batch_norm import synchronised_batch_norm
+from speechbrain_qmargin.training.extraction import EmbeddingParts
+
+__all__ = [
+    "FaceBrain",
+    "SpeakerBrain",
+    "VerificationBrain",
+    "load_average",
+    "load_module",
+    "load_pretrained",
+]
+
+logger = logging.getLogger(__name__)
+
+_NOTHING = {"items_at_once": None, "seconds": 0.0, "stats": [0.0] * 5}
+_LARGEST = 2  # of the statistics, where the largest support stands: no sum
+
+
+@register_checkpoint_hooks
+class VerificationBrain(sb.Brain):
+    """Trains embeddings with any loss of the family and compares them by cosine.
+
+    Reads from `hparams`:
+
+    compute_cost : callable
+        ``loss = compute_cost(outputs, labels, lengths)``; a `with_stats` method, where it has one,
+        is used for the diagnostics.
+    lr_schedule : callable
+        ``lr = lr_schedule(epoch)`` with the time in epochs, for a batch of `lr_reference_batch`
+        samples; it is scaled to the batch that is used.
+    loss_schedule : dict of callables, optional
+        ``{"margin": f}``: before each step the loss's margin is ``f(epoch, its own margin)``.
+    head_opt_class : callable, optional
+        The optimiser of a classifier in shards; `opt_class` is then that of the other modules.
+    average_checkpoints : int
+        How many of the last epochs' weights are averaged for :meth:`extract`.
+    batch_size, lr_reference_batch : int
+    max_grad_norm : float
+        To which the gradient is clipped: that of all modules in one, or of `clipped_alone`. A
+        classifier in shards is never clipped: its norm would depend on the number of processes.
+    epoch_counter, train_logger : SpeechBrain objects
+    output_folder : str
+        Where ``history.jsonl`` is written: one record an epoch.
+
+    Batches have ``id`` and, in training, ``label_key`` (a PaddedData of labels [B, 1]).
+    `validate` is called with a dict of embeddings after each epoch and returns a dict of numbers;
+    None means no validation.
+    """
+
+    label_key = "spk_id_encoded"
+    clipped_alone: str | None = None
+
+    def __init__(self, *args, validate=None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.validate = validate
+        self.embeddings: dict[str, np.ndarray] = {}
+        self._keep = None
+        head = self.modules["classifier"]
+        self._sharded_head = head if hasattr(head, "save_shards") else None
+        schedule = getattr(self.hparams, "loss_schedule", None) or {}
+        full = {name: loss_parameter(self.hparams.compute_cost, name) for name in schedule}
+        self._loss_at = lambda epoch: {
+            name: change(epoch, full[name]) for name, change in schedule.items()
+        }
+        self._earlier = _NOTHING  # of this epoch, from before an interruption
+        self.epochs_trained = 0  # by this process
+
+    # ---------------------------------------------------------------- batch to loss
+
+    def embed(self, batch, stage: sb.Stage) -> Tensor:
+        """Embeddings [B, 1, D] of a batch; for a subclass to define."""
+        raise NotImplementedError
+
+    def compute_forward(self, batch, stage):
+        batch = batch.to(self.device)
+        embeddings = self.embed(batch, stage)
+        return self.modules.classifier(embeddings) if stage == sb.Stage.TRAIN else embeddings
+
+    def compute_objectives(self, predictions, batch, stage):
+        if stage != sb.Stage.TRAIN:
+            rows = predictions.flatten(1).float().cpu().numpy()
+            for name, row in zip(batch.id, rows, strict=True):
+                (self._keep or self.embeddings.__setitem__)(name, row)
+            return torch.zeros(())
+        labels = self.labels(batch)
+        cost = self.hparams.compute_cost
+        if hasattr(cost, "with_stats"):
+            loss, stats = cost.with_stats(predictions, labels)
+            self._stats.append(torch.stack([value.detach() for value in stats]))
+        else:
+            loss = cost(predictions, labels, None)
+        return loss
+
+    def labels(self, batch) -> Tensor:
+        """Labels [B, 1] of a training batch."""
+        return getattr(batch, self.label_key).data.to(self.device)
+
+    # ---------------------------------------------------------------- learning rate
+
+    def make_dataloader(self, dataset, stage, **kwargs):
+        kwargs.setdefault("collate_fn", PaddedBatch)
+        if stage == sb.Stage.TRAIN and self.distributed_launch and kwargs.get("shuffle"):
+            # the order of a run of one process: a step trains on the same items, shared out
+            seed = os.environ.get("SB_GLOBAL_SEED", 0)
+            kwargs |= {"sampler": ReproducibleRandomSampler(dataset, seed=seed), "shuffle": False}
+        loader = super().make_dataloader(dataset, stage, **kwargs)
+        if stage == sb.Stage.TRAIN:
+            if len(loader) < self.grad_accumulation_factor:
+                raise ValueError(
+                    f"batch_size: {len(dataset)} training items make no full batch of "
+                    f"{self.hparams.batch_size} x {self.grad_accumulation_factor} (accumulation); "
+                    "lower batch_size"
+                )
+            self._train_loader = loader
+        return loader
+
+    def on_fit_start(self):
+        super().on_fit_start()
+        self._share_out_anew()
+        batch = self._items_at_once * self.grad_accumulation_factor
+        self._lr_scale = batch / self.hparams.lr_reference_batch
+        logger.info(f"loss: {self.hparams.compute_cost}")
+        logger.info(
+            f"learning rate x {self._lr_scale:g}: {self._processes} processes x batch "
+            f"{self.hparams.batch_size} x accumulation {self.grad_accumulation_factor} / "
+            f"{self.hparams.lr_reference_batch}"
+        )
+
+    @property
+    def _processes(self) -> int:
+        return torch.distributed.get_world_size() if self.distributed_launch else 1
+
+    @property
+    def _items_at_once(self) -> int:
+        """Items of a forward pass, over all processes."""
+        return self._processes * self.hparams.batch_size
+
+    def _share_out_anew(self) -> None:
+        """Within an epoch that began with other batches, go on at the item where it stood."""
+        before, factor = self._earlier["items_at_once"], self.grad_accumulation_factor
+        if self.step and before is not None:
+            step = self.step * before // (self._items_at_once * factor) * factor
+            if step != self.step or before != self._items_at_once:
+                self.step = self._train_loader._speechbrain_recovery_skip_to = step
+
+    @property
+    def _time(self) -> float:
+        """Epochs trained before the current step, whatever the batch and the processes are."""
+        factor = self.grad_accumulation_factor
+        begun = max(0, self.step - 1) // factor * factor
+        return self.hparams.epoch_counter.current - 1 + begun / len(self._train_loader)
+
+    def _follow_schedules(self) -> None:
+        self._loss_now = self._loss_at(self._time)
+        set_loss_parameters(self.hparams.compute_cost, **self._loss_now)
+        self._lr = self._lr_scale * self.hparams.lr_schedule(self._time)
+        for optimizer in self.optimizers_dict.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr
+
+    def _wrap_distributed(self):
+        if self.distributed_launch and self.distributed_backend == "gloo":
+            # SpeechBrain's own wrapping uses torch's SyncBatchNorm, which takes CUDA tensors only
+            for name, module in self.modules.items():
+                if any(p.requires_grad for p in module.parameters()):
+                    self.modules[name] = DistributedDataParallel(synchronised_batch_norm(module))
+        else:
+            super()._wrap_distributed()
+
+    def init_optimizers(self):
+        """One optimiser, or two where the classifier is in shards: a rank steps its own shard.
+
+        SpeechBrain clips the first group of each optimiser's parameters.
+        """
+        if self._sharded_head is None and self.clipped_alone is None:
+            super().init_optimizers()
+            return
+        if self.remove_vector_weight_decay:
+            raise ValueError("--remove_vector_weight_decay: not with faces or the sparse head")
+        head, clipped = self._sharded_head, self.modules
+        if self.clipped_alone is not None:
+            clipped = self.modules[self.clipped_alone]
+        first = [p for p in clipped.parameters() if head is None or p is not head.weight]
+        seen = {id(p) for p in first} | ({id(head.weight)} if head is not None else set())
+        others = [p for p in self.modules.parameters() if id(p) not in seen]
+        groups = [{"params": part} for part in (first, others) if part]
+        self.optimizer = self.opt_class(groups)
+        self.optimizers_dict = {"opt_class": self.optimizer}
+        self.checkpointer.add_recoverable("optimizer", self.optimizer)
+        if head is None:
+            return
+        head_optimizer = self.hparams.head_opt_class([{"params": []}, {"params": [head.weight]}])
+        self.optimizers_dict["head_opt_class"] = head_optimizer
+        self.checkpointer.add_recoverable(
+            "classifier",
+            head,
+            custom_save_hook=lambda head, path: head.save_shards(path, head_optimizer),
+            custom_load_hook=lambda head, path, _: head.load_shards(path, head_optimizer),
+        )
+
+    def on_fit_batch_start(self, batch, should_step):
+        super().on_fit_batch_start(batch, should_step)
+        # A step's randomness is a function of the seed and the step: a resumed run repeats it.
+        epoch, rank = self.hparams.epoch_counter.current, getattr(self, "rank", 0)
+        seed = np.random.SeedSequence([self.hparams.seed, epoch, self.step, rank])
+        seed = int(seed.generate_state(1)[0])
+        random.seed(seed)
+        torch.manual_seed(seed)
+        self._follow_schedules()
+
+    def _should_save_intra_epoch_ckpt(self, *args):
+        # between two steps there are gradients that no checkpoint holds
+        return self.step % self.grad_accumulation_factor == 0 and (
+            super()._should_save_intra_epoch_ckpt(*args)
+        )
+
+    @mark_as_saver
+    def _save(self, path):
+        state = {
+            "step": self.step,
+            "avg_train_loss": float(self.avg_train_loss),
+            "optimizer_step": self.optimizer_step,
+            "items_at_once": self._items_at_once,
+            "seconds": self._seconds(),
+            "stats": self._totals().tolist(),
+        }
+        Path(path).write_text(json.dumps(state), encoding="utf-8")
+
+    @mark_as_loader
+    def _recover(self, path, end_of_epoch):
+        state = json.loads(Path(path).read_text(encoding="utf-8"))
+        for name in ("step", "avg_train_loss", "optimizer_step"):
+            setattr(self, name, state.pop(name))
+        self._earlier = state
+
+    # ---------------------------------------------------------------- epochs
+
+    def on_stage_start(self, stage, epoch=None):
+        self._started = time.perf_counter()
+        if stage == sb.Stage.TRAIN:
+            self._stats = []
+            if self.step == 0:
+                self._earlier = _NOTHING
+            self._follow_schedules()
+        else:
+            self.embeddings = {}
+
+    def _seconds(self) -> float:
+        return self._earlier["seconds"] + time.perf_counter() - self._started
+
+    def _totals(self) -> Tensor:
+        """Of this epoch's batches: their number, and the sums of the loss's statistics [5]."""
+        earlier = torch.tensor(self._earlier["stats"], dtype=torch.float64)
+        if not self._stats:
+            return earlier
+        stats = torch.stack(self._stats).cpu().double()
+        total = earlier + torch.cat((stats.new_tensor([len(stats)]), stats.sum(0)))
+        total[_LARGEST] = max(earlier[_LARGEST], stats[:, _LARGEST - 1].max())
+        return total
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        if stage == sb.Stage.TRAIN:
+            self._record = {"epoch": epoch, "lr": self._lr}
+            self._record["loss"] = float(self._over_processes(torch.tensor([stage_loss])).mean())
+            self._record |= {"seconds": self._seconds(), **self._loss_now}
+            totals = self._over_processes(self._totals()[None])
+            if totals[0, 0]:
+                mean = (totals.sum(0) / totals[:, 0].sum()).tolist()
+                self._record |= {
+                    "support_mean": mean[1],
+                    "support_max": int(totals[:, _LARGEST].max()),
+                    "zero_loss": mean[3],
+                    "target_posterior": mean[4],
+                }
+            # as after the epoch, for its checkpoint
+            self.step, self.avg_train_loss, self._stats = 0, 0.0, []
+            self._earlier = _NOTHING
+            if self.validate is None:
+                self._end_epoch({})
+        elif stage == sb.Stage.VALID:
+            self._end_epoch(self.validate(self.embeddings))
+
+    def _over_processes(self, rows: Tensor) -> Tensor:
+        """Rows [n, ...] of every process, one below the other."""
+        if not self.distributed_launch:
+            return rows
+        rows = rows.to(self.device)
+        parts = [torch.empty_like(rows) for _ in range(self._processes)]
+        torch.distributed.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    def _end_epoch(self, valid_stats: dict[str, float]) -> None:
+        self.epochs_trained += 1
+        epoch = self._record["epoch"]
+        record = self._record | {f"valid_{key}": value for key, value in valid_stats.items()}
+        meta = {key: record[key] for key in ("epoch", "lr")}
+        train = {key: record[key] for key in self._record if key not in meta}
+        steps = getattr(self.hparams.train_logger, "global_step", None)
+        if steps is not None:  # TensorBoard's curves go on where they ended
+            steps["meta"] = epoch - 1
+            steps["train"] = dict.fromkeys(train, epoch - 1)
+            steps["valid"] = dict.fromkeys(valid_stats, epoch - 1)
+        self.hparams.train_logger.log_stats(meta, train, valid_stats or None)
+        if if_main_process():
+            history = [old for old in self.history() if old["epoch"] < record["epoch"]]
+            text = "".join(json.dumps(entry) + "\n" for entry in [*history, record])
+            write_text(self._history_file, text)
+        self.checkpointer.save_and_keep_only(
+            meta={"epoch": record["epoch"], **valid_stats},
+            num_to_keep=self._averaged,
+            ckpt_predicate=_ends_an_epoch,
+            verbosity=logging.DEBUG,
+        )
+        self.checkpointer.delete_checkpoints(
+            num_to_keep=0,
+            ckpt_predicate=lambda found: not _ends_an_epoch(found),
+            verbosity=logging.DEBUG,
+        )
+
+    @property
+    def _averaged(self) -> int:
+        return getattr(self.hparams, "average_checkpoints", 1)
+
+    @property
+    def _history_file(self) -> Path:
+        return Path(self.hparams.output_folder) / "history.jsonl"
+
+    def history(self) -> list[dict]:
+        """One record an epoch: loss, learning rate, seconds, support, validation."""
+        if not self._history_file.is_file():
+            return []
+        lines = self._history_file.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    # ---------------------------------------------------------------- embeddings
+
+    def on_evaluate_start(self, max_key=None, min_key=None):
+        """Take the average of the last epochs' weights."""
+        load_average(self.modules, self.checkpointer, self._averaged)
+
+    def extract(self, dataset, **loader_kwargs) -> dict[str, np.ndarray]:
+        """Embeddings of a dataset, id to float32 [D], with the averaged weights.
+
+        They are kept in ``embeddings/`` of the checkpoints' folder, so an interrupted extraction
+        goes on. Over several processes each computes its share, and the main process returns the
+        whole, the others nothing.
+        """
+        rank = torch.distributed.get_rank() if self._processes > 1 else 0
+        averaged = self.checkpointer.find_checkpoints(
+            ckpt_predicate=_ends_an_epoch, max_num_checkpoints=self._averaged
+        )
+        model = " ".join(sorted(checkpoint.path.name for checkpoint in averaged))
+        folder = Path(self.checkpointer.checkpoints_dir) / "embeddings"
+        own = folder / f"{zlib.crc32(model.encode()):08x}"
+        if if_main_process():
+            for older in set(folder.glob("*")) - {own}:
+                shutil.rmtree(older, ignore_errors=True)
+            EmbeddingParts(own, model)
+        ddp_barrier()  # the main process has made the folder
+        parts = EmbeddingParts(own, model, rank)
+        ddp_barrier()  # all have seen the same ones
+        keys = {name: _content_key(name, dataset.data[name]) for name in dataset.data_ids}
+        left = [name for name in dataset.data_ids if keys[name] not in parts.done]
+        ids = left[rank :: self._processes]
+        if ids:
+            share = FilteredSortedDynamicItemDataset(dataset, ids)
+            try:
+                with self._embedding_into(lambda name, row: parts.add(keys[name], row)):
+                    self.evaluate(share, test_loader_kwargs=dict(loader_kwargs))
+            finally:
+                parts.flush()
+        ddp_barrier()
+        if not if_main_process():
+            return {}
+        found = parts.merged(keys.values())
+        return {name: found[key] for name, key in keys.items()}
+
+    @contextmanager
+    def _embedding_into(self, keep):
+        """Embeddings go to `keep`; modules run without their wrapper, whose processes would wait
+        for each other."""
+        wrapped = dict(self.modules.items())
+        for name, module in wrapped.items():
+            self.modules[name] = bare(module)
+        self._keep = keep
+        try:
+            yield
+        finally:
+            self._keep = None
+            for name, module in wrapped.items():
+                self.modules[name] = module
+
+
+class SpeakerBrain(VerificationBrain):
+    """Waveforms to embeddings, as SpeechBrain's VoxCeleb recipe does.
+
+    `modules` has ``compute_features``, ``mean_var_norm``, ``embedding_model`` and ``classifier``;
+    `hparams` may have ``wav_augment`` (SpeechBrain's Augmenter). Batches have ``sig``.
+    """
+
+    def compute_forward(self, batch, stage):
+        self._padded = bool((batch.sig.lengths < 1).any())  # asked before it is on a GPU
+        return super().compute_forward(batch, stage)
+
+    def embed(self, batch, stage):
+        signals, lengths = batch.sig
+        padded = self._padded
+        if stage == sb.Stage.TRAIN and getattr(self.hparams, "wav_augment", None) is not None:
+            signals, lengths = self.hparams.wav_augment(signals, lengths)
+            padded = True  # perhaps
+        features = self.modules.compute_features(signals)
+        features = self.modules.mean_var_norm(features, lengths)
+        # Masks of crops of one length would cost ResNet34 half of its memory again
+        return self.modules.embedding_model(features, lengths if padded else None)
+
+    def labels(self, batch):
+        labels = super().labels(batch)
+        if getattr(self.hparams, "wav_augment", None) is not None:
+            labels = self.hparams.wav_augment.replicate_labels(labels)
+        return labels
+
+
+class FaceBrain(VerificationBrain):
+    """Aligned images to embeddings.
+
+    `modules` has ``embedding_model`` and ``classifier``. Batches have ``image``, [B, 3, H, W] in
+    [-1, 1]. With ``hparams.test_flip`` an embedding outside training is the sum of the image's and
+    its mirror image's, the field's usual test; ``hparams.channels_last`` is for GPUs.
+    """
+
+    label_key = "identity_encoded"
+    clipped_alone = "embedding_model"  # as arcface_torch
+
+    def embed(self, batch, stage):
+        images = batch.image.data
+        if self.hparams.channels_last and images.is_cuda:  # torch 2.14 corrupts memory on the CPU
+            images = images.contiguous(memory_format=torch.channels_last)
+        embeddings = self.modules.embedding_model(images)
+        if stage != sb.Stage.TRAIN and self.hparams.test_flip:
+            embeddings = embeddings + self.modules.embedding_model(images.flip(-1))
+        return embeddings
+
+
+def load_average(modules, checkpointer, count: int, first_rows: bool = False) -> int:
+    """Load the mean of the last `count` end-of-epoch checkpoints into the modules.
+
+    Weights and batch-normalisation statistics are averaged, integers are the newest's. Every
+    process averages its own shard of a classifier in shards. With `first_rows` a classifier may
+    have fewer classes than its checkpoints, and takes their first ones.
+
+    Returns
+    -------
+    int
+        How many there were.
+
+    Raises
+    ------
+    FileNotFoundError
+        No epoch was finished.
+    """
+    checkpoints = checkpointer.find_checkpoints(
+        ckpt_predicate=_ends_an_epoch, max_num_checkpoints=count
+    )
+    if not checkpoints:
+        raise FileNotFoundError(
+            f"{checkpointer.checkpoints_dir} holds no checkpoint of a finished epoch"
+        )
+    plain = {name: bare(module) for name, module in modules.items()}
+    total: dict[tuple, Tensor] = {}
+    for checkpoint in reversed(checkpoints):  # the newest last
+        for name in plain.keys() & checkpoint.paramfiles.keys():
+            load_module(plain[name], checkpoint.paramfiles[name], first_rows)
+            for key, value in plain[name].state_dict().items():
+                if value.is_floating_point():
+                    total[name, key] = total.get((name, key), 0) + value / len(checkpoints)
+    with torch.no_grad():
+        for (name, key), mean in total.items():
+            plain[name].state_dict(keep_vars=True)[key].copy_(mean)
+    return len(checkpoints)
+
+
+def bare(module):
+    """A module without what wraps it: DDP for several processes, torch.compile."""
+    for wrapper in ("module", "_orig_mod"):
+        module = getattr(module, wrapper, module)
+    return module
+
+
+def _content_key(name: str, item: dict) -> str:
+    """An id with what its embedding is of: another file or other bytes under it are another."""
+    parts = []
+    for value in item.values():
+        parts.append(value if isinstance(value, bytes) else repr(value).encode())
+        if isinstance(value, str) and os.sep in value and os.path.isfile(value):
+            status = os.stat(value)
+            parts.append(b"%d %d" % (status.st_size, status.st_mtime_ns))
+    return f"{name} {zlib.crc32(b' '.join(parts)):08x}"
+
+
+def _ends_an_epoch(checkpoint) -> bool:
+    return checkpoint.meta["end-of-epoch"]
+
+
+def load_module(module, path: str | Path, first_rows: bool = False) -> None:
+    """Weights of a module from a checkpoint: a file, or a folder for a classifier in shards."""
+    if Path(path).is_dir():
+        module.load_shards(path, first_rows=first_rows)
+        return
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if first_rows:
+        sizes = {key: len(value) for key, value in module.state_dict().items() if value.ndim}
+        state = {
+            key: value[: sizes[key]] if key in sizes else value for key, value in state.items()
+        }
+    module.load_state_dict(state)
+
+
+def load_pretrained(hparams: dict) -> None:
+    """Start from the weights of the finished run in ``pretrained``, its epochs averaged.
+
+    ``pretrained_classes`` says what becomes of its prototypes: ``keep``, for the same classes;
+    ``first``, for as many as there are now (the copies of speakers at other speeds come last and
+    are dropped); ``none``, a new classifier. A run that has checkpoints of its own ignores this.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No finished epoch there; another model or other classes there than here.
+    """
+    source, classes = hparams["pretrained"], hparams["pretrained_classes"]
+    if source is None or hparams["checkpointer"].list_checkpoints():
+        return
+    if classes not in ("keep", "first", "none"):
+        raise ValueError(f"pretrained_classes: {classes!r}; choose keep, first or none")
+    save = Path(source) / "save"
+    names = ["embedding_model"] + ["classifier"] * (classes != "none")
+    modules = {name: hparams[name] for name in names}
+    if not save.is_dir():
+        raise FileNotFoundError(f"pretrained: {source} is no run's output folder (no save/ in it)")
+    if classes != "none":
+        there, here = (
+            Path(folder, "label_encoder.txt") for folder in (save, hparams["save_folder"])
+        )
+        labels = [path.read_text() if path.is_file() else None for path in (there, here)]
+        if labels[0] != labels[1]:
+            raise ValueError(
+                f"{source} was trained on other classes than these ({there} and {here} differ); "
+                "give --pretrained_classes none for a new classifier"
+            )
+    if not Path(source, "results.json").is_file():
+        logger.warning(f"pretrained: {source} is not finished; its last epochs so far are taken")
+    checkpointer = Checkpointer(save)
+    try:
+        count = load_average(
+            modules, checkpointer, len(checkpointer.list_checkpoints()), classes == "first"
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"pretrained: {source} was trained with another model or other sizes (--model, --size, "
+            f"--channels, ...) than this run; see its experiment.yaml. {str(error)[:300]}"
+        ) from error
+    logger.info(f"starting from {source}: {', '.join(names)}, {count} epochs averaged")

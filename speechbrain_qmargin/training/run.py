@@ -1,0 +1,170 @@
+"""What every recipe does, in its order: data, model, training, embeddings, trials, results.
+
+A recipe's script says only what its data are: a function from the settings to a :class:`Task`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from speechbrain.utils.distributed import if_main_process
+
+from speechbrain_qmargin.export.encoder import export_run
+from speechbrain_qmargin.scoring.lists import Cohort
+from speechbrain_qmargin.training.brain import VerificationBrain, load_pretrained
+from speechbrain_qmargin.training.experiment import (
+    Experiment,
+    load_experiment,
+    main_process_first,
+    processes,
+    validation,
+    verify,
+)
+from speechbrain_qmargin.trials import read_trials
+
+__all__ = ["Datasets", "Task", "train_verifier"]
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """SpeechBrain datasets of a run.
+
+    Attributes
+    ----------
+    train : dataset with ``id`` and the Brain's ``label_key``
+    test, valid, cohort : datasets with ``id``
+        The recordings of the trials, of the validation trials (None: no validation), and those of
+        training classes that scores are normalised with (None: they are not).
+    cohort_classes : mapping from id to class, of the cohort
+    sampler : torch Sampler of the training items; None: shuffled
+    """
+
+    train: Any
+    test: Any
+    valid: Any = None
+    cohort: Any = None
+    cohort_classes: Mapping[str, str] = field(default_factory=dict)
+    sampler: Any = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a recipe trains and is tested on.
+
+    Attributes
+    ----------
+    num_classes : int
+    datasets : callable
+        From the loaded hyperparameters to :class:`Datasets`.
+    test_trials : dict from name to path
+    pair_sets : dict from name to bool array [N]
+        Pairs without identities, measured over ten folds: whether pair n is one identity. Its
+        images are in the test dataset by :func:`~speechbrain_qmargin.training.experiment.pair_ids`.
+    valid_trials : path, optional
+    note : str
+        Said before training and in the results; synthetic data are called so.
+    units : str
+        What the tables call those who are verified.
+    """
+
+    num_classes: int
+    datasets: Callable[[dict], Datasets]
+    test_trials: Mapping[str, Path]
+    pair_sets: Mapping[str, np.ndarray] = field(default_factory=dict)
+    valid_trials: Path | None = None
+    note: str = ""
+    units: str = "speakers"
+
+
+def train_verifier(
+    argv: list[str],
+    brain_class: type[VerificationBrain],
+    prepare: Callable[[dict], Task],
+    export: bool = False,
+) -> Experiment:
+    """Train, embed and verify as the command line says; resume or say that it is done.
+
+    Parameters
+    ----------
+    argv : list of str
+        ``hparams.yaml [--key value ...]``
+    brain_class : type
+    prepare : callable
+        From the experiment's settings to a :class:`Task`; called on the main process first.
+    export : bool
+        Once the results are there, write ``inference/`` for SpeechBrain's inference classes.
+
+    Returns
+    -------
+    Experiment
+        What the command line said.
+    """
+    experiment = load_experiment(argv)
+    inference = experiment.output_folder / "inference"
+    with processes(experiment.run_opts):
+        main, trained = if_main_process(), False
+        if not experiment.announce_finished():
+            trained = _train_and_verify(experiment, brain_class, prepare)
+    # without the others: a classifier in shards is whole in the checkpoints
+    if export and main and (trained or not inference.is_dir()):
+        export_run(experiment.output_folder)
+    return experiment
+
+
+def _train_and_verify(experiment: Experiment, brain_class, prepare) -> bool:
+    """Whether there was an epoch left to train."""
+    experiment.check_output_folder()
+    # until SpeechBrain sets up its own, in the output folder
+    level = logging.INFO if if_main_process() else logging.ERROR
+    logging.basicConfig(level=level, format="%(name)s - %(message)s")
+    # The classes decide the classifier's size, so the data come before the model
+    task = main_process_first(lambda: prepare(experiment.settings))
+    if task.note and if_main_process():
+        print(f"Training on {task.note}.", flush=True)
+    hparams = experiment.load(out_n_neurons=task.num_classes)
+    data = main_process_first(lambda: task.datasets(hparams))
+    experiment.begin()
+    load_pretrained(hparams)
+
+    brain = brain_class(
+        modules=hparams["modules"],
+        opt_class=hparams["opt_class"],
+        hparams=hparams,
+        run_opts=experiment.run_opts,
+        checkpointer=hparams["checkpointer"],
+        validate=validation(task.valid_trials),
+    )
+    loading, train_loading = hparams["test_dataloader"], hparams["train_dataloader"]
+    if data.sampler is not None:
+        train_loading = {**train_loading, "sampler": data.sampler, "shuffle": False}
+    brain.fit(
+        hparams["epoch_counter"],
+        data.train,
+        data.valid,
+        train_loader_kwargs=train_loading,
+        valid_loader_kwargs=loading,
+    )
+    embeddings = brain.extract(data.test, **loading)
+    cohort_embeddings = brain.extract(data.cohort, **loading) if data.cohort else None
+    if not if_main_process():
+        return brain.epochs_trained > 0
+    cohort = None
+    if cohort_embeddings is not None:
+        top_n = min(hparams["top_n"], len(set(data.cohort_classes.values())))
+        cohort = Cohort.of(cohort_embeddings, data.cohort_classes, top_n=top_n)
+    verify(
+        experiment,
+        embeddings,
+        {name: read_trials(path) for name, path in task.test_trials.items()},
+        brain.history(),
+        note=task.note,
+        cohort=cohort,
+        pair_sets=task.pair_sets,
+        units=task.units,
+    )
+    return brain.epochs_trained > 0

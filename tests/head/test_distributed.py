@@ -1,0 +1,290 @@
+"""Classes in shards: 2 and 4 gloo ranks against one process."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from speechbrain_qmargin import QMarginLoss
+from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
+from speechbrain_qmargin.head.distributed import Comm, ShardedQMarginHead
+from speechbrain_qmargin.head.search import _collect
+from speechbrain_qmargin.loss.arcface import ArcFaceLoss
+
+DIM = 16
+SETTINGS = [(1.0, 16.0, 0.2), (1.25, 32.0, 0.2), (1.5, 10.0, 0.2), (2.0, 5.0, 0.0), (1.5, 0.1, 0.2)]
+
+
+def batch(rank: int, world: int, classes: int):
+    """Uneven batches: rank r has 3 + r samples."""
+    generator = torch.Generator().manual_seed(100 * world + rank)
+    labels = torch.randint(classes, (3 + rank,), generator=generator)
+    return torch.randn(3 + rank, DIM, generator=generator), labels
+
+
+def near(embeddings, labels, head_weight):
+    return (head_weight[labels] + 0.2 * embeddings).requires_grad_()
+
+
+def spawn(job, world, tmp_path, *arguments):
+    mp.spawn(entry, (job, world, str(tmp_path / "rendezvous"), arguments), nprocs=world)
+
+
+def entry(rank, job, world, rendezvous, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    job(rank, world, *arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def reference(classes, world, parameters, seed=0):
+    """The mean over ranks of their mean losses, by one process holding all classes."""
+    single = ShardedQMarginHead.__new__(ShardedQMarginHead)  # only for its prototypes
+    torch.nn.Module.__init__(single)
+    single.start, single.stop, single.num_classes = 0, classes, classes
+    single.weight = torch.nn.Parameter(torch.empty(classes, DIM))
+    single._initialise(seed)
+    head = QMarginHead(DIM, classes, *parameters)
+    with torch.no_grad():
+        head.weight.copy_(single.weight)
+    inputs = []
+    for rank in range(world):
+        embeddings, labels = batch(rank, world, classes)
+        inputs.append((near(embeddings, labels, head.weight.detach()), labels))
+    losses = [head(x, y) for x, y in inputs]
+    (sum(losses) / world).backward()
+    return head, inputs, losses
+
+
+def gradients(rank, world, classes, parameters):
+    head = ShardedQMarginHead(DIM, classes, *parameters)
+    whole, inputs, losses = reference(classes, world, parameters)
+    torch.testing.assert_close(head.weight, whole.weight[head.start : head.stop], rtol=0, atol=0)
+    x = inputs[rank][0].detach().requires_grad_()
+    loss = QMarginLoss(*parameters)(head(x), inputs[rank][1])
+    loss.backward()
+    torch.testing.assert_close(loss, losses[rank], rtol=1e-5, atol=1e-6)
+    # DDP divides the encoder's gradient by the number of ranks
+    assert relative(x.grad / world, inputs[rank][0].grad) < 1e-6
+    dense = head.weight.grad.to_dense() if head.weight.grad.is_sparse else head.weight.grad
+    theirs = whole.weight.grad.to_dense() if whole.weight.grad.is_sparse else whole.weight.grad
+    theirs = theirs[head.start : head.stop]
+    assert (dense - theirs).norm() < 1e-6 * whole.weight.grad.to_dense().norm() + 1e-9
+    if parameters[1] > 1 and parameters[0] > 1:
+        assert torch.equal(dense.any(1), theirs.any(1))
+    # evaluation: all cosines on every rank
+    cosines = head.eval()(x.detach().unsqueeze(1))
+    torch.testing.assert_close(cosines, whole.eval()(inputs[rank][0].detach().unsqueeze(1)))
+
+
+def arcface(rank, world):
+    head = ShardedQMarginHead(DIM, 101)
+    loss = ArcFaceLoss(scale=16.0, margin=0.3)
+    whole, inputs, _ = reference(101, world, SETTINGS[2])
+    inputs = [(x.detach().requires_grad_(), y) for x, y in inputs]
+    whole.weight.grad = None
+    wanted = [loss(whole(x), y) for x, y in inputs]
+    (sum(wanted) / world).backward()
+    x = inputs[rank][0].detach().requires_grad_()
+    found = loss(head(x), inputs[rank][1])
+    found.backward()
+    torch.testing.assert_close(found, wanted[rank], rtol=1e-5, atol=1e-6)
+    assert relative(x.grad / world, inputs[rank][0].grad) < 1e-5
+    assert relative(head.weight.grad, whole.weight.grad[head.start : head.stop]) < 1e-5
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm().clamp(min=1e-9))
+
+
+def many(rank, world):
+    for classes, parameters in [(world, SETTINGS[2]), (997, SETTINGS[1])]:
+        gradients(rank, world, classes, parameters)
+    for parameters in SETTINGS:
+        gradients(rank, world, 101, parameters)
+    gradients(rank, world, 32768 * world + 3, SETTINGS[1])  # screened
+
+
+def traffic(rank, world):
+    sent = []
+    for classes in (1000, 100_000):
+        head = ShardedQMarginHead(DIM, classes, 1.5, 10.0, 0.2)
+        head.comm.bytes = 0
+        x, labels = batch(rank, world, classes)
+        head(x.requires_grad_(), labels).backward()
+        sent.append(head.comm.bytes)
+    # a Newton step more or less aside
+    assert abs(sent[1] - sent[0]) <= 8 * 2 * 8 * 9, sent
+    assert sent[1] < 16384
+
+
+def ddp(rank, world):
+    """Encoder under DDP, accumulation over two batches, the head's own rows: as one process."""
+    classes, parameters = 203, (1.5, 10.0, 0.2)
+
+    def encoder():
+        torch.manual_seed(1)
+        return torch.nn.Linear(DIM, DIM)
+
+    mine = encoder()
+    model = torch.nn.parallel.DistributedDataParallel(mine)
+    head = ShardedQMarginHead(DIM, classes, *parameters)
+    wrapped = torch.nn.parallel.DistributedDataParallel(head)
+    optimizer = RowSparseSGD([*mine.parameters(), *head.parameters()], lr=0.5, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    alone, (whole, _, _) = encoder(), reference(classes, world, parameters)
+    whole.weight.grad = None
+    theirs = RowSparseSGD([*alone.parameters(), *whole.parameters()], lr=0.5, momentum=0.9)
+    for step in range(3):
+        for part in range(2):
+            x, y = batch(rank, world, classes)
+            loss = QMarginLoss(*parameters)(wrapped(model(x + part + step)), y) / 2
+            scaler.scale(loss).backward()
+            total = 0
+            for other in range(world):
+                x, y = batch(other, world, classes)
+                total = total + whole(alone(x + part + step), y) / world / 2
+            total.backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        theirs.step()
+        theirs.zero_grad()
+    optimizer.catch_up()
+    theirs.catch_up()
+    assert relative(mine.weight, alone.weight) < 1e-5
+    assert relative(head.weight, whole.weight[head.start : head.stop]) < 1e-5
+
+
+def train(head, optimizer, rank, world, steps, classes):
+    """The samples of a step are dealt to the ranks, unevenly: the same step in every world."""
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        labels = torch.randint(classes, (8,), generator=generator)
+        x = torch.randn(8, DIM, generator=generator)
+        mine = slice(0, 8 - world + 1) if rank == 0 else slice(8 - rank, 9 - rank)
+        output = head(x[mine])
+        loss = output.q_margin_loss(
+            labels[mine], head.alpha, head.scale, head.margin, reduction="sum"
+        )
+        (loss * world).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def stage(rank, world, folder, load, steps):
+    classes = 103
+    head = ShardedQMarginHead(DIM, classes, 1.5, 10.0, 0.2)
+    optimizer = RowSparseSGD(head.parameters(), lr=0.05, momentum=0.9)
+    if load:
+        head.load_shards(folder, optimizer)
+    train(head, optimizer, rank, world, steps, classes)
+    head.save_shards(folder, optimizer)
+
+
+def prototypes(folder):
+    index = json.loads((folder / "index.json").read_text())
+    parts = [torch.load(folder / name, weights_only=True) for *_, name in index["shards"]]
+    assert len(list(folder.glob("classes-*.pt"))) == len(parts)
+    return torch.cat([part["weight"] for part in parts])
+
+
+def four(rank, world, folder):
+    many(rank, world)
+    stage(rank, world, folder, False, 2)
+
+
+def test_4_ranks_gradients_and_their_checkpoint_on_1_or_3(tmp_path):
+    folder = tmp_path / "checkpoint"
+    # saving catches idle rows up, which with momentum later steps see: so both runs save twice
+    alone = tmp_path / "alone"
+    stage(0, 1, alone, False, 2)
+    halfway = prototypes(alone)
+    stage(0, 1, alone, True, 2)
+    expected = prototypes(alone)
+    spawn(four, 4, tmp_path, folder)
+    (tmp_path / "rendezvous").unlink(missing_ok=True)
+    torch.testing.assert_close(prototypes(folder), halfway, rtol=1e-4, atol=1e-5)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    stage(0, 1, folder, True, 2)
+    torch.testing.assert_close(prototypes(folder), expected, rtol=1e-4, atol=1e-5)
+    assert relative(halfway, expected) > 1e-3
+    spawn(stage, 3, tmp_path, copy, True, 2)
+    torch.testing.assert_close(prototypes(copy), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_killed_rank_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    head = ShardedQMarginHead(DIM, 50)
+    head.save_shards(tmp_path)
+    before = prototypes(tmp_path)
+    with torch.no_grad():
+        head.weight.neg_()
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Comm, "barrier", killed)  # after the shard, before the index
+    with pytest.raises(KeyboardInterrupt):
+        head.save_shards(tmp_path)
+    monkeypatch.undo()
+    other = ShardedQMarginHead(DIM, 50, seed=5)
+    other.load_shards(tmp_path)
+    assert torch.equal(other.weight, before)
+
+
+def test_a_checkpoint_of_another_size_is_refused(tmp_path):
+    ShardedQMarginHead(DIM, 50).save_shards(tmp_path)
+    with pytest.raises(ValueError, match=r"\(16, 50\), this head \(16, 51\)"):
+        ShardedQMarginHead(DIM, 51).load_shards(tmp_path)
+
+
+def bad_input(rank, world):
+    head = ShardedQMarginHead(DIM, 50)
+    x, labels = batch(rank, world, 50)
+    if rank == 1:
+        labels[0] = 50
+    with pytest.raises(ValueError, match=r"rank 1: 1 labels outside \[0, 50\)"):
+        head(x, labels)
+    x, labels = batch(rank, world, 50)
+    if rank == 1:
+        x[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="rank 1: 1 embeddings are not finite"):
+        head(x, labels)
+    with pytest.raises(ValueError, match="shards disagree"):
+        ShardedQMarginHead(DIM, 50 + 2 * rank)
+
+
+def two(rank, world):
+    for job in (many, arcface, traffic, ddp, bad_input):
+        job(rank, world)
+
+
+def test_2_ranks_gradients_arcface_traffic_ddp_and_bad_input(tmp_path):
+    """One start of the processes, which is most of the time, for all that two ranks can show."""
+    spawn(two, 2, tmp_path)
+
+
+def test_alone_it_is_the_head():
+    parameters = (1.25, 32.0, 0.2)
+    head = ShardedQMarginHead(DIM, 500, *parameters)
+    whole, [(x, labels)], _ = reference(500, 1, parameters)
+    mine = x.detach().requires_grad_()
+    head(mine, labels).backward()
+    assert relative(head.weight.grad.to_dense(), whole.weight.grad.to_dense()) < 1e-6
+    assert relative(mine.grad, x.grad) < 1e-6
+
+
+@torch.no_grad()
+def test_a_shard_where_no_row_survives():
+    """As for all shards but one when the embeddings are near their prototypes."""
+    head = QMarginHead(DIM, 40_000)
+    axis = torch.eye(DIM)[:1]
+    head.weight.copy_(axis + 0.05 * torch.randn_like(head.weight))
+    found = _collect(-axis, torch.tensor([-1]), torch.tensor([0.5]), head.prototypes())
+    assert found.cosines.tolist() == [[-torch.inf]]

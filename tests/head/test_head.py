@@ -1,0 +1,310 @@
+"""The sparse head against a dense float64 evaluation of the definition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
+
+from speechbrain_qmargin import QMarginLoss
+from speechbrain_qmargin.head import QMarginHead, classifier, search
+from speechbrain_qmargin.loss.arcface import ArcFaceLoss
+
+
+def dense_reference(embeddings, weight, labels, alpha, scale, margin):
+    """Loss [B], posterior [B, C] and the gradients of the mean loss, naively in float64."""
+    x = embeddings.detach().double().requires_grad_()
+    w = weight.detach().double().requires_grad_()
+    cosines = F.normalize(x, dim=1) @ F.normalize(w, dim=1).T
+    theta = scale * cosines
+    log_q = torch.zeros_like(theta)
+    log_q[torch.arange(len(labels)), labels] = -scale * margin
+    with torch.no_grad():
+        if alpha == 1:
+            p = torch.softmax(theta + log_q, 1)
+            entropy = (torch.special.xlogy(p, p) - p * log_q).sum(1)
+            own = scale * margin
+            loss = (p * theta).sum(1) - entropy - theta[torch.arange(len(labels)), labels] + own
+        else:
+            low = (theta - torch.expm1(log_q * (1 - alpha)) / (alpha - 1)).amax(1, keepdim=True)
+            high = theta.amax(1, keepdim=True) + len(weight) / (alpha - 1)
+
+            def posterior(tau):
+                u = (1 + (alpha - 1) * (theta - tau)).clamp(min=0)
+                return log_q.exp() * u ** (1 / (alpha - 1))
+
+            for _ in range(200):
+                middle = (low + high) / 2
+                above = posterior(middle).sum(1, keepdim=True) > 1
+                low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+            p = posterior(low)
+            p = p / p.sum(1, keepdim=True)
+            q_power = (log_q * (1 - alpha)).exp()
+            own = torch.arange(len(labels)), labels
+            loss = (p * theta).sum(1) - theta[own]
+            loss += (q_power[own] - (q_power * p**alpha).sum(1)) / (alpha * (alpha - 1))
+        g = p.clone()
+        g[torch.arange(len(labels)), labels] -= 1
+    cosines.backward(g * scale / len(labels))
+    return loss, p, x.grad, w.grad
+
+
+EPS = 2.0**-23
+
+
+def close(got, wanted, tolerance=1e-5, rounding=0.0):
+    """Relative to the result, or to what rounding leaves of terms that cancelled in it."""
+    got, wanted = got.detach().double(), wanted.detach().double()
+    assert float((got - wanted).norm()) <= tolerance * float(wanted.norm()) + rounding + 1e-9
+
+
+def check(head, embeddings, labels, alpha, scale, margin, tolerance=1e-5):
+    head.weight.grad = None
+    x = embeddings.clone().requires_grad_()
+    loss, stats = head.train()(x).q_margin_loss(
+        labels, alpha, scale, margin, reduction="none", return_stats=True
+    )
+    loss.mean().backward()
+    wanted, p, grad_x, grad_w = dense_reference(x, head.weight, labels, alpha, scale, margin)
+    rounding = 16 * EPS * scale  # of the float32 terms that cancel in a gradient
+    close(loss, wanted, tolerance)
+    close(x.grad, grad_x, tolerance, rounding * float((1 / x.detach().norm(dim=1)).mean()))
+    shortest = float(head.weight.detach().norm(dim=1).min())
+    close(head.weight.grad.to_dense(), grad_w, tolerance, rounding / shortest)
+    return stats, p
+
+
+PARAMETERS = [(1.0, 32.0, 0.2), (1.25, 32.0, 0.2), (1.5, 10.0, 0.2), (1.75, 5.0, 0.1), (2.0, 5, 0)]
+
+
+@pytest.fixture
+def screened(monkeypatch):
+    """Screening for small sizes too, in several chunks and blocks."""
+    monkeypatch.setattr(classifier, "_SCREEN_FROM", 1)
+    monkeypatch.setattr(search, "_CHUNK", 512)
+    monkeypatch.setattr(search, "_BLOCK", 300)
+    monkeypatch.setattr(search, "_SAMPLE", 256)
+
+
+def near(head, labels, noise, seed=1):
+    torch.manual_seed(seed)
+    return head.weight.detach()[labels] + noise * torch.randn(len(labels), head.weight.shape[1])
+
+
+@pytest.mark.parametrize("parameters", [*PARAMETERS, (3.0, 4.0, 0.1)])
+@pytest.mark.parametrize("noise", [0.05, 0.5, 100])
+def test_equals_the_dense_loss_and_gradients(screened, parameters, noise):
+    torch.manual_seed(0)
+    head = QMarginHead(24, 3000)
+    with torch.no_grad():
+        head.weight *= torch.rand(3000, 1) * 3 + 0.1  # the length of a prototype is no direction
+    labels = torch.randint(3000, (16,))
+    stats, p = check(head, near(head, labels, noise), labels, *parameters)
+    support = (p > 0).sum(1).double()
+    assert abs(float(stats.support_mean) - support.mean()) <= 0.2  # a posterior at rounding level
+
+
+def test_support_is_the_dense_one(screened):
+    torch.manual_seed(0)
+    head = QMarginHead(24, 3000)
+    labels = torch.randint(3000, (16,))
+    x = near(head, labels, 0.4).requires_grad_()
+    head(x).q_margin_loss(labels, 1.5, 10, 0.2, reduction="sum").backward()
+    _, p, _, _ = dense_reference(x, head.weight, labels, 1.5, 10, 0.2)
+    p[torch.arange(16), labels] -= 1
+    rows = head.weight.grad.coalesce().indices()[0]
+    assert set(rows.tolist()) == set((p.abs() > 1e-12).any(0).nonzero().squeeze(1).tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    classes=st.integers(1, 700),
+    batch=st.integers(1, 6),
+    dim=st.integers(1, 9),
+    parameters=st.sampled_from([*PARAMETERS, (1.05, 20.0, 0.3), (1.5, 0.5, 0.0)]),
+    noise=st.sampled_from([0.0, 1e-3, 0.1, 1.0, 50.0]),
+    twins=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_with_ties(classes, batch, dim, parameters, noise, twins, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "_SCREEN_FROM", 64)
+        patch.setattr(search, "_CHUNK", 100)
+        patch.setattr(search, "_BLOCK", 77)
+        patch.setattr(search, "_SAMPLE", 50)
+        torch.manual_seed(seed)
+        head = QMarginHead(dim, classes)
+        if twins:
+            with torch.no_grad():
+                head.weight[classes // 2 :] = head.weight[0].clone()
+        labels = torch.randint(classes, (batch,))
+        check(head, near(head, labels, noise, seed), labels, *parameters, 3e-5)
+
+
+@pytest.mark.parametrize("alpha", [1.25, 2.0])
+def test_too_many_candidates_for_memory(screened, monkeypatch, alpha):
+    """All classes alike and all active: float32 passes with recomputation, nothing stored."""
+    monkeypatch.setattr(search, "_MAX_CANDIDATES", 2000)
+    torch.manual_seed(0)
+    head = QMarginHead(16, 2500)
+    labels = torch.randint(2500, (5,))
+    check(head, torch.randn(5, 16), labels, alpha, 0.3, 0.2)
+    with torch.no_grad():
+        head.weight.copy_(head.weight[:1].expand_as(head.weight))
+    check(head, torch.randn(5, 16), labels, alpha, 10, 0.2)
+
+
+def test_a_wrong_guess_costs_a_second_pass_and_nothing_else(screened, monkeypatch):
+    torch.manual_seed(0)
+    head = QMarginHead(24, 3000)
+    labels = torch.randint(3000, (16,))
+    too_high = torch.linspace(-5, 30, 16)
+    monkeypatch.setattr(search, "_guess", lambda *args: too_high.clone())
+    check(head, near(head, labels, 0.4), labels, 1.5, 10, 0.2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    dim=st.integers(1, 600),
+    seed=st.integers(0, 10_000),
+    scale=st.sampled_from([1.0, 7.3, 0.011]),
+    aligned=st.booleans(),
+)
+def test_screening_bound(dim, seed, scale, aligned):
+    """bf16 products against float64 ones, also in the worst direction."""
+    torch.manual_seed(seed)
+    w = F.normalize(torch.randn(64, dim), dim=1)
+    rounded_w = w.bfloat16()
+    residual = (w - rounded_w.float()).norm(dim=1).amax() * (1 + 2**-20)
+    x = scale * F.normalize((w - rounded_w.float() + 1e-9) if aligned else torch.randn(64, dim))
+    rounded = x.bfloat16()
+    slack = search.screening_slack(x, rounded, residual)
+    products = torch.mm(rounded, rounded_w.T)
+    exact = x.double() @ w.double().T
+    threshold = search._round_down((exact - slack.unsqueeze(1)).float())
+    assert bool((products >= threshold).all())
+
+
+def test_the_cache_follows_every_change_of_the_weight(screened):
+    torch.manual_seed(0)
+    head = QMarginHead(24, 3000)
+    labels = torch.randint(3000, (16,))
+    for change in (
+        lambda: head.load_state_dict(QMarginHead(24, 3000).state_dict()),
+        lambda: torch.nn.init.normal_(head.weight),
+    ):
+        check(head, near(head, labels, 0.3), labels, 1.5, 10, 0.2)
+        change()
+    check(head, near(head, labels, 0.3), labels, 1.5, 10, 0.2)
+
+
+def test_in_speechbrain_s_place_of_a_classifier():
+    torch.manual_seed(0)
+    head, cost = QMarginHead(embedding_dim=24, num_classes=300), QMarginLoss(1.5, 10, 0.2)
+    embeddings = torch.randn(8, 1, 24, requires_grad=True)
+    labels = torch.randint(300, (8, 1))
+    sparse = cost(head(embeddings), labels, torch.ones(8))
+    sparse.backward()
+    got, embeddings.grad = embeddings.grad, None
+    cosines = head.eval()(embeddings)
+    assert cosines.shape == (8, 1, 300)
+    dense = cost(cosines, labels)
+    dense.backward()
+    close(sparse, dense)
+    close(got, embeddings.grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head.train()(embeddings).q_margin_loss(labels[:, 0], 1.5, 10, 0.2).equal(sparse)
+
+
+def test_errors():
+    head = QMarginHead(4, 10)
+    labels = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"target label 10 is outside \[0, 10\)"):
+        head(torch.randn(2, 4), torch.tensor([0, 10]))
+    with pytest.raises(ValueError, match="not finite"):
+        head(torch.tensor([[1.0, 2, 3, float("nan")], [1, 2, 3, 4]]), labels)
+    with pytest.raises(ValueError, match=r"takes embeddings \[B, 4\]"):
+        head(torch.randn(2, 5), labels)
+    with pytest.raises(ValueError, match="empty batch"):
+        head(torch.randn(0, 4), labels)
+    with pytest.raises(ValueError, match="num_classes"):
+        QMarginHead(4, 0)
+    with pytest.raises(TypeError, match="float32 prototypes"):
+        QMarginHead(4, 10).half()(torch.randn(2, 4), labels)
+    loss = head(torch.randn(2, 4), labels)
+    with torch.no_grad():
+        head.weight.add_(1)
+    with pytest.raises(RuntimeError, match="changed between"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match=r"size mismatch"):
+        head.load_state_dict(QMarginHead(4, 11).state_dict())
+
+
+@pytest.mark.parametrize("candidates", [4_000_000, 0])  # 0: passes over chunks
+@pytest.mark.parametrize(
+    "parameters", [(1.0, 32.0, 0.2), (1.25, 32.0, 0.2), (1.5, 10.0, 0.2), (2.0, 5.0, 0.2)]
+)
+def test_near_zero_each_loss_and_gradient_is_exact_relative_to_itself(
+    screened, monkeypatch, parameters, candidates
+):
+    monkeypatch.setattr(search, "_MAX_CANDIDATES", candidates)
+    torch.manual_seed(0)
+    head = QMarginHead(256, 3000)
+    labels = torch.randint(3000, (256,))
+    # where the lead is the hard margin
+    edge = {1.0: 0.01, 1.25: 0.040, 1.5: 0.053, 2.0: 0.053}[parameters[0]]
+    noise = torch.linspace(0.8 * edge, 1.2 * edge, 256).unsqueeze(1)
+    x = head.weight.detach()[labels] + noise * torch.randn(256, 256)
+    x.requires_grad_()
+    loss, stats = head.train()(x).q_margin_loss(
+        labels, *parameters, reduction="none", return_stats=True
+    )
+    loss.mean().backward()
+    wanted, p, grad_x, grad_w = dense_reference(x, head.weight, labels, *parameters)
+    small = (wanted > 0) & (wanted < 1e-2)
+    if parameters[0] > 1:
+        assert small.sum() >= 3
+        assert wanted[small].min() < 1e-3
+    positive = wanted > 1e-8  # below, the reference has rounding of its own
+    assert ((loss.double() - wanted).abs() / wanted)[positive].max() < 1e-5
+    error = (x.grad.double() - grad_x).norm(dim=1) / grad_x.norm(dim=1)
+    assert error[positive].max() < 1e-5
+    close(head.weight.grad.to_dense(), grad_w, 1e-5)
+    torch.testing.assert_close(stats.support_mean, (p > 0).sum(1).float().mean())
+
+
+def test_ties_above_alpha_2_share_the_gradient(screened):
+    torch.manual_seed(0)
+    head = QMarginHead(16, 400)
+    with torch.no_grad():
+        head.weight[:40] = head.weight[0]  # forty equal prototypes
+    labels = torch.full((8,), 100)
+    x = (head.weight.detach()[:1] + 0.3 * torch.randn(8, 16)).requires_grad_()
+    loss = head.train()(x).q_margin_loss(labels, 3.0, 6.0, 0.1, reduction="none")
+    loss.mean().backward()
+    wanted, p, grad_x, grad_w = dense_reference(x, head.weight, labels, 3.0, 6.0, 0.1)
+    assert (p > 0).sum(1).max() >= 40
+    close(loss, wanted, 1e-5, 0)
+    close(x.grad, grad_x, 1e-5, 1e-7)
+    close(head.weight.grad.to_dense(), grad_w, 1e-5, 1e-7)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2, 0.5])
+def test_arcface_is_speechbrains(margin):
+    torch.manual_seed(0)
+    head = QMarginHead(16, 300)
+    labels = torch.arange(8)
+    x = head.weight.detach()[:8] + 0.3 * torch.randn(8, 16)
+    x[0] = -head.weight.detach()[0] + 0.02 * torch.randn(16)  # beyond pi - margin
+    x = x.requires_grad_()
+    loss = ArcFaceLoss(scale=32.0, margin=margin)(head.train()(x.unsqueeze(1)), labels[:, None])
+    loss.backward()
+    dense, w = x.detach().double().requires_grad_(), head.weight.detach().double().requires_grad_()
+    cosines = F.normalize(dense, dim=1) @ F.normalize(w, dim=1).T
+    speechbrains = LogSoftmaxWrapper(AdditiveAngularMargin(margin=margin, scale=32.0))
+    wanted = speechbrains(cosines.unsqueeze(1), labels[:, None])
+    wanted.backward()
+    torch.testing.assert_close(loss.double(), wanted.double(), rtol=1e-5, atol=1e-6)
+    close(x.grad, dense.grad, 1e-5, 1e-6)
+    close(head.weight.grad, w.grad, 1e-5, 1e-6)

@@ -1,0 +1,215 @@
+"""The losses as SpeechBrain calls them."""
+
+import math
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from speechbrain.nnet.losses import AdditiveAngularMargin, AngularMargin, LogSoftmaxWrapper
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from speechbrain_qmargin import (
+    LOSSES,
+    CosFaceLoss,
+    QMarginFaceLoss,
+    QMarginLoss,
+    make_loss,
+    margin_for,
+)
+from speechbrain_qmargin.loss.functional import QMarginStats, q_margin_loss
+from speechbrain_qmargin.loss.registry import loss_parameter
+
+
+def outputs_and_labels(rows=5, classes=9):
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.rand(rows, 1, classes, generator=generator) * 2 - 1
+    return outputs, torch.randint(classes, (rows, 1), generator=generator)
+
+
+def test_every_shape_gives_the_same_loss():
+    outputs, labels = outputs_and_labels()
+    loss = QMarginLoss()
+    expected = q_margin_loss(outputs[:, 0], labels[:, 0], 1.5, 10.0, 0.2)
+    assert loss(outputs, labels, torch.ones(5)) == expected
+    assert loss(outputs[:, 0], labels) == expected
+    assert loss(outputs, labels[:, 0]) == expected
+    assert loss(outputs[:, 0], labels[:, 0]) == expected
+    value, stats = loss.with_stats(outputs, labels)
+    assert value == expected
+    assert isinstance(stats, QMarginStats)
+
+
+def test_one_sample_and_one_class_keep_their_dimensions():
+    assert QMarginLoss()(torch.rand(1, 1, 4), torch.tensor([[2]])) >= 0
+    assert QMarginLoss()(torch.rand(3, 1, 1), torch.zeros(3, 1, dtype=torch.long)) == 0
+    assert QMarginLoss()(torch.rand(1, 1, 1), torch.zeros(1, 1, dtype=torch.long)) == 0
+
+
+def test_cosface_is_speechbrains():
+    outputs, labels = outputs_and_labels()
+    theirs = LogSoftmaxWrapper(AngularMargin(margin=0.2, scale=32))
+    torch.testing.assert_close(CosFaceLoss()(outputs, labels), theirs(outputs, labels))
+
+
+def test_the_family_by_name():
+    assert sorted(LOSSES) == [
+        "arcface",
+        "cosface",
+        "entmax",
+        "qmargin",
+        "qmargin_face",
+        "sparsemax",
+    ]
+    assert isinstance(make_loss("qmargin_face"), QMarginFaceLoss)
+    assert make_loss("entmax").margin == 0
+    assert make_loss("sparsemax").alpha == 2
+    loss = make_loss("qmargin", alpha=1.75, scale=5)
+    assert (loss.alpha, loss.scale, loss.margin) == (1.75, 5, 0.2)
+    arcface = make_loss("arcface", margin=0.3)
+    assert isinstance(arcface.loss_fn, AdditiveAngularMargin)
+    assert (arcface.loss_fn.margin, arcface.loss_fn.scale) == (0.3, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("softmax", {}, "unknown name 'softmax'; choose one of arcface, cosface"),
+        ("arcface", {"alpha": 1.5}, "arcface has no alpha"),
+        ("cosface", {"alpha": 1.5}, "cosface is alpha = 1"),
+        ("entmax", {"margin": 0.2}, "entmax is margin = 0"),
+        ("sparsemax", {"alpha": 1.5}, "sparsemax is alpha = 2"),
+        ("qmargin", {"scale": -1}, "scale must be"),
+    ],
+)
+def test_names_mean_what_they_say(name, given, message):
+    with pytest.raises(ValueError, match=message):
+        make_loss(name, **given)
+
+
+def test_parameters_that_overflow_are_refused():
+    with pytest.raises(ValueError, match=r"96 > 80.*beyond any cosine"):
+        QMarginLoss(alpha=4, scale=64, margin=0.5)
+
+
+def test_it_has_no_state():
+    loss = QMarginLoss(1.75, 5.0, 0.1)
+    assert not loss.state_dict()
+    assert not list(loss.parameters())
+    copy = pickle.loads(pickle.dumps(loss))
+    outputs, labels = outputs_and_labels()
+    before = dict(vars(loss))
+    assert copy(outputs, labels) == loss(outputs, labels)
+    assert vars(loss) == before
+
+
+def test_its_text_shows_the_hard_margin():
+    assert "hard_margin_cos=0.544" in repr(QMarginLoss())
+    assert "hard_margin_cos=inf" in repr(CosFaceLoss())
+    assert "scale=0.5" in repr(QMarginLoss(scale=0.5))
+
+
+class Head:
+    """A sparse head's training output: it evaluates the loss itself."""
+
+    def q_margin_loss(self, targets, alpha, scale, margin, *, return_stats=False):
+        self.seen = (targets.tolist(), alpha, scale, margin, return_stats)
+        return (torch.tensor(7.0), "stats") if return_stats else torch.tensor(7.0)
+
+
+def test_a_sparse_heads_output_evaluates_itself():
+    head = Head()
+    assert QMarginLoss()(head, torch.tensor([[3], [1]])) == 7
+    assert head.seen == ([3, 1], 1.5, 10.0, 0.2, False)
+    assert QMarginLoss().with_stats(head, torch.tensor([[3], [1]])) == (7, "stats")
+    with pytest.raises(TypeError, match=r"cosines \[B, 1, C\].*got list"):
+        QMarginLoss()([0.1], torch.tensor([0]))
+
+
+def test_shapes_that_disagree_are_named():
+    outputs, labels = outputs_and_labels()
+    with pytest.raises(ValueError, match=r"\(5, 9\) and \(4,\)"):
+        QMarginLoss()(outputs, labels[:4])
+    with pytest.raises(ValueError, match=r"\(5, 2, 9\)"):
+        QMarginLoss()(outputs.expand(5, 2, 9), labels)
+
+
+def test_it_trains_a_classifier():
+    generator = torch.Generator().manual_seed(0)
+    prototypes = F.normalize(torch.randn(20, 16, generator=generator), dim=1)
+    labels = torch.arange(20).repeat(4)
+    x = prototypes[labels] + 0.1 * torch.randn(80, 16, generator=generator)
+    weight = torch.randn(20, 16, generator=generator, requires_grad=True)
+    optimiser = torch.optim.SGD([weight], lr=1.0)
+    losses = []
+    for _ in range(60):
+        cosines = F.normalize(x, dim=1) @ F.normalize(weight, dim=1).T
+        loss = QMarginLoss()(cosines, labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+    assert (cosines.argmax(1) == labels).all()
+
+
+@pytest.mark.parametrize("loss", [QMarginLoss(), CosFaceLoss()])
+def test_torch_compile_gives_the_same_loss_and_gradient(loss):
+    """On the CPU dynamo runs the solver, which asks whether it is done, outside its graphs."""
+    outputs, labels = outputs_and_labels()
+    torch.compiler.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=loss.alpha == 1)
+    a, b = (outputs.clone().requires_grad_() for _ in range(2))
+    first, second = loss(a, labels), compiled(b, labels)
+    first.backward()
+    second.backward()
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(a.grad, b.grad)
+    assert math.isfinite(second.item())
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 3.0])
+def test_a_gpu_is_never_waited_for(alpha):
+    """On fake CUDA tensors (shapes without values) a look at a value raises."""
+    loss = QMarginLoss(alpha, 4.0)
+    with FakeTensorMode():
+        outputs = torch.empty(4, 1, 3000, device="cuda", requires_grad=True)
+        labels = torch.empty(4, 1, device="cuda", dtype=torch.long)
+        with pytest.raises(DataDependentOutputException):
+            bool((labels > 0).all())
+        value, stats = loss.with_stats(outputs, labels)
+        assert value.device.type == stats.support_mean.device.type == "cuda"
+        if alpha <= 2:  # 128 safeguarded steps take a minute to trace
+            torch.compiler.reset()
+            compiled = torch.compile(loss, backend="eager", fullgraph=True)
+            assert compiled(outputs, labels).shape == ()
+
+
+def test_importing_the_loss_imports_torch_alone():
+    heavy = {"speechbrain", "scipy", "sklearn", "matplotlib", "torchaudio", "soundfile"}
+    code = "import sys, speechbrain_qmargin; print(*sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "torch" in answer.stdout.split()
+    assert not heavy & set(answer.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "margin"),
+    [("arcface", 0.5), ("cosface", 0.5), ("entmax", 0), ("sparsemax", 0), ("qmargin_face", 0.247)],
+)
+def test_large_margins_of_fine_tuning(name, margin):
+    loss = make_loss(name, margin="large")
+    assert loss_parameter(loss, "margin") == pytest.approx(margin, abs=1e-3)
+    with pytest.raises(ValueError, match="'huge'; give a number or large"):
+        make_loss(name, margin="huge")
+
+
+def test_a_margin_that_no_cosines_reach_is_said(caplog):
+    make_loss("qmargin", margin=0.5)
+    assert "is 2.44, more than two cosines can differ by" in caplog.text
+    with pytest.raises(ValueError, match=r"it is 0\.2 or more"):
+        margin_for(1.5, 10, 0.1)
+    with pytest.raises(ValueError, match="never vanishes"):
+        margin_for(1.0, 10, 0.5)

@@ -1,0 +1,421 @@
+"""The Brain on a handful of utterances: it learns, logs, resumes exactly."""
+
+import contextlib
+import copy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import speechbrain as sb
+import torch
+
+from speechbrain_qmargin.data.classes import class_encoder
+from speechbrain_qmargin.data.speech import prepare_speech, speech_dataset
+from speechbrain_qmargin.training.brain import SpeakerBrain, load_pretrained
+from speechbrain_qmargin.training.experiment import load_experiment
+
+RECIPE = Path(__file__).parent.parent / "hparams" / "qmargin.yaml"
+RATE = 16000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six speakers, four utterances of half a second each: a pitch with noise."""
+    root = tmp_path_factory.mktemp("voices")
+    rng = np.random.default_rng(0)
+    time = np.arange(RATE // 2) / RATE
+    for speaker in range(6):
+        (root / "wav" / f"s{speaker}" / "0").mkdir(parents=True)
+        for utterance in range(4):
+            pitch = 120 + 40 * speaker + rng.normal(0, 3)
+            wave = sum(np.sin(2 * np.pi * pitch * k * time) / k for k in range(1, 12))
+            wave = 0.1 * wave + 0.02 * rng.standard_normal(len(time))
+            soundfile.write(root / "wav" / f"s{speaker}" / "0" / f"{utterance}.wav", wave, RATE)
+    (root / "trials.txt").write_text("1 s4/0/0.wav s4/0/1.wav\n0 s4/0/0.wav s5/0/0.wav\n")
+    return root
+
+
+# Long and clean enough that any seed learns the six voices (20 tried: 2.5 times less loss at least)
+LEARNS = {"batch_size": 8, "number_of_epochs": 12, "final_lr": 0.05, "wav_augment": None}
+
+
+class Killed(Exception):
+    pass
+
+
+def make_brain(folder, output, validate=None, brain_class=SpeakerBrain, run_opts=None, **overrides):
+    corpus = prepare_speech(
+        folder, output / "save", verification_file=folder / "trials.txt", progress=False
+    )
+    settings = {
+        "channels": 8,
+        "attention_channels": 8,
+        "embedding_dim": 16,
+        "out_n_neurons": len(corpus.speakers),
+        "output_folder": str(output),
+        "number_of_epochs": 3,
+        "batch_size": 4,
+        "sentence_len": 0.3,
+        "num_workers": 0,
+        "lr_reference_batch": 4,
+        "final_lr": 0.01,
+        "warmup_epochs": 1,
+        **overrides,
+    }
+    options = [f"--{key}={'null' if value is None else value}" for key, value in settings.items()]
+    experiment = load_experiment([str(RECIPE), *options])
+    hparams = experiment.load(ckpt_interval_minutes=0)
+    experiment.begin()
+    brain = brain_class(
+        modules=hparams["modules"],
+        opt_class=hparams["opt_class"],
+        hparams=hparams,
+        run_opts={"noprogressbar": True, "device": "cpu", **(run_opts or {})},
+        checkpointer=hparams["checkpointer"],
+        validate=validate,
+    )
+    epochs = hparams["epoch_counter"]
+    train = speech_dataset(
+        corpus.train,
+        RATE,
+        crop=hparams["sentence_len"],
+        label_encoder=class_encoder(corpus.speakers, output / "save" / "label_encoder.txt"),
+        seed=hparams["seed"],
+        epoch=lambda: epochs.current,
+    )
+    test = speech_dataset(corpus.test, RATE)
+
+    def fit():
+        loaders = {
+            "train_loader_kwargs": copy.copy(hparams["train_dataloader"]),
+            "valid_loader_kwargs": copy.copy(hparams["test_dataloader"]),
+        }
+        brain.fit(epochs, train, test if validate else None, **loaders)
+        return brain
+
+    return fit, brain, test
+
+
+def test_trains_logs_and_embeds(folder, tmp_path):
+    seen = []
+
+    def validate(embeddings):
+        seen.append(set(embeddings))
+        return {"eer": 0.25}
+
+    fit, brain, test = make_brain(folder, tmp_path, validate, **LEARNS)
+    fit()
+    history = brain.history()
+    assert [record["epoch"] for record in history] == list(range(1, 13))
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert 1 <= history[0]["support_mean"] <= history[0]["support_max"] <= 4
+    assert history[0]["valid_eer"] == 0.25
+    assert seen == [{"s4/0/0.wav", "s4/0/1.wav", "s5/0/0.wav"}] * 12
+    assert "support_mean" in (tmp_path / "train_log.txt").read_text()
+
+    embeddings = brain.extract(test, batch_size=1)
+    assert embeddings["s4/0/0.wav"].shape == (16,)
+    assert embeddings["s4/0/0.wav"].dtype == np.float32
+
+
+@pytest.mark.parametrize("loss", ["arcface", "cosface", "entmax", "sparsemax"])
+def test_every_loss_by_one_setting(folder, tmp_path, loss):
+    fit, brain, _ = make_brain(folder, tmp_path, loss=loss, **LEARNS)
+    fit()
+    losses = [record["loss"] for record in brain.history()]
+    assert losses[-1] < losses[0]
+    assert ("support_mean" in brain.history()[0]) == (loss != "arcface")
+
+
+class Recorder(SpeakerBrain):
+    """Keeps each step's loss; can be killed before a step."""
+
+    kill_at = None
+
+    def fit_batch(self, batch):
+        if self.kill_at == (self.hparams.epoch_counter.current, self.step):
+            raise Killed
+        loss = super().fit_batch(batch)
+        self.losses[self.hparams.epoch_counter.current, self.step] = float(loss)
+        return loss
+
+
+def record(folder, output, kill_at=None, every=2, validate=None, run_opts=None, **settings):
+    """A run that keeps its losses, killed before a step or by `validate`."""
+    torch.manual_seed(0)
+    options = {"ckpt_interval_steps": every, **(run_opts or {})}
+    fit, brain, _ = make_brain(folder, output, validate, Recorder, options, **settings)
+    brain.losses, brain.kill_at = {}, kill_at
+    with contextlib.suppress(Killed):
+        fit()
+    return brain
+
+
+def assert_same(whole, first, second):
+    """Losses, weights and what is said of every epoch."""
+    assert first.losses | second.losses == whole.losses
+    assert len(second.losses) < len(whole.losses)
+    for a, b in zip(whole.modules.parameters(), second.modules.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(whole.history(), second.history(), strict=True):
+        assert a | {"seconds": 0} == pytest.approx(b | {"seconds": 0}, rel=1e-6)
+
+
+@pytest.mark.parametrize("head", ["dense", "sparse"])
+@pytest.mark.parametrize("kill_at", [(2, 1), (2, 3), (3, 4)])
+def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path, kill_at, head):
+    whole = record(folder, tmp_path / "whole", head=head)
+    first = record(folder, tmp_path / "killed", kill_at, head=head)
+    second = record(folder, tmp_path / "killed", head=head)
+    assert len(whole.losses) == 12
+    assert_same(whole, first, second)
+
+
+@pytest.mark.parametrize("head", ["dense", "sparse"])
+def test_autocast_learns_and_resumes(folder, tmp_path, head):
+    settings = {"head": head, "run_opts": {"precision": "bf16"}}
+    whole = record(folder, tmp_path / "whole", **settings, **(LEARNS | {"number_of_epochs": 6}))
+    assert whole.history()[-1]["loss"] < whole.history()[0]["loss"]
+    assert all(p.dtype == torch.float32 for p in whole.modules.parameters())
+    whole = record(folder, tmp_path / "same", **settings)
+    first = record(folder, tmp_path / "killed", (2, 3), **settings)
+    assert_same(whole, first, record(folder, tmp_path / "killed", **settings))
+
+
+def test_a_run_killed_between_its_last_step_and_its_epochs_checkpoint_resumes(folder, tmp_path):
+    def killed(_):
+        raise Killed
+
+    def measured(_):
+        return {"eer": 0.5}
+
+    whole = record(folder, tmp_path / "whole", every=4, validate=measured)
+    first = record(folder, tmp_path / "killed", every=4, validate=killed)
+    assert set(first.losses) == {(1, step) for step in (1, 2, 3, 4)}
+    assert_same(whole, first, record(folder, tmp_path / "killed", every=4, validate=measured))
+
+
+def test_a_run_that_accumulates_gradients_resumes_between_two_steps(folder, tmp_path):
+    settings = {"batch_size": 2, "every": 3, "loss": "cosface"}
+    settings |= {"run_opts": {"grad_accumulation_factor": 2}}
+    settings |= {"margin_from_epoch": 3, "margin_until_epoch": 4}
+    margins = []
+
+    class Watched(SpeakerBrain):
+        def compute_objectives(self, *args):
+            margins.append(self.hparams.compute_cost.margin)
+            return super().compute_objectives(*args)
+
+    whole = record(folder, tmp_path / "whole", **settings)
+    first = record(folder, tmp_path / "killed", (2, 6), **settings)
+    assert_same(whole, first, record(folder, tmp_path / "killed", **settings))
+    fit, _, _ = make_brain(
+        folder,
+        tmp_path / "margins",
+        brain_class=Watched,
+        run_opts={"grad_accumulation_factor": 2},
+        batch_size=2,
+        margin_from_epoch=3,
+        margin_until_epoch=4,
+    )
+    fit()
+    assert margins[:16] == [0] * 16  # the first batches of a start too
+    assert margins[18] == margins[19] > margins[17] == margins[16] == 0
+
+
+def test_time_goes_on_when_a_run_goes_on_with_other_batches(folder, tmp_path):
+    settings = {"number_of_epochs": 4, "lr": 0.1, "margin_from_epoch": 1, "margin_until_epoch": 4}
+    whole = record(folder, tmp_path / "whole", batch_size=2, **settings)
+    record(folder, tmp_path / "moved", kill_at=(2, 3), batch_size=4, **settings)
+    moved = record(folder, tmp_path / "moved", batch_size=2, **settings)
+    # two of the four batches of 4 were done: four of the eight of 2 are left
+    assert min(moved.losses) == (2, 5)
+    assert len(moved.losses) == 4 + 2 * 8
+    for name in ("margin", "lr"):
+        there, here = ([entry[name] for entry in run.history()] for run in (whole, moved))
+        assert here[1:] == pytest.approx(there[1:])
+
+
+def test_alpha_and_scale_change_by_schedule(folder, tmp_path):
+    settings = {"alpha_initial": 1.0, "alpha_until_epoch": 3, "scale_initial": 20.0}
+    fit, brain, _ = make_brain(folder, tmp_path, scale_until_epoch=2, **settings)
+    fit()
+    history = brain.history()  # at the last of four steps
+    assert [entry["alpha"] for entry in history] == pytest.approx([1.1875, 1.4375, 1.5])
+    assert [entry["scale"] for entry in history] == pytest.approx([12.5, 10, 10])
+
+
+def test_what_is_clipped(folder, tmp_path):
+    def clipped(**settings):
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        fit, brain, _ = make_brain(folder, output, number_of_epochs=1, **settings)
+        fit()
+        groups = [optimizer.param_groups[0] for optimizer in brain.optimizers_dict.values()]
+        return brain, [id(parameter) for group in groups for parameter in group["params"]]
+
+    brain, everything = clipped()
+    assert everything == [id(p) for p in brain.modules.parameters()]
+
+    class Alone(SpeakerBrain):
+        clipped_alone = "embedding_model"
+
+    brain, encoder = clipped(brain_class=Alone)
+    assert encoder == [id(p) for p in brain.modules["embedding_model"].parameters()]
+    brain, others = clipped(head="sparse")
+    assert set(others) >= {id(p) for p in brain.modules["embedding_model"].parameters()}
+    assert id(brain.modules["classifier"].weight) not in others
+
+
+def test_an_interrupted_extraction_goes_on(folder, tmp_path):
+    fit, brain, test = make_brain(folder, tmp_path, number_of_epochs=1)
+    fit()
+    whole = brain.extract(test, batch_size=1)
+    shutil.rmtree(tmp_path / "save" / "embeddings")
+    names = []
+
+    class Interrupted(type(brain)):
+        def embed(self, batch, stage):
+            names.extend(batch.id)
+            if len(names) == 3:
+                raise Killed
+            return super().embed(batch, stage)
+
+    brain.__class__ = Interrupted
+    with pytest.raises(Killed):
+        brain.extract(test, batch_size=1)
+    again = brain.extract(test, batch_size=1)
+    assert names[2:] == [names[2], *names[3:]]
+    assert len(names) == len(whole) + 1
+    for name, row in whole.items():
+        np.testing.assert_array_equal(again[name], row)
+
+
+def test_other_audio_under_an_id_is_embedded_anew(folder, tmp_path):
+    copy_of = shutil.copytree(folder, tmp_path / "voices")
+    fit, brain, test = make_brain(copy_of, tmp_path / "out", number_of_epochs=1)
+    fit()
+    before = brain.extract(test, batch_size=1)
+    file = copy_of / "wav/s4/0/0.wav"
+    signal, _ = soundfile.read(file)
+    soundfile.write(file, signal[::-1], RATE)
+    after = brain.extract(test, batch_size=1)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"s4/0/0.wav"}
+
+
+def test_learning_rate_follows_the_schedule_whatever_the_accumulation(folder, tmp_path):
+    rates = {}
+    for accumulation in (1, 2):
+        fit, brain, _ = make_brain(
+            folder,
+            tmp_path / str(accumulation),
+            batch_size=4 // accumulation,
+            run_opts={"grad_accumulation_factor": accumulation},
+        )
+        fit()
+        rates[accumulation] = [record["lr"] for record in brain.history()]
+    assert rates[1] == pytest.approx(rates[2], rel=1e-6)
+    assert rates[1][0] > rates[1][2]
+
+
+def test_a_batch_larger_than_the_data_is_named(folder, tmp_path):
+    fit, _, _ = make_brain(folder, tmp_path, batch_size=64)
+    with pytest.raises(ValueError, match="16 training items make no full batch of 64"):
+        fit()
+
+
+def test_stage_without_embed_is_abstract():
+    from speechbrain_qmargin.training.brain import VerificationBrain
+
+    with pytest.raises(NotImplementedError):
+        VerificationBrain.embed(None, None, sb.Stage.TRAIN)
+
+
+def test_the_margin_follows_its_schedule_and_is_logged(folder, tmp_path):
+    schedule = {"margin_from_epoch": 2, "margin_until_epoch": 3}
+    for loss in ("qmargin", "arcface"):
+        fit, brain, _ = make_brain(folder, tmp_path / loss, loss=loss, margin=0.3, **schedule)
+        fit()
+        # the last of four steps of each epoch
+        seen = [record["margin"] for record in brain.history()]
+        assert seen == pytest.approx([0, 0.3 * (1 - 1e-3**0.75), 0.3])
+    assert brain.hparams.compute_cost.loss_fn.cos_m == pytest.approx(np.cos(0.3))
+
+
+def test_the_last_epochs_are_averaged(folder, tmp_path):
+    fit, brain, test = make_brain(folder, tmp_path, average_checkpoints=2, lr=0.05)
+    fit()
+    found = sorted((tmp_path / "save").glob("CKPT+*"))
+    assert len(found) == 2
+    states = [torch.load(one / "embedding_model.ckpt", weights_only=True) for one in found]
+    brain.extract(test, batch_size=1)
+    for key, value in brain.hparams.embedding_model.state_dict().items():
+        first, last = (state[key] for state in states)
+        wanted = (first.double() + last.double()) / 2 if value.is_floating_point() else last
+        torch.testing.assert_close(value, wanted.to(value.dtype), msg=key)
+
+
+def test_fine_tuning_starts_from_the_runs_average(folder, tmp_path):
+    first = tmp_path / "first"
+    fit, brain, test = make_brain(folder, first, average_checkpoints=2)
+    fit()
+    before = brain.extract(test, batch_size=1)
+    start = {"pretrained": str(first), "pretrained_classes": "keep"}
+    _, tuned, test = make_brain(folder, tmp_path / "second", **start)
+    load_pretrained(vars(tuned.hparams))
+    tuned.checkpointer = None
+    tuned.modules.eval()
+    with torch.no_grad():
+        batch = sb.dataio.batch.PaddedBatch([test[0]])
+        now = tuned.compute_forward(batch, sb.Stage.TEST).flatten().numpy()
+    np.testing.assert_allclose(now, before[test[0]["id"]], rtol=1e-4, atol=1e-5)
+
+
+def test_pretraining_that_does_not_fit_is_named(folder, tmp_path):
+    first = tmp_path / "first"
+    make_brain(folder, first, number_of_epochs=1)[0]()
+    there = first / "save" / "label_encoder.txt"
+
+    def load(**start):
+        _, brain, _ = make_brain(folder, tmp_path / "second", **start)
+        load_pretrained(vars(brain.hparams))
+
+    load(pretrained=str(first), pretrained_classes="first")
+    with pytest.raises(ValueError, match="'all'; choose keep, first or none"):
+        load(pretrained=str(first), pretrained_classes="all")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load(pretrained="nowhere", pretrained_classes="none")
+    with pytest.raises(ValueError, match=r"(?s)first was trained with another model.*blocks"):
+        load(pretrained=str(first), pretrained_classes="none", channels=16)
+    there.write_text(there.read_text().replace("s1", "somebody"))
+    with pytest.raises(ValueError, match="trained on other classes"):
+        load(pretrained=str(first), pretrained_classes="keep")
+    load(pretrained=str(first), pretrained_classes="none")
+    record(folder, tmp_path / "begun", kill_at=(1, 3))
+    with pytest.raises(FileNotFoundError, match=r"begun.*no checkpoint of a finished epoch"):
+        load(pretrained=str(tmp_path / "begun"), pretrained_classes="none")
+
+
+def test_the_sparse_heads_first_classes_are_kept(folder, tmp_path):
+    first = tmp_path / "first"
+    fit, brain, _ = make_brain(folder, first, head="sparse", out_n_neurons=12)
+    fit()
+    options = {"pretrained": str(first), "pretrained_classes": "first"}
+    _, tuned, _ = make_brain(folder, tmp_path / "second", head="sparse", **options)
+    load_pretrained(vars(tuned.hparams))
+    there, here = (run.modules["classifier"].weight for run in (brain, tuned))
+    assert here.shape[0] == 4
+    assert torch.equal(here, there[:4])
+
+
+def test_tensorboard_by_one_setting(folder, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for epochs in (2, 2):  # the second start adds nothing
+        fit, _, _ = make_brain(folder, tmp_path, logger="tensorboard", number_of_epochs=epochs)
+        fit()
+    found = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [event.step for event in found.Scalars("loss/train")] == [1, 2]
+    assert "support_mean/train" in found.Tags()["scalars"]
