@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from speechbrain_qmargin.faces.pair_sets import ten_fold_accuracy
 from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.scoring.figures import EqualErrorRate, TarAtFar
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import evaluate
 from speechbrain_qmargin.trials import read_scores
@@ -33,7 +34,7 @@ RECIPES = {
 }
 LOSSES = ["arcface", "cosface", "entmax", "sparsemax", "qmargin"]
 ACCURACY = "accuracy of balanced pairs"
-FIGURES = {"EER": "EER", "TAR@1e-2": "TAR@FAR=0.01", "TAR@1e-3": "TAR@FAR=0.001"}
+FIGURES = {"EER": EqualErrorRate(), "TAR@1e-2": TarAtFar(1e-2), "TAR@1e-3": TarAtFar(1e-3)}
 
 
 def train(recipe: str, options: list[str], folder: Path) -> dict:
@@ -99,11 +100,8 @@ def measured(args, folders: dict, system: str) -> dict:
     found = {}
     for key in tqdm(itertools.product(args.models, args.losses, range(args.seeds)), system):
         trials, scores = read_scores(scores_file(folders[key], system))
-        report = evaluate(scores, trials, fars=(1e-2, 1e-3))
-        names = [figure.name for figure in report.figures]
-        at = [names.index(figure) for figure in FIGURES.values()]
-        values = np.array([report.figures[i].value for i in at])
-        found[key] = values, report.replicates[at]
+        report = evaluate(scores, trials, figures=list(FIGURES.values()))
+        found[key] = np.array([figure.value for figure in report.figures]), report.replicates
     return found
 
 

@@ -224,7 +224,7 @@ def coverage(simulations: int = 200, replicates: int = 300) -> None:
                 wide, wider = np.sqrt([1 + 3 * effect**2, 1 + 5 * effect**2])
                 for far in fars:
                     truth = norm.sf((wide * norm.isf(far) - 3) / wider)
-                    figure = report[f"TAR@FAR={far:g}"]
+                    figure = report["tar_at_far", far]
                     genuine = int(same.sum())
                     low, high = rate_interval(genuine - figure.misses, genuine)
                     rows[far].append(

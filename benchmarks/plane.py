@@ -21,9 +21,10 @@ from matplotlib.figure import Figure
 
 from speechbrain_qmargin import hard_margin
 from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.scoring.figures import EqualErrorRate, Measure, TarAtFar
 
 ALPHAS, SCALES = [1.25, 1.5, 1.75, 2.0], [5, 10, 20, 32]
-FIGURES = {"EER, %": "EER", "TAR@FAR=1e-2, %": "TAR@FAR=0.01"}
+FIGURES = {"EER, %": EqualErrorRate(), "TAR@FAR=1e-2, %": TarAtFar(1e-2)}
 
 
 def run(args, options: list[str]) -> None:
@@ -59,7 +60,7 @@ def read_plane(folder: Path) -> tuple[dict, int]:
         point = tuple(settings[key] for key in ("alpha", "scale", "margin"))
         classes.add(settings["out_n_neurons"])
         for figure, values in planes.items():
-            values.setdefault(point, []).append(results["figures"][figure]["value"])
+            values.setdefault(point, []).append(results["figures"][figure.name]["value"])
     if len(classes) != 1:
         raise SystemExit(f"{folder}: finished runs of one number of classes wanted, got {classes}")
     return planes, classes.pop()
@@ -70,7 +71,7 @@ def by_hard_margin(planes: dict) -> list[str]:
     heads = ["hard margin", "points", *FIGURES]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for low, high in itertools.pairwise([0, 0.4, 1, 2, np.inf]):
-        points = [p for p in planes["EER"] if low <= hard_margin(*p) < high]
+        points = [p for p in next(iter(planes.values())) if low <= hard_margin(*p) < high]
         cells = [f"{low:g} to {high:g}", str(len(points))]
         for figure in FIGURES.values():
             values = [100 * np.mean(planes[figure][point]) for point in points]
@@ -83,23 +84,23 @@ def by_hard_margin(planes: dict) -> list[str]:
     return lines
 
 
-def best_of(figure: str, values) -> float:
-    return min(values) if figure == "EER" else max(values)
+def best_of(figure: Measure, values) -> float:
+    return max(values) if figure.higher_is_better else min(values)
 
 
 def draw_plane(planes: dict, margins: list[float], file: Path) -> None:
     """A heat map of every figure and margin over alpha and scale, hard margins in the cells."""
     figure = Figure(figsize=(3.4 * len(margins), 3.2 * len(FIGURES)), layout="constrained")
     axes = figure.subplots(len(FIGURES), len(margins), sharex=True, sharey=True, squeeze=False)
-    for row, (title, name) in zip(axes, FIGURES.items(), strict=True):
-        means = {point: 100 * np.mean(values) for point, values in planes[name].items()}
-        best = best_of(name, means.values())
+    for row, (title, measure) in zip(axes, FIGURES.items(), strict=True):
+        means = {point: 100 * np.mean(values) for point, values in planes[measure].items()}
+        best = best_of(measure, means.values())
         for axis, margin in zip(row, margins, strict=True):
             grid = np.array([[means[a, s, margin] for a in ALPHAS] for s in SCALES])
             image = axis.imshow(
                 grid,
                 origin="lower",
-                cmap="viridis_r" if name == "EER" else "viridis",
+                cmap="viridis" if measure.higher_is_better else "viridis_r",
                 vmin=min(means.values()),
                 vmax=max(means.values()),
                 aspect="auto",
@@ -131,24 +132,24 @@ def classes(args) -> None:
     """Mean over the scales and the best scale at every alpha for every number of classes."""
     found = sorted((read_plane(folder) for folder in args.planes), key=lambda plane: plane[1])
     # at the points that all have
-    shared = set.intersection(*({*plane["EER"]} for plane, _ in found))
+    shared = set.intersection(*({*next(iter(plane.values()))} for plane, _ in found))
     figure = Figure(figsize=(4.2 * len(FIGURES), 3.4), layout="constrained")
     axes = figure.subplots(1, len(FIGURES))
     heads = ["figure", "classes", *(f"alpha {alpha:g}" for alpha in ALPHAS)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for axis, (title, name) in zip(axes, FIGURES.items(), strict=True):
+    for axis, (title, measure) in zip(axes, FIGURES.items(), strict=True):
         for plane, number in found:
             cells, line = [title, str(number)], []
             for alpha in ALPHAS:
-                means = {p: 100 * np.mean(plane[name][p]) for p in shared if p[0] == alpha}
-                best = best_of(name, means.values())
+                means = {p: 100 * np.mean(plane[measure][p]) for p in shared if p[0] == alpha}
+                best = best_of(measure, means.values())
                 at = next(point for point, value in means.items() if value == best)
                 mean = np.mean(list(means.values()))
                 cells.append(f"{mean:.1f}; {best:.1f} (s {at[1]:g}, h {hard_margin(*at):.2f})")
                 line.append(mean)
             lines.append("| " + " | ".join(cells) + " |")
             (drawn,) = axis.plot(ALPHAS, line, "o-", label=f"{number} classes")
-            at = line.index(best_of(name, line))
+            at = line.index(best_of(measure, line))
             axis.plot(ALPHAS[at], line[at], "*", markersize=15, color=drawn.get_color())
         axis.set(title=f"{title}, mean over the scales", xlabel="alpha", xticks=ALPHAS)
     axes[0].legend()

@@ -424,7 +424,7 @@ def coverage(simulations: int = 200, replicates: int = 300) -> None:
                 for far, found in held.items():
                     threshold = norm.isf(far) * math.sqrt(1 + 2 * effect**2)
                     truth = norm.sf((threshold - 3) / math.sqrt(1 + 4 * effect**2))
-                    figure = report[f"TAR@FAR={far:g}"]
+                    figure = report["tar_at_far", far]
                     targets = report.num_targets
                     trial = rate_interval(round(figure.value * targets), targets)
                     ours = figure.low, figure.high

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -124,8 +127,27 @@ def _apply(args) -> None:
     _done(args.output, trials)
 
 
+def _import(place: str) -> None:
+    """Run the user's own module, by its name or its file, so that it registers its figures."""
+    if not place.endswith(".py"):
+        importlib.import_module(place)
+        return
+    path = Path(place)
+    if not path.is_file():
+        raise FileNotFoundError(f"--figures_from: {path} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+
+
 def _report(args) -> None:
     from speechbrain_qmargin.scoring.html import write_report
+
+    for place in args.figures_from:
+        _import(place)
 
     systems, trials, development = {}, None, {}
     for given in args.systems:
@@ -224,5 +246,7 @@ def configure(add) -> None:
     sub.add_argument("--development", action="append", default=[], metavar="[NAME=]SCORES",
                      help="choose the threshold on these")  # fmt: skip
     sub.add_argument("--development_trials")
+    sub.add_argument("--figures_from", action="append", default=[], metavar="MODULE",
+                     help="your Python module or file that registers figures")  # fmt: skip
     sub.add_argument("--replicates", type=int, default=1000)
     sub.add_argument("--seed", type=int, default=0)

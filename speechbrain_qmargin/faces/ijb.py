@@ -925,8 +925,8 @@ def _roc_figure(report: Report, title: str):
     band = np.percentile(1 - resampled.frr_at(grid), [2.5, 97.5], axis=1)
     axes.fill_between(grid, *band, color=line.get_color(), alpha=0.15, linewidth=0)
     for rate in report.figures:
-        if rate.name.startswith("TAR@FAR=") and rate.support != "unsupported":
-            at = float(rate.name.partition("=")[2]), rate.value
+        if rate.kind == "tar_at_far" and rate.support != "unsupported":
+            at = rate.parameter, rate.value
             axes.plot(*at, "o", color=line.get_color(), markersize=4)
             axes.annotate(f"{100 * rate.value:.2f}", at, fontsize=8,
                           xytext=(4, -11), textcoords="offset points")  # fmt: skip

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from speechbrain_qmargin.embeddings import pair_products
+from speechbrain_qmargin.scoring.figures import TarAtFar
 from speechbrain_qmargin.scoring.metrics import (
     allowed_false_accepts,
     operating_points,
     tar_at_far,
 )
-from speechbrain_qmargin.scoring.report import Figure, _few_errors
 from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval
 
 __all__ = [
@@ -164,10 +164,11 @@ def ten_fold_tar(
         fars.append(float(accepted[~same].mean()))
         thresholds.append(threshold)
         missed += int(np.count_nonzero(~accepted & same))
-    name, genuine = f"TAR@FAR={far:g}", int(np.count_nonzero(is_same))
-    few = _few_errors(Figure(name, float(np.mean(values))), operating_points(scores, is_same))
+    measure, genuine = TarAtFar(far), int(np.count_nonzero(is_same))
+    everything = operating_points(scores, is_same)
+    few = measure.few_errors(measure.find(everything), everything)
     rests_on = min(missed, allowed_false_accepts(far, len(is_same) - genuine))
-    name += f" over {folds} folds"
+    name = f"{measure.name} over {folds} folds"
     return _figure(name, values, missed, genuine, rests_on, few, thresholds, np.asarray(fars))
 
 

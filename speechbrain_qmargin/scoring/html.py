@@ -182,7 +182,7 @@ def write_report(
     pictures["det"] = figure
     save_figure(figure, folder / "det.svg")
     for number, (name, report) in enumerate(reports.items(), 1):
-        lines = {"EER": report["EER"].threshold, f"FAR {far:g}": decisions[name].threshold}
+        lines = {"EER": report["eer"].threshold, f"FAR {far:g}": decisions[name].threshold}
         pictures[f"histogram_{number}"] = histogram_figure(name, report.points, lines)
     pictures["calibration"] = calibration_figure({n: r.points for n, r in reports.items()}, llr)
     for name, figure in pictures.items():
@@ -282,11 +282,9 @@ def _page(title, reports, decisions, differences, zoo, folder, trials, replicate
             shown = reports[one]
             rows = []
             for value in values:
-                text = [shown[value.name].show(v) for v in (value.value, value.low, value.high)]
-                weak = "unsupported" in (
-                    shown[value.name].support,
-                    reports[two][value.name].support,
-                )
+                text = [value.show(v) for v in (value.value, value.low, value.high)]
+                key = value.kind, value.parameter
+                weak = "unsupported" in (shown[key].support, reports[two][key].support)
                 mark = "unsupported" if weak else "measured" if value.significant else ""
                 cell = f"{text[0]} ({text[1]} to {text[2]})" + (" unsupported" if weak else "")
                 rows.append([value.name, (mark, cell)])
@@ -350,7 +348,7 @@ def _page(title, reports, decisions, differences, zoo, folder, trials, replicate
 
 
 def _trial_level(figure, report: Report) -> str:
-    if not figure.name.startswith("TAR"):
+    if figure.kind != "tar_at_far":
         return ""
     low, high = rate_interval(figure.misses, report.num_targets)
     return f"{figure.show(1 - high)} to {figure.show(1 - low)}"

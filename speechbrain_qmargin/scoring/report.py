@@ -9,91 +9,34 @@ given and the figure is marked: measured (30 errors or more), indicative (3 to 2
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from speechbrain_qmargin.scoring.metrics import (
-    EER_METHODS,
-    OperatingPoints,
-    act_dcf,
-    allowed_false_accepts,
-    bayes_threshold,
-    cllr,
-    eer,
-    eer_point,
-    min_cllr,
-    min_dcf,
-    operating_points,
-    tar_at_far,
+from speechbrain_qmargin.scoring.figures import (
+    Figure,
+    Measure,
+    figure_of,
+    registered,
+    show,
+    standard_figures,
 )
-from speechbrain_qmargin.scoring.plots import plot_det
-from speechbrain_qmargin.scoring.uncertainty import (
-    Resampled,
-    badge,
-    rate_interval,
-    resample_speakers,
-)
+from speechbrain_qmargin.scoring.metrics import OperatingPoints, operating_points
+from speechbrain_qmargin.scoring.uncertainty import Resampled, badge, resample_speakers
 from speechbrain_qmargin.trials import Trials
 
-__all__ = ["FARS", "Difference", "Figure", "Report", "badge", "compare", "evaluate", "plot_det"]
+__all__ = ["FARS", "Difference", "Report", "compare", "evaluate"]
 
 FARS = (1e-1, 1e-2, 1e-3)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number of a report.
-
-    Attributes
-    ----------
-    name : str
-    value, low, high : float
-        The estimate and its 95 % interval; None where there is no interval.
-    threshold : float or None
-        The score at and above which trials are accepted.
-    errors : int or None
-        The scarcer of the errors it rests on; `support` is their badge.
-    misses, false_accepts : int or None
-        At that threshold.
-    """
-
-    name: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    threshold: float | None = None
-    errors: int | None = None
-    misses: int | None = None
-    false_accepts: int | None = None
-
-    @property
-    def support(self) -> str:
-        return "" if self.errors is None else badge(self.errors)
-
-    def show(self, value: float | None) -> str:
-        """A value as text: rates in per cent, costs and bits as they are."""
-        if value is None:
-            return ""
-        plain = self.name.startswith(("minDCF", "actDCF", "Cllr", "minCllr"))
-        return f"{value:.3f}" if plain else f"{100 * value:.2f} %"
-
-    @property
-    def shown(self) -> str:
-        """The value as text; an unsupported one is never bare."""
-        return self.show(self.value) + (" (unsupported)" if self.support == "unsupported" else "")
-
-    @property
-    def interval(self) -> str:
-        return "" if self.low is None else f"{self.show(self.low)} to {self.show(self.high)}"
 
 
 @dataclass(frozen=True)
 class Report:
     """The figures of one system on one trial list.
 
-    ``report["EER"]`` is a :class:`Figure` by name. `replicates` holds the bootstrap's values of
-    every figure, [figures, R], NaN where a figure is not resampled.
+    ``report["eer"]`` is the :class:`~speechbrain_qmargin.scoring.figures.Figure` of a kind,
+    ``report["tar_at_far", 0.01]`` that of a kind and parameter. `replicates` holds the bootstrap's
+    values of every figure, [figures, R], NaN where a figure is not resampled.
     """
 
     figures: list[Figure]
@@ -106,19 +49,16 @@ class Report:
     source: str = ""
     units: str = "speakers"
 
-    def __getitem__(self, name: str) -> Figure:
+    def __getitem__(self, key: str | tuple[str, float | str | None]) -> Figure:
+        kind, parameter = (key, None) if isinstance(key, str) else key
         for figure in self.figures:
-            if figure.name == name:
+            if figure.kind == kind and (isinstance(key, str) or figure.parameter == parameter):
                 return figure
-        raise KeyError(f"{name}; there are {', '.join(figure.name for figure in self.figures)}")
+        there = ", ".join(f"{figure.kind} {figure.parameter}" for figure in self.figures)
+        raise KeyError(f"no figure of {key!r}; there are {there}")
 
     def to_dict(self) -> dict:
         """Plain numbers, for JSON."""
-        figures = {
-            figure.name: {k: v for k, v in asdict(figure).items() if k != "name"}
-            | {"support": figure.support}
-            for figure in self.figures
-        }
         return {
             "trials": {
                 "targets": self.num_targets,
@@ -126,7 +66,7 @@ class Report:
                 self.units: self.num_speakers,
                 "source": self.source,
             },
-            "figures": figures,
+            "figures": {figure.name: figure.to_dict() for figure in self.figures},
         }
 
     def table(self) -> str:
@@ -168,6 +108,7 @@ def evaluate(
     p_target: float | Sequence[float] = 0.01,
     all_eers: bool = False,
     llr: bool = False,
+    figures: Sequence[Measure] | None = None,
     replicates: int = 1000,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -187,6 +128,10 @@ def evaluate(
         Also the ``step`` and ``nist`` variants of the EER, and minCllr.
     llr : bool
         The scores are log-likelihood ratios: report actDCF and Cllr too.
+    figures : sequence of Measure, optional
+        What to measure, instead of
+        :func:`~speechbrain_qmargin.scoring.figures.standard_figures` of the arguments above and
+        what was :func:`~speechbrain_qmargin.scoring.figures.register`-ed.
     replicates, seed : int
         Of the speaker bootstrap. The same seed on the same trials pairs systems: :func:`compare`.
     progress : callable, optional
@@ -210,7 +155,7 @@ def evaluate(
     >>> left, right = np.triu_indices(80, 1)
     >>> trials = Trials(ids, left, right, left // 4 == right // 4)
     >>> report = evaluate(rng.normal(size=len(trials)) + 2 * trials.is_target, trials)
-    >>> report["EER"].low < report["EER"].value < report["EER"].high
+    >>> report["eer"].low < report["eer"].value < report["eer"].high
     True
     """
     points = operating_points(scores, trials.is_target)
@@ -224,128 +169,55 @@ def evaluate(
         llr=llr,
         progress=progress,
     )
-    figures, values = [], []
-
-    def add(figure: Figure, replicate: np.ndarray | None) -> None:
-        figures.append(_with_interval(figure, replicate, points))
-        values.append(
-            np.full(len(resampled.num_targets), np.nan) if replicate is None else replicate
-        )
-
-    threshold, misses, accepts = eer_point(points)
-    rests = {"threshold": threshold, "errors": min(misses, accepts)}
-    rests |= {"misses": misses, "false_accepts": accepts}
-    drawn_eer = resampled.eer()
-    for method in EER_METHODS if all_eers else EER_METHODS[:1]:
-        value = eer(points, method)
-        name = "EER" if method == "rocch" else f"EER({method})"
-        # the replicates are linear between thresholds, as `nist`; the variants differ by a constant
-        shifted = np.clip(drawn_eer + value - eer(points, "nist"), 0, 1)
-        add(Figure(name, value, **rests), shifted)
-    for prior in np.atleast_1d(p_target).tolist():
-        add(_min_dcf_figure(points, prior), resampled.min_dcf(prior))
-        if llr:
-            add(_act_dcf_figure(points, prior), resampled.act_dcf(prior))
-    for far in fars:
-        tar, threshold, accepts, misses = tar_at_far(points, far)
-        allowed = allowed_false_accepts(far, points.num_impostors)
-        figure = Figure(f"TAR@FAR={far:g}", tar, threshold=threshold, errors=min(allowed, misses),
-                        misses=misses, false_accepts=accepts)  # fmt: skip
-        add(figure, resampled.tar_at_far(far))
-    if all_eers or llr:
-        add(Figure("minCllr", min_cllr(points)), resampled.min_cllr())
-    if llr:
-        add(Figure("Cllr", cllr(points)), resampled.cllr)
+    if figures is None:
+        figures = standard_figures(fars, p_target, all_eers=all_eers, llr=llr) + registered()
+    drawn = [measure.resample(resampled, points) for measure in figures]
+    nothing = np.full(len(resampled.num_targets), np.nan)
     return Report(
-        figures,
+        [_measured(one, points, values) for one, values in zip(figures, drawn, strict=True)],
         points.num_targets,
         points.num_impostors,
         len(np.unique(trials.speakers())),
         points,
         resampled,
-        np.stack(values),
+        np.stack([nothing if values is None else values for values in drawn]),
         trials.source,
         units,
     )
 
 
-def _min_dcf_figure(points: OperatingPoints, prior: float) -> Figure:
-    cost = prior * points.frr + (1 - prior) * points.far
-    at = int(np.argmin(cost))
-    misses, accepts = int(points.misses[at]), int(points.false_accepts[at])
-    threshold = float(points.thresholds[at])
-    return Figure(
-        f"minDCF(p={prior:g})",
-        min_dcf(points, prior),
-        threshold=threshold if np.isfinite(threshold) else None,
-        errors=min(misses, accepts),
-        misses=misses,
-        false_accepts=accepts,
-    )
-
-
-def _act_dcf_figure(points: OperatingPoints, prior: float) -> Figure:
-    threshold = bayes_threshold(prior)
-    misses, accepts = points.errors_at(threshold)
-    return Figure(
-        f"actDCF(p={prior:g})",
-        act_dcf(points, prior, force=True),
-        threshold=threshold,
-        errors=min(misses, accepts),
-        misses=misses,
-        false_accepts=accepts,
-    )
-
-
-def _with_interval(
-    figure: Figure, replicates: np.ndarray | None, points: OperatingPoints
-) -> Figure:
+def _measured(measure: Measure, points: OperatingPoints, replicates: np.ndarray | None) -> Figure:
+    """The figure of a measure with its badge and its interval."""
+    figure = figure_of(measure, points)
+    if figure.errors is not None:
+        figure = replace(figure, support=badge(figure.errors))
     if replicates is None:
         return figure
     low, high = np.percentile(replicates, [2.5, 97.5])
     if figure.errors is not None and figure.errors < 30:
-        widest = _few_errors(figure, points)
-        low, high = min(low, widest[0]), max(high, widest[1])
-    low, high = float(min(low, figure.value)), float(max(high, figure.value))
-    return Figure(**asdict(figure) | {"low": low, "high": high})
-
-
-def _few_errors(figure: Figure, points: OperatingPoints) -> tuple[float, float]:
-    """The interval of a figure whose errors are so few that their number is luck.
-
-    With FAR and FRR anywhere in their Clopper-Pearson intervals. For a TAR at a FAR, the
-    threshold's true FAR may be anywhere in the interval of its count; the TARs at its ends, each
-    with its own interval, bracket the TAR.
-    """
-    n_t, n_n = points.num_targets, points.num_impostors
-    if not figure.name.startswith("TAR"):
-        frr = rate_interval(figure.misses, n_t)
-        far = rate_interval(figure.false_accepts, n_n)
-        if figure.name.startswith("EER"):
-            return min(frr[0], far[0]), max(frr[1], far[1])
-        prior = float(figure.name.partition("=")[2].rstrip(")"))
-        least = min(prior, 1 - prior)
-        costs = [(prior * f + (1 - prior) * a) / least for f, a in zip(frr, far, strict=True)]
-        return costs[0], costs[1] if figure.name.startswith("act") else min(1.0, costs[1])
-    least, most = rate_interval(
-        allowed_false_accepts(float(figure.name.partition("=")[2]), n_n), n_n
-    )
-    fewest = 1 - tar_at_far(points, least).misses / n_t if least * n_n >= 1 else 0.0
-    largest = tar_at_far(points, most).tar
-    return (
-        rate_interval(round(fewest * n_t), n_t)[0],
-        rate_interval(round(largest * n_t), n_t)[1],
-    )
+        widest = measure.few_errors(figure, points)
+        if widest is not None:
+            low, high = min(low, widest[0]), max(high, widest[1])
+    low, high = min(low, figure.value), max(high, figure.value)
+    return replace(figure, low=float(low), high=float(high))
 
 
 @dataclass(frozen=True)
 class Difference:
     """``value`` is the second system minus the first; the interval is paired over speakers."""
 
+    kind: str
+    parameter: float | str | None
     name: str
     value: float
     low: float
     high: float
+    unit: str = "rate"
+    higher_is_better: bool = False
+
+    def show(self, value: float | None) -> str:
+        """A value of this figure's unit as text."""
+        return show(value, self.unit)
 
     @property
     def significant(self) -> bool:
@@ -374,17 +246,24 @@ def compare(first: Report, second: Report) -> list[Difference]:
             "the two systems were not evaluated on the same trials with the same seed and number "
             "of replicates, so their differences cannot be paired"
         )
-    names = [figure.name for figure in second.figures]
+    others = {figure.key: n for n, figure in enumerate(second.figures)}
     differences = []
     for figure, values in zip(first.figures, first.replicates, strict=True):
-        if figure.name not in names:
+        at = others.get(figure.key)
+        if at is None or np.isnan(values - second.replicates[at]).any():
             continue
-        other = second.replicates[names.index(figure.name)]
-        value = second[figure.name].value - figure.value
-        if np.isnan(values - other).any():
-            continue
-        low, high = np.percentile(other - values, [2.5, 97.5])
+        value = second.figures[at].value - figure.value
+        low, high = np.percentile(second.replicates[at] - values, [2.5, 97.5])
         differences.append(
-            Difference(figure.name, value, float(min(low, value)), float(max(high, value)))
+            Difference(
+                figure.kind,
+                figure.parameter,
+                figure.name,
+                value,
+                float(min(low, value)),
+                float(max(high, value)),
+                figure.unit,
+                figure.higher_is_better,
+            )
         )
     return differences

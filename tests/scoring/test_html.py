@@ -48,7 +48,7 @@ def test_the_page_needs_no_network_and_holds_everything(tmp_path):
     for text in ("Optimistic", "Chosen on dev", "unsupported", "TAR@FAR=1e-06", "trials alone"):
         assert text in page
     content = json.loads((tmp_path / "report.json").read_text())
-    assert content["systems"]["worse"]["figures"]["EER"]["value"] == reports["worse"]["EER"].value
+    assert content["systems"]["worse"]["figures"]["EER"]["value"] == reports["worse"]["eer"].value
     figures = {d["name"]: d for d in content["differences"][0]["figures"]}
     assert figures["EER"]["low"] > 0
     assert content["operating_points"]["worse"]["optimistic"] is False
@@ -85,4 +85,4 @@ def test_differences_are_paired():
         unpaired = evaluate(scores, trials, seed=seed, replicates=replicates)
         with pytest.raises(ValueError, match="cannot be paired"):
             compare(first, unpaired)
-    assert first["EER"].high - first["EER"].low > 0.005
+    assert first["eer"].high - first["eer"].low > 0.005

@@ -47,10 +47,10 @@ def test_a_report_gives_the_plain_metrics_within_their_intervals():
     scores, trials = simulated()
     report = evaluate(scores, trials, replicates=200)
     points = operating_points(scores, trials.is_target)
-    assert report["EER"].value == eer(points)
-    assert report["minDCF(p=0.01)"].value == min_dcf(points)
-    assert report["TAR@FAR=0.01"].value == tar_at_far(points, 0.01)[0]
-    assert report["TAR@FAR=0.01"].threshold == tar_at_far(points, 0.01)[1]
+    assert report["eer"].value == eer(points)
+    assert report["min_dcf"].value == min_dcf(points)
+    assert report["tar_at_far", 0.01].value == tar_at_far(points, 0.01)[0]
+    assert report["tar_at_far", 0.01].threshold == tar_at_far(points, 0.01)[1]
     for figure in report.figures:
         assert figure.low <= figure.value <= figure.high
         assert figure.low < figure.high
@@ -119,24 +119,24 @@ def test_intervals_of_a_rate():
 def test_calibrated_costs_have_their_interval_and_badge():
     scores, trials = simulated()
     report = evaluate(3 * scores - 4.5, trials, p_target=0.1, llr=True, replicates=100)
-    figure = report["actDCF(p=0.1)"]
+    figure = report["act_dcf"]
     assert figure.value == act_dcf(report.points, 0.1)
     assert figure.low < figure.value < figure.high
     assert figure.support == badge(min(report.points.errors_at(figure.threshold)))
-    assert report["Cllr"].value >= report["minCllr"].value
-    assert report["Cllr"].low < report["Cllr"].value < report["Cllr"].high
+    assert report["cllr"].value >= report["min_cllr"].value
+    assert report["cllr"].low < report["cllr"].value < report["cllr"].high
 
 
 def test_few_errors_widen_the_interval_and_are_marked():
     scores, trials = simulated(num_speakers=6, distance=20.0)
     report = evaluate(scores, trials, fars=(1e-1, 1e-3), replicates=50)
-    figure = report["TAR@FAR=0.001"]
+    figure = report["tar_at_far", 0.001]
     assert figure.support == "unsupported"
     targets = report.num_targets
     assert figure.value == figure.high == 1
     # no false accept is allowed, so nothing bounds the FAR of the threshold from below
     assert figure.low == 0
-    assert report["EER"].support == "unsupported"
+    assert report["eer"].support == "unsupported"
     assert beta.ppf(0.025, targets, 1) < 1
 
 

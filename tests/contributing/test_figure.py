@@ -1,0 +1,84 @@
+"""A figure of one's own: one file outside the package, no other change."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+
+from speechbrain_qmargin.trials import Trials, write_scores
+
+FILE = '''
+"""The false accept rate at which a share of the targets is accepted."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from speechbrain_qmargin.scoring.figures import Found, register
+from speechbrain_qmargin.scoring.uncertainty import rate_interval
+
+
+@dataclass(frozen=True)
+class FarAtTar:
+    tar: float
+
+    kind = "far_at_tar"
+    unit = "rate"
+    higher_is_better = False
+
+    @property
+    def parameter(self):
+        return self.tar
+
+    @property
+    def name(self):
+        return f"FAR@TAR={self.tar:g}"
+
+    def find(self, points):
+        at = np.flatnonzero(points.misses <= (1 - self.tar) * points.num_targets + 1e-9)[-1]
+        misses, accepts = int(points.misses[at]), int(points.false_accepts[at])
+        threshold = float(points.thresholds[at])
+        return Found(float(points.far[at]), threshold, min(misses, accepts), misses, accepts)
+
+    def resample(self, drawn, points):
+        at = (drawn.frr <= 1 - self.tar).sum(axis=0) - 1
+        return drawn.far[np.maximum(at, 0), np.arange(len(at))]
+
+    def few_errors(self, found, points, confidence=0.95):
+        return rate_interval(found.false_accepts, points.num_impostors, confidence)
+
+
+register(FarAtTar(0.9))
+'''
+
+
+def test_a_figure_is_one_file(tmp_path):
+    rng = np.random.default_rng(0)
+    left, right = np.triu_indices(80, 1)
+    same = left // 4 == right // 4
+    trials = Trials([f"s{i // 4}/u{i % 4}" for i in range(80)], left, right, same)
+    scores = rng.normal(size=len(left)) + 3 * same
+    write_scores(tmp_path / "a.tsv", trials, scores)
+    write_scores(tmp_path / "b.tsv", trials, scores + 0.5 * rng.normal(size=len(left)))
+    (tmp_path / "mine.py").write_text(FILE, encoding="utf-8")
+    command = "import sys; from speechbrain_qmargin.cli import main; sys.exit(main())"
+    arguments = ["--quiet", "report", "a.tsv", "b.tsv", "--output=out", "--replicates=50"]
+    run = subprocess.run(
+        [sys.executable, "-c", command, *arguments, "--figures_from=mine.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    targets, impostors = np.sort(scores[same]), scores[~same]
+    threshold = targets[int(0.1 * len(targets) + 1e-9)]
+    figure = content["systems"]["a"]["figures"]["FAR@TAR=0.9"]
+    assert (figure["kind"], figure["parameter"]) == ("far_at_tar", 0.9)
+    assert figure["value"] == (impostors >= threshold).mean()
+    assert figure["low"] < figure["value"] < figure["high"]
+    assert figure["support"] in ("indicative", "measured")
+    assert "far_at_tar" in {d["kind"] for d in content["differences"][0]["figures"]}
+    assert "FAR@TAR=0.9" in run.stdout
+    assert "FAR@TAR=0.9" in (tmp_path / "out" / "report.html").read_text()
