@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import replacing, write_text
 
 __all__ = ["DryRunTree", "build_dry_run_tree", "write_m4a"]
@@ -135,12 +136,9 @@ def write_m4a(path: str | Path, samples: np.ndarray, rate: int = RATE) -> None:
     ImportError
         PyAV is missing: extra ``voxceleb``.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(
-            "m4a files are written by PyAV: pip install 'speechbrain_qmargin[voxceleb]'"
-        ) from error
+    require("av", why="m4a files are written by PyAV", extra="voxceleb")
+    import av
+
     with replacing(path) as partial, av.open(str(partial), "w", format="ipod") as container:
         stream = container.add_stream("aac", rate=rate, layout="mono")
         stream.bit_rate = 64_000

@@ -28,6 +28,7 @@ from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, MIN_SECONDS, read_aud
 from speechbrain_qmargin.data.voxceleb import audio_files, audio_roots
 from speechbrain_qmargin.embeddings import save_embeddings
 from speechbrain_qmargin.export.encoder import load_encoder
+from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import replacing, write_text
 from speechbrain_qmargin.training.extraction import EmbeddingParts
 
@@ -120,12 +121,7 @@ def check_output(out: Path, recordings: dict[str, Path]) -> None:
     if out.exists():
         raise FileExistsError(f"{out} is there already; delete it, or give another OUT")
     if out.suffix != ".npz":
-        try:
-            import kaldiio  # noqa: F401
-        except ImportError:
-            raise ImportError(
-                f"{out}: Kaldi's files want: pip install 'speechbrain_qmargin[kaldi]'"
-            ) from None
+        require("kaldiio", why=f"{out}: Kaldi's files", extra="kaldi")
         spaced = [name for name in recordings if len(name.split()) != 1]
         if spaced:
             raise ValueError(f"{out}: Kaldi's ids have no spaces, as {spaced[0]!r} has; use .npz")

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from speechbrain_qmargin.extras import require
+
 __all__ = ["AUDIO_SUFFIXES", "MIN_SECONDS", "inspect_audio", "read_audio", "resampled"]
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
@@ -121,12 +123,9 @@ def inspect_audio(path: Path) -> tuple[float, str]:
 
 
 def _open_m4a(path: str | Path):
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(
-            f"{path}: m4a files are read by PyAV: pip install 'speechbrain_qmargin[voxceleb]'"
-        ) from error
+    require("av", why=f"{path}: m4a files are read by PyAV", extra="voxceleb")
+    import av
+
     try:
         container = av.open(str(path))
     except av.FFmpegError as error:

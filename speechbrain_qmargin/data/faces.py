@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from speechbrain_qmargin.data.classes import all_pairs, held_out_for_validation, training_classes
+from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.trials import read_trials, speaker_in
 
@@ -346,12 +347,9 @@ def read_pixels(source: str | Path | bytes, size: int | None = None) -> np.ndarr
     >>> read_pixels(b"P5 2 1 255 " + bytes([7, 9])).tolist()  # a PGM image
     [[[7, 7, 7], [9, 9, 9]]]
     """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise ImportError(
-            "images are read with pillow: pip install 'speechbrain_qmargin[report]'"
-        ) from error
+    require("PIL", why="images are read with pillow", extra="face")
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image = image.convert("RGB")

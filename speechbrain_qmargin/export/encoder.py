@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import replacing, write_text
 from speechbrain_qmargin.scoring.decision import OperatingPoint
 from speechbrain_qmargin.training.brain import bare, load_average
@@ -275,13 +276,8 @@ def export_onnx(
     ValueError
         Some embedding differs by more than 1e-4 of its length; no file is left.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"{error}; ONNX export wants: pip install 'speechbrain_qmargin[onnx]'"
-        ) from None
+    require("onnxruntime", "onnxscript", why="ONNX export", extra="onnx")
+    import onnxruntime
 
     rate = encoder.sample_rate
     graph = _Graph(encoder, from_waveform).eval()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import load_record, save_record
 from speechbrain_qmargin.trials import Trials
 
@@ -158,12 +159,9 @@ def fit_calibration(
     >>> calibration.features, 10 < calibration.weights[0] < 30
     (['score'], True)
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ImportError(
-            "calibration needs scikit-learn: pip install 'speechbrain_qmargin[report]'"
-        ) from error
+    require("sklearn", why="calibration", extra="report")
+    from sklearn.linear_model import LogisticRegression
+
     if not 0 < p_target < 1:
         raise ValueError(f"p_target must be in (0, 1), got {p_target}")
     qualities = dict(qualities or {})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import replacing
 from speechbrain_qmargin.scoring.metrics import (
     OperatingPoints,
@@ -25,12 +26,9 @@ _TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9
 
 
 def _canvas(width: float, height: float):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib: pip install 'speechbrain_qmargin[report]'"
-        ) from error
+    require("matplotlib", why="plots", extra="report")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 

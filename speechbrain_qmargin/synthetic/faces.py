@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import cache_folder, replacing, write_text
 
 __all__ = ["CORPUS_VERSION", "MiniFaces", "build_mini_faces", "draw_face"]
@@ -114,12 +115,9 @@ def draw_face(identity: tuple[int, ...], number: int, size: int = SIZE):
     -------
     PIL.Image.Image, RGB
     """
-    try:
-        from PIL import Image, ImageFilter
-    except ImportError as error:
-        raise ImportError(
-            "generated faces need Pillow: pip install 'speechbrain_qmargin[face]'"
-        ) from error
+    require("PIL", why="generated faces", extra="face")
+    from PIL import Image, ImageFilter
+
     who = np.random.default_rng((*identity, 1))
     now = np.random.default_rng((*identity, 2, number))
     image = _portrait(who, now, 2 * size)

@@ -398,7 +398,9 @@ def build_mini_corpus(
     changed = 0
     with _naming_folder(folder, needed):
         if missing:
-            _require_packages()
+            from speechbrain_qmargin.extras import require  # not in the workers either
+
+            require("espeakng_loader", "soundfile", why="the mini corpus", extra="demo")
             _require_space(folder, needed)
         (folder / "wav").mkdir(parents=True, exist_ok=True)
         manifest = folder / "manifest.jsonl"
@@ -588,18 +590,6 @@ def _naming_folder(folder: Path, needed: int) -> Iterator[None]:
             f"{max(1, round(needed / 1e6))} MB more; what is built is kept. Make room, or choose "
             f"another folder (an argument, or the environment variable {CACHE_VARIABLE})",
             str(folder),
-        ) from error
-
-
-def _require_packages() -> None:
-    try:
-        import espeakng_loader  # noqa: F401
-        import soundfile  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"the mini corpus is synthesised with the package {error.name!r}, which is not "
-            "installed: pip install 'speechbrain_qmargin[demo]'",
-            name=error.name,
         ) from error
 
 
