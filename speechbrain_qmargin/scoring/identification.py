@@ -12,47 +12,18 @@ of the given one, by the hypergeometric distribution, not a draw of some of them
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from speechbrain_qmargin.scoring.metrics import allowed_false_accepts
-from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval
+from speechbrain_qmargin.scoring.shares import Share, share, support_of
 
-__all__ = ["COMBINE", "Identification", "OpenSet", "Share", "identify"]
+__all__ = ["COMBINE", "Identification", "OpenSet", "identify"]
 
 COMBINE = ("max", "mean")
 _CELLS = 2**23  # products held at once, in float32
 _STEPS = 2048  # thresholds among which that of a smaller watch list is looked for
-_FEW_IDENTITIES = 8  # below, no interval is called measured
-
-
-@dataclass(frozen=True)
-class Share:
-    """A rate over probes with its interval over identities.
-
-    Attributes
-    ----------
-    value, low, high : float
-    errors : float
-        What it rests on; an expectation where the watch list is the mean over subsets.
-    probes, identities : int
-        The probes that it is of, and their identities.
-    support : str
-        "measured" (30 errors or more, of eight identities or more), "indicative", "unsupported".
-    """
-
-    value: float
-    low: float
-    high: float
-    errors: float
-    probes: int
-    identities: int
-    support: str
-
-    def __str__(self) -> str:
-        shown = f"{100 * self.value:.2f} % ({100 * self.low:.2f} to {100 * self.high:.2f} %)"
-        return f"{shown} {self.support}"
 
 
 @dataclass(frozen=True)
@@ -123,7 +94,7 @@ class Identification:
             "",
             "rank   found (95 % interval over identities)",
         ]
-        lines += [f"{rank:<6} {share}" for rank, share in self.cmc.items()]
+        lines += [f"{rank:<6} {found}" for rank, found in self.cmc.items()]
         if self.open_set:
             among = "first" if self.rank_limit == 1 else f"among the first {self.rank_limit}"
             lines += [
@@ -148,7 +119,7 @@ class Identification:
             "mated_probes": len(self.ranks),
             "other_probes": len(self.highest),
             "rank_limit": self.rank_limit,
-            "cmc": {str(rank): asdict(share) for rank, share in self.cmc.items()},
+            "cmc": {str(rank): asdict(found) for rank, found in self.cmc.items()},
             "open_set": [asdict(row) for row in self.open_set],
         }
 
@@ -309,18 +280,18 @@ def identify(
     of_mated = table.identity[table.mated]
     shares = [_found_share(hit, of_mated, sway, confidence)
               for hit, sway in zip(hits, swayed, strict=True)]  # fmt: skip
-    cmc = {rank: share for (_, _, rank), share in zip(closed, shares, strict=False)}
+    cmc = {rank: shares[n] for n, (_, _, rank) in enumerate(closed)}
     open_set = []
     for cell, (size, threshold, rank) in enumerate(open_cells):
         fpir = _alarm_share(alarms[cell], table.identity[table.others], alarmed[cell], confidence)
-        missed = _complement(shares[len(closed) + cell])
+        missed = shares[len(closed) + cell].complement
         lenient = 1 - found_at(size, threshold_of(size, fpir.high), rank).mean()
         strict = 1.0  # a FPIR of less than one probe: the threshold may be beyond all scores
         if fpir.low * len(highest) >= 1:
             strict = 1 - found_at(size, threshold_of(size, fpir.low), rank).mean()
         allowed = wanted[cell] * len(highest)
         fnir = _with_threshold(missed, float(lenient), float(strict), min(allowed, missed.errors),
-                               min(missed.identities, fpir.identities))  # fmt: skip
+                               min(missed.people, fpir.people))  # fmt: skip
         open_set.append(OpenSet(size, wanted[cell], threshold, fpir, fnir))
     return Identification(count, len(table.gallery), rank_limit, cmc, open_set, above + 1,
                           mate_scores, highest)  # fmt: skip
@@ -412,9 +383,10 @@ def _fpir_curves(search, table: _Table, sizes: Sequence[int], lowest: float, hig
     chances = [_alarm_chance(table.count, size) for size in sizes]
     sums = np.zeros((len(sizes), len(grid)))
     for _, scores in search(table.others):
-        at = np.searchsorted(grid, scores, side="right") + (len(grid) + 1) * np.arange(
-            len(scores)
-        )[:, None]
+        at = (
+            np.searchsorted(grid, scores, side="right")
+            + (len(grid) + 1) * np.arange(len(scores))[:, None]
+        )
         counts = np.bincount(at.ravel(), minlength=len(scores) * (len(grid) + 1))
         counts = counts.reshape(len(scores), -1)[:, ::-1].cumsum(axis=1)[:, ::-1]
         over = counts[:, 1:]  # at or above each threshold
@@ -432,32 +404,6 @@ def _sums(values: np.ndarray, identity: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.bincount(number, values), np.bincount(number)
 
 
-def _share(rate: float, variance: float, probes: int, identities: int, confidence: float) -> Share:
-    from scipy.special import expit, logit
-    from scipy.stats import t
-
-    errors = probes * min(rate, 1 - rate)
-    low, high = rate, rate
-    if 0 < rate < 1 and identities > 1:
-        reach = t.ppf(0.5 + confidence / 2, identities - 1) * np.sqrt(variance)
-        reach /= rate * (1 - rate)
-        low, high = expit(logit(rate) - reach), expit(logit(rate) + reach)
-    if identities < 2:
-        low, high = 0.0, 1.0
-    if errors < 30:
-        widest = rate_interval(round(rate * probes), probes, confidence)
-        low, high = min(low, widest[0]), max(high, widest[1])
-    support = _support(errors, identities)
-    return Share(rate, float(low), float(high), float(errors), probes, identities, support)
-
-
-def _support(errors: float, identities: int) -> str:
-    support = badge(errors)
-    if identities < 2:
-        return "unsupported"
-    return "indicative" if support == "measured" and identities < _FEW_IDENTITIES else support
-
-
 def _found_share(found: np.ndarray, identity: np.ndarray, swayed: np.ndarray, confidence: float):
     """The share of mated probes that are found; identities of the gallery are left out in turn."""
     rate = min(max(float(found.mean()), 0.0), 1.0)
@@ -466,7 +412,7 @@ def _found_share(found: np.ndarray, identity: np.ndarray, swayed: np.ndarray, co
     left_out = (swayed - own) / len(found)
     variance = (count - 1) / count * np.sum((left_out - left_out.mean()) ** 2)
     identities = len(np.unique(identity))
-    return _share(rate, float(variance), len(found), identities, confidence)
+    return share(rate, float(variance), len(found), identities, confidence)
 
 
 def _alarm_share(alarm: np.ndarray, identity: np.ndarray, swayed: np.ndarray, confidence: float):
@@ -478,19 +424,21 @@ def _alarm_share(alarm: np.ndarray, identity: np.ndarray, swayed: np.ndarray, co
     variance = (count - 1) / count * np.sum((left_out - left_out.mean()) ** 2)
     if people > 1:
         variance += people / (people - 1) * np.sum((total - rate * number) ** 2) / len(alarm) ** 2
-    return _share(rate, float(variance), len(alarm), people, confidence)
-
-
-def _complement(share: Share) -> Share:
-    return Share(1 - share.value, 1 - share.high, 1 - share.low, share.errors, share.probes,
-                 share.identities, share.support)  # fmt: skip
+    return share(rate, float(variance), len(alarm), people, confidence)
 
 
 def _with_threshold(
-    share: Share, lenient: float, strict: float, errors: float, identities: int
+    missed: Share, lenient: float, strict: float, errors: float, people: int
 ) -> Share:
     """Joined with the rates at the ends of the threshold's interval."""
-    low = share.value - np.hypot(share.value - share.low, max(share.value - lenient, 0))
-    high = share.value + np.hypot(share.high - share.value, max(strict - share.value, 0))
-    return Share(share.value, float(max(low, 0)), float(min(high, 1)), float(errors), share.probes,
-                 share.identities, _support(errors, identities))  # fmt: skip
+    value = missed.value
+    low = value - np.hypot(value - missed.low, max(value - lenient, 0))
+    high = value + np.hypot(missed.high - value, max(strict - value, 0))
+    return replace(
+        missed,
+        low=float(max(low, 0)),
+        high=float(min(high, 1)),
+        errors=float(errors),
+        people=people,
+        support=support_of(errors, people),
+    )

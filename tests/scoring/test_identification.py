@@ -61,7 +61,8 @@ def test_rates_of_the_whole_list_are_those_of_a_loop(combine, levels):
     for row in found.open_set:
         hit, alarm = naive_rates(scores, people, names, np.float32(row.threshold), 2)
         assert row.fnir.value == pytest.approx(1 - hit)
-        assert row.fpir.value == pytest.approx(alarm) and row.fpir.value <= row.target
+        assert row.fpir.value == pytest.approx(alarm)
+        assert row.fpir.value <= row.target
         for share in (row.fpir, row.fnir):
             assert share.low <= share.value <= share.high
 
@@ -100,8 +101,8 @@ def test_the_jackknife_leaves_out_each_identity(monkeypatch):
         seen.append((rate, variance))
         return share(rate, variance, number, identities, confidence)
 
-    share = identification._share
-    monkeypatch.setattr(identification, "_share", keep)
+    share = identification.share
+    monkeypatch.setattr(identification, "share", keep)
     found = identify(gallery, owners, probes, names, ranks=(1, 3), fpirs=(0.25,))
     people, scores = naive_scores(gallery, owners, probes, "max")
     threshold = np.float32(found.open_set[0].threshold)

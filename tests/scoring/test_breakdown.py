@@ -1,0 +1,142 @@
+"""Groups of trials and their rates against loops; the interval of a share by simulation."""
+
+import numpy as np
+import pytest
+
+from speechbrain_qmargin.scoring.breakdown import breakdown, read_metadata, trial_groups
+from speechbrain_qmargin.scoring.shares import share_of_trials
+from speechbrain_qmargin.trials import Trials
+
+
+def simulated(seed=0, speakers=24, takes=4, effect=0.3):
+    rng = np.random.default_rng(seed)
+    of = np.repeat(np.arange(speakers), takes)
+    left, right = np.triu_indices(len(of), 1)
+    same = of[left] == of[right]
+    person = effect * rng.normal(size=speakers)
+    scores = person[of[left]] + person[of[right]] + rng.normal(size=len(left)) + 2 * same
+    ids = [f"s{i}/{j}" for j, i in enumerate(of)]
+    return scores, Trials(ids, left, right, same)
+
+
+def test_rates_are_those_of_a_loop():
+    scores, trials = simulated()
+    gender = {f"s{i}": "fm"[i % 2] for i in range(24)}
+    del gender["s5"]
+    gender["s4/16"] = "m"  # a recording's own value comes first
+    found = breakdown(scores, trials, 1.0, gender, column="gender")
+    counts = {}
+    for e, t, same, score in zip(
+        trials.enrolment, trials.test, trials.is_target, scores, strict=True
+    ):
+        sides = [gender.get(trials.ids[n], gender.get(trials.ids[n].split("/")[0]))
+                 for n in (e, t)]  # fmt: skip
+        name = "not in the table"
+        if None not in sides:
+            name = " × ".join(sorted(set(sides)))
+        wrong, number = counts.setdefault((name, bool(same)), [0, 0])
+        counts[name, bool(same)] = [wrong + ((score >= 1.0) != same), number + 1]
+    seen = {}
+    for row in found.groups:
+        for same, share in ((False, row.fmr), (True, row.fnmr)):
+            if share:
+                seen[row.group, same] = [round(share.value * share.trials), share.trials]
+    assert seen == counts
+    assert found.overall.fmr.trials == np.count_nonzero(~trials.is_target)
+    assert "f × m" in found.table()
+    assert found.to_dict()["groups"][0]["fmr"]["trials"] == counts["f", False][1]
+
+
+def test_bins_and_same_session():
+    trials = Trials(["a/1", "a/2", "b/1"], np.array([0, 0, 1]), np.array([1, 2, 2]),
+                    np.array([True, False, False]))  # fmt: skip
+    group, names = trial_groups(trials, {"a/1": "1.5", "a/2": "2", "b/1": "9"}, edges=[2, 5])
+    assert [names[n] for n in group] == [
+        "below 2 × 2 to 5", "below 2 × 5 and more", "2 to 5 × 5 and more"]  # fmt: skip
+    group, names = trial_groups(trials, {"a/1": "x", "a/2": "y", "b/1": "x"}, relation="same")
+    assert [names[n] for n in group] == ["other", "same", "other"]
+    group, _ = trial_groups(trials, {"a/1": "x", "a/2": "y"})
+    assert group.tolist()[1:] == [-1, -1]
+    with pytest.raises(ValueError, match="names none of the trials' recordings"):
+        trial_groups(trials, {"c": "1"})
+    with pytest.raises(ValueError, match="'x' is no number"):
+        trial_groups(trials, {"a": "x"}, edges=[1])
+    with pytest.raises(ValueError, match="must rise"):
+        trial_groups(trials, {"a": "1"}, edges=[2, 1])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected a header"),
+        ("id\na\n", "expected a header"),
+        ("id,x,x\n", "distinct"),
+        ("id,x\n", "no lines"),
+        ("id,x\na,1\na,2\n", ":3: a is listed in line 2 already"),
+        ("id\tx\na\t1\t2\n", ":2: 3 fields, the header has 2"),
+    ],
+)
+def test_a_bad_table_is_named(tmp_path, text, message):
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_metadata(path)
+    assert "table.csv" in str(caught.value)
+
+
+def test_a_table_is_read(tmp_path):
+    path = tmp_path / "table.tsv"
+    path.write_bytes('\ufeffid\tlanguage\tyears\na b/1\t"de"\t\nb\tfr\t3\n'.encode())
+    assert read_metadata(path) == {"language": {"a b/1": "de", "b": "fr"}, "years": {"b": "3"}}
+    path.write_bytes(b"id,x\n\xff,1\n")
+    with pytest.raises(ValueError, match="not a UTF-8 text file"):
+        read_metadata(path)
+
+
+def test_the_variance_is_that_of_the_formula():
+    rng = np.random.default_rng(1)
+    one, two = rng.integers(0, 9, size=(2, 400))
+    outcome = rng.random(400) < 0.3
+    found = share_of_trials(outcome, one, two)
+    apart = outcome - outcome.mean()
+    people = sum(
+        (apart[mine].sum() / np.count_nonzero(~mine)) ** 2
+        for mine in ((one == s) | (two == s) for s in range(9))
+    )
+    pairs = {}
+    for a, b, d in zip(one, two, apart, strict=True):
+        pairs[frozenset((a, b))] = pairs.get(frozenset((a, b)), 0) + d / 400
+    total = 8 / 9 * people - sum(v**2 for k, v in pairs.items() if len(k) == 2)
+    variance = max(total, sum(v**2 for v in pairs.values()))
+    from scipy.stats import t
+
+    rate = outcome.mean()
+    reach = t.ppf(0.975, 8) * np.sqrt(variance) / (rate * (1 - rate))
+    assert found.high == pytest.approx(1 / (1 + (1 - rate) / rate * np.exp(-reach)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("speakers", [8, 40])
+def test_intervals_hold_the_truth(speakers):
+    from scipy.stats import norm
+
+    kept = {"fmr": [], "fnmr": []}
+    truth = {"fmr": norm.sf(1.0, scale=np.sqrt(1.18)),
+             "fnmr": norm.cdf(-1.0, scale=np.sqrt(1.36))}  # fmt: skip
+    for seed in range(300):
+        scores, trials = simulated(seed, speakers)
+        found = breakdown(scores, trials, 1.0, {i: "x" for i in trials.ids}).groups[0]
+        for name, true in truth.items():
+            share = getattr(found, name)
+            kept[name].append(share.low <= true <= share.high)
+    for name, held in kept.items():
+        assert 0.90 <= np.mean(held) <= 0.99, (name, np.mean(held))
+
+
+def test_one_person_and_no_errors_claim_nothing():
+    one = np.zeros(50, dtype=int)
+    assert share_of_trials(np.arange(50) < 20, one, one).support == "unsupported"
+    found = share_of_trials(np.zeros(300, bool), np.arange(300), np.arange(300) + 1)
+    assert found.support == "unsupported"
+    assert found.low == 0
+    assert found.high == pytest.approx(0.0122, abs=1e-4)
