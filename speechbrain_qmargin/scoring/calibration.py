@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import load_record, save_record
 from speechbrain_qmargin.trials import Trials
 
-__all__ = ["Calibration", "fit_calibration"]
+__all__ = ["Calibration", "fit_calibration", "fit_log_odds"]
 
 Qualities = Mapping[str, Mapping[str, float]]
 
@@ -123,6 +124,62 @@ def _features(scores: np.ndarray, trials: Trials, qualities: Qualities) -> np.nd
     return np.column_stack(columns)
 
 
+def fit_log_odds(
+    features: np.ndarray, is_target: np.ndarray, p_target: float
+) -> tuple[np.ndarray, float]:
+    """Weights and offset of ``llr = features @ weights + offset``.
+
+    Unregularised logistic regression (scikit-learn), the classes weighted to a prior of
+    `p_target`, run to convergence; the prior's log odds are taken out.
+
+    Parameters
+    ----------
+    features : float array [N, F]
+    is_target : bool array [N]
+    p_target : float
+
+    Raises
+    ------
+    ValueError
+        One class missing, a prior outside (0, 1), features that separate the classes (the best
+        log-likelihood ratio would be infinite).
+
+    Examples
+    --------
+    >>> scores = np.array([[2.0], [0.0], [1.0], [-1.0]])
+    >>> weights, offset = fit_log_odds(scores, np.array([True, True, False, False]), 0.5)
+    >>> weights.round(2), round(offset, 2)
+    (array([0.91]), -0.45)
+    """
+    require("sklearn", why="calibration", extra="report")
+    from sklearn.linear_model import LogisticRegression
+
+    if not 0 < p_target < 1:
+        raise ValueError(f"p_target must be in (0, 1), got {p_target}")
+    number = np.count_nonzero(is_target)
+    if number in (0, len(is_target)):
+        raise ValueError("calibration needs target and impostor trials")
+    centre, spread = np.mean(features, axis=0), np.std(features, axis=0)
+    spread[spread == 0] = 1
+    weight = np.where(is_target, p_target / number, (1 - p_target) / (len(is_target) - number))
+    model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10, max_iter=1000)
+    apart = features[is_target, 0].min() > features[~is_target, 0].max()
+    if not apart:
+        with warnings.catch_warnings():  # scikit-learn's words for classes that are apart
+            warnings.simplefilter("ignore")
+            model.fit((features - centre) / spread, is_target, sample_weight=weight * len(weight))
+        found = features @ (model.coef_[0] / spread)
+        apart = found[is_target].min() > found[~is_target].max()
+    if apart:
+        raise ValueError(
+            "the development scores separate targets and impostors entirely: their best "
+            "log-likelihood ratios are infinite. Use a harder or larger list"
+        )
+    weights = model.coef_[0] / spread
+    offset = model.intercept_[0] - weights @ centre - math.log(p_target / (1 - p_target))
+    return weights, float(offset)
+
+
 def fit_calibration(
     scores: np.ndarray,
     trials: Trials,
@@ -159,34 +216,12 @@ def fit_calibration(
     >>> calibration.features, 10 < calibration.weights[0] < 30
     (['score'], True)
     """
-    require("sklearn", why="calibration", extra="report")
-    from sklearn.linear_model import LogisticRegression
-
-    if not 0 < p_target < 1:
-        raise ValueError(f"p_target must be in (0, 1), got {p_target}")
     qualities = dict(qualities or {})
     features = _features(scores, trials, qualities)
     if not np.isfinite(features[:, 0]).all():
         raise ValueError("scores must be finite")
-    target = trials.is_target
-    number = np.count_nonzero(target)
-    if number in (0, len(target)):
-        raise ValueError("calibration needs target and impostor trials")
-    if features[target, 0].min() > features[~target, 0].max():
-        raise ValueError(
-            "the development scores separate targets and impostors entirely: their best "
-            "log-likelihood ratios are infinite. Use a harder or larger list"
-        )
-    centre, spread = features.mean(0), features.std(0)
-    spread[spread == 0] = 1
-    weight = np.where(target, p_target / number, (1 - p_target) / (len(target) - number))
-    model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10, max_iter=1000)
-    model.fit((features - centre) / spread, target, sample_weight=weight * len(target))
-    weights = model.coef_[0] / spread
-    offset = model.intercept_[0] - weights @ centre - math.log(p_target / (1 - p_target))
+    weights, offset = fit_log_odds(features, trials.is_target, p_target)
     names = ["score"]
     for name in qualities:
         names += [f"lower {name}", f"higher {name}"]
-    return Calibration(
-        names, weights.tolist(), float(offset), p_target, digest(trials), len(trials)
-    )
+    return Calibration(names, weights.tolist(), offset, p_target, digest(trials), len(trials))
