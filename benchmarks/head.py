@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
-from speechbrain_qmargin.head.search import candidate_tau, posterior, refined, search
+from speechbrain_qmargin.head.search import candidate_level, posterior, refined, search
 
 LR = 0.01
 SETTINGS = {192: [(1.25, 32, 0.05), (1.25, 32, 0.3), (1.5, 10, 0.05), (1.25, 32, None)]}
@@ -76,8 +76,8 @@ class QMargin:
         found = search(unit, labels, target.float(), own, *parameters)
         candidates = refined(exact, *found, own, alpha, scale)
         logits = candidates.cosines * scale
-        tau = candidate_tau(logits, target * scale, alpha, -scale * margin)
-        active = posterior(logits, tau, alpha) > 0
+        level = candidate_level(logits, target * scale, alpha, -scale * margin)
+        active = posterior(logits, level, alpha) > 0
         counts = active.sum(1)
         rows = torch.stack((counts.argmin(), counts.argmax(), *torch.arange(2)))
         got = head(x[rows]).q_margin_loss(labels[rows], *parameters, reduction="none")

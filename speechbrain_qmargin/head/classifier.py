@@ -11,21 +11,21 @@ from torch.autograd.function import once_differentiable
 
 from speechbrain_qmargin.head.search import (
     Prototypes,
-    candidate_tau,
+    candidate_level,
     chunked_cosines,
-    dense_tau,
+    dense_level,
     exact_cosines,
     posterior,
     refined,
     search,
+    uniform_measure,
 )
 from speechbrain_qmargin.loss.functional import (
     QMarginStats,
-    _powers,
-    _single_class_tau,
     check_labels,
     check_loss_parameters,
 )
+from speechbrain_qmargin.loss.solver import fenchel_young
 
 __all__ = ["HeadOutput", "QMarginHead"]
 
@@ -291,38 +291,29 @@ class _HeadLoss(torch.autograd.Function):
             found = search(unit, labels, cos_y.float(), prototypes, *parameters)
         scored = exact if alpha > 1 else unit
         z_y = cos_y * scale
-        prior = torch.full_like(z_y, -scale * margin)
-        alone = _single_class_tau(z_y, alpha, prior)
         if found is not None:
             candidates = refined(exact, *found, prototypes, alpha, scale)
             logits = candidates.cosines * scale
-            tau = candidate_tau(logits, z_y, alpha, -scale * margin)
-            p = posterior(logits, tau, alpha)
+            level = candidate_level(logits, z_y, alpha, -scale * margin)
+            p = posterior(logits, level, alpha)
             active = p > 0
             support = active.sum(1)
             total = p.sum(1)
             gap = (p * (candidates.cosines - cos_y.unsqueeze(1)).masked_fill_(~active, 0)).sum(1)
         else:
-            tau = dense_tau(scored, labels, cos_y, prototypes, *parameters)
-            total, gap = torch.zeros_like(tau), torch.zeros_like(tau)
+            level = dense_level(scored, labels, cos_y, prototypes, *parameters)
+            total, gap = torch.zeros_like(level), torch.zeros_like(level)
             support = torch.zeros_like(labels)
             for _, cosines in chunked_cosines(scored, labels, prototypes):
-                p = posterior(cosines * scale, tau.to(cosines.dtype), alpha)
+                p = posterior(cosines * scale, level, alpha)
                 total, support = total + p.sum(1), support + (p > 0).sum(1)
                 gap = gap + (p * (cosines - cos_y.unsqueeze(1)).clamp_(min=-3)).sum(1)
-        if alpha == 1:
-            p_y = torch.exp(alone - tau)
-        else:
-            h_y, u_y = _powers(z_y, tau, alpha, prior)
-            p_y = h_y * u_y
-        # L = (1 - 1/alpha) (<p, theta> - theta_y) + (tau - tau of the target alone) / alpha, with
-        # sum p = 1; see functional._QMargin
-        inverse_total = 1 / (total + p_y)
-        loss = (1 - 1 / alpha) * gap * scale * inverse_total + (tau - alone) / alpha
-        loss = torch.where(total == 0, 0.0, loss.clamp(min=0)).float()
+        measure = uniform_measure(z_y, alpha, -scale * margin)
+        solution = fenchel_young(measure, z_y, level, total, gap * scale)
+        loss, p_y = solution.loss.float(), solution.target_posterior.float()
+        inverse_total = solution.inverse_total
+        g_y = (solution.residual * slope).float()
         support = support + (p_y > 0)
-        g_y = (-total * inverse_total * slope).float()  # p_y - 1, near 1 would be all rounding
-        p_y = (p_y * inverse_total).float()
         if found is not None:
             samples, place = active.nonzero(as_tuple=True)
             flat = samples * active.shape[1] + place
@@ -336,7 +327,7 @@ class _HeadLoss(torch.autograd.Function):
             )
         else:
             ctx.entries = None
-        ctx.save_for_backward(unit, scored, labels, tau, inverse_total, g_y)
+        ctx.save_for_backward(unit, scored, labels, level, inverse_total, g_y)
         ctx.prototypes, ctx.parameters = prototypes, parameters
         ctx.key = weight._version
         ctx.weight = weight
@@ -393,14 +384,14 @@ def _project(grad: Tensor, unit: Tensor, inverse_norm: Tensor) -> None:
 
 
 def _dense_backward(ctx, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    unit, scored, labels, tau, inverse_total, g_y = ctx.saved_tensors
+    unit, scored, labels, level, inverse_total, g_y = ctx.saved_tensors
     alpha, logit_scale, _ = ctx.parameters
     prototypes = ctx.prototypes
     grad_unit = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
     grad_weight = torch.empty_like(prototypes.weight) if ctx.needs_input_grad[1] else None
     everyone = torch.arange(labels.numel(), device=labels.device)
     for rows, cosines in chunked_cosines(scored, labels, prototypes):
-        g = posterior(cosines * logit_scale, tau.to(cosines.dtype), alpha)
+        g = posterior(cosines * logit_scale, level, alpha)
         g = (g * inverse_total.unsqueeze(1)).float()
         inside = (labels >= rows.start) & (labels < rows.stop)
         place = (labels - rows.start).clamp(0, g.shape[1] - 1)

@@ -5,7 +5,7 @@ shards. A step exchanges, whatever the number of classes,
 
 1. batch sizes and validity of the input, then the embeddings and labels (one gather each),
 2. the target's cosine, the guessed floor, the candidates' peak: one number a sample each,
-3. two sums a sample for each Newton step: 3 to 8, at most what ``functional._newton_steps`` proves,
+3. two sums a sample for each Newton step: 3 to 8, at most what ``solver.newton_steps`` proves,
 4. three moments a sample; in the backward the loss's gradient, one number a sample, and the
    embeddings' gradient, [B, D].
 
@@ -42,14 +42,9 @@ from speechbrain_qmargin.head.search import (
     posterior,
     refined,
     rounding,
+    uniform_measure,
 )
-from speechbrain_qmargin.loss.functional import (
-    _newton,
-    _newton_steps,
-    _powers,
-    _powers_into,
-    _single_class_tau,
-)
+from speechbrain_qmargin.loss.solver import Block, edge, fenchel_young, single_class_level, solve
 
 __all__ = ["Comm", "ShardedQMarginHead"]
 
@@ -133,50 +128,40 @@ class Comm:
 # --------------------------------------------------------------------------- tau over the shards
 
 
-def _reduced_tau(
+def _reduced_level(
     logits: Tensor, target: Tensor, alpha: float, log_q: float, classes: int, comm: Comm
 ) -> Tensor:
-    """tau [B] of the candidates [B, K] of all shards and the target's logit [B]."""
-    v = logits * (alpha - 1)
-    u, h = torch.empty_like(v), torch.empty_like(v)
-
-    def sums(tau: Tensor) -> Tensor:
-        powers = _powers_into(v, tau.unsqueeze(1), alpha, u, h)
-        return torch.stack((torch.linalg.vecdot(powers, u), powers.sum(1)))
-
-    return _solve(sums, logits.amax(1), target, alpha, log_q, classes, comm)
+    """Level [B] of the candidates [B, K] of all shards and the target's logit [B]."""
+    block = Block(logits * (alpha - 1), alpha)
+    return _solve(block.sums, logits.amax(1), target, alpha, log_q, classes, comm)
 
 
 def _solve(local_sums, peak, target, alpha, log_q, classes, comm) -> Tensor:
-    peak = comm.max(peak)
-    prior = torch.full_like(target, log_q)
-    lower = torch.maximum(peak, _single_class_tau(target, alpha, prior))
-    upper = torch.maximum(peak, target) + 1 / (alpha - 1)
-
-    def mass(tau: Tensor) -> tuple[Tensor, Tensor]:
-        s, slope = comm.sum(local_sums(tau)).to(tau.dtype)
-        h_y, u_y = _powers(target, tau, alpha, prior)
-        return s + h_y * u_y, slope + h_y
+    def sums(level: Tensor) -> tuple[Tensor, Tensor]:
+        s, slope = comm.sum(torch.stack(local_sums(level))).to(level.dtype)
+        return s, slope
 
     # all ranks see the same sums, so they stop at the same step
-    steps = _newton_steps(alpha, classes, abs(log_q), target.dtype)
-    return _newton(mass, lower, upper, alpha, steps)
+    peak = comm.max(peak).to(target.dtype)
+    measure = uniform_measure(target, alpha, log_q)
+    lower = single_class_level(peak, alpha)
+    return solve(sums, target, measure, lower, peak, classes, abs(log_q))
 
 
 def _search(x, labels, cos_y, prototypes, parameters, classes, comm):
     """As ``search.search``, for candidates in shards. None on all ranks if too many on one."""
     alpha, scale, margin = parameters
-    log_q, k, target = -scale * margin, 1 / (alpha - 1), cos_y * scale
+    log_q, target = -scale * margin, cos_y * scale
     floor = _guess(x, labels, target, prototypes, alpha, scale, log_q)
     floor = comm.max(floor)
     found = _collect(x, labels, floor / scale, prototypes)
     if comm.any(found is None, x.device):
         return None
-    tau = _reduced_tau(found.cosines * scale, target, alpha, log_q, classes, comm)
-    proved = tau - k - rounding(tau, scale, x.shape[1])
+    level = _reduced_level(found.cosines * scale, target, alpha, log_q, classes, comm)
+    proved = edge(level, alpha) - rounding(level, alpha, scale, x.shape[1])
     failed = (proved < floor).nonzero().squeeze(1)
     if not failed.numel():
-        return found, tau
+        return found, level
     again = _collect(x[failed], labels[failed], proved[failed] / scale, prototypes)
     width = 0 if again is None else max(found.cosines.shape[1], again.cosines.shape[1])
     if comm.any(again is None or width * x.shape[0] > _MAX_CANDIDATES, x.device):
@@ -190,12 +175,14 @@ def _search(x, labels, cos_y, prototypes, parameters, classes, comm):
         whole[:, : first.shape[1]] = first
         whole[failed] = filler
         whole[failed, : second.shape[1]] = second
-    tau[failed] = _reduced_tau(cosines[failed] * scale, target[failed], alpha, log_q, classes, comm)
-    return Candidates(cosines, names), tau
+    level[failed] = _reduced_level(
+        cosines[failed] * scale, target[failed], alpha, log_q, classes, comm
+    )
+    return Candidates(cosines, names), level
 
 
-def _dense_tau(x, labels, cos_y, prototypes, parameters, classes, comm) -> Tensor:
-    """As ``search.dense_tau``, with the classes in shards."""
+def _dense_level(x, labels, cos_y, prototypes, parameters, classes, comm) -> Tensor:
+    """As ``search.dense_level``, with the classes in shards."""
     alpha, scale, margin = parameters
     target = cos_y * scale  # float64
 
@@ -214,14 +201,11 @@ def _dense_tau(x, labels, cos_y, prototypes, parameters, classes, comm) -> Tenso
     for cosines in chunks():
         peak = torch.maximum(peak, cosines.amax(1) * scale)
 
-    def sums(tau: Tensor) -> Tensor:
-        total = torch.zeros(2, tau.shape[0], dtype=torch.float64, device=tau.device)
+    def sums(level: Tensor) -> tuple[Tensor, ...]:
+        total = torch.zeros(2, level.shape[0], dtype=torch.float64, device=level.device)
         for cosines in chunks():
-            v = cosines.mul_(scale * (alpha - 1))
-            u, h = torch.empty_like(v), torch.empty_like(v)
-            powers = _powers_into(v, tau.unsqueeze(1), alpha, u, h)
-            total += torch.stack((torch.linalg.vecdot(powers, u), powers.sum(1)))
-        return total
+            total += torch.stack(Block(cosines.mul_(scale * (alpha - 1)), alpha).sums(level))
+        return total.unbind()
 
     return _solve(sums, peak, target, alpha, -scale * margin, classes, comm)
 
@@ -257,7 +241,7 @@ class _ShardedLoss(torch.autograd.Function):
         if found is not None:
             candidates = refined(exact, *found, prototypes, alpha, scale)
             logits, log_q = candidates.cosines * scale, -scale * margin
-            tau = _reduced_tau(logits, cos_y * scale, alpha, log_q, head.num_classes, comm)
+            level = _reduced_level(logits, cos_y * scale, alpha, log_q, head.num_classes, comm)
         moments = torch.zeros(3, x.shape[0], dtype=torch.float64, device=x.device)
 
         def add(p: Tensor, cosines: Tensor) -> None:
@@ -266,27 +250,22 @@ class _ShardedLoss(torch.autograd.Function):
             moments.add_(torch.stack((p.sum(1), gap, (p > 0).sum(1))))
 
         if found is not None:
-            p = posterior(logits, tau, alpha)
+            p = posterior(logits, level, alpha)
             add(p, candidates.cosines)
         else:
-            tau = _dense_tau(scored, labels, cos_y, prototypes, parameters, head.num_classes, comm)
+            level = _dense_level(
+                scored, labels, cos_y, prototypes, parameters, head.num_classes, comm
+            )
             for _, cosines in chunked_cosines(scored, labels, prototypes):
-                add(posterior(cosines * scale, tau.to(cosines.dtype), alpha), cosines)
+                add(posterior(cosines * scale, level, alpha), cosines)
         others, gap, support = comm.sum(moments)
         z_y = cos_y * scale
-        prior = torch.full_like(z_y, -scale * margin)
-        alone = _single_class_tau(z_y, alpha, prior)
-        if alpha == 1:
-            p_y = torch.exp(alone - tau)
-        else:
-            h_y, u_y = _powers(z_y, tau, alpha, prior)
-            p_y = h_y * u_y
-        inverse_total = 1 / (others + p_y)
+        measure = uniform_measure(z_y, alpha, -scale * margin)
+        solution = fenchel_young(measure, z_y, level, others, gap * scale)
+        loss, p_y = solution.loss.float(), solution.target_posterior.float()
+        inverse_total = solution.inverse_total
+        g_y = (solution.residual * slope).float()
         support = (support + (p_y > 0)).float()
-        loss = (1 - 1 / alpha) * gap * scale * inverse_total + (tau - alone) / alpha
-        loss = torch.where(others == 0, 0.0, loss.clamp(min=0)).float()
-        g_y = (-others * inverse_total * slope).float()  # p_y - 1, near 1 would be all rounding
-        p_y = (p_y * inverse_total).float()
         ctx.entries = None
         if found is not None:
             samples, place = p.nonzero(as_tuple=True)
@@ -295,7 +274,7 @@ class _ShardedLoss(torch.autograd.Function):
                 torch.cat([candidates.classes[samples, place], labels[mine]]),
                 torch.cat([(p[samples, place] * inverse_total[samples]).float(), g_y[mine]]),
             )
-        ctx.save_for_backward(x, scored, labels, tau, inverse_total, g_y)
+        ctx.save_for_backward(x, scored, labels, level, inverse_total, g_y)
         ctx.prototypes, ctx.parameters = prototypes, parameters
         ctx.comm, ctx.sizes, ctx.own = comm, sizes, own
         ctx.weight, ctx.key = weight, weight._version

@@ -18,7 +18,7 @@ as it contains *every* class above a floor g,
 
 Scores of size batch x classes are never stored. Where the candidates themselves would not fit
 (ties, a tiny scale: everything is active), and at alpha = 1, tau comes from passes over chunks
-(:func:`dense_tau`).
+(:func:`dense_level`).
 """
 
 from __future__ import annotations
@@ -31,22 +31,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speechbrain_qmargin.loss.functional import (
-    _newton,
-    _newton_steps,
-    _powers,
-    _powers_into,
-    _single_class_tau,
+from speechbrain_qmargin.loss.solver import (
+    Block,
+    Measure,
+    edge,
+    single_class_level,
+    solve,
+    tau_of,
 )
 
 __all__ = [
     "Candidates",
     "Prototypes",
+    "candidate_level",
     "chunked_cosines",
-    "dense_tau",
+    "dense_level",
     "posterior",
     "screening_slack",
     "search",
+    "uniform_measure",
 ]
 
 _CHUNK = 8192  # rows of a screening product: its output stays in the cache
@@ -184,29 +187,21 @@ def _collect(
     return Candidates(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
 
 
-def candidate_tau(
+def uniform_measure(target: Tensor, alpha: float, log_q: float) -> Measure:
+    """q = exp(log_q) for every target [B], 1 for the other classes."""
+    return Measure(alpha, torch.full_like(target, log_q))
+
+
+def candidate_level(
     logits: Tensor, target: Tensor, alpha: float, log_q: float, weight: float = 1.0
 ) -> Tensor:
-    """tau [B] of padded logits [B, K] and the target's [B]; each logit counts `weight` times."""
-    z_y = target.unsqueeze(1)
-    prior = torch.full_like(z_y, log_q)
-    alone = _single_class_tau(z_y, alpha, prior)
-    peak = logits.amax(1, keepdim=True)
-    lower = torch.maximum(peak, alone)
-    k = 1 / (alpha - 1)
-    upper = torch.maximum(peak, z_y) + k * max(1.0, weight * logits.shape[1]) ** min(1.0, 1 / k)
-    v = logits * (alpha - 1)
-    u, h = torch.empty_like(v), torch.empty_like(v)
-
-    def mass(tau: Tensor) -> tuple[Tensor, Tensor]:
-        powers = _powers_into(v, tau, alpha, u, h)
-        h_y, u_y = _powers(z_y, tau, alpha, prior)
-        s = torch.linalg.vecdot(powers, u).unsqueeze(1) * weight
-        return s + h_y * u_y, powers.sum(1, keepdim=True) * weight + h_y
-
+    """Level [B] of padded logits [B, K] and the target's [B]; each logit counts `weight` times."""
+    peak = logits.amax(1)
+    block = Block(logits * (alpha - 1), alpha, weight=weight)
     count = 1 + max(1, round(weight * logits.shape[1]))
-    steps = _newton_steps(alpha, count, abs(log_q), logits.dtype)
-    return _newton(mass, lower, upper, alpha, steps).squeeze(1)
+    measure = uniform_measure(target, alpha, log_q)
+    lower = single_class_level(peak, alpha)
+    return solve(block.sums, target, measure, lower, peak, count, abs(log_q))
 
 
 def _guess(
@@ -222,8 +217,8 @@ def _guess(
             cosines.topk(min(_EXACT_TOP, cosines.shape[1]), 1, sorted=False).values
             for _, cosines in chunked_cosines(embeddings, labels, prototypes)
         ]
-        tau = candidate_tau(torch.cat(tops, 1) * scale, target, alpha, log_q)
-        return tau - 1 / (alpha - 1) - 2 * rounding(tau, scale, embeddings.shape[1])
+        level = candidate_level(torch.cat(tops, 1) * scale, target, alpha, log_q)
+        return edge(level, alpha) - 2 * rounding(level, alpha, scale, embeddings.shape[1])
     stride = max(1, classes // _SAMPLE)
     rows = prototypes.screen[::stride][:_SAMPLE]
     scores = torch.mm(embeddings.to(rows.dtype), rows.T).float()
@@ -234,13 +229,13 @@ def _guess(
     top = scores.topk(min(_SAMPLE_TOP, scores.shape[1]), 1, sorted=False).values * scale
     weight = max(1.0, _SHARE * classes / rows.shape[0])
     # a target alone has the same tau here and in the end: rounding must not fail its certificate
-    tau = candidate_tau(top, target, alpha, log_q, weight)
-    return tau - 1 / (alpha - 1) - 2 * rounding(tau, scale, embeddings.shape[1])
+    level = candidate_level(top, target, alpha, log_q, weight)
+    return edge(level, alpha) - 2 * rounding(level, alpha, scale, embeddings.shape[1])
 
 
-def rounding(tau: Tensor, scale: float, dim: int) -> Tensor:
+def rounding(level: Tensor, alpha: float, scale: float, dim: int) -> Tensor:
     """[B]: more than float32 cosines and tau can move a class across the edge, in logits."""
-    return scale * dim * 2**-23 + 2**-20 * (1 + tau.abs())
+    return scale * dim * 2**-23 + 2**-20 * (1 + tau_of(level, alpha).abs())
 
 
 def _widened(found: Candidates, width: int) -> Candidates:
@@ -258,7 +253,7 @@ def search(
     scale: float,
     margin: float,
 ) -> tuple[Candidates, Tensor] | None:
-    """Candidates that contain the whole support, and tau [B] in logits; None: too many for memory.
+    """Candidates that contain the whole support, and the level [B]; None: too many for memory.
 
     Parameters
     ----------
@@ -268,14 +263,14 @@ def search(
     prototypes : Prototypes
     alpha : float, > 1
     """
-    log_q, k = -scale * margin, 1 / (alpha - 1)
+    log_q = -scale * margin
     target = target_cosine * scale
     floor = _guess(embeddings, labels, target, prototypes, alpha, scale, log_q)
     found = _collect(embeddings, labels, floor / scale, prototypes)
     if found is None:
         return None
-    tau = candidate_tau(found.cosines * scale, target, alpha, log_q)
-    proved = tau - k - rounding(tau, scale, embeddings.shape[1])
+    level = candidate_level(found.cosines * scale, target, alpha, log_q)
+    proved = edge(level, alpha) - rounding(level, alpha, scale, embeddings.shape[1])
     failed = (proved < floor).nonzero().squeeze(1)
     if failed.numel():
         again = _collect(embeddings[failed], labels[failed], proved[failed] / scale, prototypes)
@@ -287,11 +282,11 @@ def search(
         cosines, classes = _widened(found, width)
         cosines[failed], classes[failed] = _widened(again, width)
         found = Candidates(cosines, classes)
-        tau[failed] = candidate_tau(cosines[failed] * scale, target[failed], alpha, log_q)
-    return found, tau
+        level[failed] = candidate_level(cosines[failed] * scale, target[failed], alpha, log_q)
+    return found, level
 
 
-def dense_tau(
+def dense_level(
     embeddings: Tensor,
     labels: Tensor,
     target_cosine: Tensor,
@@ -300,17 +295,15 @@ def dense_tau(
     scale: float,
     margin: float,
 ) -> Tensor:
-    """tau [B], float64, where everything may be active: passes over chunks, nothing kept.
+    """Level [B], float64, where everything may be active: passes over chunks, nothing kept.
 
     One pass at alpha = 1, else one per Newton step. `embeddings` and `target_cosine` as for
     :func:`chunked_cosines`, whose dtype is theirs.
     """
-    log_q = -scale * margin
     z_y = target_cosine.double() * scale
-    prior = torch.full_like(z_y, log_q)
-    alone = _single_class_tau(z_y, alpha, prior)
+    measure = uniform_measure(z_y, alpha, -scale * margin)
     if alpha == 1:
-        total = alone
+        total = single_class_level(z_y, alpha, measure.target)
         for _, cosines in chunked_cosines(embeddings, labels, prototypes):
             total = torch.logaddexp(total, torch.logsumexp(cosines * scale, 1).double())
         return total
@@ -318,21 +311,16 @@ def dense_tau(
     for _, cosines in chunked_cosines(embeddings, labels, prototypes):
         peak = torch.maximum(peak, cosines.amax(1))
     peak = peak * scale
-    k, classes = 1 / (alpha - 1), prototypes.weight.shape[0]
-    upper = torch.maximum(peak, z_y) + k
 
-    def mass(tau: Tensor) -> tuple[Tensor, Tensor]:
-        h_y, u_y = _powers(z_y, tau, alpha, prior)
-        s, slope = h_y * u_y, h_y
+    def sums(level: Tensor) -> tuple[Tensor, Tensor]:
+        s, slope = torch.zeros_like(level), torch.zeros_like(level)
         for _, cosines in chunked_cosines(embeddings, labels, prototypes):
-            v = cosines.mul_(scale * (alpha - 1))
-            u, h = torch.empty_like(v), torch.empty_like(v)
-            powers = _powers_into(v, tau.unsqueeze(1), alpha, u, h)
-            s, slope = s + torch.linalg.vecdot(powers, u), slope + powers.sum(1)
+            more = Block(cosines.mul_(scale * (alpha - 1)), alpha).sums(level)
+            s, slope = s + more[0], slope + more[1]
         return s, slope
 
-    steps = _newton_steps(alpha, classes, abs(log_q), z_y.dtype)
-    return _newton(mass, torch.maximum(peak, alone), upper, alpha, steps)
+    lower, classes = single_class_level(peak, alpha), prototypes.weight.shape[0]
+    return solve(sums, z_y, measure, lower, peak, classes, scale * margin)
 
 
 def chunked_cosines(
@@ -354,20 +342,17 @@ def chunked_cosines(
         yield rows, cosines.scatter_(1, place, value)
 
 
-def posterior(logits: Tensor, tau: Tensor, alpha: float) -> Tensor:
-    """p [B, K] of the classes other than the target, from logits [B, K] and tau [B]."""
+def posterior(logits: Tensor, level: Tensor, alpha: float) -> Tensor:
+    """p [B, K] of the classes other than the target, from logits [B, K] and the level [B]."""
     if alpha == 1:
-        return torch.exp(logits - tau.unsqueeze(1))
-    v = logits * (alpha - 1)
-    u, h = torch.empty_like(v), torch.empty_like(v)
-    powers = _powers_into(v, tau.unsqueeze(1), alpha, u, h)
-    return powers * u
+        return torch.exp(logits - level.to(logits.dtype).unsqueeze(1))
+    return Block(logits * (alpha - 1), alpha).posterior(level)
 
 
 def refined(
     exact: Tensor,
     found: Candidates,
-    tau: Tensor,
+    level: Tensor,
     prototypes: Prototypes,
     alpha: float,
     scale: float,
@@ -380,11 +365,11 @@ def refined(
     Parameters
     ----------
     exact : Tensor, [B, D], float64, unit rows
-    found, tau
+    found, level
         What :func:`search` gave.
     """
-    edge = tau - 1 / (alpha - 1) - rounding(tau, scale, exact.shape[1])
-    keep = found.cosines * scale > edge.unsqueeze(1)
+    least = edge(level, alpha) - rounding(level, alpha, scale, exact.shape[1])
+    keep = found.cosines * scale > least.unsqueeze(1)
     samples, place = keep.nonzero(as_tuple=True)
     column = (keep.cumsum(1) - 1)[samples, place]
     classes = found.classes[samples, place]

@@ -19,13 +19,7 @@ necessarily normalised), order :math:`\alpha \ge 1` and the generator
 Everything is computed in float32, or in float64 for float64 input, whatever autocast says; the
 loss keeps tau and the target's own terms, one number a row, in float64 in any case.
 
-How tau is found. With :math:`k = 1/(\alpha - 1)` and
-:math:`u_j(\tau) = [1 + (\alpha - 1)(\theta_j - \tau)]_+`, the mass is
-:math:`S(\tau) = \sum_j q_j u_j^k`. Its root is sought on :math:`S^{1/k}`, a weighted k-norm of
-:math:`u(\tau)`: convex and decreasing for :math:`\alpha \le 2`, a straight line where one class
-holds all the mass, and :math:`1 + \log(S)/k` to first order as :math:`\alpha \to 1`. Newton's
-method started from a lower bound therefore converges monotonically, mostly in 3 to 8 steps.
-For :math:`\alpha > 2` the same steps are safeguarded by bisection.
+How tau is found is said in :mod:`speechbrain_qmargin.loss.solver`.
 """
 
 from __future__ import annotations
@@ -37,6 +31,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from speechbrain_qmargin.loss.solver import (
+    Block,
+    Measure,
+    check_alpha,
+    compute_dtype,
+    fenchel_young,
+    newton,
+    newton_steps,
+    row_dtype,
+    single_class_level,
+    solve,
+    tau_of,
+)
+
 __all__ = [
     "QMarginStats",
     "alpha_softargmax",
@@ -47,11 +55,6 @@ __all__ = [
     "solve_tau",
 ]
 
-# Above this 1/(alpha - 1), powers are taken as exp(k log1p(.)), which stays accurate as alpha -> 1.
-_LOG_DOMAIN_POWER = 8.0
-_MAX_STEPS_SAFEGUARDED = 128
-# What _newton_steps assumes of log q's spread where it is a tensor: looking would stall a device
-_ASSUMED_SPREAD = 40.0
 # tau on a subset of the classes is a lower bound of tau. With many classes the steps start from its
 # value on the largest logits, which is mostly the answer and saves most of the full passes.
 _WARM_START_CLASSES, _WARM_START_SUBSET = 2048, 64
@@ -116,127 +119,50 @@ def margin_for(alpha: float, scale: float, lead: float) -> float:
     return math.log(rate * lead) / rate
 
 
-# --------------------------------------------------------------------------- the solver
+# --------------------------------------------------------------------------- tau
 
 
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def _anchored(logits: Tensor, alpha: float, log_q: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits relative to the class that alone would reach highest, and that class's, [..., 1].
 
-
-def _row_dtype(tensor: Tensor) -> torch.dtype:
-    """Of what the loss keeps once per row: there 1 + (alpha-1)(theta - tau) nearly cancels."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
-def _check_alpha(alpha: float) -> None:
-    if not (1 <= alpha < math.inf):
-        raise ValueError(f"alpha must be a finite number >= 1, got {alpha}")
-
-
-def _powers(logits: Tensor, tau: Tensor, alpha: float, log_q: Tensor | None):
-    """(q u^(k-1), u) at tau; both zero outside the support. alpha > 1."""
+    Where its q is large, its u is tiny beside the logits: as a difference it keeps its digits.
+    """
     if log_q is None:
-        v = logits * (alpha - 1)
-        u, h = torch.empty_like(v), torch.empty_like(v)
-        return _powers_into(v, tau, alpha, u, h), u
-    log_u = torch.log1p(torch.sub(logits, tau).mul_(alpha - 1).clamp_(min=-1))
-    inactive = log_u == -math.inf
-    h = torch.exp(log_u.masked_fill(inactive, 0) * (1 / (alpha - 1) - 1) + log_q)
-    return h.masked_fill_(inactive, 0), log_u.exp_()
+        origin = logits.amax(-1, keepdim=True)
+    else:
+        alone = single_class_level(logits.to(row_dtype(logits)), alpha, log_q)
+        origin = logits.gather(-1, alone.argmax(-1, keepdim=True))
+    return logits - origin, origin
 
 
-def _powers_into(v: Tensor, tau: Tensor, alpha: float, u: Tensor, h: Tensor) -> Tensor:
-    """u = [1 + v - (alpha-1) tau]_+ and u^(k-1) in given buffers, for v = (alpha-1) logits, q = 1.
-
-    Returns the tensor that holds u^(k-1): h, or u itself where k = 2.
-    """
-    k = 1 / (alpha - 1)
-    if k > _LOG_DOMAIN_POWER:
-        torch.sub(v, ((alpha - 1) * tau).to(v.dtype), out=u).clamp_(min=-1)
-        torch.log1p(u, out=h).mul_(k - 1).exp_()
-        u.add_(1)
-        return h
-    torch.sub(v, ((alpha - 1) * tau - 1).to(v.dtype), out=u).clamp_(min=0)
-    if k == 2:
-        return u
-    if k == 1:
-        return torch.sign(u, out=h)
-    torch.pow(u, k - 1, out=h)
-    return h if k > 1 else h.masked_fill_(u == 0, 0)
+def _spread(log_q: Tensor) -> float:
+    """log(q_max / q_min) of the classes that are there. On a GPU the host waits for it."""
+    finite = log_q.isfinite()
+    spread = (
+        log_q.masked_fill(~finite, -math.inf).amax() - log_q.masked_fill(~finite, math.inf).amin()
+    )
+    return max(0.0, float(spread))
 
 
-def _newton_steps(alpha: float, classes: int, spread: float, dtype: torch.dtype) -> int:
-    """Steps after which S^(1/k) - 1 is proved to be below eps, for 1 < alpha <= 2.
-
-    g = S^(1/k) - 1 is convex and decreasing, so from the left g+ / g + g'+ / g' <= 1 for one step:
-    the product g |g'| falls at least fourfold. It begins at most at (C^2 q_max)^(1/k) and the slope
-    never falls below q_min^(1/k), both in units of alpha - 1. `spread` is log(q_max / q_min).
-    """
-    bits = (alpha - 1) * (2 * math.log2(classes) + spread / math.log(2))
-    return 1 + math.ceil((bits - math.log2(torch.finfo(dtype).eps)) / 2)
-
-
-def _newton(mass, lower: Tensor, upper: Tensor, alpha: float, steps: int) -> Tensor:
-    """The root of S(tau) = 1. `mass(tau)` gives S and H = sum_j q_j u_j^(k-1) = -dS/dtau.
-
-    The CPU stops as soon as every row has converged; elsewhere testing that would make the host
-    wait for the device, so all the steps are taken. tau may be of a finer dtype than the mass.
-    """
-    safeguarded = alpha > 2
-    tau = lower
-    eps = torch.finfo(tau.dtype).eps
-    on_cpu = lower.device.type == "cpu"
-    done = torch.zeros_like(lower, dtype=torch.bool)
-    for step in range(_MAX_STEPS_SAFEGUARDED if safeguarded else steps):
-        s, h = mass(tau)
-        eps_mass, s, h = torch.finfo(s.dtype).eps, s.to(tau.dtype), h.to(tau.dtype)
-        # Newton on S^(1/k) - 1, written so that it becomes log(S) S / H as alpha -> 1.
-        log_s = s.log()
-        gain = torch.expm1(log_s * (alpha - 1)) / (alpha - 1)
-        delta = gain * torch.exp(log_s * (2 - alpha)) / h
-        noise = 4 * eps * (1 + tau.abs())  # what rounding of tau leaves of a step
-        if safeguarded:
-            lower = torch.where(s >= 1, tau, lower)
-            upper = torch.where(s >= 1, upper, tau)
-            done = done | (upper - lower <= noise) | ((s - 1).abs() <= 4 * eps_mass)
-            proposed = tau + delta
-            usable = (proposed > lower) & (proposed < upper) & (step % 3 != 2)
-            proposed = torch.where(usable, proposed, lower + 0.5 * (upper - lower))
-        else:
-            # From the left every true step is forward; a step back is rounding, of S too.
-            done = done | ~(delta > noise + 4 * eps_mass * s / h)
-            proposed = tau + delta
-        tau = torch.where(done, tau, proposed)
-        if on_cpu and bool(done.all()):
-            break
-    return tau
-
-
-def _single_class_tau(logits: Tensor, alpha: float, log_q: Tensor | float | None) -> Tensor:
-    """The tau at which each class alone would hold mass 1: a lower bound of the true tau."""
+def _level(z: Tensor, alpha: float, log_q: Tensor | None) -> tuple[Tensor, Block | None]:
+    """The level [...] of logits from :func:`_anchored`, and what gives posteriors at it."""
+    if alpha == 1:
+        return torch.logsumexp(z if log_q is None else z + log_q, -1), None
+    exact = row_dtype(z)
     if log_q is None:
-        return logits
-    if not isinstance(log_q, Tensor):
-        log_q = torch.as_tensor(log_q, dtype=logits.dtype, device=logits.device)
-    if alpha == 1:
-        return logits + log_q
-    return logits - torch.expm1(log_q * (1 - alpha)) / (alpha - 1)
-
-
-def _tau(logits: Tensor, alpha: float, log_q: Tensor | None) -> Tensor:
-    """tau over the last dimension, kept as size 1, for compute-dtype input."""
-    if alpha == 1:
-        return torch.logsumexp(logits if log_q is None else logits + log_q, -1, keepdim=True)
-    lower = _single_class_tau(logits, alpha, log_q).amax(-1, keepdim=True)
-    upper = logits.amax(-1, keepdim=True) + 1 / (alpha - 1)
-
-    def mass(tau: Tensor) -> tuple[Tensor, Tensor]:
-        h, u = _powers(logits, tau, alpha, log_q)
-        return (h * u).sum(-1, keepdim=True), h.sum(-1, keepdim=True)
-
-    spread = 0.0 if log_q is None else _ASSUMED_SPREAD
-    steps = _newton_steps(alpha, logits.shape[-1], spread, logits.dtype)
-    return _newton(mass, lower, upper, alpha, steps)
+        total = z.new_full(z.shape[:-1], math.log(z.shape[-1]), dtype=exact)
+        lower = single_class_level(torch.zeros_like(total), alpha)
+        spread = 0.0
+    else:
+        log_q = log_q.to(exact)
+        total = torch.logsumexp(log_q, -1)
+        lower = single_class_level(z.to(exact), alpha, log_q).amax(-1)
+        spread = _spread(log_q)
+    # no u is larger than where all the mass would lie at the largest logit
+    upper = single_class_level(z.amax(-1).to(exact), alpha, total)
+    block = Block(z * (alpha - 1), alpha, log_q)
+    steps = newton_steps(alpha, z.shape[-1], spread, z.dtype)
+    return newton(block.sums, lower, upper, alpha, steps), block
 
 
 def solve_tau(logits: Tensor, alpha: float, log_q: Tensor | None = None) -> Tensor:
@@ -261,13 +187,14 @@ def solve_tau(logits: Tensor, alpha: float, log_q: Tensor | None = None) -> Tens
     >>> solve_tau(torch.tensor([0.0, 0.0]), alpha=2.0)   # p = (1/2, 1/2): 1 + (0 - tau) = 1/2
     tensor(0.5000)
     """
-    _check_alpha(alpha)
+    check_alpha(alpha)
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-        logits = logits.to(_compute_dtype(logits))
+        logits = logits.to(compute_dtype(logits))
         if log_q is not None:
-            log_q = torch.as_tensor(log_q, dtype=logits.dtype, device=logits.device)
-        peak = logits.amax(-1, keepdim=True)
-        return (_tau(logits - peak, alpha, log_q) + peak).squeeze(-1)
+            log_q = torch.as_tensor(log_q, device=logits.device).expand_as(logits)
+        z, origin = _anchored(logits, alpha, log_q)
+        level, _ = _level(z, alpha, log_q)
+        return (tau_of(level, alpha) + origin.squeeze(-1)).to(logits.dtype)
 
 
 # --------------------------------------------------------------------------- the activation
@@ -278,22 +205,21 @@ class _AlphaSoftargmax(torch.autograd.Function):
     def forward(ctx, logits: Tensor, log_q: Tensor | None, alpha: float):
         """Posterior [..., C] and value [...] over the last dimension."""
         with torch.autocast(logits.device.type, enabled=False):
-            z = logits.to(_compute_dtype(logits))
+            z = logits.to(compute_dtype(logits))
+            z, origin = _anchored(z, alpha, log_q)
+            level, block = _level(z, alpha, log_q)
             lq = None if log_q is None else log_q.to(z.dtype)
-            peak = z.amax(-1, keepdim=True)
-            z = z - peak
-            tau = _tau(z, alpha, lq)
-            if alpha == 1:
-                p = torch.exp((z if lq is None else z + lq) - tau)
+            if block is None:
+                p = torch.exp((z if lq is None else z + lq) - level.unsqueeze(-1))
             else:
-                h, u = _powers(z, tau, alpha, lq)
-                p = h * u
+                p = block.posterior(level)
             p = p / p.sum(-1, keepdim=True)
-            total_q = z.shape[-1] if lq is None else lq.exp().expand_as(z).sum(-1, keepdim=True)
+            total_q = z.shape[-1] if lq is None else lq.exp().sum(-1)
             # D_f(p, q) collapses: (p/q)^(alpha-1) = 1 + (alpha-1)(theta - tau) on the support
-            mean = torch.where(p > 0, p * z, p).sum(-1, keepdim=True)
-            value = (1 - 1 / alpha) * mean + (tau + 1 - total_q) / alpha + peak
-        p, value = p.to(logits.dtype), value.squeeze(-1).to(logits.dtype)
+            mean = torch.where(p > 0, p * z, p).sum(-1)
+            value = (1 - 1 / alpha) * mean + (tau_of(level, alpha) + 1 - total_q) / alpha
+            value = value + origin.squeeze(-1)
+        p, value = p.to(logits.dtype), value.to(logits.dtype)
         ctx.save_for_backward(p, log_q)
         ctx.alpha = alpha
         return p, value
@@ -302,7 +228,7 @@ class _AlphaSoftargmax(torch.autograd.Function):
     def backward(ctx, grad_p: Tensor, grad_value: Tensor):
         p, log_q = ctx.saved_tensors
         with torch.autocast(p.device.type, enabled=False):
-            dtype = _compute_dtype(p)
+            dtype = compute_dtype(p)
             p_, g = p.to(dtype), grad_p.to(dtype)
             active = p_ > 0
             # h = q u^(k-1) = q^(alpha-1) p^(2-alpha): the Jacobian is diag(h) - h h^T / sum(h)
@@ -325,7 +251,7 @@ class _AlphaSoftargmax(torch.autograd.Function):
 
 
 def _softargmax_and_value(logits, alpha, log_q, dim):
-    _check_alpha(alpha)
+    check_alpha(alpha)
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     moved = logits.movedim(dim, -1)
@@ -431,60 +357,41 @@ class _QMargin(torch.autograd.Function):
         """
         with torch.autocast(cosines.device.type, enabled=False):
             index = targets.unsqueeze(1)
-            dtype, row_dtype = _compute_dtype(cosines), _row_dtype(cosines)
-            cos_y = cosines.gather(1, index).to(row_dtype)
+            dtype, exact = compute_dtype(cosines), row_dtype(cosines)
+            cos_y = cosines.gather(1, index).squeeze(1).to(exact)
             # Differences to the best wrong cosine, taken before scaling: nearly exact where it
             # matters. The target leaves the matrix, so that its tiny prior meets no rounding.
             z = cosines.to(dtype, copy=True).scatter_(1, index, -math.inf)
-            peak = z.amax(1, keepdim=True)
+            peak = z.amax(1)
             peak = torch.where(peak.isfinite(), peak, cos_y.to(dtype))  # C = 1: no wrong class
-            z = z.sub_(peak)
+            z = z.sub_(peak.unsqueeze(1))
             z_y = (cos_y - peak) * scale
-            log_q = torch.full_like(z_y, -scale * margin)
-            alone = _single_class_tau(z_y, alpha, log_q)
+            measure = Measure(alpha, torch.full_like(z_y, -scale * margin))
             if alpha == 1:
                 z = z.mul_(scale)
-                tau = torch.logaddexp(torch.logsumexp(z, 1, keepdim=True).to(row_dtype), alone)
-                p, p_y = z.sub_(tau.to(dtype)).exp_(), torch.exp(alone - tau)
-                gap = 0.0
+                alone = single_class_level(z_y, alpha, measure.target)
+                level = torch.logaddexp(torch.logsumexp(z, 1).to(exact), alone)
+                p = z.sub_(level.to(dtype).unsqueeze(1)).exp_()
+                others, gap = p.sum(1), 0.0
             else:
                 v = z.mul_(scale * (alpha - 1))
-                u, h = torch.empty_like(v), torch.empty_like(v)
-
-                def solve(v: Tensor, u: Tensor, h: Tensor, lower: Tensor) -> Tensor:
-                    def mass(tau: Tensor) -> tuple[Tensor, Tensor]:
-                        powers = _powers_into(v, tau, alpha, u, h)
-                        h_y, u_y = _powers(z_y, tau, alpha, log_q)
-                        s = torch.linalg.vecdot(powers, u).unsqueeze(1)
-                        slope = powers.sum(1, keepdim=True)
-                        return s + (h_y * u_y).to(dtype), slope + h_y.to(dtype)
-
-                    steps = _newton_steps(alpha, v.shape[1], scale * margin, v.dtype)
-                    return _newton(mass, lower, upper, alpha, steps)
-
-                upper = z_y.clamp(min=0) + 1 / (alpha - 1)
-                lower = torch.maximum(v.amax(1, keepdim=True) / (alpha - 1), alone)
+                largest = v.amax(1) / (alpha - 1)
+                lower = single_class_level(largest.to(exact), alpha)
+                solved = (measure, lower, largest, v.shape[1], scale * margin)
                 # only where the steps stop by themselves is a better start worth a sort
                 if v.device.type == "cpu" and v.shape[1] >= _WARM_START_CLASSES:
-                    top = v.topk(_WARM_START_SUBSET, 1, sorted=False).values
-                    lower = solve(top, torch.empty_like(top), torch.empty_like(top), lower)
-                tau = solve(v, u, h, lower)
-                powers = _powers_into(v, tau, alpha, u, h)
-                p = powers.square_() if powers is u else powers.mul_(u)
-                h_y, u_y = _powers(z_y, tau, alpha, log_q)
-                p_y = h_y * u_y
-                gap = torch.linalg.vecdot(p, v.scatter_(1, index, 0)).unsqueeze(1) / (alpha - 1)
-                gap = (gap + p_y * z_y - z_y) * (1 - 1 / alpha)
-                # gap is (1 - 1/alpha) (<p, theta> - theta_y)
-            # The definition after (p/q)^(alpha-1) = 1 + (alpha-1)(theta - tau) on the support:
-            #   L = (1 - 1/alpha)(<p, theta> - theta_y) + (tau - tau of the target alone) / alpha,
-            # which has no 0/0 as alpha -> 1.
-            loss = gap + (tau - alone) / alpha
-            total = p.sum(1, keepdim=True) + p_y
-            loss, p_y, total = loss.to(dtype), (p_y / total).to(dtype), total.to(dtype)
-            p = p.div_(total).scatter_(1, index, p_y)
-            loss = torch.where(p_y == 1, torch.zeros_like(loss), loss.clamp(min=0)).squeeze(1)
-            p_y = p_y.squeeze(1)
+                    top = Block(v.topk(_WARM_START_SUBSET, 1, sorted=False).values, alpha)
+                    lower = solve(top.sums, z_y, *solved)
+                block = Block(v, alpha)
+                level = solve(block.sums, z_y, measure, lower, *solved[2:])
+                p = block.posterior(level)
+                others = p.sum(1)
+                gap = torch.linalg.vecdot(p, v.scatter_(1, index, 0)) / (alpha - 1)
+                gap = gap - others * z_y
+            solution = fenchel_young(measure, z_y, level, others, gap)
+            loss, p_y = solution.loss.to(dtype), solution.target_posterior.to(dtype)
+            p = p.mul_(solution.inverse_total.to(dtype).unsqueeze(1))
+            p = p.scatter_(1, index, p_y.unsqueeze(1))
             support = torch.count_nonzero(p, dim=1) if count_support else None
         ctx.save_for_backward(p, index)
         ctx.scale, ctx.in_dtype = scale, cosines.dtype
@@ -502,7 +409,7 @@ class _QMargin(torch.autograd.Function):
 
 def check_loss_parameters(alpha: float, scale: float, margin: float) -> None:
     """Refuse parameters outside the family; the message names the field and the value."""
-    _check_alpha(alpha)
+    check_alpha(alpha)
     if not (0 < scale < math.inf):
         raise ValueError(f"scale must be a finite number > 0, got {scale}")
     if not (0 <= margin < math.inf):

@@ -1,0 +1,447 @@
+r"""The normaliser tau of the alpha-softargmax, and the loss from it, for every kind of classifier.
+
+Dense classifiers, the sparse head and its shards differ in where the classes' logits are; what is
+computed of them is here. With :math:`k = 1/(\alpha - 1)`, a positive reference measure q and
+:math:`u_j(\tau) = [1 + (\alpha - 1)(\theta_j - \tau)]_+`, the posterior is :math:`p_j = q_j u_j^k`
+and tau is the root of the mass :math:`S(\tau) = \sum_j p_j = 1`. A class is active exactly when
+:math:`\theta_j > \tau - k`, whatever its q.
+
+Levels
+------
+tau is carried as a *level*, one number a row: :math:`\tau - k`, the edge of the support, where
+:math:`k \le 8`, and tau itself above. Where a large q or many classes leave u of 1e-18, a number
+near the edge still holds it with all its digits and a number near 1 does not; as
+:math:`\alpha \to 1` the edge runs away and :math:`u^k` is taken by ``log1p``. :func:`edge` and
+:func:`tau_of` translate. Levels and logits are relative to the same origin, which may be any
+number a row.
+
+Newton's method
+---------------
+The root is sought on :math:`S^{1/k}`, a weighted k-norm of u: convex and decreasing for
+:math:`\alpha \le 2`, a straight line where one class holds all the mass, and
+:math:`1 + \log(S)/k` to first order as :math:`\alpha \to 1`. Newton's method started from a lower
+bound therefore converges monotonically, mostly in 3 to 8 steps. Such a bound is tau on any subset
+of the classes, and so the largest :func:`single_class_level`. For :math:`\alpha > 2` the same
+steps are safeguarded by bisection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Block",
+    "Measure",
+    "Solution",
+    "check_alpha",
+    "compute_dtype",
+    "edge",
+    "fenchel_young",
+    "newton",
+    "newton_steps",
+    "row_dtype",
+    "single_class_level",
+    "solve",
+    "target_powers",
+    "tau_of",
+]
+
+# Above this k = 1/(alpha - 1), powers are taken as exp(k log1p(.)), which stays accurate as
+# alpha -> 1, and a level is tau; below, it is the edge tau - k
+_LOG_DOMAIN_POWER = 8.0
+_MAX_STEPS_SAFEGUARDED = 128
+
+
+class Measure(NamedTuple):
+    r"""Order alpha and reference measure q of the rows of a batch.
+
+    Attributes
+    ----------
+    alpha : float, >= 1
+    target : Tensor, [B], float64 (float32 where the device has no float64)
+        log q of each row's target: ``-scale * margin``, plus the class's own log q if any.
+    classes : Tensor, [C], or None
+        log q of the classes where they are not the target. None: q = 1.
+    """
+
+    alpha: float
+    target: Tensor
+    classes: Tensor | None = None
+
+    def of(self, classes: Tensor | slice) -> Tensor | None:
+        """log q of some classes, in the shape of `classes`; None: q = 1."""
+        return None if self.classes is None else self.classes[classes]
+
+    def rows(self, samples: Tensor | slice) -> Measure:
+        """The same measure for some rows of the batch."""
+        return Measure(self.alpha, self.target[samples], self.classes)
+
+
+class Solution(NamedTuple):
+    """What :func:`fenchel_young` makes of a level; all [B], in the dtype of the levels.
+
+    Attributes
+    ----------
+    loss : Tensor
+    target_posterior : Tensor
+        p_y.
+    residual : Tensor
+        p_y - 1, without the rounding of that difference: the target's gradient by its logit.
+    inverse_total : Tensor
+        What the other posteriors are multiplied by, so that all sum to one.
+    """
+
+    loss: Tensor
+    target_posterior: Tensor
+    residual: Tensor
+    inverse_total: Tensor
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64 input, else float32, whatever autocast says."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def row_dtype(tensor: Tensor) -> torch.dtype:
+    """Of what is kept once a row: there u nearly cancels. float64 where the device has it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuse an order outside the family.
+
+    Raises
+    ------
+    TypeError
+        A tensor: its gradient would be lost.
+    ValueError
+        alpha < 1, or not finite.
+    """
+    if isinstance(alpha, Tensor):
+        raise TypeError(
+            "alpha must be a number: a tensor (an order a row, or one that is learnt) is taken by "
+            "none of these functions; pass float(alpha)"
+        )
+    if not (1 <= alpha < math.inf):
+        raise ValueError(f"alpha must be a finite number >= 1, got {alpha}")
+
+
+# --------------------------------------------------------------------------- levels
+
+
+def _in_logs(alpha: float) -> bool:
+    return (alpha - 1) * _LOG_DOMAIN_POWER < 1
+
+
+def edge(level: Tensor, alpha: float) -> Tensor:
+    """tau - k of a level: classes whose logit is above it are active. alpha > 1.
+
+    Examples
+    --------
+    >>> edge(torch.tensor(0.5), 1.05), edge(torch.tensor(0.5), 2.0)     # a tau, an edge
+    (tensor(-19.5000), tensor(0.5000))
+    """
+    return level - 1 / (alpha - 1) if _in_logs(alpha) else level
+
+
+def tau_of(level: Tensor, alpha: float) -> Tensor:
+    """tau of a level.
+
+    Examples
+    --------
+    >>> tau_of(torch.tensor(0.5), 1.05), tau_of(torch.tensor(0.5), 2.0)
+    (tensor(0.5000), tensor(1.5000))
+    """
+    return level if _in_logs(alpha) else level + 1 / (alpha - 1)
+
+
+def single_class_level(logits: Tensor, alpha: float, log_q: Tensor | None = None) -> Tensor:
+    """The level at which each class alone would hold mass 1: a lower bound of the true level.
+
+    Parameters
+    ----------
+    logits : Tensor, any shape
+    alpha : float
+    log_q : Tensor broadcastable to `logits`, or None for q = 1
+    """
+    if _in_logs(alpha):
+        if log_q is None:
+            return logits
+        if alpha == 1:
+            return logits + log_q
+        return logits - torch.expm1(log_q * (1 - alpha)) / (alpha - 1)
+    if log_q is None:
+        return logits - 1 / (alpha - 1)
+    return logits - torch.exp(log_q * (1 - alpha)) / (alpha - 1)
+
+
+def target_powers(logit: Tensor, level: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
+    """(p, q u^(k-1)) of the targets at a level, all [B]; both zero outside the support. alpha > 1.
+
+    Parameters
+    ----------
+    logit, level : Tensor, [B]
+    """
+    alpha = measure.alpha
+    k = 1 / (alpha - 1)
+    log_u = _log_u((logit - level).mul_(alpha - 1), alpha)
+    inactive = log_u == -math.inf
+    log_u.masked_fill_(inactive, 0)
+    h = torch.exp(log_u * (k - 1) + measure.target).masked_fill_(inactive, 0)
+    p = torch.exp(log_u * k + measure.target).masked_fill_(inactive, 0)
+    return p, h
+
+
+def _log_u(lead: Tensor, alpha: float) -> Tensor:
+    """log u of (alpha - 1)(logit - level), in place; -inf outside the support."""
+    return lead.clamp_(min=-1).log1p_() if _in_logs(alpha) else lead.clamp_(min=0).log_()
+
+
+class Block:
+    r"""Some classes' logits, and their mass and posterior at any level. alpha > 1.
+
+    Parameters
+    ----------
+    v : Tensor, [..., K], float32 or float64
+        (alpha - 1) times the logits; -inf stands for an absent class. Not changed.
+    alpha : float
+    log_q : Tensor broadcastable to `v`, or None for q = 1
+    weight : float
+        How often each class counts: for a sample of the classes.
+
+    Examples
+    --------
+    >>> block = Block(torch.tensor([[0.0, -0.5]]), alpha=2.0)
+    >>> block.posterior(torch.tensor([-0.75]))
+    tensor([[0.7500, 0.2500]])
+    >>> block.sums(torch.tensor([-0.75]))
+    (tensor([1.]), tensor([2.]))
+    """
+
+    def __init__(
+        self, v: Tensor, alpha: float, log_q: Tensor | None = None, weight: float = 1.0
+    ) -> None:
+        self.v, self.alpha, self.weight = v, alpha, weight
+        self.log_q = None if log_q is None else log_q.to(v.dtype)
+        self._u, self._h = torch.empty_like(v), torch.empty_like(v)
+
+    def sums(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        r"""S = sum_j p_j and H = sum_j q_j u_j^(k-1) = -dS/dtau at levels [...], both [...]."""
+        if self.log_q is None:
+            h = self._powers(level)
+            s, slope = torch.linalg.vecdot(h, self._u), h.sum(-1)
+        else:
+            k = 1 / (self.alpha - 1)
+            log_u, inactive = self._log_powers(level)
+            torch.add(self.log_q, log_u, alpha=k, out=self._h)
+            s = self._h.exp_().masked_fill_(inactive, 0).sum(-1)
+            # q may be beyond the dtype where p is not: the largest summand is kept as a logarithm
+            log_h = torch.add(self.log_q, log_u, alpha=k - 1, out=self._h)
+            log_h.masked_fill_(inactive, -math.inf)
+            largest = log_h.amax(-1, keepdim=True).clamp_(min=torch.finfo(log_h.dtype).min)
+            slope = log_h.sub_(largest).exp_().sum(-1).to(level.dtype)
+            slope = slope * largest.squeeze(-1).to(level.dtype).exp()
+        return (s, slope) if self.weight == 1 else (s * self.weight, slope * self.weight)
+
+    def posterior(self, level: Tensor) -> Tensor:
+        """p [..., K] at levels [...], in a buffer that the next call overwrites."""
+        if self.log_q is None:
+            h = self._powers(level)
+            return h.square_() if h is self._u else h.mul_(self._u)
+        log_u, inactive = self._log_powers(level)
+        torch.add(self.log_q, log_u, alpha=1 / (self.alpha - 1), out=self._h)
+        return self._h.exp_().masked_fill_(inactive, 0)
+
+    def _powers(self, level: Tensor) -> Tensor:
+        """u and u^(k-1) in the buffers; returns the second, which is u itself where k = 2."""
+        alpha, u, h = self.alpha, self._u, self._h
+        k = 1 / (alpha - 1)
+        torch.sub(self.v, self._at(level), out=u)
+        if _in_logs(alpha):
+            torch.log1p(u.clamp_(min=-1), out=h).mul_(k - 1).exp_()
+            u.add_(1)
+            return h
+        u.clamp_(min=0)
+        if k == 2:
+            return u
+        if k == 1:
+            return torch.sign(u, out=h)
+        torch.pow(u, k - 1, out=h)
+        return h if k > 1 else h.masked_fill_(u == 0, 0)
+
+    def _log_powers(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        log_u = _log_u(torch.sub(self.v, self._at(level), out=self._u), self.alpha)
+        inactive = log_u == -math.inf
+        return log_u.masked_fill_(inactive, 0), inactive
+
+    def _at(self, level: Tensor) -> Tensor:
+        return ((self.alpha - 1) * level).to(self.v.dtype).unsqueeze(-1)
+
+
+# --------------------------------------------------------------------------- the root
+
+
+def newton_steps(alpha: float, classes: int, spread: float, dtype: torch.dtype) -> int:
+    """Steps after which S^(1/k) - 1 is proved to be below eps, for 1 < alpha <= 2.
+
+    g = S^(1/k) - 1 is convex and decreasing, so from the left g+ / g + g'+ / g' <= 1 for one step:
+    the product g |g'| falls at least fourfold. It begins at most at (C^2 q_max)^(1/k) and the slope
+    never falls below q_min^(1/k), both in units of alpha - 1.
+
+    Parameters
+    ----------
+    classes : int
+        How many there are, weights included.
+    spread : float
+        log(q_max / q_min).
+    dtype : torch.dtype
+        Whose eps is to be reached.
+    """
+    bits = (alpha - 1) * (2 * math.log2(classes) + spread / math.log(2))
+    return 1 + math.ceil((bits - math.log2(torch.finfo(dtype).eps)) / 2)
+
+
+def newton(
+    mass: Callable[[Tensor], tuple[Tensor, Tensor]],
+    lower: Tensor,
+    upper: Tensor,
+    alpha: float,
+    steps: int,
+) -> Tensor:
+    """The levels at which the mass is 1.
+
+    The CPU stops as soon as every row has converged; elsewhere testing that would make the host
+    wait for the device, so all the steps are taken.
+
+    Parameters
+    ----------
+    mass : callable
+        ``S, H = mass(level)``, H = -dS/dtau, in any dtype.
+    lower, upper : Tensor
+        Bounds of the level; their dtype, which may be finer than the mass's, is the result's.
+        `upper` is used above alpha = 2 only.
+    alpha : float, > 1
+    steps : int
+        At most so many where alpha <= 2, see :func:`newton_steps`.
+    """
+    safeguarded = alpha > 2
+    level = lower
+    eps = torch.finfo(level.dtype).eps
+    on_cpu = lower.device.type == "cpu"
+    done = torch.zeros_like(lower, dtype=torch.bool)
+    for step in range(_MAX_STEPS_SAFEGUARDED if safeguarded else steps):
+        s, h = mass(level)
+        eps_mass, s, h = torch.finfo(s.dtype).eps, s.to(level.dtype), h.to(level.dtype)
+        # Newton on S^(1/k) - 1, written so that it becomes log(S) S / H as alpha -> 1.
+        log_s = s.log()
+        gain = torch.expm1(log_s * (alpha - 1)) / (alpha - 1)
+        delta = gain * torch.exp(log_s * (2 - alpha)) / h
+        noise = 4 * eps * level.abs()  # what rounding of the level leaves of a step
+        if safeguarded:
+            lower = torch.where(s >= 1, level, lower)
+            upper = torch.where(s >= 1, upper, level)
+            done = done | (upper - lower <= noise) | ((s - 1).abs() <= 4 * eps_mass)
+            proposed = level + delta
+            usable = (proposed > lower) & (proposed < upper) & (step % 3 != 2)
+            proposed = torch.where(usable, proposed, lower + 0.5 * (upper - lower))
+        else:
+            # From the left every true step is forward; a step back is rounding, of S too.
+            done = done | ~(delta > noise + 4 * eps_mass * s / h)
+            proposed = level + delta
+        level = torch.where(done, level, proposed)
+        if on_cpu and bool(done.all()):
+            break
+    return level
+
+
+def solve(
+    sums: Callable[[Tensor], tuple[Tensor, Tensor]],
+    target: Tensor,
+    measure: Measure,
+    lower: Tensor,
+    peak: Tensor,
+    classes: int,
+    spread: float,
+) -> Tensor:
+    """The level [B] of targets and the other classes together, for alpha > 1.
+
+    Parameters
+    ----------
+    sums : callable
+        ``S, H = sums(level)`` of the other classes: :meth:`Block.sums`, or its sum over chunks or
+        processes.
+    target : Tensor, [B]
+        The targets' logits. Their dtype is the result's.
+    measure : Measure
+    lower : Tensor, [B]
+        A lower bound from the other classes, as the largest :func:`single_class_level`.
+    peak : Tensor, [B]
+        The largest of the other classes' logits.
+    classes : int
+        How many there are in all, weights included.
+    spread : float
+        log(q_max / q_min) over classes and targets.
+    """
+
+    def mass(level: Tensor) -> tuple[Tensor, Tensor]:
+        s, h = sums(level)
+        p_y, h_y = target_powers(target, level, measure)
+        return s + p_y.to(s.dtype), h + h_y.to(h.dtype)
+
+    alpha = measure.alpha
+    lower = torch.maximum(lower, single_class_level(target, alpha, measure.target))
+    upper = torch.maximum(peak, target)
+    if _in_logs(alpha):
+        upper = upper + 1 / (alpha - 1)
+    steps = newton_steps(alpha, classes, spread, peak.dtype)
+    return newton(mass, lower.to(target.dtype), upper.to(target.dtype), alpha, steps)
+
+
+# --------------------------------------------------------------------------- the loss
+
+
+def fenchel_young(
+    measure: Measure, target: Tensor, level: Tensor, others: Tensor, gap: Tensor | float
+) -> Solution:
+    r"""The loss from tau and two moments of the other classes' posteriors.
+
+    After :math:`(p/q)^{\alpha-1} = 1 + (\alpha-1)(\theta - \tau)` on the support, the definition is
+
+    .. math:: L = (1 - 1/\alpha) \sum_{j \ne y} p_j (\theta_j - \theta_y)
+                  + (\tau - \tau_y) / \alpha
+
+    with :math:`\tau_y` of the target alone: nothing is divided by a vanishing alpha - 1, and both
+    terms vanish where the loss does. Where the mass S at the level given differs from 1 by
+    rounding, :math:`(1 - 1/\alpha)(S - 1)(\theta_y - \tau) + (S - 1)/\alpha` is added: the dual
+    objective, whose error is of second order in tau's.
+
+    Parameters
+    ----------
+    measure : Measure
+    target, level : Tensor, [B]
+        The targets' logits, and the level of all classes.
+    others : Tensor, [B]
+        Sum of the other classes' posteriors.
+    gap : Tensor, [B], or 0 at alpha = 1
+        Sum of posterior times (logit - target's logit) over the other classes.
+    """
+    alpha = measure.alpha
+    alone = single_class_level(target, alpha, measure.target)
+    if alpha == 1:
+        p_y = torch.exp(alone - level)
+        # -log p_y, which near p_y = 1 would be all rounding
+        loss = torch.where(p_y > 0.5, torch.log1p(others / p_y), level - alone)
+        inverse_total = 1 / (others + p_y)
+    else:
+        p_y, _ = target_powers(target, level, measure)
+        excess = others + p_y - 1
+        inverse_total = 1 / (1 + excess)
+        gap = gap + excess * (target - tau_of(level, alpha))
+        loss = (1 - 1 / alpha) * gap + (level - alone + excess) / alpha
+        loss = torch.where(others == 0, 0.0, loss.clamp(min=0))
+    return Solution(loss, p_y * inverse_total, -others * inverse_total, inverse_total)
