@@ -914,10 +914,10 @@ def pair_cosines(ijb: IJB, unit: np.ndarray) -> np.ndarray:
 
 def _roc_figure(report: Report, title: str):
     """TAR over FAR on a logarithmic axis, with its band; grey where fewer than 30 are accepted."""
-    from speechbrain_qmargin.scoring.plots import _canvas
+    from speechbrain_qmargin.scoring.plots import canvas
 
     points, resampled = report.points, report.resampled
-    figure, axes = _canvas(6.6, 4.4)
+    figure, axes = canvas(6.6, 4.4)
     lowest = 1 / points.num_impostors
     far, tar = np.maximum(points.far[:-1], lowest / 2), 1 - points.frr[:-1]
     (line,) = axes.step(far, tar, where="pre", linewidth=1.5)  # TAR falls, and then FAR

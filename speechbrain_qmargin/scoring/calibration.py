@@ -159,7 +159,7 @@ def fit_log_odds(
     number = np.count_nonzero(is_target)
     if number in (0, len(is_target)):
         raise ValueError("calibration needs target and impostor trials")
-    centre, spread = np.mean(features, axis=0), np.std(features, axis=0)
+    centre, spread = features.mean(0), np.asarray(features.std(0))
     spread[spread == 0] = 1
     weight = np.where(is_target, p_target / number, (1 - p_target) / (len(is_target) - number))
     model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10, max_iter=1000)

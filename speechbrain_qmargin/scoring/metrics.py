@@ -29,6 +29,7 @@ __all__ = [
     "min_cllr",
     "min_dcf",
     "operating_points",
+    "refuse_cosines",
     "tar_at_far",
 ]
 
@@ -288,7 +289,7 @@ def act_dcf(
     >>> act_dcf(points)
     0.0
     """
-    _refuse_uncalibrated(points, force)
+    refuse_cosines(points, force)
     miss, accept, least = _weights(p_target, c_miss, c_fa)
     misses, false_accepts = points.errors_at(bayes_threshold(p_target, c_miss, c_fa))
     cost = miss * misses / points.num_targets + accept * false_accepts / points.num_impostors
@@ -307,7 +308,14 @@ def bayes_threshold(p_target: float, c_miss: float = 1.0, c_fa: float = 1.0) -> 
     return math.log(accept / miss)
 
 
-def _refuse_uncalibrated(points: OperatingPoints, force: bool) -> None:
+def refuse_cosines(points: OperatingPoints, force: bool = False) -> None:
+    """Scores that cannot be natural-log likelihood ratios are refused: all within [-1, 1].
+
+    Raises
+    ------
+    ValueError
+        Such scores, unless `force`.
+    """
     largest = max(abs(float(s[i])) for s in (points.targets, points.impostors) for i in (0, -1))
     if largest <= 1 + 1e-6 and not force:
         raise ValueError(
@@ -331,7 +339,7 @@ def cllr(points: OperatingPoints, *, force: bool = False) -> float:
     >>> cllr(points, force=True)
     1.0
     """
-    _refuse_uncalibrated(points, force)
+    refuse_cosines(points, force)
     half = np.logaddexp(0, -points.targets.astype(float)).mean()
     half += np.logaddexp(0, points.impostors.astype(float)).mean()
     return float(half / (2 * math.log(2)))

@@ -10,6 +10,7 @@ import numpy as np
 
 from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import replacing
+from speechbrain_qmargin.scoring.bayes import LOG_ODDS, bayes_error
 from speechbrain_qmargin.scoring.metrics import (
     OperatingPoints,
     eer,
@@ -19,18 +20,47 @@ from speechbrain_qmargin.scoring.metrics import (
 from speechbrain_qmargin.scoring.uncertainty import Resampled, resample_speakers
 from speechbrain_qmargin.trials import Trials
 
-__all__ = ["calibration_figure", "det_figure", "histogram_figure", "plot_det", "save_figure"]
+__all__ = [
+    "bayes_error_figure",
+    "calibration_figure",
+    "canvas",
+    "det_figure",
+    "histogram_figure",
+    "plain",
+    "plot_det",
+    "save_figure",
+]
 
 _TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99,
           0.999)  # fmt: skip
 
 
-def _canvas(width: float, height: float):
+def plain(text: str, width: int = 0) -> str:
+    r"""Text that matplotlib draws as it is: no formulas between dollar signs, nothing hidden.
+
+    Examples
+    --------
+    >>> print(plain("$x$ and $y$"))
+    \$x\$ and \$y\$
+    """
+    text = textwrap.fill(text, width) if width else text
+    text = text.replace("$", r"\$")
+    return "\u200b" + text if text.startswith("_") else text  # a legend leaves such labels out
+
+
+def canvas(width: float, height: float):
+    """An empty matplotlib figure of inches, drawn without a display, and its axes."""
     require("matplotlib", why="plots", extra="report")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _probit(rate: float) -> float:
+    from scipy.stats import norm
+
+    return float(norm.ppf(rate))
 
 
 def save_figure(figure, path: str | Path) -> None:
@@ -48,20 +78,20 @@ def det_figure(systems: Mapping[str, tuple[OperatingPoints, Resampled | None]], 
     """
     from scipy.stats import norm
 
-    figure, axes = _canvas(6.6, 6.2)
+    figure, axes = canvas(6.6, 6.2)
     lowest, supported, least_frr, most_frr = 0.5, 0.0, 0.2, 0.5
     for name, (points, resampled) in systems.items():
         equal = eer(points)
         far, frr = _staircase(points)
         sure = (far * points.num_impostors >= 30) & (frr * points.num_targets >= 30)
         x, y = norm.ppf(far), norm.ppf(frr)
-        label = f"{name} (EER {100 * equal:.2f} %)"
+        label = plain(f"{name} (EER {100 * equal:.2f} %)")
         (line,) = axes.plot(x, y, linewidth=0.9, linestyle=(0, (3, 2)))
         color = line.get_color()
         axes.plot(np.where(sure, x, np.nan), np.where(sure, y, np.nan), color=color, linewidth=1.7)
         axes.plot([], [], color=color, linewidth=1.7, label=label)
         if 0 < equal < 1:
-            axes.plot(norm.ppf(equal), norm.ppf(equal), "o", color=color, markersize=4)
+            axes.plot(_probit(equal), _probit(equal), "o", color=color, markersize=4)
         lowest = min(lowest, 1 / points.num_impostors)
         supported = max(supported, 30 / points.num_impostors)
         if len(frr):
@@ -79,13 +109,13 @@ def det_figure(systems: Mapping[str, tuple[OperatingPoints, Resampled | None]], 
     labels = [f"{100 * tick:g}" for tick in _TICKS]
     axes.set_xticks(norm.ppf(_TICKS), labels, fontsize=8)
     axes.set_yticks(norm.ppf(_TICKS), labels, fontsize=8)
-    axes.set_xlim(norm.ppf(low * 0.8), norm.ppf(0.5))
-    axes.set_ylim(norm.ppf(bottom), norm.ppf(top))
+    axes.set_xlim(_probit(low * 0.8), _probit(0.5))
+    axes.set_ylim(_probit(bottom), _probit(top))
     if supported > low:
-        axes.axvspan(norm.ppf(low * 0.8), norm.ppf(min(supported, 0.5)), color="0.93", zorder=0)
+        axes.axvspan(_probit(low * 0.8), _probit(min(supported, 0.5)), color="0.93", zorder=0)
         axes.annotate(
             "fewer than 30\nfalse accepts",
-            (norm.ppf(low * 0.8), norm.ppf(bottom)),
+            (_probit(low * 0.8), _probit(bottom)),
             xytext=(4, 4),
             textcoords="offset points",
             fontsize=8,
@@ -94,7 +124,7 @@ def det_figure(systems: Mapping[str, tuple[OperatingPoints, Resampled | None]], 
     axes.axline((0, 0), slope=1, color="0.7", linewidth=0.8, linestyle=":")
     axes.set_xlabel("False accept rate, %")
     axes.set_ylabel("False reject rate, %")
-    axes.set_title(textwrap.fill(title, 80), fontsize=10)
+    axes.set_title(plain(title, 80), fontsize=10)
     axes.grid(color="0.88", linewidth=0.6)
     axes.legend(loc="upper right", fontsize=9)
     return figure
@@ -150,7 +180,7 @@ def plot_det(
 
 def histogram_figure(name: str, points: OperatingPoints, thresholds: Mapping[str, float]):
     """Densities of target and impostor scores, with thresholds as lines."""
-    figure, axes = _canvas(6.6, 3.0)
+    figure, axes = canvas(6.6, 3.0)
     low = min(points.targets[0], points.impostors[0])
     high = max(points.targets[-1], points.impostors[-1])
     edges = np.linspace(low, high if high > low else low + 1, 101)
@@ -162,7 +192,7 @@ def histogram_figure(name: str, points: OperatingPoints, thresholds: Mapping[str
     for index, (label, threshold) in enumerate(thresholds.items()):
         axes.axvline(threshold, color="0.25", linewidth=0.8, linestyle="--")
         axes.annotate(
-            label,
+            plain(label),
             (threshold, 0.97 - 0.1 * (index % 4)),
             xycoords=("data", "axes fraction"),
             fontsize=7,
@@ -172,7 +202,7 @@ def histogram_figure(name: str, points: OperatingPoints, thresholds: Mapping[str
         )
     axes.set_xlabel("score")
     axes.set_ylabel("density")
-    axes.set_title(textwrap.fill(name, 80), fontsize=10)
+    axes.set_title(plain(name, 80), fontsize=10)
     axes.legend(loc="upper left", fontsize=8)
     return figure
 
@@ -182,10 +212,10 @@ def calibration_figure(systems: Mapping[str, OperatingPoints], llr: bool):
 
     Calibrated scores lie on the diagonal, which is drawn if they claim to be (`llr`).
     """
-    figure, axes = _canvas(6.6, 3.6)
+    figure, axes = canvas(6.6, 3.6)
     for name, points in systems.items():
         scores, odds = log_likelihood_ratios(points)
-        axes.step(scores, np.clip(odds, -12, 12), where="post", label=name, linewidth=1.3)
+        axes.step(scores, np.clip(odds, -12, 12), where="post", label=plain(name), linewidth=1.3)
     if llr:
         axes.axline((0, 0), slope=1, color="0.5", linewidth=0.8, linestyle=":", label="calibrated")
     axes.set_ylim(-12.5, 12.5)
@@ -193,4 +223,34 @@ def calibration_figure(systems: Mapping[str, OperatingPoints], llr: bool):
     axes.set_ylabel("log-likelihood ratio found")
     axes.grid(color="0.9", linewidth=0.6)
     axes.legend(fontsize=8)
+    return figure
+
+
+def bayes_error_figure(systems: Mapping[str, OperatingPoints], log_odds: np.ndarray = LOG_ODDS):
+    """Normalised Bayes error rates of log-likelihood ratios over priors, as a matplotlib figure.
+
+    Solid: at the threshold that each prior asks for. Dashed: the minimum. Thin where fewer than 30
+    misses or fewer than 30 false accepts carry it.
+    """
+    figure, axes = canvas(6.6, 4.2)
+    highest = 1.0
+    for name, points in systems.items():
+        found = bayes_error(points, log_odds, force=True)
+        sure = np.minimum(found.misses, found.false_accepts) >= 30
+        (line,) = axes.plot(found.log_odds, found.actual, linewidth=0.8)
+        color = line.get_color()
+        bold = np.where(sure, found.actual, np.nan)
+        axes.plot(found.log_odds, bold, color=color, linewidth=1.8)
+        axes.plot([], [], color=color, linewidth=1.8, label=plain(name))
+        axes.plot(found.log_odds, found.minimum, color=color, linewidth=1, linestyle=(0, (3, 2)))
+        highest = max(highest, float(found.actual.max()))
+    axes.axhline(1, color="0.5", linewidth=0.8, linestyle=":")
+    axes.annotate("deciding without scores", (log_odds[0], 1), xytext=(3, 3),
+                  textcoords="offset points", fontsize=7, color="0.4")  # fmt: skip
+    axes.set_xlim(log_odds[0], log_odds[-1])
+    axes.set_ylim(0, min(1.25 * highest, 2.5))
+    axes.set_xlabel("log odds of the prior (dashed: the minimum; thin: fewer than 30 errors)")
+    axes.set_ylabel("normalised Bayes error rate")
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.legend(loc="upper right", fontsize=8)
     return figure
