@@ -7,12 +7,9 @@ from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.processing.features import InputNormalization
 from torchaudio.compliance import kaldi
 
-from speechbrain_qmargin.export.encoder import (
-    PARTS,
-    SpeakerEncoder,
-    export_for_inference,
-    export_onnx,
-)
+from speechbrain_qmargin.export.encoder import PARTS, SpeakerEncoder
+from speechbrain_qmargin.export.inference import export_for_inference
+from speechbrain_qmargin.export.onnx import export_onnx
 from speechbrain_qmargin.features import KaldiFbank
 
 

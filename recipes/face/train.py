@@ -18,7 +18,7 @@ from speechbrain_qmargin.data.faces import SkippedImages, check_images, face_dat
 from speechbrain_qmargin.data.records import read_bin, stored_faces
 from speechbrain_qmargin.faces.pair_sets import check_folds
 from speechbrain_qmargin.training.brain import FaceBrain
-from speechbrain_qmargin.training.experiment import pair_ids
+from speechbrain_qmargin.training.results import pair_ids
 from speechbrain_qmargin.training.run import Datasets, Task, train_verifier
 
 SYNTHETIC = "generated faces: this shows that the machinery works, not how accurate it is"

@@ -9,7 +9,9 @@ scores are plain cosines becomes the folder's threshold.
 import argparse
 import sys
 
-from speechbrain_qmargin.export.encoder import export_onnx, export_run, load_encoder
+from speechbrain_qmargin.export.encoder import load_encoder
+from speechbrain_qmargin.export.inference import export_run
+from speechbrain_qmargin.export.onnx import export_onnx
 from speechbrain_qmargin.scoring.decision import OperatingPoint
 
 

@@ -14,7 +14,7 @@ from speechbrain_qmargin.embeddings import cosine_scores, load_embeddings
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.calibration import fit_calibration
 from speechbrain_qmargin.scoring.lists import Cohort, score_lists
-from speechbrain_qmargin.training.experiment import load_experiment
+from speechbrain_qmargin.training.config import load_experiment
 from speechbrain_qmargin.trials import read_map, read_trials, speaker_in
 
 

@@ -1,0 +1,1 @@
+"""A trained encoder for others: one module, SpeechBrain's inference folder, ONNX."""

@@ -25,28 +25,20 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import FilteredSortedDynamicItemDataset
 from speechbrain.dataio.sampler import ReproducibleRandomSampler
 from speechbrain.utils.checkpoints import (
-    Checkpointer,
     mark_as_loader,
     mark_as_saver,
     register_checkpoint_hooks,
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.loss.registry import loss_parameter, set_loss_parameters
-from speechbrain_qmargin.training.batch_norm import synchronised_batch_norm
+from speechbrain_qmargin.training.checkpoints import bare, ends_an_epoch, load_average
 from speechbrain_qmargin.training.extraction import EmbeddingParts
+from speechbrain_qmargin.training.internals import OpenBrain, skip_to
 
-__all__ = [
-    "FaceBrain",
-    "SpeakerBrain",
-    "VerificationBrain",
-    "load_average",
-    "load_module",
-    "load_pretrained",
-]
+__all__ = ["FaceBrain", "SpeakerBrain", "VerificationBrain"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +47,7 @@ _LARGEST = 2  # of the statistics, where the largest support stands: no sum
 
 
 @register_checkpoint_hooks
-class VerificationBrain(sb.Brain):
+class VerificationBrain(OpenBrain):
     """Trains embeddings with any loss of the family and compares them by cosine.
 
     Reads from `hparams`:
@@ -179,7 +171,8 @@ class VerificationBrain(sb.Brain):
         if self.step and before is not None:
             step = self.step * before // (self._items_at_once * factor) * factor
             if step != self.step or before != self._items_at_once:
-                self.step = self._train_loader._speechbrain_recovery_skip_to = step
+                self.step = step
+                skip_to(self._train_loader, step)
 
     @property
     def _time(self) -> float:
@@ -195,15 +188,6 @@ class VerificationBrain(sb.Brain):
         for optimizer in self.optimizers_dict.values():
             for group in optimizer.param_groups:
                 group["lr"] = self._lr
-
-    def _wrap_distributed(self):
-        if self.distributed_launch and self.distributed_backend == "gloo":
-            # SpeechBrain's own wrapping uses torch's SyncBatchNorm, which takes CUDA tensors only
-            for name, module in self.modules.items():
-                if any(p.requires_grad for p in module.parameters()):
-                    self.modules[name] = DistributedDataParallel(synchronised_batch_norm(module))
-        else:
-            super()._wrap_distributed()
 
     def init_optimizers(self):
         """One optimiser, or two where the classifier is in shards: a rank steps its own shard.
@@ -246,11 +230,9 @@ class VerificationBrain(sb.Brain):
         torch.manual_seed(seed)
         self._follow_schedules()
 
-    def _should_save_intra_epoch_ckpt(self, *args):
+    def may_save_within_epoch(self) -> bool:
         # between two steps there are gradients that no checkpoint holds
-        return self.step % self.grad_accumulation_factor == 0 and (
-            super()._should_save_intra_epoch_ckpt(*args)
-        )
+        return self.step % self.grad_accumulation_factor == 0
 
     @mark_as_saver
     def _save(self, path):
@@ -346,12 +328,12 @@ class VerificationBrain(sb.Brain):
         self.checkpointer.save_and_keep_only(
             meta={"epoch": record["epoch"], **valid_stats},
             num_to_keep=self._averaged,
-            ckpt_predicate=_ends_an_epoch,
+            ckpt_predicate=ends_an_epoch,
             verbosity=logging.DEBUG,
         )
         self.checkpointer.delete_checkpoints(
             num_to_keep=0,
-            ckpt_predicate=lambda found: not _ends_an_epoch(found),
+            ckpt_predicate=lambda found: not ends_an_epoch(found),
             verbosity=logging.DEBUG,
         )
 
@@ -385,7 +367,7 @@ class VerificationBrain(sb.Brain):
         """
         rank = torch.distributed.get_rank() if self._processes > 1 else 0
         averaged = self.checkpointer.find_checkpoints(
-            ckpt_predicate=_ends_an_epoch, max_num_checkpoints=self._averaged
+            ckpt_predicate=ends_an_epoch, max_num_checkpoints=self._averaged
         )
         model = " ".join(sorted(checkpoint.path.name for checkpoint in averaged))
         folder = Path(self.checkpointer.checkpoints_dir) / "embeddings"
@@ -479,51 +461,6 @@ class FaceBrain(VerificationBrain):
         return embeddings
 
 
-def load_average(modules, checkpointer, count: int, first_rows: bool = False) -> int:
-    """Load the mean of the last `count` end-of-epoch checkpoints into the modules.
-
-    Weights and batch-normalisation statistics are averaged, integers are the newest's. Every
-    process averages its own shard of a classifier in shards. With `first_rows` a classifier may
-    have fewer classes than its checkpoints, and takes their first ones.
-
-    Returns
-    -------
-    int
-        How many there were.
-
-    Raises
-    ------
-    FileNotFoundError
-        No epoch was finished.
-    """
-    checkpoints = checkpointer.find_checkpoints(
-        ckpt_predicate=_ends_an_epoch, max_num_checkpoints=count
-    )
-    if not checkpoints:
-        raise FileNotFoundError(
-            f"{checkpointer.checkpoints_dir} holds no checkpoint of a finished epoch"
-        )
-    plain = {name: bare(module) for name, module in modules.items()}
-    total: dict[tuple, Tensor] = {}
-    for checkpoint in reversed(checkpoints):  # the newest last
-        for name in plain.keys() & checkpoint.paramfiles.keys():
-            load_module(plain[name], checkpoint.paramfiles[name], first_rows)
-            for key, value in plain[name].state_dict().items():
-                if value.is_floating_point():
-                    total[name, key] = total.get((name, key), 0) + value / len(checkpoints)
-    with torch.no_grad():
-        for (name, key), mean in total.items():
-            plain[name].state_dict(keep_vars=True)[key].copy_(mean)
-    return len(checkpoints)
-
-
-def bare(module):
-    """A module without what wraps it: DDP for several processes, torch.compile."""
-    for wrapper in ("module", "_orig_mod"):
-        module = getattr(module, wrapper, module)
-    return module
-
-
 def _content_key(name: str, item: dict) -> str:
     """An id with what its embedding is of: another file or other bytes under it are another."""
     parts = []
@@ -533,68 +470,3 @@ def _content_key(name: str, item: dict) -> str:
             status = os.stat(value)
             parts.append(b"%d %d" % (status.st_size, status.st_mtime_ns))
     return f"{name} {zlib.crc32(b' '.join(parts)):08x}"
-
-
-def _ends_an_epoch(checkpoint) -> bool:
-    return checkpoint.meta["end-of-epoch"]
-
-
-def load_module(module, path: str | Path, first_rows: bool = False) -> None:
-    """Weights of a module from a checkpoint: a file, or a folder for a classifier in shards."""
-    if Path(path).is_dir():
-        module.load_shards(path, first_rows=first_rows)
-        return
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if first_rows:
-        sizes = {key: len(value) for key, value in module.state_dict().items() if value.ndim}
-        state = {
-            key: value[: sizes[key]] if key in sizes else value for key, value in state.items()
-        }
-    module.load_state_dict(state)
-
-
-def load_pretrained(hparams: dict) -> None:
-    """Start from the weights of the finished run in ``pretrained``, its epochs averaged.
-
-    ``pretrained_classes`` says what becomes of its prototypes: ``keep``, for the same classes;
-    ``first``, for as many as there are now (the copies of speakers at other speeds come last and
-    are dropped); ``none``, a new classifier. A run that has checkpoints of its own ignores this.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        No finished epoch there; another model or other classes there than here.
-    """
-    source, classes = hparams["pretrained"], hparams["pretrained_classes"]
-    if source is None or hparams["checkpointer"].list_checkpoints():
-        return
-    if classes not in ("keep", "first", "none"):
-        raise ValueError(f"pretrained_classes: {classes!r}; choose keep, first or none")
-    save = Path(source) / "save"
-    names = ["embedding_model"] + ["classifier"] * (classes != "none")
-    modules = {name: hparams[name] for name in names}
-    if not save.is_dir():
-        raise FileNotFoundError(f"pretrained: {source} is no run's output folder (no save/ in it)")
-    if classes != "none":
-        there, here = (
-            Path(folder, "label_encoder.txt") for folder in (save, hparams["save_folder"])
-        )
-        labels = [path.read_text() if path.is_file() else None for path in (there, here)]
-        if labels[0] != labels[1]:
-            raise ValueError(
-                f"{source} was trained on other classes than these ({there} and {here} differ); "
-                "give --pretrained_classes none for a new classifier"
-            )
-    if not Path(source, "results.json").is_file():
-        logger.warning(f"pretrained: {source} is not finished; its last epochs so far are taken")
-    checkpointer = Checkpointer(save)
-    try:
-        count = load_average(
-            modules, checkpointer, len(checkpointer.list_checkpoints()), classes == "first"
-        )
-    except RuntimeError as error:
-        raise ValueError(
-            f"pretrained: {source} was trained with another model or other sizes (--model, --size, "
-            f"--channels, ...) than this run; see its experiment.yaml. {str(error)[:300]}"
-        ) from error
-    logger.info(f"starting from {source}: {', '.join(names)}, {count} epochs averaged")

@@ -14,17 +14,14 @@ from typing import Any
 import numpy as np
 from speechbrain.utils.distributed import if_main_process
 
-from speechbrain_qmargin.export.encoder import export_run
+from speechbrain_qmargin.export.inference import export_run
 from speechbrain_qmargin.scoring.lists import Cohort
-from speechbrain_qmargin.training.brain import VerificationBrain, load_pretrained
-from speechbrain_qmargin.training.experiment import (
-    Experiment,
-    load_experiment,
-    main_process_first,
-    processes,
-    validation,
-    verify,
-)
+from speechbrain_qmargin.training.brain import VerificationBrain
+from speechbrain_qmargin.training.checkpoints import load_pretrained
+from speechbrain_qmargin.training.config import Experiment, load_experiment
+from speechbrain_qmargin.training.processes import main_process_first, processes
+from speechbrain_qmargin.training.results import validation, verify
+from speechbrain_qmargin.training.run_folder import RunFolder
 from speechbrain_qmargin.trials import read_trials
 
 __all__ = ["Datasets", "Task", "train_verifier"]
@@ -64,7 +61,7 @@ class Task:
     test_trials : dict from name to path
     pair_sets : dict from name to bool array [N]
         Pairs without identities, measured over ten folds: whether pair n is one identity. Its
-        images are in the test dataset by :func:`~speechbrain_qmargin.training.experiment.pair_ids`.
+        images are in the test dataset by :func:`~speechbrain_qmargin.training.results.pair_ids`.
     valid_trials : path, optional
     note : str
         Said before training and in the results; synthetic data are called so.
@@ -105,20 +102,24 @@ def train_verifier(
         What the command line said.
     """
     experiment = load_experiment(argv)
-    inference = experiment.output_folder / "inference"
+    folder = RunFolder(experiment)
+    inference = folder.path / "inference"
     with processes(experiment.run_opts):
         main, trained = if_main_process(), False
-        if not experiment.announce_finished():
-            trained = _train_and_verify(experiment, brain_class, prepare)
+        if not folder.announce_finished():
+            trained = _train_and_verify(folder, brain_class, prepare)
     # without the others: a classifier in shards is whole in the checkpoints
     if export and main and (trained or not inference.is_dir()):
-        export_run(experiment.output_folder)
+        export_run(folder.path)
     return experiment
 
 
-def _train_and_verify(experiment: Experiment, brain_class, prepare) -> bool:
+def _train_and_verify(
+    folder: RunFolder, brain_class: type[VerificationBrain], prepare: Callable[[dict], Task]
+) -> bool:
     """Whether there was an epoch left to train."""
-    experiment.check_output_folder()
+    experiment = folder.experiment
+    folder.check()
     # until SpeechBrain sets up its own, in the output folder
     level = logging.INFO if if_main_process() else logging.ERROR
     logging.basicConfig(level=level, format="%(name)s - %(message)s")
@@ -126,9 +127,10 @@ def _train_and_verify(experiment: Experiment, brain_class, prepare) -> bool:
     task = main_process_first(lambda: prepare(experiment.settings))
     if task.note and if_main_process():
         print(f"Training on {task.note}.", flush=True)
+    folder.check(out_n_neurons=task.num_classes)
     hparams = experiment.load(out_n_neurons=task.num_classes)
     data = main_process_first(lambda: task.datasets(hparams))
-    experiment.begin()
+    folder.begin()
     load_pretrained(hparams)
 
     brain = brain_class(
@@ -158,7 +160,7 @@ def _train_and_verify(experiment: Experiment, brain_class, prepare) -> bool:
         top_n = min(hparams["top_n"], len(set(data.cohort_classes.values())))
         cohort = Cohort.of(cohort_embeddings, data.cohort_classes, top_n=top_n)
     verify(
-        experiment,
+        folder,
         embeddings,
         {name: read_trials(path) for name, path in task.test_trials.items()},
         brain.history(),

@@ -14,18 +14,17 @@ from speechbrain.inference.speaker import SpeakerRecognition
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_qmargin.data.speech import speech_dataset
-from speechbrain_qmargin.export import encoder as export
-from speechbrain_qmargin.export.encoder import (
-    SpeakerEncoder,
+from speechbrain_qmargin.export.encoder import SpeakerEncoder, load_encoder
+from speechbrain_qmargin.export.inference import (
     export_for_inference,
-    export_onnx,
     export_run,
-    load_encoder,
     set_operating_point,
 )
-from speechbrain_qmargin.scoring.decision import choose_operating_point
+from speechbrain_qmargin.export.onnx import export_onnx
+from speechbrain_qmargin.scoring.decision import OperatingPoint, choose_operating_point
 from speechbrain_qmargin.scoring.metrics import operating_points
-from speechbrain_qmargin.training.brain import SpeakerBrain, load_average
+from speechbrain_qmargin.training.brain import SpeakerBrain
+from speechbrain_qmargin.training.checkpoints import load_average
 
 SPEAKERS = ["ann", "bob", "cyd"]
 ECAPA = """
@@ -246,7 +245,7 @@ def test_the_operating_point_travels_with_the_folder(tmp_path):
         set_operating_point(folder, point)
         verifier = SpeakerRecognition.from_hparams(source=str(folder))
         assert verifier.hparams.threshold == point.threshold
-    assert export.OperatingPoint.load(folder / "operating_point.json") == point
+    assert OperatingPoint.load(folder / "operating_point.json") == point
 
 
 def test_modules_that_the_yaml_does_not_describe_are_refused_and_the_old_folder_stays(tmp_path):

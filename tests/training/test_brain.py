@@ -13,10 +13,12 @@ import torch
 
 from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.speech import prepare_speech, speech_dataset
-from speechbrain_qmargin.training.brain import SpeakerBrain, load_pretrained
-from speechbrain_qmargin.training.experiment import load_experiment
+from speechbrain_qmargin.training.brain import SpeakerBrain
+from speechbrain_qmargin.training.checkpoints import load_pretrained
+from speechbrain_qmargin.training.config import load_experiment
+from speechbrain_qmargin.training.run_folder import RunFolder
 
-RECIPE = Path(__file__).parent.parent / "hparams" / "qmargin.yaml"
+RECIPE = Path(__file__).parents[2] / "hparams" / "qmargin.yaml"
 RATE = 16000
 
 
@@ -67,7 +69,7 @@ def make_brain(folder, output, validate=None, brain_class=SpeakerBrain, run_opts
     options = [f"--{key}={'null' if value is None else value}" for key, value in settings.items()]
     experiment = load_experiment([str(RECIPE), *options])
     hparams = experiment.load(ckpt_interval_minutes=0)
-    experiment.begin()
+    RunFolder(experiment).begin()
     brain = brain_class(
         modules=hparams["modules"],
         opt_class=hparams["opt_class"],

@@ -1,19 +1,24 @@
-"""Settings, sizes, the output folder, checkpoints that appear whole."""
+"""Settings, sizes, overlays, the command line."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
+from speechbrain.utils.run_opts import HELP_TEXTS
 
-from speechbrain_qmargin.training.experiment import AtomicCheckpointer, load_experiment
+from speechbrain_qmargin.training.config import load_experiment
+from speechbrain_qmargin.training.run_folder import RunFolder
 
-HPARAMS = Path(__file__).parent.parent / "hparams"
+HPARAMS = Path(__file__).parents[2] / "hparams"
 
 BASE = """
-overlays: [layers/<kind>.yaml, sizes/<size>.yaml]
-size: auto
+overlays: [layers/<kind>.yaml, known: sizes/<size>.yaml]
+auto:
+    size: {mini: {data_folder: null}, full: {}}
+
+size: auto  # how much
 kind: wide
 data_folder: null
 seed: 0
@@ -37,6 +42,7 @@ def yaml(tmp_path):
     (tmp_path / "sizes").mkdir()
     (tmp_path / "sizes" / "mini.yaml").write_text("width: 8\ndepth_of_another_model: 3\n")
     (tmp_path / "sizes" / "flat.yaml").write_text("kind: none\n")
+    (tmp_path / "sizes" / "full.yaml").write_text("# as it is\n")
     (tmp_path / "layers").mkdir()
     (tmp_path / "layers" / "wide.yaml").write_text(WIDE)
     (tmp_path / "layers" / "biased.yaml").write_text("extends: wide.yaml\noutputs: 5\n")
@@ -85,7 +91,7 @@ def test_overlays_are_chosen_by_setting_size_and_command_line(yaml, tmp_path):
 def test_a_run_can_be_extended(yaml, tmp_path):
     first = tmp_path / "first"
     experiment, _ = load(yaml, "--kind=biased", "--width=3", f"--output_folder={first}", seed=5)
-    experiment.begin()
+    RunFolder(experiment).begin()
     second = tmp_path / "second.yaml"
     second.write_text(
         "extends: <start>/experiment.yaml\nstart: !PLACEHOLDER\n"
@@ -111,7 +117,7 @@ def test_every_value_of_a_size_is_some_models():
             ).text
             keys |= set(YAML().load(text))
         for size in (HPARAMS / sizes / "sizes").glob("*.yaml"):
-            assert set(YAML().load(size.read_text())) <= keys, size
+            assert set(YAML().load(size.read_text()) or {}) <= keys, size
 
 
 def test_the_full_size_has_kaldis_features_and_the_others_speechbrains():
@@ -129,7 +135,7 @@ def test_the_full_size_has_kaldis_features_and_the_others_speechbrains():
 def test_errors_name_what_is_wrong(yaml):
     with pytest.raises(ValueError, match=r"--widht is neither a setting .* width"):
         load_experiment([yaml, "--widht", "3"])
-    with pytest.raises(ValueError, match="'huge' is unknown; choose auto, full, flat, mini"):
+    with pytest.raises(ValueError, match="'huge' is unknown; choose auto, flat, full, mini"):
         load_experiment([yaml, "--size", "huge"])
     with pytest.raises(ValueError, match="--width is given twice"):
         load_experiment([yaml, "--width=3", "--width=4"])
@@ -141,63 +147,71 @@ def test_another_experiments_folder_is_refused(yaml, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     experiment = load_experiment([yaml, "--output_folder", str(folder)])
-    experiment.check_output_folder()
+    RunFolder(experiment).check()
     (folder / "hyperparams.yaml").write_text(
         f"output_folder: {folder}\nwidth: 8\nloss: cosface\nsize: mini\n"
     )
     with pytest.raises(ValueError, match="loss: cosface there, qmargin now"):
-        experiment.check_output_folder()
+        RunFolder(experiment).check()
     same = load_experiment([yaml, "--output_folder", str(folder), "--loss", "cosface"])
-    same.check_output_folder()
+    RunFolder(same).check()
 
 
 def test_a_number_of_classes_that_changed_is_named(yaml, tmp_path):
     out = f"--output_folder={tmp_path / 'out'}"
     experiment, _ = load(yaml, out, width=4)
-    experiment.begin()
+    RunFolder(experiment).begin()
     with pytest.raises(ValueError, match="holds a run with width = 4; these data give 5"):
-        load(yaml, out, width=5)
+        RunFolder(load_experiment([yaml, out])).check(width=5)
 
 
-class Interrupted(Exception):
-    pass
+def test_comments_stay_at_their_keys(yaml, tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "# What this is.\n\noverlays: [known: over.yaml]\n"
+        "layer: !new:torch.nn.Linear  # an object\n    in_features: !ref <width>  # within\n"
+        "    out_features: 2\n\n# How wide\nwidth: 512        # columns, 'or' so\n"
+        "# How deep\ndepth: 3          # rows\n"
+    )
+    (tmp_path / "over.yaml").write_text("width: 8\nother: 1\n")
+    text = load_experiment([str(tmp_path / "base.yaml"), "--depth", "4"]).text
+    assert text == (
+        "# What this is.\n\n"
+        "# How wide\nwidth: 8          # columns, 'or' so\n"
+        "# How deep\ndepth: 4          # rows\n"
+        "layer: !new:torch.nn.Linear  # an object\n    in_features: !ref <width>  # within\n"
+        "    out_features: 2\n"
+    )
 
 
-def test_a_full_disk_is_named_and_the_last_checkpoint_kept(tmp_path):
-    def full(obj, path):
-        raise RuntimeError("PytorchStreamWriter failed writing file")
-
-    checkpointer = AtomicCheckpointer(tmp_path, {"layer": torch.nn.Linear(2, 1)})
-    checkpointer.save_checkpoint(meta={"epoch": 1})
-    checkpointer.add_recoverable("other", torch.nn.Linear(1, 1), custom_save_hook=full)
-    with pytest.raises(OSError, match=f"{tmp_path}.*make room") as error:
-        checkpointer.save_checkpoint(meta={"epoch": 2})
-    assert "PytorchStreamWriter" in str(error.value)
-    assert [kept.meta["epoch"] for kept in checkpointer.list_checkpoints()] == [1]
+def test_what_is_composed_is_plain_hyperpyyaml(tmp_path):
+    options = [f"--output_folder={tmp_path}", "--out_n_neurons=2"]
+    for recipe in ("qmargin.yaml", "face_qmargin.yaml"):
+        for head in ("dense", "sparse"):
+            text = load_experiment([str(HPARAMS / recipe), f"--head={head}", *options]).text
+            assert not {"extends", "overlays", "auto"} & set(YAML().load(text))
+            hparams = load_hyperpyyaml(text)
+            assert hparams["output_folder"] == str(tmp_path)
+            assert len(next(iter(hparams["modules"]["classifier"].parameters()))) == 2
 
 
-def test_an_interrupted_save_leaves_the_last_checkpoint_to_resume_from(tmp_path):
-    layer = torch.nn.Linear(2, 1)
-    checkpointer = AtomicCheckpointer(tmp_path, {"layer": layer})
-    kept = checkpointer.save_checkpoint(meta={"epoch": 1})
-    assert kept.path.is_dir()
-    assert kept.paramfiles["layer"].is_file()
-    good = layer.weight.detach().clone()
+def test_abbreviations_of_options_are_refused(yaml):
+    with pytest.raises(ValueError, match=r"--optimizer is no option; .* --optimizer_step_limit"):
+        load_experiment([yaml, "--optimizer", "adam"])
+    with pytest.raises(ValueError, match="--width wants a value; null is none"):
+        load_experiment([yaml, "--width", "--size=flat"])
+    with pytest.raises(ValueError, match="'stray': settings are given as --key value"):
+        load_experiment([yaml, "--debug", "stray"])
+    experiment = load_experiment([yaml, "--device", "cpu", "--precision=bf16", "--loss", "a=b"])
+    assert (experiment.run_opts.device, experiment.run_opts.precision) == ("cpu", "bf16")
+    assert experiment.settings["loss"] == "a=b"
+    for recipe in ("qmargin.yaml", "face_qmargin.yaml"):
+        for key in load_experiment([str(HPARAMS / recipe)]).settings:
+            assert not [name for name in HELP_TEXTS if name.startswith(key) and name != key]
 
-    def fail(obj, path):
-        path.write_text("half")
-        raise Interrupted
 
-    checkpointer.add_recoverable("other", torch.nn.Linear(1, 1), custom_save_hook=fail)
-    with torch.no_grad():
-        layer.weight.zero_()
-    with pytest.raises(Interrupted):
-        checkpointer.save_checkpoint(meta={"epoch": 2})
-
-    resumed = AtomicCheckpointer(tmp_path, {"layer": layer})
-    assert resumed.recover_if_possible().meta["epoch"] == 1
-    assert torch.equal(layer.weight, good)
-    resumed.save_checkpoint(meta={"epoch": 3})
-    assert not list(tmp_path.glob("partial_*"))
-    assert len(resumed.list_checkpoints()) == 2
-    shutil.rmtree(tmp_path)
+def test_a_yaml_of_ones_own_chooses_within_what_it_extends(yaml, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: base.yaml\nkind: biased\nseed: 3\n")
+    _, hparams = load(str(own), "--size=mini", f"--output_folder={tmp_path / 'out'}")
+    assert (hparams["layer"].in_features, hparams["layer"].out_features) == (8, 5)
+    assert hparams["seed"] == 3

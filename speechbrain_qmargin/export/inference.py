@@ -1,0 +1,211 @@
+"""A trained speaker encoder as the folder that SpeechBrain's inference classes load."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from speechbrain.dataio.encoder import CategoricalEncoder
+from speechbrain.utils.distributed import if_main_process
+from torch import Tensor, nn
+
+from speechbrain_qmargin.export.definitions import definitions, hyperparams_tree
+from speechbrain_qmargin.export.encoder import PARTS, SpeakerEncoder, is_run, load_encoder, load_run
+from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe
+from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.scoring.decision import OperatingPoint
+from speechbrain_qmargin.training.checkpoints import bare
+from speechbrain_qmargin.training.internals import has_statistics, statistics
+
+__all__ = ["export_for_inference", "export_run", "set_operating_point"]
+
+MAX_CLASSES = 100_000
+
+
+def export_for_inference(
+    hyperparams: str | Path,
+    modules: Mapping[str, nn.Module],
+    folder: str | Path,
+    *,
+    label_encoder: str | Path | None = None,
+    operating_point: OperatingPoint | None = None,
+    max_classes: int = MAX_CLASSES,
+) -> Path:
+    """Write a folder that SpeechBrain's inference classes load offline, unmodified::
+
+        SpeakerRecognition.from_hparams(source=folder, savedir=...).verify_files(a, b)
+        EncoderClassifier.from_hparams(source=folder, savedir=...).classify_file(a)
+
+    The folder may be moved; it names no path outside it. It appears whole or not at all, and only
+    if its encoder, loaded again, gives the embeddings of `modules`.
+
+    Parameters
+    ----------
+    hyperparams : path
+        The run's ``hyperparams.yaml``, which defines the modules.
+    modules : mapping of str to Module
+        The trained modules. A cosine classifier with prototypes in its ``weight`` [classes, D],
+        dense, sparse or in shards (then every process calls this), becomes SpeechBrain's
+        ``Classifier``.
+    folder : path
+        Replaced if it exists.
+    label_encoder : path, optional
+        The run's ``label_encoder.txt``. Without it there is no classifier. Where it has fewer
+        labels than the classifier has classes, the first classes are the labels; the others,
+        copies of speakers at other speeds, are left out.
+    operating_point : OperatingPoint, optional
+        As by :func:`set_operating_point`.
+    max_classes : int
+        With more labels the classifier is left out: ``classify_batch`` is then not available.
+
+    Returns
+    -------
+    Path
+        `folder`.
+
+    Raises
+    ------
+    ValueError
+        The YAML does not describe `modules`; labels and classes that do not fit.
+    """
+    tree, folder, modules = hyperparams_tree(hyperparams), Path(folder), dict(modules.items())
+    labels = _labels(label_encoder)
+    prototypes = None
+    if labels is not None and labels <= max_classes:
+        prototypes = _prototypes(modules.get("classifier"), labels)  # every process takes part
+    if not if_main_process():
+        return folder
+
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        encoder = SpeakerEncoder(modules, tree["sample_rate"])
+        saved = {name for name in PARTS if _save(getattr(encoder, name), partial / f"{name}.ckpt")}
+        if prototypes is not None:
+            torch.save({"weight": prototypes}, partial / "classifier.ckpt")
+            shutil.copyfile(label_encoder, partial / "label_encoder.ckpt")
+        write_text(partial / "hyperparams.yaml", _inference_yaml(tree, saved, prototypes))
+        if operating_point is not None:
+            set_operating_point(partial, operating_point)
+        _check_same(encoder, load_encoder(partial, encoder.device), hyperparams)
+        old = partial.with_suffix(".old")
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def export_run(run_folder: str | Path, **options: Any) -> Path:
+    """Write ``inference/`` into a run's output folder, from its checkpoints.
+
+    `options` are those of :func:`export_for_inference`.
+    """
+    run_folder = Path(run_folder)
+    if not is_run(run_folder):
+        raise FileNotFoundError(f"{run_folder}: not a run's output folder (no save/)")
+    labels = run_folder / "save" / "label_encoder.txt"
+    options = {"label_encoder": labels if labels.is_file() else None, **options}
+    count = _labels(options["label_encoder"])
+    few = count is not None and count <= options.get("max_classes", MAX_CLASSES)
+    modules, _ = load_run(run_folder, (*PARTS, "classifier") if few else PARTS)
+    hyperparams, folder = run_folder / "hyperparams.yaml", run_folder / "inference"
+    return export_for_inference(hyperparams, modules, folder, **options)
+
+
+def set_operating_point(folder: str | Path, point: OperatingPoint) -> None:
+    """Put a threshold for the cosine of two embeddings into an inference folder.
+
+    It becomes ``operating_point.json``, and ``threshold`` in ``hyperparams.yaml``, hence
+    ``verifier.hparams.threshold``. SpeechBrain's ``verify_batch`` takes it as an argument;
+    ``verify_files`` always decides at its own 0.25, so compare the score that it returns.
+    """
+    folder = Path(folder)
+    yaml = folder / "hyperparams.yaml"
+    lines = yaml.read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if not line.startswith("threshold:")]
+    point.save(folder / "operating_point.json")
+    write_text(yaml, "\n".join([*lines, f"threshold: {point.threshold!r}"]) + "\n")
+
+
+def _check_same(encoder: SpeakerEncoder, loaded: SpeakerEncoder, hyperparams) -> None:
+    noise = probe(encoder, True, 2, encoder.sample_rate).to(encoder.device)
+    with torch.no_grad():
+        found = difference(encoder(noise), loaded(noise))
+    if not found <= TOLERANCE:
+        raise ValueError(
+            f"{hyperparams}: the modules it describes, with these weights, give other embeddings "
+            f"(by {found:.1e} of their length) than the modules to export"
+        )
+
+
+def _inference_yaml(tree: Any, saved: set[str], prototypes: Tensor | None) -> str:
+    loadables, modules = sorted(saved), list(PARTS)
+    text = [
+        "# A speaker encoder for speechbrain.inference: EncoderClassifier, SpeakerRecognition.",
+        "# Written by speechbrain_qmargin.export.inference; the weights are the files beside it.",
+        f"sample_rate: {tree['sample_rate']}",
+        definitions(tree, PARTS).strip(),
+        "audio_normalizer: !new:speechbrain.dataio.preprocess.AudioNormalizer",
+        f"  sample_rate: {tree['sample_rate']}",
+    ]
+    if prototypes is not None:
+        classes, dim = prototypes.shape
+        text += [
+            "classifier: !new:speechbrain.lobes.models.ECAPA_TDNN.Classifier",
+            f"  input_size: {dim}",
+            f"  out_neurons: {classes}",
+            "label_encoder: !new:speechbrain.dataio.encoder.CategoricalEncoder",
+        ]
+        loadables += ["classifier", "label_encoder"]
+        modules += ["classifier"]
+    text += ["modules:", *(f"  {name}: !ref <{name}>" for name in modules)]
+    text += ["pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer", "  loadables:"]
+    text += [f"    {name}: !ref <{name}>" for name in loadables]
+    return "\n".join(text) + "\n"
+
+
+def _save(module: nn.Module, file: Path) -> bool:
+    """Write a module's weights as SpeechBrain loads them; False where it has none."""
+    if has_statistics(module):
+        if module.norm_type != "global":
+            return False
+        state = statistics(module)
+    else:
+        state = module.state_dict()
+    state = {key: value.cpu() if torch.is_tensor(value) else value for key, value in state.items()}
+    if state:
+        torch.save(state, file)
+    return bool(state)
+
+
+def _labels(path: str | Path | None) -> int | None:
+    if path is None:
+        return None
+    encoder = CategoricalEncoder()
+    if not encoder.load_if_possible(path):
+        raise FileNotFoundError(f"{path}: no such label encoder")
+    return len(encoder)
+
+
+def _prototypes(classifier: nn.Module | None, labels: int) -> Tensor | None:
+    """The classes' vectors [labels, D] of any cosine classifier; None if it is none."""
+    state = {} if classifier is None else bare(classifier).state_dict()
+    if [key for key, value in state.items() if value.ndim] != ["weight"]:
+        return None
+    weight, comm = state["weight"].detach(), getattr(bare(classifier), "comm", None)
+    if comm is not None and comm.world > 1:
+        classes = bare(classifier).num_classes
+        bounds = [comm.shard_of(classes, rank) for rank in range(comm.world)]
+        weight = comm.gather(weight, [stop - start for start, stop in bounds])
+    if labels > len(weight):
+        raise ValueError(f"label_encoder: {labels} labels and {len(weight)} classes")
+    return weight[:labels].float().cpu().clone()

@@ -1,0 +1,27 @@
+"""Noise to compare two encoders with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from speechbrain_qmargin.export.encoder import SpeakerEncoder
+
+__all__ = ["TOLERANCE", "difference", "probe"]
+
+TOLERANCE = 1e-4  # of an embedding's length; float32 rounding through the networks is near 1e-6
+
+
+def probe(encoder: SpeakerEncoder, from_waveform: bool, batch: int, samples: int) -> Tensor:
+    """Noise whose level changes, so that neither end nor channel is like another."""
+    generator = torch.Generator().manual_seed(samples)
+    noise = torch.randn(batch, samples, generator=generator).cumsum(1).mul(0.01).sin()
+    noise = noise * torch.linspace(0.02, 0.5, samples)
+    return noise if from_waveform else encoder.compute_features(noise)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest |a - b| of the rows, relative to the rows' length."""
+    if a.shape != b.shape:
+        return float("inf")
+    return float(((a - b).norm(dim=1) / a.norm(dim=1)).max())

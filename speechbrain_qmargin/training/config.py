@@ -1,0 +1,450 @@
+"""One experiment of many YAMLs: what a recipe's file extends, its overlays, the command line.
+
+A recipe's YAML holds the full-size experiment and names the files that complete it, a model, a
+head, a size. :func:`load_experiment` makes one plain HyperPyYAML document of them, with the
+comments at their keys; SpeechBrain's loader takes it as it is.
+
+Three keys of such a YAML are the composer's and not settings:
+
+``extends``
+    The YAML that this one completes or changes.
+``overlays``
+    YAMLs over it, such as ``models/<model>.yaml``, with ``<key>`` for a setting's value. The later
+    one wins and whole entries are replaced; then comes the command line, which also chooses among
+    the overlays. Written as ``known: sizes/<size>.yaml`` an overlay changes the settings that there
+    are, and is silent about others: a size may speak of every model.
+``auto``
+    For a setting its values, each with settings: ``auto`` means the first whose settings hold.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from hyperpyyaml import load_hyperpyyaml, resolve_references
+from hyperpyyaml.core import recursive_update
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from speechbrain_qmargin.training.trust import object_names, refuse_code
+
+__all__ = ["CommandLine", "Experiment", "compose", "load_experiment", "plain_settings", "resolved"]
+
+COMPOSERS = ("extends", "overlays", "auto")
+
+
+# ---------------------------------------------------------------- the experiment
+
+
+@dataclass
+class Experiment:
+    """A parsed command line.
+
+    Attributes
+    ----------
+    hparams_file : str
+        The YAML.
+    run_opts : speechbrain RunOptions
+    text : str
+        The whole experiment as one HyperPyYAML document: the YAML with what it extends, its
+        overlays and the command line.
+    settings : dict
+        The plain values (numbers, strings, lists) of `text`, resolved.
+    """
+
+    hparams_file: str
+    run_opts: Any
+    text: str
+    settings: dict
+
+    @property
+    def output_folder(self) -> Path:
+        return Path(self.settings["output_folder"])
+
+    @property
+    def objects(self) -> frozenset[str]:
+        """The names that the experiment builds, names or calls: the user's own, hence trusted."""
+        return object_names(self.text)
+
+    def load(self, **known_now: Any) -> dict:
+        """The hyperparameters as objects; `known_now` are values that the data decided."""
+        document = _Document.of(self.text, self.hparams_file)
+        for key, value in known_now.items():
+            document.give(key, value)
+        self.settings.update(known_now)  # the results say them too
+        self.text = document.text()
+        return load_hyperpyyaml(self.text)
+
+
+def load_experiment(argv: list[str]) -> Experiment:
+    """Parse ``hparams.yaml [--key value ...]`` and compose the experiment.
+
+    SpeechBrain's options and the settings of the YAML are told apart by their full names;
+    abbreviations are refused. ``--trust`` lets what a run's folder brings build any object.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        A missing YAML, an unknown choice, an override that names no key of the experiment.
+    """
+    given = CommandLine.of(argv)
+    text = compose(given.hparams_file, given.overrides, trust=given.trust)
+    settings = plain_settings(resolved(text))
+    return Experiment(given.hparams_file, given.run_opts(), text, settings)
+
+
+def compose(hparams_file: str | Path, overrides: dict[str, str], trust: bool = False) -> str:
+    """One plain HyperPyYAML document of a YAML, the files that complete it, and the command line.
+
+    Parameters
+    ----------
+    hparams_file : path
+    overrides : dict from str to str
+        YAML of the values.
+    trust : bool
+        Whether the file of a folder that a setting names (``extends: <pretrained>/...``) may name
+        any object; see :mod:`~speechbrain_qmargin.training.trust`.
+    """
+    path, given = Path(hparams_file), _parsed(overrides)
+    document = _compose(path, given, trust)
+    for key, text in overrides.items():
+        if key not in document.entries:
+            known = ", ".join(plain_settings(document.values()))
+            raise ValueError(
+                f"--{key} is neither a setting of {path} nor an option of SpeechBrain; the "
+                f"settings are {known}"
+            )
+        if key not in document.chosen:
+            document.change(key, given[key], text)
+    return document.text()
+
+
+def resolved(text: str) -> Any:
+    """The tree of a HyperPyYAML document, references resolved; tags are kept, nothing is run."""
+    return _round_trip(resolve_references(text).read())
+
+
+def plain_settings(tree: Any) -> dict:
+    """The untagged scalars and lists of a parsed YAML."""
+    return {
+        key: value
+        for key, value in tree.items()
+        if value is None or isinstance(value, (bool, int, float, str, list))
+    }
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@dataclass
+class CommandLine:
+    """``hparams.yaml [--key value ...]``, taken apart.
+
+    Attributes
+    ----------
+    hparams_file : str
+    overrides : dict from str to str
+        Settings of the YAML, as YAML.
+    options : list of str
+        SpeechBrain's own, as it parses them.
+    trust : bool
+    """
+
+    hparams_file: str
+    overrides: dict[str, str] = field(default_factory=dict)
+    options: list[str] = field(default_factory=list)
+    trust: bool = False
+
+    @classmethod
+    def of(cls, argv: list[str]) -> CommandLine:
+        """Take arguments apart.
+
+        Raises
+        ------
+        ValueError
+            No YAML, a setting without a value or given twice, an abbreviation of an option.
+        """
+        from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
+
+        defaults = RunOptions().as_dict()
+        known = {name for name in HELP_TEXTS if name in defaults}
+        known |= {"jit_module_keys", "compile_module_keys"}
+        flags = {name for name in known if defaults[name] is False}
+        found, waiting = cls(""), list(argv)
+        while waiting:
+            word = waiting.pop(0)
+            if not word.startswith("--"):
+                if found.hparams_file:
+                    raise ValueError(f"{word!r}: settings are given as --key value")
+                found.hparams_file = word
+                continue
+            name, given, value = word[2:].partition("=")
+            if name == "trust" and not given:
+                found.trust = True
+            elif name in known:
+                found.options.append(word)
+                while name not in flags and waiting and not waiting[0].startswith("--"):
+                    found.options.append(waiting.pop(0))
+                    if not name.endswith("_module_keys"):
+                        break
+            elif near := sorted(one for one in known if one.startswith(name)):
+                raise ValueError(
+                    f"--{name} is no option; SpeechBrain would take it for --{near[0]}: options "
+                    "are written in full"
+                )
+            elif name in found.overrides:
+                raise ValueError(f"--{name} is given twice on the command line")
+            else:
+                words = [value] if given else []
+                while not given and waiting and not waiting[0].startswith("--"):
+                    words.append(waiting.pop(0))
+                if not " ".join(words).strip():
+                    raise ValueError(f"--{name} wants a value; null is none")
+                found.overrides[name] = " ".join(words)
+        if not found.hparams_file:
+            raise ValueError("give the experiment's YAML first, such as hparams/qmargin.yaml")
+        return found
+
+    def run_opts(self) -> Any:
+        """SpeechBrain's RunOptions."""
+        import speechbrain as sb
+
+        return sb.parse_arguments([self.hparams_file, *self.options])[1]
+
+
+def _parsed(overrides: dict[str, str]) -> dict[str, Any]:
+    values = {}
+    for key, text in overrides.items():
+        try:
+            values[key] = _round_trip(f"{key}: {text}")[key]
+        except (YAMLError, TypeError, KeyError):
+            raise ValueError(f"--{key}: {text!r} is no YAML value") from None
+    return values
+
+
+# ---------------------------------------------------------------- documents
+
+
+@dataclass
+class _Entry:
+    """A top-level key of a document: its lines, and the comment lines before it."""
+
+    before: str
+    lines: str
+    value: Any
+    comment: str = ""  # at the end of a scalar's line
+    column: int = 0  # where it begins
+
+    @property
+    def is_object(self) -> bool:
+        return isinstance(self.value, (dict, list))
+
+    def with_line(self, before: str, line: str, value: Any) -> _Entry:
+        """Another value, with this one's comment at its end."""
+        line = line.rstrip()
+        if self.comment:
+            line = f"{line:{self.column - 1}} {self.comment}"
+        return _Entry(before, line + "\n", value, self.comment, self.column)
+
+
+class _Document:
+    """A YAML by its top-level entries, each with its own comments, as they are written."""
+
+    def __init__(self, heading: str, entries: dict[str, _Entry]) -> None:
+        self.heading, self.entries = heading, entries
+        self.chosen: set[str] = set()  # settings that were `auto`
+
+    @classmethod
+    def of(cls, text: str, source: str | Path) -> _Document:
+        try:
+            node = YAML().compose(text)
+            tree = _round_trip(text) or {}
+        except YAMLError as error:
+            raise ValueError(
+                f"{source}: not a YAML file ({' '.join(str(error).split())})"
+            ) from None
+        if not isinstance(tree, dict):
+            raise ValueError(f"{source}: not a YAML of settings, `key: value`")
+        lines = text.splitlines(keepends=True)
+        starts = [key.start_mark.line for key, _ in node.value] if node is not None else []
+        heading, entries = [], {}
+        begins, comments = 0, []
+        nodes = [value for _, value in node.value] if node is not None else []
+        for number, (start, key) in enumerate(zip(starts, tree, strict=True)):
+            comments = lines[begins:start] if number == 0 else comments
+            if number == 0:
+                heading, comments = _split_heading(comments)
+            stop = starts[number + 1] if number + 1 < len(starts) else len(lines)
+            own = stop
+            while own > start + 1 and _beside(lines[own - 1]):
+                own -= 1
+            end = nodes[number].end_mark
+            after = lines[start][end.column :].strip() if end.line == start else ""
+            after = after if after.startswith("#") else ""
+            entries[key] = _Entry(
+                "".join(comments),
+                _ended("".join(lines[start:own])),
+                tree[key],
+                after,
+                lines[start].index(after, end.column) if after else 0,
+            )
+            comments = lines[own:stop]
+        return cls("".join(heading), entries)
+
+    def values(self) -> dict[str, Any]:
+        return {key: entry.value for key, entry in self.entries.items()}
+
+    def pop(self, key: str, default: Any) -> Any:
+        entry = self.entries.pop(key, None)
+        return default if entry is None else entry.value
+
+    def update(self, entries: dict[str, _Entry]) -> None:
+        """Replace whole entries; their comments stay where the new ones have none."""
+        for key, new in entries.items():
+            old = self.entries.get(key, new)
+            before = new.before if new.before.strip() else old.before
+            if new.comment or new.is_object or old.is_object:
+                self.entries[key] = _Entry(before, new.lines, new.value, new.comment, new.column)
+            else:
+                self.entries[key] = old.with_line(before, new.lines, new.value)
+
+    def change(self, key: str, value: Any, text: str) -> None:
+        """Give a key a value from the command line; of a mapping, some of its values."""
+        entry = self.entries[key]
+        if isinstance(value, dict) and isinstance(entry.value, dict):
+            tree = _round_trip(entry.lines)
+            recursive_update(tree, {key: value})
+            self.entries[key] = _Entry(entry.before, _dump(tree), tree[key])
+        else:
+            self.entries[key] = entry.with_line(entry.before, f"{key}: {text}", value)
+
+    def give(self, key: str, value: Any) -> None:
+        """Give a key a plain value; a key that was not there comes first."""
+        text = _dump({key: value}).split(":", 1)[1].strip()
+        if key in self.entries:
+            self.change(key, value, text)
+        else:
+            self.entries = {key: _Entry("", f"{key}: {text}\n", value), **self.entries}
+
+    def begin_with_heading(self) -> None:
+        """The heading becomes the first key's comment."""
+        for entry in list(self.entries.values())[:1]:
+            entry.before = self.heading.rstrip("\n") + "\n" * bool(self.heading) + entry.before
+        self.heading = ""
+
+    def text(self) -> str:
+        # HyperPyYAML wants a value before what refers to it: scalars first, then objects
+        entries = sorted(self.entries.values(), key=lambda entry: entry.is_object)
+        body = "".join(entry.before + entry.lines for entry in entries)
+        return self.heading + body.lstrip("\n")
+
+
+def _beside(line: str) -> bool:
+    """Whether a line belongs to what follows it: a comment at the margin, or nothing."""
+    return not line.strip() or line.startswith("#")
+
+
+def _split_heading(lines: list[str]) -> tuple[list[str], list[str]]:
+    """The comment that a file begins with, up to its last empty line; what is the first key's."""
+    empty = [number for number, line in enumerate(lines) if not line.strip()]
+    cut = empty[-1] + 1 if empty else len(lines)
+    return lines[:cut], lines[cut:]
+
+
+def _ended(text: str) -> str:
+    return text if text.endswith("\n") else text + "\n"
+
+
+def _round_trip(text: str) -> Any:
+    """A YAML text with its tags and comments."""
+    return YAML().load(text)
+
+
+def _dump(tree: Any) -> str:
+    stream = StringIO()
+    yaml = YAML()
+    yaml.width = 4096
+    yaml.dump(tree, stream)
+    return stream.getvalue()
+
+
+# ---------------------------------------------------------------- composing
+
+
+def _compose(path: Path, given: dict[str, Any], trust: bool, checked: bool = False) -> _Document:
+    """A YAML with what it extends and its overlays; `given` chooses among them.
+
+    What lies in a folder that a setting names is `checked`, with all that it extends.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such hyperparameter file (in {os.getcwd()})")
+    text = path.read_text(encoding="utf-8")
+    if checked:
+        refuse_code(text, path, trust)
+    document = _Document.of(text, path)
+    auto = document.pop("auto", {})
+    overlays = document.pop("overlays", [])
+    parent = document.pop("extends", None)
+    if parent is not None:
+        choices = {**plain_settings(document.values()), **given}
+        file = _named(parent, path, choices)
+        below = _compose(file, choices, trust, checked or parent.startswith("<"))
+        below.heading = document.heading
+        below.update(document.entries)
+        document = below
+    choices = {**plain_settings(document.values()), **given}
+    for key, values in auto.items():
+        if choices.get(key) == "auto":
+            choices[key] = _first_that_holds(key, values, choices, path)
+            document.give(key, choices[key])
+            document.chosen.add(key)
+            given = {**given, key: choices[key]}
+    layers: list[tuple[bool, _Document]] = []
+    for overlay in reversed(overlays):  # a later one may choose among those before it
+        known_only = isinstance(overlay, dict)
+        name = overlay["known"] if known_only else overlay
+        layer = _compose(_named(name, path, choices, auto), {}, trust, checked)
+        if not known_only:
+            layer.begin_with_heading()
+        layers.insert(0, (known_only, layer))
+        choices = {**choices, **plain_settings(layer.values()), **given}
+    for known_only, layer in layers:
+        document.update(
+            {
+                key: entry
+                for key, entry in layer.entries.items()
+                if not known_only or key in document.entries
+            }
+        )
+    return document
+
+
+def _first_that_holds(key: str, values: dict, choices: dict, path: Path) -> str:
+    for value, wanted in values.items():
+        if all(choices.get(other) == want for other, want in (wanted or {}).items()):
+            return value
+    raise ValueError(f"{key}: auto is none of {', '.join(values)} here; see {path}")
+
+
+def _named(name: str, path: Path, choices: dict, auto: Any = ()) -> Path:
+    """The file that `name` means beside `path`; an unknown choice is named with the known ones."""
+    keys = re.findall(r"<(\w+)>", name)
+    if missing := [key for key in keys if choices.get(key) is None]:
+        raise ValueError(f"--{missing[0]} must be given: {path} starts from it")
+    file = Path(re.sub(r"<(\w+)>", lambda match: str(choices[match[1]]), name))
+    if not name.startswith("<"):  # a folder that the user gave is where the user is
+        file = path.parent / file
+    if not file.is_file():
+        if len(keys) == 1 and file.parent.is_dir() and Path(name).stem == f"<{keys[0]}>":
+            known = sorted(one.stem for one in file.parent.glob("*.yaml"))
+            known = ["auto"] * (keys[0] in auto) + known
+            raise ValueError(
+                f"{keys[0]}: {choices[keys[0]]!r} is unknown; choose {', '.join(known)}"
+            )
+        raise FileNotFoundError(f"{file}: {path} starts from it, but there is no such file")
+    return file

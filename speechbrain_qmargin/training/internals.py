@@ -1,0 +1,89 @@
+"""What the package needs of SpeechBrain that SpeechBrain does not offer in public.
+
+Attributes and methods with a leading underscore may change with any release of SpeechBrain. They
+are read, called and overridden in this module only; the others use its public names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import speechbrain as sb
+from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from speechbrain_qmargin.training.batch_norm import synchronised_batch_norm
+
+__all__ = [
+    "HiddenCheckpointer",
+    "OpenBrain",
+    "has_statistics",
+    "load_statistics",
+    "skip_to",
+    "statistics",
+]
+
+
+class OpenBrain(sb.Brain):
+    """SpeechBrain's Brain with the two decisions that a subclass here makes."""
+
+    def may_save_within_epoch(self) -> bool:
+        """Whether a checkpoint between the steps of an epoch could be resumed from now."""
+        return True
+
+    def _should_save_intra_epoch_ckpt(self, *args: Any) -> bool:
+        return self.may_save_within_epoch() and super()._should_save_intra_epoch_ckpt(*args)
+
+    def _wrap_distributed(self) -> None:
+        if self.distributed_launch and self.distributed_backend == "gloo":
+            # SpeechBrain's own wrapping uses torch's SyncBatchNorm, which takes CUDA tensors only
+            for name, module in self.modules.items():
+                if any(p.requires_grad for p in module.parameters()):
+                    self.modules[name] = DistributedDataParallel(synchronised_batch_norm(module))
+        else:
+            super()._wrap_distributed()
+
+
+class HiddenCheckpointer(Checkpointer):
+    """SpeechBrain's Checkpointer, whose new folders have a prefix that it does not list."""
+
+    PARTIAL = "partial_"
+
+    def _new_checkpoint_dirpath(self) -> Path:
+        return self._hidden(super()._new_checkpoint_dirpath())
+
+    def _custom_checkpoint_dirpath(self, name: str) -> Path:
+        return self._hidden(super()._custom_checkpoint_dirpath(name))
+
+    def _hidden(self, path: Path) -> Path:
+        return path.with_name(self.PARTIAL + path.name)
+
+    def checkpoint_folders(self) -> list[Path]:
+        """Every folder that looks like a checkpoint."""
+        return self._list_checkpoint_dirs()
+
+    def read_checkpoint(self, folder: Path) -> Checkpoint:
+        """What a checkpoint's folder holds; its weights are not read."""
+        return self._construct_checkpoint_objects([folder])[0]
+
+
+def skip_to(loader: Any, step: int) -> None:
+    """Let a SaveableDataLoader begin its next epoch at a batch."""
+    loader._speechbrain_recovery_skip_to = step
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module is an InputNormalization, which keeps its statistics in no state_dict."""
+    return hasattr(module, "_statistics_dict")
+
+
+def statistics(module: Any) -> dict:
+    """The statistics of an InputNormalization: count, mean, deviation."""
+    return module._statistics_dict()
+
+
+def load_statistics(module: Any, state: dict) -> None:
+    """Give an InputNormalization the statistics of another."""
+    module._load_statistics_dict(state)

@@ -1,0 +1,127 @@
+"""What a run is measured by: validation after each epoch, the tables and figures at its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from speechbrain_qmargin.embeddings import cosine_scores, save_embeddings
+from speechbrain_qmargin.faces.pair_sets import pair_scores, ten_fold_accuracy, ten_fold_tar
+from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.scoring.lists import Cohort, score_lists
+from speechbrain_qmargin.scoring.metrics import eer, operating_points, tar_at_far
+from speechbrain_qmargin.scoring.plots import plot_det
+from speechbrain_qmargin.scoring.report import Report
+from speechbrain_qmargin.training.run_folder import RunFolder
+from speechbrain_qmargin.trials import Trials, read_trials, write_scores
+
+__all__ = ["pair_ids", "validation", "verify"]
+
+
+def validation(
+    trials_file: str | Path | None,
+) -> Callable[[Mapping[str, np.ndarray]], dict] | None:
+    """What a Brain measures on validation embeddings: EER, TAR at FAR 1e-2. None without trials."""
+    if trials_file is None:
+        return None
+    trials = read_trials(trials_file)
+
+    def validate(embeddings: Mapping[str, np.ndarray]) -> dict[str, float]:
+        points = operating_points(cosine_scores(embeddings, trials), trials.is_target)
+        return {"eer": eer(points), "tar_at_1e-2": tar_at_far(points, 1e-2)[0]}
+
+    return validate
+
+
+def verify(
+    run_folder: RunFolder,
+    embeddings: Mapping[str, np.ndarray],
+    lists: Mapping[str, Trials],
+    history: list[dict],
+    note: str = "",
+    cohort: Cohort | None = None,
+    pair_sets: Mapping[str, np.ndarray] | None = None,
+    units: str = "speakers",
+) -> dict[str, dict[str, Report]]:
+    """Score the test lists; write and print the results of a run.
+
+    In the output folder: ``embeddings.npz``, ``scores/<list>/`` with every system's unrounded
+    scores and ``det.png``, ``results.txt`` (the printed tables) and, last, ``results.json``, which
+    marks the run as done. Its ``figures`` are the first list's, by cosine. `pair_sets` are
+    measured over ten folds, as faces are; their scores and DET stand beside the lists'.
+    """
+    experiment = run_folder.experiment
+    folder, settings = run_folder.path, experiment.settings
+    save_embeddings(folder / "embeddings.npz", embeddings)
+    reports, tables = score_lists(
+        folder / "scores", lists, embeddings, cohort=cohort, title=note, units=units
+    )
+
+    seconds = sum(record["seconds"] for record in history)
+    name = settings["loss"]
+    lines = [f"{name}, {settings['model']}, {len(history)} epochs, seed {settings['seed']}"]
+    lines += [note] if note else []
+    folds = {
+        name: _pair_set(folder / "scores" / name, name, embeddings, same, note)
+        for name, same in (pair_sets or {}).items()
+    }
+    lines += ["", *(f"{name}: {one}" for name, figures in folds.items() for one in figures)]
+    lines += [tables.rstrip(), f"training took {seconds / 60:.1f} minutes"]
+    last = history[-1] if history else {}
+    if "support_mean" in last:
+        lines.append(
+            f"support in the last epoch: {last['support_mean']:.1f} classes a sample on average, "
+            f"at most {last['support_max']}; {100 * last['zero_loss']:.0f} % of the samples at "
+            "zero loss"
+        )
+    pictures = [f"scores/{name}/det.png" for name in [*lists, *folds]]
+    files = ", ".join([*pictures, "scores", "embeddings.npz", "history.jsonl"])
+    lines.append(f"files: {folder}/ {files}")
+    table = "\n".join(lines) + "\n"
+    write_text(folder / "results.txt", table)
+    used = {key: getattr(experiment.run_opts, key, None) for key in ("precision", "device")}
+    results = {
+        "settings": settings,
+        "run_opts": used,
+        "note": note,
+        "seconds": seconds,
+        "last_epoch": last,
+        **(next(iter(reports.values()))["cosine"].to_dict() if reports else {}),
+        "pair_sets": {name: [asdict(one) for one in figures] for name, figures in folds.items()},
+        "lists": {
+            name: {system: report.to_dict() for system, report in systems.items()}
+            for name, systems in reports.items()
+        },
+    }
+    text = json.dumps(results, indent=2, default=np.ndarray.tolist)
+    write_text(run_folder.results_file, text + "\n")
+    print("\n" + table)
+    return reports
+
+
+def pair_ids(name: str, count: int) -> list[str]:
+    """The ids of a pair set's images, two a pair.
+
+    Examples
+    --------
+    >>> pair_ids("lfw", 1)
+    ['lfw/000000', 'lfw/000001']
+    """
+    return [f"{name}/{number:06d}" for number in range(2 * count)]
+
+
+def _pair_set(
+    folder: Path, name: str, embeddings: Mapping[str, np.ndarray], same: np.ndarray, title: str
+) -> tuple:
+    """The figures over ten folds; the scores and the DET go into the folder."""
+    ids = pair_ids(name, len(same))
+    rows = np.stack([embeddings[one] for one in ids])
+    scores = pair_scores(rows, flip="none")  # the Brain has added the mirror images already
+    trials = Trials(ids, np.arange(0, len(ids), 2), np.arange(1, len(ids), 2), same)
+    write_scores(folder / "cosine.tsv", trials, scores)
+    plot_det({"cosine": (scores, same)}, folder / "det.png", f"{name}. {title}" if title else name)
+    return ten_fold_accuracy(scores, same), ten_fold_tar(scores, same)

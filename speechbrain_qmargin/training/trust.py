@@ -1,0 +1,206 @@
+"""What the YAML of a run's folder may name: nothing that runs code of its author's choosing.
+
+HyperPyYAML executes: ``!apply:subprocess.getoutput [...]`` runs a command while a file is loaded.
+A YAML that a user writes or passes on the command line is the user's program. The YAML inside the
+folder of a run may come from somebody else, with the weights; it is checked before anything is
+loaded, and refused unless every object in it is one that networks, features, losses, optimisers and
+loggers are made of.
+
+What is looked at is the tree that the loader itself composes, its references resolved, so that
+directives, aliases and implicit tags mean here what they mean there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from hyperpyyaml import load_hyperpyyaml, resolve_references
+from ruamel.yaml import YAML, Loader
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from torch import nn
+
+__all__ = ["load_checked", "object_names", "refuse_code"]
+
+# Modules whose networks and optimisers may be built, those below them included.
+ROOTS = (
+    "speechbrain_qmargin",
+    "torch.nn",
+    "torch.optim",
+    "speechbrain.nnet",
+    "speechbrain.processing.features",
+    "speechbrain.lobes.features",
+    "speechbrain.lobes.models.CRDNN",
+    "speechbrain.lobes.models.ECAPA_TDNN",
+    "speechbrain.lobes.models.ResNet",
+    "speechbrain.lobes.models.Xvector",
+)
+# What else the recipes' YAMLs are made of. None of it opens, writes or fetches what a YAML names,
+# but for the log, the checkpoints and the noise of a training.
+NAMES = frozenset(
+    {
+        "speechbrain.augment.augmenter.Augmenter",
+        "speechbrain.augment.time_domain.DropChunk",
+        "speechbrain.augment.time_domain.DropFreq",
+        "speechbrain.augment.time_domain.SpeedPerturb",
+        "speechbrain.dataio.encoder.CategoricalEncoder",
+        "speechbrain.dataio.preprocess.AudioNormalizer",
+        "speechbrain.utils.epoch_loop.EpochCounter",
+        "speechbrain.utils.seed_everything",
+        "speechbrain.utils.train_logger.FileTrainLogger",
+        "speechbrain.utils.train_logger.TensorboardLogger",
+        "speechbrain_qmargin.data.augment.room_and_noise",
+        "speechbrain_qmargin.make_loss",
+        "speechbrain_qmargin.training.checkpoints.AtomicCheckpointer",
+        "speechbrain_qmargin.training.schedules.loss_schedule",
+        "speechbrain_qmargin.training.schedules.polynomial_decay",
+        "speechbrain_qmargin.training.schedules.warmup_exponential",
+    }
+)
+_OBJECT = re.compile(r"!(?:new|name|apply):(.*)", re.DOTALL)
+_NAME = re.compile(r"[A-Za-z]\w*(?:\.[A-Za-z]\w*)+")
+_CORE = "tag:yaml.org,2002:"
+_PLAIN = {f"{_CORE}{name}" for name in ("str", "int", "float", "bool", "null")}
+_PLAIN |= {f"{_CORE}{name}" for name in ("map", "seq", "timestamp")}
+_REFERENCE_TO_ATTRIBUTE = re.compile(r"<[^<>]*\.[^<>]*>")
+
+
+def refuse_code(text: str, source: str | Path, trust: bool | Collection[str] = False) -> None:
+    """Refuse a HyperPyYAML document that would build or call what it should not.
+
+    Parameters
+    ----------
+    text : str
+        The document; nothing of it is built.
+    source : path
+        Its file, for the message.
+    trust : bool or collection of str
+        True allows everything; names allow those beside the list's: what the user's own YAML
+        names already.
+
+    Raises
+    ------
+    ValueError
+        A tag outside the list, or no YAML; with the file and what to do.
+
+    Examples
+    --------
+    >>> refuse_code("layer: !new:torch.nn.Linear [2, 1]", "run/hyperparams.yaml")
+    >>> refuse_code("x: !apply:os.getcwd []", "run/hyperparams.yaml")
+    Traceback (most recent call last):
+    ValueError: run/hyperparams.yaml: !apply:os.getcwd would run code that came with the folder; ...
+    """
+    if trust is True:
+        return
+    allowed = NAMES if trust is False else NAMES | set(trust)
+    try:
+        # before references are resolved: some tags act then already
+        for tag, value in _written(YAML().load(text)):
+            if not (tag in ("!ref", "!copy", "!PLACEHOLDER") or _permitted(tag, value, allowed)):
+                _refuse(source, tag)
+            if tag in ("!ref", "!copy") and _REFERENCE_TO_ATTRIBUTE.search(value):
+                _refuse(source, f"{tag} {value}, an attribute of an object,")
+        for tag, value in _composed(resolve_references(text).read()):
+            if not _permitted(tag, value, allowed):
+                _refuse(source, tag)
+    except (YAMLError, RecursionError) as error:
+        raise ValueError(f"{source}: not a YAML file ({_first_line(error)})") from None
+
+
+def load_checked(text: str, source: str | Path, trust: bool | Collection[str] = False) -> dict:
+    """The objects of a HyperPyYAML document, once :func:`refuse_code` has let it pass."""
+    refuse_code(text, source, trust)
+    return load_hyperpyyaml(text)
+
+
+def object_names(text: str) -> frozenset[str]:
+    """The dotted names that a document's tags build, name or call.
+
+    Examples
+    --------
+    >>> sorted(object_names("a: !new:my.Net {size: 3}\\nb: [!name:my.rate , 2]"))
+    ['my.Net', 'my.rate']
+    """
+    matches = (_OBJECT.fullmatch(tag) for tag, _ in _written(YAML().load(text)))
+    return frozenset(match[1] for match in matches if match)
+
+
+def _refuse(source: str | Path, what: str) -> None:
+    raise ValueError(
+        f"{source}: {what} would run code that came with the folder; nothing was loaded. If you "
+        "know where the folder is from and mean it, say --trust (trust=True)"
+    )
+
+
+def _permitted(tag: str, value: str | None, allowed: Collection[str]) -> bool:
+    if tag in _PLAIN or tag in ("", "!tuple"):
+        # HyperPyYAML reads "(...)" as a tuple, with a loader that executes tags
+        return not (value is not None and value.lstrip().startswith("(") and "!" in value)
+    match = _OBJECT.fullmatch(tag)
+    return match is not None and (match[1] in allowed or _is_network(match[1]))
+
+
+def _is_network(name: str) -> bool:
+    """Whether a name is a network's or an optimiser's class, defined below one of `ROOTS`."""
+    if not _NAME.fullmatch(name) or not _below(name):
+        return False
+    try:
+        found = pydoc.locate(name)  # imports modules below the roots, which run nothing of the YAML
+    except pydoc.ErrorDuringImport:
+        return False
+    return (
+        inspect.isclass(found)
+        and issubclass(found, (nn.Module, torch.optim.Optimizer))
+        and _below(found.__module__)
+    )
+
+
+def _below(name: str) -> bool:
+    return any(name == root or name.startswith(f"{root}.") for root in ROOTS)
+
+
+def _written(node: Any) -> Iterator[tuple[str, str | None]]:
+    """Tag and scalar of every node of a tree that keeps its tags; no tag is the empty string."""
+    tag = getattr(getattr(node, "tag", None), "value", None) or ""
+    if isinstance(node, dict):
+        yield tag, None
+        for key, value in node.items():
+            yield from _written(key)
+            yield from _written(value)
+    elif isinstance(node, (list, tuple, set)):
+        yield tag, None
+        for value in node:
+            yield from _written(value)
+    else:
+        yield tag, str(getattr(node, "value", node))
+
+
+def _composed(text: str) -> Iterator[tuple[str, str | None]]:
+    """Tag and scalar of every node, as the loader that executes tags would see them."""
+    loader = Loader(text)
+    root = loader.get_single_node()
+    waiting, seen = [root] if root is not None else [], set()
+    while waiting:
+        node: Node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        tag = str(node.tag)
+        if isinstance(node, MappingNode):
+            yield tag, None
+            waiting += [part for pair in node.value for part in pair]
+        elif isinstance(node, SequenceNode):
+            yield tag, None
+            waiting += node.value
+        elif isinstance(node, ScalarNode):
+            yield tag, node.value
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
