@@ -4,9 +4,9 @@ A crop is left as it is with probability 0.4. Otherwise it is, with equal chance
 one room impulse response or mixed with a stretch of one noise recording, and its peak brought to 1.
 The signal-to-noise ratio is uniform: noise 0 to 15 dB, speech 10 to 30, music 5 to 15.
 
-Every draw is from the generator handed in, which :func:`~speechbrain_qmargin.data.speech.
-speech_dataset` seeds by (seed, epoch, utterance): a resumed run repeats it, with any number of
-workers.
+Every draw is from the generator handed in, which
+:func:`~speechbrain_qmargin.data.speech.speech_dataset` seeds by (seed, epoch, utterance): a
+resumed run repeats it, with any number of workers.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ class BalancedSampler(Sampler[int]):
 
     A batch no larger than the number of classes thus has a class at most twice. A class with fewer
     items than rounds has some again, and each further time the item is another *draw* of it:
-    index ``draw * len(classes) + item``, which :func:`~speechbrain_qmargin.data.speech.
-    speech_dataset` answers with another crop, speed and augmentation.
+    index ``draw * len(classes) + item``, which
+    :func:`~speechbrain_qmargin.data.speech.speech_dataset` answers with another crop, speed
+    and augmentation.
 
     The order is a function of (seed, epoch). It is the whole run's: over several processes
     SpeechBrain's Brain deals it out (DistributedSamplerWrapper), every rank its own items.

@@ -31,8 +31,9 @@ class RowSparseSGD(torch.optim.SGD):
     every change of the learning rate included.
 
     What differs, on purpose: between its visits a row is *seen* as of its last one. Without
-    momentum that is no difference to :class:`QMarginHead`: an idle row changes its length by weight
-    decay, which cosines do not see, so training equals dense SGD's. With momentum the remaining
+    momentum that is no difference to :class:`~speechbrain_qmargin.head.QMarginHead`: an idle
+    row changes its length by weight decay, which cosines do not see, so training equals dense
+    SGD's. With momentum the remaining
     glide of an idle row shows up when it is next active, before its next gradient is added, or at
     :meth:`catch_up`; every row's position is then dense SGD's for the gradients that were given.
 

@@ -50,8 +50,8 @@ _LARGEST = 2  # of the statistics, where the largest support stands: no sum
 class VerificationBrain(OpenBrain):
     """Trains embeddings with any loss of the family and compares them by cosine.
 
-    Reads from `hparams`:
-
+    Settings
+    --------
     compute_cost : callable
         ``loss = compute_cost(outputs, labels, lengths)``; a `with_stats` method, where it has one,
         is used for the diagnostics.
@@ -72,9 +72,11 @@ class VerificationBrain(OpenBrain):
     output_folder : str
         Where ``history.jsonl`` is written: one record an epoch.
 
-    Batches have ``id`` and, in training, ``label_key`` (a PaddedData of labels [B, 1]).
-    `validate` is called with a dict of embeddings after each epoch and returns a dict of numbers;
-    None means no validation.
+    Notes
+    -----
+    The settings are read from `hparams`. Batches have ``id`` and, in training,
+    ``label_key`` (a PaddedData of labels [B, 1]). `validate` is called with a dict of
+    embeddings after each epoch and returns a dict of numbers; None means no validation.
     """
 
     label_key = "spk_id_encoded"
