@@ -290,8 +290,8 @@ def newton_steps(alpha: float, classes: int, spread: float, dtype: torch.dtype) 
     """Steps after which S^(1/k) - 1 is proved to be below eps, for 1 < alpha <= 2.
 
     g = S^(1/k) - 1 is convex and decreasing, so from the left g+ / g + g'+ / g' <= 1 for one step:
-    the product ``g |g'|`` falls at least fourfold. It begins at most at (C^2 q_max)^(1/k) and the slope
-    never falls below q_min^(1/k), both in units of alpha - 1.
+    the product ``g |g'|`` falls at least fourfold. It begins at most at (C^2 q_max)^(1/k) and the
+    slope never falls below q_min^(1/k), both in units of alpha - 1.
 
     Parameters
     ----------
