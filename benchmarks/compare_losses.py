@@ -9,11 +9,14 @@ loss or seed; nothing else changes. Finished runs are kept: started again, it co
 """
 
 import argparse
+import functools
 import itertools
 import json
+import operator
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.figures import EqualErrorRate, TarAtFar
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import evaluate
+from speechbrain_qmargin.scoring.uncertainty import Influence
 from speechbrain_qmargin.trials import read_scores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,21 +97,24 @@ def balanced_accuracy(file: Path) -> float:
 
 
 def measured(args, folders: dict, system: str) -> dict:
-    """(values [3], bootstrap replicates [3, R]) of every (model, loss, seed).
-
-    All see the same draws of speakers or identities.
-    """
+    """(values [3], influences of speakers or identities [3]) of every (model, loss, seed)."""
     found = {}
     for key in tqdm(itertools.product(args.models, args.losses, range(args.seeds)), system):
         trials, scores = read_scores(scores_file(folders[key], system))
         report = evaluate(scores, trials, figures=list(FIGURES.values()))
-        found[key] = np.array([figure.value for figure in report.figures]), report.replicates
+        found[key] = np.array([figure.value for figure in report.figures]), report.influences
     return found
 
 
-def interval(draws: np.ndarray, sign: str = "") -> str:
-    low, high = 100 * np.percentile(draws, [2.5, 97.5])
-    return f"{low:{sign}.2f} to {high:{sign}.2f}"
+def mean(influences: Sequence[Influence]) -> Influence:
+    return functools.reduce(operator.add, influences) * (1 / len(influences))
+
+
+def interval(influence: Influence, value: float, sign: str = "") -> str:
+    found = influence.interval(value)
+    if found is None:
+        return "too few speakers"
+    return f"{100 * found[0]:{sign}.2f} to {100 * found[1]:{sign}.2f}"
 
 
 def table(args, results: dict, folders: dict, found: dict) -> str:
@@ -118,10 +125,10 @@ def table(args, results: dict, folders: dict, found: dict) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for model, loss, system in itertools.product(args.models, args.losses, found):
         keys = [(model, loss, seed) for seed in range(args.seeds)]
-        values, draws = zip(*(found[system][key] for key in keys), strict=True)
-        values, draws = np.array(values).T, np.mean(draws, axis=0)
+        values, influences = zip(*(found[system][key] for key in keys), strict=True)
         cells = [model, loss, system]
-        cells += [f"{spread(v)} ({interval(d)})" for v, d in zip(values, draws, strict=True)]
+        for value, moved in zip(np.array(values).T, zip(*influences, strict=True), strict=True):
+            cells.append(f"{spread(value)} ({interval(mean(moved).on('logit'), value.mean())})")
         if args.recipe == "face":
             files = [scores_file(folders[key], system) for key in keys]
             cells.append(spread([balanced_accuracy(file) for file in files]))
@@ -135,10 +142,9 @@ def table(args, results: dict, folders: dict, found: dict) -> str:
 
 
 def differences(args, found: dict) -> str:
-    """Q-Margin minus each baseline: the seeds' mean, bootstrapped over speakers in pairs.
+    """Q-Margin minus each baseline: the seeds' mean, paired over speakers.
 
-    All systems see the same draws of speakers, so the interval is of the speakers' sampling; the
-    seeds' own spread stands beside it.
+    The interval is of the speakers' sampling; the seeds' own spread stands beside it.
     """
     heads = ["model", "baseline", *(f"{name}, points" for name in FIGURES)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -149,11 +155,12 @@ def differences(args, found: dict) -> str:
             for seed in range(args.seeds)
         ]
         values = np.array([ours[0] - theirs[0] for ours, theirs in pairs]).T
-        draws = np.mean([ours[1] - theirs[1] for ours, theirs in pairs], axis=0)
         cells = [model, baseline]
-        for value, drawn in zip(100 * values, draws, strict=True):
-            seeds = f"; seeds ± {value.std(ddof=1):.2f}" if len(value) > 1 else ""
-            cells.append(f"{value.mean():+.2f} ({interval(drawn, '+')}{seeds})")
+        for at, value in enumerate(values):
+            moved = mean([ours[1][at] - theirs[1][at] for ours, theirs in pairs])
+            seeds = f"; seeds ± {100 * value.std(ddof=1):.2f}" if len(value) > 1 else ""
+            shown = interval(moved, value.mean(), "+")
+            cells.append(f"{100 * value.mean():+.2f} ({shown}{seeds})")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -1,8 +1,7 @@
-"""What scoring costs beside the usual tools, and whether its intervals hold.
+"""What scoring costs beside the usual tools; whether its intervals hold is benchmarks/intervals.py.
 
-    python benchmarks/scoring.py                    everything but the coverage, some minutes
+    python benchmarks/scoring.py                    everything, some minutes
     python benchmarks/scoring.py metrics ijbc       some parts
-    python benchmarks/scoring.py coverage           the intervals' coverage, by simulation
 
 Every contender runs in a process of its own: median seconds of its repetitions, and its peak memory
 beyond the data it is given. The baselines are other libraries, or, where named "style", the plain
@@ -11,7 +10,6 @@ way that a widely used script goes, written here.
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -216,21 +214,28 @@ def three_plain():
     return lambda: [all_metrics(scores, trials.is_target) for scores in systems]
 
 
-def three_bootstrap(replicates=1_000):
-    from speechbrain_qmargin.scoring.uncertainty import resample_speakers
+def three_intervals():
+    from speechbrain_qmargin.scoring.uncertainty import Spread, TrialStructure
 
     systems, trials = _three_systems()
     points = [our.operating_points(scores, trials.is_target) for scores in systems]
 
-    def bootstrap():
-        figures = []
+    def intervals():
+        structure = TrialStructure.of(trials)
+        moved = []
         for scores, each in zip(systems, points, strict=True):
-            drawn = resample_speakers(scores, trials, each, replicates=replicates)
-            values = [drawn.eer(), *map(drawn.min_dcf, PRIORS), *map(drawn.tar_at_far, FARS)]
-            figures.append(np.stack(values))
-        return [np.percentile(figures[i] - figures[0], [2.5, 97.5], axis=1) for i in (1, 2)]
+            spread = Spread(scores, trials, each, structure)
+            moved.append(
+                [spread.eer(), *map(spread.min_dcf, PRIORS), *map(spread.tar_at_far, FARS)]
+            )
+        own = [[one.interval(0.1) for one in system] for system in moved]
+        paired = [
+            [(two - one).interval(0.1) for one, two in zip(moved[0], other, strict=True)]
+            for other in moved[1:]
+        ]
+        return own, paired
 
-    return bootstrap
+    return intervals
 
 
 def ijbc_ours():
@@ -369,10 +374,10 @@ def asnorm() -> None:
     bar(f"{loop / ours:,.0f} x faster than a cohort per trial (bar 100)", loop / ours >= 100)
 
 
-def bootstrap() -> None:
+def intervals() -> None:
     plain, _ = measured("three_plain")
-    drawn, _ = measured("three_bootstrap", 1)
-    bar(f"{drawn / plain:.1f} x the plain metrics of the three (bar 15)", drawn / plain <= 15)
+    ours, _ = measured("three_intervals")
+    bar(f"{ours / plain:.1f} x the plain metrics of the three (bar 15)", ours / plain <= 15)
 
 
 def ijbc() -> None:
@@ -384,69 +389,14 @@ def ijbc() -> None:
     bar(f"{whole:,.0f} MB with the embeddings (bar 3,000)", whole <= 3000)
 
 
-# ------------------------------------------------------------------ coverage
-
-
-def coverage(simulations: int = 200, replicates: int = 300) -> None:
-    """How often the 95 % intervals hold the truth, which is known: Gaussian scores.
-
-    A trial's score is the sum of both speakers' effects and noise, of variance 1 without the
-    effects; a speaker has 10 target trials and about 100 impostor trials.
-    """
-    from scipy.stats import norm
-    from tqdm import tqdm
-
-    from speechbrain_qmargin.scoring.report import evaluate
-    from speechbrain_qmargin.scoring.uncertainty import rate_interval
-    from speechbrain_qmargin.trials import Trials
-
-    print(
-        "| speakers | effect | figure | covered | trials alone | medians of width: ours, trials |"
-    )
-    print("|---|---|---|---|---|---|")
-    for speakers in (100, 300, 1000):
-        for effect in (0.0, 0.2, 0.35):
-            held: dict[float, list] = {1e-2: [], 1e-3: []}
-            for seed in tqdm(range(simulations), f"{speakers}, {effect}", leave=False):
-                rng = np.random.default_rng([seed, speakers, int(100 * effect)])
-                of = effect * rng.normal(size=speakers)
-                one = np.concatenate(
-                    [np.repeat(np.arange(speakers), 10)] + [np.arange(speakers)] * 50
-                )
-                two = one.copy()
-                two[10 * speakers :] += rng.integers(1, speakers, size=50 * speakers)
-                two %= speakers
-                same = one == two
-                scores = of[one] + of[two] + rng.normal(size=len(one)) + 3 * same
-                ids = [f"{i}/{take}" for i in range(speakers) for take in (0, 1)]
-                trials = Trials(ids, 2 * one, 2 * two + 1, same)
-                report = evaluate(scores, trials, fars=list(held), replicates=replicates, seed=seed)
-                for far, found in held.items():
-                    threshold = norm.isf(far) * math.sqrt(1 + 2 * effect**2)
-                    truth = norm.sf((threshold - 3) / math.sqrt(1 + 4 * effect**2))
-                    figure = report["tar_at_far", far]
-                    targets = report.num_targets
-                    trial = rate_interval(round(figure.value * targets), targets)
-                    ours = figure.low, figure.high
-                    inside = [low <= truth <= high for low, high in (ours, trial)]
-                    found.append([*inside, ours[1] - ours[0], trial[1] - trial[0]])
-            for far, found in held.items():
-                rows = np.array(found, dtype=float)
-                covered, alone = 100 * rows[:, :2].mean(0)
-                widths = " and ".join(f"{100 * width:.1f} %" for width in np.median(rows[:, 2:], 0))
-                row = f"| {speakers:,} | {effect:g} | TAR@FAR={far:g} | {covered:.1f} % "
-                print(f"{row}| {alone:.1f} % | {widths} |", flush=True)
-
-
 PARTS = {
     "metrics": metrics,
     "speechbrain": speechbrain,
     "agreement": agreement,
     "cohort": statistics_of_cohort,
     "asnorm": asnorm,
-    "bootstrap": bootstrap,
+    "intervals": intervals,
     "ijbc": ijbc,
-    "coverage": coverage,
 }
 
 
@@ -461,7 +411,7 @@ def main() -> None:
     unknown = set(args.parts) - set(PARTS)
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    for name in args.parts or [name for name in PARTS if name != "coverage"]:
+    for name in args.parts or PARTS:
         print(f"\n{name}\n\n| | seconds | beyond its data | peak |\n|---|---|---|---|", flush=True)
         PARTS[name]()
 

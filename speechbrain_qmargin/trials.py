@@ -124,7 +124,7 @@ class Trials:
 
     @cached_property
     def impostor_pairs(self):
-        """How many impostor trials each pair of speakers has: sparse float32 [S, S]."""
+        """How many impostor trials each pair of speakers has: sparse float32 [S, S], upper half."""
         from scipy.sparse import coo_array, csr_array
 
         speakers = self.speakers().astype(np.int32)
@@ -135,6 +135,7 @@ class Trials:
             block = slice(start, start + 2**21)
             kept = np.flatnonzero(~self.is_target[block])
             one, two = (speakers[side[block][kept]] for side in (self.enrolment, self.test))
+            one, two = np.minimum(one, two), np.maximum(one, two)
             if dense:
                 total += np.bincount(one * count + two, minlength=count * count)
             elif len(kept):

@@ -92,8 +92,6 @@ def main(argv=None):
     parser.add_argument("--use_norm_score", default=True, action=SWITCH, help="lengths are weights")
     parser.add_argument("--use_detector_score", default=True, action=SWITCH, help="as weights")
     parser.add_argument("--all_options", action="store_true", help="every combination beside it")
-    parser.add_argument("--replicates", default=1000, type=int, help="of the bootstrap")
-    parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--output_folder", default=None, help="<run>/<target> by default")
     args = parser.parse_args(argv)
 
@@ -104,15 +102,7 @@ def main(argv=None):
     else:
         images = load_image_embeddings(args.embeddings, ijb)
     options = IJBOptions(args.flip, args.use_norm_score, args.use_detector_score)
-    with tqdm(total=args.replicates, desc="bootstrap", leave=False) as progress:
-        result = evaluate_ijb(
-            ijb,
-            images,
-            options,
-            replicates=args.replicates,
-            seed=args.seed,
-            progress=progress.update,
-        )
+    result = evaluate_ijb(ijb, images, options)
     result.save(folder)
     print(result.table())
     if args.all_options:

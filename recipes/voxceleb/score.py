@@ -62,7 +62,7 @@ def main(argv):
         calibration = fit_calibration(scores, dev, p_target=min(settings["p_target"]))
         calibration.save(folder / "calibration.json")
 
-    options = {key: settings[key] for key in ("fars", "p_target", "replicates", "seed")}
+    options = {key: settings[key] for key in ("fars", "p_target")}
     reports, text = score_lists(
         folder, lists, embeddings, cohort=cohort, calibration=calibration, **options
     )

@@ -169,8 +169,7 @@ def _report(args) -> None:
             args.columns,
         )  # fmt: skip
         development[name] = dev_scores, dev_trials
-    total = args.replicates * len(systems)
-    with tqdm(total=total, unit=" resamplings", disable=args.quiet) as bar:
+    with tqdm(total=len(systems), unit=" systems", disable=args.quiet) as bar:
         reports = write_report(
             args.output,
             systems,
@@ -179,8 +178,6 @@ def _report(args) -> None:
             far=args.far,
             llr=args.llr,
             development=development,
-            replicates=args.replicates,
-            seed=args.seed,
             progress=bar.update,
         )
     for name, report in reports.items():
@@ -248,5 +245,3 @@ def configure(add) -> None:
     sub.add_argument("--development_trials")
     sub.add_argument("--figures_from", action="append", default=[], metavar="MODULE",
                      help="your Python module or file that registers figures")  # fmt: skip
-    sub.add_argument("--replicates", type=int, default=1000)
-    sub.add_argument("--seed", type=int, default=0)

@@ -765,7 +765,7 @@ class IJBResult:
                 "",
                 self.report.table(),
                 self.size,
-                f"The intervals resample subjects: {self.subjects}",
+                f"The intervals are over subjects: {self.subjects}",
             ]
         )
 
@@ -788,7 +788,7 @@ class IJBResult:
             np.save(partial, self.scores)
         write_text(folder / "report.txt", self.table() + "\n")
         write_text(folder / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
-        curve = {self.options.code: (self.report.points, self.report.resampled)}
+        curve = {self.options.code: (self.report.points, self.report.spread)}
         save_figure(det_figure(curve, title), folder / "det.png")
         save_figure(_roc_figure(self.report, title), folder / "roc.png")
 
@@ -799,14 +799,10 @@ def evaluate_ijb(
     options: IJBOptions | None = None,
     *,
     fars: Sequence[float] = IJB_FARS,
-    replicates: int = 1000,
-    seed: int = 0,
-    progress: Callable[[int], None] | None = None,
 ) -> IJBResult:
     """Templates, the cosine of every pair, TAR at FARs with 95 % intervals.
 
-    The intervals resample subjects, as far as they are known (:meth:`IJB.subjects`): an impostor
-    pair weighs the product of its two subjects' draws, a genuine pair its one's.
+    The intervals are over subjects, as far as they are known (:meth:`IJB.subjects`).
 
     Parameters
     ----------
@@ -814,8 +810,6 @@ def evaluate_ijb(
     images : ImageEmbeddings
     options : IJBOptions, optional
     fars : sequence of float
-    replicates, seed, progress
-        Of the bootstrap; see :func:`~speechbrain_qmargin.scoring.report.evaluate`.
 
     Raises
     ------
@@ -826,15 +820,7 @@ def evaluate_ijb(
     options = options or IJBOptions()
     unit = template_embeddings(ijb, images, options)
     scores = pair_cosines(ijb, unit)
-    report = evaluate(
-        scores,
-        ijb.trials,
-        fars=fars,
-        replicates=replicates,
-        seed=seed,
-        progress=progress,
-        units="subjects",
-    )
+    report = evaluate(scores, ijb.trials, fars=fars, units="subjects")
     media = int(ijb.template_media.max()) + 1
     size = (
         f"{len(ijb.names):,} images, {media:,} media of {ijb.num_templates:,} templates, "
@@ -916,14 +902,18 @@ def _roc_figure(report: Report, title: str):
     """TAR over FAR on a logarithmic axis, with its band; grey where fewer than 30 are accepted."""
     from speechbrain_qmargin.scoring.plots import canvas
 
-    points, resampled = report.points, report.resampled
+    points, spread = report.points, report.spread
     figure, axes = canvas(6.6, 4.4)
     lowest = 1 / points.num_impostors
     far, tar = np.maximum(points.far[:-1], lowest / 2), 1 - points.frr[:-1]
     (line,) = axes.step(far, tar, where="pre", linewidth=1.5)  # TAR falls, and then FAR
-    grid = np.geomspace(lowest, min(0.1, resampled.far[0].min()), 100)
-    band = np.percentile(1 - resampled.frr_at(grid), [2.5, 97.5], axis=1)
-    axes.fill_between(grid, *band, color=line.get_color(), alpha=0.15, linewidth=0)
+    grid = np.geomspace(lowest, 0.1, 60)
+    band = spread.band(grid)
+    bottom = tar.min()
+    if band is not None:
+        low, high = 1 - band[1], 1 - band[0]
+        bottom = low.min()
+        axes.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     for rate in report.figures:
         if rate.kind == "tar_at_far" and rate.support != "unsupported":
             at = rate.parameter, rate.value
@@ -933,7 +923,7 @@ def _roc_figure(report: Report, title: str):
     axes.axvspan(lowest / 2, 30 / points.num_impostors, color="0.93", zorder=0)
     axes.set_xscale("log")
     axes.set_xlim(max(lowest / 2, 1e-7), 1)
-    axes.set_ylim(max(0.0, band.min() - 0.05), 1.01)
+    axes.set_ylim(max(0.0, bottom - 0.05), 1.01)
     axes.set_xlabel("False accept rate (grey: fewer than 30 false accepts)")
     axes.set_ylabel("True accept rate")
     axes.set_title(title, fontsize=10)

@@ -1,7 +1,7 @@
 """The figures of a report: what a figure is, how each kind is measured, and how to add one.
 
 A :class:`Figure` is one number with its kind and parameter, its interval and what it rests on. A
-:class:`Measure` says how a kind is found in operating points and in the replicates of a bootstrap.
+:class:`Measure` says how a kind is found in operating points and how its speakers move it.
 To add one, write a class with the members of :class:`Measure` and :func:`register` it, or give it
 to :func:`~speechbrain_qmargin.scoring.report.evaluate`; tables, JSON, differences and pages take
 it from there. Nothing reads a figure's printed name.
@@ -18,7 +18,7 @@ import numpy as np
 
 from speechbrain_qmargin.scoring import metrics
 from speechbrain_qmargin.scoring.metrics import OperatingPoints
-from speechbrain_qmargin.scoring.uncertainty import Resampled, rate_interval
+from speechbrain_qmargin.scoring.uncertainty import Influence, Spread, rate_interval
 
 __all__ = [
     "UNITS",
@@ -161,8 +161,8 @@ class Measure(Protocol):
         """The figure of one system, exact."""
         ...
 
-    def resample(self, drawn: Resampled, points: OperatingPoints) -> np.ndarray | None:
-        """The figure in every replicate [R]; None where it has no interval."""
+    def influence(self, spread: Spread) -> Influence | None:
+        """What every speaker contributes to the figure's error; None where it has no interval."""
         ...
 
     def few_errors(
@@ -231,10 +231,8 @@ class EqualErrorRate:
         value = metrics.eer(points, self.method)
         return Found(value, threshold, min(misses, accepts), misses, accepts)
 
-    def resample(self, drawn: Resampled, points: OperatingPoints) -> np.ndarray:
-        # the replicates are linear between thresholds, as `nist`; the variants differ by a constant
-        offset = metrics.eer(points, self.method) - metrics.eer(points, "nist")
-        return np.clip(drawn.eer() + offset, 0, 1)
+    def influence(self, spread: Spread) -> Influence:
+        return spread.eer()
 
     def few_errors(
         self, found: Found | Figure, points: OperatingPoints, confidence: float = 0.95
@@ -297,8 +295,8 @@ class MinDCF(_DCF):
         threshold = float(points.thresholds[int(np.argmin(cost))])
         return _at(points, metrics.min_dcf(points, *self._costs), threshold)
 
-    def resample(self, drawn: Resampled, points: OperatingPoints) -> np.ndarray:
-        return drawn.min_dcf(*self._costs)
+    def influence(self, spread: Spread) -> Influence:
+        return spread.min_dcf(*self._costs)
 
     def few_errors(
         self, found: Found | Figure, points: OperatingPoints, confidence: float = 0.95
@@ -321,8 +319,8 @@ class ActDCF(_DCF):
         value = metrics.act_dcf(points, *self._costs, force=True)
         return _at(points, value, metrics.bayes_threshold(*self._costs))
 
-    def resample(self, drawn: Resampled, points: OperatingPoints) -> np.ndarray | None:
-        return drawn.act_dcf(*self._costs)
+    def influence(self, spread: Spread) -> Influence:
+        return spread.act_dcf(*self._costs)
 
 
 @dataclass(frozen=True)
@@ -348,8 +346,8 @@ class TarAtFar:
         allowed = metrics.allowed_false_accepts(self.far, points.num_impostors)
         return Found(tar, threshold, min(allowed, misses), misses, accepts)
 
-    def resample(self, drawn: Resampled, points: OperatingPoints) -> np.ndarray:
-        return drawn.tar_at_far(self.far)
+    def influence(self, spread: Spread) -> Influence:
+        return spread.tar_at_far(self.far)
 
     def few_errors(
         self, found: Found | Figure, points: OperatingPoints, confidence: float = 0.95
@@ -382,8 +380,8 @@ class Cllr:
     def find(self, points: OperatingPoints) -> Found:
         return Found(metrics.cllr(points))
 
-    def resample(self, drawn: Resampled, points: OperatingPoints) -> np.ndarray | None:
-        return drawn.cllr
+    def influence(self, spread: Spread) -> Influence:
+        return spread.cllr()
 
     def few_errors(
         self, found: Found | Figure, points: OperatingPoints, confidence: float = 0.95
@@ -404,8 +402,8 @@ class MinCllr:
     def find(self, points: OperatingPoints) -> Found:
         return Found(metrics.min_cllr(points))
 
-    def resample(self, drawn: Resampled, points: OperatingPoints) -> np.ndarray | None:
-        return drawn.min_cllr()
+    def influence(self, spread: Spread) -> Influence:
+        return spread.min_cllr()
 
     def few_errors(
         self, found: Found | Figure, points: OperatingPoints, confidence: float = 0.95

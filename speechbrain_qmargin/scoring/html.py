@@ -25,7 +25,7 @@ from speechbrain_qmargin.scoring.plots import (
     save_figure,
 )
 from speechbrain_qmargin.scoring.report import Report, compare, evaluate
-from speechbrain_qmargin.scoring.uncertainty import rate_interval
+from speechbrain_qmargin.scoring.uncertainty import TrialStructure, rate_interval
 from speechbrain_qmargin.trials import Trials
 
 __all__ = ["worst_speakers", "worst_trials", "write_report"]
@@ -118,8 +118,6 @@ def write_report(
     far: float = 1e-2,
     llr: bool = False,
     development: Mapping[str, tuple[np.ndarray, Trials]] | None = None,
-    replicates: int = 1000,
-    seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Report]:
     """Evaluate systems on one trial list and write everything there is to see.
@@ -143,10 +141,8 @@ def write_report(
     development : mapping from name to (scores, Trials), optional
         Where the thresholds of the operating points are chosen; without it they are marked
         optimistic.
-    replicates, seed : int
-        Of the speaker bootstrap.
     progress : callable, optional
-        Called with the number of replicates just done.
+        Called with 1 for every system just evaluated.
 
     Returns
     -------
@@ -154,6 +150,7 @@ def write_report(
     """
     folder = Path(folder)
     reports, decisions, pictures = {}, {}, {}
+    structure = TrialStructure.of(trials)
     for name, scores in systems.items():
         reports[name] = evaluate(
             scores,
@@ -162,10 +159,10 @@ def write_report(
             p_target=priors,
             all_eers=True,
             llr=llr,
-            replicates=replicates,
-            seed=seed,
-            progress=progress,
+            structure=structure,
         )
+        if progress is not None:
+            progress(1)
         held_out = None
         if development and name in development:
             dev_scores, dev_trials = development[name]
@@ -178,7 +175,7 @@ def write_report(
             measured_on=trials.source,
             chosen_on=development[name][1].source if held_out else "",
         )
-    figure = det_figure({n: (r.points, r.resampled) for n, r in reports.items()}, title)
+    figure = det_figure({n: (r.points, r.spread) for n, r in reports.items()}, title)
     pictures["det"] = figure
     save_figure(figure, folder / "det.svg")
     for number, (name, report) in enumerate(reports.items(), 1):
@@ -206,8 +203,6 @@ def write_report(
     }
     content = {
         "title": title,
-        "replicates": replicates,
-        "seed": seed,
         "systems": {name: report.to_dict() for name, report in reports.items()},
         "operating_points": {name: asdict(decision) for name, decision in decisions.items()},
         "differences": [
@@ -217,23 +212,24 @@ def write_report(
         "worst": zoo,
     }
     write_text(folder / "report.json", json.dumps(content, indent=2) + "\n")
-    page = _page(title, reports, decisions, differences, zoo, folder, trials, replicates, llr)
+    page = _page(title, reports, decisions, differences, zoo, folder, trials, llr)
     with replacing(folder / "report.html") as partial:
         partial.write_text(page, encoding="utf-8")
     return reports
 
 
-def _page(title, reports, decisions, differences, zoo, folder, trials, replicates, llr) -> str:
+def _page(title, reports, decisions, differences, zoo, folder, trials, llr) -> str:
     first = next(iter(reports.values()))
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{first.num_targets:,} target and {first.num_impostors:,} impostor trials of "
         f"{first.num_speakers:,} speakers. {html.escape(trials.source)}</p>",
         '<p class="note">A trial is accepted when its score is at or above the threshold. '
-        f"Intervals are 95 %, from {replicates:,} resamplings of the speakers; where fewer than 30 "
-        "errors carry a figure, the wider of that and the exact binomial interval. "
-        '<b class="measured">measured</b>: 30 errors or more; <b class="indicative">indicative</b>:'
-        ' 3 to 29; <b class="unsupported">unsupported</b>: fewer than 3, the data cannot tell.</p>',
+        "Intervals are 95 %, over speakers; where fewer than 30 errors carry a figure, the wider "
+        "of that and the exact binomial interval. A trial and its reverse are one. "
+        '<b class="measured">measured</b>: 30 errors or more, of 8 speakers or more; '
+        '<b class="indicative">indicative</b>: fewer; <b class="unsupported">unsupported</b>: '
+        "fewer than 3 errors or 4 speakers, the data cannot tell.</p>",
         "<h2>Detection error trade-off</h2>",
         '<p class="note">Bands are 95 % intervals over speakers. The shaded region has fewer than '
         "30 false accepts, dashed parts fewer than 30 errors of either kind.</p>",
@@ -275,7 +271,7 @@ def _page(title, reports, decisions, differences, zoo, folder, trials, replicate
     if differences:
         parts.append("<h2>Differences between systems</h2>")
         parts.append(
-            '<p class="note">The second minus the first, on the same resampled speakers. '
+            '<p class="note">The second minus the first, paired over speakers. '
             "Bold: the interval leaves out zero.</p>"
         )
         for (one, two), values in differences.items():
@@ -292,7 +288,12 @@ def _page(title, reports, decisions, differences, zoo, folder, trials, replicate
             parts.append(_table(["", "difference, 95 % interval"], rows))
     parts.append("<h2>Decision</h2>")
     for name, point in decisions.items():
-        far_interval = rate_interval(point.false_accepts, point.num_impostors)
+        rates = reports[name].spread.rates_at(point.threshold)
+        far_range, tar_range = "too few speakers for an interval", ""
+        if rates.far_interval is not None and rates.frr_interval is not None:
+            far_range = "{:.2g} to {:.2g} over speakers".format(*rates.far_interval)
+            ends = (100 - 100 * end for end in reversed(rates.frr_interval))
+            tar_range = " ({:.2f} to {:.2f})".format(*ends)
         warning = (
             "<b>Optimistic</b>: the threshold was chosen on these very scores; give development "
             "scores to choose it on."
@@ -301,8 +302,8 @@ def _page(title, reports, decisions, differences, zoo, folder, trials, replicate
         )
         parts.append(
             f"<p><b>{html.escape(name)}</b>: accept at {point.threshold:.6g} and above, for a FAR "
-            f"of {point.far_target:g}. Here FAR {point.far:.3g} (at least {far_interval[0]:.2g} to "
-            f"{far_interval[1]:.2g}), TAR {100 * point.tar:.2f} %, "
+            f"of {point.far_target:g}. Here FAR {point.far:.3g} ({far_range}), TAR "
+            f"{100 * point.tar:.2f} %{tar_range}, "
             f'<span class="{point.support}">{point.support}</span>. {warning}</p>'
         )
     parts.append("<h2>Scores</h2>")

@@ -14,6 +14,7 @@ from speechbrain_qmargin.scoring.calibration import Calibration
 from speechbrain_qmargin.scoring.normalisation import make_cohort, normalize, refuse_shared_speakers
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import FARS, Report, compare, evaluate
+from speechbrain_qmargin.scoring.uncertainty import TrialStructure
 from speechbrain_qmargin.trials import Trials, write_scores
 
 __all__ = ["Cohort", "score_lists"]
@@ -88,8 +89,6 @@ def score_lists(
     calibration: Calibration | None = None,
     fars: Sequence[float] = FARS,
     p_target: float | Sequence[float] = 0.01,
-    replicates: int = 1000,
-    seed: int = 0,
     title: str = "",
     units: str = "speakers",
 ) -> tuple[dict[str, dict[str, Report]], str]:
@@ -105,12 +104,12 @@ def score_lists(
         Adds ``centred``, the cosine after the cohort's mean is subtracted, and ``<method>-norm``.
     calibration : Calibration, optional
         Adds ``calibrated``: log-likelihood ratios of the last system's scores.
-    fars, p_target, replicates, seed
+    fars, p_target
         Of :func:`~speechbrain_qmargin.scoring.report.evaluate`.
     title : str
         Of the pictures.
     units : str
-        What the tables call those who are resampled.
+        What the tables call the speakers.
 
     Returns
     -------
@@ -128,6 +127,7 @@ def score_lists(
         if calibration is not None:
             systems["calibrated"] = calibration.apply(list(systems.values())[-1], trials)
         reports[name] = {}
+        structure = TrialStructure.of(trials)
         for system, scores in systems.items():
             write_scores(folder / name / f"{system}.tsv", trials, scores)
             reports[name][system] = evaluate(
@@ -136,8 +136,7 @@ def score_lists(
                 fars=fars,
                 p_target=p_target,
                 llr=system == "calibrated",
-                replicates=replicates,
-                seed=seed,
+                structure=structure,
                 units=units,
             )
             if len(lists) > 1 or len(systems) > 1:

@@ -17,7 +17,7 @@ from speechbrain_qmargin.scoring.metrics import (
     log_likelihood_ratios,
     operating_points,
 )
-from speechbrain_qmargin.scoring.uncertainty import Resampled, resample_speakers
+from speechbrain_qmargin.scoring.uncertainty import Spread
 from speechbrain_qmargin.trials import Trials
 
 __all__ = [
@@ -69,18 +69,18 @@ def save_figure(figure, path: str | Path) -> None:
         figure.savefig(partial, dpi=150)
 
 
-def det_figure(systems: Mapping[str, tuple[OperatingPoints, Resampled | None]], title: str = ""):
+def det_figure(systems: Mapping[str, tuple[OperatingPoints, Spread | None]], title: str = ""):
     """Detection error trade-offs on normal-deviate axes, as a matplotlib figure.
 
     Each curve ends at the lowest FAR its impostors can show; the region below 30 false accepts is
-    shaded, the curve in it (and below 30 misses) dashed. With a bootstrap, the band is the 95 %
-    interval of FRR at every FAR.
+    shaded, the curve in it (and below 30 misses) dashed. With a spread, the band is the 95 %
+    interval over speakers of FRR at every FAR.
     """
     from scipy.stats import norm
 
     figure, axes = canvas(6.6, 6.2)
     lowest, supported, least_frr, most_frr = 0.5, 0.0, 0.2, 0.5
-    for name, (points, resampled) in systems.items():
+    for name, (points, spread) in systems.items():
         equal = eer(points)
         far, frr = _staircase(points)
         sure = (far * points.num_impostors >= 30) & (frr * points.num_targets >= 30)
@@ -96,13 +96,12 @@ def det_figure(systems: Mapping[str, tuple[OperatingPoints, Resampled | None]], 
         supported = max(supported, 30 / points.num_impostors)
         if len(frr):
             least_frr, most_frr = min(least_frr, frr.min()), max(most_frr, frr.max())
-        if resampled is not None:
-            grid = np.geomspace(1 / points.num_impostors, 0.5, 120)
-            reach = resampled.far[0].min() if not resampled.whole else 1.0
-            grid = grid[grid <= reach]
-            band = np.percentile(resampled.frr_at(grid), [2.5, 97.5], axis=1)
-            band = norm.ppf(np.clip(band, 0.2 / points.num_targets, 1 - 1e-6))
-            axes.fill_between(norm.ppf(grid), *band, color=color, alpha=0.15, linewidth=0)
+        if spread is not None:
+            grid = np.geomspace(1 / points.num_impostors, 0.5, 60)
+            band = spread.band(grid)
+            if band is not None:
+                ends = (norm.ppf(np.clip(x, 0.2 / points.num_targets, 1 - 1e-6)) for x in band)
+                axes.fill_between(norm.ppf(grid), *ends, color=color, alpha=0.15, linewidth=0)
     low = max(lowest, 1e-7)
     bottom = max(least_frr, 1e-5) / 1.5
     top = min(max(most_frr, 0.6), 0.995)
@@ -149,9 +148,6 @@ def plot_det(
     systems: Mapping[str, tuple[np.ndarray, np.ndarray | Trials]],
     path: str | Path,
     title: str = "",
-    *,
-    replicates: int = 500,
-    seed: int = 0,
 ) -> None:
     """Draw detection error trade-offs on normal-deviate axes and write them as PNG, SVG or PDF.
 
@@ -162,8 +158,6 @@ def plot_det(
     path : path
         Its suffix is the format.
     title : str
-    replicates, seed : int
-        Of the bands' bootstrap.
     """
     curves = {}
     for name, (scores, labels) in systems.items():
@@ -171,9 +165,7 @@ def plot_det(
         points = operating_points(scores, labels.is_target if given else labels)
         band = None
         if given:
-            band = resample_speakers(
-                scores, labels, points, max_far=0.5, replicates=replicates, seed=seed
-            )
+            band = Spread(scores, labels, points)
         curves[name] = points, band
     save_figure(det_figure(curves, title), path)
 

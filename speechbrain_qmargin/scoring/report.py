@@ -1,14 +1,15 @@
 """Scores to figures with honest intervals, as a table for people and JSON for programs.
 
-Every interval is of a bootstrap over speakers. Where a figure rests on fewer than 30 errors the
-bootstrap is too narrow (at no errors it has no width), so the wider of it and Clopper-Pearson is
-given and the figure is marked: measured (30 errors or more), indicative (3 to 29), unsupported
-(fewer than 3).
+Every interval is over speakers (:mod:`~speechbrain_qmargin.scoring.uncertainty`). Where a figure
+rests on fewer than 30 errors that is too narrow (at no errors it has no width), so the wider of it
+and Clopper-Pearson is given and the figure is marked: measured (30 errors or more of 8 speakers or
+more), indicative, unsupported (fewer than 3 errors or 4 speakers). Errors are counted over
+distinct unordered pairs of recordings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,7 +23,13 @@ from speechbrain_qmargin.scoring.figures import (
     standard_figures,
 )
 from speechbrain_qmargin.scoring.metrics import OperatingPoints, operating_points
-from speechbrain_qmargin.scoring.uncertainty import Resampled, badge, resample_speakers
+from speechbrain_qmargin.scoring.uncertainty import (
+    FEWEST_ERRORS,
+    Influence,
+    Spread,
+    TrialStructure,
+    badge,
+)
 from speechbrain_qmargin.trials import Trials
 
 __all__ = ["FARS", "Difference", "Report", "compare", "evaluate"]
@@ -35,8 +42,8 @@ class Report:
     """The figures of one system on one trial list.
 
     ``report["eer"]`` is the :class:`~speechbrain_qmargin.scoring.figures.Figure` of a kind,
-    ``report["tar_at_far", 0.01]`` that of a kind and parameter. `replicates` holds the bootstrap's
-    values of every figure, [figures, R], NaN where a figure is not resampled.
+    ``report["tar_at_far", 0.01]`` that of a kind and parameter. `influences` holds what every
+    speaker contributes to each figure, None where a figure has no interval.
     """
 
     figures: list[Figure]
@@ -44,8 +51,8 @@ class Report:
     num_impostors: int
     num_speakers: int
     points: OperatingPoints = field(repr=False)
-    resampled: Resampled = field(repr=False)
-    replicates: np.ndarray = field(repr=False)
+    spread: Spread = field(repr=False)
+    influences: list[Influence | None] = field(repr=False)
     source: str = ""
     units: str = "speakers"
 
@@ -109,9 +116,7 @@ def evaluate(
     all_eers: bool = False,
     llr: bool = False,
     figures: Sequence[Measure] | None = None,
-    replicates: int = 1000,
-    seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    structure: TrialStructure | None = None,
     units: str = "speakers",
 ) -> Report:
     """EER, minDCF and TAR at FARs of scored trials, with 95 % intervals.
@@ -132,12 +137,10 @@ def evaluate(
         What to measure, instead of
         :func:`~speechbrain_qmargin.scoring.figures.standard_figures` of the arguments above and
         what was :func:`~speechbrain_qmargin.scoring.figures.register`-ed.
-    replicates, seed : int
-        Of the speaker bootstrap. The same seed on the same trials pairs systems: :func:`compare`.
-    progress : callable, optional
-        Called with the number of replicates just done.
+    structure : TrialStructure, optional
+        Of these trials, computed once where several systems share it.
     units : str
-        What the report calls those who are resampled: speakers, identities, subjects.
+        What the report calls the speakers: speakers, identities, subjects.
 
     Returns
     -------
@@ -146,7 +149,7 @@ def evaluate(
     Raises
     ------
     ValueError
-        As :func:`operating_points` and :func:`resample_speakers`.
+        As :func:`operating_points` and :class:`~speechbrain_qmargin.scoring.uncertainty.Spread`.
 
     Examples
     --------
@@ -159,46 +162,39 @@ def evaluate(
     True
     """
     points = operating_points(scores, trials.is_target)
-    resampled = resample_speakers(
-        scores,
-        trials,
-        points,
-        max_far=max(fars, default=0.1),
-        replicates=replicates,
-        seed=seed,
-        llr=llr,
-        progress=progress,
-    )
+    spread = Spread(scores, trials, points, structure)
     if figures is None:
         figures = standard_figures(fars, p_target, all_eers=all_eers, llr=llr) + registered()
-    drawn = [measure.resample(resampled, points) for measure in figures]
-    nothing = np.full(len(resampled.num_targets), np.nan)
+    influences = [measure.influence(spread) for measure in figures]
     return Report(
-        [_measured(one, points, values) for one, values in zip(figures, drawn, strict=True)],
+        [_measured(one, spread, moved) for one, moved in zip(figures, influences, strict=True)],
         points.num_targets,
         points.num_impostors,
         len(np.unique(trials.speakers())),
         points,
-        resampled,
-        np.stack([nothing if values is None else values for values in drawn]),
+        spread,
+        influences,
         trials.source,
         units,
     )
 
 
-def _measured(measure: Measure, points: OperatingPoints, replicates: np.ndarray | None) -> Figure:
+def _measured(measure: Measure, spread: Spread, influence: Influence | None) -> Figure:
     """The figure of a measure with its badge and its interval."""
-    figure = figure_of(measure, points)
+    figure = figure_of(measure, spread.points)
+    interval = None if influence is None else influence.interval(figure.value)
     if figure.errors is not None:
-        figure = replace(figure, support=badge(figure.errors))
-    if replicates is None:
+        counted = figure if spread.structure.first is None else figure_of(measure, spread.distinct)
+        assert counted.errors is not None
+        support = badge(counted.errors, spread.structure.contributing)
+        figure = replace(figure, errors=counted.errors, support=support)
+        if interval is not None and counted.errors < FEWEST_ERRORS:
+            few = measure.few_errors(counted, spread.distinct)
+            if few is not None:
+                interval = min(interval[0], few[0]), max(interval[1], few[1])
+    if interval is None:
         return figure
-    low, high = np.percentile(replicates, [2.5, 97.5])
-    if figure.errors is not None and figure.errors < 30:
-        widest = measure.few_errors(figure, points)
-        if widest is not None:
-            low, high = min(low, widest[0]), max(high, widest[1])
-    low, high = min(low, figure.value), max(high, figure.value)
+    low, high = min(interval[0], figure.value), max(interval[1], figure.value)
     return replace(figure, low=float(low), high=float(high))
 
 
@@ -231,7 +227,7 @@ def compare(first: Report, second: Report) -> list[Difference]:
     Raises
     ------
     ValueError
-        Reports on other trials, or with another seed or number of replicates.
+        Reports on other trials.
     """
     same = (first.num_targets, first.num_impostors, first.num_speakers, first.source) == (
         second.num_targets,
@@ -239,21 +235,23 @@ def compare(first: Report, second: Report) -> list[Difference]:
         second.num_speakers,
         second.source,
     )
-    if not same or not np.array_equal(
-        first.resampled.num_impostors, second.resampled.num_impostors
-    ):
+    if not same or not first.spread.structure.same_as(second.spread.structure):
         raise ValueError(
-            "the two systems were not evaluated on the same trials with the same seed and number "
-            "of replicates, so their differences cannot be paired"
+            "the two systems were not evaluated on the same trials, so their differences cannot be "
+            "paired"
         )
     others = {figure.key: n for n, figure in enumerate(second.figures)}
     differences = []
-    for figure, values in zip(first.figures, first.replicates, strict=True):
+    for figure, influence in zip(first.figures, first.influences, strict=True):
         at = others.get(figure.key)
-        if at is None or np.isnan(values - second.replicates[at]).any():
+        other = None if at is None else second.influences[at]
+        if at is None or influence is None or other is None:
             continue
         value = second.figures[at].value - figure.value
-        low, high = np.percentile(second.replicates[at] - values, [2.5, 97.5])
+        interval = (other - influence).interval(value)
+        if interval is None:
+            continue
+        low, high = interval
         differences.append(
             Difference(
                 figure.kind,

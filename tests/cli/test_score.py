@@ -51,7 +51,7 @@ def test_from_embeddings_to_a_report(files, capsys):
 
     report = ["--quiet", "report", f"cosine={files / 'test_cosine.tsv'}"]
     report += [f"AS-norm={files / 'test_normalize.tsv'}", f"--output={files / 'report'}"]
-    report += [f"--development=AS-norm={files / 'dev_normalize.tsv'}", "--replicates=50"]
+    report += [f"--development=AS-norm={files / 'dev_normalize.tsv'}"]
     assert main(report) == 0
     printed = capsys.readouterr().out
     assert "95 % interval" in printed

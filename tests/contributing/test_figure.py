@@ -41,9 +41,13 @@ class FarAtTar:
         threshold = float(points.thresholds[at])
         return Found(float(points.far[at]), threshold, min(misses, accepts), misses, accepts)
 
-    def resample(self, drawn, points):
-        at = (drawn.frr <= 1 - self.tar).sum(axis=0) - 1
-        return drawn.far[np.maximum(at, 0), np.arange(len(at))]
+    def influence(self, spread):
+        found, points = self.find(spread.points), spread.points
+        near = np.quantile(points.targets, [0.5 - self.tar / 2, 1.5 - 1.5 * self.tar])
+        (less, more), (most, fewest) = zip(*map(points.errors_at, near))
+        slope = (fewest - most) / points.num_impostors / ((more - less) / points.num_targets)
+        moved = spread.far(found.threshold) - slope * spread.frr(found.threshold)
+        return moved.on("logit")
 
     def few_errors(self, found, points, confidence=0.95):
         return rate_interval(found.false_accepts, points.num_impostors, confidence)
@@ -63,7 +67,7 @@ def test_a_figure_is_one_file(tmp_path):
     write_scores(tmp_path / "b.tsv", trials, scores + 0.5 * rng.normal(size=len(left)))
     (tmp_path / "mine.py").write_text(FILE, encoding="utf-8")
     command = "import sys; from speechbrain_qmargin.cli import main; sys.exit(main())"
-    arguments = ["--quiet", "report", "a.tsv", "b.tsv", "--output=out", "--replicates=50"]
+    arguments = ["--quiet", "report", "a.tsv", "b.tsv", "--output=out"]
     run = subprocess.run(
         [sys.executable, "-c", command, *arguments, "--figures_from=mine.py"],
         cwd=tmp_path,

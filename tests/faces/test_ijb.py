@@ -139,7 +139,7 @@ def test_templates_scores_and_tar_are_those_of_naive_arithmetic(tree, options):
     assert sorted(wanted, key=int) == protocol.trials.ids
     np.testing.assert_allclose(found, [wanted[x] for x in protocol.trials.ids], atol=2e-7)
 
-    result = evaluate_ijb(protocol, images, options, fars=(0.1, 0.02), replicates=50)
+    result = evaluate_ijb(protocol, images, options, fars=(0.1, 0.02))
     lines = (folder / "meta/ijbc_template_pair_label.txt").read_text().split()
     left, right, same = lines[0::3], lines[1::3], np.asarray(lines[2::3]) == "1"
     cosine = np.array([wanted[a] @ wanted[b] for a, b in zip(left, right, strict=True)])
@@ -156,7 +156,7 @@ def test_options_move_the_result(tree):
     folder, embeddings = tree
     protocol = read_ijb(folder)
     images = ImageEmbeddings(embeddings[:, 0], embeddings[:, 1])
-    scores = [evaluate_ijb(protocol, images, x, replicates=20).scores for x in OPTIONS]
+    scores = [evaluate_ijb(protocol, images, x).scores for x in OPTIONS]
     for i, one in enumerate(scores):
         for other in scores[:i]:
             assert np.abs(one - other).max() > 1e-4
@@ -206,7 +206,7 @@ def test_the_order_of_the_lines_does_not_matter(tmp_path):
     embeddings = write_ijb(tmp_path)
     before = read_ijb(tmp_path)
     images = ImageEmbeddings(embeddings[:, 0], embeddings[:, 1])
-    wanted = evaluate_ijb(before, images, replicates=20).report
+    wanted = evaluate_ijb(before, images).report
     save_image_embeddings(tmp_path / "images.npz", before.names, *embeddings.transpose(1, 0, 2))
     rng = np.random.default_rng(0)
     for path in (tmp_path / "meta").glob("*.txt"):
@@ -214,7 +214,7 @@ def test_the_order_of_the_lines_does_not_matter(tmp_path):
     after = read_ijb(tmp_path)
     assert after.names != before.names
     images = load_image_embeddings(tmp_path / "images.npz", after)
-    found = evaluate_ijb(after, images, replicates=20).report
+    found = evaluate_ijb(after, images).report
     for one, other in zip(wanted.figures, found.figures, strict=True):
         assert (one.name, one.misses, one.false_accepts) == (
             other.name, other.misses, other.false_accepts,
@@ -244,7 +244,7 @@ def test_genuine_pairs_give_the_same_subjects(tree, tmp_path):
     named = read_ijb(folder).trials.speakers()
     assert len(set(zip(named, linked.trials.speakers(), strict=True))) == 12
     images = ImageEmbeddings(embeddings[:, 0], embeddings[:, 1])
-    one, two = (evaluate_ijb(x, images, replicates=20) for x in (linked, read_ijb(folder)))
+    one, two = (evaluate_ijb(x, images) for x in (linked, read_ijb(folder)))
     assert "not known by name" in one.table()
     assert "not known by name" not in two.table()
     assert one.report["eer"].value == two.report["eer"].value
@@ -422,7 +422,7 @@ def test_bad_embeddings_are_named(tree):
 def test_results_on_disk(tree, tmp_path):
     folder, embeddings = tree
     images = ImageEmbeddings(embeddings[:, 0], embeddings[:, 1])
-    result = evaluate_ijb(read_ijb(folder), images, replicates=50)
+    result = evaluate_ijb(read_ijb(folder), images)
     result.save(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "det.png", "report.json", "report.txt", "roc.png", "scores.npy",
@@ -520,8 +520,7 @@ def test_an_interrupted_extraction_goes_on(pictures, tmp_path):
     third = Embed()
     extract_ijb(third, folder, protocol, tmp_path / "cache", model="a")
     assert third.images == 0
-    result = evaluate_ijb(protocol, load_image_embeddings(tmp_path / "cache", protocol),
-                          replicates=20)  # fmt: skip
+    result = evaluate_ijb(protocol, load_image_embeddings(tmp_path / "cache", protocol))
     assert len(result.scores) == len(protocol.trials)
 
 

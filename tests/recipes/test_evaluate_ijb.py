@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 def test_the_whole_evaluation(folder, capsys):
     recipe = load("recipes/face/evaluate_ijb.py")
-    recipe.main(["--ijb", str(folder), "--target", "IJBB", "--replicates", "50", "--all_options",
+    recipe.main(["--ijb", str(folder), "--target", "IJBB", "--all_options",
                  "--embeddings", str(folder / "images.npz"), "--output_folder",
                  str(folder / "out"), "--no-use_detector_score"])  # fmt: skip
     text = capsys.readouterr().out
@@ -60,7 +60,7 @@ def test_a_published_checkpoint_is_evaluated_beside_itself(tmp_path, monkeypatch
         )
 
     def evaluate(name, *options):
-        arguments = ["--ijb", tmp_path, "--replicates", 20, "--backbone", tmp_path / f"{name}.pth"]
+        arguments = ["--ijb", tmp_path, "--backbone", tmp_path / f"{name}.pth"]
         recipe.main([str(one) for one in (*arguments, "--device", "cpu", *options)])
 
     with pytest.raises(ValueError, match=r"a\.pth is not of this network: .*--depth"):
@@ -90,7 +90,7 @@ def test_a_published_checkpoint_is_evaluated_beside_itself(tmp_path, monkeypatch
 
 def test_results_of_a_model_go_where_no_other_model_writes(folder):
     recipe = load("recipes/face/evaluate_ijb.py")
-    recipe.main(["--ijb", str(folder), "--target", "IJBB", "--replicates", "20",
+    recipe.main(["--ijb", str(folder), "--target", "IJBB",
                  "--embeddings", str(folder / "images.npz")])  # fmt: skip
     assert (folder / "images_IJBB/report.json").is_file()
     run = Namespace(run="results/a", embeddings=None, backbone=None, target="IJBC")
