@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from speechbrain_qmargin.faces import ijb as module
 from speechbrain_qmargin.faces.ijb import (
     IJBOptions,
     ImageEmbeddings,
     evaluate_ijb,
     extract_ijb,
     load_image_embeddings,
+    pair_cosines,
     read_ijb,
     read_template_pairs,
     save_image_embeddings,
     template_embeddings,
 )
+from speechbrain_qmargin.faces.ijb import images as image_module
+from speechbrain_qmargin.faces.ijb import templates as template_module
 from speechbrain_qmargin.scoring.metrics import operating_points, tar_at_far
 from speechbrain_qmargin.trials import Trials
 
@@ -167,7 +169,7 @@ def test_blocks_of_images_change_nothing(tree, monkeypatch):
     protocol = read_ijb(folder)
     images = ImageEmbeddings(embeddings[:, 0], embeddings[:, 1])
     whole = template_embeddings(protocol, images)
-    monkeypatch.setattr(module, "_IMAGES", 7)
+    monkeypatch.setattr(template_module, "_IMAGES", 7)
     np.testing.assert_allclose(template_embeddings(protocol, images), whole, atol=1e-7)
 
 
@@ -181,8 +183,8 @@ def test_pairs_in_blocks_as_one_by_one(tree, monkeypatch, swap):
     unit = rng.normal(size=(protocol.num_templates, 16)).astype(np.float32)
     wanted = [unit[a].astype(float) @ unit[b] for a, b in zip(*sides, strict=True)]
     for name, value in (("_GALLERY", 256), ("_GALLERY", 5), ("_SPARSE", 0)):
-        monkeypatch.setattr(module, name, value)
-        found = module.pair_cosines(protocol, unit)
+        monkeypatch.setattr(template_module, name, value)
+        found = pair_cosines(protocol, unit)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
@@ -471,7 +473,7 @@ def test_alignment_is_that_of_the_training_data(tmp_path):
     x, y = np.meshgrid(np.arange(112), np.arange(112))
     pixels = np.stack([x, 2 * y, 255 - x - y], axis=2).clip(0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "1.png")
-    found = module._aligned(tmp_path / "1.png", np.asarray(template, dtype=np.float32), 112)
+    found = image_module._aligned(tmp_path / "1.png", np.asarray(template, dtype=np.float32), 112)
     assert (found.shape, found.dtype) == ((112, 112, 3), np.uint8)
     inner = slice(2, -2)
     assert np.abs(found.astype(int) - pixels)[inner, inner].max() <= 2

@@ -1,0 +1,266 @@
+"""Embeddings of a protocol's images: extraction that resumes, files, the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from speechbrain_qmargin.faces.ijb.protocol import IJB
+from speechbrain_qmargin.faces.pair_sets import flip_fusion
+from speechbrain_qmargin.files import replacing, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ImageEmbeddings", "extract_ijb", "load_image_embeddings", "save_image_embeddings"]
+
+
+@dataclass(frozen=True)
+class ImageEmbeddings:
+    """Embeddings of a protocol's images, and of their mirror images.
+
+    Attributes
+    ----------
+    plain, mirrored : float arrays [N, D]
+        As the network gives them, not normalised; `mirrored` may be None.
+    rows : int array [M] or None
+        The row of every image of the protocol; None where they are in its order.
+    """
+
+    plain: np.ndarray
+    mirrored: np.ndarray | None = None
+    rows: np.ndarray | None = None
+
+    def fused(self, block: slice, flip: str) -> np.ndarray:
+        """Float32 embeddings of some images of the protocol."""
+        rows = block if self.rows is None else self.rows[block]
+        plain = np.asarray(self.plain[rows], dtype=np.float32)
+        if flip == "none" or self.mirrored is None:
+            return flip_fusion(plain, None, flip)
+        return flip_fusion(plain, np.asarray(self.mirrored[rows], dtype=np.float32), flip)
+
+
+def save_image_embeddings(
+    path: str | Path, names: Sequence[str], plain: np.ndarray, mirrored: np.ndarray | None = None
+) -> None:
+    """Write ``ids`` [N], ``embeddings`` and perhaps ``mirrored`` float32 [N, D] as npz."""
+    arrays = {"ids": np.asarray(names, dtype=np.str_), "embeddings": np.asarray(plain, np.float32)}
+    if mirrored is not None:
+        arrays["mirrored"] = np.asarray(mirrored, np.float32)
+    with replacing(path) as partial, partial.open("wb") as stream:
+        np.savez(stream, **arrays)
+
+
+def load_image_embeddings(path: str | Path, ijb: IJB) -> ImageEmbeddings:
+    """Read embeddings of a protocol's images; never executes code.
+
+    Parameters
+    ----------
+    path : path
+        The cache folder of :func:`extract_ijb` (mapped into memory, not read), or npz of
+        :func:`save_image_embeddings`: names in any order, others than the protocol's are left.
+    ijb : IJB
+
+    Raises
+    ------
+    ValueError
+        An unfinished cache or one of other images; arrays missing or of shapes that disagree, a
+        name twice, images without an embedding: with the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        state = _cache_state(path, ijb)
+        if state is None or state["done"] < len(ijb.names):
+            done = 0 if state is None else state["done"]
+            raise ValueError(
+                f"{path}: {done:,} of {len(ijb.names):,} images are extracted; go on with the "
+                "extraction first"
+            )
+        both = np.load(path / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+        return ImageEmbeddings(both[:, 0], both[:, 1])
+    try:
+        with np.load(path, allow_pickle=False) as loaded:
+            names, plain = loaded["ids"].tolist(), loaded["embeddings"]
+            mirrored = loaded.get("mirrored")
+    except KeyError as error:
+        raise ValueError(f"{path}: {error}; wanted arrays 'ids' and 'embeddings'") from None
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, EOFError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not an npz of embeddings ({error})") from None
+    if plain.ndim != 2 or len(names) != len(plain):
+        raise ValueError(f"{path}: {len(names)} ids and embeddings {plain.shape}; want [N, D]")
+    if mirrored is not None and mirrored.shape != plain.shape:
+        raise ValueError(f"{path}: embeddings {plain.shape}, those mirrored {mirrored.shape}")
+    if names == ijb.names:
+        return ImageEmbeddings(plain, mirrored)
+    row = {name: index for index, name in enumerate(names)}
+    if len(row) < len(names):
+        twice = next(name for index, name in enumerate(names) if row[name] != index)
+        raise ValueError(f"{path}: {twice} is listed twice")
+    rows = np.fromiter((row.get(name, -1) for name in ijb.names), np.int64, len(ijb.names))
+    if rows.min() < 0:
+        raise ValueError(
+            f"{path}: {np.count_nonzero(rows < 0):,} of {len(rows):,} images have no embedding, "
+            f"the first is {ijb.names[int(np.argmin(rows))]}"
+        )
+    return ImageEmbeddings(plain, mirrored, rows)
+
+
+def _cache_state(folder: Path, ijb: IJB, model: str | None = None) -> dict | None:
+    """What a cache holds; None if it holds nothing yet."""
+    path = folder / "cache.json"
+    if not path.is_file():
+        return None
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete it to extract anew") from None
+    if state.get("images") != ijb.fingerprint:
+        raise ValueError(
+            f"{path}: of other images or landmarks; give another cache folder (--output_folder)"
+        )
+    if model is not None and state.get("model") != model:
+        raise ValueError(
+            f"{path}: of the model {state.get('model')!r}, not {model!r}; give another cache "
+            "folder (--output_folder), or delete this one"
+        )
+    return state
+
+
+def extract_ijb(
+    embed: Callable[[Tensor], Tensor],
+    images_folder: str | Path,
+    ijb: IJB,
+    cache: str | Path,
+    batch_size: int = 128,
+    *,
+    model: str = "",
+    image_size: int = 112,
+    workers: int = 4,
+) -> ImageEmbeddings:
+    """Embed every image of a protocol and its mirror image; interrupted, it goes on.
+
+    The images are aligned by their five landmarks, RGB in [-1, 1].
+
+    Parameters
+    ----------
+    embed : callable
+        From float32 [2 B, 3, image_size, image_size] on the CPU, images and then their mirror
+        images, to [2 B, D]. In evaluation mode: no statistics of a batch.
+    images_folder : path
+        ``loose_crop``.
+    ijb : IJB
+    cache : path
+        A folder: ``embeddings.npy`` float32 [M, 2, D], and ``cache.json`` with how many are done.
+        Progress is on disk at least every 50 batches.
+    batch_size : int
+        Images at once.
+    model : str
+        What tells the model from others, such as its checkpoint's SHA-256: a cache of another is
+        refused.
+    image_size : int
+        What the model takes; ArcFace's template is scaled to it.
+    workers : int
+        Threads that decode and align.
+
+    Returns
+    -------
+    ImageEmbeddings
+        Mapped into memory.
+
+    Raises
+    ------
+    FileNotFoundError
+        Images that are missing, before anything is computed; counted, the first named.
+    OSError
+        An image that cannot be decoded: with the file. What was computed is kept.
+    ValueError
+        A cache of other images or of another model, an embedding that is not finite: with the
+        file. Embeddings of another shape. What was computed is kept.
+    """
+    import torch
+    from tqdm import tqdm
+
+    cache, images_folder = Path(cache), Path(images_folder)
+    state = _cache_state(cache, ijb, model) or {
+        "images": ijb.fingerprint, "model": model, "done": 0
+    }  # fmt: skip
+    total, done = len(ijb.names), state["done"]
+    if done == total:
+        return load_image_embeddings(cache, ijb)
+    _refuse_missing(images_folder, ijb.names[done:])
+    path = cache / "embeddings.npy"
+    array = np.load(path, mmap_mode="r+", allow_pickle=False) if done else None
+
+    def faces(start: int) -> list:
+        rows = range(start, min(start + batch_size, total))
+        places = ((images_folder / ijb.names[i], ijb.landmarks[i]) for i in rows)
+        return [pool.submit(_aligned, *place, image_size) for place in places]
+
+    def keep() -> None:
+        if array is not None:
+            array.flush()
+            write_text(cache / "cache.json", json.dumps(state | {"done": done}, indent=2) + "\n")
+
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=total, initial=done, desc=f"{ijb.target} images", unit="image") as progress,
+    ):
+        coming = faces(done)
+        try:
+            for number, start in enumerate(range(done, total, batch_size)):
+                batch = np.stack([face.result() for face in coming])
+                stop = start + len(batch)
+                coming = faces(stop)
+                images = torch.from_numpy(batch).permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
+                with torch.inference_mode():
+                    found = embed(torch.cat([images, images.flip(3)])).float().cpu().numpy()
+                if not np.isfinite(found).all():
+                    bad = int(np.argmin(np.isfinite(found).all(axis=1))) % len(batch)
+                    raise ValueError(f"{images_folder / ijb.names[start + bad]}: its embedding "
+                                     "is not finite")  # fmt: skip
+                wanted = (2 * len(batch), found.shape[-1] if array is None else array.shape[2])
+                if found.shape != wanted:
+                    raise ValueError(f"embed gave {found.shape} where {wanted} was wanted")
+                if array is None:
+                    cache.mkdir(parents=True, exist_ok=True)
+                    array = np.lib.format.open_memmap(
+                        path, "w+", np.float32, (total, 2, found.shape[1])
+                    )
+                array[start:stop, 0], array[start:stop, 1] = (
+                    found[: len(batch)],
+                    found[len(batch) :],
+                )
+                done = stop
+                progress.update(len(batch))
+                if number % 50 == 49:
+                    keep()
+        finally:
+            keep()
+            for face in coming:
+                face.cancel()
+    return load_image_embeddings(cache, ijb)
+
+
+def _refuse_missing(folder: Path, names: Sequence[str]) -> None:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: {len(missing):,} images of the protocol are missing, the first is "
+            f"{missing[0]}"
+        )
+
+
+def _aligned(path: Path, landmarks: np.ndarray, size: int) -> np.ndarray:
+    """An image, aligned: uint8 [size, size, 3], RGB."""
+    from speechbrain_qmargin.data.faces import read_pixels
+    from speechbrain_qmargin.data.records import align_face
+
+    return np.asarray(align_face(read_pixels(path), landmarks, size))
