@@ -17,7 +17,7 @@ from speechbrain_qmargin.models.iresnet import IResNet
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ijb")
-    write_ijb = load("tests/scoring/test_ijb.py").write_ijb
+    write_ijb = load("tests/faces/test_ijb.py").write_ijb
     rows = write_ijb(folder / "IJBB", "IJBB", subjects=30)
     names = read_ijb(folder, "IJBB").names
     save_image_embeddings(folder / "images.npz", names, rows[:, 0], rows[:, 1])
@@ -41,7 +41,7 @@ def test_the_whole_evaluation(folder, capsys):
 
 
 def test_a_published_checkpoint_is_evaluated_beside_itself(tmp_path, monkeypatch, capsys):
-    write_ijb = load("tests/scoring/test_ijb.py").write_ijb
+    write_ijb = load("tests/faces/test_ijb.py").write_ijb
     write_ijb(tmp_path / "IJBC", "IJBC", subjects=6)
     protocol = read_ijb(tmp_path, "IJBC")
     rng = np.random.default_rng(0)

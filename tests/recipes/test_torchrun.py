@@ -138,7 +138,7 @@ def test_webface_in_small_trains_in_shards_resumes_and_is_scored_on_ijb(tmp_path
     launch("face/train.py", "face_qmargin.yaml", 2, *options)
     assert losses_of(output) == pytest.approx(before, rel=1e-5)
 
-    write_ijb = load("tests/scoring/test_ijb.py").write_ijb
+    write_ijb = load("tests/faces/test_ijb.py").write_ijb
     write_ijb(tmp_path / "IJBB", "IJBB", subjects=6)
     crops = tmp_path / "IJBB" / "loose_crop"
     crops.mkdir()
