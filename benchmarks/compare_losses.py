@@ -28,8 +28,8 @@ from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.figures import EqualErrorRate, TarAtFar
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import evaluate
+from speechbrain_qmargin.scoring.score_files import read_scores
 from speechbrain_qmargin.scoring.uncertainty import Influence
-from speechbrain_qmargin.trials import read_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {

@@ -198,7 +198,7 @@ def coverage(simulations: int = 200) -> None:
 
     from speechbrain_qmargin.scoring.report import evaluate
     from speechbrain_qmargin.scoring.uncertainty import rate_interval
-    from speechbrain_qmargin.trials import Trials
+    from speechbrain_qmargin.trials import LabelledTrials
 
     print("| subjects | effects | figure | covered | pairs alone | median width: ours, alone |")
     print("|---|---|---|---|---|---|")
@@ -218,7 +218,7 @@ def coverage(simulations: int = 200) -> None:
                 person, image = rng.normal(size=subjects), rng.normal(size=len(of_probe))
                 shared = person[gallery] + person[of_probe[probe]] + image[probe]
                 scores = effect * shared + rng.normal(size=len(same)) + 3 * same
-                trials = Trials(ids, gallery, subjects + probe, same)
+                trials = LabelledTrials(ids, gallery, subjects + probe, same)
                 report = evaluate(scores, trials, fars=fars)
                 # the same person twice in a genuine pair, so its variance is larger
                 wide, wider = np.sqrt([1 + 3 * effect**2, 1 + 5 * effect**2])

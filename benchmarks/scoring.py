@@ -52,14 +52,14 @@ def unit_rows(count: int, dim: int, seed: int) -> np.ndarray:
 
 def trials_of(count: int, speakers: int):
     """Trials of random speakers, two recordings each; 1 % targets."""
-    from speechbrain_qmargin.trials import Trials
+    from speechbrain_qmargin.trials import LabelledTrials
 
     rng = np.random.default_rng(1)
     is_target = np.arange(count) % 100 == 0
     first = rng.integers(speakers, size=count)
     second = (first + rng.integers(1, speakers, size=count) * ~is_target) % speakers
     ids = [f"s{i // 2:04}/{i % 2}" for i in range(2 * speakers)]
-    return Trials(ids, 2 * first, 2 * second + 1, is_target)
+    return LabelledTrials(ids, 2 * first, 2 * second + 1, is_target)
 
 
 # ------------------------------------------------------------------ contenders
@@ -129,12 +129,12 @@ def norm_full_sort():
 
 def _h_sized():
     from speechbrain_qmargin.embeddings import Embeddings
-    from speechbrain_qmargin.trials import Trials
+    from speechbrain_qmargin.trials import LabelledTrials
 
     rows, cohort = unit_rows(H_RECORDINGS, DIM, 0), unit_rows(5_994, DIM, 1)
     left, right = np.random.default_rng(2).integers(H_RECORDINGS, size=(2, H_TRIALS))
     ids = [f"s{i % 1251}/{i}" for i in range(H_RECORDINGS)]
-    trials = Trials(ids, left, right, np.zeros(H_TRIALS, bool))
+    trials = LabelledTrials(ids, left, right, np.zeros(H_TRIALS, bool))
     return Embeddings(ids, rows), trials, Embeddings(map(str, range(len(cohort))), cohort)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,16 +13,20 @@ from typing import BinaryIO
 import numpy as np
 
 from speechbrain_qmargin.files import replacing
-from speechbrain_qmargin.trials import Trials, _lines, _some
+from speechbrain_qmargin.tables import read_lines, some
+from speechbrain_qmargin.trials import Trials, match_ids
 
 __all__ = [
+    "ENROLMENT_RULES",
     "Embeddings",
     "cosine_scores",
     "load_embeddings",
+    "load_mean",
     "pair_products",
     "save_embeddings",
 ]
 
+ENROLMENT_RULES = ("embedding", "score")
 _BLOCK = 16384
 
 
@@ -51,7 +58,7 @@ class Embeddings(Mapping):
         self._row = {name: row for row, name in enumerate(self.ids)}
         if len(self._row) < len(self.ids):
             twice = [name for row, name in enumerate(self.ids) if self._row[name] != row]
-            raise ValueError(f"{len(twice)} ids are listed twice: {_some(twice)}")
+            raise ValueError(f"{len(twice)} ids are listed twice: {some(twice)}")
 
     @classmethod
     def of(cls, embeddings: Mapping[str, np.ndarray]) -> Embeddings:
@@ -72,19 +79,22 @@ class Embeddings(Mapping):
         return len(self.ids)
 
     def rows(self, ids: Sequence[str], what: str = "recordings in the trials") -> np.ndarray:
-        """Row of each id.
+        """Row of each id, by the rules of :func:`~speechbrain_qmargin.trials.match_ids`.
 
         Raises
         ------
         ValueError
-            Ids without an embedding; named.
+            Ids without an embedding; named, beside one that is there.
         """
-        rows = np.fromiter((self._row.get(name, -1) for name in ids), np.int64, len(ids))
+        rows, how = match_ids(ids, self.ids)
         if len(rows) and rows.min() < 0:
-            missing = [ids[i] for i in np.flatnonzero(rows < 0)]
+            missing = [ids[i] for i in np.flatnonzero(rows < 0).tolist()]
             raise ValueError(
-                f"{len(missing)} of {len(ids)} {what} have no embedding: {_some(missing)}"
+                f"{len(missing)} of {len(ids)} {what} have no embedding: {some(missing)} (there is "
+                f"{self.ids[0]})"
             )
+        if how:
+            warnings.warn(f"{what} and embeddings are the same {how}", stacklevel=3)
         return rows
 
     def unit(self, ids: Sequence[str], mean: np.ndarray | None = None) -> np.ndarray:
@@ -97,19 +107,65 @@ class Embeddings(Mapping):
         """
         rows = self.matrix[self.rows(ids)].astype(np.float32, copy=False)
         if mean is not None:
-            rows = rows - np.asarray(mean, dtype=np.float32)
-        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-        bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
-        if len(bad):
-            raise ValueError(
-                f"{len(bad)} embeddings are zero or not finite: {_some([ids[i] for i in bad])}"
-            )
-        rows /= norms[:, None]
-        return rows
+            mean = np.asarray(mean, dtype=np.float32)
+            if mean.shape != rows.shape[1:]:
+                raise ValueError(
+                    f"embeddings have {rows.shape[1]} dimensions, the mean {mean.shape}"
+                )
+            rows = rows - mean
+        return _unit(rows, ids, "embeddings")
+
+    def enrolled(
+        self, trials: Trials, mean: np.ndarray | None = None, rule: str = "embedding"
+    ) -> np.ndarray:
+        """What stands for every id of trials: float32 [len(trials.ids), D].
+
+        A recording's unit embedding; a model's mean of its recordings' unit embeddings.
+
+        Parameters
+        ----------
+        trials : Trials
+        mean : array [D], optional
+            Subtracted from every embedding first.
+        rule : {"embedding", "score"}
+            ``embedding``: a model's mean is brought to unit length, so that inner products are
+            cosines. ``score``: it is left as it is, so that they are the mean of the cosines with
+            the model's recordings.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`unit`; a model whose embeddings cancel out; another rule.
+        """
+        if rule not in ENROLMENT_RULES:
+            raise ValueError(f"enrolment must be one of {', '.join(ENROLMENT_RULES)}, got {rule!r}")
+        if not trials.models:
+            return self.unit(trials.ids, mean)
+        unit = self.unit(trials.recordings, mean)
+        place = {name: row for row, name in enumerate(trials.recordings)}
+        made = np.empty((len(trials.ids), unit.shape[1]), dtype=np.float32)
+        for row, name in enumerate(trials.ids):
+            recordings = trials.models.get(name, (name,))
+            made[row] = unit[[place[one] for one in recordings]].mean(axis=0)
+        return _unit(made, trials.ids, "models") if rule == "embedding" else made
+
+
+def _unit(rows: np.ndarray, ids: Sequence[str], what: str) -> np.ndarray:
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} {what} are zero or not finite: {some([ids[i] for i in bad.tolist()])}"
+        )
+    rows /= norms[:, None]
+    return rows
 
 
 def cosine_scores(
-    embeddings: Mapping[str, np.ndarray], trials: Trials, mean: np.ndarray | None = None
+    embeddings: Mapping[str, np.ndarray],
+    trials: Trials,
+    mean: np.ndarray | None = None,
+    enrolment: str = "embedding",
 ) -> np.ndarray:
     """Cosine of the two embeddings of every trial.
 
@@ -121,6 +177,8 @@ def cosine_scores(
     trials : Trials
     mean : array [D], optional
         Subtracted from every embedding first.
+    enrolment : {"embedding", "score"}
+        How the recordings of a model are put together, see :meth:`Embeddings.enrolled`.
 
     Returns
     -------
@@ -137,7 +195,7 @@ def cosine_scores(
     >>> cosine_scores({"a": np.array([1.0, 0.0]), "b": np.array([1.0, 1.0])}, trials)
     array([0.70710677], dtype=float32)
     """
-    unit = Embeddings.of(embeddings).unit(trials.ids, mean)
+    unit = Embeddings.of(embeddings).enrolled(trials, mean, enrolment)
     return pair_products(unit, trials.enrolment, trials.test)
 
 
@@ -183,21 +241,83 @@ def load_embeddings(path: str | Path, ids: str | Path | None = None) -> Embeddin
         return _load_kaldi(path)
     if path.suffix not in (".npz", ".npy"):
         raise ValueError(f"{path}: embeddings are read from .npz, .npy, .ark or .scp")
+    loaded = _load_arrays(path)
+    if isinstance(loaded, dict):
+        missing = [name for name in ("ids", "embeddings") if name not in loaded]
+        if missing:
+            raise ValueError(
+                f"{path}: no array {missing[0]!r} in it; wanted arrays 'ids' and 'embeddings'"
+            )
+        names, matrix = _texts(loaded["ids"], path), loaded["embeddings"]
+    else:
+        listed = Path(ids) if ids else path.with_suffix(".txt")
+        if not listed.is_file():
+            raise ValueError(f"{path}: its ids are wanted in {listed}, one a line")
+        names, matrix = read_lines(listed)[0], loaded
+    try:
+        return Embeddings(names, _floats(matrix))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_mean(path: str | Path) -> np.ndarray:
+    """A mean embedding, float32 [D]: of a ``.npy`` vector (WeSpeaker's ``mean_vec.npy``), or that
+    of embeddings (:func:`load_embeddings`).
+
+    The mean of speakers' means is not that of their utterances: give the file whose mean the
+    system subtracts.
+
+    Raises
+    ------
+    ValueError
+        As :func:`load_embeddings`; a value that is not finite.
+    """
+    path = Path(path)
+    if path.suffix == ".npy":
+        vector = _load_arrays(path)
+        if isinstance(vector, np.ndarray) and (vector.ndim == 1 or vector.shape[:-1] == (1,)):
+            vector = _floats(vector.reshape(-1)).astype(np.float32)
+            if not np.isfinite(vector).all():
+                raise ValueError(f"{path}: the mean is not finite")
+            return vector
+    mean = load_embeddings(path).matrix.mean(axis=0, dtype=np.float64).astype(np.float32)
+    if not np.isfinite(mean).all():
+        raise ValueError(f"{path}: the mean of its embeddings is not finite")
+    return mean
+
+
+def _load_arrays(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """The array of a npy, or those of a npz; damage is one line with the file."""
     try:
         loaded = np.load(path, allow_pickle=False)
-        if path.suffix == ".npz":
-            with loaded:
-                return Embeddings(loaded["ids"].tolist(), loaded["embeddings"])
-        names = Path(ids) if ids else path.with_suffix(".txt")
-        if not names.is_file():
-            raise ValueError(f"its ids are wanted in {names}, one a line")
-        return Embeddings(_lines(names)[0], loaded)
-    except KeyError as error:
-        raise ValueError(f"{path}: {error}; wanted arrays 'ids' and 'embeddings'") from None
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            return {name: loaded[name] for name in loaded.files if name in ("ids", "embeddings")}
     except FileNotFoundError:
         raise
-    except (ValueError, OSError, EOFError) as error:  # numpy's own words for damage and pickles
-        raise ValueError(f"{path}: {error}") from None
+    # numpy's and zip's own words for damage and pickles
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
+        raise ValueError(f"{path}: damaged, or not embeddings ({error})") from None
+    except (NotImplementedError, MemoryError, OverflowError, SyntaxError) as error:
+        raise ValueError(f"{path}: damaged, or not embeddings ({error})") from None
+
+
+def _texts(ids: np.ndarray, path: Path) -> list[str]:
+    """Ids as text; some toolkits keep them as bytes."""
+    if ids.dtype.kind == "S":
+        try:
+            return [name.decode() for name in ids.reshape(-1).tolist()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: its ids are not UTF-8 ({error})") from None
+    return [str(name) for name in ids.reshape(-1).tolist()]
+
+
+def _floats(matrix: np.ndarray) -> np.ndarray:
+    """float16 overflows at 65,504, the sum of squares of a vector of norm 256."""
+    if matrix.dtype.kind not in "fiu":
+        raise ValueError(f"the embeddings are of type {matrix.dtype}, not numbers")
+    return matrix if matrix.dtype in (np.float32, np.float64) else matrix.astype(np.float32)
 
 
 def _load_kaldi(path: Path) -> Embeddings:
@@ -215,7 +335,7 @@ def _load_kaldi(path: Path) -> Embeddings:
     else:
         with ExitStack() as files:
             opened: dict[str, BinaryIO] = {}
-            for number, line in enumerate(_lines(path)[0], 1):
+            for number, line in enumerate(read_lines(path)[0], 1):
                 name, _, place = line.strip().partition(" ")
                 ark, _, offset = place.strip().rpartition(":")
                 if not ark or not offset.isdigit():
@@ -247,14 +367,18 @@ def _token(stream: BinaryIO) -> str:
 
 
 def _kaldi_vector(stream: BinaryIO, where: str) -> np.ndarray:
-    """The vector that starts here, binary (FV, DV) or text."""
+    """The vector that starts here: binary (FV, DV, or a matrix FM, DM of one row), or text."""
     start = stream.read(2)
     if start == b"\0B":
         kind = stream.read(3)
-        dtype = {b"FV ": np.dtype("<f4"), b"DV ": np.dtype("<f8")}.get(kind)
-        if dtype is None:
+        dtype = {b"F": np.dtype("<f4"), b"D": np.dtype("<f8")}.get(kind[:1])
+        if dtype is None or kind[1:] not in (b"V ", b"M "):
             raise ValueError(f"{where} is {kind!r}, not a Kaldi vector (FV or DV)")
         size = int.from_bytes(stream.read(5)[1:], "little")
+        if kind[1:] == b"M ":
+            if size != 1:
+                raise ValueError(f"{where} is a matrix of {size} rows; an embedding has one")
+            size = int.from_bytes(stream.read(5)[1:], "little")
         data = stream.read(size * dtype.itemsize)
         if len(data) != size * dtype.itemsize:
             raise ValueError(f"{where} ends after {len(data)} of {size * dtype.itemsize} bytes")

@@ -1,35 +1,39 @@
-"""Trials and their scores, in and out.
+"""Trials: which recordings are compared, which of them are one speaker's, and who speaks.
 
-Trial lists are text: ``label enrolment test`` (VoxCeleb) or ``enrolment test target|nontarget``
-(Kaldi). A score file of ours is tab-separated with a header, ``enrolment test score label``, in
-full precision; those of other systems are read with a trial list or a column order.
+Lists are read in every form that is published (:func:`read_trials`); the objects go from there to
+the last figure. A list may name enrolment models, each of several recordings
+(:meth:`Trials.with_models`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from speechbrain_qmargin.files import replacing
+from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.tables import LABELS, Table, read_map, read_models, read_table, some
 
 __all__ = [
+    "Distinct",
+    "LabelledTrials",
     "Trials",
+    "index_pairs",
+    "match_ids",
     "read_map",
-    "read_scores",
+    "read_models",
     "read_trials",
+    "read_unlabelled",
     "speaker_in",
-    "write_scores",
+    "write_trials",
 ]
 
-_HEADER = ("enrolment", "test", "score", "label")
-_LABELS = {"1": True, "0": False, "target": True, "nontarget": False, "tgt": True, "imp": False}
-_BLOCK = 16384
+AnyTrials = TypeVar("AnyTrials", bound="Trials")
 
 
 def speaker_in(name: str) -> str:
@@ -45,92 +49,356 @@ def speaker_in(name: str) -> str:
 
 @dataclass(frozen=True)
 class Trials:
-    """Pairs of recordings, by index into their distinct ids.
+    """Pairs of recordings, or of enrolment models and recordings, by index into their ids.
 
     Attributes
     ----------
     ids : list of str
-        Every recording once.
+        Every model and recording of the trials once.
     enrolment, test : int64 arrays [N]
         Indices into `ids`.
     is_target : bool array [N] or None
-        None where nobody has said: such trials can be scored and calibrated, not evaluated.
+        None where nobody has said: such trials can be scored, not evaluated. Of
+        :class:`LabelledTrials` it is always there.
     source : str
-        The file's name and SHA-256, empty for trials made in memory.
+        The user's file by name and SHA-256, empty for trials made in memory.
     speaker_of : sequence of str, optional
         The speaker of every id, where the ids themselves do not tell.
+    models : mapping from id to tuple of str
+        The recordings of every id that is a model; empty where recordings are enrolled.
     """
 
     ids: list[str]
     enrolment: np.ndarray
     test: np.ndarray
-    is_target: np.ndarray | None
+    is_target: np.ndarray | None = None
     source: str = ""
     speaker_of: Sequence[str] | None = None
+    models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.enrolment)
 
-    def with_speakers(self, speakers: Mapping[str, str]) -> Trials:
+    @property
+    def name(self) -> str:
+        """What messages call the list."""
+        return self.source.split(" sha256:", 1)[0] or "trials"
+
+    @cached_property
+    def recordings(self) -> list[str]:
+        """Every recording that an embedding is needed of: those of the models, not their names."""
+        names = dict.fromkeys(name for name in self.ids if name not in self.models)
+        return list(names | dict.fromkeys(one for many in self.models.values() for one in many))
+
+    def pair(self, index: int) -> str:
+        """A trial for a message."""
+        return f"{self.ids[self.enrolment[index]]} {self.ids[self.test[index]]}"
+
+    def labelled(self) -> LabelledTrials:
+        """The same trials, known to have labels.
+
+        Raises
+        ------
+        ValueError
+            They have none.
+        """
+        if self.is_target is None:
+            raise ValueError(
+                f"{self.name}: it does not say which trials are targets; give the trial list that "
+                "does (--trials)"
+            )
+        if isinstance(self, LabelledTrials):
+            return self
+        return LabelledTrials(
+            self.ids,
+            self.enrolment,
+            self.test,
+            self.is_target,
+            self.source,
+            self.speaker_of,
+            self.models,
+        )
+
+    def with_speakers(self: AnyTrials, speakers: Mapping[str, str]) -> AnyTrials:
         """The same trials, with the speaker of every id (Kaldi's utt2spk; see :func:`read_map`).
+
+        A model that the mapping does not name has its recordings' speaker.
 
         Raises
         ------
         ValueError
             An id without a speaker; named.
         """
-        missing = [name for name in self.ids if name not in speakers]
+        found, missing = [], []
+        for name in self.ids:
+            own = [name, *self.models.get(name, ())]
+            known = [speakers[one] for one in own if one in speakers]
+            found.append(known[0] if known else "")
+            missing += [] if known else [name]
         if missing:
-            raise ValueError(f"{len(missing)} recordings have no speaker: {_some(missing)}")
-        return replace(self, speaker_of=[speakers[name] for name in self.ids])
+            raise ValueError(f"{len(missing)} recordings have no speaker: {some(missing)}")
+        return replace(self, speaker_of=found)
+
+    def with_models(self: AnyTrials, models: Mapping[str, Sequence[str]]) -> AnyTrials:
+        """The same trials, whose enrolment ids name models of several recordings.
+
+        Parameters
+        ----------
+        models : mapping from model to its recordings
+            See :func:`read_models`; those that no trial names are left out.
+
+        Raises
+        ------
+        ValueError
+            An enrolment id that is no model, or a model that is also a test recording; named.
+        """
+        named = [self.ids[n] for n in np.unique(self.enrolment).tolist()]
+        missing = [name for name in named if not models.get(name)]
+        if missing:
+            known = next(iter(models), "none")
+            raise ValueError(
+                f"{self.name}: {len(missing)} enrolment models have no recordings: {some(missing)} "
+                f"(there is {known})"
+            )
+        tested = {self.ids[n] for n in np.unique(self.test).tolist()}
+        both = [name for name in named if name in tested]
+        if both:
+            raise ValueError(
+                f"{self.name}: {len(both)} names are a model and a test recording: {some(both)}"
+            )
+        return replace(self, models={name: tuple(models[name]) for name in named})
+
+    def renamed(self: AnyTrials, names: Mapping[str, str]) -> AnyTrials:
+        """The same trials with other ids, of recordings and of models' recordings."""
+        models = {
+            model: tuple(names.get(one, one) for one in recordings)
+            for model, recordings in self.models.items()
+        }
+        ids = [name if name in models else names.get(name, name) for name in self.ids]
+        return replace(self, ids=ids, models=models)
+
+    def without(self: AnyTrials, lost: Iterable[str]) -> AnyTrials:
+        """Only the trials that need none of the recordings in `lost`.
+
+        A model goes on with its other recordings, and goes when it has none.
+        """
+        lost = set(lost)
+        models = {
+            model: tuple(one for one in recordings if one not in lost)
+            for model, recordings in self.models.items()
+        }
+        gone = np.array(
+            [not models[name] if name in models else name in lost for name in self.ids], dtype=bool
+        )
+        kept = ~(gone[self.enrolment] | gone[self.test])
+        left = {model: recordings for model, recordings in models.items() if recordings}
+        return replace(self.rows(kept), models=left)
+
+    def rows(self: AnyTrials, chosen: np.ndarray) -> AnyTrials:
+        """Some of the trials: an index or a bool array; the ids stay."""
+        return replace(
+            self,
+            enrolment=self.enrolment[chosen],
+            test=self.test[chosen],
+            is_target=None if self.is_target is None else self.is_target[chosen],
+        )
+
+    @property
+    def speakers_known(self) -> bool:
+        """Whether `speaker_of` or the ids (by their slashes) tell the speakers."""
+        return self.speaker_of is not None or any("/" in name for name in self.recordings)
 
     def speaker_names(self) -> Sequence[str]:
-        """Speaker of every id by name: `speaker_of`, else what the ids name."""
-        return self.speaker_of or [speaker_in(name) for name in self.ids]
+        """Speaker of every id by name: `speaker_of`, else what the ids (a model's: its first
+        recording's) name.
+        """
+        if self.speaker_of is not None:
+            return self.speaker_of
+        return [speaker_in(self.models.get(name, (name,))[0]) for name in self.ids]
+
+
+class Distinct(NamedTuple):
+    """The trials that figures count.
+
+    Attributes
+    ----------
+    trials : LabelledTrials
+        Every unordered pair once, none of a recording with itself.
+    group : int64 array [N] or None
+        For every trial before, its place among them, -1 for a recording with itself; None where
+        nothing was left out.
+    """
+
+    trials: LabelledTrials
+    group: np.ndarray | None
+
+    def scores(self, scores: np.ndarray) -> np.ndarray:
+        """The scores of `trials`: of a pair that was scored more than once, the mean."""
+        if self.group is None:
+            return scores
+        kept = self.group >= 0
+        group = self.group[kept]
+        total = np.bincount(group, scores[kept].astype(float), minlength=len(self.trials))
+        mean = total / np.bincount(group, minlength=len(self.trials))
+        return mean.astype(scores.dtype) if np.issubdtype(scores.dtype, np.floating) else mean
+
+
+@dataclass(frozen=True)
+class LabelledTrials(Trials):
+    """Trials of which each is known to be a target or an impostor trial.
+
+    Attributes
+    ----------
+    label_noise : bool
+        Impostor trials within a group that target trials link are kept, as in an official list
+        whose labels are what they are (IJB's); otherwise they are an error.
+
+    Examples
+    --------
+    >>> trials = LabelledTrials(["a/1", "a/2", "b/1"], np.array([0, 0]), np.array([1, 2]),
+    ...                         np.array([True, False]))
+    >>> trials.speakers().tolist()
+    [0, 0, 1]
+    """
+
+    is_target: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    label_noise: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.is_target) != len(self.enrolment):
+            raise ValueError(f"{len(self.enrolment)} trials and {len(self.is_target)} labels")
 
     def speakers(self) -> np.ndarray:
         """Speaker of every id as an int array [len(ids)].
 
         From `speaker_of`; else the part of an id before its first slash; else, where no id has
-        one, recordings linked by target trials are one speaker.
+        one, recordings linked by target trials are one group. Groups are not speakers: two of them
+        may be the same person (see `speakers_known`).
 
         Raises
         ------
         ValueError
-            A target trial of two speakers, or an impostor trial of one; named.
+            A target trial of two speakers, an impostor trial of one or within a linked group, a
+            model of two speakers; named.
         """
         return self._speakers
 
     @cached_property
     def _speakers(self) -> np.ndarray:
-        if self.speaker_of is not None:
-            names = list(self.speaker_of)
-        elif any("/" in name for name in self.ids):
-            names = [speaker_in(name) for name in self.ids]
+        if self.speakers_known:
+            names = self.speaker_names()
+            speakers = np.unique(names, return_inverse=True)[1]
+            if self.speaker_of is None:
+                for model, recordings in self.models.items():
+                    voices = sorted({speaker_in(one) for one in recordings})
+                    if len(voices) > 1:
+                        raise ValueError(
+                            f"{self.name}: the model {model} is of several speakers: {some(voices)}"
+                        )
         else:
-            return _linked(len(self.ids), self.enrolment[self.is_target], self.test[self.is_target])
-        speakers = np.unique(names, return_inverse=True)[1]
+            speakers = self._linked()
         same = speakers[self.enrolment] == speakers[self.test]
-        if (same != self.is_target).any():
-            at = int(np.argmax(same != self.is_target))
+        wrong = same != self.is_target
+        if wrong.any() and not (self.label_noise and not self.speakers_known):
+            at = int(np.argmax(wrong))
+            if not self.speakers_known:
+                raise ValueError(
+                    f"{self.name}: {self.pair(at)} is an impostor trial of one speaker: target "
+                    "trials link the two recordings. Correct the label, or give the speakers "
+                    "(utt2spk)"
+                )
             kind = ("an impostor trial of one speaker", "a target trial of two speakers")
+            how = (
+                "if the speaker is the id's part before its first slash"
+                if self.speaker_of is None
+                else "by the speakers given"
+            )
             raise ValueError(
-                f"{self.source or 'trials'}: {self.ids[self.enrolment[at]]} "
-                f"{self.ids[self.test[at]]} is {kind[int(self.is_target[at])]} if the speaker is "
-                "the id's part before its first slash. Correct the label, or give the speakers "
-                "(utt2spk)"
+                f"{self.name}: {self.pair(at)} is {kind[int(self.is_target[at])]} {how}. Correct "
+                "the label, or give the speakers (utt2spk)"
             )
         return speakers
 
+    def _linked(self) -> np.ndarray:
+        """Groups that target trials and models link, as an int array [len(ids)]."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        at = {name: n for n, name in enumerate(self.ids)}
+        enrolled = [
+            (at[model], at.setdefault(recording, len(at)))
+            for model, recordings in self.models.items()
+            if model in at
+            for recording in recordings
+        ]
+        more = np.array(enrolled, dtype=np.int64).reshape(-1, 2)
+        left = np.concatenate((self.enrolment[self.is_target], more[:, 0]))
+        right = np.concatenate((self.test[self.is_target], more[:, 1]))
+        links = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(len(at), len(at)))
+        return connected_components(links, directed=False)[1][: len(self.ids)]
+
     @cached_property
-    def impostor_pairs(self):
+    def distinct(self) -> Distinct:
+        """The trials that figures count; what is left out is warned of, once.
+
+        A trial and its reverse say the same: every unordered pair counts once. A recording
+        compared with itself, or with a model that was enrolled with it, does not count.
+
+        Raises
+        ------
+        ValueError
+            A pair with both labels, named; nothing left.
+        """
+        low, high = (f(self.enrolment, self.test) for f in (np.minimum, np.maximum))
+        itself = low == high
+        if self.models:
+            place = {name: n for n, name in enumerate(self.ids)}
+            inside = {
+                (place[model], place[one])
+                for model, recordings in self.models.items()
+                for one in recordings
+                if model in place and one in place
+            }
+            pairs = zip(self.enrolment.tolist(), self.test.tolist(), strict=True)
+            itself |= np.fromiter((pair in inside for pair in pairs), bool, len(self))
+        keys = low * len(self.ids) + high
+        ordered = np.sort(keys)
+        if not itself.any() and not (ordered[1:] == ordered[:-1]).any():
+            return Distinct(self, None)
+        _, first, place = np.unique(keys, return_index=True, return_inverse=True)
+        against = self.is_target != self.is_target[first[place]]
+        if against.any():
+            at = int(np.argmax(against))
+            raise ValueError(f"{self.name}: {self.pair(at)} is a target and an impostor trial")
+        chosen = np.sort(first[~itself[first]])
+        if not len(chosen):
+            raise ValueError(f"{self.name}: every trial compares a recording with itself")
+        rank = np.full(len(self), -1, dtype=np.int64)
+        rank[chosen] = np.arange(len(chosen))
+        own = np.count_nonzero(itself)
+        double = len(self) - own - len(chosen)
+        said = [
+            f"{double:,} trials are the same pair as another, in the same or in reverse order"
+            if double
+            else "",
+            f"{own:,} compare a recording with itself" if own else "",
+        ]
+        warnings.warn(
+            f"{self.name}: of {len(self):,} trials {' and '.join(filter(None, said))}; figures "
+            f"count the {len(chosen):,} distinct pairs",
+            stacklevel=3,
+        )
+        return Distinct(self.rows(chosen), rank[first[place]])
+
+    @cached_property
+    def impostor_pairs(self) -> Any:
         """How many impostor trials each pair of speakers has: sparse float32 [S, S], upper half."""
         from scipy.sparse import coo_array, csr_array
 
         speakers = self.speakers().astype(np.int32)
         count = int(speakers.max()) + 1
         dense = count <= 4096
-        total = np.zeros(count * count, np.float32) if dense else csr_array((count, count))
+        total: Any = np.zeros(count * count, np.float32) if dense else csr_array((count, count))
         for start in range(0, len(self), 2**21):
             block = slice(start, start + 2**21)
             kept = np.flatnonzero(~self.is_target[block])
@@ -144,238 +412,174 @@ class Trials:
         return csr_array(total.reshape(count, count)) if dense else total
 
 
-def _linked(count: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    links = coo_array((np.ones(len(left)), (left, right)), shape=(count, count))
-    return connected_components(links, directed=False)[1]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _index(pairs: list[tuple[str, str]], labels: list[bool] | None, source: str) -> Trials:
+def index_pairs(
+    enrolment: Sequence[str], test: Sequence[str], labels: np.ndarray | None, source: str
+) -> Trials:
+    """Trials of the ids of both sides, in their order."""
     ids: dict[str, int] = {}
-    flat = [ids.setdefault(name, len(ids)) for pair in pairs for name in pair]
+    flat = [ids.setdefault(name, len(ids)) for pair in zip(enrolment, test, strict=True)
+            for name in pair]  # fmt: skip
     sides = np.asarray(flat, dtype=np.int64).reshape(-1, 2)
-    labelled = None if labels is None else np.asarray(labels, dtype=bool)
-    return Trials(list(ids), sides[:, 0].copy(), sides[:, 1].copy(), labelled, source)
+    made = Trials(list(ids), sides[:, 0].copy(), sides[:, 1].copy(), labels, source)
+    return made if labels is None else made.labelled()
 
 
-def _lines(path: str | Path) -> tuple[list[str], str]:
-    """The lines of a text file, and its name with its SHA-256."""
-    content = Path(path).read_bytes()
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error})") from None
-    return text.splitlines(), f"{Path(path).name} sha256:{hashlib.sha256(content).hexdigest()}"
+def read_trials(path: str | Path) -> LabelledTrials:
+    """Read a trial list.
 
-
-class _Pairs:
-    """Trials met so far, refusing one twice."""
-
-    def __init__(self, path: str | Path):
-        self.path, self.first = path, {}
-
-    def add(self, number: int, enrolment: str, test: str) -> None:
-        before = self.first.setdefault((enrolment, test), number)
-        if before != number:
-            raise ValueError(
-                f"{self.path}:{number}: the trial of line {before} again: {enrolment} {test}"
-            )
-
-
-def read_trials(path: str | Path) -> Trials:
-    """Read a VoxCeleb or a Kaldi trial list; every line must be of the first line's kind.
+    ``label enrolment test`` (VoxCeleb), ``enrolment test label`` (Kaldi, CN-Celeb, VOiCES), with
+    labels 1 and 0, target and nontarget, or tgt and imp; between blanks, tabs (then ids may hold
+    spaces) or commas; with or without a header. Any other columns need a header that names the
+    ``enrolment`` (or ``modelid``), ``test`` (``segmentid``) and ``label`` (``targettype``), as NIST
+    SRE's. The label's column is found by its values.
 
     Raises
     ------
     ValueError
-        A line that is neither ``label enrolment test`` nor ``enrolment test target|nontarget``, a
-        label other than 0 or 1, a trial listed twice, no trials: with file and line.
+        No trials, a line of another kind, no labels or several columns that could be them: with
+        the file, and the line where there is one.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "trials.txt"
+    >>> _ = file.write_text("anna/1 anna/2 tgt\\nanna/1 bert/1 imp\\n")
+    >>> read_trials(file).is_target.tolist()
+    [True, False]
     """
-    lines, source = _lines(path)
-    pairs, labels = _Pairs(path), []
-    kaldi = None
-    for number, line in enumerate(lines, 1):
-        fields = line.split()
-        if not fields:
-            continue
-        if kaldi is None and len(fields) == 3:
-            kaldi = fields[0] not in ("0", "1") and fields[2] in ("target", "nontarget")
-        label, enrolment, test = (
-            ("", "", "") if len(fields) != 3 else (fields[2], *fields[:2]) if kaldi else fields
+    table = read_table(path)
+    width = len(table.columns)
+    header = table.header or []
+    found = [header.index("label")] if header.count("label") == 1 else table.label_columns()
+    if len(found) > 1 and width == 3:  # an id may be called 0 or 1: words are labels, ids are not
+        words = [n for n in found if not set(table.columns[n]) <= {"0", "1"}]
+        found = words or found
+    if len(found) != 1:
+        raise ValueError(_no_label(table, found))
+    (label,) = found
+    if {"enrolment", "test"} <= set(header):
+        sides = header.index("enrolment"), header.index("test")
+    elif width == 3:
+        first, second = (n for n in range(3) if n != label)
+        sides = first, second
+    else:
+        raise ValueError(
+            f"{table.row(0)}: {width} columns; a first line must name them, as 'enrolment test "
+            "label'"
         )
-        if label not in (("target", "nontarget") if kaldi else ("0", "1")):
-            wanted = (
-                "'enrolment test target|nontarget'"
-                if kaldi
-                else "'label enrolment test' with label 0 or 1"
-            )
-            raise ValueError(f"{path}:{number}: expected {wanted}, got {line!r}")
-        pairs.add(number, enrolment, test)
-        labels.append(_LABELS[label])
-    if not labels:
-        raise ValueError(f"{path}: no trials in it")
-    return _index(list(pairs.first), labels, source)
+    labels = table.labels(label)
+    enrolment, test = (table.columns[side] for side in sides)
+    _refuse_empty(table, enrolment, test)
+    return index_pairs(enrolment, test, labels, table.source).labelled()
 
 
-def read_map(path: str | Path, kind: type = str) -> dict:
-    """Read ``id value`` lines, such as Kaldi's utt2spk (`kind` str) or utt2dur (`kind` float).
+def read_unlabelled(path: str | Path) -> Trials:
+    """Read a list with or without labels: of two columns they are ``enrolment test``.
 
     Raises
     ------
     ValueError
-        A line without two fields, a value that is not finite, an id twice: with file and line.
+        As :func:`read_trials`.
     """
-    values: dict = {}
-    for number, line in enumerate(_lines(path)[0], 1):
-        fields = line.split()
-        if not fields:
-            continue
-        try:
-            name, value = fields[0], kind(*fields[1:])
-        except (TypeError, ValueError):
-            value = None
-        if len(fields) != 2 or value is None or (kind is float and not np.isfinite(value)):
-            raise ValueError(f"{path}:{number}: expected an id and one {kind.__name__}: {line!r}")
-        if name in values:
-            raise ValueError(f"{path}:{number}: {name} is listed twice")
-        values[name] = value
-    return values
+    table = read_table(path)
+    header = table.header or []
+    named = {"enrolment", "test"} <= set(header)
+    if len(table.columns) > 2 and (not named or "label" in header):
+        return read_trials(path)
+    at = (header.index("enrolment"), header.index("test")) if named else (0, 1)
+    enrolment, test = (table.columns[side] for side in at)
+    _refuse_empty(table, enrolment, test)
+    return index_pairs(enrolment, test, None, table.source)
 
 
-def write_scores(path: str | Path, trials: Trials, scores: np.ndarray) -> None:
-    """Write scores with their trials, unrounded (the shortest text that reads back exactly).
-
-    The label column is left out where the trials have no labels.
-    """
-    scores = np.asarray(scores)
-    if scores.shape != (len(trials),):
-        raise ValueError(f"{len(trials)} trials and scores {scores.shape}")
-    ids, labels = trials.ids, trials.is_target
-    with replacing(path) as partial, partial.open("w", encoding="utf-8") as stream:
-        stream.write("\t".join(_HEADER if labels is not None else _HEADER[:3]) + "\n")
-        for start in range(0, len(trials), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            columns = [trials.enrolment[block].tolist(), trials.test[block].tolist(), scores[block]]
-            if labels is not None:
-                columns.append(labels[block].tolist())
-            stream.writelines(
-                f"{ids[enrolment]}\t{ids[test]}\t{score!s}"
-                + "".join(f"\t{x:d}" for x in label)
-                + "\n"
-                for enrolment, test, score, *label in zip(*columns, strict=True)
-            )
+def _refuse_empty(table: Table, *sides: Sequence[str]) -> None:
+    for side in sides:
+        if "" in side:
+            raise ValueError(f"{table.row(side.index(''))}: an id is empty")
 
 
-def read_scores(
-    path: str | Path, trials: Trials | None = None, columns: str | None = None
-) -> tuple[Trials, np.ndarray]:
-    """Read a score file: its trials, and float64 scores [N].
+def _no_label(table: Table, found: list[int]) -> str:
+    """Why no column is that of the labels."""
+    if len(found) > 1:
+        return f"{table.path}: {len(found)} columns hold labels; name them in a first line"
+    if len(table.columns) < 3:
+        return f"{table.row(0)}: expected 'label enrolment test' or 'enrolment test label'"
+    counts = [sum(cell.lower() in LABELS for cell in column) for column in table.columns]
+    likely = int(np.argmax(counts))
+    if not counts[likely]:
+        return (
+            f"{table.row(0)}: expected 'label enrolment test' or 'enrolment test label'; no column "
+            f"holds labels ({', '.join(LABELS)})"
+        )
+    bad = next(n for n, cell in enumerate(table.columns[likely]) if cell.lower() not in LABELS)
+    wanted = "label enrolment test" if likely == 0 else "enrolment test label"
+    return (
+        f"{table.row(bad)}: expected '{wanted}', and {table.columns[likely][bad]!r} is none of "
+        f"{', '.join(LABELS)}"
+    )
+
+
+def write_trials(path: str | Path, trials: LabelledTrials) -> None:
+    """Write ``label enrolment test`` lines, between tabs where an id holds a blank."""
+    ids = trials.ids
+    blank = "\t" if any(len(name.split()) != 1 for name in ids) else " "
+    rows = zip(
+        trials.is_target.astype(int).tolist(),
+        trials.enrolment.tolist(),
+        trials.test.tolist(),
+        strict=True,
+    )
+    lines = (f"{label}{blank}{ids[one]}{blank}{ids[two]}\n" for label, one, two in rows)
+    write_text(path, "".join(lines))
+
+
+def _without_suffix(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + (file.rpartition(".")[0] or file)
+
+
+def _to_first_dot(name: str) -> str:
+    return name.split(".", 1)[0] or name
+
+
+def match_ids(wanted: Sequence[str], held: Sequence[str]) -> tuple[np.ndarray, str]:
+    """Where each wanted id is among those held, suffixes aside where they differ.
+
+    Toolkits write ids with the file's suffix, without it, or cut at the first dot (SpeechBrain).
+    The strictest of the three rules is taken that finds every id, else that finds the most.
 
     Parameters
     ----------
-    path : path
-        Of :func:`write_scores` (with a header), or lines of any system.
-    trials : Trials, optional
-        Where the labels come from if the file has none; the scores are returned in its order.
-        Without it the trials of a file without labels have none (`is_target` is None).
-        Scores of trials that it does not list are dropped with a warning that counts them.
-    columns : str, optional
-        The order of the columns of a file without a header, as "enrolment test label score"
-        (SpeechBrain's scores.txt) or "enrolment test score label" (WeSpeaker). Three columns
-        are "enrolment test score" by default; four are ambiguous and need it unless the last is
-        "target" or "nontarget".
+    wanted, held : sequence of str
 
-    Raises
-    ------
-    ValueError
-        Ambiguous columns, a malformed line, a score
-        that is not a finite number, a trial twice: with file and line. Trials without a score.
+    Returns
+    -------
+    (places, how)
+        Int array [len(wanted)], -1 where an id is not held; and the rule for a warning, empty
+        where the ids are equal.
+
+    Examples
+    --------
+    >>> match_ids(["a/1.wav", "a/2.wav"], ["a/2", "a/1"])
+    (array([1, 0]), 'without their suffix')
     """
-    lines, source = _lines(path)
-    if not any(line.strip() for line in lines):
-        raise ValueError(f"{path}: no scores in it")
-    skip, separator = 0, None
-    if columns is None and tuple(lines[0].split("\t")) in (_HEADER, _HEADER[:3]):
-        columns, skip, separator = lines[0].replace("\t", " "), 1, "\t"
-    if columns is None:
-        width = len(lines[0].split())
-        columns = "enrolment test score"
-        if width == 4 and lines[0].split()[3] in ("target", "nontarget"):
-            columns = "enrolment test score label"
-        elif width != 3:
-            raise ValueError(
-                f"{path}:1: {width} columns without the header {' '.join(_HEADER)!r}. Say which is "
-                "which: columns='enrolment test label score' (SpeechBrain), "
-                "'enrolment test score label' (WeSpeaker), or another order"
-            )
-    order = columns.split()
-    if not {"enrolment", "test", "score"} <= set(order) or len(set(order)) < len(order):
-        raise ValueError(f"columns={columns!r} must name enrolment, test and score, each once")
-    labelled = "label" in order
-    enrol_at, test_at, score_at = (order.index(name) for name in ("enrolment", "test", "score"))
-    label_at = order.index("label") if labelled else -1
-
-    pairs, labels, scores = _Pairs(path), [], []
-    for number, line in enumerate(lines[skip:], 1 + skip):
-        fields = line.split(separator)
-        if not line.strip():
-            continue
-        if len(fields) != len(order):
-            raise ValueError(f"{path}:{number}: expected {columns!r}, malformed line {line!r}")
-        try:
-            score = float(fields[score_at])
-        except ValueError:
-            raise ValueError(
-                f"{path}:{number}: malformed line {line!r}: the score {fields[score_at]!r} is not "
-                "a number"
-            ) from None
-        if not np.isfinite(score):
-            raise ValueError(f"{path}:{number}: the score {fields[score_at]} is not finite")
-        if labelled and fields[label_at] not in _LABELS:
-            raise ValueError(
-                f"{path}:{number}: malformed line {line!r}: the label {fields[label_at]!r} is none "
-                f"of {', '.join(_LABELS)}"
-            )
-        pairs.add(number, fields[enrol_at], fields[test_at])
-        scores.append(score)
-        labels.append(labelled and _LABELS[fields[label_at]])
-    if not scores:
-        raise ValueError(f"{path}: no scores in it")
-    if trials is None:
-        labels = labels if labelled else None
-        return _index(list(pairs.first), labels, source), np.asarray(scores)
-    return trials, _in_order_of(trials, path, pairs.first, scores, labels if labelled else None)
+    best, said = _places(wanted, held, None), ""
+    for rule, how in (
+        (_without_suffix, "without their suffix"),
+        (_to_first_dot, "up to their first dot"),
+    ):
+        if not len(best) or best.min() >= 0:
+            break
+        found = _places(wanted, held, rule)
+        if found is not None and np.count_nonzero(found >= 0) > np.count_nonzero(best >= 0):
+            best, said = found, how
+    return best, said
 
 
-def _in_order_of(trials, path, pairs, scores, labels) -> np.ndarray:
-    position = {pair: n for n, pair in enumerate(pairs)}
-    ids = trials.ids
-    wanted = [
-        (ids[e], ids[t])
-        for e, t in zip(trials.enrolment.tolist(), trials.test.tolist(), strict=True)
-    ]
-    order = np.fromiter((position.get(pair, -1) for pair in wanted), np.int64, len(wanted))
-    if order.min() < 0:
-        first = wanted[int(np.argmin(order))]
-        raise ValueError(
-            f"{path}: {np.count_nonzero(order < 0)} of {len(trials)} trials have no score, the "
-            f"first is {first[0]} {first[1]}"
-        )
-    if labels is not None and (np.asarray(labels)[order] != trials.is_target).any():
-        at = int(np.argmax(np.asarray(labels)[order] != trials.is_target))
-        raise ValueError(
-            f"{path}: the label of {wanted[at][0]} {wanted[at][1]} is not that of the trial list"
-        )
-    dropped = len(position) - len(set(wanted))
-    if dropped:
-        warnings.warn(
-            f"{path}: {dropped} of {len(position)} scores dropped: not in the trial list",
-            stacklevel=3,
-        )
-    return np.asarray(scores)[order]
+def _places(wanted, held, rule) -> Any:
+    """None where two ids become one under the rule."""
+    if rule is not None:
+        wanted, held = [rule(name) for name in wanted], [rule(name) for name in held]
+    place = {name: n for n, name in enumerate(held)}
+    if rule is not None and (len(place) < len(held) or len(set(wanted)) < len(wanted)):
+        return None
+    return np.fromiter((place.get(name, -1) for name in wanted), np.int64, len(wanted))

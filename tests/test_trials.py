@@ -1,36 +1,102 @@
-"""Trial lists, score files and embeddings: what is read, what is refused, nothing rounded."""
+"""Trials: lists in every published form, models, speakers, distinct pairs, ids that differ."""
 
-import kaldiio
+import hashlib
+import warnings
+from itertools import combinations
+
 import numpy as np
 import pytest
 
-from speechbrain_qmargin.embeddings import cosine_scores, load_embeddings, save_embeddings
-from speechbrain_qmargin.trials import Trials, read_map, read_scores, read_trials, write_scores
+from speechbrain_qmargin.trials import (
+    LabelledTrials,
+    index_pairs,
+    match_ids,
+    read_map,
+    read_models,
+    read_trials,
+    read_unlabelled,
+    write_trials,
+)
+
+IDS = [f"id1000{s}/v{k}/0000{n}" for s in range(3) for k in range(2) for n in range(2)]
+PAIRS = [(p, q, p[:7] == q[:7]) for p, q in combinations(IDS, 2)]
 
 
 def write(path, text):
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
-def test_a_voxceleb_list(tmp_path):
-    path = write(tmp_path / "trials.txt", "1 a/1/x.wav a/2/y.wav\n\n0 a/1/x.wav b/1/z.wav\n")
+def lines(form, head=""):
+    return head + "".join(form(p, q, same) + "\n" for p, q, same in PAIRS)
+
+
+def word(same, yes="target", no="nontarget"):
+    return yes if same else no
+
+
+VOXCELEB = lines(lambda p, q, y: f"{y:d} {p} {q}")
+FORMS = {
+    "voxceleb": VOXCELEB,
+    "kaldi": lines(lambda p, q, y: f"{p} {q} {word(y)}"),
+    "cnceleb": lines(lambda p, q, y: f"{p} {q} {y:d}"),
+    "voices": lines(lambda p, q, y: f"{p} {q} {word(y, 'tgt', 'imp')}"),
+    "label first, words": lines(lambda p, q, y: f"{word(y)} {p} {q}"),
+    "tabs": lines(lambda p, q, y: f"{p}\t{q}\t{y:d}"),
+    "header": lines(lambda p, q, y: f"{y:d} {p} {q}", "label enrol test\n"),
+    "strange header": lines(lambda p, q, y: f"{p} {q} {y:d}", "first_file second_file label\n"),
+    "sre": lines(
+        lambda p, q, y: f"{p}\t{q}\ta\t{word(y)}", "modelid\tsegmentid\tside\ttargettype\n"
+    ),
+    "csv": lines(lambda p, q, y: f"{p},{q},{y:d}", "enrol,test,label\n"),
+    "csv, other order": lines(lambda p, q, y: f'{y:d},"{q}",{p}', "label,test,enrollment\n"),
+    "bom": b"\xef\xbb\xbf" + VOXCELEB.encode(),
+    "carriage returns": VOXCELEB.replace("\n", "\r\n"),
+    "blank lines": VOXCELEB.replace("\n", "\n\n") + "\n  \n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_published_forms_are_one_list(tmp_path, form):
+    path = write(tmp_path / "trials.txt", FORMS[form])
     trials = read_trials(path)
-    assert trials.ids == ["a/1/x.wav", "a/2/y.wav", "b/1/z.wav"]
-    assert trials.enrolment.tolist() == [0, 0]
-    assert trials.test.tolist() == [1, 2]
-    assert trials.is_target.tolist() == [True, False]
+    found = [trials.pair(n) for n in range(len(trials))]
+    assert found == [f"{p} {q}" for p, q, _ in PAIRS]
+    assert trials.is_target.tolist() == [same for *_, same in PAIRS]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert trials.source == f"trials.txt sha256:{digest}"
+
+
+def test_ids_with_spaces_between_tabs(tmp_path):
+    text = "1\tspeaker 01/s 1/utt 1.wav\tspeaker 01/s 1/utt 2.wav\n"
+    text += "0\tspeaker 01/s 1/utt 1.wav\tspeaker 02/s 1/utt 1.wav\n"
+    trials = read_trials(write(tmp_path / "trials", text))
+    assert trials.ids[0] == "speaker 01/s 1/utt 1.wav"
     assert trials.speakers().tolist() == [0, 0, 1]
+    write_trials(tmp_path / "again", trials)
+    assert (tmp_path / "again").read_text() == text
+
+
+def test_ids_that_look_like_labels(tmp_path):
+    trials = read_trials(write(tmp_path / "t", "0 1 target\n0 2 nontarget\n"))
+    assert trials.ids == ["0", "1", "2"]
+    with pytest.raises(ValueError, match="t: 2 columns hold labels; name them"):
+        read_trials(write(tmp_path / "t", "0 a 1\n1 b 0\n"))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1 a b\n1 a\n", r":2: .*'1 a'"),
-        ("1 a b\n2 a c\n", r":2: .*'2 a c'"),
-        ("1 a b\n0 c d\n1 a b\n", r":3: the trial of line 1 again"),
-        ("\n", "no trials in it"),
-        ("a b target\na c nontarget\n1 a d\n", r":3: expected 'enrolment test target.nontarget'"),
+        ("1 a b\n1 a\n", r":2: expected 3 columns as in the first line, got '1 a'"),
+        ("1 a b\n2 a c\n", r":2: '2 a c': expected 'label enrolment test', and '2' is none of"),
+        ("\n", "there is nothing in it"),
+        ("label enrol test\n", "a header and nothing below it"),
+        ("a b target\na c nontarget\n1 a d\n", r":3: '1 a d': expected 'enrolment test label'"),
+        ("a b\nc d\n", r":1: 'a b': expected 'label enrolment test' or"),
+        ("a b c\n", r":1: 'a b c': .*no column holds labels"),
+        ("a b x 1\n", r":1: .*4 columns; a first line must name them"),
+        ("1\ta\t\n", r":1: .*an id is empty"),
+        (b"1 a \xff\n", "not a UTF-8 text file"),
     ],
 )
 def test_bad_lists_are_named_with_their_line(tmp_path, text, message):
@@ -39,163 +105,143 @@ def test_bad_lists_are_named_with_their_line(tmp_path, text, message):
         read_trials(path)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_scores_come_back_bit_for_bit(tmp_path, dtype):
-    rng = np.random.default_rng(0)
-    scores = np.append(rng.normal(size=300), [0.1, 1e-30, -1e30, 5e-324, 0.0]).astype(dtype)
-    n = len(scores)
-    trials = Trials(
-        [f"s{i}/u" for i in range(n + 1)], np.arange(n), np.full(n, n), rng.random(n) < 0.5
-    )
-    write_scores(tmp_path / "scores.tsv", trials, scores)
-    again, read = read_scores(tmp_path / "scores.tsv")
-    assert np.array_equal(read.astype(dtype).view(np.uint8), scores.view(np.uint8))
-    assert np.array_equal(again.is_target, trials.is_target)
-    for side in ("enrolment", "test"):
-        names = [trials.ids[i] for i in getattr(trials, side)]
-        assert [again.ids[i] for i in getattr(again, side)] == names
-
-
-def test_embeddings_come_back_and_never_run_code(tmp_path):
-    embeddings = {"a": np.float32([1, 2]), "b": np.float32([3, 1 / 3])}
-    save_embeddings(tmp_path / "e.npz", embeddings)
-    again = load_embeddings(tmp_path / "e.npz")
-    assert list(again) == ["a", "b"]
-    assert all(np.array_equal(again[key], embeddings[key]) for key in again)
-    np.savez(tmp_path / "bad.npz", ids=np.array([{}], dtype=object), embeddings=np.ones((1, 2)))
-    with pytest.raises(ValueError, match=r"bad\.npz"):
-        load_embeddings(tmp_path / "bad.npz")
-
-
-def test_cosines_equal_one_pair_at_a_time():
-    rng = np.random.default_rng(0)
-    matrix = rng.normal(size=(50, 8))
-    ids = [f"u{i}" for i in range(50)]
-    enrolment, test = rng.integers(50, size=(2, 70000))
-    trials = Trials(ids, enrolment, test, np.zeros(70000, bool))
-    mean = rng.normal(size=8)
-    scores = cosine_scores(dict(zip(ids, matrix, strict=True)), trials, mean)
-    for i in range(0, 70000, 997):
-        a, b = matrix[enrolment[i]] - mean, matrix[test[i]] - mean
-        assert scores[i] == pytest.approx(a @ b / np.sqrt(a @ a * (b @ b)), abs=1e-6)
-
-
-def test_embeddings_that_cannot_be_scored_are_named():
-    trials = Trials(["a", "b"], np.array([0]), np.array([1]), np.array([True]))
-    with pytest.raises(ValueError, match=r"1 of 2 recordings .* no embedding: b"):
-        cosine_scores({"a": np.ones(2)}, trials)
-    with pytest.raises(ValueError, match=r"1 embeddings are zero or not finite: b"):
-        cosine_scores({"a": np.ones(2), "b": np.array([np.nan, 1])}, trials)
+def test_lists_without_labels(tmp_path):
+    trials = read_unlabelled(write(tmp_path / "t", "a b\nc d\n"))
+    assert trials.is_target is None
+    assert trials.pair(1) == "c d"
+    with pytest.raises(ValueError, match="t: it does not say which trials are targets"):
+        trials.labelled()
+    assert read_unlabelled(write(tmp_path / "t", "1 a b\n0 c d\n")).labelled().is_target[0]
 
 
 def test_a_kaldi_list_with_its_speakers(tmp_path):
     trials = read_trials(write(tmp_path / "trials", "b-1 b-2 target\nb-1 e-1 nontarget\n"))
-    assert trials.ids == ["b-1", "b-2", "e-1"]
-    assert trials.is_target.tolist() == [True, False]
+    assert not trials.speakers_known
     utt2spk = write(tmp_path / "utt2spk", "b-1 bob\nb-2 bob\ne-1 eve\n")
-    assert trials.with_speakers(read_map(utt2spk)).speakers().tolist() == [0, 0, 1]
+    known = trials.with_speakers(read_map(utt2spk))
+    assert known.speakers_known
+    assert known.speakers().tolist() == [0, 0, 1]
     with pytest.raises(ValueError, match="1 recordings have no speaker: e-1"):
         trials.with_speakers({"b-1": "bob", "b-2": "bob"})
+    with pytest.raises(ValueError, match="b-1 e-1 is an impostor trial of one speaker by the"):
+        trials.with_speakers(dict.fromkeys(trials.ids, "bob")).speakers()
     with pytest.raises(ValueError, match=r"utt2spk:2: b-1 is listed twice"):
         read_map(write(utt2spk, "b-1 bob\nb-1 eve\n"))
     with pytest.raises(ValueError, match=r"utt2spk:1: expected an id and one str"):
         read_map(write(utt2spk, "b-1\n"))
+    assert read_map(write(utt2spk, "b 1\tbob\nb 2\tbob\n")) == {"b 1": "bob", "b 2": "bob"}
 
 
-def test_scores_without_labels(tmp_path):
-    path = tmp_path / "scores.tsv"
-    trials = Trials(["a", "b"], np.array([0]), np.array([1]), None)
-    write_scores(path, trials, np.float32([0.1]))
-    again, scores = read_scores(path)
-    assert again.is_target is None
-    assert np.float32(scores[0]) == np.float32(0.1)
+def test_an_impostor_trial_within_a_linked_group_is_named(tmp_path):
+    text = "a b target\nb c target\nd e target\na d nontarget\n"
+    assert read_trials(write(tmp_path / "t", text)).speakers().tolist() == [0, 0, 0, 1, 1]
+    trials = read_trials(write(tmp_path / "t", text + "c a nontarget\n"))
+    with pytest.raises(ValueError, match="t: c a is an impostor trial of one speaker: target tri"):
+        trials.speakers()
 
 
-def test_score_files_of_others(tmp_path):
-    trials = read_trials(write(tmp_path / "list", "1 a/1 a/2\n0 a/1 b/1\n"))
-    bare = write(tmp_path / "bare", "a/1 b/1 -0.5\na/1 a/2 0.75\n")
-    assert read_scores(bare, trials)[1].tolist() == [0.75, -0.5]
-    words = write(tmp_path / "words", "a/1 a/2 0.75 target\na/1 b/1 -0.5 nontarget\n")
-    assert read_scores(words)[0].is_target.tolist() == [True, False]
-    speechbrain = write(tmp_path / "scores.txt", "a/1 a/2 1 0.750000\na/1 b/1 0 -0.500000\n")
-    found, scores = read_scores(speechbrain, columns="enrolment test label score")
-    assert found.is_target.tolist() == [True, False]
-    assert scores.tolist() == [0.75, -0.5]
-    with pytest.raises(ValueError, match=r"scores\.txt:1: 4 columns without the header"):
-        read_scores(speechbrain)
-    with pytest.raises(ValueError, match="must name enrolment"):
-        read_scores(speechbrain, columns="a b c d")
+def test_labels_that_contradict_the_speakers_are_named(tmp_path):
+    trials = read_trials(write(tmp_path / "t", "1 a/1 a/2\n1 a/1 b/1\n"))
+    with pytest.raises(ValueError, match="t: a/1 b/1 is a target trial of two speakers"):
+        trials.speakers()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a b 0.5\na c\n", r":2: expected 'enrolment test score', malformed line 'a c'"),
-        ("a b 0.5\na c much\n", r":2: malformed line"),
-        ("a b 0.5\na c nan\n", r":2: the score nan is not finite"),
-        ("a b 0.5\n\na b 0.6\n", r":3: the trial of line 1 again"),
-        ("", "no scores in it"),
-    ],
-)
-def test_bad_score_files_are_named_with_their_line(tmp_path, text, message):
-    path = write(tmp_path / "scores", text)
-    with pytest.raises(ValueError, match=str(path) + ".*" + message):
-        read_scores(path)
+def both_orders():
+    plain = index_pairs(*zip(*[(p, q) for p, q, _ in PAIRS], strict=True), None, "")
+    labels = np.array([same for *_, same in PAIRS])
+    plain = LabelledTrials(plain.ids, plain.enrolment, plain.test, labels)
+    sides = np.stack([plain.enrolment, plain.test]), np.stack([plain.test, plain.enrolment])
+    one, two = np.stack(sides, axis=2).reshape(2, -1)
+    return plain, LabelledTrials(plain.ids, one, two, np.repeat(labels, 2), "both sha256:0")
 
 
-def test_scores_and_list_that_disagree(tmp_path):
-    trials = read_trials(write(tmp_path / "list", "1 a/1 a/2\n0 a/1 b/1\n"))
-    path = write(tmp_path / "few", "a/1 a/2 0.5\n")
-    with pytest.raises(ValueError, match=r"few: 1 of 2 trials have no score, the first is a/1 b/1"):
-        read_scores(path, trials)
-    path = write(tmp_path / "wrong", "a/1 a/2 0.5 target\na/1 b/1 0.1 target\n")
-    with pytest.raises(ValueError, match=r"wrong: the label of a/1 b/1 is not that"):
-        read_scores(path, trials)
-    path = write(tmp_path / "more", "a/1 a/2 0.5\na/1 b/1 0.1\na/1 c/1 0.2\n")
-    with pytest.warns(UserWarning, match="more: 1 of 3 scores dropped"):
-        assert read_scores(path, trials)[1].tolist() == [0.5, 0.1]
+def test_a_pair_counts_once_whatever_its_order():
+    plain, both = both_orders()
+    assert plain.distinct.trials is plain
+    with pytest.warns(UserWarning, match="both: of 132 trials 66 trials are the same pair as"):
+        distinct = both.distinct
+    assert np.array_equal(distinct.trials.enrolment, plain.enrolment)
+    assert np.array_equal(distinct.trials.is_target, plain.is_target)
+    scores = np.random.default_rng(0).normal(size=len(both)).astype(np.float32)
+    wanted = scores.astype(float).reshape(-1, 2).mean(axis=1).astype(np.float32)
+    assert np.array_equal(distinct.scores(scores), wanted)
+    with warnings.catch_warnings():  # once
+        warnings.simplefilter("error")
+        _ = both.distinct
 
 
-def test_npy_with_ids(tmp_path):
-    np.save(tmp_path / "e.npy", np.float32([[1, 2], [3, 4]]))
-    write(tmp_path / "e.txt", "a\nb\n")
-    assert load_embeddings(tmp_path / "e.npy")["b"].tolist() == [3, 4]
-    ids = write(tmp_path / "other", "a\nb\nc\n")
-    with pytest.raises(ValueError, match=r"e\.npy: 3 ids and a matrix \(2, 2\)"):
-        load_embeddings(tmp_path / "e.npy", ids)
-    with pytest.raises(ValueError, match=r"e\.npy: 1 ids are listed twice: a"):
-        load_embeddings(tmp_path / "e.npy", write(ids, "a\na\n"))
+def test_recordings_compared_with_themselves_do_not_count():
+    trials = LabelledTrials(
+        ["a/1", "a/2", "b/1"],
+        np.array([0, 0, 0, 2]),
+        np.array([0, 1, 2, 2]),
+        np.array([True, True, False, True]),
+    )
+    with pytest.warns(UserWarning, match="of 4 trials 2 compare a recording with itself; figures"):
+        distinct = trials.distinct
+    assert [distinct.trials.pair(n) for n in range(2)] == ["a/1 a/2", "a/1 b/1"]
+    assert distinct.scores(np.arange(4.0)).tolist() == [1, 2]
+    against = LabelledTrials(
+        ["a", "b"], np.array([0, 1]), np.array([1, 0]), np.array([True, False])
+    )
+    with pytest.raises(ValueError, match="b a is a target and an impostor trial"):
+        _ = against.distinct
 
 
-@pytest.mark.parametrize("text", [False, True])
-def test_kaldi_archives(tmp_path, text):
-    rows = {"a": np.float32([1, 2]), "b": np.float32([3, 4.5])}
-    ark, scp = tmp_path / "e.ark", tmp_path / "e.scp"
-    kaldiio.save_ark(str(ark), rows, scp=str(scp), text=text)
-    for path in (ark, scp):
-        again = load_embeddings(path)
-        assert list(again) == ["a", "b"]
-        assert all(np.array_equal(again[key], rows[key]) for key in rows)
-    if not text:
-        kaldiio.save_ark(str(ark), {"c": np.ones(2)}, append=True)
-        assert load_embeddings(ark)["c"].tolist() == [1, 1]
-        kaldiio.save_ark(str(ark), {"d": np.ones(3)}, append=True)
-        with pytest.raises(ValueError, match="d has 3 values, those before 2"):
-            load_embeddings(ark)
+MODELS = {
+    "spk2utt": "m0 a/1 a/2\nm1 b/1\n",
+    "a recording a line": "m0 a/1\nm1 b/1\nm0 a/2\n",
+    "sre": "modelid\tsegmentid\tside\nm0\ta/1\ta\nm1\tb/1\ta\nm0\ta/2\ta\n",
+    "csv": "model,segment\nm0,a/1\nm1,b/1\nm0,a/2\n",
+}
 
 
-def test_kaldi_archives_never_run_code(tmp_path):
-    ark = tmp_path / "e.ark"
-    kaldiio.save_ark(str(ark), {"a": np.float32([1])}, write_function="pickle")
-    with pytest.raises(ValueError, match=r"e\.ark: a is neither"):
-        load_embeddings(ark)
-    kaldiio.save_ark(str(ark), {"a": np.ones((2, 2), np.float32)})
-    with pytest.raises(ValueError, match=r"a is b'FM '"):
-        load_embeddings(ark)
-    pipe = write(tmp_path / "pipe.scp", f"a touch {tmp_path / 'ran'} |\n")
-    with pytest.raises(ValueError, match=r"pipe\.scp:1: expected 'id file\.ark:offset'"):
-        load_embeddings(pipe)
-    kaldiio.save_ark(str(ark), {"a": np.float32([1, 2, 3])})
-    ark.write_bytes(ark.read_bytes()[:-4])
-    with pytest.raises(ValueError, match="ends after 8 of 12 bytes"):
-        load_embeddings(ark)
+@pytest.mark.parametrize("form", MODELS)
+def test_models_of_several_recordings(tmp_path, form):
+    models = read_models(write(tmp_path / "models", MODELS[form]))
+    assert models == {"m0": ("a/1", "a/2"), "m1": ("b/1",)}
+    text = "m0 a/3 target\nm0 b/2 nontarget\nm1 b/2 target\n"
+    trials = read_trials(write(tmp_path / "t", text)).with_models(models)
+    assert trials.recordings == ["a/3", "b/2", "a/1", "a/2", "b/1"]
+    assert trials.speaker_names() == ["a", "a", "b", "b"]
+    assert trials.speakers().tolist() == [0, 0, 1, 1]
+    less = trials.without(["a/2"])
+    assert less.models["m0"] == ("a/1",)
+    assert [less.without(["b/1"]).pair(n) for n in range(2)] == ["m0 a/3", "m0 b/2"]
+    assert trials.renamed({"a/1": "x", "a/3": "y"}).recordings[:3] == ["y", "b/2", "x"]
+
+
+def test_models_that_do_not_fit_are_named(tmp_path):
+    trials = read_trials(write(tmp_path / "t", "m0 a/3 target\nm9 b/2 nontarget\n"))
+    with pytest.raises(ValueError, match=r"t: 1 enrolment models have no recordings: m9 \(there"):
+        trials.with_models({"m0": ["a/1"]})
+    with pytest.raises(ValueError, match="1 names are a model and a test recording: m0"):
+        read_trials(write(tmp_path / "t", "m0 m0 target\n")).with_models({"m0": ["a/1"]})
+    mixed = trials.with_models({"m0": ["a/1", "b/1"], "m9": ["c/1"]})
+    with pytest.raises(ValueError, match="the model m0 is of several speakers: a, b"):
+        mixed.speakers()
+    with pytest.raises(ValueError, match=r"models:2: a/1 is in the model m0 twice"):
+        read_models(write(tmp_path / "models", "m0 a/1\nm0 a/1\n"))
+    inside = trials.with_models({"m0": ["a/3", "a/1"], "m9": ["c/1"]})
+    with pytest.warns(UserWarning, match="1 compare a recording with itself"):
+        assert len(inside.distinct.trials) == 1
+
+
+def test_models_without_slashes_are_linked_with_their_recordings(tmp_path):
+    trials = read_trials(write(tmp_path / "t", "m0 a3 target\nm1 a3 nontarget\nm1 b1 target\n"))
+    trials = trials.with_models({"m0": ["a1"], "m1": ["b2", "b3"]})
+    assert trials.speakers().tolist() == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="m1 a3 is an impostor trial of one speaker"):
+        trials.with_models({"m0": ["a1"], "m1": ["b2", "a1"]}).speakers()
+
+
+def test_ids_match_by_the_strictest_rule():
+    held = ["a/1", "a/2", "b.x/1"]
+    assert match_ids(held[::-1], held)[0].tolist() == [2, 1, 0]
+    assert match_ids(held, held)[1] == ""
+    places, how = match_ids(["a/2.wav", "b.x/1.flac"], held)
+    assert (places.tolist(), how) == ([1, 2], "without their suffix")
+    places, how = match_ids(["a/1.seg3.wav", "c/9.wav"], held)
+    assert (places.tolist(), how) == ([0, -1], "up to their first dot")
+    # two recordings that one stem names are not confused
+    assert match_ids(["a/1"], ["a/1.wav", "a/1.flac"])[0].tolist() == [-1]

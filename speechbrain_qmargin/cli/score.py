@@ -12,14 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from speechbrain_qmargin.embeddings import Embeddings, cosine_scores, load_embeddings
-from speechbrain_qmargin.trials import (
-    Trials,
-    read_map,
-    read_scores,
-    read_trials,
-    speaker_in,
-    write_scores,
-)
+from speechbrain_qmargin.scoring.score_files import read_scores, write_scores
+from speechbrain_qmargin.trials import Trials, read_map, read_trials, speaker_in
 
 __all__ = ["configure"]
 

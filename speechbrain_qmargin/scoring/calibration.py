@@ -17,7 +17,7 @@ import numpy as np
 
 from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import load_record, save_record
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials, Trials
 
 __all__ = ["Calibration", "fit_calibration", "fit_log_odds"]
 
@@ -182,7 +182,7 @@ def fit_log_odds(
 
 def fit_calibration(
     scores: np.ndarray,
-    trials: Trials,
+    trials: LabelledTrials,
     qualities: Qualities | None = None,
     *,
     p_target: float = 0.01,
@@ -195,7 +195,7 @@ def fit_calibration(
     Parameters
     ----------
     scores : float array [N]
-    trials : Trials
+    trials : LabelledTrials
     qualities : mapping from a measure's name to its value for every id
         Durations are best given as logarithms.
     p_target : float
@@ -210,7 +210,7 @@ def fit_calibration(
     --------
     >>> rng = np.random.default_rng(0)
     >>> left, right = np.triu_indices(80, 1)
-    >>> trials = Trials([str(i) for i in range(80)], left, right, left // 8 == right // 8)
+    >>> trials = LabelledTrials([str(i) for i in range(80)], left, right, left // 8 == right // 8)
     >>> scores = rng.normal(size=len(trials)) * 0.1 + 0.2 * trials.is_target
     >>> calibration = fit_calibration(scores, trials)
     >>> calibration.features, 10 < calibration.weights[0] < 30

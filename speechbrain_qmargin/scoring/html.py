@@ -26,7 +26,7 @@ from speechbrain_qmargin.scoring.plots import (
 )
 from speechbrain_qmargin.scoring.report import Report, compare, evaluate
 from speechbrain_qmargin.scoring.uncertainty import TrialStructure, rate_interval
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = ["worst_speakers", "worst_trials", "write_report"]
 
@@ -47,7 +47,9 @@ img { max-width: 100%; height: auto; }
 """
 
 
-def worst_trials(scores: np.ndarray, trials: Trials, count: int = 10) -> dict[str, list[dict]]:
+def worst_trials(
+    scores: np.ndarray, trials: LabelledTrials, count: int = 10
+) -> dict[str, list[dict]]:
     """The impostor trials with the highest scores and the target trials with the lowest.
 
     Returns
@@ -72,7 +74,7 @@ def worst_trials(scores: np.ndarray, trials: Trials, count: int = 10) -> dict[st
 
 
 def worst_speakers(
-    scores: np.ndarray, trials: Trials, threshold: float, count: int = 10
+    scores: np.ndarray, trials: LabelledTrials, threshold: float, count: int = 10
 ) -> list[dict]:
     """The speakers with the most errors at a threshold: Doddington's goats and lambs.
 
@@ -110,14 +112,14 @@ def worst_speakers(
 def write_report(
     folder: str | Path,
     systems: Mapping[str, np.ndarray],
-    trials: Trials,
+    trials: LabelledTrials,
     *,
     title: str = "Verification report",
     fars: Sequence[float] = FARS,
     priors: Sequence[float] = PRIORS,
     far: float = 1e-2,
     llr: bool = False,
-    development: Mapping[str, tuple[np.ndarray, Trials]] | None = None,
+    development: Mapping[str, tuple[np.ndarray, LabelledTrials]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Report]:
     """Evaluate systems on one trial list and write everything there is to see.
@@ -130,7 +132,7 @@ def write_report(
     ----------
     folder : path
     systems : mapping from name to scores [N]
-    trials : Trials
+    trials : LabelledTrials
     title : str
     fars, priors : sequence of float
         Of the table.
@@ -138,7 +140,7 @@ def write_report(
         Of the operating points.
     llr : bool
         The scores are log-likelihood ratios.
-    development : mapping from name to (scores, Trials), optional
+    development : mapping from name to (scores, LabelledTrials), optional
         Where the thresholds of the operating points are chosen; without it they are marked
         optimistic.
     progress : callable, optional

@@ -14,8 +14,9 @@ from speechbrain_qmargin.scoring.calibration import Calibration
 from speechbrain_qmargin.scoring.normalisation import make_cohort, normalize, refuse_shared_speakers
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import FARS, Report, compare, evaluate
+from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.scoring.uncertainty import TrialStructure
-from speechbrain_qmargin.trials import Trials, write_scores
+from speechbrain_qmargin.trials import LabelledTrials, Trials
 
 __all__ = ["Cohort", "score_lists"]
 
@@ -82,7 +83,7 @@ class Cohort:
 
 def score_lists(
     folder: str | Path,
-    lists: Mapping[str, Trials],
+    lists: Mapping[str, LabelledTrials],
     embeddings: Mapping[str, np.ndarray],
     *,
     cohort: Cohort | None = None,
@@ -98,7 +99,7 @@ def score_lists(
     ----------
     folder : path
         For each list, ``<list>/<system>.tsv`` (unrounded scores) and ``<list>/det.png``.
-    lists : mapping from name to Trials
+    lists : mapping from name to LabelledTrials
     embeddings : mapping from id to array [D]
     cohort : Cohort, optional
         Adds ``centred``, the cosine after the cohort's mean is subtracted, and ``<method>-norm``.

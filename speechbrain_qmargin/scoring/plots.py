@@ -18,7 +18,7 @@ from speechbrain_qmargin.scoring.metrics import (
     operating_points,
 )
 from speechbrain_qmargin.scoring.uncertainty import Spread
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = [
     "bayes_error_figure",
@@ -145,7 +145,7 @@ def _staircase(points: OperatingPoints) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plot_det(
-    systems: Mapping[str, tuple[np.ndarray, np.ndarray | Trials]],
+    systems: Mapping[str, tuple[np.ndarray, np.ndarray | LabelledTrials]],
     path: str | Path,
     title: str = "",
 ) -> None:
@@ -154,14 +154,14 @@ def plot_det(
     Parameters
     ----------
     systems : mapping from name to (scores [N], labels)
-        The labels are a bool array [N], or Trials, which give a 95 % band over speakers too.
+        The labels are a bool array [N], or LabelledTrials, which give a 95 % band over speakers too.
     path : path
         Its suffix is the format.
     title : str
     """
     curves = {}
     for name, (scores, labels) in systems.items():
-        given = isinstance(labels, Trials)
+        given = isinstance(labels, LabelledTrials)
         points = operating_points(scores, labels.is_target if given else labels)
         band = None
         if given:

@@ -30,7 +30,7 @@ from speechbrain_qmargin.scoring.uncertainty import (
     TrialStructure,
     badge,
 )
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = ["FARS", "Difference", "Report", "compare", "evaluate"]
 
@@ -109,7 +109,7 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def evaluate(
     scores: np.ndarray,
-    trials: Trials,
+    trials: LabelledTrials,
     *,
     fars: Sequence[float] = FARS,
     p_target: float | Sequence[float] = 0.01,
@@ -125,7 +125,7 @@ def evaluate(
     ----------
     scores : float array [N]
         Higher is more alike.
-    trials : Trials
+    trials : LabelledTrials
     fars : sequence of float
     p_target : float or sequence of float
         Priors of minDCF; costs are 1.
@@ -156,11 +156,13 @@ def evaluate(
     >>> rng = np.random.default_rng(0)
     >>> ids = [f"{speaker}/{take}" for speaker in range(20) for take in range(4)]
     >>> left, right = np.triu_indices(80, 1)
-    >>> trials = Trials(ids, left, right, left // 4 == right // 4)
+    >>> trials = LabelledTrials(ids, left, right, left // 4 == right // 4)
     >>> report = evaluate(rng.normal(size=len(trials)) + 2 * trials.is_target, trials)
     >>> report["eer"].low < report["eer"].value < report["eer"].high
     True
     """
+    distinct = trials.distinct
+    scores, trials = distinct.scores(np.asarray(scores)), distinct.trials
     points = operating_points(scores, trials.is_target)
     spread = Spread(scores, trials, points, structure)
     if figures is None:

@@ -66,7 +66,7 @@ import numpy as np
 
 from speechbrain_qmargin.scoring import metrics
 from speechbrain_qmargin.scoring.metrics import OperatingPoints
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = [
     "FEWEST_ERRORS",
@@ -159,7 +159,7 @@ class TrialStructure:
     first: np.ndarray | None = None
 
     @classmethod
-    def of(cls, trials: Trials) -> TrialStructure:
+    def of(cls, trials: LabelledTrials) -> TrialStructure:
         """Raises ValueError where all trials are of one speaker."""
         if trials.is_target is None:
             raise ValueError("the trials have no labels: nothing can be measured on them")
@@ -237,7 +237,7 @@ class TrialStructure:
         return float(min(numbers, default=0.0))
 
 
-def _first_of_pairs(trials: Trials) -> np.ndarray | None:
+def _first_of_pairs(trials: LabelledTrials) -> np.ndarray | None:
     one, two = trials.enrolment, trials.test
     keys = np.minimum(one, two) * np.int64(len(trials.ids)) + np.maximum(one, two)
     ordered = np.sort(keys)
@@ -409,7 +409,7 @@ class Spread:
     Parameters
     ----------
     scores : float array [N]
-    trials : Trials
+    trials : LabelledTrials
     points : OperatingPoints
         Of these scores.
     structure : TrialStructure, optional
@@ -425,7 +425,7 @@ class Spread:
     >>> rng = np.random.default_rng(0)
     >>> ids = [f"{speaker}/{take}" for speaker in range(20) for take in range(4)]
     >>> left, right = np.triu_indices(80, 1)
-    >>> trials = Trials(ids, left, right, left // 4 == right // 4)
+    >>> trials = LabelledTrials(ids, left, right, left // 4 == right // 4)
     >>> scores = rng.normal(size=len(trials)) + 2 * trials.is_target
     >>> points = metrics.operating_points(scores, trials.is_target)
     >>> spread = Spread(scores, trials, points)
@@ -437,7 +437,7 @@ class Spread:
     def __init__(
         self,
         scores: np.ndarray,
-        trials: Trials,
+        trials: LabelledTrials,
         points: OperatingPoints,
         structure: TrialStructure | None = None,
     ):

@@ -16,8 +16,9 @@ from speechbrain_qmargin.scoring.lists import Cohort, score_lists
 from speechbrain_qmargin.scoring.metrics import eer, operating_points, tar_at_far
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import Report
+from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.training.run_folder import RunFolder
-from speechbrain_qmargin.trials import Trials, read_trials, write_scores
+from speechbrain_qmargin.trials import LabelledTrials, read_trials
 
 __all__ = ["pair_ids", "validation", "verify"]
 
@@ -40,7 +41,7 @@ def validation(
 def verify(
     run_folder: RunFolder,
     embeddings: Mapping[str, np.ndarray],
-    lists: Mapping[str, Trials],
+    lists: Mapping[str, LabelledTrials],
     history: list[dict],
     note: str = "",
     cohort: Cohort | None = None,
@@ -121,7 +122,7 @@ def _pair_set(
     ids = pair_ids(name, len(same))
     rows = np.stack([embeddings[one] for one in ids])
     scores = pair_scores(rows, flip="none")  # the Brain has added the mirror images already
-    trials = Trials(ids, np.arange(0, len(ids), 2), np.arange(1, len(ids), 2), same)
+    trials = LabelledTrials(ids, np.arange(0, len(ids), 2), np.arange(1, len(ids), 2), same)
     write_scores(folder / "cosine.tsv", trials, scores)
     plot_det({"cosine": (scores, same)}, folder / "det.png", f"{name}. {title}" if title else name)
     return ten_fold_accuracy(scores, same), ten_fold_tar(scores, same)

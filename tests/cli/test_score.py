@@ -9,7 +9,7 @@ from speechbrain_qmargin.cli import main
 from speechbrain_qmargin.embeddings import save_embeddings
 from speechbrain_qmargin.scoring.calibration import Calibration
 from speechbrain_qmargin.scoring.decision import OperatingPoint
-from speechbrain_qmargin.trials import read_scores
+from speechbrain_qmargin.scoring.score_files import read_scores
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_errors_end_with_a_message(files, capsys, tmp_path):
     bad = tmp_path / "bad.txt"
     bad.write_text("1 a\n")
     assert main(["cosine", str(files / "test.npz"), str(bad), str(tmp_path / "out")]) == 1
-    assert "bad.txt:1: expected" in capsys.readouterr().err
+    assert "bad.txt:1: '1 a': expected" in capsys.readouterr().err
     arguments = ["normalize", files / "test.npz", files / "test.txt", tmp_path / "out"]
     assert main([*map(str, arguments), str(files / "test.npz")]) == 1
     assert "8 speakers are in the cohort and in the trials" in capsys.readouterr().err

@@ -6,7 +6,8 @@ import sys
 
 import numpy as np
 
-from speechbrain_qmargin.trials import Trials, write_scores
+from speechbrain_qmargin.scoring.score_files import write_scores
+from speechbrain_qmargin.trials import LabelledTrials
 
 FILE = '''
 """The false accept rate at which a share of the targets is accepted."""
@@ -61,7 +62,7 @@ def test_a_figure_is_one_file(tmp_path):
     rng = np.random.default_rng(0)
     left, right = np.triu_indices(80, 1)
     same = left // 4 == right // 4
-    trials = Trials([f"s{i // 4}/u{i % 4}" for i in range(80)], left, right, same)
+    trials = LabelledTrials([f"s{i // 4}/u{i % 4}" for i in range(80)], left, right, same)
     scores = rng.normal(size=len(left)) + 3 * same
     write_scores(tmp_path / "a.tsv", trials, scores)
     write_scores(tmp_path / "b.tsv", trials, scores + 0.5 * rng.normal(size=len(left)))

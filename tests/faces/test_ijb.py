@@ -26,7 +26,7 @@ from speechbrain_qmargin.faces.ijb import (
 from speechbrain_qmargin.faces.ijb import images as image_module
 from speechbrain_qmargin.faces.ijb import templates as template_module
 from speechbrain_qmargin.scoring.metrics import operating_points, tar_at_far
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 OPTIONS = [
     IJBOptions(flip, norm, detector)
@@ -179,7 +179,7 @@ def test_pairs_in_blocks_as_one_by_one(tree, monkeypatch, swap):
     trials, rng = protocol.trials, np.random.default_rng(0)
     order = rng.permutation(len(trials))
     sides = [side[order] for side in (trials.enrolment, trials.test)][:: -1 if swap else 1]
-    protocol = replace(protocol, trials=Trials(trials.ids, *sides, trials.is_target[order]))
+    protocol = replace(protocol, trials=LabelledTrials(trials.ids, *sides, trials.is_target[order]))
     unit = rng.normal(size=(protocol.num_templates, 16)).astype(np.float32)
     wanted = [unit[a].astype(float) @ unit[b] for a, b in zip(*sides, strict=True)]
     for name, value in (("_GALLERY", 256), ("_GALLERY", 5), ("_SPARSE", 0)):

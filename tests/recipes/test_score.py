@@ -7,7 +7,7 @@ import pytest
 from scripts import ROOT, load
 
 from speechbrain_qmargin.embeddings import save_embeddings
-from speechbrain_qmargin.trials import read_scores
+from speechbrain_qmargin.scoring.score_files import read_scores
 
 
 def run(*options):

@@ -10,8 +10,8 @@ import pytest
 from scripts import load, train
 
 from speechbrain_qmargin.embeddings import load_embeddings
+from speechbrain_qmargin.scoring.score_files import read_scores
 from speechbrain_qmargin.synthetic import voices as mini_voices
-from speechbrain_qmargin.trials import read_scores
 
 TINY = ["--channels=8", "--attention_channels=8", "--embedding_dim=16", "--number_of_epochs=2"]
 TINY += ["--batch_size=4", "--sentence_len=0.5"]

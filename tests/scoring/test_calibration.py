@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 
 from speechbrain_qmargin.scoring.calibration import Calibration, fit_calibration
 from speechbrain_qmargin.scoring.metrics import cllr, eer, min_cllr, operating_points
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 
 def simulated(seed, name="u", count=4000):
@@ -17,7 +17,7 @@ def simulated(seed, name="u", count=4000):
     rng = np.random.default_rng(seed)
     ids = [f"{name}{i}" for i in range(count + 1)]
     is_target = rng.random(count) < 0.3
-    trials = Trials(ids, np.arange(count), np.full(count, count), is_target)
+    trials = LabelledTrials(ids, np.arange(count), np.full(count, count), is_target)
     return rng.normal(np.where(is_target, 0.3, 0.1), math.sqrt(0.005)), trials
 
 
@@ -88,7 +88,7 @@ def test_what_cannot_be_calibrated_is_refused():
     scores, trials = simulated(6)
     calibration = fit_calibration(scores, trials)
     order = np.random.default_rng(0).permutation(len(scores))
-    shuffled = Trials(
+    shuffled = LabelledTrials(
         trials.ids, trials.enrolment[order], trials.test[order], trials.is_target[order]
     )
     with pytest.raises(ValueError, match="very trials the calibration was fitted on"):
@@ -97,6 +97,6 @@ def test_what_cannot_be_calibrated_is_refused():
         fit_calibration(scores + 9 * trials.is_target, trials)
     with pytest.raises(ValueError, match=r"p_target must be in \(0, 1\), got 0"):
         fit_calibration(scores, trials, p_target=0)
-    none = Trials(trials.ids, trials.enrolment, trials.test, np.zeros(4000, bool))
+    none = LabelledTrials(trials.ids, trials.enrolment, trials.test, np.zeros(4000, bool))
     with pytest.raises(ValueError, match="needs target and impostor trials"):
         fit_calibration(scores, none)

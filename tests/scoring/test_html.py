@@ -8,7 +8,7 @@ import pytest
 
 from speechbrain_qmargin.scoring.html import worst_speakers, worst_trials, write_report
 from speechbrain_qmargin.scoring.report import compare, evaluate
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 
 def simulated(seed=0, num_speakers=20, source="list sha256:0"):
@@ -19,7 +19,7 @@ def simulated(seed=0, num_speakers=20, source="list sha256:0"):
     effect = 0.3 * rng.normal(size=num_speakers)
     scores = effect[speaker[left]] + effect[speaker[right]] + rng.normal(size=len(left)) + 3 * same
     ids = [f"s{i:02}/u{j}" for j, i in enumerate(speaker)]
-    return scores, Trials(ids, left, right, same, source)
+    return scores, LabelledTrials(ids, left, right, same, source)
 
 
 def test_the_page_needs_no_network_and_holds_everything(tmp_path):

@@ -13,7 +13,7 @@ from speechbrain_qmargin.scoring.normalisation import (
     normalize,
     refuse_shared_speakers,
 )
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 
 def unit(rows):
@@ -26,7 +26,7 @@ def data():
     ids = [f"u{i}" for i in range(40)]
     matrix = rng.normal(size=(40, 8)).astype(np.float32)
     enrolment, test = rng.integers(40, size=(2, 300))
-    trials = Trials(ids, enrolment, test, np.zeros(300, bool))
+    trials = LabelledTrials(ids, enrolment, test, np.zeros(300, bool))
     return Embeddings(ids, matrix), trials, rng.normal(size=(60, 8)).astype(np.float32)
 
 

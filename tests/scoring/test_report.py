@@ -16,7 +16,7 @@ from speechbrain_qmargin.scoring.metrics import (
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import evaluate
 from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 
 def simulated(num_speakers=30, per_speaker=4, seed=0, distance=3.0):
@@ -28,7 +28,7 @@ def simulated(num_speakers=30, per_speaker=4, seed=0, distance=3.0):
     effect = 0.3 * rng.normal(size=num_speakers)
     scores = effect[speaker[enrolment]] + effect[speaker[test]] + rng.normal(size=len(test))
     ids = [f"s{i:02}/u{j}" for j, i in enumerate(speaker)]
-    return scores + distance * is_target, Trials(ids, enrolment, test, is_target)
+    return scores + distance * is_target, LabelledTrials(ids, enrolment, test, is_target)
 
 
 def test_badges_follow_the_rule_of_30():

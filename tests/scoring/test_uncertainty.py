@@ -18,14 +18,14 @@ from speechbrain_qmargin.scoring.uncertainty import (
     badge,
     rate_interval,
 )
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 
 def all_pairs(num_speakers, per_speaker):
     speaker = np.repeat(np.arange(num_speakers), per_speaker)
     left, right = np.triu_indices(len(speaker), 1)
     ids = [f"s{i:03}/u{j}" for j, i in enumerate(speaker)]
-    return Trials(ids, left, right, speaker[left] == speaker[right])
+    return LabelledTrials(ids, left, right, speaker[left] == speaker[right])
 
 
 def random_list(rng, num_speakers, per_speaker=3, share=0.5):
@@ -33,7 +33,9 @@ def random_list(rng, num_speakers, per_speaker=3, share=0.5):
     trials = all_pairs(num_speakers, per_speaker)
     kept = rng.random(len(trials)) < share
     kept[np.flatnonzero(trials.is_target)[:2]] = True
-    return Trials(trials.ids, trials.enrolment[kept], trials.test[kept], trials.is_target[kept])
+    return LabelledTrials(
+        trials.ids, trials.enrolment[kept], trials.test[kept], trials.is_target[kept]
+    )
 
 
 def scored(trials, rng, effect=0.4, distance=2.5):
@@ -137,7 +139,7 @@ def test_nothing_depends_on_the_order_of_trials_or_of_their_sides(ties):
     order, turned = rng.permutation(len(scores)), rng.random(len(scores)) < 0.5
     sides = np.where(turned, trials.test, trials.enrolment)
     others = np.where(turned, trials.enrolment, trials.test)
-    again = Trials(trials.ids, sides[order], others[order], trials.is_target[order])
+    again = LabelledTrials(trials.ids, sides[order], others[order], trials.is_target[order])
     first = evaluate(scores, trials, all_eers=True, llr=True)
     second = evaluate(scores[order], again, all_eers=True, llr=True)
     for one, two in zip(first.figures, second.figures, strict=True):
@@ -149,7 +151,7 @@ def test_reversed_trials_add_nothing():
     rng = np.random.default_rng(2)
     trials = random_list(rng, 20)
     scores = scored(trials, rng, distance=4.0)
-    both = Trials(
+    both = LabelledTrials(
         trials.ids,
         np.append(trials.enrolment, trials.test),
         np.append(trials.test, trials.enrolment),
@@ -171,7 +173,7 @@ def test_two_reversed_errors_are_one_error():
     scores = np.where(trials.is_target, 1.0, 0.0)
     wrong = np.flatnonzero(~trials.is_target)[[0, 100]]
     scores[wrong] = 2.0
-    both = Trials(
+    both = LabelledTrials(
         trials.ids,
         np.append(trials.enrolment, trials.test[wrong]),
         np.append(trials.test, trials.enrolment[wrong]),
@@ -225,7 +227,7 @@ def test_one_speaker_with_most_trials_is_not_many_speakers():
 
 
 def test_one_speaker_is_refused():
-    trials = Trials(["a/1", "a/2"], np.array([0]), np.array([1]), np.array([True]))
+    trials = LabelledTrials(["a/1", "a/2"], np.array([0]), np.array([1]), np.array([True]))
     with pytest.raises(ValueError, match="one speaker only"):
         TrialStructure.of(trials)
 
@@ -366,7 +368,7 @@ def test_sparse_lists_are_covered():
     trials = random_list(rng, 150, per_speaker=4, share=0.02)
     targets = all_pairs(150, 4)
     chosen = targets.is_target
-    trials = Trials(
+    trials = LabelledTrials(
         trials.ids,
         np.append(trials.enrolment[~trials.is_target], targets.enrolment[chosen]),
         np.append(trials.test[~trials.is_target], targets.test[chosen]),

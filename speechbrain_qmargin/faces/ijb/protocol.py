@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = ["IJB", "read_ijb", "read_template_pairs"]
 
@@ -32,7 +32,7 @@ class IJB:
     image, template, media : int arrays [F]
         The faces of ``*_face_tid_mid.txt``: index into `names`, index into the templates, and the
         media's own number.
-    trials : Trials
+    trials : LabelledTrials
         The pairs of ``*_template_pair_label.txt``, int32; its ids are the templates' numbers,
         ascending; its speakers are the subjects, where the 1:N lists name them.
     unnamed : str
@@ -49,7 +49,7 @@ class IJB:
     image: np.ndarray
     template: np.ndarray
     media: np.ndarray
-    trials: Trials
+    trials: LabelledTrials
     unnamed: str = ""
     lists: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
 
@@ -145,7 +145,7 @@ def read_ijb(folder: str | Path, target: str = "IJBC") -> IJB:
     ids, template = np.unique(template, return_inverse=True)
     left, right, same, source = read_template_pairs(meta / names[2])
     one, two = (_rows_of(ids, side, meta / names[2], meta / names[1]) for side in (left, right))
-    trials = Trials([str(x) for x in ids.tolist()], one, two, same, source)
+    trials = LabelledTrials([str(x) for x in ids.tolist()], one, two, same, source, label_noise=True)
     lists, missing = _read_lists(meta, target)
     trials, unnamed = _with_subjects(trials, lists, missing)
     template = template.astype(np.int32)
@@ -185,8 +185,8 @@ def _read_lists(meta: Path, target: str) -> tuple[dict[str, dict[str, str]], lis
 
 
 def _with_subjects(
-    trials: Trials, lists: Mapping[str, Mapping[str, str]], missing: list[str]
-) -> tuple[Trials, str]:
+    trials: LabelledTrials, lists: Mapping[str, Mapping[str, str]], missing: list[str]
+) -> tuple[LabelledTrials, str]:
     """The trials with the subjects of the 1:N lists; or as they are, and why."""
     if missing:
         return trials, f"{', '.join(missing)} not in meta/"

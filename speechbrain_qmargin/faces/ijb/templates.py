@@ -92,8 +92,8 @@ def template_embeddings(
     --------
     A video of two frames and a still are one template; the still is another:
 
-    >>> from speechbrain_qmargin.trials import Trials
-    >>> pair = Trials(["4", "9"], np.array([0]), np.array([1]), np.array([True]))
+    >>> from speechbrain_qmargin.trials import LabelledTrials
+    >>> pair = LabelledTrials(["4", "9"], np.array([0]), np.array([1]), np.array([True]))
     >>> ijb = IJB("IJBC", ["1.jpg", "2.jpg", "3.jpg"], np.zeros((3, 5, 2)), np.ones(3),
     ...           image=np.array([0, 1, 2, 2]), template=np.array([0, 0, 0, 1]),
     ...           media=np.array([7, 7, 8, 8]), trials=pair)

@@ -1,0 +1,273 @@
+"""Text tables as people publish them: lists of trials, of scores, of ids and values.
+
+Columns stand between tabs (then cells may hold spaces), commas or blanks; a byte order mark, blank
+lines and a header are allowed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["LABELS", "Table", "read_lines", "read_map", "read_models", "read_table", "some"]
+
+LABELS = {
+    **dict.fromkeys(("1", "target", "tgt", "true", "genuine"), True),
+    **dict.fromkeys(("0", "nontarget", "non-target", "imp", "impostor", "false"), False),
+}
+"""What is written for a target trial (True) and for an impostor trial (False), in lower case."""
+
+_NAMES = {
+    "enrolment": "enrolment enrol enroll enrollment enrolmentid enrollmentid enrollid enrolid "
+    "modelid model utt1 file1 id1 wav1 path1",
+    "test": "test testid segmentid segment testutt utt2 file2 id2 wav2 path2",
+    "score": "score scores llr",
+    "label": "label labels target targettype istarget key trialtype",
+}
+_COLUMN = {alias: name for name, aliases in _NAMES.items() for alias in aliases.split()}
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many names.
+
+    Examples
+    --------
+    >>> some("abcdefg")
+    'a, b, c, d, e, ...'
+    """
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def read_lines(path: str | Path) -> tuple[list[str], str]:
+    """The lines of a UTF-8 text file, and its name with its SHA-256.
+
+    Raises
+    ------
+    ValueError
+        Another encoding; with the file.
+    """
+    content = Path(path).read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file ({error})") from None
+    # not splitlines, which also parts at characters that a name may hold
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return lines, f"{Path(path).name} sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a file, by columns.
+
+    Attributes
+    ----------
+    path : path
+    source : str
+        The file's name and SHA-256.
+    columns : list of tuple of str
+        Each [rows].
+    numbers : list of int
+        The line of every row, from 1.
+    header : list of str or None
+        What each column holds: "enrolment", "test", "score", "label", or its own name in lower
+        case; None without a header.
+    comment : str
+        A first line that starts with "#", without it.
+    """
+
+    path: str | Path
+    source: str
+    columns: list[tuple[str, ...]]
+    numbers: list[int]
+    header: list[str] | None
+    comment: str = ""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def row(self, index: int) -> str:
+        """A row for a message: its file, line and cells."""
+        cells = " ".join(column[index] for column in self.columns)
+        return f"{self.path}:{self.numbers[index]}: {cells!r}"
+
+    def label_columns(self) -> list[int]:
+        """The columns that hold nothing but labels."""
+        return [n for n, column in enumerate(self.columns) if _all_labels(column)]
+
+    def labels(self, column: int) -> np.ndarray:
+        """A column as bool [rows].
+
+        Raises
+        ------
+        ValueError
+            A cell that is no label; with file and line.
+        """
+        found = [LABELS.get(cell.lower()) for cell in self.columns[column]]
+        if None in found:
+            at = found.index(None)
+            raise ValueError(
+                f"{self.row(at)}: the label {self.columns[column][at]!r} is none of "
+                f"{', '.join(LABELS)}"
+            )
+        return np.array(found, dtype=bool)
+
+
+def _all_labels(cells: Sequence[str]) -> bool:
+    return cells[0].lower() in LABELS and all(cell.lower() in LABELS for cell in set(cells))
+
+
+def _separator(line: str) -> str | None:
+    if "\t" in line.strip():
+        return "\t"
+    return "," if "," in line and len(line.split()) < 3 else None
+
+
+def _named(cell: str) -> str:
+    plain = "".join(letter for letter in cell.lower() if letter.isalnum())
+    return _COLUMN.get(plain, plain)
+
+
+def _column_names(cells: Sequence[str]) -> list[str] | None:
+    """What a header's columns hold, None if the line is no header."""
+    names = [_named(cell) for cell in cells]
+    return names if {"enrolment", "test"} <= set(names) else None
+
+
+def read_table(path: str | Path, *, fewest: int = 2) -> Table:
+    """Read a table; every row must have the first one's number of cells.
+
+    A first line that names an enrolment and a test column is a header; so is one that alone keeps
+    a column from holding labels.
+
+    Raises
+    ------
+    ValueError
+        No rows, or a row of another length or of fewer than `fewest` cells; with file and line.
+    """
+    lines, source = read_lines(path)
+    comment = lines[0][1:].strip() if lines and lines[0].startswith("#") else ""
+    start = 1 if comment else 0
+    numbers = [n for n, line in enumerate(lines[start:], start + 1) if line.strip()]
+    if not numbers:
+        raise ValueError(f"{path}: there is nothing in it")
+    separator = _separator(lines[numbers[0] - 1])
+    if separator == ",":
+        rows = list(csv.reader((lines[n - 1] for n in numbers), skipinitialspace=True))
+    else:
+        rows = [lines[n - 1].split(separator) for n in numbers]
+    if separator:
+        rows = [[cell.strip() for cell in row] for row in rows]
+    width = len(rows[0])
+    for number, row in zip(numbers, rows, strict=False):
+        if len(row) != width or width < fewest:
+            raise ValueError(
+                f"{path}:{number}: expected {max(width, fewest)} columns as in the first line, "
+                f"got {lines[number - 1]!r}"
+            )
+    header = _column_names(rows[0])
+    if header is None and len(rows) > 1:
+        labelled = [
+            n for n, column in enumerate(zip(*rows[1:], strict=True)) if _all_labels(column)
+        ]
+        if len(labelled) == 1 and _named(rows[0][labelled[0]]) == "label":
+            header = ["label" if n == labelled[0] else "" for n in range(width)]
+            if rows[0][labelled[0]].lower() in LABELS:
+                header = None
+    if header is not None:
+        rows, numbers = rows[1:], numbers[1:]
+        if not rows:
+            raise ValueError(f"{path}: a header and nothing below it")
+    columns = list(zip(*rows, strict=True))
+    return Table(path, source, columns, numbers, header, comment)
+
+
+def read_map(path: str | Path, kind: type = str) -> dict:
+    """Read ``id value`` lines, such as Kaldi's utt2spk (`kind` str) or utt2dur (`kind` float).
+
+    Between tabs or commas ids may hold spaces.
+
+    Raises
+    ------
+    ValueError
+        A line without two fields, a value that is not finite, an id twice: with file and line.
+    """
+    values: dict = {}
+    separator = None
+    for number, line in enumerate(read_lines(path)[0], 1):
+        if not line.strip():
+            continue
+        if not values:
+            separator = _separator(line)
+        fields = [field.strip() for field in line.split(separator)]
+        value = None
+        if len(fields) == 2:
+            try:
+                value = kind(fields[1])
+            except (TypeError, ValueError):
+                value = None
+        if value is None or (kind is float and not np.isfinite(value)):
+            raise ValueError(f"{path}:{number}: expected an id and one {kind.__name__}: {line!r}")
+        if fields[0] in values:
+            raise ValueError(f"{path}:{number}: {fields[0]} is listed twice")
+        values[fields[0]] = value
+    return values
+
+
+def read_models(path: str | Path) -> Mapping[str, tuple[str, ...]]:
+    """Read which recordings a model is enrolled with.
+
+    ``model recording`` lines, one for each recording (NIST SRE's, with a header or not), or
+    ``model recording recording ...`` (Kaldi's spk2utt, CN-Celeb's enroll.map).
+
+    Raises
+    ------
+    ValueError
+        A line without a recording, a recording twice in one model; with file and line.
+    """
+    lines, _ = read_lines(path)
+    models: dict[str, list[str]] = {}
+    separator = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if not models:
+            separator = _separator(line)
+            names = _column_names([field.strip() for field in line.split(separator)])
+            if names is not None:
+                at = names.index("enrolment"), names.index("test")
+                return _models_with_header(path, lines[number:], number, separator, at)
+        name, *recordings = (field.strip() for field in line.split(separator))
+        if not recordings:
+            raise ValueError(f"{path}:{number}: expected a model and its recordings, got {line!r}")
+        _enrol(models, name, recordings, f"{path}:{number}")
+    if not models:
+        raise ValueError(f"{path}: no models in it")
+    return {name: tuple(recordings) for name, recordings in models.items()}
+
+
+def _models_with_header(path, lines, offset, separator, at) -> Mapping[str, tuple[str, ...]]:
+    models: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, offset + 1):
+        if not line.strip():
+            continue
+        fields = [field.strip() for field in line.split(separator)]
+        if len(fields) <= max(at):
+            raise ValueError(f"{path}:{number}: expected a model and a recording, got {line!r}")
+        _enrol(models, fields[at[0]], [fields[at[1]]], f"{path}:{number}")
+    return {name: tuple(recordings) for name, recordings in models.items()}
+
+
+def _enrol(models: dict[str, list[str]], name: str, recordings: list[str], where: str) -> None:
+    held = models.setdefault(name, [])
+    for recording in recordings:
+        if recording in held:
+            raise ValueError(f"{where}: {recording} is in the model {name} twice")
+        held.append(recording)
