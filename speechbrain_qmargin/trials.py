@@ -453,7 +453,7 @@ def read_trials(path: str | Path) -> LabelledTrials:
     if len(found) > 1 and width == 3:  # an id may be called 0 or 1: words are labels, ids are not
         words = [n for n in found if not set(table.columns[n]) <= {"0", "1"}]
         found = words or found
-    if len(found) != 1:
+    if len(found) != 1 or width < 3:
         raise ValueError(_no_label(table, found))
     (label,) = found
     if {"enrolment", "test"} <= set(header):
@@ -499,7 +499,7 @@ def _refuse_empty(table: Table, *sides: Sequence[str]) -> None:
 
 def _no_label(table: Table, found: list[int]) -> str:
     """Why no column is that of the labels."""
-    if len(found) > 1:
+    if len(found) > 1 and len(table.columns) > 2:
         return f"{table.path}: {len(found)} columns hold labels; name them in a first line"
     if len(table.columns) < 3:
         return f"{table.row(0)}: expected 'label enrolment test' or 'enrolment test label'"

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_qmargin.scoring.shares import Share, share_of_trials
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = ["Breakdown", "GroupRates", "breakdown", "read_metadata", "trial_groups"]
 
@@ -140,7 +140,7 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
 
 
 def trial_groups(
-    trials: Trials,
+    trials: LabelledTrials,
     values: Mapping[str, str],
     *,
     relation: str = "both",
@@ -150,7 +150,7 @@ def trial_groups(
 
     Parameters
     ----------
-    trials : Trials
+    trials : LabelledTrials
     values : mapping from recording or speaker to value
         A recording's own value comes before its speaker's.
     relation : {"both", "same"}
@@ -172,7 +172,7 @@ def trial_groups(
 
     Examples
     --------
-    >>> trials = Trials(["a/1", "a/2", "b/1"], np.array([0, 0]), np.array([1, 2]),
+    >>> trials = LabelledTrials(["a/1", "a/2", "b/1"], np.array([0, 0]), np.array([1, 2]),
     ...                 np.array([True, False]))
     >>> group, names = trial_groups(trials, {"a": "f", "b": "m"})
     >>> [names[n] for n in group]
@@ -237,7 +237,7 @@ def _binned(known: Sequence[str], edges: Sequence[float]) -> tuple[dict[str, int
 
 def breakdown(
     scores: np.ndarray,
-    trials: Trials,
+    trials: LabelledTrials,
     threshold: float,
     values: Mapping[str, str],
     *,
@@ -252,7 +252,7 @@ def breakdown(
     Parameters
     ----------
     scores : float array [N]
-    trials : Trials
+    trials : LabelledTrials
         With labels.
     threshold : float
         Accepted is ``score >= threshold``.
@@ -276,7 +276,7 @@ def breakdown(
     >>> rng = np.random.default_rng(0)
     >>> ids = [f"{speaker}/{take}" for speaker in range(40) for take in range(4)]
     >>> left, right = np.triu_indices(160, 1)
-    >>> trials = Trials(ids, left, right, left // 4 == right // 4)
+    >>> trials = LabelledTrials(ids, left, right, left // 4 == right // 4)
     >>> scores = rng.normal(size=len(trials)) + 3 * trials.is_target
     >>> gender = {str(speaker): "fm"[speaker % 2] for speaker in range(40)}
     >>> found = breakdown(scores, trials, 1.5, gender)

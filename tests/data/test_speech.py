@@ -102,9 +102,8 @@ def test_the_scan_follows_the_files_not_their_names(corpus):
     ("line", "message"),
     [
         ("1 c/s0/0.flac gone/s0/9.flac\n", r"gone/s0/9\.flac \(line 3\)"),
-        ("2 c/s0/0.flac c/s0/1.flac\n", r"trials\.txt:3: expected"),
+        ("2 c/s0/0.flac c/s0/1.flac\n", r"trials\.txt:3: .* expected"),
         ("1 c/s0/0.flac\n", r"trials\.txt:3: expected"),
-        ("1 c/s0/0.flac c/s0/1.flac\n", r"trials\.txt:3: the trial of line 1 again"),
         ("1 c/s0/2.flac d/s0/0.flac\n", r"c/s0/2\.flac d/s0/0\.flac is a target trial of two"),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 
 from speechbrain_qmargin.scoring.breakdown import breakdown, read_metadata, trial_groups
 from speechbrain_qmargin.scoring.shares import share_of_trials
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 
 def simulated(seed=0, speakers=24, takes=4, effect=0.3):
@@ -16,7 +16,7 @@ def simulated(seed=0, speakers=24, takes=4, effect=0.3):
     person = effect * rng.normal(size=speakers)
     scores = person[of[left]] + person[of[right]] + rng.normal(size=len(left)) + 2 * same
     ids = [f"s{i}/{j}" for j, i in enumerate(of)]
-    return scores, Trials(ids, left, right, same)
+    return scores, LabelledTrials(ids, left, right, same)
 
 
 def test_rates_are_those_of_a_loop():
@@ -48,7 +48,7 @@ def test_rates_are_those_of_a_loop():
 
 
 def test_bins_and_same_session():
-    trials = Trials(["a/1", "a/2", "b/1"], np.array([0, 0, 1]), np.array([1, 2, 2]),
+    trials = LabelledTrials(["a/1", "a/2", "b/1"], np.array([0, 0, 1]), np.array([1, 2, 2]),
                     np.array([True, False, False]))  # fmt: skip
     group, names = trial_groups(trials, {"a/1": "1.5", "a/2": "2", "b/1": "9"}, edges=[2, 5])
     assert [names[n] for n in group] == [

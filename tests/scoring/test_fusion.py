@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 
 from speechbrain_qmargin.scoring.fusion import Fusion, fit_fusion
 from speechbrain_qmargin.scoring.metrics import eer, operating_points
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import LabelledTrials, Trials
 
 
 def simulated(seed=0, name="s", speakers=20):
@@ -18,7 +18,7 @@ def simulated(seed=0, name="s", speakers=20):
     of = np.repeat(np.arange(speakers), 4)
     left, right = np.triu_indices(len(of), 1)
     same = of[left] == of[right]
-    trials = Trials([f"{name}{i}/{j}" for j, i in enumerate(of)], left, right, same, "list")
+    trials = LabelledTrials([f"{name}{i}/{j}" for j, i in enumerate(of)], left, right, same, "list")
     noise = rng.normal(size=(2, len(left)))
     return {"one": 0.1 * (noise[0] + 2 * same), "two": 5 * (noise[1] + 1.5 * same)}, trials
 
@@ -69,7 +69,7 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(ValueError, match="no systems"):
         fit_fusion({}, trials)
     with pytest.raises(ValueError, match="no labels"):
-        fit_fusion(systems, replace(trials, is_target=None))
+        fit_fusion(systems, Trials(trials.ids, trials.enrolment, trials.test))
     with pytest.raises(ValueError, match=r"two: 3160 trials and scores \(2,\)"):
         fit_fusion(systems | {"two": np.zeros(2)}, trials)
     broken = systems["two"].copy()
