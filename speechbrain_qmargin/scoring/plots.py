@@ -154,7 +154,7 @@ def plot_det(
     Parameters
     ----------
     systems : mapping from name to (scores [N], labels)
-        The labels are a bool array [N], or LabelledTrials, which give a 95 % band over speakers too.
+        Labels are a bool array [N], or LabelledTrials, which give a 95 % band over speakers too.
     path : path
         Its suffix is the format.
     title : str

@@ -81,7 +81,7 @@ def test_differences_are_paired():
     other = evaluate(np.exp(scores), trials)
     assert all(abs(d.high - d.low) < 1e-6 for d in compare(first, other))
     fewer = trials.is_target | (np.arange(len(scores)) % 2 == 0)
-    chosen = Trials(
+    chosen = LabelledTrials(
         trials.ids, trials.enrolment[fewer], trials.test[fewer], trials.is_target[fewer]
     )
     with pytest.raises(ValueError, match="cannot be paired"):
