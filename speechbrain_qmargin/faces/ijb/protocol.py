@@ -145,7 +145,9 @@ def read_ijb(folder: str | Path, target: str = "IJBC") -> IJB:
     ids, template = np.unique(template, return_inverse=True)
     left, right, same, source = read_template_pairs(meta / names[2])
     one, two = (_rows_of(ids, side, meta / names[2], meta / names[1]) for side in (left, right))
-    trials = LabelledTrials([str(x) for x in ids.tolist()], one, two, same, source, label_noise=True)
+    trials = LabelledTrials(
+        [str(x) for x in ids.tolist()], one, two, same, source, label_noise=True
+    )
     lists, missing = _read_lists(meta, target)
     trials, unnamed = _with_subjects(trials, lists, missing)
     template = template.astype(np.int32)
