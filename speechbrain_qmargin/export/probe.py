@@ -21,7 +21,7 @@ def probe(encoder: SpeakerEncoder, from_waveform: bool, batch: int, samples: int
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest |a - b| of the rows, relative to the rows' length."""
+    """The largest ``|a - b|`` of the rows, relative to the rows' length."""
     if a.shape != b.shape:
         return float("inf")
     return float(((a - b).norm(dim=1) / a.norm(dim=1)).max())
