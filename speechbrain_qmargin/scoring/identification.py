@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from speechbrain_qmargin.scoring.metrics import allowed_false_accepts
-from speechbrain_qmargin.scoring.shares import Share, share, support_of
+from speechbrain_qmargin.scoring.shares import Share, share
+from speechbrain_qmargin.scoring.uncertainty import badge
 
 __all__ = ["COMBINE", "Identification", "OpenSet", "identify"]
 
@@ -440,5 +441,5 @@ def _with_threshold(
         high=float(min(high, 1)),
         errors=float(errors),
         people=people,
-        support=support_of(errors, people),
+        support=badge(errors, people),
     )

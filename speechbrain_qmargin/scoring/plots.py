@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ __all__ = [
 
 _TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99,
           0.999)  # fmt: skip
+_HATCHES = ("////", "\\\\\\\\", "....", "||||", "----", "xxxx", "++++")
 
 
 def plain(text: str, width: int = 0) -> str:
@@ -80,6 +82,7 @@ def det_figure(systems: Mapping[str, tuple[OperatingPoints, Spread | None]], tit
 
     figure, axes = canvas(6.6, 6.2)
     lowest, supported, least_frr, most_frr = 0.5, 0.0, 0.2, 0.5
+    hatches = itertools.cycle(_HATCHES)
     for name, (points, spread) in systems.items():
         equal = eer(points)
         far, frr = _staircase(points)
@@ -98,10 +101,11 @@ def det_figure(systems: Mapping[str, tuple[OperatingPoints, Spread | None]], tit
             least_frr, most_frr = min(least_frr, frr.min()), max(most_frr, frr.max())
         if spread is not None:
             grid = np.geomspace(1 / points.num_impostors, 0.5, 60)
-            band = spread.band(grid)
+            band = spread.band(grid.tolist())
             if band is not None:
-                ends = (norm.ppf(np.clip(x, 0.2 / points.num_targets, 1 - 1e-6)) for x in band)
-                axes.fill_between(norm.ppf(grid), *ends, color=color, alpha=0.15, linewidth=0)
+                low, high = norm.ppf(np.clip(band, 0.2 / points.num_targets, 1 - 1e-6))
+                hatch = next(hatches) if len(systems) > 1 else ""
+                _band(axes, norm.ppf(grid), low, high, color, hatch)
     low = max(lowest, 1e-7)
     bottom = max(least_frr, 1e-5) / 1.5
     top = min(max(most_frr, 0.6), 0.995)
@@ -127,6 +131,16 @@ def det_figure(systems: Mapping[str, tuple[OperatingPoints, Spread | None]], tit
     axes.grid(color="0.88", linewidth=0.6)
     axes.legend(loc="upper right", fontsize=9)
     return figure
+
+
+def _band(axes, x, low, high, color, hatch: str) -> None:
+    """A band that can be told from others above or below it: its own hatching, and its edges."""
+    axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+    if hatch:
+        axes.fill_between(x, low, high, facecolor="none", edgecolor=color, alpha=0.35, hatch=hatch,
+                          linewidth=0)  # fmt: skip
+    for edge in (low, high):
+        axes.plot(x, edge, color=color, linewidth=0.6, alpha=0.6)
 
 
 def _staircase(points: OperatingPoints) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,9 @@ r"""A share of trials or probes with an interval over people, and what it rests 
 
 Trials that share a person are not independent. At a fixed threshold a rate is a mean over trials,
 whose variance over people follows from sums of what each person's trials, and each pair's, deviate
-by (Fafchamps and Gubert 2007; Aronow, Samii and Assenova 2015): no resampling.
+by (Fafchamps and Gubert 2007; Aronow, Samii and Assenova 2015). The method is that of
+:mod:`~speechbrain_qmargin.scoring.uncertainty`, for a part of a list, which may have one class of
+trials only, or few people.
 """
 
 from __future__ import annotations
@@ -13,9 +15,7 @@ import numpy as np
 
 from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval
 
-__all__ = ["FEW_PEOPLE", "Share", "share", "share_of_trials", "support_of"]
-
-FEW_PEOPLE = 8  # below, no interval is called measured
+__all__ = ["Share", "share", "share_of_trials"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Share:
     trials, people : int
         Trials (or probes) that it is of, and their people.
     support : str
-        "measured" (30 errors or more, of eight people or more), "indicative", "unsupported".
+        Its :func:`~speechbrain_qmargin.scoring.uncertainty.badge`.
     """
 
     value: float
@@ -50,20 +50,6 @@ class Share:
     def __str__(self) -> str:
         shown = f"{100 * self.value:.3g} % ({100 * self.low:.3g} to {100 * self.high:.3g} %)"
         return f"{shown} {self.support}"
-
-
-def support_of(errors: float, people: int) -> str:
-    """The badge of a rate that rests on so many errors of so many people.
-
-    Examples
-    --------
-    >>> support_of(100, 20), support_of(100, 5), support_of(100, 1)
-    ('measured', 'indicative', 'unsupported')
-    """
-    support = badge(errors)
-    if people < 2:
-        return "unsupported"
-    return "indicative" if support == "measured" and people < FEW_PEOPLE else support
 
 
 def share(
@@ -101,7 +87,7 @@ def share(
     if errors < 30:
         widest = rate_interval(round(rate * trials), trials, confidence)
         low, high = min(low, widest[0]), max(high, widest[1])
-    support = support_of(errors, people)
+    support = badge(errors, people)
     return Share(rate, float(low), float(high), float(errors), trials, people, support)
 
 

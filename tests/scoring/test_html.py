@@ -6,8 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from speechbrain_qmargin.scoring.html import worst_speakers, worst_trials, write_report
-from speechbrain_qmargin.scoring.report import compare, evaluate
+from speechbrain_qmargin.scoring.html import write_report
+from speechbrain_qmargin.scoring.page import Provenance, in_points
+from speechbrain_qmargin.scoring.report import Difference, compare, evaluate
+from speechbrain_qmargin.scoring.worst import worst_speakers, worst_trials
 from speechbrain_qmargin.trials import LabelledTrials
 
 
@@ -44,8 +46,10 @@ def test_the_page_needs_no_network_and_holds_everything(tmp_path):
     assert "<b>cosine</b>" not in page
     for name in ("det.png", "det.svg", "histogram_1.png", "histogram_2.png", "calibration.png"):
         assert (tmp_path / name).stat().st_size > 1000
-    for text in ("Optimistic", "Chosen on dev", "unsupported", "TAR@FAR=1e-06", "trials alone"):
+    for text in ("Optimistic", "Chosen on dev", "unsupported", "points", "better"):
         assert text in page
+    assert page.count("TAR@FAR=0.0001 to 1e-06") >= 2  # below the data's limit: one row
+    assert '<th scope="row">TAR@FAR=1e-05' not in page
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["systems"]["worse"]["figures"]["EER"]["value"] == reports["worse"]["eer"].value
     figures = {d["name"]: d for d in content["differences"][0]["figures"]}
@@ -87,3 +91,74 @@ def test_differences_are_paired():
     with pytest.raises(ValueError, match="cannot be paired"):
         compare(first, evaluate(scores[fewer], chosen))
     assert first["eer"].high - first["eer"].low > 0.005
+
+
+def test_every_system_has_its_own_file_and_hash(tmp_path):
+    scores, trials = simulated()
+    files = {"a": "a.tsv sha256:11", "b": "b.tsv sha256:22"}
+    write_report(
+        tmp_path,
+        {"a": scores, "b": scores},
+        trials,
+        provenance=Provenance(
+            command="qmargin report <x>",
+            files=files,
+            about={"b": {"encoder": "results/b"}},
+            notes=["2 pairs are listed twice"],
+        ),
+    )
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for text in ("<code>sha256:11</code>", "<code>sha256:22</code>", "list <code>sha256:0</code>",
+                 "encoder: results/b", "qmargin report &lt;x&gt;", "2 pairs are listed twice",
+                 "speechbrain_qmargin "):  # fmt: skip
+        assert text in page
+    made = json.loads((tmp_path / "report.json").read_text())["made"]
+    assert made["files"] == files
+    assert re.match(r"\d{4}-\d\d-\d\d ", made["date"])
+
+
+def test_the_summary_says_what_the_intervals_allow(tmp_path):
+    scores, trials = simulated(4, 40)
+    worse = scores + 2 * np.random.default_rng(0).normal(size=len(scores))
+    write_report(tmp_path, {"good": scores, "same": scores, "bad": worse}, trials)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    can, cannot = page.partition("What can be said")[2].partition("What cannot")[::2]
+    cannot = cannot.partition("</div>")[0]
+    assert "good is better than bad: EER by " in can
+    assert "bad is better" not in page
+    assert "Whether good and same differ in EER" in cannot
+    assert "TAR@FAR=1e-05" in cannot
+    assert "optimistic" in cannot
+
+
+def test_few_speakers_are_said(tmp_path):
+    scores, trials = simulated(1, 6)
+    write_report(tmp_path, {"a": scores}, trials)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "The trials are of 6 speakers; with fewer than 8 nothing is called measured." in page
+
+
+def test_groups_are_on_the_page(tmp_path):
+    scores, trials = simulated(1)
+    gender = {f"s{i:02}": "fm"[i % 2] for i in range(20)}
+    write_report(tmp_path, {"a": scores}, trials, metadata={"gender": gender})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "a, by gender" in page
+    assert "f × m" in page
+    groups = json.loads((tmp_path / "report.json").read_text())["groups"]["a"][0]["groups"]
+    assert [row["group"] for row in groups] == ["f", "f × m", "m"]
+
+
+def test_ratios_have_their_picture(tmp_path):
+    scores, trials = simulated(1)
+    write_report(tmp_path, {"a": 3 * scores - 4}, trials, llr=True)
+    assert (tmp_path / "bayes_error.png").stat().st_size > 1000
+    assert "over deciding without them" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_differences_are_in_points_with_their_direction():
+    difference = Difference("tar_at_far", 0.01, "TAR@FAR=0.01", 0.012, 0.004, 0.02, "rate", True)
+    assert in_points(difference) == "+1.20 points (+0.40 to +2.00)"
+    assert in_points(Difference("min_dcf", 0.01, "x", 0.1, -0.1, 0.3, "cost")) == (
+        "+0.100 (-0.100 to +0.300)"
+    )
