@@ -160,7 +160,7 @@ def fit_log_odds(
     if number in (0, len(is_target)):
         raise ValueError("calibration needs target and impostor trials")
     centre, spread = features.mean(0), np.asarray(features.std(0))
-    spread[spread == 0] = 1
+    spread = np.where(spread == 0, 1.0, spread)
     weight = np.where(is_target, p_target / number, (1 - p_target) / (len(is_target) - number))
     model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10, max_iter=1000)
     apart = features[is_target, 0].min() > features[~is_target, 0].max()

@@ -102,17 +102,18 @@ def write_report(
         )
         if progress is not None:
             progress(1)
-        held_out = None
+        held_out, chosen_on = None, ""
         if development and name in development:
             dev_scores, dev_trials = development[name]
             held_out = operating_points(dev_scores, dev_trials.is_target)
+            chosen_on = dev_trials.source
         decisions[name] = choose_operating_point(
             name,
             reports[name].points,
             far,
             development=held_out,
             measured_on=trials.source,
-            chosen_on=development[name][1].source if held_out else "",
+            chosen_on=chosen_on,
         )
     figure = det_figure({n: (r.points, r.spread) for n, r in reports.items()}, title)
     pictures["det"] = figure

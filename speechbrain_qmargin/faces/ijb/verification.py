@@ -163,7 +163,7 @@ def _roc_figure(report: Report, title: str):
     far, tar = np.maximum(points.far[:-1], lowest / 2), 1 - points.frr[:-1]
     (line,) = axes.step(far, tar, where="pre", linewidth=1.5)  # TAR falls, and then FAR
     grid = np.geomspace(lowest, 0.1, 60)
-    band = spread.band(grid)
+    band = spread.band(grid.tolist())
     bottom = float(tar.min())
     if band is not None:
         low, high = 1 - band[1], 1 - band[0]
