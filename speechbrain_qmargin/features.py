@@ -56,6 +56,8 @@ class KaldiFbank(nn.Module):
         banks, _ = get_mel_banks(n_mels, self.n_fft, sample_rate, _LOWEST, 0.0, 100.0, -500.0, 1.0)
         banks = nn.functional.pad(banks, (0, 1)).T.contiguous()  # the Nyquist bin is in none
         # made of the arguments alone: nothing for a checkpoint
+        self.window: Tensor
+        self.banks: Tensor
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("banks", banks, persistent=False)
 

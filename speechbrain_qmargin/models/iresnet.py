@@ -66,6 +66,11 @@ class IResNet(nn.Module):
     torch.Size([2, 1, 8])
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(
         self,
         depth: int = 50,
@@ -85,7 +90,7 @@ class IResNet(nn.Module):
             outputs = channels * 2**stage
             sizes, strides = [inputs] + [outputs] * (blocks - 1), [2] + [1] * (blocks - 1)
             layer = [_Block(size, outputs, step) for size, step in zip(sizes, strides, strict=True)]
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layer))
             inputs, side = outputs, (side + 1) // 2
         self.bn2 = nn.BatchNorm2d(inputs)
         self.dropout = nn.Dropout(dropout)

@@ -58,7 +58,7 @@ class MobileFaceNet(nn.Module):
 
     def __init__(self, embedding_dim: int = 128, image_size: int = 112) -> None:
         super().__init__()
-        layers = [_convolution(3, 64, 3, 2), _convolution(64, 64, 3, groups=64)]
+        layers: list[nn.Module] = [_convolution(3, 64, 3, 2), _convolution(64, 64, 3, groups=64)]
         inputs, side = 64, (image_size + 1) // 2
         for expansion, outputs, blocks, stride in STAGES:
             for block in range(blocks):

@@ -58,6 +58,7 @@ def _silence(frames: Tensor, kept: Tensor | None) -> Tensor:
 class _Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
+        self.stride = stride
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
@@ -98,6 +99,11 @@ class ResNet34(nn.Module):
     torch.Size([2, 1, 8])
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(self, input_size: int = 80, channels: int = 32, lin_neurons: int = 256) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, channels, 3, 1, 1, bias=False)
@@ -108,7 +114,7 @@ class ResNet34(nn.Module):
             strides = [stride] + [1] * (blocks - 1)
             sizes = [inputs] + [outputs] * (blocks - 1)
             layer = [_Block(size, outputs, step) for size, step in zip(sizes, strides, strict=True)]
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layer))
             inputs, bands = outputs, (bands - 1) // stride + 1
         self.seg_1 = nn.Linear(2 * inputs * bands, lin_neurons)
 
@@ -124,7 +130,7 @@ class ResNet34(nn.Module):
         y = _silence(F.relu(self.bn1(self.conv1(_silence(y, kept)))), kept)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:
-                if kept is not None and block.conv1.stride[1] == 2:
+                if kept is not None and block.stride == 2:
                     kept = (kept / 2).ceil()
                 y = block(y, kept)
         if kept is not None:

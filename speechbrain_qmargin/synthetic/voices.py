@@ -635,6 +635,7 @@ def _synthesise(
                 "settings": asdict(settings),
                 "paths": paths[i::num_workers],
             }
+            assert worker.stdin is not None  # a pipe
             with contextlib.suppress(BrokenPipeError), worker.stdin:
                 json.dump(job, worker.stdin)
             threading.Thread(target=_forward, args=(worker, results), daemon=True).start()
@@ -661,6 +662,7 @@ def _synthesise(
 
 def _forward(worker: subprocess.Popen, results: queue.Queue) -> None:
     """One worker's answers into the queue, then None; runs in a thread of the parent."""
+    assert worker.stdout is not None  # a pipe
     # a line that was cut short by the end of the worker is no answer
     with worker.stdout, contextlib.suppress(ValueError):
         for line in worker.stdout:
@@ -812,8 +814,8 @@ class _Synthesiser:
             import _ctypes
 
             library.espeak_Terminate()
-            close = getattr(_ctypes, "dlclose", None) or getattr(_ctypes, "FreeLibrary", None)
-            close(library._handle)
+            unload = "dlclose" if hasattr(_ctypes, "dlclose") else "FreeLibrary"  # of Windows
+            getattr(_ctypes, unload)(library._handle)
             copy.unlink()
 
 
@@ -883,7 +885,7 @@ def _utterance(
         raw, rate = synthesiser(text, voice, speaker.language, text_seed)
         if len(raw) * SAMPLE_RATE >= shortest * rate:
             break
-    speech = _resample(raw / 32768, rate)[: int(rng.uniform(0.5, 1) * longest)]
+    speech = _resample(np.divide(raw, 32768), rate)[: int(rng.uniform(0.5, 1) * longest)]
     if len(speech) < shortest:
         raise RuntimeError(f"espeak-ng spoke for less than {DURATION[0]} s: {text!r}")
     speech[-160:] *= np.linspace(1, 0, 160)
@@ -917,9 +919,10 @@ def _noise(kind: str, length: int, babble: np.ndarray, rng: np.random.Generator)
     if kind == "babble":
         chosen = rng.permutation(len(babble))[:5]
         shifts = rng.integers(0, babble.shape[1], len(chosen))
-        return sum(
-            np.roll(babble[i], shift)[:length] for i, shift in zip(chosen, shifts, strict=True)
-        )
+        talk = np.zeros(length)
+        for i, shift in zip(chosen, shifts, strict=True):
+            talk += np.roll(babble[i], shift)[:length]
+        return talk
     white = rng.standard_normal(length)
     if kind == "white":
         return white
