@@ -10,13 +10,18 @@ import hashlib
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import load_record, save_record
+from speechbrain_qmargin.scoring.separation import (
+    refuse_other_kind,
+    refuse_shared,
+    speaker_digests,
+)
 from speechbrain_qmargin.trials import LabelledTrials, Trials
 
 __all__ = ["Calibration", "fit_calibration", "fit_log_odds"]
@@ -39,6 +44,10 @@ class Calibration:
     fitted_on : str
         Digest of the development trials.
     num_trials : int
+    kind : str
+        What the scores are that it was fitted on ("cosine", "as-norm", ...); empty if not known.
+    speakers : list of str
+        Digests of the development speakers (:func:`speaker_digests`).
     """
 
     features: list[str]
@@ -47,6 +56,18 @@ class Calibration:
     p_target: float
     fitted_on: str
     num_trials: int
+    kind: str = ""
+    speakers: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        numbers = [*self.weights, self.offset, self.p_target]
+        if len(self.weights) != len(self.features) or not np.isfinite(numbers).all():
+            raise ValueError("its weights and features disagree, or are not finite")
+        if self.features[:1] != ["score"] or self.weights[0] <= 0:
+            raise ValueError(
+                "the weight of the score is not positive: higher scores would mean less alike. "
+                "Negate scores that are distances"
+            )
 
     @property
     def qualities(self) -> list[str]:
@@ -59,6 +80,7 @@ class Calibration:
         trials: Trials,
         qualities: Qualities | None = None,
         *,
+        kind: str = "",
         allow_same: bool = False,
     ) -> np.ndarray:
         """Log-likelihood ratios of new scores: float64 [N].
@@ -66,17 +88,25 @@ class Calibration:
         Raises
         ------
         ValueError
-            The trials it was fitted on (unless `allow_same`), a missing quality measure.
+            The trials it was fitted on or others of their speakers (unless `allow_same`), scores
+            of another `kind` or not finite, a missing quality measure.
         """
-        if digest(trials) == self.fitted_on and not allow_same:
-            raise ValueError(
-                "these are the very trials the calibration was fitted on; figures on them would be "
-                "optimistic. Fit it on a development list"
-            )
-        given = {name: (qualities or {}).get(name) for name in self.qualities}
-        missing = [name for name, values in given.items() if values is None]
+        refuse_other_kind(kind, self.kind, "the calibration")
+        if not allow_same:
+            if digest(trials) == self.fitted_on:
+                raise ValueError(
+                    "these are the very trials the calibration was fitted on; figures on them "
+                    "would be optimistic. Fit it on a development list"
+                )
+            refuse_shared(trials, self.speakers, "the calibration's development trials")
+        available = dict(qualities or {})
+        missing = [name for name in self.qualities if name not in available]
         if missing:
             raise ValueError(f"the calibration needs the quality measures {', '.join(missing)}")
+        given = {name: available[name] for name in self.qualities}
+        if not np.isfinite(scores).all():
+            at = int(np.argmin(np.isfinite(scores)))
+            raise ValueError(f"the score of {trials.pair(at)} is {scores[at]}")
         return _features(scores, trials, given) @ np.asarray(self.weights) + self.offset
 
     def save(self, path: str | Path) -> None:
@@ -90,12 +120,9 @@ class Calibration:
         Raises
         ------
         ValueError
-            Another file, or fields that are missing; with the file.
+            Another file, fields that are missing, weights that are not finite; with the file.
         """
-        calibration = load_record(path, "calibration", cls)
-        if len(calibration.weights) != len(calibration.features):
-            raise ValueError(f"{path}: not a calibration file (weights and features disagree)")
-        return calibration
+        return load_record(path, "calibration", cls)
 
 
 def digest(trials: Trials) -> str:
@@ -112,10 +139,14 @@ def _features(scores: np.ndarray, trials: Trials, qualities: Qualities) -> np.nd
     if columns[0].shape != (len(trials),):
         raise ValueError(f"{len(trials)} trials and scores {columns[0].shape}")
     for name, values in qualities.items():
-        missing = [recording for recording in trials.ids if recording not in values]
+        missing = [recording for recording in trials.recordings if recording not in values]
         if missing:
             raise ValueError(f"{len(missing)} recordings have no {name}, the first: {missing[0]}")
-        of_id = np.array([values[recording] for recording in trials.ids], dtype=float)
+        of_id = np.array(  # a model's: the mean of its recordings'
+            [np.mean([values[one] for one in trials.models.get(each, (each,))])
+             for each in trials.ids],
+            dtype=float,
+        )  # fmt: skip
         if not np.isfinite(of_id).all():
             at = int(np.argmin(np.isfinite(of_id)))
             raise ValueError(f"the {name} of {trials.ids[at]} is not finite")
@@ -186,6 +217,7 @@ def fit_calibration(
     qualities: Qualities | None = None,
     *,
     p_target: float = 0.01,
+    kind: str = "",
 ) -> Calibration:
     """Fit on development trials, of other speakers than those to be reported.
 
@@ -199,12 +231,15 @@ def fit_calibration(
     qualities : mapping from a measure's name to its value for every id
         Durations are best given as logarithms.
     p_target : float
+    kind : str
+        What the scores are; the calibration is refused for others.
 
     Raises
     ------
     ValueError
         One class missing, a recording without a quality, a prior outside (0, 1), scores that
-        separate the classes (the best log-likelihood ratio would be infinite).
+        separate the classes (the best log-likelihood ratio would be infinite) or fall where they
+        should rise.
 
     Examples
     --------
@@ -224,4 +259,13 @@ def fit_calibration(
     names = ["score"]
     for name in qualities:
         names += [f"lower {name}", f"higher {name}"]
-    return Calibration(names, weights.tolist(), offset, p_target, digest(trials), len(trials))
+    return Calibration(
+        names,
+        weights.tolist(),
+        offset,
+        p_target,
+        digest(trials),
+        len(trials),
+        kind,
+        speaker_digests(trials),
+    )

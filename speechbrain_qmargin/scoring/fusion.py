@@ -7,8 +7,7 @@ others.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from speechbrain_qmargin.files import load_record, save_record
 from speechbrain_qmargin.scoring.calibration import fit_log_odds
+from speechbrain_qmargin.scoring.separation import name_digest, speaker_digests
 from speechbrain_qmargin.trials import Trials
 
 __all__ = ["Fusion", "fit_fusion"]
@@ -78,7 +78,7 @@ class Fusion:
                 f"the fusion was fitted on {', '.join(self.systems)}; got {', '.join(systems)}"
             )
         names = set(trials.speaker_names())
-        shared = sorted(name for name in names if _digest(name) in set(self.speakers))
+        shared = sorted(name for name in names if name_digest(name) in set(self.speakers))
         if shared and not allow_shared_speakers:
             raise ValueError(
                 f"{len(shared)} speakers of the trials were in the development trials of the "
@@ -112,14 +112,6 @@ class Fusion:
             f"{weight:+.4g} {name}" for name, weight in zip(self.systems, self.weights, strict=True)
         ]
         return " ".join([*terms, f"{self.offset:+.4g}"])
-
-
-def _digest(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
-
-
-def _digests(names: Iterable[str]) -> list[str]:
-    return sorted({_digest(name) for name in names})
 
 
 def _matrix(systems: Mapping[str, np.ndarray], trials: Trials) -> np.ndarray:
@@ -178,7 +170,7 @@ def fit_fusion(
         weights.tolist(),
         offset,
         p_target,
-        _digests(trials.speaker_names()),
+        speaker_digests(trials),
         len(trials),
         trials.source,
     )

@@ -100,3 +100,42 @@ def test_what_cannot_be_calibrated_is_refused():
     none = LabelledTrials(trials.ids, trials.enrolment, trials.test, np.zeros(4000, bool))
     with pytest.raises(ValueError, match="needs target and impostor trials"):
         fit_calibration(scores, none)
+
+
+def of_speakers(letters, seed, sign=1):
+    ids = [f"{name}/{take}" for name in letters for take in range(4)]
+    left, right = np.triu_indices(len(ids), 1)
+    trials = LabelledTrials(ids, left, right, left // 4 == right // 4, letters)
+    noise = np.random.default_rng(seed).normal(size=len(trials))
+    return sign * (noise + 1.5 * trials.is_target), trials
+
+
+def test_speakers_and_kinds_are_kept_apart():
+    scores, trials = of_speakers("abcdef", 0)
+    calibration = fit_calibration(scores, trials, kind="as-norm")
+    other, others = of_speakers("ghijkl", 1)
+    assert np.isfinite(calibration.apply(other, others, kind="as-norm")).all()
+    with pytest.raises(ValueError, match="for as-norm scores, and these are cosine scores"):
+        calibration.apply(other, others, kind="cosine")
+    some, mixed = of_speakers("fghijk", 2)
+    with pytest.raises(ValueError, match=r"1 speakers are in fghijk too: f\. Figures on fghijk"):
+        calibration.apply(some, mixed)
+    assert len(calibration.apply(some, mixed, allow_same=True)) == len(mixed)
+    assert "a" not in calibration.speakers
+
+
+def test_distances_and_broken_calibrations_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Negate scores that are distances"):
+        fit_calibration(*of_speakers("abcdef", 0, sign=-1))
+    scores, trials = of_speakers("abcdef", 0)
+    calibration = fit_calibration(scores, trials)
+    calibration.save(tmp_path / "c.json")
+    for key, value in (("offset", float("nan")), ("weights", [float("inf")]), ("weights", [-1.0])):
+        content = json.loads((tmp_path / "c.json").read_text()) | {key: value}
+        (tmp_path / "bad.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"bad\.json: not a calibration file"):
+            Calibration.load(tmp_path / "bad.json")
+    other, others = of_speakers("ghijkl", 1)
+    other[3] = np.nan
+    with pytest.raises(ValueError, match=r"the score of g/0 h/0 is nan"):
+        calibration.apply(other, others)

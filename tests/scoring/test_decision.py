@@ -5,8 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from speechbrain_qmargin.scoring.decision import OperatingPoint, choose_operating_point
+from speechbrain_qmargin.scoring.decision import (
+    OperatingPoint,
+    choose_operating_point,
+    clear_threshold,
+)
 from speechbrain_qmargin.scoring.metrics import operating_points
+from speechbrain_qmargin.scoring.separation import refuse_shared, speaker_digests
+from speechbrain_qmargin.trials import LabelledTrials
 
 
 def points_of(seed, count=5000):
@@ -26,8 +32,9 @@ def test_it_decides_as_it_counted(tmp_path):
     assert point.far <= 0.01
     assert point.optimistic
     assert point.chosen_on == point.measured_on == "list sha256:0"
-    with pytest.raises(ValueError, match="NaN"):
-        point.accepts(float("nan"))
+    for bad in (float("nan"), float("inf"), -float("inf"), "0.5", None, True):
+        with pytest.raises(ValueError, match="no decision can rest on it"):
+            point.accepts(bad)
 
 
 def test_a_threshold_of_development_scores_is_not_optimistic():
@@ -47,7 +54,68 @@ def test_another_file_is_refused(tmp_path):
     choose_operating_point("a", points_of(4)[0], 0.01).save(tmp_path / "p.json")
     content = json.loads((tmp_path / "p.json").read_text())
     broken = [{}, content | {"format": "x"}, content | {"threshold": float("nan")}]
+    broken += [content | {"threshold": x} for x in ("0.5", None, True, float("inf"))]
+    broken += [content | {"misses": -1}, content | {"far": "0"}]
     for value in [*broken, content | {"more": 1}]:
         (tmp_path / "bad.json").write_text(json.dumps(value))
         with pytest.raises(ValueError, match=r"bad\.json: not an operating point"):
             OperatingPoint.load(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_threshold_keeps_its_far_however_scores_are_rounded(seed):
+    """Float32 scores, their shortest text, and what that reads as: three numbers, one decision."""
+    rng = np.random.default_rng(seed)
+    for far in (0.1, 0.01, 0.002):
+        is_target = rng.random(1000) < 0.2
+        scores = (0.2 * rng.normal(size=1000) + 0.5 * is_target).astype(np.float32)
+        if seed % 2:
+            scores = scores.round(2)  # ties
+        read = np.array([float(str(score)) for score in scores])
+        for given, other in ((read, scores), (scores, read)):
+            points = operating_points(given, is_target)
+            point = choose_operating_point("a", points, far)
+            for applied in (given, other, other.astype(float), given.astype(np.float32)):
+                accepted = np.array([point.accepts(score) for score in applied])
+                assert (accepted & ~is_target).sum() <= far * (~is_target).sum()
+                assert (accepted & ~is_target).sum() == point.false_accepts
+                assert (~accepted & is_target).sum() == point.misses
+
+
+def test_scores_that_float32_makes_one_are_rejected_together():
+    scores = np.array([0.1, float(np.float32(0.1)), 0.5])  # the second is higher by 1.5e-9
+    points = operating_points(scores, np.array([False, True, True]))
+    threshold = clear_threshold(points, scores[1])
+    assert scores[1] < threshold < 0.1000001
+    assert clear_threshold(points, np.inf) > 0.5
+
+
+def test_another_kind_of_score_is_refused():
+    point = choose_operating_point("a", points_of(0)[0], 0.01, kind="cosine")
+    assert point.accepts(5.0, "cosine")
+    assert point.accepts(5.0)
+    with pytest.raises(ValueError, match="the threshold is for cosine scores, and these are as-n"):
+        point.accepts(5.0, "as-norm")
+
+
+def list_of(names, source="list"):
+    ids = [f"{name}/{take}" for name in names for take in range(2)]
+    left, right = np.triu_indices(len(ids), 1)
+    return LabelledTrials(ids, left, right, left // 2 == right // 2, source)
+
+
+def test_development_that_has_seen_the_test_speakers_is_refused():
+    test = list_of("abc", "test sha256:0")
+    assert refuse_shared(test, list_of("def")) == ""
+    with pytest.raises(ValueError, match="development trials: 1 speakers are in test too: c"):
+        refuse_shared(test, list_of("cde"))
+    with pytest.raises(ValueError, match="3 speakers are in test too: a, b, c"):
+        refuse_shared(test, speaker_digests(test))
+    unknown = LabelledTrials(["x", "y"], np.array([0]), np.array([1]), np.array([True]), "dev")
+    assert "whether they share speakers is not known" in refuse_shared(test, unknown)
+    with pytest.raises(ValueError, match="2 recordings are in dev too: x, y"):
+        refuse_shared(unknown, unknown)
+    point = choose_operating_point(
+        "a", points_of(0)[0], 0.01, development=points_of(1)[0], apart=False
+    )
+    assert point.optimistic
