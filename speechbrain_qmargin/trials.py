@@ -22,6 +22,7 @@ from speechbrain_qmargin.tables import LABELS, Table, read_map, read_models, rea
 __all__ = [
     "Distinct",
     "LabelledTrials",
+    "Lost",
     "Trials",
     "index_pairs",
     "match_ids",
@@ -48,6 +49,48 @@ def speaker_in(name: str) -> str:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """What could not be scored: failures to acquire and to enrol (ISO/IEC 19795-1).
+
+    Attributes
+    ----------
+    recordings, tried : int
+        Recordings that failed, of how many that the trials need.
+    models, tried_models : int
+        Enrolment models without a recording left, of how many.
+    targets, impostors : int
+        Trials that went with them.
+    """
+
+    recordings: int
+    tried: int
+    targets: int
+    impostors: int
+    models: int = 0
+    tried_models: int = 0
+
+    def __str__(self) -> str:
+        rate = 100 * self.recordings / self.tried if self.tried else 0.0
+        text = f"failure to acquire {self.recordings:,} of {self.tried:,} recordings ({rate:.2f} %)"
+        if self.tried_models:
+            rate = 100 * self.models / self.tried_models
+            text += (
+                f", failure to enrol {self.models:,} of {self.tried_models:,} models ({rate:.2f} %)"
+            )
+        return f"{text}: {self.targets:,} target and {self.impostors:,} impostor trials are lost"
+
+    def rejected(self, misses: int, targets: int) -> float:
+        """The share of target trials rejected at a threshold, lost ones among them.
+
+        Examples
+        --------
+        >>> Lost(1, 10, 20, 40).rejected(10, 80)
+        0.3
+        """
+        return (misses + self.targets) / (targets + self.targets)
+
+
+@dataclass(frozen=True)
 class Trials:
     """Pairs of recordings, or of enrolment models and recordings, by index into their ids.
 
@@ -66,6 +109,8 @@ class Trials:
         The speaker of every id, where the ids themselves do not tell.
     models : mapping from id to tuple of str
         The recordings of every id that is a model; empty where recordings are enrolled.
+    lost : Lost, optional
+        What :meth:`without` left out.
     """
 
     ids: list[str]
@@ -75,6 +120,7 @@ class Trials:
     source: str = ""
     speaker_of: Sequence[str] | None = None
     models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lost: Lost | None = None
 
     def __len__(self) -> int:
         return len(self.enrolment)
@@ -117,6 +163,7 @@ class Trials:
             self.source,
             self.speaker_of,
             self.models,
+            self.lost,
         )
 
     def with_speakers(self: AnyTrials, speakers: Mapping[str, str]) -> AnyTrials:
@@ -192,7 +239,26 @@ class Trials:
         )
         kept = ~(gone[self.enrolment] | gone[self.test])
         left = {model: recordings for model, recordings in models.items() if recordings}
-        return replace(self.rows(kept), models=left)
+        failed = len(lost & set(self.recordings))
+        targets = 0 if self.is_target is None else int(np.count_nonzero(self.is_target[~kept]))
+        now = Lost(
+            failed,
+            len(self.recordings),
+            targets,
+            int(np.count_nonzero(~kept)) - targets,
+            len(models) - len(left),
+            len(models),
+        )
+        if self.lost is not None:
+            now = Lost(
+                now.recordings + self.lost.recordings,
+                self.lost.tried,
+                now.targets + self.lost.targets,
+                now.impostors + self.lost.impostors,
+                now.models + self.lost.models,
+                self.lost.tried_models,
+            )
+        return replace(self.rows(kept), models=left, lost=now if now.recordings else None)
 
     def rows(self: AnyTrials, chosen: np.ndarray) -> AnyTrials:
         """Some of the trials: an index or a bool array; the ids stay."""

@@ -207,7 +207,9 @@ def fit_log_odds(
             "log-likelihood ratios are infinite. Use a harder or larger list"
         )
     weights = model.coef_[0] / spread
-    offset = model.intercept_[0] - weights @ centre - math.log(p_target / (1 - p_target))
+    offset = (
+        np.asarray(model.intercept_)[0] - weights @ centre - math.log(p_target / (1 - p_target))
+    )
     return weights, float(offset)
 
 

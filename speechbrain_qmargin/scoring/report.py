@@ -9,8 +9,9 @@ distinct unordered pairs of recordings.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from speechbrain_qmargin.scoring.figures import (
     show,
     standard_figures,
 )
-from speechbrain_qmargin.scoring.metrics import OperatingPoints, operating_points
+from speechbrain_qmargin.scoring.metrics import OperatingPoints, eer, operating_points
 from speechbrain_qmargin.scoring.uncertainty import (
     FEWEST_ERRORS,
     Influence,
@@ -30,7 +31,7 @@ from speechbrain_qmargin.scoring.uncertainty import (
     TrialStructure,
     badge,
 )
-from speechbrain_qmargin.trials import LabelledTrials
+from speechbrain_qmargin.trials import LabelledTrials, Lost
 
 __all__ = ["FARS", "Difference", "Report", "compare", "evaluate"]
 
@@ -44,6 +45,18 @@ class Report:
     ``report["eer"]`` is the :class:`~speechbrain_qmargin.scoring.figures.Figure` of a kind,
     ``report["tar_at_far", 0.01]`` that of a kind and parameter. `influences` holds what every
     speaker contributes to each figure, None where a figure has no interval.
+
+    Attributes
+    ----------
+    num_targets, num_impostors, num_speakers : int
+        Of distinct pairs. Where the speakers are not known (`speakers_known`), `num_speakers` and
+        `units` are of the groups of recordings that target trials link.
+    confidence : float
+        Of the intervals.
+    notes : tuple of str
+        What the reader must know: scores that seem inverted, speakers that are not known.
+    lost : Lost or None
+        Failures to acquire and to enrol.
     """
 
     figures: list[Figure]
@@ -55,6 +68,10 @@ class Report:
     influences: list[Influence | None] = field(repr=False)
     source: str = ""
     units: str = "speakers"
+    speakers_known: bool = True
+    confidence: float = 0.95
+    notes: tuple[str, ...] = ()
+    lost: Lost | None = None
 
     def __getitem__(self, key: str | tuple[str, float | str | None]) -> Figure:
         kind, parameter = (key, None) if isinstance(key, str) else key
@@ -72,13 +89,16 @@ class Report:
                 "impostors": self.num_impostors,
                 self.units: self.num_speakers,
                 "source": self.source,
+                "lost": None if self.lost is None else asdict(self.lost),
             },
+            "confidence": self.confidence,
+            "notes": list(self.notes),
             "figures": {figure.name: figure.to_dict() for figure in self.figures},
         }
 
     def table(self) -> str:
         """A table for people."""
-        rows = [("", "value", "95 % interval", "threshold", "rests on")]
+        rows = [("", "value", f"{100 * self.confidence:g} % interval", "threshold", "rests on")]
         for figure in self.figures:
             rows.append(
                 (
@@ -92,12 +112,25 @@ class Report:
         lines = _columns(rows)
         lines.append(
             f"{self.num_targets:,} target and {self.num_impostors:,} impostor trials of "
-            f"{self.num_speakers} {self.units}; EER by the ROC's convex hull, costs of 1, DCF over "
-            "the better of accepting and rejecting all"
+            f"{self.num_speakers} {self.units}; EER by the ROC's convex hull, DCF over the better "
+            "of accepting and rejecting all"
         )
         if self.source:
             lines.append(f"trials: {self.source}")
+        lines += self.failures() + [f"note: {note}" for note in self.notes]
         return "\n".join(line.rstrip() for line in lines)
+
+    def failures(self) -> list[str]:
+        """Failures to acquire and to enrol in words, and TAR with what they lost as rejected."""
+        if self.lost is None:
+            return []
+        with_lost = [
+            f"{figure.name} {show(1 - self.lost.rejected(figure.misses, self.num_targets))}"
+            for figure in self.figures
+            if figure.kind == "tar_at_far" and figure.misses is not None
+        ]
+        counted = f"; counted as rejections: {', '.join(with_lost)}" if with_lost else ""
+        return [f"{self.lost}{counted}"]
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -113,10 +146,13 @@ def evaluate(
     *,
     fars: Sequence[float] = FARS,
     p_target: float | Sequence[float] = 0.01,
+    c_miss: float = 1.0,
+    c_fa: float = 1.0,
     all_eers: bool = False,
     llr: bool = False,
     figures: Sequence[Measure] | None = None,
     structure: TrialStructure | None = None,
+    confidence: float = 0.95,
     units: str = "speakers",
 ) -> Report:
     """EER, minDCF and TAR at FARs of scored trials, with 95 % intervals.
@@ -128,7 +164,9 @@ def evaluate(
     trials : LabelledTrials
     fars : sequence of float
     p_target : float or sequence of float
-        Priors of minDCF; costs are 1.
+        Priors of minDCF.
+    c_miss, c_fa : float
+        Costs of minDCF.
     all_eers : bool
         Also the ``step`` and ``nist`` variants of the EER, and minCllr.
     llr : bool
@@ -139,6 +177,8 @@ def evaluate(
         what was :func:`~speechbrain_qmargin.scoring.figures.register`-ed.
     structure : TrialStructure, optional
         Of these trials, computed once where several systems share it.
+    confidence : float
+        Of the intervals.
     units : str
         What the report calls the speakers: speakers, identities, subjects.
 
@@ -161,15 +201,25 @@ def evaluate(
     >>> report["eer"].low < report["eer"].value < report["eer"].high
     True
     """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
     distinct = trials.distinct
+    if distinct.group is not None:
+        structure = None
     scores, trials = distinct.scores(np.asarray(scores)), distinct.trials
     points = operating_points(scores, trials.is_target)
     spread = Spread(scores, trials, points, structure)
     if figures is None:
-        figures = standard_figures(fars, p_target, all_eers=all_eers, llr=llr) + registered()
+        figures = standard_figures(
+            fars, p_target, c_miss=c_miss, c_fa=c_fa, all_eers=all_eers, llr=llr
+        )
+        figures += registered()
     influences = [measure.influence(spread) for measure in figures]
     return Report(
-        [_measured(one, spread, moved) for one, moved in zip(figures, influences, strict=True)],
+        [
+            _measured(one, spread, moved, confidence)
+            for one, moved in zip(figures, influences, strict=True)
+        ],
         points.num_targets,
         points.num_impostors,
         len(np.unique(trials.speakers())),
@@ -177,21 +227,45 @@ def evaluate(
         spread,
         influences,
         trials.source,
-        units,
+        units if trials.speakers_known else "linked groups of recordings",
+        trials.speakers_known,
+        confidence,
+        _notes(points, trials),
+        trials.lost,
     )
 
 
-def _measured(measure: Measure, spread: Spread, influence: Influence | None) -> Figure:
+def _notes(points: OperatingPoints, trials: LabelledTrials) -> tuple[str, ...]:
+    notes = []
+    crossing = eer(points, "nist")
+    if crossing > 0.5:
+        notes.append(
+            f"the EER of {100 * crossing:.1f} % is above 50 %: the scores seem inverted (negate "
+            "distances), or no better than chance"
+        )
+        warnings.warn(notes[-1], stacklevel=3)
+    if not trials.speakers_known:
+        notes.append(
+            "the speakers are not known (no slash in the ids): recordings that target trials link "
+            "count as one, two such groups may be one person, and nothing is called measured. Give "
+            "the speakers (utt2spk)"
+        )
+    return tuple(notes)
+
+
+def _measured(
+    measure: Measure, spread: Spread, influence: Influence | None, confidence: float
+) -> Figure:
     """The figure of a measure with its badge and its interval."""
     figure = figure_of(measure, spread.points)
-    interval = None if influence is None else influence.interval(figure.value)
+    interval = None if influence is None else influence.interval(figure.value, confidence)
     if figure.errors is not None:
         counted = figure if spread.structure.first is None else figure_of(measure, spread.distinct)
         assert counted.errors is not None
         support = badge(counted.errors, spread.structure.contributing)
         figure = replace(figure, errors=counted.errors, support=support)
         if interval is not None and counted.errors < FEWEST_ERRORS:
-            few = measure.few_errors(counted, spread.distinct)
+            few = measure.few_errors(counted, spread.distinct, confidence)
             if few is not None:
                 interval = min(interval[0], few[0]), max(interval[1], few[1])
     if interval is None:
@@ -219,7 +293,7 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether the 95 % interval leaves out zero."""
+        """Whether the interval leaves out zero."""
         return self.low > 0 or self.high < 0
 
 
@@ -250,7 +324,7 @@ def compare(first: Report, second: Report) -> list[Difference]:
         if at is None or influence is None or other is None:
             continue
         value = second.figures[at].value - figure.value
-        interval = (other - influence).interval(value)
+        interval = (other - influence).interval(value, first.confidence)
         if interval is None:
             continue
         low, high = interval

@@ -150,6 +150,9 @@ class TrialStructure:
         How often.
     first : bool array [N] or None
         The trials that are the first of their unordered pair of recordings; None if all are.
+    speakers_known : bool
+        Whether these are speakers, not groups of recordings that target trials link. Two groups
+        may be one person, so nothing is called measured.
     """
 
     targets: np.ndarray
@@ -157,6 +160,7 @@ class TrialStructure:
     pair_keys: np.ndarray
     pair_counts: np.ndarray
     first: np.ndarray | None = None
+    speakers_known: bool = True
 
     @classmethod
     def of(cls, trials: LabelledTrials) -> TrialStructure:
@@ -180,7 +184,14 @@ class TrialStructure:
             keys % count, counts, count
         )
         targets = np.bincount(speakers[trials.enrolment[trials.is_target]], minlength=count)
-        return cls(targets.astype(float), impostors, keys, counts, _first_of_pairs(trials))
+        return cls(
+            targets.astype(float),
+            impostors,
+            keys,
+            counts,
+            _first_of_pairs(trials),
+            trials.speakers_known,
+        )
 
     @cached_property
     def num_targets(self) -> float:
@@ -234,7 +245,8 @@ class TrialStructure:
         trials has one speaker, whoever else is on it.
         """
         numbers = (n.sum() ** 2 / (n @ n) for n in (self.targets, self.impostors) if n.any())
-        return float(min(numbers, default=0.0))
+        number = float(min(numbers, default=0.0))
+        return number if self.speakers_known else min(number, FEWEST_SPEAKERS - 1)
 
 
 def _first_of_pairs(trials: LabelledTrials) -> np.ndarray | None:
