@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from speechbrain_qmargin.files import replacing
-from speechbrain_qmargin.tables import read_lines, some
+from speechbrain_qmargin.tables import file_source, read_lines, some
 from speechbrain_qmargin.trials import Trials, match_ids
 
 __all__ = [
@@ -37,6 +37,8 @@ class Embeddings(Mapping):
     ----------
     ids : sequence of str
     matrix : float array [N, D]
+    source : str
+        The file they are from, by name and SHA-256.
 
     Raises
     ------
@@ -50,7 +52,8 @@ class Embeddings(Mapping):
     (array([0., 1.]), 2)
     """
 
-    def __init__(self, ids: Iterable[str], matrix: np.ndarray):
+    def __init__(self, ids: Iterable[str], matrix: np.ndarray, source: str = ""):
+        self.source = source
         self.ids = [str(name) for name in ids]
         self.matrix = np.asarray(matrix)
         if self.matrix.ndim != 2 or len(self.matrix) != len(self.ids):
@@ -255,7 +258,7 @@ def load_embeddings(path: str | Path, ids: str | Path | None = None) -> Embeddin
             raise ValueError(f"{path}: its ids are wanted in {listed}, one a line")
         names, matrix = read_lines(listed)[0], loaded
     try:
-        return Embeddings(names, _floats(matrix))
+        return Embeddings(names, _floats(matrix), file_source(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -353,7 +356,7 @@ def _load_kaldi(path: Path) -> Embeddings:
         if len(row) != len(rows[0]):
             raise ValueError(f"{path}: {name} has {len(row)} values, those before {len(rows[0])}")
     try:
-        return Embeddings(names, np.stack(rows))
+        return Embeddings(names, np.stack(rows), file_source(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ __all__ = [
     "CACHE_VARIABLE",
     "cache_folder",
     "load_record",
+    "refuse_overwriting",
     "replacing",
     "save_record",
     "write_text",
@@ -53,6 +54,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def refuse_overwriting(outputs: Iterable[str | Path], inputs: Iterable[str | Path | None]) -> None:
+    """Refuse to write over what is read.
+
+    Raises
+    ------
+    ValueError
+        An output that is an input, by whatever path; named.
+
+    Examples
+    --------
+    >>> refuse_overwriting(["a.tsv"], ["b.tsv", None])
+    """
+    read = {Path(path).resolve(): path for path in inputs if path}
+    for path in outputs:
+        if Path(path).resolve() in read:
+            raise ValueError(f"{path}: the output is an input too ({read[Path(path).resolve()]})")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -14,7 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["LABELS", "Table", "read_lines", "read_map", "read_models", "read_table", "some"]
+__all__ = [
+    "LABELS",
+    "Table",
+    "file_source",
+    "read_lines",
+    "read_map",
+    "read_models",
+    "read_table",
+    "some",
+]
 
 LABELS = {
     **dict.fromkeys(("1", "target", "tgt", "true", "genuine"), True),
@@ -41,6 +50,15 @@ def some(names: Sequence[str]) -> str:
     'a, b, c, d, e, ...'
     """
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def file_source(path: str | Path) -> str:
+    """A file's name with its SHA-256."""
+    with Path(path).open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(2**20):
+            digest.update(block)
+    return f"{Path(path).name} sha256:{digest.hexdigest()}"
 
 
 def read_lines(path: str | Path) -> tuple[list[str], str]:

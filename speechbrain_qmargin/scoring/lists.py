@@ -1,24 +1,67 @@
-"""Trial lists to scores to tables: every list with every treatment of its scores, side by side."""
+"""Trial lists to scores to tables: every list with every treatment of its scores, side by side.
+
+The command ``qmargin`` and ``recipes/voxceleb/score.py`` both work through this module: how lists,
+models, speakers and cohorts are read, scored, normalised and calibrated is decided here once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from speechbrain_qmargin.embeddings import Embeddings, cosine_scores
-from speechbrain_qmargin.scoring.calibration import Calibration
+from speechbrain_qmargin.embeddings import Embeddings, cosine_scores, load_embeddings
+from speechbrain_qmargin.files import refuse_overwriting, write_text
+from speechbrain_qmargin.scoring.calibration import Calibration, fit_calibration
 from speechbrain_qmargin.scoring.normalisation import make_cohort, normalize, refuse_shared_speakers
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import FARS, Report, compare, evaluate
 from speechbrain_qmargin.scoring.score_files import write_scores
+from speechbrain_qmargin.scoring.separation import refuse_shared
 from speechbrain_qmargin.scoring.uncertainty import TrialStructure
-from speechbrain_qmargin.trials import LabelledTrials, Trials
+from speechbrain_qmargin.trials import (
+    AnyTrials,
+    LabelledTrials,
+    Trials,
+    read_map,
+    read_models,
+    read_trials,
+    speaker_in,
+)
 
-__all__ = ["Cohort", "score_lists"]
+__all__ = ["Cohort", "score_files", "score_lists", "speakers_in_cohort", "with_tables"]
+
+
+def with_tables(
+    trials: AnyTrials, speakers: str | Path | None = None, models: str | Path | None = None
+) -> AnyTrials:
+    """Trials with the tables that say whose recordings are whose.
+
+    Parameters
+    ----------
+    trials : Trials
+    speakers : path, optional
+        Kaldi's utt2spk, of recordings or of models.
+    models : path, optional
+        The recordings of every enrolment model, see
+        :func:`~speechbrain_qmargin.trials.read_models`.
+    """
+    if models:
+        trials = trials.with_models(read_models(models))
+    return trials.with_speakers(read_map(speakers)) if speakers else trials
+
+
+def speakers_in_cohort(ids: Sequence[str], utt2spk: str | Path | None = None) -> dict[str, str]:
+    """The speaker of every cohort id: of an utt2spk, else what it names before its first slash.
+
+    An id without a slash is a speaker of its own, as in a file of speakers' means.
+    """
+    return read_map(utt2spk) if utt2spk else {name: speaker_in(name) for name in ids}
 
 
 @dataclass(frozen=True)
@@ -28,18 +71,21 @@ class Cohort:
     Attributes
     ----------
     entries : Embeddings
-        Unit length, centred: a speaker's mean each.
-    mean : float array [D]
+        Unit length, centred: a speaker's mean each, or every utterance.
+    mean : float array [D] or None
         Subtracted from every embedding first.
     method : str
-        One of ``normalization.METHODS``.
+        One of :data:`~speechbrain_qmargin.scoring.normalisation.METHODS`.
     top_n : int
+    speakers : tuple of str
+        Who is in it.
     """
 
     entries: Embeddings
-    mean: np.ndarray
+    mean: np.ndarray | None
     method: str = "as"
     top_n: int = 300
+    speakers: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -48,8 +94,25 @@ class Cohort:
         speakers: Mapping[str, str],
         method: str = "as",
         top_n: int = 300,
+        *,
+        centre: bool = True,
+        mean: np.ndarray | None = None,
+        utterances: bool = False,
     ) -> Cohort:
         """The speakers' means of raw embeddings, centred by the mean of all of them.
+
+        Parameters
+        ----------
+        embeddings : mapping from id to array [D]
+        speakers : mapping from id to speaker
+        method, top_n
+            Of :func:`~speechbrain_qmargin.scoring.normalisation.normalize`.
+        centre : bool
+            Whether a mean is subtracted.
+        mean : array [D], optional
+            Another mean than that of these embeddings.
+        utterances : bool
+            Every utterance is an entry.
 
         Examples
         --------
@@ -58,18 +121,41 @@ class Cohort:
         ['a', 'b']
         """
         embeddings = Embeddings.of(embeddings)
-        mean = embeddings.matrix.mean(axis=0)
-        return cls(make_cohort(embeddings, speakers, mean=mean), mean, method, top_n)
+        names = sorted({speakers[name] for name in embeddings.ids if name in speakers})
+        if centre and mean is None:
+            if len(names) == len(embeddings):
+                warnings.warn(
+                    "the cohort has one embedding a speaker: if these are means of utterances, "
+                    "their mean is not that of the utterances; give that (mean_vec.npy)",
+                    stacklevel=2,
+                )
+            mean = embeddings.matrix.mean(axis=0)
+        entries = make_cohort(embeddings, None if utterances else speakers, mean=mean)
+        entries.source = embeddings.source
+        return cls(entries, mean, method, top_n, tuple(names))
+
+    @property
+    def kind(self) -> str:
+        """What its scores are called."""
+        return f"{self.method}-norm"
 
     def refuse_speakers_of(self, lists: Iterable[Trials]) -> None:
         """ValueError where a cohort's speaker is in a trial."""
         for trials in lists:
-            refuse_shared_speakers(self.entries.ids, trials.speaker_names())
+            refuse_shared_speakers(self.speakers or self.entries.ids, trials.speaker_names())
 
-    def scores(self, embeddings: Mapping[str, np.ndarray], trials: Trials) -> np.ndarray:
+    def scores(
+        self,
+        embeddings: Mapping[str, np.ndarray],
+        trials: Trials,
+        enrolment: str = "embedding",
+        quiet: bool = False,
+    ) -> np.ndarray:
         """Normalised scores [N] of trials."""
         self.refuse_speakers_of([trials])
-        with tqdm(total=len(trials.ids), desc=f"{self.method}-norm", leave=False) as progress:
+        with tqdm(
+            total=len(trials.ids), desc=self.kind, leave=False, disable=quiet, unit=" recordings"
+        ) as progress:
             return normalize(
                 embeddings,
                 trials,
@@ -77,6 +163,7 @@ class Cohort:
                 method=self.method,
                 top_n=self.top_n,
                 mean=self.mean,
+                enrolment=enrolment,
                 progress=progress.update,
             )
 
@@ -88,8 +175,12 @@ def score_lists(
     *,
     cohort: Cohort | None = None,
     calibration: Calibration | None = None,
+    enrolment: str = "embedding",
     fars: Sequence[float] = FARS,
     p_target: float | Sequence[float] = 0.01,
+    c_miss: float = 1.0,
+    c_fa: float = 1.0,
+    confidence: float = 0.95,
     title: str = "",
     units: str = "speakers",
 ) -> tuple[dict[str, dict[str, Report]], str]:
@@ -105,7 +196,10 @@ def score_lists(
         Adds ``centred``, the cosine after the cohort's mean is subtracted, and ``<method>-norm``.
     calibration : Calibration, optional
         Adds ``calibrated``: log-likelihood ratios of the last system's scores.
-    fars, p_target
+    enrolment : str
+        How a model's recordings are put together, see
+        :meth:`~speechbrain_qmargin.embeddings.Embeddings.enrolled`.
+    fars, p_target, c_miss, c_fa, confidence
         Of :func:`~speechbrain_qmargin.scoring.report.evaluate`.
     title : str
         Of the pictures.
@@ -119,25 +213,35 @@ def score_lists(
     folder, text = Path(folder), []
     if cohort is not None:
         cohort.refuse_speakers_of(lists.values())
+    about = {"embeddings": getattr(embeddings, "source", "")}
     reports: dict[str, dict[str, Report]] = {}
     for name, trials in tqdm(lists.items(), "lists", disable=len(lists) <= 1):
-        systems = {"cosine": cosine_scores(embeddings, trials)}
+        systems = {"cosine": cosine_scores(embeddings, trials, enrolment=enrolment)}
+        kinds = {"cosine": "cosine"}
         if cohort is not None:
-            systems["centred"] = cosine_scores(embeddings, trials, cohort.mean)
-            systems[f"{cohort.method}-norm"] = cohort.scores(embeddings, trials)
+            systems["centred"] = cosine_scores(embeddings, trials, cohort.mean, enrolment)
+            systems[cohort.kind] = cohort.scores(embeddings, trials, enrolment)
+            kinds |= {"centred": "centred cosine", cohort.kind: cohort.kind}
         if calibration is not None:
-            systems["calibrated"] = calibration.apply(list(systems.values())[-1], trials)
+            last = list(systems)[-1]
+            systems["calibrated"] = calibration.apply(systems[last], trials, kind=kinds[last])
+            kinds["calibrated"] = "llr"
         reports[name] = {}
-        structure = TrialStructure.of(trials)
+        distinct = trials.distinct
+        structure = TrialStructure.of(distinct.trials)
         for system, scores in systems.items():
-            write_scores(folder / name / f"{system}.tsv", trials, scores)
+            said = about | {"kind": kinds[system]}
+            write_scores(folder / name / f"{system}.tsv", trials, scores, said)
             reports[name][system] = evaluate(
-                scores,
-                trials,
+                distinct.scores(scores),
+                distinct.trials,
                 fars=fars,
                 p_target=p_target,
+                c_miss=c_miss,
+                c_fa=c_fa,
                 llr=system == "calibrated",
                 structure=structure,
+                confidence=confidence,
                 units=units,
             )
             if len(lists) > 1 or len(systems) > 1:
@@ -148,11 +252,134 @@ def score_lists(
             for difference in compare(reports[name]["cosine"], reports[name][system]):
                 sure = "" if difference.significant else "  (zero is inside)"
                 text.append(
-                    f"  {difference.name}: {difference.value:+.4f}, 95 % interval "
-                    f"{difference.low:+.4f} to {difference.high:+.4f}{sure}"
+                    f"  {difference.name}: {difference.value:+.4f}, {100 * confidence:g} % "
+                    f"interval {difference.low:+.4f} to {difference.high:+.4f}{sure}"
                 )
             text.append("")
-        drawn = {system: (scores, trials) for system, scores in systems.items()}
+        drawn = {
+            system: (distinct.scores(scores), distinct.trials) for system, scores in systems.items()
+        }
         drawn.pop("calibrated", None)  # a straight line of the scores before: the same curve
         plot_det(drawn, folder / name / "det.png", title=title or name)
     return reports, "\n".join(text)
+
+
+def score_files(
+    *,
+    embeddings: str | Path,
+    trials: str | Path | Sequence[str | Path],
+    output_folder: str | Path,
+    speakers: str | Path | None = None,
+    models: str | Path | None = None,
+    enrolment: str = "embedding",
+    cohort: str | Path | None = None,
+    cohort_speakers: str | Path | None = None,
+    norm: str = "as",
+    top_n: int = 300,
+    dev_trials: str | Path | None = None,
+    dev_embeddings: str | Path | None = None,
+    dev_speakers: str | Path | None = None,
+    dev_models: str | Path | None = None,
+    fars: Sequence[float] = FARS,
+    p_target: Sequence[float] = (0.01,),
+    c_miss: float = 1.0,
+    c_fa: float = 1.0,
+    confidence: float = 0.95,
+    say: Callable[[str], object] = print,
+) -> dict[str, dict[str, Report]]:
+    """Everything of :func:`score_lists` from files; ``results.txt`` and ``results.json``.
+
+    Parameters
+    ----------
+    embeddings : path
+        Of every recording of the trials.
+    trials : path or sequence of paths
+        Lists, each with a table of its own.
+    output_folder : path
+    speakers, models : path, optional
+        See :func:`with_tables`.
+    enrolment : str
+        See :func:`score_lists`.
+    cohort : path, optional
+        Embeddings of other speakers, usually those trained on.
+    cohort_speakers : path, optional
+        Their utt2spk, see :func:`speakers_in_cohort`.
+    norm, top_n
+        Method of normalisation, and the entries of the adaptive ones.
+    dev_trials : path, optional
+        A calibration is fitted on this list, of speakers in none of the trials.
+    dev_embeddings, dev_speakers, dev_models : path, optional
+        Of the development list; by default those of the trials.
+    fars, p_target, c_miss, c_fa, confidence
+        See :func:`score_lists`.
+    say : callable
+        Gets the tables.
+
+    Raises
+    ------
+    ValueError, OSError
+        Two lists of one name, speakers in two parts that must be apart, and as everything that
+        reads and scores.
+    """
+    paths = [Path(one) for one in ([trials] if isinstance(trials, str | Path) else trials)]
+    if not paths:
+        raise ValueError("trials: give a list at least")
+    folder = Path(output_folder)
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError("trials: two lists of one name; their results would overwrite each other")
+    written = [folder / name for name in ("calibration.json", "results.txt", "results.json")]
+    systems = ("cosine", "centred", f"{norm}-norm", "calibrated")
+    written += [folder / name / f"{system}.tsv" for name in names for system in systems]
+    refuse_overwriting(
+        written,
+        [*paths, embeddings, speakers, models, cohort, cohort_speakers, dev_trials, dev_embeddings],
+    )
+    lists = {path.stem: with_tables(read_trials(path), speakers, models) for path in paths}
+    vectors = load_embeddings(embeddings)
+
+    normalised = None
+    if cohort:
+        others = load_embeddings(cohort)
+        whose = speakers_in_cohort(others.ids, cohort_speakers)
+        normalised = Cohort.of(others, whose, norm, top_n)
+        normalised.refuse_speakers_of(lists.values())
+
+    calibration = None
+    if dev_trials:
+        development = with_tables(
+            read_trials(dev_trials), dev_speakers or speakers, dev_models or models
+        )
+        for one in lists.values():
+            note = refuse_shared(one, development, f"dev_trials ({development.name})")
+            if note:
+                warnings.warn(note, stacklevel=2)
+        of_dev = load_embeddings(dev_embeddings) if dev_embeddings else vectors
+        if normalised is None:
+            scores, kind = cosine_scores(of_dev, development, enrolment=enrolment), "cosine"
+        else:
+            scores, kind = normalised.scores(of_dev, development, enrolment), normalised.kind
+        calibration = fit_calibration(scores, development, p_target=min(p_target), kind=kind)
+        calibration.save(folder / "calibration.json")
+
+    reports, text = score_lists(
+        folder,
+        lists,
+        vectors,
+        cohort=normalised,
+        calibration=calibration,
+        enrolment=enrolment,
+        fars=fars,
+        p_target=p_target,
+        c_miss=c_miss,
+        c_fa=c_fa,
+        confidence=confidence,
+    )
+    results = {
+        name: {system: report.to_dict() for system, report in systems.items()}
+        for name, systems in reports.items()
+    }
+    write_text(folder / "results.txt", text)
+    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    say(f"{text}\nfiles: {folder}/ results.txt, results.json, and a folder per list")
+    return reports

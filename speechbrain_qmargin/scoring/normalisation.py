@@ -14,12 +14,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from speechbrain_qmargin.embeddings import Embeddings, pair_products
+from speechbrain_qmargin.embeddings import ENROLMENT_RULES, Embeddings, pair_products
 from speechbrain_qmargin.trials import Trials
 
 __all__ = [
     "METHODS",
     "class_means",
+    "cohort_mean_quality",
     "cohort_statistics",
     "make_cohort",
     "normalize",
@@ -173,7 +174,7 @@ def cohort_statistics(
     top_n: int | None = None,
     *,
     device: str = "cpu",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and population standard deviation of every row's highest cohort scores.
 
@@ -267,8 +268,9 @@ def normalize(
     method: str = "as",
     top_n: int | None = 300,
     mean: np.ndarray | None = None,
+    enrolment: str = "embedding",
     device: str = "cpu",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Cosine scores of trials, normalised against a cohort.
 
@@ -286,6 +288,10 @@ def normalize(
         For the adaptive methods.
     mean : array [D], optional
         Subtracted from the embeddings; the cohort's was when it was made.
+    enrolment : {"embedding", "score"}
+        Of models of several recordings: ``embedding`` normalises the score of the model's mean
+        (:meth:`~speechbrain_qmargin.embeddings.Embeddings.enrolled`), ``score`` takes the mean of
+        its recordings' normalised scores.
     device : str
         Of torch.
     progress : callable, optional
@@ -302,7 +308,16 @@ def normalize(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    unit = Embeddings.of(embeddings).unit(trials.ids, mean)
+    if enrolment not in ENROLMENT_RULES:
+        raise ValueError(
+            f"enrolment must be one of {', '.join(ENROLMENT_RULES)}, got {enrolment!r}"
+        )
+    if trials.models and enrolment == "score":
+        apart, owner = _by_recording(trials)
+        each = normalize(embeddings, apart, cohort, method=method, top_n=top_n, mean=mean,
+                         device=device, progress=progress)  # fmt: skip
+        return np.bincount(owner, each, len(trials)) / np.bincount(owner, minlength=len(trials))
+    unit = Embeddings.of(embeddings).enrolled(trials, mean)
     if unit.shape[1] != cohort.matrix.shape[1]:
         raise ValueError(
             f"embeddings have {unit.shape[1]} dimensions, the cohort {cohort.matrix.shape[1]}"
@@ -323,7 +338,19 @@ def normalize(
     if method in "zt":
         return (scores - centre[at]) / spread[at]
     sides = at.reshape(2, -1)
-    return sum((scores - centre[side]) / spread[side] for side in sides) / 2
+    one, two = ((scores - centre[side]) / spread[side] for side in sides)
+    return (one + two) / 2
+
+
+def _by_recording(trials: Trials) -> tuple[Trials, np.ndarray]:
+    """A trial for every recording of every trial's model, and the trial that each is of."""
+    place = {name: n for n, name in enumerate(trials.recordings)}
+    rows = [[place[one] for one in trials.models.get(name, (name,))] for name in trials.ids]
+    counts = np.array([len(row) for row in rows])
+    owner = np.repeat(np.arange(len(trials)), counts[trials.enrolment])
+    enrolment = np.concatenate([rows[n] for n in trials.enrolment.tolist()])
+    tests = np.array([row[0] for row in rows])[trials.test]
+    return Trials(trials.recordings, enrolment.astype(np.int64), tests[owner]), owner
 
 
 def _cross_selected(unit, trials, cohort, top_n, scores, device, progress) -> np.ndarray:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from speechbrain_qmargin.files import replacing
 from speechbrain_qmargin.tables import Table, read_table
-from speechbrain_qmargin.trials import Trials, index_pairs, match_ids
+from speechbrain_qmargin.trials import Lost, Trials, index_pairs, match_ids
 
 __all__ = ["ScoreFile", "read_score_file", "read_scores", "write_scores"]
 
@@ -39,7 +39,8 @@ class ScoreFile:
         The score file's name and SHA-256; `trials.source` is the list's.
     about : mapping
         What our commands write: "kind" ("cosine", "as-norm", "llr", ...), "trials" (the list's
-        name and SHA-256), "embeddings" and more; empty for files of others.
+        name and SHA-256), "embeddings", "lost" (failures to acquire) and more; empty for files of
+        others.
     """
 
     trials: Trials
@@ -84,6 +85,8 @@ def write_scores(
         raise ValueError(f"{bad[0]!r}: an id in a score file cannot hold a tab or a line break")
     ids, labels = trials.ids, trials.is_target
     said = dict(about or {}) | ({"trials": trials.source} if trials.source else {})
+    if trials.lost is not None:
+        said["lost"] = json.dumps(asdict(trials.lost))
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as stream:
         if said:
             stream.write(f"# {_MARK}{json.dumps(said, ensure_ascii=False)}\n")
@@ -144,6 +147,11 @@ def read_score_file(
     _refuse_two_scores(table, own, scores)
     about = _about(table)
     if trials is None:
+        if "lost" in about:
+            try:
+                own = replace(own, lost=Lost(**json.loads(about["lost"])))
+            except (TypeError, ValueError):
+                raise ValueError(f"{path}:1: malformed failures {about['lost']!r}") from None
         return ScoreFile(own, scores, table.source, about)
     return ScoreFile(trials, _in_order_of(trials, own, scores, path), table.source, about)
 
