@@ -63,7 +63,7 @@ def test_lists_are_scored_normalised_and_calibrated_in_one_run(files, tmp_path, 
 def test_optimistic_lists_are_refused(files, tmp_path):
     given = [f"--embeddings={files / 'embeddings.npz'}", f"--trials=[{files / 'O.txt'}]"]
     given.append(f"--output_folder={tmp_path}")
-    with pytest.raises(ValueError, match="8 speakers are in O.txt too"):
+    with pytest.raises(ValueError, match=r"8 speakers are in O\.txt too"):
         run(*given, f"--dev_trials={files / 'O.txt'}")
     with pytest.raises(ValueError, match="8 speakers are in the cohort and in the trials"):
         run(*given, f"--cohort={files / 'embeddings.npz'}")
