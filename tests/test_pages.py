@@ -1,0 +1,119 @@
+"""What README and pages say, as far as a machine can check; README's Python is a doctest."""
+
+import ast
+import contextlib
+import importlib
+import io
+import re
+import shlex
+
+import pytest
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from scripts import ROOT
+
+from speechbrain_qmargin import QMarginLoss, __version__
+from speechbrain_qmargin.cli import GROUPS, main
+
+PAGES = {
+    page.name: page.read_text(encoding="utf-8")
+    for page in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+}
+every_page = pytest.mark.parametrize("page", PAGES)
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
+
+
+def commands(page):
+    """The lines of a page's shell blocks as words."""
+    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines()]
+
+
+@every_page
+def test_links_lead_to_files(page):
+    folder = ROOT if (ROOT / page).exists() else ROOT / "docs"
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", PAGES[page])
+    generated = "api/"  # by Sphinx, which checks these
+    assert [x for x in links if not (x.startswith(generated) or (folder / x).exists())] == []
+
+
+@every_page
+def test_scripts_and_settings_that_are_named_exist(page):
+    upstream = r"(?!hparams/train_)"  # SpeechBrain's own
+    path = r"\b(?:recipes|hparams|benchmarks|tests)/[\w/]+\.(?:py|yaml|sh)\b"
+    named = set(re.findall(upstream + path, PAGES[page]))
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+@every_page
+def test_python_that_is_shown_can_be_imported(page):
+    for block in blocks(page, "python"):
+        if block.lstrip().startswith(">>>"):
+            continue
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("speechbrain_qmargin"):
+                module = importlib.import_module(node.module)
+                assert [n.name for n in node.names if not hasattr(module, n.name)] == []
+
+
+@every_page
+def test_subcommands_and_their_options_exist(page):
+    known = {name for group in GROUPS.values() for name in group}
+    for words in commands(page):
+        if words[:1] != ["qmargin"] or "|" in words:
+            continue
+        name = next(word for word in words[1:] if not word.startswith("-"))
+        assert name in known, words
+        with contextlib.redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit):
+            main([name, "--help"])
+        options = set(re.findall(r"--\w+", text.getvalue())) | {"--quiet"}
+        assert {w.split("=")[0] for w in words if w.startswith("--")} <= options, words
+
+
+def flags(name):
+    """The values of an option of an upstream recipe in the README, as the shell hands them over."""
+    words = [word for line in commands("README.md") for word in line]
+    return [word.split("=", 1)[1] for word in words if word.startswith(f"--{name}=")]
+
+
+@pytest.mark.parametrize("value", flags("compute_cost"))
+def test_every_loss_flag_is_a_loss(value):
+    yaml = "compute_cost: !new:torch.nn.Identity"
+    loss = load_hyperpyyaml(yaml, f"compute_cost: {value}")["compute_cost"]
+    cosines = torch.tensor([[[0.2, 0.1, 0.3]]], requires_grad=True)
+    loss(cosines, torch.tensor([[1]]), torch.ones(1)).backward()
+    assert isinstance(loss, QMarginLoss)
+    assert cosines.grad is not None
+    assert cosines.grad[0, 0, 1] < 0
+
+
+def test_the_classifier_flag_makes_x_vectors_outputs_cosines():
+    (value,) = flags("classifier")
+    yaml = """
+classifier: !new:speechbrain.lobes.models.Xvector.Classifier
+    input_shape: [null, null, 512]
+    out_neurons: 7205
+"""
+    classifier = load_hyperpyyaml(yaml, f"classifier: {value}")["classifier"]
+    embeddings = torch.randn(2, 1, 512)
+    outputs = classifier(embeddings)
+    assert outputs.shape == (2, 1, 7205)
+    expected = torch.cosine_similarity(embeddings, classifier.weight, dim=-1)
+    torch.testing.assert_close(outputs[:, 0], expected)
+
+
+def test_readme_is_read_in_minutes():
+    words = [word for word in PAGES["README.md"].split() if re.search(r"\w", word)]
+    assert len(words) <= 900
+
+
+def test_one_version():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {__version__}\n" in citation
