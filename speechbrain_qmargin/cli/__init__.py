@@ -24,6 +24,13 @@ GROUPS: dict[str, dict[str, str]] = {
         "apply": "apply a calibration to other scores",
         "report": "HTML page, pictures, JSON and operating point of systems",
     },
+    "evaluate": {
+        "breakdown": "error rates by groups: gender, language, duration, session",
+        "fuse": "several systems' scores as one log-likelihood ratio",
+        "identify": "rank curve and watch lists: FPIR and FNIR",
+        "bayes": "normalised Bayes error of log-likelihood ratios over priors",
+        "quality": "a quality measure for calibration: the mean cohort score",
+    },
 }
 
 

@@ -50,7 +50,7 @@ def write_report(
     development: Mapping[str, tuple[np.ndarray, LabelledTrials]] | None = None,
     metadata: Mapping[str, Mapping[str, str]] | None = None,
     provenance: Provenance | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, Report]:
     """Evaluate systems on one trial list and write everything there is to see.
 

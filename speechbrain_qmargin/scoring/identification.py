@@ -137,7 +137,7 @@ def identify(
     sizes: Sequence[int] = (),
     combine: str = "max",
     confidence: float = 0.95,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Identification:
     """Search every probe in a watch list, in blocks.
 

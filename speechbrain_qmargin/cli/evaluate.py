@@ -1,0 +1,294 @@
+"""Subcommands that evaluate further: breakdown, fuse, identify, bayes, quality."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from speechbrain_qmargin.embeddings import Embeddings, load_embeddings
+from speechbrain_qmargin.files import replacing, write_text
+from speechbrain_qmargin.scoring.score_files import ScoreFile, read_score_file, write_scores
+from speechbrain_qmargin.tables import read_lines, read_map
+from speechbrain_qmargin.trials import LabelledTrials, Trials, read_trials, speaker_in
+
+__all__ = ["configure"]
+
+
+def _read(path: str, trials: Trials | None, args) -> ScoreFile:
+    """Scores, in the order of `trials` if given, with the speakers of --utt2spk."""
+    if trials is None and args.trials:
+        trials = read_trials(args.trials)
+    found = read_score_file(path, trials, args.columns)
+    if args.utt2spk and found.trials.speaker_of is None:
+        known = found.trials.with_speakers(read_map(args.utt2spk))
+        return ScoreFile(known, found.scores, found.source, found.about)
+    return found
+
+
+def _labelled(found: ScoreFile, path: str) -> LabelledTrials:
+    if not isinstance(found.trials, LabelledTrials):
+        raise ValueError(f"{path}: the scores have no labels: give --trials")
+    return found.trials
+
+
+def _systems(given: list[str], args) -> tuple[LabelledTrials | Trials, dict[str, np.ndarray]]:
+    """``NAME=FILE`` of systems scored on one list."""
+    trials, systems = None, {}
+    for item in given:
+        name, _, path = item.rpartition("=")
+        name = name or Path(path).stem
+        if name in systems:
+            raise ValueError(f"two systems are called {name}: write NAME=FILE")
+        found = _read(path, trials, args)
+        trials, systems[name] = found.trials, found.scores
+    assert trials is not None
+    return trials, systems
+
+
+# ------------------------------------------------------------------ breakdown
+
+
+def _breakdown(args) -> None:
+    from speechbrain_qmargin.scoring.breakdown import breakdown, read_metadata
+    from speechbrain_qmargin.scoring.decision import OperatingPoint
+    from speechbrain_qmargin.scoring.metrics import operating_points, tar_at_far
+
+    found = _read(args.scores, None, args)
+    trials = _labelled(found, args.scores)
+    table = read_metadata(args.metadata)
+    for column in args.by:
+        if column not in table:
+            raise ValueError(f"{args.metadata}: no column {column}; there are {', '.join(table)}")
+    if args.operating_point:
+        threshold = OperatingPoint.load(args.operating_point).threshold
+    elif args.threshold is not None:
+        threshold = args.threshold
+    else:
+        points = operating_points(found.scores, trials.is_target)
+        threshold = tar_at_far(points, args.far).threshold
+        print(f"threshold {threshold:.6g}, for a FAR of {args.far:g} on these very scores")
+    edges = [float(edge) for edge in args.edges.split(",")] if args.edges else None
+    tables = [
+        breakdown(
+            found.scores,
+            trials,
+            threshold,
+            table[column],
+            column=column,
+            relation=args.relation,
+            edges=edges,
+        )
+        for column in args.by
+    ]
+    print("\n\n".join(each.table() for each in tables))
+    if args.output:
+        content = {
+            "trials": trials.source,
+            "scores": found.source,
+            "columns": [each.to_dict() for each in tables],
+        }
+        write_text(args.output, json.dumps(content, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------ fusion
+
+
+def _fuse(args) -> None:
+    from speechbrain_qmargin.scoring.fusion import Fusion, fit_fusion
+
+    if args.fusion:
+        fusion = Fusion.load(args.fusion)
+    else:
+        if not args.development:
+            raise ValueError("give --development scores to fit the fusion on, or a --fusion file")
+        args.trials, listed = args.development_trials, args.trials
+        dev_trials, dev_systems = _systems(args.development, args)
+        args.trials = listed
+        if not isinstance(dev_trials, LabelledTrials):
+            raise ValueError("the development scores have no labels: give --development_trials")
+        fusion = fit_fusion(dev_systems, dev_trials, p_target=args.p_target)
+    trials, systems = _systems(args.systems, args)
+    llrs = fusion.apply(systems, trials)
+    if args.save:
+        fusion.save(args.save)
+    write_scores(args.output, trials, llrs, {"kind": "llr", "fused": ", ".join(systems)})
+    print(f"{fusion}\n{args.output}: {len(trials):,} log-likelihood ratios of {trials.source}")
+
+
+# ------------------------------------------------------------------ identification
+
+
+def _people(path: str) -> dict[str, str]:
+    """``recording`` or ``recording identity`` lines, as a mapping."""
+    lines = [line for line in read_lines(path)[0] if line.strip()]
+    if lines and all(len(line.split()) == 1 for line in lines):
+        names = [line.strip() for line in lines]
+        if not all("/" in name for name in names):
+            raise ValueError(
+                f"{path}: ids without a slash do not tell the identity: write 'recording identity'"
+            )
+        return {name: speaker_in(name) for name in names}
+    return read_map(path)
+
+
+def _identify(args) -> None:
+    from speechbrain_qmargin.scoring.identification import identify
+
+    embeddings = load_embeddings(args.embeddings)
+    gallery, probes = _people(args.gallery), _people(args.probes)
+    both = sorted(gallery.keys() & probes.keys())
+    if both:
+        raise ValueError(
+            f"{len(both)} recordings are in the gallery and among the probes, such as {both[0]}: "
+            "a probe that finds itself measures nothing"
+        )
+    mean = load_embeddings(args.mean).matrix.mean(axis=0) if args.mean else None
+    with tqdm(unit=" probes", disable=args.quiet) as bar:
+        found = identify(
+            embeddings.unit(list(gallery), mean),
+            list(gallery.values()),
+            embeddings.unit(list(probes), mean),
+            list(probes.values()),
+            ranks=args.ranks,
+            fpirs=args.fpirs,
+            rank_limit=args.rank_limit,
+            sizes=args.sizes,
+            combine=args.combine,
+            progress=bar.update,
+        )
+    print(found.table())
+    if args.output:
+        write_text(args.output, json.dumps(found.to_dict(), indent=2) + "\n")
+
+
+# ------------------------------------------------------------------ Bayes error, qualities
+
+
+def _bayes(args) -> None:
+    from speechbrain_qmargin.scoring.bayes import bayes_error
+    from speechbrain_qmargin.scoring.metrics import operating_points
+    from speechbrain_qmargin.scoring.plots import bayes_error_figure, save_figure
+
+    trials, systems = _systems(args.systems, args)
+    if not isinstance(trials, LabelledTrials):
+        raise ValueError("the scores have no labels: give --trials")
+    points = {name: operating_points(x, trials.is_target) for name, x in systems.items()}
+    wanted = np.log(args.priors) - np.log1p(-np.asarray(args.priors))
+    print("normalised Bayes error (minimum) at priors of a target trial")
+    for name, each in points.items():
+        found = bayes_error(each, wanted)
+        cells = [
+            f"{prior:g}: {actual:.3f} ({least:.3f})"
+            for prior, actual, least in zip(args.priors, found.actual, found.minimum, strict=True)
+        ]
+        print(f"{name}  {'  '.join(cells)}")
+    save_figure(bayes_error_figure(points), args.output)
+    print(args.output)
+
+
+def _speakers_of(embeddings: Embeddings, utt2spk: str | None) -> Mapping[str, str] | None:
+    if utt2spk:
+        return read_map(utt2spk)
+    if all("/" in name for name in embeddings.ids):
+        return {name: speaker_in(name) for name in embeddings.ids}
+    return None
+
+
+def _quality(args) -> None:
+    from speechbrain_qmargin.scoring.normalisation import (
+        cohort_mean_quality,
+        make_cohort,
+        refuse_shared_speakers,
+    )
+
+    embeddings, raw = load_embeddings(args.embeddings), load_embeddings(args.cohort)
+    speakers = _speakers_of(raw, args.cohort_utt2spk)
+    own = _speakers_of(embeddings, args.utt2spk)
+    if speakers is not None and own is not None:
+        refuse_shared_speakers(speakers.values(), own.values())
+    mean = raw.matrix.mean(axis=0) if args.subtract_mean else None
+    cohort = make_cohort(raw, None if args.utterances else speakers, mean=mean)
+    top_n = min(args.top_n, len(cohort))
+    unit = embeddings.unit(embeddings.ids, mean)
+    values = cohort_mean_quality(unit, cohort.matrix, embeddings.ids, top_n)
+    with replacing(args.output) as partial, partial.open("w", encoding="utf-8") as stream:
+        stream.writelines(f"{name}\t{value!r}\n" for name, value in values.items())
+    print(f"{args.output}: the mean of the {top_n} nearest of {len(cohort):,} cohort entries, for "
+          f"{len(values):,} recordings")  # fmt: skip
+
+
+def _numbers(kind):
+    def parse(text: str) -> list:
+        return [kind(part) for part in text.split(",") if part]
+
+    parse.__name__ = f"list of {kind.__name__}"
+    return parse
+
+
+def configure(add) -> None:
+    """The subcommands that evaluate further; see :mod:`speechbrain_qmargin.cli`."""
+
+    def scored(sub):
+        sub.add_argument("--trials", help="trial list, for scores without labels")
+        sub.add_argument("--columns", help="order of columns without a header, as 'enrolment "
+                         "test label score' (SpeechBrain)")  # fmt: skip
+        sub.add_argument("--utt2spk", help="speakers of the recordings, where ids do not tell")
+
+    sub = add("breakdown", _breakdown)
+    sub.add_argument("scores")
+    sub.add_argument("--metadata", required=True,
+                     help="table with a header, recordings or speakers first")  # fmt: skip
+    sub.add_argument("--by", action="append", required=True, metavar="COLUMN")
+    sub.add_argument("--relation", default="both", choices=("both", "same"),
+                     help="groups by both sides' values, or whether they are the same")  # fmt: skip
+    sub.add_argument("--edges", help="of bins of numbers, as 2,5,10")
+    at = sub.add_mutually_exclusive_group()
+    at.add_argument("--operating_point", metavar="FILE", help="its threshold")
+    at.add_argument("--threshold", type=float)
+    at.add_argument("--far", type=float, default=1e-2, help="threshold for it on these scores")
+    sub.add_argument("--output", help="JSON to write")
+    scored(sub)
+
+    sub = add("fuse", _fuse)
+    sub.add_argument("systems", nargs="+", metavar="NAME=SCORES")
+    sub.add_argument("--output", required=True, help="score file to write")
+    sub.add_argument("--development", action="append", default=[], metavar="NAME=SCORES",
+                     help="fit on these, of other speakers")  # fmt: skip
+    sub.add_argument("--development_trials")
+    sub.add_argument("--fusion", metavar="FILE", help="fitted before")
+    sub.add_argument("--save", metavar="FILE", help="JSON of the fusion to write")
+    sub.add_argument("--p_target", type=float, default=0.01)
+    scored(sub)
+
+    sub = add("identify", _identify)
+    sub.add_argument("embeddings", help="npz, npy, ark or scp")
+    sub.add_argument("gallery", help="'recording identity' lines, several an identity")
+    sub.add_argument("probes", help="'recording identity' lines")
+    sub.add_argument("--mean", metavar="EMBEDDINGS", help="subtract the mean of these")
+    sub.add_argument("--ranks", type=_numbers(int), default=[1, 5, 10, 20])
+    sub.add_argument("--fpirs", type=_numbers(float), default=[0.1, 0.01, 0.001])
+    sub.add_argument("--rank_limit", type=int, default=1, help="found: among so many")
+    sub.add_argument("--sizes", type=_numbers(int), default=[], help="of smaller watch lists")
+    sub.add_argument("--combine", default="max", choices=("max", "mean"),
+                     help="an identity's score from its templates'")  # fmt: skip
+    sub.add_argument("--output", help="JSON to write")
+
+    sub = add("bayes", _bayes)
+    sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES")
+    sub.add_argument("--output", default="bayes_error.png", help="picture to write")
+    sub.add_argument("--priors", type=_numbers(float), default=[0.5, 0.05, 0.01, 0.001])
+    scored(sub)
+
+    sub = add("quality", _quality)
+    sub.add_argument("embeddings", help="npz, npy, ark or scp")
+    sub.add_argument("cohort", help="embeddings of training utterances")
+    sub.add_argument("output", help="'id value' lines, for calibrate --quality NAME=FILE")
+    sub.add_argument("--top_n", type=int, default=300)
+    sub.add_argument("--utt2spk", help="speakers of the embeddings, where ids do not tell")
+    sub.add_argument("--cohort_utt2spk", help="by default the part of an id before its slash")
+    sub.add_argument("--utterances", action="store_true", help="not speaker means")
+    sub.add_argument("--subtract_mean", action="store_true", help="the cohort's, from everything")

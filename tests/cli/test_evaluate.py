@@ -1,0 +1,114 @@
+"""The commands that evaluate further, from files to files, and their messages."""
+
+import json
+
+import numpy as np
+import pytest
+
+from speechbrain_qmargin.cli import main
+from speechbrain_qmargin.embeddings import save_embeddings
+from speechbrain_qmargin.scoring.fusion import Fusion
+from speechbrain_qmargin.scoring.metrics import eer, operating_points
+from speechbrain_qmargin.scoring.score_files import read_scores
+from speechbrain_qmargin.tables import read_map
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Embeddings of test, development and cohort speakers, lists of all pairs, two systems."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    rng = np.random.default_rng(0)
+    for part, count in (("test", 12), ("dev", 12), ("cohort", 12)):
+        voices = rng.normal(size=(count, 16))
+        ids = [f"{part}{speaker}/{take}" for speaker in range(count) for take in range(4)]
+        for system, noise in (("one", 1.3), ("two", 1.5)):
+            rows = np.repeat(voices, 4, axis=0) + noise * rng.normal(size=(4 * count, 16))
+            save_embeddings(folder / f"{part}_{system}.npz", dict(zip(ids, rows, strict=True)))
+        lines = [
+            f"{int(a.split('/')[0] == b.split('/')[0])} {a} {b}\n"
+            for i, a in enumerate(ids)
+            for b in ids[:i]
+        ]
+        (folder / f"{part}.txt").write_text("".join(lines))
+        for system in ("one", "two"):
+            given = [folder / f"{part}_{system}.npz", folder / f"{part}.txt"]
+            assert run("cosine", *given, folder / f"{part}_{system}.tsv") == 0
+    (folder / "people.csv").write_text(
+        "speaker,gender\n" + "".join(f"test{i},{'fm'[i % 2]}\n" for i in range(12))
+    )
+    return folder
+
+
+def run(*words) -> int:
+    return main(["--quiet", *map(str, words)])
+
+
+def test_breakdown(files, capsys):
+    arguments = ["breakdown", files / "test_one.tsv", f"--metadata={files / 'people.csv'}"]
+    assert run(*arguments, "--by=gender", f"--output={files / 'by.json'}") == 0
+    assert "f × m" in capsys.readouterr().out
+    found = json.loads((files / "by.json").read_text())
+    assert [row["group"] for row in found["columns"][0]["groups"]] == ["f", "f × m", "m"]
+    assert found["columns"][0]["overall"]["fmr"]["value"] <= 0.01
+    assert "test_one.tsv sha256:" in found["scores"]
+    assert run(*arguments, "--by=age") == 1
+    assert "no column age; there are gender" in capsys.readouterr().err
+
+
+def test_fuse(files, capsys):
+    systems = [f"{name}={files / f'test_{name}.tsv'}" for name in ("one", "two")]
+    development = [f"--development={name}={files / f'dev_{name}.tsv'}" for name in ("one", "two")]
+    output, saved = files / "fused.tsv", files / "fusion.json"
+    assert run("fuse", *systems, *development, f"--output={output}", f"--save={saved}") == 0
+    trials, llrs = read_scores(output)
+    single = read_scores(files / "test_one.tsv")[1]
+    assert eer(operating_points(llrs, trials.is_target)) < eer(
+        operating_points(single, trials.is_target)
+    )
+    assert Fusion.load(saved).systems == ["one", "two"]
+    again = files / "again.tsv"
+    assert run("fuse", *systems, f"--fusion={saved}", f"--output={again}") == 0
+    assert again.read_text() == output.read_text()
+    capsys.readouterr()
+    own = [f"--development={system}" for system in systems]
+    assert run("fuse", *systems, *own, f"--output={files / 'no.tsv'}") == 1
+    assert "12 speakers of the trials were in the development trials" in capsys.readouterr().err
+    assert run("fuse", *systems, f"--output={files / 'no.tsv'}") == 1
+    assert "give --development scores" in capsys.readouterr().err
+    assert not (files / "no.tsv").exists()
+    picture = files / "bayes.png"
+    assert run("bayes", f"fused={output}", f"--output={picture}") == 0
+    assert picture.stat().st_size > 1000
+    assert "0.01: " in capsys.readouterr().out
+
+
+def test_identify(files, capsys):
+    gallery = [f"test{i}/{j} person{i}\n" for i in range(8) for j in range(2)]
+    probes = [f"test{i}/{j} person{i}\n" for i in range(12) for j in (2, 3)]
+    (files / "gallery.txt").write_text("".join(gallery))
+    (files / "probes.txt").write_text("".join(probes))
+    arguments = ["identify", files / "test_one.npz", files / "gallery.txt", files / "probes.txt"]
+    options = ["--sizes=2,4", "--fpirs=0.2", "--ranks=1,2"]
+    assert run(*arguments, *options, f"--output={files / 'found.json'}") == 0
+    assert "8 identities of 16 templates; 16 mated probes, 8 of others" in capsys.readouterr().out
+    found = json.loads((files / "found.json").read_text())
+    assert [row["size"] for row in found["open_set"]] == [2, 4, 8]
+    assert found["cmc"]["1"]["value"] > 0.5
+    assert run(*arguments[:3], files / "gallery.txt") == 1
+    assert "16 recordings are in the gallery and among the probes" in capsys.readouterr().err
+    (files / "bare.txt").write_text("a\nb\n")
+    assert run(*arguments[:2], files / "bare.txt", files / "probes.txt") == 1
+    assert "do not tell the identity" in capsys.readouterr().err
+
+
+def test_quality(files, capsys):
+    arguments = [files / "dev_one.npz", files / "cohort_one.npz", files / "quality.txt"]
+    assert run("quality", *arguments, "--top_n=5") == 0
+    values = read_map(files / "quality.txt", float)
+    assert len(values) == 48
+    assert "the mean of the 5 nearest of 12 cohort entries" in capsys.readouterr().out
+    given = [files / "dev_one.tsv", files / "calibration.json"]
+    assert run("calibrate", *given, f"--quality=cohort={files / 'quality.txt'}") == 0
+    assert "higher cohort" in capsys.readouterr().out
+    assert run("quality", files / "dev_one.npz", files / "dev_two.npz", files / "no.txt") == 1
+    assert "12 speakers are in the cohort" in capsys.readouterr().err
