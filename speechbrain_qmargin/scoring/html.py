@@ -89,7 +89,7 @@ def write_report(
     folder = Path(folder)
     reports: dict[str, Report] = {}
     decisions, pictures = {}, {}
-    structure = TrialStructure.of(trials)
+    structure = TrialStructure.of(trials.distinct.trials)
     for name, scores in systems.items():
         reports[name] = evaluate(
             scores,

@@ -176,7 +176,7 @@ def evaluate(
         :func:`~speechbrain_qmargin.scoring.figures.standard_figures` of the arguments above and
         what was :func:`~speechbrain_qmargin.scoring.figures.register`-ed.
     structure : TrialStructure, optional
-        Of these trials, computed once where several systems share it.
+        Of the distinct trials, computed once where several systems share it.
     confidence : float
         Of the intervals.
     units : str
@@ -259,13 +259,11 @@ def _measured(
     """The figure of a measure with its badge and its interval."""
     figure = figure_of(measure, spread.points)
     interval = None if influence is None else influence.interval(figure.value, confidence)
-    if figure.errors is not None:
-        counted = figure if spread.structure.first is None else figure_of(measure, spread.distinct)
-        assert counted.errors is not None
-        support = badge(counted.errors, spread.structure.contributing)
-        figure = replace(figure, errors=counted.errors, support=support)
-        if interval is not None and counted.errors < FEWEST_ERRORS:
-            few = measure.few_errors(counted, spread.distinct, confidence)
+    errors = figure.errors
+    if errors is not None:
+        figure = replace(figure, support=badge(errors, spread.structure.contributing))
+        if interval is not None and errors < FEWEST_ERRORS:
+            few = measure.few_errors(figure, spread.points, confidence)
             if few is not None:
                 interval = min(interval[0], few[0]), max(interval[1], few[1])
     if interval is None:
@@ -276,7 +274,10 @@ def _measured(
 
 @dataclass(frozen=True)
 class Difference:
-    """``value`` is the second system minus the first; the interval is paired over speakers."""
+    """``value`` is the second system minus the first; the interval is paired over speakers.
+
+    `support` is the weaker one of both figures' badges.
+    """
 
     kind: str
     parameter: float | str | None
@@ -286,6 +287,7 @@ class Difference:
     high: float
     unit: str = "rate"
     higher_is_better: bool = False
+    support: str = ""
 
     def show(self, value: float | None) -> str:
         """A value of this figure's unit as text."""
@@ -293,8 +295,8 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves out zero; never of an unsupported figure."""
+        return self.support != "unsupported" and (self.low > 0 or self.high < 0)
 
 
 def compare(first: Report, second: Report) -> list[Difference]:
@@ -338,6 +340,11 @@ def compare(first: Report, second: Report) -> list[Difference]:
                 float(max(high, value)),
                 figure.unit,
                 figure.higher_is_better,
+                _weaker(figure.support, second.figures[at].support),
             )
         )
     return differences
+
+
+def _weaker(one: str, two: str) -> str:
+    return max(one, two, key=("", "measured", "indicative", "unsupported").index)

@@ -37,12 +37,15 @@ sum has 0.54 of the variance. Where there are no two impostor trials without a c
 without the subtraction, its value for independent pairs.
 
 **Interval.** Student's t on the logit scale (rates, minDCF) or the log scale (actDCF, Cllr). The
-degrees of freedom count the speakers that the figure rests on, not those on the list: with
-:math:`R_i = T_i + I_i`,
+degrees of freedom are those of a variance estimated from K contributions of kurtosis
+:math:`\kappa`, :math:`\nu = 2K/(\kappa - 1)`; K is Kish's effective number of speakers. Errors are
+few speakers' and many speakers have none, so the contributions are far from Gaussian:
+:math:`\kappa = 7`, hence :math:`\nu = K/3`, or the kurtosis that is found if it is larger still,
+with :math:`R_i = T_i + I_i`
 
-.. math:: \nu = (\sum_i R_i^2)^2 / \sum_i R_i^4 - 1.
+.. math:: \nu = \min\bigl(K/3,\ 2 (\sum_i R_i^2)^2 / \sum_i R_i^4\bigr).
 
-A figure whose errors come from three speakers of three hundred has few degrees of freedom. minDCF
+A figure whose errors come from three speakers of three hundred has six degrees of freedom. minDCF
 is too low by the freedom of its threshold; what :math:`\min_t` gains when the contributions of all
 speakers are multiplied by Gaussian noise estimates by how much, and moves the interval up.
 
@@ -51,7 +54,8 @@ scale, the same V and degrees of freedom), which makes them paired.
 
 **Few errors.** Below 30 the wider of this and Clopper-Pearson is given (see
 :mod:`~speechbrain_qmargin.scoring.report`). A trial and its reverse are one trial: they fall into
-one :math:`P_{ij}`, and errors are counted over distinct unordered pairs of recordings.
+one :math:`P_{ij}`, and :func:`~speechbrain_qmargin.scoring.report.evaluate` counts every unordered
+pair of recordings once.
 """
 
 from __future__ import annotations
@@ -127,13 +131,21 @@ def rate_interval(
     >>> round(low, 4), round(high, 4)
     (0.0, 0.0122)
     """
-    from scipy.stats import binomtest
+    from scipy.special import betaincinv, ndtri
 
-    names = {"clopper-pearson": "exact", "wilson": "wilson"}
-    if method not in names:
-        raise ValueError(f"method must be one of {', '.join(names)}, got {method!r}")
-    interval = binomtest(int(errors), int(trials)).proportion_ci(confidence, names[method])
-    return float(interval.low), float(interval.high)
+    if not 0 <= errors <= trials or not trials:
+        raise ValueError(f"{errors} errors of {trials} trials: no rate")
+    if method == "clopper-pearson":
+        tail, right = (1 - confidence) / 2, trials - errors
+        low = float(betaincinv(errors, right + 1, tail)) if errors else 0.0
+        return low, float(betaincinv(errors + 1, right, 1 - tail)) if right else 1.0
+    if method != "wilson":
+        raise ValueError(f"method must be one of clopper-pearson, wilson, got {method!r}")
+    z, rate = float(ndtri((1 + confidence) / 2)), errors / trials
+    middle = rate + z * z / (2 * trials)
+    half = z * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
+    scale = 1 + z * z / trials
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +160,6 @@ class TrialStructure:
         Ascending ``low * S + high`` of every two speakers that meet in impostor trials.
     pair_counts : float array [G]
         How often.
-    first : bool array [N] or None
-        The trials that are the first of their unordered pair of recordings; None if all are.
     speakers_known : bool
         Whether these are speakers, not groups of recordings that target trials link. Two groups
         may be one person, so nothing is called measured.
@@ -159,7 +169,6 @@ class TrialStructure:
     impostors: np.ndarray
     pair_keys: np.ndarray
     pair_counts: np.ndarray
-    first: np.ndarray | None = None
     speakers_known: bool = True
 
     @classmethod
@@ -184,14 +193,7 @@ class TrialStructure:
             keys % count, counts, count
         )
         targets = np.bincount(speakers[trials.enrolment[trials.is_target]], minlength=count)
-        return cls(
-            targets.astype(float),
-            impostors,
-            keys,
-            counts,
-            _first_of_pairs(trials),
-            trials.speakers_known,
-        )
+        return cls(targets.astype(float), impostors, keys, counts, trials.speakers_known)
 
     @cached_property
     def num_targets(self) -> float:
@@ -238,26 +240,19 @@ class TrialStructure:
         return min(self.apart) > 1e-9
 
     @cached_property
-    def contributing(self) -> float:
+    def effective(self) -> float:
         """How many speakers of equal weight the trials amount to: Kish's effective number.
 
         The lower one of target and of impostor trials: a list of which one speaker has nearly all
         trials has one speaker, whoever else is on it.
         """
         numbers = (n.sum() ** 2 / (n @ n) for n in (self.targets, self.impostors) if n.any())
-        number = float(min(numbers, default=0.0))
-        return number if self.speakers_known else min(number, FEWEST_SPEAKERS - 1)
+        return float(min(numbers, default=0.0))
 
-
-def _first_of_pairs(trials: LabelledTrials) -> np.ndarray | None:
-    one, two = trials.enrolment, trials.test
-    keys = np.minimum(one, two) * np.int64(len(trials.ids)) + np.maximum(one, two)
-    ordered = np.sort(keys)
-    if not (ordered[1:] == ordered[:-1]).any():
-        return None
-    first = np.zeros(len(keys), dtype=bool)
-    first[np.unique(keys, return_index=True)[1]] = True
-    return first
+    @property
+    def contributing(self) -> float:
+        """The effective number for badges: too few to be measured where speakers are not known."""
+        return self.effective if self.speakers_known else min(self.effective, FEWEST_SPEAKERS - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,8 +354,11 @@ class Influence:
 
     @cached_property
     def degrees_of_freedom(self) -> float:
-        """A third of the contributing speakers; see the module's text."""
-        return max(1.0, self.structure.contributing / 3)
+        """At most a third of the contributing speakers; see the module's text. At least 1."""
+        squares = (self.targets + self.impostors) ** 2
+        total, fourth = float(squares.sum()), float(squares @ squares)
+        few = 2 * total**2 / fourth if fourth > 0 else math.inf
+        return max(1.0, min(self.structure.effective / 3, few))
 
     def interval(self, value: float, confidence: float = 0.95) -> tuple[float, float] | None:
         """The interval of a figure that was found to be `value`.
@@ -370,12 +368,11 @@ class Influence:
         (low, high) or None
             None where the variance cannot be estimated: fewer than 4 speakers.
         """
-        from scipy.special import expit, logit
-        from scipy.stats import t
+        from scipy.special import expit, logit, stdtrit
 
         if math.isnan(self.variance):
             return None
-        reach = float(t.ppf((1 + confidence) / 2, self.degrees_of_freedom))
+        reach = float(stdtrit(self.degrees_of_freedom, (1 + confidence) / 2))
         reach *= math.sqrt(self.variance)
         centre = value - self.bias
         if self.scale == "logit" and 0 < centre < 1:
@@ -399,7 +396,6 @@ class RatesAt:
     far_interval, frr_interval : (low, high) or None
         Over speakers; below 30 errors the wider of that and Clopper-Pearson.
     false_accepts, misses : int
-        Of distinct unordered pairs of recordings.
     far_support, frr_support : str
         Their badges.
     """
@@ -422,6 +418,7 @@ class Spread:
     ----------
     scores : float array [N]
     trials : LabelledTrials
+        Every unordered pair once (`trials.distinct`), or repeated trials count as errors again.
     points : OperatingPoints
         Of these scores.
     structure : TrialStructure, optional
@@ -430,7 +427,7 @@ class Spread:
     Raises
     ------
     ValueError
-        One speaker only, trials without labels.
+        One speaker only, a structure of other trials.
 
     Examples
     --------
@@ -455,6 +452,9 @@ class Spread:
     ):
         self.structure = TrialStructure.of(trials) if structure is None else structure
         self.points = points
+        held = self.structure.num_targets, self.structure.num_impostors
+        if held != (points.num_targets, points.num_impostors):
+            raise ValueError("the structure is not of these trials")
         scores = np.asarray(scores)
         if not np.issubdtype(scores.dtype, np.floating):
             scores = scores.astype(float)
@@ -463,7 +463,8 @@ class Spread:
         self._is_target = np.asarray(trials.is_target, dtype=bool)
         chosen = np.flatnonzero(self._is_target)
         chosen = chosen[np.argsort(scores[chosen], kind="stable")]
-        self._target_trials, self._target_scores = chosen, scores[chosen]
+        self._target_scores = scores[chosen]
+        self._of_target = self._speakers[trials.enrolment[chosen]]
         self._tail = self._one = self._two = self._pair = np.empty(0, dtype=np.int64)
         self._pair_index = np.empty(0, dtype=np.int64)
         self._rates: dict[float, tuple[Influence, Influence]] = {}
@@ -485,24 +486,31 @@ class Spread:
         return self._rates[threshold]
 
     def _misses(self, misses: int) -> Influence:
-        structure, count = self.structure, self.points.num_targets
-        of = self._speakers[self._trials.enrolment[self._target_trials[:misses]]]
-        sums = np.bincount(of, minlength=len(structure.targets))
-        sums = (sums - misses / count * structure.targets) / count
-        return Influence(structure, sums, np.zeros(len(sums)), (), "logit")
+        (sums,) = self._missed(np.array([misses]))
+        return Influence(self.structure, sums, np.zeros(len(sums)), (), "logit")
+
+    def _missed(self, misses: np.ndarray) -> np.ndarray:
+        """Every speaker's contributions to FRR at ascending numbers of misses [len(misses), S]."""
+        targets = self.structure.targets
+        sums = _first_counts(misses, len(targets), self._of_target)
+        count = self.points.num_targets
+        return (sums - misses[:, None] / count * targets) / count
 
     def _accepts(self, accepts: int) -> Influence:
         structure, count = self.structure, self.points.num_impostors
-        size = len(structure.targets)
-        self._reach(accepts)
-        rows = np.bincount(self._one[:accepts], minlength=size)
-        rows = rows + np.bincount(self._two[:accepts], minlength=size)
-        rate = accepts / count
+        (rows,) = self._accepted(np.array([accepts]))
         sums = np.bincount(self._pair[:accepts], minlength=len(self._pair_index))
         held = np.flatnonzero(sums)
-        pairs = _PairSums(structure, self._pair_index[held], sums[held] / count, rate / count)
-        centred = (rows - rate * structure.impostors) / count
-        return Influence(structure, np.zeros(size), centred, ((1.0, pairs),), "logit")
+        centre = accepts / count / count
+        pairs = _PairSums(structure, self._pair_index[held], sums[held] / count, centre)
+        return Influence(structure, np.zeros(len(rows)), rows, ((1.0, pairs),), "logit")
+
+    def _accepted(self, accepts: np.ndarray) -> np.ndarray:
+        """Every speaker's contributions to FAR at ascending numbers [len(accepts), S]."""
+        impostors, count = self.structure.impostors, self.points.num_impostors
+        self._reach(int(accepts.max(initial=0)))
+        sums = _first_counts(accepts, len(impostors), self._one, self._two)
+        return (sums - accepts[:, None] / count * impostors) / count
 
     def _reach(self, accepts: int) -> None:
         """Sort the impostor trials down to so many accepted."""
@@ -520,14 +528,6 @@ class Spread:
         keys, self._pair = np.unique(keys, return_inverse=True)
         self._pair_index = np.searchsorted(self.structure.pair_keys, keys)
 
-    @cached_property
-    def distinct(self) -> OperatingPoints:
-        """Operating points with every unordered pair of recordings once, to count errors by."""
-        first = self.structure.first
-        if first is None:
-            return self.points
-        return metrics.operating_points(self._scores[first], self._is_target[first])
-
     def rates_at(self, threshold: float, confidence: float = 0.95) -> RatesAt:
         """FAR and FRR at a threshold that was not chosen on these scores, with intervals.
 
@@ -538,18 +538,16 @@ class Spread:
         counted = zip(
             self.points.errors_at(threshold),
             (self.points.num_targets, self.points.num_impostors),
-            self.distinct.errors_at(threshold),
-            (self.distinct.num_targets, self.distinct.num_impostors),
             self._at(threshold),
             strict=True,
         )
-        for errors, trials, distinct, of, influence in counted:
+        for errors, trials, influence in counted:
             interval = influence.interval(errors / trials, confidence)
-            if interval is not None and distinct < FEWEST_ERRORS:
-                few = rate_interval(distinct, of, confidence)
+            if interval is not None and errors < FEWEST_ERRORS:
+                few = rate_interval(errors, trials, confidence)
                 interval = min(interval[0], few[0]), max(interval[1], few[1])
-            support = badge(distinct, self.structure.contributing)
-            found.append((errors / trials, interval, distinct, support))
+            support = badge(errors, self.structure.contributing)
+            found.append((errors / trials, interval, errors, support))
         (frr, frr_range, misses, frr_support), (far, far_range, accepts, far_support) = found
         return RatesAt(
             float(threshold),
@@ -623,20 +621,16 @@ class Spread:
         accepts = max(1, points.errors_at(threshold)[1])
         reach = min(points.num_impostors - 1, math.ceil(accepts * math.exp(_SPAN)))
         ranks = np.geomspace(max(accepts * math.exp(-_SPAN), 0.3), reach, _GRID)
-        ranks = np.unique(np.append(ranks.astype(np.int64), points.errors_at(threshold)[1]))
-        thresholds = [_accepting(points, int(rank)) for rank in ranks]
+        thresholds = {_accepting(points, rank) for rank in np.unique(ranks.astype(int)).tolist()}
+        order = sorted(thresholds | {threshold})
+        misses, accepted = np.array([points.errors_at(each) for each in order]).T
         miss, accept = c_miss * p_target, c_fa * (1 - p_target)
-        least = min(miss, accept)
-        costs, moves = [], []
-        for each in [*thresholds, threshold]:
-            misses, accepted = points.errors_at(each)
-            costs.append(
-                miss * misses / points.num_targets + accept * accepted / points.num_impostors
-            )
-            moves.append(miss * self.frr(each).targets + accept * self.far(each).impostors)
-        drawn = np.random.default_rng(0).standard_normal((_DRAWS, len(moves[0])))
-        noisy = (np.array(costs) + drawn @ np.array(moves).T) / least
-        return float((noisy[:, -1] - noisy.min(axis=1)).mean())
+        costs = miss * misses / points.num_targets + accept * accepted / points.num_impostors
+        moves = miss * self._missed(misses) + accept * self._accepted(accepted[::-1])[::-1]
+        drawn = np.random.default_rng(0).standard_normal((_DRAWS, moves.shape[1]))
+        noisy = costs + drawn @ moves.T
+        gained = noisy[:, order.index(threshold)] - noisy.min(axis=1)
+        return float(gained.mean()) / min(miss, accept)
 
     def cllr(self) -> Influence:
         """Cllr of log-likelihood ratios."""
@@ -661,8 +655,7 @@ class Spread:
         """Of the mean of both classes' mean costs, in bits."""
         structure, size = self.structure, len(self.structure.targets)
         bits = 0.5 / math.log(2)
-        of = self._speakers[self._trials.enrolment[self._target_trials]]
-        sums = np.bincount(of, target_costs, size)
+        sums = np.bincount(self._of_target, target_costs, size)
         targets = bits * (sums - target_costs.mean() * structure.targets) / len(target_costs)
         pairs = np.zeros(len(structure.pair_keys))
         total, count = 0.0, self.points.num_impostors
@@ -709,3 +702,13 @@ def _accepting(points: OperatingPoints, accepts: int) -> float:
         return float(min(points.targets[0], points.impostors[0]))
     rejected = points.impostors[points.num_impostors - accepts - 1]
     return float(np.nextafter(rejected, np.inf, dtype=rejected.dtype))
+
+
+def _first_counts(numbers: np.ndarray, size: int, *sides: np.ndarray) -> np.ndarray:
+    """How often each of `size` speakers is in the first trials, for ascending numbers of trials."""
+    last = int(numbers.max(initial=0))
+    step = np.searchsorted(numbers, np.arange(last), side="right") * size
+    total = np.zeros(len(numbers) * size, dtype=np.int64)
+    for side in sides:
+        total += np.bincount(step + side[:last], minlength=len(total))
+    return np.cumsum(total.reshape(len(numbers), size), axis=0)

@@ -157,7 +157,9 @@ def test_reversed_trials_add_nothing():
         np.append(trials.test, trials.enrolment),
         np.append(trials.is_target, trials.is_target),
     )
-    once, twice = evaluate(scores, trials), evaluate(np.append(scores, scores), both)
+    once = evaluate(scores, trials)
+    with pytest.warns(UserWarning, match="in reverse order"):
+        twice = evaluate(np.append(scores, scores), both)
     for one, two in zip(once.figures, twice.figures, strict=True):
         assert (one.errors, one.support) == (two.errors, two.support)
         assert two.value == pytest.approx(one.value, abs=1e-12)
@@ -179,7 +181,9 @@ def test_two_reversed_errors_are_one_error():
         np.append(trials.test, trials.enrolment[wrong]),
         np.append(trials.is_target, trials.is_target[wrong]),
     )
-    rates = spread_of(np.append(scores, scores[wrong]), both).rates_at(1.5)
+    with pytest.warns(UserWarning, match="in reverse order"):
+        report = evaluate(np.append(scores, scores[wrong]), both)
+    rates = report.spread.rates_at(1.5)
     assert (rates.false_accepts, rates.far_support) == (2, "unsupported")
 
 
@@ -224,6 +228,13 @@ def test_one_speaker_with_most_trials_is_not_many_speakers():
     assert structure.contributing < 1.2
     even = TrialStructure(np.full(9, 4.0), np.full(9, 8.0), np.arange(9), np.ones(9))
     assert even.contributing == pytest.approx(9)
+
+
+def test_a_structure_of_other_trials_is_refused():
+    rng = np.random.default_rng(12)
+    one, two = random_list(rng, 10), random_list(rng, 10)
+    with pytest.raises(ValueError, match="not of these trials"):
+        evaluate(scored(one, rng), one, structure=TrialStructure.of(two))
 
 
 def test_one_speaker_is_refused():
