@@ -17,8 +17,9 @@ from pathlib import Path, PurePath
 import numpy as np
 from tqdm import tqdm
 
-from speechbrain_qmargin.data.faces import SkippedImages, read_pixels
-from speechbrain_qmargin.data.records import align_face
+from speechbrain_qmargin.data.align import align_face
+from speechbrain_qmargin.data.images import read_pixels
+from speechbrain_qmargin.data.skipped import Skipped
 from speechbrain_qmargin.files import replacing, write_text
 
 
@@ -76,7 +77,7 @@ def main(argv=None):
     write_text(sizes, f"{args.size}\n")
     listing = args.out / "skipped_images.txt"
     listing.unlink(missing_ok=True)  # they are tried again
-    skipped = SkippedImages(listing)
+    skipped = Skipped(listing)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         faults = tqdm(pool.map(align, landmarks), "aligning", len(landmarks), unit="face")
         for name, fault in zip(landmarks, faults, strict=True):

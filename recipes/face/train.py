@@ -9,13 +9,19 @@ are listed in ``save/skipped_images.txt``.
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_qmargin.data.classes import class_encoder
-from speechbrain_qmargin.data.faces import SkippedImages, check_images, face_dataset, prepare_faces
-from speechbrain_qmargin.data.records import read_bin, stored_faces
+from speechbrain_qmargin.data.epochs import CurrentEpoch
+from speechbrain_qmargin.data.face_dataset import FaceDataset, ImageDataset
+from speechbrain_qmargin.data.faces import prepare_faces
+from speechbrain_qmargin.data.images import check_images
+from speechbrain_qmargin.data.pickled import read_bin
+from speechbrain_qmargin.data.shards import stored_faces
+from speechbrain_qmargin.data.skipped import Skipped
 from speechbrain_qmargin.faces.pair_sets import check_folds
 from speechbrain_qmargin.training.brain import FaceBrain
 from speechbrain_qmargin.training.results import pair_ids
@@ -46,7 +52,7 @@ def prepare(settings):
             raise ValueError(f"{folder} has no names to test on: give --test_sets '[lfw.bin]'")
         return Task(
             stored.num_classes,
-            lambda hparams: stored_datasets(stored, sets, hparams),
+            partial(stored_datasets, stored, sets),
             {},
             pair_sets,
         )
@@ -69,11 +75,11 @@ def prepare(settings):
         min_images=settings["min_images"],
     )
     if if_main_process():
-        check_images({name: one["image"] for name, one in (corpus.valid | corpus.test).items()})
+        check_images({one.id: one.file for part in (corpus.valid, corpus.test) for one in part})
     return Task(
         num_classes=len(corpus.identities),
-        datasets=lambda hparams: folder_datasets(corpus, sets, hparams),
-        test_trials=corpus.test_lists,
+        datasets=partial(folder_datasets, corpus, sets),
+        test_trials=corpus.test_trials,
         pair_sets=pair_sets,
         valid_trials=corpus.valid_trials,
         note=SYNTHETIC if settings["data_folder"] is None else "",
@@ -104,36 +110,39 @@ def folder_datasets(corpus, sets, hparams):
     """Half of the training images mirrored; the others as they are."""
     size, epochs = hparams["image_size"], hparams["epoch_counter"]
     encoder = class_encoder(corpus.identities, f"{hparams['save_folder']}/label_encoder.txt")
-    train = face_dataset(
+    train = FaceDataset(
         corpus.train,
         size,
+        encoder.lab2ind,
         flip=True,
-        label_encoder=encoder,
         seed=hparams["seed"],
-        epoch=lambda: epochs.current,
-        skipped=warned(SkippedImages(Path(hparams["save_folder"]) / SKIPPED)),
+        epoch=CurrentEpoch(epochs),
+        skipped=warned(Skipped(Path(hparams["save_folder"]) / SKIPPED)),
     )
-    valid = face_dataset(corpus.valid, size) if corpus.valid else None
-    return Datasets(train, face_dataset(corpus.test | pair_images(sets), size), valid)
+    valid, test = corpus.valid, corpus.test
+    return Datasets(
+        train,
+        test=images_of(sets, size, test.ids, test.files),
+        valid=ImageDataset(valid.ids, valid.files, size) if len(valid) else None,
+    )
 
 
 def stored_datasets(stored, sets, hparams):
     """Records or shards to train on, InsightFace's verification sets to test on."""
     stored.image_size, stored.flip, stored.seed = hparams["image_size"], True, hparams["seed"]
-    epochs = hparams["epoch_counter"]
-    stored.epoch = lambda: epochs.current
+    stored.epoch = CurrentEpoch(hparams["epoch_counter"])
     stored.skipped.keep_in(Path(hparams["save_folder"]) / SKIPPED)
     warned(stored.skipped)
-    return Datasets(stored, face_dataset(pair_images(sets), hparams["image_size"]))
+    return Datasets(stored, test=images_of(sets, hparams["image_size"]))
 
 
-def pair_images(sets):
-    """A manifest of the images of .bin sets."""
-    return {
-        name: {"image": image, "identity": ""}
-        for one, (images, same) in sets.items()
-        for name, image in zip(pair_ids(one, len(same)), images, strict=True)
-    }
+def images_of(sets, size, ids=(), files=()):
+    """Files by their ids, then the images of .bin sets."""
+    ids, images = [*ids], [*files]
+    for name, (contents, same) in sets.items():
+        ids += pair_ids(name, len(same))
+        images += contents
+    return ImageDataset(ids, images, size)
 
 
 def warned(skipped):
@@ -146,7 +155,7 @@ def warned(skipped):
 def main(argv):
     """A run, and at its end which images were not trained on."""
     settings = train_verifier(argv, FaceBrain, prepare).settings
-    warned(SkippedImages(Path(settings["save_folder"]) / SKIPPED))
+    warned(Skipped(Path(settings["save_folder"]) / SKIPPED))
 
 
 if __name__ == "__main__":

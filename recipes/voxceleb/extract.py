@@ -25,7 +25,8 @@ import torch
 from tqdm import tqdm
 
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, MIN_SECONDS, read_audio
-from speechbrain_qmargin.data.voxceleb import audio_files, audio_roots
+from speechbrain_qmargin.data.folders import audio_files
+from speechbrain_qmargin.data.voxceleb import audio_roots
 from speechbrain_qmargin.embeddings import save_embeddings
 from speechbrain_qmargin.export.encoder import load_encoder
 from speechbrain_qmargin.extras import require
@@ -56,7 +57,11 @@ def find_recordings(audio: Path) -> dict[str, Path]:
 
 def recordings_in(folder: Path) -> dict[str, Path]:
     """Id to file: from the speaker on in a layout of VoxCeleb, else the path below the folder."""
-    files = {name: Path(entry.path) for name, entry in audio_files(folder)}
+    found = list(audio_files(folder))
+    for one in found:
+        if one.fault:
+            print(f"{folder}: {one.name} is left out: {one.fault}")
+    files = {one.name: Path(one.path) for one in found if not one.fault}
     if not files:
         raise FileNotFoundError(f"{folder}: no {', '.join(AUDIO_SUFFIXES)} file in it")
     try:

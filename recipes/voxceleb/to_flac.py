@@ -7,7 +7,7 @@ Started again, it goes on where it was interrupted.
 
 import argparse
 
-from speechbrain_qmargin.data.voxceleb import convert_to_flac
+from speechbrain_qmargin.data.convert import convert_to_flac
 
 
 def main() -> None:

@@ -5,23 +5,26 @@ one room impulse response or mixed with a stretch of one noise recording, and it
 The signal-to-noise ratio is uniform: noise 0 to 15 dB, speech 10 to 30, music 5 to 15.
 
 Every draw is from the generator handed in, which
-:func:`~speechbrain_qmargin.data.speech.speech_dataset` seeds by (seed, epoch, utterance): a
+:class:`~speechbrain_qmargin.data.speech_dataset.SpeechDataset` seeds by (seed, epoch, utterance): a
 resumed run repeats it, with any number of workers.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, read_audio, resampled
+from speechbrain_qmargin.data.audio import read_audio
+from speechbrain_qmargin.data.folders import audio_files
+from speechbrain_qmargin.data.manifest import Manifest, Texts
 
 __all__ = ["WESPEAKER_SPEEDS", "Augment", "room_and_noise"]
 
@@ -35,13 +38,15 @@ SNR = {"noise": (0.0, 15.0), "speech": (10.0, 30.0), "music": (5.0, 15.0)}  # dB
 Augment = Callable[[Tensor, np.random.Generator, str], Tensor]
 """``augmented = augment(signal, rng, speaker)``, [time] to [time]."""
 
+Drawn = TypeVar("Drawn")
+
 
 def room_and_noise(
     sample_rate: int,
     *,
     musan: str | Path | None = None,
     rirs: str | Path | None = None,
-    speech: Mapping[str, dict] | None = None,
+    speech: Manifest | None = None,
     probability: float = 0.6,
 ) -> Augment:
     """An augmentation of crops by rooms and noise.
@@ -56,8 +61,8 @@ def room_and_noise(
     rirs : path, optional
         The folder RIRS_NOISES, of which ``simulated_rirs`` are used, or any folder of impulse
         responses. Without it they are synthetic, exponentially decaying noise.
-    speech : mapping, optional
-        A manifest whose recordings of 3 to 7 other speakers make synthetic babble.
+    speech : Manifest, optional
+        Its recordings of 3 to 7 other speakers make synthetic babble.
     probability : float
         Of a crop to be changed.
 
@@ -80,9 +85,9 @@ def room_and_noise(
             f"noise_folder: none given; noise is SYNTHETIC (coloured noise, {babble}, no music) "
             "and results are not comparable with published ones, which use MUSAN"
         )
-        noise = partial(_synthetic_noise, _others(speech or {}), sample_rate)
+        noise = partial(_synthetic_noise, speech, sample_rate)
     else:
-        noise = partial(_recorded_noise, _labelled(Path(musan)), sample_rate)
+        noise = partial(_recorded_noise, *_labelled(Path(musan)), sample_rate)
     if rirs is None:
         logger.warning(
             "rir_folder: none given; rooms are SYNTHETIC (decaying noise) and results are not "
@@ -91,18 +96,26 @@ def room_and_noise(
         room = partial(_synthetic_room, sample_rate)
     else:
         room = partial(_recorded_room, _impulse_responses(Path(rirs)), sample_rate)
+    return _RoomsAndNoise(probability, room, noise)
 
-    def augment(signal: Tensor, rng: np.random.Generator, speaker: str = "") -> Tensor:
-        if rng.random() >= probability:
+
+@dataclass(frozen=True)
+class _RoomsAndNoise:
+    """What :func:`room_and_noise` gives; it can be sent to a process."""
+
+    probability: float
+    room: Callable[[np.random.Generator], Tensor]
+    noise: Callable[[np.random.Generator, int, str], tuple[Tensor, tuple[float, float]]]
+
+    def __call__(self, signal: Tensor, rng: np.random.Generator, speaker: str = "") -> Tensor:
+        if rng.random() >= self.probability:
             return signal
         if rng.random() < 0.5:
-            changed = _reverberated(signal, room(rng))
+            changed = _reverberated(signal, self.room(rng))
         else:
-            recording, snr = noise(rng, len(signal), speaker)
+            recording, snr = self.noise(rng, len(signal), speaker)
             changed = signal + recording * _gain(signal, recording, rng.uniform(*snr))
         return changed / (changed.abs().max() + 1e-4)
-
-    return augment
 
 
 def _gain(signal: Tensor, noise: Tensor, snr: float) -> float:
@@ -131,44 +144,35 @@ def _fast_size(least: int) -> int:
 # -------------------------------------------------------------------- recorded
 
 
-def _files(folder: Path, setting: str) -> list[str]:
+def _files(folder: Path, setting: str) -> Texts:
     """Audio below a folder, sorted: a draw is an index, the same on every machine."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{setting}: {folder} does not exist")
-    found = []
-    for where, _, names in os.walk(folder, followlinks=True):
-        found += [
-            os.path.join(where, name)
-            for name in names
-            if name.lower().endswith(AUDIO_SUFFIXES) and not name.startswith(".")
-        ]
+    found = [file.path for file in audio_files(folder) if not file.fault]
     if not found:
         raise FileNotFoundError(f"{setting}: no audio below {folder}")
-    return sorted(found)
+    return Texts.of(sorted(found))
 
 
-def _labelled(folder: Path) -> list[tuple[str, str]]:
-    """(kind, path) of a folder in MUSAN's layout."""
-    labelled = []
-    for path in _files(folder, "noise_folder"):
-        kind = Path(path).relative_to(folder).parts[0]
-        labelled.append((kind if kind in SNR else "noise", path))
-    return labelled
+def _labelled(folder: Path) -> tuple[Texts, list[str]]:
+    """Paths and kinds of a folder in MUSAN's layout."""
+    paths = _files(folder, "noise_folder")
+    kinds = [Path(path).relative_to(folder).parts[0] for path in paths]
+    return paths, [kind if kind in SNR else "noise" for kind in kinds]
 
 
-def _impulse_responses(folder: Path) -> list[str]:
+def _impulse_responses(folder: Path) -> Texts:
     for inner in (folder / "RIRS_NOISES" / "simulated_rirs", folder / "simulated_rirs"):
         if inner.is_dir():
             folder = inner
     return _files(folder, "rir_folder")
 
 
-def _drawn(items: list, rng: np.random.Generator, read: Callable):
-    """`read` of an item; of another where it cannot be read, so that one bad file stops nothing."""
+def _drawn(count: int, rng: np.random.Generator, read: Callable[[int], Drawn]) -> Drawn:
+    """`read` of a drawn index; of another where it cannot be read: one bad file stops nothing."""
     for attempt in range(20):
-        item = items[int(rng.integers(len(items)))]
         try:
-            return read(item)
+            return read(int(rng.integers(count)))
         except OSError as error:
             logger.warning(f"augmentation: {error}; another file is drawn")
             if attempt == 19:
@@ -187,46 +191,33 @@ def _stretch(path: str, rng: np.random.Generator, rate: int, length: int) -> Ten
         raise OSError(f"{path}: cannot be decoded ({error})") from error
     start = rng.uniform(0, max(0.0, seconds - wanted))
     signal = read_audio(path, rate, start, wanted)
-    if not len(signal):
-        raise OSError(f"{path}: empty")
     return signal.repeat(-(-length // len(signal)))[:length]
 
 
 def _recorded_noise(
-    labelled: list[tuple[str, str]], rate: int, rng: np.random.Generator, length: int, speaker: str
+    paths: Sequence[str],
+    kinds: Sequence[str],
+    rate: int,
+    rng: np.random.Generator,
+    length: int,
+    speaker: str,
 ) -> tuple[Tensor, tuple[float, float]]:
-    def read(item: tuple[str, str]) -> tuple[Tensor, tuple[float, float]]:
-        kind, path = item
-        return _stretch(path, rng, rate, length), SNR[kind]
+    def read(index: int) -> tuple[Tensor, tuple[float, float]]:
+        return _stretch(paths[index], rng, rate, length), SNR[kinds[index]]
 
-    return _drawn(labelled, rng, read)
+    return _drawn(len(paths), rng, read)
 
 
-def _recorded_room(paths: list[str], rate: int, rng: np.random.Generator) -> Tensor:
-    import soundfile
-
-    def read(path: str) -> Tensor:
-        try:
-            samples, its_rate = soundfile.read(path, dtype="float32", always_2d=True)
-        except (soundfile.LibsndfileError, RuntimeError) as error:
-            raise OSError(f"{path}: cannot be decoded ({error})") from error
-        if not len(samples):
-            raise OSError(f"{path}: empty")
-        first = np.ascontiguousarray(samples[:, 0])  # an array's microphones are not to be averaged
-        return resampled(torch.from_numpy(first), its_rate, rate)
-
-    return _drawn(paths, rng, read)
+def _recorded_room(paths: Sequence[str], rate: int, rng: np.random.Generator) -> Tensor:
+    # an array's microphones are not to be averaged
+    return _drawn(len(paths), rng, lambda n: read_audio(paths[n], rate, channel=0))
 
 
 # -------------------------------------------------------------------- synthetic
 
 
-def _others(manifest: Mapping[str, dict]) -> list[tuple[str, str, float]]:
-    return [(item["spk_id"], item["wav"], item["duration"]) for item in manifest.values()]
-
-
 def _synthetic_noise(
-    speech: list[tuple[str, str, float]],
+    speech: Manifest | None,
     rate: int,
     rng: np.random.Generator,
     length: int,
@@ -235,18 +226,19 @@ def _synthetic_noise(
     """Noise with a spectrum between white and brown; in one draw of three babble, if there is."""
     if speech and rng.random() < 1 / 3:
 
-        def read(item: tuple[str, str, float]) -> Tensor:
-            other, path, duration = item
-            if other == speaker:
+        def read(index: int) -> Tensor:
+            other = speech[index]
+            if other.label == speaker:
                 return torch.zeros(length)
-            start = rng.uniform(0, max(0.0, duration - length / rate))
-            signal = read_audio(path, rate, start, length / rate)
-            if not len(signal):
-                raise OSError(f"{path}: empty")
+            wanted = length / rate
+            start = other.start + rng.uniform(0, max(0.0, other.duration - wanted))
+            if other.part:
+                wanted = min(wanted, other.duration)
+            signal = read_audio(other.file, rate, start, wanted)
             signal = signal.repeat(-(-length // len(signal)))[:length]
             return signal / (signal.square().mean().sqrt() + 1e-4)
 
-        voices = [_drawn(speech, rng, read) for _ in range(int(rng.integers(3, 8)))]
+        voices = [_drawn(len(speech), rng, read) for _ in range(int(rng.integers(3, 8)))]
         babble = torch.stack(voices).sum(0)
         if babble.any():
             return 0.1 * babble, SNR["speech"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from speechbrain_qmargin.files import replacing
-from speechbrain_qmargin.trials import speaker_in
+from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = ["all_pairs", "class_encoder", "held_out_for_validation", "training_classes"]
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def training_classes(
-    items: Mapping[str, Sequence[str]],
+    items: Mapping[str, Sequence[Any]],
     held_out: set[str],
     *,
     listed: str | Path | None = None,
@@ -72,8 +72,8 @@ def training_classes(
 
 
 def held_out_for_validation(
-    items: Mapping[str, Sequence[str]], classes: list[str], count: int
-) -> tuple[list[str], set[str]]:
+    items: Mapping[str, Sequence[Any]], classes: list[str], count: int
+) -> tuple[list[str], set[Any]]:
     """The classes that stay, and up to ten items, evenly spread, of each of `count` others.
 
     Who is held out depends on the number of classes alone.
@@ -84,20 +84,24 @@ def held_out_for_validation(
     return [name for name in classes if name not in chosen], members
 
 
-def all_pairs(names: Iterable[str]) -> str:
-    """Trials of every pair, ``label enrolment test`` a line; a class is an id's first part.
+def all_pairs(class_of: Mapping[str, str]) -> LabelledTrials:
+    """Trials of every pair of some ids.
+
+    Parameters
+    ----------
+    class_of : mapping from id to class
 
     Examples
     --------
-    >>> print(all_pairs(["ann/1", "ann/2", "bob/1"]), end="")
-    1 ann/1 ann/2
-    0 ann/1 bob/1
-    0 ann/2 bob/1
+    >>> trials = all_pairs({"ann/1": "ann", "ann/2": "ann", "bob/1": "bob"})
+    >>> trials.ids, trials.is_target.tolist()
+    (['ann/1', 'ann/2', 'bob/1'], [True, False, False])
     """
-    return "".join(
-        f"{int(speaker_in(a) == speaker_in(b))} {a} {b}\n"
-        for a, b in combinations(sorted(names), 2)
-    )
+    ids = sorted(class_of)
+    classes = [class_of[name] for name in ids]
+    enrolment, test = np.triu_indices(len(ids), 1)
+    codes = np.unique(classes, return_inverse=True)[1]
+    return LabelledTrials(ids, enrolment, test, codes[enrolment] == codes[test], "", classes)
 
 
 def class_encoder(classes: Iterable[str], file: str | Path):

@@ -1,6 +1,6 @@
 """How long recordings are and whether they can be read: opened once, then known to every run.
 
-One file a folder of recordings, ``durations/<hash of the folder's path>.npz`` below
+One file a folder of recordings, ``<kind>/<hash of the folder's path>.npz`` below
 :func:`~speechbrain_qmargin.files.cache_folder`, holds what was found. It is keyed by each
 recording's path, size and time of change, so it never goes stale. Recordings that could not be read
 are not in it: the next run tries them again.
@@ -12,37 +12,51 @@ import hashlib
 import logging
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from speechbrain_qmargin.data.audio import inspect_audio
+from speechbrain_qmargin.data.audio import decode_audio, inspect_audio
+from speechbrain_qmargin.data.manifest import Texts
 from speechbrain_qmargin.files import cache_folder, replacing
 
-__all__ = ["durations", "durations_file"]
+__all__ = ["check_recordings", "durations", "durations_file"]
 
 logger = logging.getLogger(__name__)
 
 _WRITE_EVERY = 100_000  # files: what an interruption may cost
 _MANY = 10_000  # m4a files, from which on processes are worth their start
 
-_Known = dict[str, tuple[int, int, float, str]]  # name: size, time of change, seconds, fault
+
+class _Known(NamedTuple):
+    """Recordings by name: bytes, time of change in ns, seconds."""
+
+    names: Texts
+    sizes: np.ndarray
+    times: np.ndarray
+    seconds: np.ndarray
 
 
-def durations_file(folder: str | Path) -> Path:
+def durations_file(folder: str | Path, kind: str = "durations") -> Path:
     """The cache of a folder of recordings, the same by whichever path one comes to it."""
     digest = hashlib.sha256(os.fsencode(Path(folder).resolve())).hexdigest()
-    return cache_folder() / "durations" / f"{digest[:32]}.npz"
+    return cache_folder() / kind / f"{digest[:32]}.npz"
 
 
 def durations(
-    folder: str | Path, files: Mapping[str, tuple[int, int]], *, progress: bool = True
-) -> dict[str, tuple[float, str]]:
-    """(seconds, what is wrong or "") of recordings; only those that are new or changed are opened.
+    folder: str | Path,
+    names: Sequence[str],
+    *,
+    progress: bool = True,
+    inspect: Callable[[Path], tuple[float, str]] | None = None,
+    kind: str = "durations",
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Seconds of recordings, and what is wrong with some; only new and changed ones are opened.
 
     The cache is written on the way and at the end, also of an interrupted call, whole each time. Of
     two calls at once the later one's is kept. Where it cannot be written, a warning says so.
@@ -50,41 +64,102 @@ def durations(
     Parameters
     ----------
     folder : path
-    files : mapping
-        Path below the folder, with ``/``, to (bytes, time of change in ns).
+    names : sequence of str
+        Distinct paths below the folder, with ``/``.
     progress : bool
         Show a bar.
+    inspect : callable
+        From a path to (seconds, what is wrong or ""), defined at the top of a module;
+        :func:`~speechbrain_qmargin.data.audio.inspect_audio` by default.
+    kind : str
+        What the cache is called.
+
+    Returns
+    -------
+    float64 array [N]
+        NaN where something is wrong.
+    dict
+        From the row of such a recording to what is wrong.
 
     Examples
     --------
-    >>> import numpy, soundfile
+    >>> import soundfile
     >>> folder = getfixture("tmp_path")
     >>> getfixture("monkeypatch").setenv("SPEECHBRAIN_QMARGIN_CACHE", str(folder / "cache"))
-    >>> soundfile.write(folder / "a.wav", numpy.zeros(8000), 16000)
-    >>> status = (folder / "a.wav").stat()
-    >>> durations(folder, {"a.wav": (status.st_size, status.st_mtime_ns)}, progress=False)
-    {'a.wav': (0.5, '')}
+    >>> soundfile.write(folder / "a.wav", np.zeros(8000), 16000)
+    >>> durations(folder, ["a.wav", "b.wav"], progress=False)
+    (array([0.5, nan]), {1: 'No such file or directory'})
     """
-    folder, cache = Path(folder), durations_file(folder)
-    known = _read(cache)
-    stale = [name for name, key in files.items() if known.get(name, ())[:2] != tuple(key)]
-    if stale:
-        bar = tqdm(total=len(stale), desc="reading durations", unit="file", disable=not progress)
+    folder, cache, inspect = Path(folder), durations_file(folder, kind), inspect or inspect_audio
+    names = names if isinstance(names, Texts) else Texts.of(names)
+    sizes, times = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
+    faults: dict[int, str] = {}
+    for row, name in enumerate(names):
         try:
-            with bar, _pool(stale) as pool:
-                for start in range(0, len(stale), _WRITE_EVERY):
-                    for at in range(start, min(start + _WRITE_EVERY, len(stale)), 4096):
-                        names = stale[at : min(at + 4096, start + _WRITE_EVERY)]
-                        paths = [folder / name for name in names]
-                        found = pool.map(inspect_audio, paths, chunksize=64)  # of processes
-                        for name, one in zip(names, found, strict=True):
-                            known[name] = (*files[name], *one)
-                            bar.update()
-                    _write(cache, known)
-        except BaseException:
-            _write(cache, known)
-            raise
-    return {name: known[name][2:] for name in files}
+            status = os.stat(folder / name)
+        except OSError as error:
+            broken = (folder / name).is_symlink() and isinstance(error, FileNotFoundError)
+            faults[row] = "a link to nothing" if broken else error.strerror or str(error)
+            continue
+        sizes[row], times[row] = status.st_size, status.st_mtime_ns
+    known = _read(cache)
+    seconds = _still_true(known, names, sizes, times)
+    stale = [row for row in np.flatnonzero(np.isnan(seconds)).tolist() if row not in faults]
+    if not stale:
+        return seconds, faults
+
+    def keep() -> None:
+        _write(cache, _updated(known, _Known(names, sizes, times, seconds)))
+
+    bar = tqdm(total=len(stale), desc="reading recordings", unit="file", disable=not progress)
+    try:
+        with bar, _pool([names[row] for row in stale]) as pool:
+            for start in range(0, len(stale), _WRITE_EVERY):
+                for at in range(start, min(start + _WRITE_EVERY, len(stale)), 4096):
+                    rows = stale[at : min(at + 4096, start + _WRITE_EVERY)]
+                    paths = [folder / names[row] for row in rows]
+                    found = pool.map(inspect, paths, chunksize=64)  # of processes
+                    for row, (length, fault) in zip(rows, found, strict=True):
+                        seconds[row] = np.nan if fault else length
+                        if fault:
+                            faults[row] = fault
+                        bar.update()
+                keep()
+    except BaseException:
+        keep()
+        raise
+    return seconds, faults
+
+
+def check_recordings(folder: str | Path, files: Sequence[str], *, progress: bool = True) -> None:
+    """Decode every recording once, and for later runs only what has changed.
+
+    Parameters
+    ----------
+    folder : path
+        Names the cache.
+    files : sequence of str
+        Paths.
+
+    Raises
+    ------
+    OSError
+        Some cannot be decoded: their number, and the first three of them.
+    """
+    distinct = sorted(set(files))
+    _, faults = durations(
+        folder,
+        [os.path.abspath(file) for file in distinct],
+        progress=progress,
+        inspect=decode_audio,
+        kind="decoded",
+    )
+    if faults:
+        some = "; ".join(f"{distinct[row]}: {faults[row]}" for row in sorted(faults)[:3])
+        raise OSError(
+            f"{len(faults)} of {len(distinct)} recordings to test on cannot be used, repair them "
+            f"or take their trials out: {some}"
+        )
 
 
 def _pool(names: list[str]) -> Executor:
@@ -94,39 +169,69 @@ def _pool(names: list[str]) -> Executor:
     return ProcessPoolExecutor(mp_context=get_context("spawn"))
 
 
+def _still_true(known: _Known, names: Texts, sizes: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """What is known of the recordings in seconds, NaN where it is nothing or they have changed."""
+    rows = np.full(len(names), -1)
+    if _equal(known.names, names):
+        rows = np.arange(len(names))
+    elif len(known.names):
+        place = {name: row for row, name in enumerate(known.names)}
+        rows = np.fromiter((place.get(name, -1) for name in names), np.int64, len(names))
+    seconds = np.full(len(names), np.nan)
+    there = np.flatnonzero(rows >= 0)
+    at = rows[there]
+    same = (known.sizes[at] == sizes[there]) & (known.times[at] == times[there])
+    seconds[there[same]] = known.seconds[at[same]]
+    return seconds
+
+
+def _equal(one: Texts, other: Texts) -> bool:
+    return len(one) == len(other) and (
+        np.array_equal(one.offsets, other.offsets) and np.array_equal(one.content, other.content)
+    )
+
+
+def _updated(known: _Known, new: _Known) -> _Known:
+    """What is known of both, the new ones first, as far as their seconds are known."""
+    good = np.flatnonzero(~np.isnan(new.seconds))
+    now = _Known(new.names.take(good), *(column[good] for column in new[1:]))
+    if _equal(known.names, now.names) or not len(known.names):
+        return now
+    names = set(new.names)
+    rest = np.flatnonzero([name not in names for name in known.names])
+    both = [Texts.of([*now.names, *known.names.take(rest)])]
+    columns = (np.concatenate([a, b[rest]]) for a, b in zip(now[1:], known[1:], strict=True))
+    return _Known(*both, *columns)
+
+
 def _read(cache: Path) -> _Known:
+    nothing = _Known(Texts.of([]), *(np.zeros(0, dtype) for dtype in ("i8", "i8", "f8")))
     if not cache.is_file():
-        return {}
+        return nothing
     try:
         with np.load(cache, allow_pickle=False) as arrays:
-            names, faults = (
-                os.fsdecode(arrays[key].tobytes()).split("\0") for key in ("names", "faults")
-            )
-            numbers = (arrays[key].tolist() for key in ("sizes", "times", "seconds"))
-            return dict(zip(names[:-1], zip(*numbers, faults[:-1], strict=True), strict=True))
+            names = Texts(arrays["names"], arrays["offsets"])
+            columns = [arrays[key] for key in ("sizes", "times", "seconds")]
+        if {len(column) for column in columns} != {len(names)}:
+            raise ValueError("columns of several lengths")
+        return _Known(names, *columns)
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         logger.warning(f"{cache} is damaged ({error}); the recordings are opened again")
-        return {}
+        return nothing
 
 
 def _write(cache: Path, known: _Known) -> None:
-    known = {name: one for name, one in known.items() if not one[3]}
-    if not known:
+    if not len(known.names):
         return
-    sizes, times, seconds, faults = zip(*known.values(), strict=True)
-    names, faults = (
-        np.frombuffer(os.fsencode("".join(f"{text}\0" for text in texts)), np.uint8)
-        for texts in (known, faults)
-    )
     try:
         with replacing(cache) as partial_file:
             np.savez_compressed(
                 partial_file,
-                names=names,
-                sizes=np.array(sizes, np.int64),
-                times=np.array(times, np.int64),
-                seconds=np.array(seconds, np.float64),
-                faults=faults,
+                names=known.names.content,
+                offsets=known.names.offsets,
+                sizes=known.sizes,
+                times=known.times,
+                seconds=known.seconds,
             )
     except OSError as error:
         logger.warning(

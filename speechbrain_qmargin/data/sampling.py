@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -17,7 +16,7 @@ class BalancedSampler(Sampler[int]):
     A batch no larger than the number of classes thus has a class at most twice. A class with fewer
     items than rounds has some again, and each further time the item is another *draw* of it:
     index ``draw * len(classes) + item``, which
-    :func:`~speechbrain_qmargin.data.speech.speech_dataset` answers with another crop, speed
+    :class:`~speechbrain_qmargin.data.speech_dataset.SpeechDataset` answers with another crop, speed
     and augmentation.
 
     The order is a function of (seed, epoch). It is the whole run's: over several processes
@@ -25,7 +24,7 @@ class BalancedSampler(Sampler[int]):
 
     Parameters
     ----------
-    classes : sequence of hashable
+    classes : sequence or array [N]
         The class of every item of the dataset, in its order.
     seed : int
     epoch : callable, optional
@@ -57,14 +56,13 @@ class BalancedSampler(Sampler[int]):
         rounds: int | None = None,
         distinct_draws: bool = True,
     ) -> None:
-        items = defaultdict(list)
-        for index, name in enumerate(classes):
-            items[name].append(index)
-        if not items:
+        if not len(classes):
             raise ValueError("classes: there are no items to sample")
-        self._items = [np.array(items[name]) for name in sorted(items)]
+        _, codes, counts = np.unique(classes, return_inverse=True, return_counts=True)
+        order = np.argsort(codes, kind="stable")
+        self._items = np.split(order, np.cumsum(counts)[:-1])
         self._size = len(classes)
-        self.rounds = -(-self._size // len(items)) if rounds is None else rounds
+        self.rounds = -(-self._size // len(counts)) if rounds is None else rounds
         if self.rounds < 1:
             raise ValueError(f"rounds: {rounds}, at least 1 is needed")
         self.seed, self._epoch, self._given = seed, 0, epoch

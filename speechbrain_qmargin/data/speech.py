@@ -1,127 +1,124 @@
-"""Folders of speech become manifests: who is trained on, who is validated and tested on.
+"""A corpus of speech is divided: who is trained on, who is validated and tested on.
 
-The folders have VoxCeleb's layouts (:func:`~speechbrain_qmargin.data.voxceleb.audio_roots`). An
-utterance's id is its path from its speaker on, as trial lists write it. Speakers that a trial list
+What there is says a manifest (:mod:`~speechbrain_qmargin.data.readers`). Speakers that a trial list
 names are never trained on.
 """
 
 from __future__ import annotations
 
 import logging
-import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, MIN_SECONDS, read_audio
-from speechbrain_qmargin.data.augment import Augment
+from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, MIN_SECONDS
 from speechbrain_qmargin.data.classes import all_pairs, held_out_for_validation, training_classes
-from speechbrain_qmargin.data.durations import durations
-from speechbrain_qmargin.data.voxceleb import (
-    audio_files,
-    audio_roots,
-    training_roots,
-    warn_of_too_many_speakers,
-)
+from speechbrain_qmargin.data.durations import check_recordings, durations
+from speechbrain_qmargin.data.manifest import Manifest
+from speechbrain_qmargin.data.readers import Read, read_corpus
+from speechbrain_qmargin.data.voxceleb import warn_of_too_many_speakers
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.trials import Trials, read_trials, speaker_in
+from speechbrain_qmargin.trials import (
+    LabelledTrials,
+    Trials,
+    read_models,
+    read_trials,
+    speaker_in,
+    write_trials,
+)
 
-__all__ = [
-    "AUDIO_SUFFIXES",
-    "SpeechCorpus",
-    "prepare_speech",
-    "read_audio",
-    "speech_dataset",
-]
+__all__ = ["SpeechCorpus", "prepare_speech"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SpeechCorpus:
-    """What :func:`prepare_speech` found and wrote.
+    """What :func:`prepare_speech` found.
 
     Attributes
     ----------
-    root : Path
-        The first data folder.
-    train, valid, test : dict
-        Utterance id to ``{"wav": path, "duration": seconds, "spk_id": speaker}``.
-    valid_trials : Path or None
-        Trial list in VoxCeleb's format, ids as in the manifests.
-    test_lists : dict
-        Name to such a list.
+    train, valid, test : Manifest
+    valid_trials : LabelledTrials or None
+        Ids are those of the manifests, speakers are given.
+    test_trials : dict from name to such Trials
+    skipped : Path
+        Lists the recordings that cannot be used.
     """
 
-    root: Path
-    train: dict[str, dict]
-    valid: dict[str, dict]
-    test: dict[str, dict]
-    valid_trials: Path | None
-    test_lists: dict[str, Path] = field(default_factory=dict)
+    train: Manifest
+    valid: Manifest
+    test: Manifest
+    valid_trials: LabelledTrials | None
+    test_trials: dict[str, LabelledTrials] = field(default_factory=dict)
+    skipped: Path = Path("skipped_audio.txt")
 
     @property
     def speakers(self) -> list[str]:
         """Training speakers, sorted."""
-        return sorted({item["spk_id"] for item in self.train.values()})
+        return list(self.train.classes)
 
 
-@dataclass(frozen=True)
-class _Audio:
-    path: str
-    seconds: float
-    fault: str
-    trials_only: bool
+# ------------------------------------------------------------------------- what there is
 
 
-def _scan(folders: list[Path], trials_folders: list[Path], progress: bool) -> dict[str, _Audio]:
-    """Every audio file by its path from the speaker on; each root is logged with what it holds.
+def _read(
+    sources: list[Path], trials_sources: list[Path], reader: Read | None, progress: bool
+) -> tuple[Manifest, set[str]]:
+    """All recordings, with their durations, and the speakers of whom only trials are taken.
 
-    Of an utterance that is there twice (as m4a and decoded, or in two folders) the first is taken.
+    Of a recording that is in two sources, by its id without suffix, the first is taken.
     """
-    found: dict[str, _Audio] = {}
-    by_stem: dict[str, str] = {}  # to its path
-    doubles, scanned = [], set()
-    for number, folder in enumerate([*folders, *trials_folders]):
-        trials_only = number >= len(folders)
-        roots = audio_roots(folder) if trials_only else training_roots(folder)
-        count = 0
-        for root in roots:
-            if root in scanned:  # trials of a folder that is trained on
-                count += 1
-                continue
-            scanned.add(root)
-            files = {}
-            for name, entry in audio_files(root):
-                count += 1
-                stem = name.rsplit(".", 1)[0]
-                if stem in by_stem:
-                    doubles.append(f"{entry.path} is {by_stem[stem]} again")
-                    continue
-                by_stem[stem] = entry.path
-                status = entry.stat()
-                files[name] = (status.st_size, status.st_mtime_ns)
-            for name, (seconds, fault) in durations(root, files, progress=progress).items():
-                path = by_stem[name.rsplit(".", 1)[0]]
-                if not fault and seconds < MIN_SECONDS:
-                    fault = f"shorter than {MIN_SECONDS} s"
-                found[name] = _Audio(path, seconds, fault, trials_only)
-            logger.info(
-                f"{root}: {len(files):,} recordings of {len(set(map(speaker_in, files))):,} "
-                f"speakers, {'for trials alone' if trials_only else 'to train on or for trials'}"
-            )
-        if not count:
-            raise FileNotFoundError(
-                f"data_folder: no {', '.join(AUDIO_SUFFIXES)} file below "
-                f"{', '.join(str(root) for root in roots)}"
-            )
+    parts, held_out, doubles = [], set(), []
+    for number, source in enumerate([*sources, *trials_sources]):
+        part = _measured(read_corpus(source, number >= len(sources), reader), source, progress)
+        own = {_stem(name): row for row, name in enumerate(part.ids)} if parts else {}
+        again = np.zeros(len(part), bool)
+        for before in parts:
+            for row, name in enumerate(before.ids):
+                there = own.get(_stem(name))
+                if there is not None:
+                    again[there] = True
+                    if part.files[there] != before.files[row]:
+                        doubles.append(f"{part.files[there]} is {before.files[row]} again")
+        left = part.take(~again) if again.any() else part
+        left = replace(left, faults=part.faults)
+        if number >= len(sources):
+            held_out |= set(left.classes) | {speaker_in(name) for name in left.faults}
+        parts.append(left)
     if doubles:
         logger.warning(f"{len(doubles)} recordings are there twice, used once: {doubles[0]}")
-    return dict(sorted(found.items()))
+    return Manifest.joined(parts), held_out
+
+
+def _stem(name: str) -> str:
+    """An id without the suffix of an audio file."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in AUDIO_SUFFIXES else name
+
+
+def _measured(manifest: Manifest, source: Path, progress: bool) -> Manifest:
+    """The manifest with durations; what cannot be read or is too short is among its faults."""
+    unknown = np.isnan(manifest.duration)
+    seconds, faults = manifest.duration.copy(), dict(manifest.faults)
+    if unknown.any():
+        rows = np.flatnonzero(unknown)
+        folder = os.path.join(source, "")
+        files = [file.removeprefix(folder) for file in manifest.files.take(rows)]
+        seconds[rows], broken = durations(source, files, progress=progress)
+        faults |= {manifest.ids[int(rows[at])]: fault for at, fault in broken.items()}
+        seconds[rows] -= manifest.start[rows]
+    for row in np.flatnonzero(seconds < MIN_SECONDS).tolist():
+        faults[manifest.ids[row]] = f"shorter than {MIN_SECONDS} s"
+    good = seconds >= MIN_SECONDS  # NaN is not
+    measured = replace(manifest, duration=seconds, path=None)
+    return replace(measured.take(good), faults=faults)
+
+
+# ------------------------------------------------------------------------- what is tested on
 
 
 def _named_lists(source: str | Path | Sequence | Mapping | None) -> dict[str, Path]:
@@ -148,78 +145,109 @@ def _named_lists(source: str | Path | Sequence | Mapping | None) -> dict[str, Pa
     return lists
 
 
-def _on_disk(trials: Trials, by_stem: dict[str, str]) -> Trials:
-    """The trials with ids as the files are called: lists write .wav where the folder has .m4a."""
-    names = [by_stem.get(name.rsplit(".", 1)[0], name) for name in trials.ids]
-    return replace(trials, ids=names)
+class _Names:
+    """Which recording a trial list means: its id, with or without suffix, or how its file ends.
+
+    A manifest may call ``id10270--x--00001`` what a list calls ``id10270/x/00001.wav``: then the
+    last parts of the files' paths decide, where they are of one recording only.
+    """
+
+    def __init__(self, manifest: Manifest, wanted: Iterable[str]) -> None:
+        self.manifest = manifest
+        stems = {_stem(name) for name in wanted}
+        self.rows: dict[str, int] = {}
+        for row, name in enumerate(manifest.ids):
+            stem = _stem(name)
+            if stem in stems:
+                self.rows[stem] = row
+        self.faults = {_stem(name): fault for name, fault in manifest.faults.items()}
+        left = {
+            stem: len(stem.split("/"))
+            for stem in stems
+            if stem not in self.rows and stem not in self.faults
+        }
+        for depth in sorted(set(left.values())):
+            ends: dict[str, int] = {}
+            for row, file in enumerate(manifest.files):
+                end = "/".join(_stem(file).split("/")[-depth:])
+                if left.get(end) == depth:
+                    ends[end] = -1 if end in ends else row
+            self.rows |= {end: row for end, row in ends.items() if row >= 0}
+
+    def row(self, name: str) -> int | None:
+        return self.rows.get(_stem(name))
+
+    def fault(self, name: str) -> str:
+        """Why a recording that has no row cannot be used."""
+        return self.faults.get(_stem(name), "not found")
 
 
-def _without(trials: Trials, lost: set[str]) -> Trials:
-    gone = np.array([name in lost for name in trials.ids])
-    kept = ~(gone[trials.enrolment] | gone[trials.test])
-    return replace(
-        trials,
-        enrolment=trials.enrolment[kept],
-        test=trials.test[kept],
-        is_target=trials.is_target[kept],
-    )
-
-
-def _trials_text(trials: Trials) -> str:
-    ids = trials.ids
-    return "".join(
-        f"{label} {ids[enrolment]} {ids[test]}\n"
-        for label, enrolment, test in zip(
-            trials.is_target.astype(int).tolist(),
-            trials.enrolment.tolist(),
-            trials.test.tolist(),
-            strict=True,
-        )
-    )
+def _read_lists(lists: dict[str, Path], enrolment_file: Path | None) -> dict[str, LabelledTrials]:
+    """The lists, those whose enrolment ids are models of the table with their models."""
+    read = {name: read_trials(path) for name, path in lists.items()}
+    if enrolment_file is None:
+        return read
+    models = read_models(enrolment_file)
+    enrolled = {
+        name: trials.with_models(models)
+        for name, trials in read.items()
+        if models.keys() & {trials.ids[n] for n in np.unique(trials.enrolment).tolist()}
+    }
+    if not enrolled:
+        raise ValueError(f"{enrolment_file}: no trial list enrols any of its models")
+    return read | enrolled
 
 
 def _resolve_lists(
     lists: dict[str, Path],
-    audio: dict[str, _Audio],
+    enrolment_file: Path | None,
+    manifest: Manifest,
     folders: str,
     save_folder: Path,
     allow_missing: bool,
-) -> tuple[dict[str, Trials], set[str]]:
-    """The lists with ids as on disk, without what is missing if that is allowed; all speakers."""
-    by_stem = {name.rsplit(".", 1)[0]: name for name in audio}
+) -> tuple[dict[str, LabelledTrials], set[str]]:
+    """The lists with ids as in the manifest, less what is missing if that is allowed; all speakers.
+
+    Both kinds of trials are demanded of each.
+    """
+    read = _read_lists(lists, enrolment_file)
+    names = _Names(manifest, {one for trials in read.values() for one in trials.recordings})
     resolved, report, summaries, speakers = {}, [], [], set()
-    for name, path in lists.items():
-        trials = _on_disk(read_trials(path), by_stem)
-        speakers |= {speaker_in(utterance) for utterance in trials.ids}
-        absent = [utterance for utterance in trials.ids if utterance not in audio]
-        broken = [utterance for utterance in trials.ids if _fault(audio, utterance)]
-        if absent or broken:
-            kept = _without(trials, {*absent, *broken})
-            lines = _first_lines(path, [*absent, *broken])
-            faults = {utterance: "not found" for utterance in absent}
-            faults |= {utterance: audio[utterance].fault for utterance in broken}
-            report += [
-                f"{name}\t{utterance}\tline {lines[utterance]}\t{fault}\n"
-                for utterance, fault in faults.items()
-            ]
+    for name, trials in read.items():
+        path = lists[name]
+        rows = {one: names.row(one) for one in trials.recordings}
+        lost = [one for one, row in rows.items() if row is None]
+        kept = trials.without(lost) if lost else trials
+        if lost:
+            lines = _first_lines(path, lost)
+            report += [f"{name}\t{one}\tline {lines[one]}\t{names.fault(one)}\n" for one in lost]
+            absent = [one for one in lost if names.fault(one) == "not found"]
+            broken = [one for one in lost if names.fault(one) != "not found"]
             parts = [
                 f"{len(some)} are {what} ("
-                + "; ".join(f"{utterance} (line {lines[utterance]})" for utterance in some[:5])
+                + "; ".join(f"{one} (line {lines[one]})" for one in some[:5])
                 + ")"
                 for some, what in ((absent, "not found"), (broken, "found but unreadable"))
                 if some
             ]
             summaries.append(
-                f"{path}: of the {len(trials.ids):,} utterances it names, {' and '.join(parts)}; "
+                f"{path}: of the {len(rows):,} utterances it names, {' and '.join(parts)}; "
                 f"{len(kept):,} of its {len(trials):,} trials have both"
             )
-            if allow_missing and len(np.unique(kept.is_target)) < 2:
-                raise ValueError(
-                    f"{path}: without what is missing below {folders} it has no target or no "
-                    "impostor trials left"
-                )
-            trials = kept
-        resolved[name] = trials
+        if len(np.unique(kept.is_target)) < 2 and (allow_missing or not lost):
+            raise ValueError(
+                f"{path}: "
+                + (f"without what is missing below {folders} " if lost else "")
+                + "it has no target or no impostor trials left"
+            )
+        found = {one: manifest[row] for one, row in rows.items() if row is not None}
+        who = {item.id: item.label for item in found.values()}
+        who |= {
+            one: speaker_in(one) for one in [*lost, *(trials.models.keys() - kept.models.keys())]
+        }
+        speakers |= set(who.values())
+        renamed = kept.renamed({one: item.id for one, item in found.items()})
+        resolved[name] = renamed.with_speakers(who)
     missing = save_folder / "missing.txt"
     if report:
         write_text(missing, "".join(report))
@@ -238,21 +266,17 @@ def _resolve_lists(
     return resolved, speakers
 
 
-def _fault(audio: dict[str, _Audio], name: str) -> str:
-    return audio[name].fault if name in audio else ""
-
-
 def _first_lines(list_file: Path, names: list[str]) -> dict[str, int]:
     """The first line of a trial list that has each of the recordings, suffixes aside."""
-    stems = {name.rsplit(".", 1)[0]: name for name in names}
+    stems = {_stem(name): name for name in names}
     found: dict[str, int] = {}
-    with list_file.open(encoding="utf-8") as file:
+    with list_file.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
-            for word in line.split():
-                name = stems.get(word.rsplit(".", 1)[0])
+            for word in line.strip().split("\t") if "\t" in line else line.split():
+                name = stems.get(_stem(word))
                 if name is not None:
                     found.setdefault(name, number)
-    return found
+    return {name: found.get(name, 0) for name in names}
 
 
 def _paths(folder: str | Path | Sequence[str | Path] | None) -> list[Path]:
@@ -267,39 +291,45 @@ def prepare_speech(
     *,
     trials_folder: str | Path | Sequence[str | Path] | None = None,
     verification_file: str | Path | Sequence[str | Path] | Mapping[str, str | Path] | None = None,
+    enrolment_file: str | Path | None = None,
     valid_file: str | Path | None = None,
     num_valid_speakers: int = 0,
     train_speakers: str | Path | None = None,
     min_utterances: int = 2,
     allow_missing: bool = False,
+    reader: Read | None = None,
     progress: bool = True,
 ) -> SpeechCorpus:
-    """Scan folders in VoxCeleb's layouts and divide them into training, validation and test.
+    """Read corpora and divide them into training, validation and test.
 
     Parameters
     ----------
     data_folder : path or list of paths
-        What is trained on, less the speakers of the trials: folders that hold
+        What is trained on, less the speakers of the trials: tables
+        (:mod:`~speechbrain_qmargin.data.tables`) or folders in a layout that a reader knows, as
         ``wav/<speaker>/.../<utterance>.{wav,flac}`` or ``dev/aac/<speaker>/.../<utterance>.m4a``,
         see :func:`~speechbrain_qmargin.data.voxceleb.training_roots`: VoxCeleb2's test part is
         left out.
     save_folder : path
-        Where the resolved trial lists, ``missing.txt`` (of the trials) and ``skipped_audio.txt``
-        are written. What the scan found is kept for all runs, see
+        Where the manifests, the validation trials, ``missing.txt`` (of the trials) and
+        ``skipped_audio.txt`` are written. What the scan found is kept for all runs, see
         :func:`~speechbrain_qmargin.data.durations.durations`.
     trials_folder : path or list of paths, optional
-        Folders that only trials are taken from: nobody in them is trained on, be they in a list or
-        not. For VoxCeleb1 beside training on VoxCeleb2. A folder of `data_folder` again: its parts
+        Corpora that only trials are taken from: nobody in them is trained on, be they in a list or
+        not. For VoxCeleb1 beside training on VoxCeleb2. A source of `data_folder` again: its parts
         that are not trained on.
     verification_file : path, list of paths, or mapping from name to path, optional
-        Test trials, ``label enrolment test`` per line; a list's name is its file's unless given. A
-        suffix that differs from the file on disk (``.wav`` in the list, ``.flac`` in the folder)
-        is accepted.
+        Test trials; a list's name is its file's unless given. A suffix that differs from the file
+        on disk (``.wav`` in the list, ``.flac`` in the folder) is accepted, and so are the last
+        parts of the files' paths in the place of a table's ids. Their recordings are decoded once.
+    enrolment_file : path, optional
+        From models to their recordings (:func:`~speechbrain_qmargin.trials.read_models`), for lists
+        whose enrolment ids name models; else those are recordings.
     valid_file : path, optional
         Validation trials, likewise.
     num_valid_speakers : int
-        Without a `valid_file`: how many training speakers to hold out; all pairs of up to ten of
-        their utterances each become the validation trials. 0 is no validation.
+        Without a `valid_file`: how many training speakers to hold out, at least 2; all pairs of up
+        to ten of their utterances each become the validation trials. 0 is no validation.
     train_speakers : path, optional
         A file of speaker names, one a line, to train on; otherwise all that no trial list names.
     min_utterances : int
@@ -307,16 +337,19 @@ def prepare_speech(
     allow_missing : bool
         Leave out trials whose recordings are missing or unreadable, and say so, instead of
         stopping.
+    reader : callable, optional
+        See :class:`~speechbrain_qmargin.data.readers.Read`; by default what lies there decides.
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        A missing folder or list, a trial that names a missing or broken file, a training list
-        that shares speakers with the trials or names unknown ones: each is named.
+    FileNotFoundError, ValueError, OSError
+        A missing folder or list, a trial that names a missing or broken file, a list without target
+        or without impostor trials, a training list that shares speakers with the trials or names
+        unknown ones: each is named.
     """
-    folders, trials_folders = _paths(data_folder), _paths(trials_folder)
+    sources, trials_sources = _paths(data_folder), _paths(trials_folder)
     save_folder = Path(save_folder)
-    where = ", ".join(map(str, [*folders, *trials_folders]))
+    where = ", ".join(map(str, [*sources, *trials_sources]))
     lists = _named_lists(verification_file)
     valid_list = {} if valid_file is None else {"valid": Path(valid_file)}
     for path in valid_list.values():
@@ -324,194 +357,60 @@ def prepare_speech(
             raise FileNotFoundError(f"valid_file: {path} does not exist")
     if "valid" in lists and valid_list:
         raise ValueError("verification_file: the name 'valid' is that of the validation trials")
-    audio = _scan(folders, trials_folders, progress)
+    if valid_file is None and num_valid_speakers == 1:
+        raise ValueError("num_valid_speakers: 1 speaker has no impostor trials; 0, or 2 and more")
+    manifest, held_out = _read(sources, trials_sources, reader, progress)
 
-    trials, held_out = _resolve_lists(lists | valid_list, audio, where, save_folder, allow_missing)
-    resolved = {}
-    for name in trials:
-        resolved[name] = save_folder / "trials" / f"{name}.txt"
-        write_text(resolved[name], _trials_text(trials[name]))
-    valid_trials = resolved.pop("valid") if valid_list else None
-    members = {
-        "test": {one for name in lists for one in _used(trials[name])},
-        "valid": _used(trials["valid"]) if valid_list else set(),
-    }
+    enrolment = None if enrolment_file is None else Path(enrolment_file)
+    trials, named = _resolve_lists(
+        lists | valid_list, enrolment, manifest, where, save_folder, allow_missing
+    )
+    valid_trials = trials.pop("valid") if valid_list else None
+    held_out |= named
 
-    broken = {name: item.fault for name, item in audio.items() if item.fault}
-    if broken:
+    skipped = save_folder / "skipped_audio.txt"
+    if manifest.faults:
         write_text(
-            save_folder / "skipped_audio.txt",
-            "".join(f"{name}\t{fault}\n" for name, fault in broken.items()),
+            skipped, "".join(f"{name}\t{fault}\n" for name, fault in manifest.faults.items())
         )
-        first = "; ".join(f"{audio[name].path}: {broken[name]}" for name in list(broken)[:3])
+        first = "; ".join(f"{name}: {fault}" for name, fault in list(manifest.faults.items())[:3])
         logger.warning(
-            f"{len(broken)} audio files are left out, all listed in "
-            f"{save_folder / 'skipped_audio.txt'}: {first}"
+            f"{len(manifest.faults)} audio files are left out, all listed in {skipped}: {first}"
         )
+    else:
+        skipped.unlink(missing_ok=True)
 
-    by_speaker: dict[str, list[str]] = defaultdict(list)
-    for name, item in audio.items():
-        if item.trials_only:
-            held_out.add(speaker_in(name))
-        elif not item.fault:
-            by_speaker[speaker_in(name)].append(name)
+    by_speaker = manifest.rows_by_class()
     candidates = training_classes(
         by_speaker, held_out, listed=train_speakers, minimum=min_utterances
     )
     warn_of_too_many_speakers(candidates)
     if valid_file is None and num_valid_speakers > 0:
-        candidates, members["valid"] = held_out_for_validation(
-            by_speaker, candidates, num_valid_speakers
-        )
-        valid_trials = save_folder / "trials" / "valid.txt"
-        write_text(valid_trials, all_pairs(members["valid"]))
+        candidates, rows = held_out_for_validation(by_speaker, candidates, num_valid_speakers)
+        chosen = manifest.take(np.array(sorted(rows), np.int64))
+        valid_trials = all_pairs(chosen.class_of_id)
+        write_trials(save_folder / "trials" / "valid.txt", valid_trials)
     if len(candidates) < 2:
         raise ValueError(
             f"{where}: {len(candidates)} speakers left to train on, at least 2 are needed "
             f"(the trial lists and validation hold out {len(held_out)})"
         )
 
-    def manifest(names: Iterable[str]) -> dict[str, dict]:
-        return {
-            name: {
-                "wav": audio[name].path,
-                "duration": audio[name].seconds,
-                "spk_id": speaker_in(name),
-            }
-            for name in sorted(names)
-        }
+    def part(name: str, rows: Iterable[int]) -> Manifest:
+        chosen = manifest.take(np.array(sorted(rows), np.int64))
+        return chosen.kept_in(save_folder / "manifests" / f"{name}.manifest")
 
-    return SpeechCorpus(
-        root=folders[0],
-        train=manifest(name for speaker in candidates for name in by_speaker[speaker]),
-        valid=manifest(members["valid"]),
-        test=manifest(members["test"]),
-        valid_trials=valid_trials,
-        test_lists=resolved,
-    )
+    train = part("train", np.concatenate([by_speaker[speaker] for speaker in candidates]))
+    test = part("test", {manifest.row(one) for each in trials.values() for one in _used(each)})
+    valid = part("valid", {manifest.row(one) for one in _used(valid_trials)})
+    for tested in (valid, test):
+        check_recordings(sources[0], tested.files, progress=progress)
+    return SpeechCorpus(train, valid, test, valid_trials, trials, skipped)
 
 
-def _used(trials: Trials) -> set[str]:
+def _used(trials: Trials | None) -> set[str]:
     """The recordings of the trials; ids of trials that were left out are not among them."""
-    return {trials.ids[i] for i in np.unique([trials.enrolment, trials.test]).tolist()}
-
-
-def speech_dataset(
-    manifest: dict[str, dict],
-    sample_rate: int,
-    *,
-    crop: float | None = None,
-    label_encoder=None,
-    seed: int = 0,
-    epoch: Callable[[], int] = lambda: 0,
-    speeds: Sequence[float] = (1.0,),
-    augment: Augment | None = None,
-):
-    """A SpeechBrain dynamic dataset over a manifest of :func:`prepare_speech`.
-
-    Everything random about an item is a function of (seed, epoch, utterance) alone, so neither the
-    number of workers nor an interruption changes what is trained on. An index ``draw * len(self) +
-    item``, as :class:`~speechbrain_qmargin.data.sampling.BalancedSampler` gives, is the item with
-    other randomness.
-
-    Parameters
-    ----------
-    manifest : dict
-    sample_rate : int
-        Hz.
-    crop : float, optional
-        Seconds of a random crop, shorter recordings are repeated; None gives whole recordings.
-        Instead of a crop that cannot be read one of another utterance of the speaker is taken, the
-        same in every run, and a warning names the file; after 20 of them, or all, OSError.
-    label_encoder : CategoricalEncoder, optional
-        With it, items also carry ``spk_id_encoded``.
-    epoch : callable
-        Gives the current epoch.
-    speeds : sequence of float
-        Each item is played at one of them, drawn anew in every epoch. Speaker ``k`` of C at the
-        i-th speed is class ``i * C + k``, so there are ``len(speeds) * C`` classes, those of the
-        first speed before the others: begin with 1.0.
-    augment : callable, optional
-        ``augment(signal, rng, speaker)``, e.g. of
-        :func:`~speechbrain_qmargin.data.augment.room_and_noise`.
-
-    Returns
-    -------
-    DynamicItemDataset with keys ``id``, ``sig`` and, with an encoder, ``spk_id_encoded``.
-    """
-    from speechbrain.dataio.dataset import DynamicItemDataset
-    from speechbrain.utils.data_pipeline import provides, takes
-
-    if len(speeds) > 1 and speeds[0] != 1.0:
-        raise ValueError(f"speeds: {speeds} must begin with 1.0, whose classes are the speakers")
-    draw = 0
-    by_speaker: dict[str, list[str]] = defaultdict(list)
-    broken: set[str] = set()
-
-    def rng_of(name: str, *purpose: int) -> np.random.Generator:
-        return np.random.default_rng([seed, epoch(), zlib.crc32(name.encode()), draw, *purpose])
-
-    def speed_of(name: str) -> int:
-        return 0 if len(speeds) == 1 else int(rng_of(name, 1).integers(len(speeds)))
-
-    def cropped(name: str, chosen: str, speed: float) -> torch.Tensor:
-        wav, duration = (manifest[chosen][key] for key in ("wav", "duration"))
-        start = rng_of(name).uniform(0, max(0.0, duration - crop * speed))
-        signal = read_audio(wav, sample_rate, start, crop, speed)
-        if signal.numel() == 0:
-            raise OSError(
-                f"{wav}: no samples at {start:.2f} s, though it once lasted {duration:.2f} s"
-            )
-        wanted = round(crop * sample_rate)
-        return signal.repeat(-(-wanted // signal.numel()))[:wanted]
-
-    def readable_crop(name: str, speaker: str, speed: float) -> torch.Tensor:
-        """A crop of the utterance, or of another one of the speaker where it cannot be read."""
-        chosen, tried = name, []
-        while True:
-            try:
-                return cropped(name, chosen, speed)
-            except OSError as error:
-                tried.append(chosen)
-                if not by_speaker:
-                    for one, item in manifest.items():
-                        by_speaker[item["spk_id"]].append(one)
-                left = [one for one in by_speaker[speaker] if one not in tried]
-                if not left or len(tried) == 20:
-                    raise OSError(
-                        f"{error}; {len(tried)} utterances of {speaker} were tried"
-                    ) from error
-                if chosen not in broken:
-                    broken.add(chosen)
-                    logger.warning(f"{error}; another utterance of {speaker} is taken instead")
-                chosen = left[int(rng_of(name, 3, len(tried)).integers(len(left)))]
-
-    @takes("id", "wav", "spk_id")
-    @provides("sig")
-    def load(name: str, wav: str, speaker: str) -> torch.Tensor:
-        speed = speeds[speed_of(name)]
-        if crop is None:
-            signal = read_audio(wav, sample_rate, speed=speed)
-        else:
-            signal = readable_crop(name, speaker, speed)
-        return signal if augment is None else augment(signal, rng_of(name, 2), speaker)
-
-    @takes("id", "spk_id")
-    @provides("spk_id_encoded")
-    def encode(name: str, speaker: str) -> torch.Tensor:
-        label = label_encoder.encode_sequence_torch([speaker])
-        return label + len(label_encoder) * speed_of(name)
-
-    class SpeechDataset(DynamicItemDataset):
-        def __getitem__(self, index: int) -> dict:
-            nonlocal draw
-            draw, item = divmod(index, len(self)) if index >= 0 else (0, index)
-            try:
-                return super().__getitem__(item)
-            finally:
-                draw = 0
-
-    items, keys = [load], ["id", "sig"]
-    if label_encoder is not None:
-        items, keys = [load, encode], [*keys, "spk_id_encoded"]
-    return SpeechDataset(manifest, dynamic_items=items, output_keys=keys)
+    if trials is None:
+        return set()
+    ids = {trials.ids[i] for i in np.unique([trials.enrolment, trials.test]).tolist()}
+    return {one for name in ids for one in trials.models.get(name, (name,))}

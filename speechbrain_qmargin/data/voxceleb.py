@@ -1,4 +1,4 @@
-"""VoxCeleb as it is published: where it lies, what of it is trained on, its m4a decoded once.
+"""VoxCeleb as it is published: where it lies and what of it is trained on.
 
 ====================  ==========================================
 VoxCeleb1             ``wav/idXXXXX/<video>/<utterance>.wav``, the archives ``vox1_dev_wav`` and
@@ -15,19 +15,16 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from functools import partial
-from multiprocessing import get_context
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
+from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES
+from speechbrain_qmargin.data.folders import audio_files
+from speechbrain_qmargin.data.manifest import Item, Manifest
+from speechbrain_qmargin.trials import speaker_in
 
-from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, read_audio
-from speechbrain_qmargin.files import replacing, write_text
-
-__all__ = ["audio_roots", "convert_to_flac", "training_roots", "warn_of_too_many_speakers"]
+__all__ = ["audio_roots", "read_voxceleb", "training_roots", "warn_of_too_many_speakers"]
 
 logger = logging.getLogger(__name__)
 
@@ -118,112 +115,55 @@ def _listed(roots: list[Path]) -> str:
     return ", ".join(map(str, roots))
 
 
-def audio_files(root: Path) -> Iterable[tuple[str, os.DirEntry]]:
-    """Every audio file below a root: its path from there, with ``/``, and its directory entry."""
-    stack = [(root, "")]
-    while stack:
-        folder, prefix = stack.pop()
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    stack.append((Path(entry.path), f"{prefix}{entry.name}/"))
-                elif entry.name.lower().endswith(AUDIO_SUFFIXES):
-                    yield prefix + entry.name, entry
+def read_voxceleb(folder: Path, for_trials: bool = False) -> Manifest:
+    """A folder in VoxCeleb's layouts: ids are paths from the speaker on.
 
-
-def convert_to_flac(
-    source: str | Path,
-    destination: str | Path,
-    *,
-    sample_rate: int = 16000,
-    jobs: int | None = None,
-    progress: bool = True,
-) -> dict[str, int]:
-    """Decode a corpus once: every audio file of `source` as FLAC below ``destination/wav``.
-
-    A file appears whole or not at all, those that are there already and not older than their
-    source are kept: started again, it goes on where it was interrupted. What cannot be decoded is
-    listed in ``destination/not_converted.txt``.
+    Each root is logged with what it holds. Of a recording that is there twice, as m4a and decoded,
+    the first root's is taken, in the order of :func:`audio_roots`.
 
     Parameters
     ----------
-    source : path
-        In one of the layouts of :func:`audio_roots`; VoxCeleb2's test part is left out, as by
-        :func:`training_roots`.
-    destination : path
-        Afterwards a ``data_folder`` for :func:`~speechbrain_qmargin.data.speech.prepare_speech`.
-    sample_rate : int
-        Hz; other rates are resampled.
-    jobs : int, optional
-        Processes; the number of CPUs by default.
-
-    Returns
-    -------
-    dict with the counts ``converted``, ``kept`` and ``failed``
+    folder : path
+    for_trials : bool
+        VoxCeleb2's test part is left out of what is trained on, not of what trials are taken from.
 
     Raises
     ------
     FileNotFoundError
-        Nothing to convert there.
-    OSError
-        A file cannot be written (the disk is full); what is converted stays.
+        No folder, no such layout, no audio.
     """
-    destination = Path(destination)
-    tasks = []
-    roots = training_roots(source)
-    for root in roots:
-        for name, entry in audio_files(root):
-            target = destination / "wav" / Path(name).with_suffix(".flac")
-            tasks.append((name, Path(entry.path), target))
-    if not tasks:
-        raise FileNotFoundError(f"{source}: no audio below {_listed(roots)}")
-    jobs = jobs or os.cpu_count() or 1
-    counts = dict.fromkeys(("converted", "kept", "failed"), 0)
-    failures = []
-    convert = partial(_convert, sample_rate=sample_rate)
-    with ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(total=len(tasks), desc="to FLAC", unit="file", disable=not progress)
+    roots = audio_roots(folder) if for_trials else training_roots(folder)
+    taken: dict[str, str] = {}
+    doubles: list[str] = []
+    faults: dict[str, str] = {}
+
+    def items() -> Iterator[Item]:
+        for number, root in enumerate(roots):
+            count, speakers = 0, set()
+            for found in audio_files(root):
+                if found.fault:
+                    faults[found.name] = found.fault
+                    continue
+                if len(roots) > 1:
+                    stem = found.name.rsplit(".", 1)[0]
+                    if stem in taken:
+                        doubles.append(f"{found.path} is {taken[stem]} again")
+                        continue
+                    if number + 1 < len(roots):
+                        taken[stem] = found.path
+                count += 1
+                speakers.add(speaker_in(found.name))
+                yield Item(found.name, found.path, speaker_in(found.name))
+            logger.info(
+                f"{root}: {count:,} recordings of {len(speakers):,} speakers, "
+                f"{'for trials alone' if for_trials else 'to train on or for trials'}"
+            )
+
+    manifest = replace(Manifest.of(items()), faults=faults)
+    if not (len(manifest) or doubles or faults):
+        raise FileNotFoundError(
+            f"data_folder: no {', '.join(AUDIO_SUFFIXES)} file below {_listed(roots)}"
         )
-        run = map
-        if jobs > 1:  # processes: PyAV holds Python's lock most of the time
-            pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
-            run = partial(stack.enter_context(pool).map, chunksize=16)
-        for start in range(0, len(tasks), 4096):
-            for outcome, failure in run(convert, tasks[start : start + 4096]):
-                counts[outcome] += 1
-                failures += [failure] if failure else []
-                bar.update()
-    if failures:
-        write_text(destination / "not_converted.txt", "".join(failures))
-        logger.warning(
-            f"{len(failures)} files could not be decoded, all listed in "
-            f"{destination / 'not_converted.txt'}: {failures[0].strip()}"
-        )
-    return counts
-
-
-def _convert(task: tuple[str, Path, Path], sample_rate: int) -> tuple[str, str]:
-    """(converted, kept or failed, the reason)."""
-    import soundfile
-
-    name, path, target = task
-    if target.is_file() and target.stat().st_mtime_ns >= path.stat().st_mtime_ns:
-        return "kept", ""
-    try:
-        signal = read_audio(path, sample_rate)
-    except OSError as error:
-        return "failed", f"{name}\t{error}\n"
-    if not signal.numel():
-        return "failed", f"{name}\t{path}: empty\n"
-    try:
-        with replacing(target) as partial_file:
-            soundfile.write(str(partial_file), signal.numpy(), sample_rate, subtype="PCM_16")
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise OSError(
-            f"{target}: cannot be written ({error}). What is converted stays; make room and start "
-            "again"
-        ) from error
-    return "converted", ""
+    if doubles:
+        logger.warning(f"{len(doubles)} recordings are there twice, used once: {doubles[0]}")
+    return manifest

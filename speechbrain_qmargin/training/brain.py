@@ -21,8 +21,6 @@ from pathlib import Path
 import numpy as np
 import speechbrain as sb
 import torch
-from speechbrain.dataio.batch import PaddedBatch
-from speechbrain.dataio.dataset import FilteredSortedDynamicItemDataset
 from speechbrain.dataio.sampler import ReproducibleRandomSampler
 from speechbrain.utils.checkpoints import (
     mark_as_loader,
@@ -31,7 +29,9 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import Tensor
+from torch.utils.data import Subset
 
+from speechbrain_qmargin.data.batches import readable_batch
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.loss.registry import loss_parameter, set_loss_parameters
 from speechbrain_qmargin.training.checkpoints import bare, ends_an_epoch, load_average
@@ -108,6 +108,10 @@ class VerificationBrain(OpenBrain):
         embeddings = self.embed(batch, stage)
         return self.modules.classifier(embeddings) if stage == sb.Stage.TRAIN else embeddings
 
+    def evaluate_batch(self, batch, stage):
+        """As SpeechBrain's; a batch of recordings that were skipped is None."""
+        return torch.zeros(()) if batch is None else super().evaluate_batch(batch, stage)
+
     def compute_objectives(self, predictions, batch, stage):
         if stage != sb.Stage.TRAIN:
             rows = predictions.flatten(1).float().cpu().numpy()
@@ -130,7 +134,7 @@ class VerificationBrain(OpenBrain):
     # ---------------------------------------------------------------- learning rate
 
     def make_dataloader(self, dataset, stage, **kwargs):
-        kwargs.setdefault("collate_fn", PaddedBatch)
+        kwargs.setdefault("collate_fn", readable_batch)
         if stage == sb.Stage.TRAIN and self.distributed_launch and kwargs.get("shuffle"):
             # the order of a run of one process: a step trains on the same items, shared out
             seed = os.environ.get("SB_GLOBAL_SEED", 0)
@@ -365,7 +369,7 @@ class VerificationBrain(OpenBrain):
 
         They are kept in ``embeddings/`` of the checkpoints' folder, so an interrupted extraction
         goes on. Over several processes each computes its share, and the main process returns the
-        whole, the others nothing.
+        whole, the others nothing. What the dataset skips is not among them.
         """
         rank = torch.distributed.get_rank() if self._processes > 1 else 0
         averaged = self.checkpointer.find_checkpoints(
@@ -381,11 +385,13 @@ class VerificationBrain(OpenBrain):
         ddp_barrier()  # the main process has made the folder
         parts = EmbeddingParts(own, model, rank)
         ddp_barrier()  # all have seen the same ones
-        keys = {name: _content_key(name, dataset.data[name]) for name in dataset.data_ids}
-        left = [name for name in dataset.data_ids if keys[name] not in parts.done]
-        ids = left[rank :: self._processes]
-        if ids:
-            share = FilteredSortedDynamicItemDataset(dataset, ids)
+        keys = {
+            name: _content_key(name, dataset.describe(row)) for row, name in enumerate(dataset.ids)
+        }
+        left = [row for row, key in enumerate(keys.values()) if key not in parts.done]
+        rows = left[rank :: self._processes]
+        if rows:
+            share = Subset(dataset, rows)
             try:
                 with self._embedding_into(lambda name, row: parts.add(keys[name], row)):
                     self.evaluate(share, test_loader_kwargs=dict(loader_kwargs))
@@ -395,7 +401,7 @@ class VerificationBrain(OpenBrain):
         if not if_main_process():
             return {}
         found = parts.merged(keys.values())
-        return {name: found[key] for name, key in keys.items()}
+        return {name: found[key] for name, key in keys.items() if key in found}
 
     @contextmanager
     def _embedding_into(self, keep):

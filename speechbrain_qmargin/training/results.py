@@ -18,18 +18,17 @@ from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import Report
 from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.training.run_folder import RunFolder
-from speechbrain_qmargin.trials import LabelledTrials, read_trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = ["pair_ids", "validation", "verify"]
 
 
 def validation(
-    trials_file: str | Path | None,
+    trials: LabelledTrials | None,
 ) -> Callable[[Mapping[str, np.ndarray]], dict] | None:
     """What a Brain measures on validation embeddings: EER, TAR at FAR 1e-2. None without trials."""
-    if trials_file is None:
+    if trials is None:
         return None
-    trials = read_trials(trials_file)
 
     def validate(embeddings: Mapping[str, np.ndarray]) -> dict[str, float]:
         points = operating_points(cosine_scores(embeddings, trials), trials.is_target)

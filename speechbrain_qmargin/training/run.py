@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from speechbrain_qmargin.training.config import Experiment, load_experiment
 from speechbrain_qmargin.training.processes import main_process_first, processes
 from speechbrain_qmargin.training.results import validation, verify
 from speechbrain_qmargin.training.run_folder import RunFolder
-from speechbrain_qmargin.trials import read_trials
+from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = ["Datasets", "Task", "train_verifier"]
 
@@ -34,8 +33,9 @@ class Datasets:
     Attributes
     ----------
     train : dataset with ``id`` and the Brain's ``label_key``
-    test, valid, cohort : datasets with ``id``
-        The recordings of the trials, of the validation trials (None: no validation), and those of
+    test, valid, cohort : datasets with `ids` and `describe`, as
+        :class:`~speechbrain_qmargin.data.speech_dataset.SpeechDataset`: the recordings
+        of the trials, of the validation trials (None: no validation), and those of
         training classes that scores are normalised with (None: they are not).
     cohort_classes : mapping from id to class, of the cohort
     sampler : torch Sampler of the training items; None: shuffled
@@ -58,11 +58,11 @@ class Task:
     num_classes : int
     datasets : callable
         From the loaded hyperparameters to :class:`Datasets`.
-    test_trials : dict from name to path
+    test_trials : dict from name to Trials
     pair_sets : dict from name to bool array [N]
         Pairs without identities, measured over ten folds: whether pair n is one identity. Its
         images are in the test dataset by :func:`~speechbrain_qmargin.training.results.pair_ids`.
-    valid_trials : path, optional
+    valid_trials : Trials, optional
     note : str
         Said before training and in the results; synthetic data are called so.
     units : str
@@ -71,9 +71,9 @@ class Task:
 
     num_classes: int
     datasets: Callable[[dict], Datasets]
-    test_trials: Mapping[str, Path]
+    test_trials: Mapping[str, LabelledTrials]
     pair_sets: Mapping[str, np.ndarray] = field(default_factory=dict)
-    valid_trials: Path | None = None
+    valid_trials: LabelledTrials | None = None
     note: str = ""
     units: str = "speakers"
 
@@ -162,7 +162,7 @@ def _train_and_verify(
     verify(
         folder,
         embeddings,
-        {name: read_trials(path) for name, path in task.test_trials.items()},
+        task.test_trials,
         brain.history(),
         note=task.note,
         cohort=cohort,

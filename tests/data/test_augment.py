@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from speechbrain_qmargin.data import augment as module
+from speechbrain_qmargin.data.audio import read_audio
 from speechbrain_qmargin.data.augment import WESPEAKER_SPEEDS, room_and_noise
-from speechbrain_qmargin.data.speech import prepare_speech, read_audio, speech_dataset
+from speechbrain_qmargin.data.manifest import Item, Manifest
+from speechbrain_qmargin.data.speech import prepare_speech
+from speechbrain_qmargin.data.speech_dataset import SpeechDataset
 
 RATE = 16000
 
@@ -42,32 +45,28 @@ def folders(tmp_path):
 
 @pytest.fixture
 def manifest(tmp_path):
-    entries = {}
+    items = []
     for speaker in "abcd":
         for number in range(3):
             name = f"{speaker}/s/{number}.wav"
             samples = 0.1 * generator(ord(speaker), number).standard_normal(RATE)
             path = write(tmp_path / "speech" / name, samples)
-            entries[name] = {"wav": str(path), "duration": 1.0, "spk_id": speaker}
-    return entries
+            items.append(Item(name, str(path), speaker, 0.0, 1.0))
+    return Manifest.of(items)
 
 
-class Encoder(dict):
-    def encode_sequence_torch(self, names):
-        return torch.tensor([self[name] for name in names])
-
-
-ENCODER = Encoder(a=0, b=1, c=2, d=3)
+LABELS = {"a": 0, "b": 1, "c": 2, "d": 3}
 
 
 @pytest.mark.parametrize("kind", ["noise", "speech", "music"])
 def test_the_ratio_is_in_the_range_of_its_kind(folders, kind):
-    noise = [item for item in module._labelled(folders / "musan") if item[0] == kind]
-    assert len(noise) == 1
+    paths, kinds = module._labelled(folders / "musan")
+    assert sorted(kinds) == ["music", "noise", "speech"]
+    path = paths[kinds.index(kind)]
     signal = 0.1 * torch.from_numpy(generator(1).standard_normal(RATE, dtype=np.float32))
     low, high = module.SNR[kind]
     for seed in range(20):
-        recording, snr = module._recorded_noise(noise, RATE, generator(seed), RATE, "")
+        recording, snr = module._recorded_noise([path], [kind], RATE, generator(seed), RATE, "")
         assert snr == (low, high)
         for wanted in snr:
             added = recording * module._gain(signal, recording, wanted)
@@ -83,7 +82,7 @@ def test_reverberation_is_the_convolution(folders):
     rng = generator(2)
     paths = module._impulse_responses(folders / "RIRS_NOISES")
     assert len(paths) == 1  # simulated ones alone
-    assert module._impulse_responses(folders) == paths
+    assert list(module._impulse_responses(folders)) == list(paths)
     response = module._recorded_room(paths, RATE, rng)
     naive = np.convolve(signal.double(), response.double() / response.double().norm())[:4000]
     found = module._reverberated(signal, response)
@@ -187,43 +186,42 @@ def test_speed_changes_pitch_and_keeps_the_length(tmp_path):
 
 def test_a_speaker_at_another_speed_is_another_speaker(manifest):
     clock = {"epoch": 0}
-    data = speech_dataset(
+    data = SpeechDataset(
         manifest,
         RATE,
         crop=0.4,
-        label_encoder=ENCODER,
+        labels=LABELS,
         speeds=WESPEAKER_SPEEDS,
         epoch=lambda: clock["epoch"],
     )
     seen = Counter()
     for clock["epoch"] in range(100):
-        for index, (name, item) in enumerate(manifest.items()):
-            with data.output_keys_as(["spk_id_encoded"]):
-                label = int(data[index]["spk_id_encoded"])
-            assert label % 4 == ENCODER[item["spk_id"]], name
+        for index, item in enumerate(manifest):
+            label = data.label(index)
+            assert label % 4 == LABELS[item.label], item.id
             seen[label // 4] += 1
     assert set(seen) == {0, 1, 2}
     assert min(seen.values()) > 330
 
     # the label's speed is that of the samples
     clock["epoch"] = 0
-    for index, item in enumerate(manifest.values()):
+    for index, item in enumerate(manifest):
         found = data[index]
         speed = WESPEAKER_SPEEDS[int(found["spk_id_encoded"]) // 4]
         rng = np.random.default_rng([0, 0, zlib.crc32(found["id"].encode()), 0])
         start = rng.uniform(0, 1.0 - 0.4 * speed)
-        assert torch.equal(found["sig"], read_audio(item["wav"], RATE, start, 0.4, speed))
+        assert torch.equal(found["sig"], read_audio(item.file, RATE, start, 0.4, speed))
     with pytest.raises(ValueError, match=r"must begin with 1\.0"):
-        speech_dataset(manifest, RATE, speeds=(0.9, 1.0))
+        SpeechDataset(manifest, RATE, speeds=(0.9, 1.0))
 
 
 def test_items_do_not_depend_on_workers_order_or_what_came_before(manifest, folders):
     def loaded(order, workers, epoch=3, seed=5):
-        data = speech_dataset(
+        data = SpeechDataset(
             manifest,
             RATE,
             crop=0.3,
-            label_encoder=ENCODER,
+            labels=LABELS,
             seed=seed,
             epoch=lambda: epoch,
             speeds=WESPEAKER_SPEEDS,
@@ -244,14 +242,14 @@ def test_items_do_not_depend_on_workers_order_or_what_came_before(manifest, fold
 
 
 def test_short_recordings_are_repeated_at_any_speed(manifest):
-    data = speech_dataset(manifest, RATE, crop=2.5, speeds=WESPEAKER_SPEEDS)
+    data = SpeechDataset(manifest, RATE, crop=2.5, speeds=WESPEAKER_SPEEDS)
     assert all(data[index]["sig"].shape == (2.5 * RATE,) for index in range(len(data)))
 
 
 def test_prepared_corpus_through_it_all(tmp_path, manifest):
     (tmp_path / "speech").rename(tmp_path / "wav")
     found = prepare_speech(tmp_path, tmp_path / "save", progress=False)
-    data = speech_dataset(
+    data = SpeechDataset(
         found.train, RATE, crop=0.5, augment=room_and_noise(RATE, speech=found.train)
     )
     assert torch.stack([data[i]["sig"] for i in range(12)]).shape == (12, RATE // 2)

@@ -26,16 +26,11 @@ def write(path, seconds):
     soundfile.write(path, np.zeros(round(seconds * 16000)), 16000)
 
 
-def files(folder):
-    found = {}
-    for path in sorted(folder.rglob("*.*")):
-        status = path.stat()
-        found[path.relative_to(folder).as_posix()] = (status.st_size, status.st_mtime_ns)
-    return found
-
-
 def scan(folder):
-    return durations(folder, files(folder), progress=False)
+    """(seconds, fault) by name."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
+    seconds, faults = durations(folder, names, progress=False)
+    return {name: (seconds[n], faults.get(n, "")) for n, name in enumerate(names)}
 
 
 def test_only_what_is_new_or_changed_is_opened(tmp_path, opened):
@@ -50,7 +45,7 @@ def test_only_what_is_new_or_changed_is_opened(tmp_path, opened):
     assert sorted(opened) == ["1.wav", "2.wav", "b.wav"]
     opened.clear()
     (tmp_path / "link").symlink_to(corpus)
-    assert scan(tmp_path / "link") == first
+    assert repr(scan(tmp_path / "link")) == repr(first)  # NaN is in it
     assert opened == ["b.wav"]  # perhaps it can be read now
     opened.clear()
     write(corpus / "a/1.wav", 1.5)
@@ -60,7 +55,7 @@ def test_only_what_is_new_or_changed_is_opened(tmp_path, opened):
     opened.clear()
     assert scan(corpus)["ü 3.wav"] == (0.25, "")
     assert opened == ["b.wav"]
-    assert durations(corpus, {}, progress=False) == {}
+    assert len(durations(corpus, [], progress=False)[0]) == 0
 
 
 def test_a_damaged_cache_is_read_again_and_one_that_cannot_be_written_is_said(
@@ -116,4 +111,4 @@ def test_many_m4a_files_are_opened_by_processes(tmp_path, monkeypatch):
     durations_file(tmp_path / "corpus").unlink()
     monkeypatch.setattr(module, "_MANY", 1)
     assert type(module._pool(["1.m4a"])).__name__ == "ProcessPoolExecutor"
-    assert scan(tmp_path / "corpus") == expected
+    assert repr(scan(tmp_path / "corpus")) == repr(expected)

@@ -10,19 +10,17 @@ import torch
 from PIL import Image
 
 from speechbrain_qmargin.data.classes import class_encoder
-from speechbrain_qmargin.data.faces import (
-    SkippedImages,
-    check_images,
-    face_dataset,
-    prepare_faces,
-    read_image,
-    read_pixels,
-)
+from speechbrain_qmargin.data.face_dataset import FaceDataset, ImageDataset
+from speechbrain_qmargin.data.faces import prepare_faces
+from speechbrain_qmargin.data.images import check_images, read_image, read_pixels
+from speechbrain_qmargin.data.skipped import Skipped
 
 
 def write(path, value=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (16, 16), (value, value, value)).save(path)
+    image = Image.new("RGB", (16, 16), (value, value, value))
+    image.putpixel((0, 0), (255, 255, 255))  # an image of one colour is refused
+    image.save(path)
 
 
 @pytest.fixture
@@ -38,16 +36,21 @@ def test_a_folder_without_pairs_is_all_for_training(folder, tmp_path):
     write(folder / ".thumbnails/a/b/0.png")
     write(folder / "id0/.0.png")
     corpus = prepare_faces(folder, tmp_path / "save")
-    assert list(corpus.train) == [f"id{i}/{j}.png" for i in range(3) for j in range(3)]
-    assert (corpus.test, corpus.test_lists, corpus.valid_trials) == ({}, {}, None)
+    assert list(corpus.train.ids) == [f"id{i}/{j}.png" for i in range(3) for j in range(3)]
+    assert (len(corpus.test), corpus.test_trials, corpus.valid_trials) == (0, {}, None)
 
 
 def test_pairs_hold_their_identities_out(folder, tmp_path):
     pairs = tmp_path / "pairs.txt"
-    pairs.write_text("1 id1/0.png id1/1.png\n")
+    write(folder / "id3/0.png")
+    write(folder / "id3/1.png")
+    pairs.write_text("1 id1/0.png id1/1.png\n0 id1/0.png id3/1.png\n")
     corpus = prepare_faces(folder, tmp_path / "save", verification_file=pairs)
     assert corpus.identities == ["id0", "id2"]
-    assert list(corpus.test) == ["id1/0.png", "id1/1.png"]
+    assert list(corpus.test.ids) == ["id1/0.png", "id1/1.png", "id3/1.png"]
+    pairs.write_text("1 id1/0.png id1/1.png\n")
+    with pytest.raises(ValueError, match=r"pairs\.txt: it has no target or no impostor"):
+        prepare_faces(folder, tmp_path / "save", verification_file=pairs)
 
 
 def test_images_deeper_than_their_identity_are_refused(folder, tmp_path):
@@ -65,7 +68,7 @@ def test_no_images_at_all(tmp_path):
 def training(folder, tmp_path, skipped):
     corpus = prepare_faces(folder, tmp_path / "save")
     encoder = class_encoder(corpus.identities, tmp_path / "labels.txt")
-    return face_dataset(corpus.train, 16, label_encoder=encoder, skipped=skipped)
+    return FaceDataset(corpus.train, 16, encoder.lab2ind, skipped=skipped)
 
 
 def test_an_undecodable_image_is_replaced_by_its_identitys_next(folder, tmp_path, caplog):
@@ -73,7 +76,7 @@ def test_an_undecodable_image_is_replaced_by_its_identitys_next(folder, tmp_path
     (folder / "id2/2.png").write_bytes((folder / "id2/2.png").read_bytes()[:40])
     listing = tmp_path / "skipped.txt"
     for _ in range(2):
-        data = training(folder, tmp_path, SkippedImages(listing))
+        data = training(folder, tmp_path, Skipped(listing))
         with caplog.at_level(logging.WARNING):
             loader = torch.utils.data.DataLoader(data, batch_size=1, num_workers=2)
             items = {item["id"][0]: item for item in loader}
@@ -89,8 +92,8 @@ def test_an_undecodable_image_is_replaced_by_its_identitys_next(folder, tmp_path
 def test_an_identity_without_a_decodable_image_is_named(folder, tmp_path):
     for image in range(3):
         (folder / f"id1/{image}.png").write_bytes(b"")
-    data = training(folder, tmp_path, SkippedImages())
-    with pytest.raises(OSError, match="no image of the identity id1 can be decoded"):
+    data = training(folder, tmp_path, Skipped())
+    with pytest.raises(OSError, match="no image of the identity id1 can be used"):
         data[4]
 
 
@@ -98,7 +101,7 @@ def test_what_is_tested_on_raises(folder, tmp_path):
     (folder / "id1/1.png").write_bytes(b"no image")
     corpus = prepare_faces(folder, tmp_path / "save")
     with pytest.raises(OSError, match=r"id1/1\.png: cannot be decoded"):
-        face_dataset(corpus.train, 16)[4]
+        ImageDataset(corpus.train.ids, corpus.train.files, 16)[4]
 
 
 def bomb():
@@ -133,4 +136,5 @@ def test_pixels_are_rgb_and_resized_on_demand():
     Image.fromarray(np.full((8, 6), 7, dtype=np.uint8)).save(stream, format="PNG")
     assert (read_pixels(stream.getvalue()) == np.full((8, 6, 3), 7)).all()
     assert read_pixels(stream.getvalue(), 4).shape == (4, 4, 3)
-    assert read_image(stream.getvalue(), 4).unique().item() == pytest.approx((7 - 127.5) / 127.5)
+    with pytest.raises(OSError, match="all its pixels are equal"):
+        read_image(stream.getvalue(), 4)

@@ -14,24 +14,23 @@ import torch
 from PIL import Image
 
 from speechbrain_qmargin.data import records as module
-from speechbrain_qmargin.data.faces import SkippedImages
-from speechbrain_qmargin.data.records import (
-    ARCFACE_TEMPLATE,
-    FaceRecords,
-    FaceShards,
-    align_face,
-    read_bin,
-    read_record,
-    stored_faces,
-    write_records,
-)
+from speechbrain_qmargin.data import shards as shards_module
+from speechbrain_qmargin.data import stored as stored_module
+from speechbrain_qmargin.data.align import ARCFACE_TEMPLATE, align_face
+from speechbrain_qmargin.data.pickled import read_bin
+from speechbrain_qmargin.data.recordio import read_record, write_records
+from speechbrain_qmargin.data.records import FaceRecords
+from speechbrain_qmargin.data.shards import FaceShards, stored_faces
+from speechbrain_qmargin.data.skipped import Skipped
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 
 
 def encoded(value, size=16):
     stream = io.BytesIO()
-    Image.new("RGB", (size, size), (value, value // 2, 255 - value)).save(stream, format="PNG")
+    image = Image.new("RGB", (size, size), (value, value // 2, 255 - value))
+    image.putpixel((0, 0), (0, 1, 2))  # an image of one colour is refused
+    image.save(stream, format="PNG")
     return stream.getvalue()
 
 
@@ -194,14 +193,14 @@ def test_where_the_data_cannot_be_written_the_labels_go_to_the_cache_folder(
     im2rec, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("SPEECHBRAIN_QMARGIN_CACHE", str(tmp_path / "cache"))
-    replacing = module.replacing
+    replacing = stored_module.replacing
 
     def read_only(path):
         if Path(path).parent == im2rec.parent:
             raise PermissionError(f"{path}: read-only")
         return replacing(path)
 
-    monkeypatch.setattr(module, "replacing", read_only)
+    monkeypatch.setattr(stored_module, "replacing", read_only)
     FaceRecords(im2rec, 16, progress=False)
     assert not Path(f"{im2rec}.index.npz").exists()
     assert len(list((tmp_path / "cache/face_indexes").iterdir())) == 1
@@ -308,13 +307,14 @@ def test_an_index_that_is_cut_off_is_named(records, caplog):
 
 def test_one_corrupted_label_does_not_pass_for_two_million_identities(tmp_path, caplog):
     write_im2rec(tmp_path / "a.rec", [encoded(1)] * 3, [0, 2**21, 1])
-    FaceRecords(tmp_path / "a.rec", 16, progress=False)
+    with pytest.raises(ValueError, match=r"a\.rec: labels up to 2,097,152 for 3 images"):
+        FaceRecords(tmp_path / "a.rec", 16, progress=False)
     assert "is the label 2097152 of record 1 broken?" in caplog.text
 
 
 def jpeg(height=16):
     stream = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(stream, format="JPEG")
+    Image.linear_gradient("L").resize((16, 16)).save(stream, format="JPEG")
     content = bytearray(stream.getvalue())
     at = content.index(b"\xff\xc0")
     content[at + 5 : at + 9] = struct.pack(">HH", height, height)
@@ -352,13 +352,13 @@ def test_workers_list_what_they_skip_once(records, tmp_path, caplog):
     lines = [line.split("\t") for line in listing.read_text().splitlines()]
     assert sorted(name for name, _ in lines) == ["train.rec: record 2", "train.rec: record 5"]
     assert {reason for _, reason in lines} == {"cannot be decoded (of no format that Pillow knows)"}
-    found = SkippedImages(listing)
+    found = Skipped(listing)
     assert "2 images cannot be used" in found.warning()
     assert str(listing) in found.warning()
 
 
 def test_what_was_skipped_before_the_file_was_given_is_listed_in_it(tmp_path):
-    first, second = SkippedImages(), SkippedImages()
+    first, second = Skipped(), Skipped()
     first.add("a", "one\nreason")
     second.add("a", "another")
     second.add("b", "two")
@@ -483,7 +483,7 @@ def test_shards_are_read_at_random_and_their_index_is_kept(tmp_path, caplog, mon
         data = FaceShards(tmp_path, 16, progress=False)
         assert (len(data), data.num_classes) == (4, 3)
         assert [data[i]["identity_encoded"].item() for i in (2, 0, 1)] == [1, 0, 1]
-        monkeypatch.setattr(module, "_members", lambda shard: pytest.fail("read again"))
+        monkeypatch.setattr(shards_module, "_members", lambda shard: pytest.fail("read again"))
     monkeypatch.undo()
     assert data[3]["identity_encoded"].item() == 0  # the next, from the beginning
     assert "1.tar: the image at byte" in caplog.text
@@ -511,7 +511,7 @@ def test_many_shards_are_read_by_several_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     data = FaceShards(tmp_path, 16, progress=False)
     assert labels_of(data) == list(range(64))
-    assert data[9]["image"][0, 0, 0].item() == pytest.approx((9 - 127.5) / 127.5)
+    assert data[9]["image"][0, 1, 1].item() == pytest.approx((9 - 127.5) / 127.5)
 
 
 def test_shards_that_do_not_fit_are_named(tmp_path):

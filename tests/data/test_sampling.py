@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from speechbrain.dataio.sampler import DistributedSamplerWrapper
 
+from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.data.sampling import BalancedSampler
-from speechbrain_qmargin.data.speech import speech_dataset
+from speechbrain_qmargin.data.speech_dataset import SpeechDataset
 
 CLASSES = ["b", "a", "a", "c", "a", "c", "a"]
 
@@ -76,8 +77,9 @@ def test_ranks_share_an_epoch():
 
 def test_another_draw_of_an_item_is_another_crop(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).standard_normal(16000) / 9, 16000)
-    item = {"wav": str(tmp_path / "a.wav"), "duration": 1.0, "spk_id": "a"}
-    data = speech_dataset({"x": item, "y": item}, 16000, crop=0.1)
+    path = str(tmp_path / "a.wav")
+    manifest = Manifest.of(Item(name, path, "a", 0.0, 1.0) for name in "xy")
+    data = SpeechDataset(manifest, 16000, crop=0.1)
     again = [data[index] for index in (0, 2, 4, 0, 2, -2)]
     assert {found["id"] for found in again} == {"x"}
     assert not torch.equal(again[0]["sig"], again[1]["sig"])

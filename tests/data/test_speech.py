@@ -7,12 +7,10 @@ import pytest
 import soundfile
 import torch
 
+from speechbrain_qmargin.data.audio import read_audio
 from speechbrain_qmargin.data.classes import class_encoder
-from speechbrain_qmargin.data.speech import (
-    prepare_speech,
-    read_audio,
-    speech_dataset,
-)
+from speechbrain_qmargin.data.speech import prepare_speech
+from speechbrain_qmargin.data.speech_dataset import SpeechDataset
 
 RATE = 16000
 
@@ -37,6 +35,10 @@ def corpus(tmp_path):
     return tmp_path
 
 
+def duration(manifest, name="a/s0/0.flac"):
+    return manifest[manifest.row(name)].duration
+
+
 def prepare(folder, **kwargs):
     kwargs.setdefault("verification_file", folder / "trials.txt")
     return prepare_speech(folder, folder / "save", progress=False, **kwargs)
@@ -45,9 +47,9 @@ def prepare(folder, **kwargs):
 def test_trial_speakers_are_never_trained_on(corpus):
     found = prepare(corpus)
     assert found.speakers == ["a", "b"]
-    assert set(found.test) == {"c/s0/0.flac", "c/s0/1.flac", "d/s0/0.flac"}
-    assert found.train["a/s0/0.flac"]["duration"] == pytest.approx(0.4)
-    assert found.valid == {}
+    assert set(found.test.ids) == {"c/s0/0.flac", "c/s0/1.flac", "d/s0/0.flac"}
+    assert duration(found.train) == pytest.approx(0.4)
+    assert len(found.valid) == 0
     assert found.valid_trials is None
 
 
@@ -55,18 +57,26 @@ def test_a_list_written_for_wav_fits_a_folder_of_flac(corpus):
     text = (corpus / "trials.txt").read_text().replace(".flac", ".wav")
     (corpus / "trials.txt").write_text(text)
     found = prepare(corpus)
-    assert "c/s0/0.flac" in found.test
-    assert ".wav" not in found.test_lists["trials"].read_text()
+    assert "c/s0/0.flac" in found.test.ids
+    assert not any(name.endswith(".wav") for name in found.test_trials["trials"].ids)
 
 
 def test_held_out_speakers_make_the_validation_pairs(corpus):
     write(corpus / "wav" / "e" / "s0" / "0.flac")
     write(corpus / "wav" / "e" / "s0" / "1.flac")
-    found = prepare(corpus, num_valid_speakers=1)
-    (held_out,) = {"a", "b", "e"} - set(found.speakers)
-    assert {name[0] for name in found.valid} == {held_out}
-    labels = [line.split()[0] for line in found.valid_trials.read_text().splitlines()]
-    assert set(labels) == {"1"}
+    for utterance in "01":
+        write(corpus / "wav" / "f" / "s0" / f"{utterance}.flac")
+    found = prepare(corpus, num_valid_speakers=2)
+    held_out = {"a", "b", "e", "f"} - set(found.speakers)
+    assert len(held_out) == 2
+    assert {name[0] for name in found.valid.ids} == held_out == set(found.valid.classes)
+    trials = found.valid_trials
+    count = len(found.valid)
+    assert len(trials) == count * (count - 1) // 2
+    first = np.array([name[0] for name in trials.ids])
+    assert (trials.is_target == (first[trials.enrolment] == first[trials.test])).all()
+    with pytest.raises(ValueError, match="1 speaker has no impostor trials"):
+        prepare(corpus, num_valid_speakers=1)
 
 
 def test_broken_audio_is_named_and_left_out(corpus, caplog):
@@ -80,7 +90,7 @@ def test_broken_audio_is_named_and_left_out(corpus, caplog):
     skipped = (corpus / "save/skipped_audio.txt").read_text()
     for name in ("a/s0/empty.wav", "a/s0/text.flac", "b/s0/cut.flac", "b/s0/zero.wav"):
         assert name in skipped
-        assert name not in found.train
+        assert name not in found.train.ids
     assert "4 audio files are left out" in caplog.text
 
 
@@ -93,9 +103,9 @@ def test_speaker_with_one_utterance_is_named_and_left_out(corpus, caplog):
 
 
 def test_the_scan_follows_the_files_not_their_names(corpus):
-    assert prepare(corpus).train["a/s0/0.flac"]["duration"] == pytest.approx(0.4)
+    assert duration(prepare(corpus).train) == pytest.approx(0.4)
     write(corpus / "wav/a/s0/0.flac", 0.9)
-    assert prepare(corpus).train["a/s0/0.flac"]["duration"] == pytest.approx(0.9)
+    assert duration(prepare(corpus).train) == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +158,7 @@ def test_crops_depend_on_seed_epoch_and_utterance_only(corpus):
     clock = {"epoch": 1}
 
     def crops(seed=0):
-        data = speech_dataset(found.train, RATE, crop=0.2, seed=seed, epoch=lambda: clock["epoch"])
+        data = SpeechDataset(found.train, RATE, crop=0.2, seed=seed, epoch=lambda: clock["epoch"])
         return torch.stack([data[i]["sig"] for i in range(len(data))])
 
     first = crops()
@@ -161,8 +171,8 @@ def test_crops_depend_on_seed_epoch_and_utterance_only(corpus):
 
 def test_short_recordings_are_repeated(corpus):
     found = prepare(corpus)
-    whole = speech_dataset(found.train, RATE)[0]["sig"]
-    crop = speech_dataset(found.train, RATE, crop=1.0)[0]["sig"]
+    whole = SpeechDataset(found.train, RATE)[0]["sig"]
+    crop = SpeechDataset(found.train, RATE, crop=1.0)[0]["sig"]
     assert crop.shape == (RATE,)
     assert torch.equal(crop, whole.repeat(3)[:RATE])
 
@@ -191,11 +201,11 @@ def test_an_unreadable_crop_is_another_utterance_of_its_speaker(corpus, caplog):
     clock = {"epoch": 1}
 
     def data(crop=0.2, speeds=(1.0, 0.9, 1.1)):
-        return speech_dataset(
+        return SpeechDataset(
             found.train,
             RATE,
             crop=crop,
-            label_encoder=encoder,
+            labels=encoder.lab2ind,
             epoch=lambda: clock["epoch"],
             speeds=speeds,
         )

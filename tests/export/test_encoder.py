@@ -13,7 +13,8 @@ from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.inference.speaker import SpeakerRecognition
 from speechbrain.utils.checkpoints import Checkpointer
 
-from speechbrain_qmargin.data.speech import speech_dataset
+from speechbrain_qmargin.data.manifest import Item, Manifest
+from speechbrain_qmargin.data.speech_dataset import SpeechDataset
 from speechbrain_qmargin.export.encoder import SpeakerEncoder, load_encoder
 from speechbrain_qmargin.export.inference import (
     export_for_inference,
@@ -125,11 +126,9 @@ def extracted(modules, audio, folder):
         run_opts={"device": "cpu", "noprogressbar": True},
         checkpointer=Checkpointer(folder / "save"),
     )
-    manifest = {
-        path.stem: {"wav": str(path), "duration": 1.0, "spk_id": "x"}
-        for path in sorted(audio.glob("*.wav"))
-    }
-    return brain.extract(speech_dataset(manifest, 16000), batch_size=1)
+    paths = sorted(audio.glob("*.wav"))
+    manifest = Manifest.of(Item(path.stem, str(path), "x", 0.0, 1.0) for path in paths)
+    return brain.extract(SpeechDataset(manifest, 16000), batch_size=1)
 
 
 @pytest.fixture

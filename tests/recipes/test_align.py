@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from scripts import load
 
-from speechbrain_qmargin.data.records import ARCFACE_TEMPLATE, align_face
+from speechbrain_qmargin.data.align import ARCFACE_TEMPLATE, align_face
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def test_a_published_checkpoint_is_evaluated_beside_itself(tmp_path, monkeypatch
     # the first image, embedded by hand
     model = recipe.IResNet(18).eval()
     recipe.load_arcface_torch(model, tmp_path / "a.pth")
-    from speechbrain_qmargin.data.records import align_face
+    from speechbrain_qmargin.data.align import align_face
 
     pixels = np.asarray(Image.open(crops / protocol.names[0]))
     image = torch.from_numpy(align_face(pixels, protocol.landmarks[0]).copy())

@@ -7,7 +7,8 @@ import pickle
 import pytest
 from scripts import ROOT, load, train
 
-from speechbrain_qmargin.data.records import FaceRecords, write_records
+from speechbrain_qmargin.data.recordio import write_records
+from speechbrain_qmargin.data.records import FaceRecords
 from speechbrain_qmargin.synthetic import faces as mini_faces
 
 TINY = ["--depth=18", "--width=4", "--embedding_dim=16", "--image_size=32", "--batch_size=8"]
@@ -175,4 +176,4 @@ def test_faults_of_test_images_are_found_before_training(corpus, records, tmp_pa
     (tmp_path / "pairs.txt").write_text("1 0/0.png 0/1.png\n0 0/0.png 1/0.png\n")
     (images / "1/0.png").write_bytes(b"")
     options = f"--data_folder={images}", f"--verification_file={tmp_path / 'pairs.txt'}"
-    fails(OSError, r"1 of 3 images to test on cannot be decoded.*: 1/0\.png: ", *options)
+    fails(OSError, r"1 of 3 images to test on cannot be used.*: 1/0\.png: ", *options)

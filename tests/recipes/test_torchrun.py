@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scripts import ROOT, load
 
-from speechbrain_qmargin.data.records import write_records
+from speechbrain_qmargin.data.recordio import write_records
 from speechbrain_qmargin.embeddings import load_embeddings
 from speechbrain_qmargin.faces.ijb import read_ijb
 from speechbrain_qmargin.synthetic import faces as mini_faces

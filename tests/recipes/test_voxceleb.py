@@ -130,8 +130,8 @@ def broken_after_preparation(corpus, folder, monkeypatch, broken):
 
     def prepare_then_break(*arguments, **settings):
         found = whole(*arguments, **settings)
-        for item in list(found.train.values())[broken]:
-            Path(item["wav"]).write_bytes(b"")
+        for file in list(found.train.files)[broken]:
+            Path(file).write_bytes(b"")
         return found
 
     monkeypatch.setattr(module, "prepare_speech", prepare_then_break)

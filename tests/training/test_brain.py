@@ -12,7 +12,9 @@ import speechbrain as sb
 import torch
 
 from speechbrain_qmargin.data.classes import class_encoder
-from speechbrain_qmargin.data.speech import prepare_speech, speech_dataset
+from speechbrain_qmargin.data.epochs import CurrentEpoch
+from speechbrain_qmargin.data.speech import prepare_speech
+from speechbrain_qmargin.data.speech_dataset import SpeechDataset
 from speechbrain_qmargin.training.brain import SpeakerBrain
 from speechbrain_qmargin.training.checkpoints import load_pretrained
 from speechbrain_qmargin.training.config import load_experiment
@@ -79,15 +81,15 @@ def make_brain(folder, output, validate=None, brain_class=SpeakerBrain, run_opts
         validate=validate,
     )
     epochs = hparams["epoch_counter"]
-    train = speech_dataset(
+    train = SpeechDataset(
         corpus.train,
         RATE,
         crop=hparams["sentence_len"],
-        label_encoder=class_encoder(corpus.speakers, output / "save" / "label_encoder.txt"),
+        labels=class_encoder(corpus.speakers, output / "save" / "label_encoder.txt").lab2ind,
         seed=hparams["seed"],
-        epoch=lambda: epochs.current,
+        epoch=CurrentEpoch(epochs),
     )
-    test = speech_dataset(corpus.test, RATE)
+    test = SpeechDataset(corpus.test, RATE)
 
     def fit():
         loaders = {

@@ -260,7 +260,7 @@ def _refuse_missing(folder: Path, names: Sequence[str]) -> None:
 
 def _aligned(path: Path, landmarks: np.ndarray, size: int) -> np.ndarray:
     """An image, aligned: uint8 [size, size, 3], RGB."""
-    from speechbrain_qmargin.data.faces import read_pixels
-    from speechbrain_qmargin.data.records import align_face
+    from speechbrain_qmargin.data.align import align_face
+    from speechbrain_qmargin.data.images import read_pixels
 
     return np.asarray(align_face(read_pixels(path), landmarks, size))

@@ -1,0 +1,123 @@
+"""A corpus decoded once, to FLAC."""
+
+from __future__ import annotations
+
+import logging
+import os
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from speechbrain_qmargin.data.audio import read_audio
+from speechbrain_qmargin.data.folders import audio_files
+from speechbrain_qmargin.data.voxceleb import training_roots
+from speechbrain_qmargin.files import replacing, write_text
+
+__all__ = ["convert_to_flac"]
+
+logger = logging.getLogger(__name__)
+
+
+def convert_to_flac(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    sample_rate: int = 16000,
+    jobs: int | None = None,
+    progress: bool = True,
+) -> dict[str, int]:
+    """Decode a corpus once: every audio file of `source` as FLAC below ``destination/wav``.
+
+    A file appears whole or not at all, those that are there already and not older than their
+    source are kept: started again, it goes on where it was interrupted. What cannot be decoded is
+    listed in ``destination/not_converted.txt``.
+
+    Parameters
+    ----------
+    source : path
+        In one of the layouts of :func:`audio_roots`; VoxCeleb2's test part is left out, as by
+        :func:`training_roots`.
+    destination : path
+        Afterwards a ``data_folder`` for :func:`~speechbrain_qmargin.data.speech.prepare_speech`.
+    sample_rate : int
+        Hz; other rates are resampled.
+    jobs : int, optional
+        Processes; the number of CPUs by default.
+
+    Returns
+    -------
+    dict with the counts ``converted``, ``kept`` and ``failed``
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing to convert there.
+    OSError
+        A file cannot be written (the disk is full); what is converted stays.
+    """
+    destination = Path(destination)
+    tasks: list[tuple[str, Path, Path]] = []
+    failures: list[str] = []
+    roots = training_roots(source)
+    for root in roots:
+        for found in audio_files(root):
+            if found.fault:
+                failures.append(f"{found.name}\t{found.fault}\n")
+                continue
+            target = destination / "wav" / Path(found.name).with_suffix(".flac")
+            tasks.append((found.name, Path(found.path), target))
+    if not tasks:
+        raise FileNotFoundError(f"{source}: no audio below {', '.join(map(str, roots))}")
+    jobs = jobs or os.cpu_count() or 1
+    counts = dict.fromkeys(("converted", "kept"), 0) | {"failed": len(failures)}
+    convert = partial(_convert, sample_rate=sample_rate)
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(total=len(tasks), desc="to FLAC", unit="file", disable=not progress)
+        )
+        run = map
+        if jobs > 1:  # processes: PyAV holds Python's lock most of the time
+            pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+            run = partial(stack.enter_context(pool).map, chunksize=16)
+        for start in range(0, len(tasks), 4096):
+            for outcome, failure in run(convert, tasks[start : start + 4096]):
+                counts[outcome] += 1
+                failures += [failure] if failure else []
+                bar.update()
+    if failures:
+        write_text(destination / "not_converted.txt", "".join(failures))
+        logger.warning(
+            f"{len(failures)} files could not be decoded, all listed in "
+            f"{destination / 'not_converted.txt'}: {failures[0].strip()}"
+        )
+    return counts
+
+
+def _convert(task: tuple[str, Path, Path], sample_rate: int) -> tuple[str, str]:
+    """(converted, kept or failed, the reason)."""
+    import soundfile
+
+    name, path, target = task
+    try:
+        if target.is_file() and target.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+            return "kept", ""
+        signal = read_audio(path, sample_rate)
+    except OSError as error:
+        return "failed", f"{name}\t{error}\n"
+    peak = float(signal.abs().max())
+    if peak > 1:  # decoders and resampling overshoot; 16 bits would clip it
+        signal = torch.div(signal, peak)
+    try:
+        with replacing(target) as partial_file:
+            soundfile.write(str(partial_file), signal.numpy(), sample_rate, subtype="PCM_16")
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise OSError(
+            f"{target}: cannot be written ({error}). What is converted stays; make room and start "
+            "again"
+        ) from error
+    return "converted", ""

@@ -1,0 +1,74 @@
+"""Audio files below a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES
+
+__all__ = ["AudioFile", "audio_files"]
+
+
+class AudioFile(NamedTuple):
+    """An audio file.
+
+    Attributes
+    ----------
+    name : str
+        Its path below the folder, with ``/``.
+    path : str
+    fault : str
+        Why it cannot be used by its name; usually empty. `name` is then escaped.
+    """
+
+    name: str
+    path: str
+    fault: str = ""
+
+
+def audio_files(folder: str | Path) -> Iterator[AudioFile]:
+    """Every audio file below a folder, in no order; hidden ones are left out.
+
+    Links to files and to folders are followed, but not those that lead back to a folder that they
+    lie in.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "ann").mkdir()
+    >>> (folder / "ann/1.wav").touch()
+    >>> (folder / "ann/again").symlink_to(folder)
+    >>> [file.name for file in audio_files(folder)]
+    ['ann/1.wav']
+    """
+    stack = [(os.fspath(folder), "")]
+    while stack:
+        parent, prefix = stack.pop()
+        with os.scandir(parent) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    if not (entry.is_symlink() and _leads_back(entry.path, parent)):
+                        stack.append((entry.path, f"{prefix}{entry.name}/"))
+                elif entry.name.lower().endswith(AUDIO_SUFFIXES):
+                    yield _audio_file(prefix + entry.name, entry.path)
+
+
+def _leads_back(link: str, parent: str) -> bool:
+    target, here = os.path.realpath(link), os.path.realpath(parent)
+    return here == target or here.startswith(target.rstrip(os.sep) + os.sep)
+
+
+def _audio_file(name: str, path: str) -> AudioFile:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(name).decode("utf-8", "backslashreplace")
+        return AudioFile(name, path, "its name is not UTF-8: rename it")
+    if any(character in name for character in "\t\n\r"):
+        return AudioFile(repr(name)[1:-1], path, "its name has a tab or a line break: rename it")
+    return AudioFile(name, path)

@@ -1,0 +1,141 @@
+"""Images: of every kind that is published to the values that the networks take."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speechbrain_qmargin.extras import require
+
+__all__ = ["IMAGE_SUFFIXES", "check_images", "read_image", "read_pixels"]
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp")
+
+
+def check_images(images: Mapping[str, str | Path | bytes]) -> None:
+    """Decode every image once.
+
+    Parameters
+    ----------
+    images : mapping from what an image is called to its file or content
+
+    Raises
+    ------
+    OSError
+        Some cannot be decoded or show nothing: their number, and the first three of them.
+
+    Examples
+    --------
+    >>> check_images({"lfw.bin, pair 17, image 2": b"no image"})
+    Traceback (most recent call last):
+    OSError: 1 of 1 images to test on cannot be used, repair them or take their pairs out:
+    lfw.bin, pair 17, image 2: cannot be decoded (of no format that Pillow knows)
+    """
+
+    def fault(item: tuple[str, str | Path | bytes]) -> str:
+        try:
+            _check_content(read_pixels(item[1]), item[1])
+        except OSError as error:
+            return f"{item[0]}: {error}"
+        return ""
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        faults = list(filter(None, pool.map(fault, images.items())))
+    if faults:
+        raise OSError(
+            f"{len(faults)} of {len(images)} images to test on cannot be used, repair them or "
+            f"take their pairs out: {'; '.join(faults[:3])}"
+        )
+
+
+def read_pixels(source: str | Path | bytes, size: int | None = None) -> np.ndarray:
+    """An image as uint8 [H, W, 3], RGB, the right way up.
+
+    Grey images get three equal channels. Those of 16 bits (12 bits in PGM) are scaled, so that
+    their white is white. What is transparent is put on black. A camera's note of how it was held
+    (EXIF orientation) is followed.
+
+    Parameters
+    ----------
+    source : path or bytes
+        A file of any format Pillow reads, or its content.
+    size : int, optional
+        Others are resized to [size, size], antialiased; shapes that are not square are stretched.
+
+    Raises
+    ------
+    OSError
+        The image cannot be decoded, or its values have no known range (32-bit integers of a TIFF,
+        floating point); the message names its file.
+    ImportError
+        Pillow is not installed.
+
+    Examples
+    --------
+    >>> read_pixels(b"P5 2 1 255 " + bytes([7, 9])).tolist()  # a PGM image
+    [[[7, 7, 7], [9, 9, 9]]]
+    """
+    require("PIL", why="images are read with pillow", extra="face")
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image = _rgb(ImageOps.exif_transpose(image), image.format)
+            if size is not None and image.size != (size, size):
+                image = image.resize((size, size), Image.Resampling.BICUBIC)
+            return np.array(image)
+    except Exception as error:  # Pillow's decoders raise anything: DecompressionBombError, ...
+        name = "" if isinstance(source, bytes) else f"{source}: "
+        fault = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):
+            fault = "of no format that Pillow knows"
+        raise OSError(f"{name}cannot be decoded ({fault})") from error
+
+
+def _rgb(image, kind: str | None):
+    """Pillow's image of any mode as RGB."""
+    from PIL import Image
+
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+        if image.mode == "I" and kind not in ("PNG", "PPM"):  # these two have 16 bits in an I
+            raise ValueError(f"mode {image.mode}: 32-bit integers, of which no range is known")
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its values are beyond 16 bits")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("mode F: floating point, of which no range is known")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert(
+            "RGB"
+        )
+    return image.convert("RGB")
+
+
+def _check_content(pixels: np.ndarray, source: str | Path | bytes) -> None:
+    if (pixels == pixels[:1, :1]).all():
+        name = "" if isinstance(source, bytes) else f"{source}: "
+        raise OSError(f"{name}shows nothing: all its pixels are equal")
+
+
+def read_image(source: str | Path | bytes, size: int) -> Tensor:
+    """A face as the networks take it, [3, size, size] float32 in [-1, 1].
+
+    Parameters
+    ----------
+    source, size
+        As :func:`read_pixels`, and so are the errors. An image of one colour is refused too.
+    """
+    values = read_pixels(source, size)
+    _check_content(values, source)
+    return torch.from_numpy(values).permute(2, 0, 1).float().sub_(127.5).div_(127.5)

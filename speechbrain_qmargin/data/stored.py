@@ -1,0 +1,130 @@
+"""Images inside large files: what records and shards share.
+
+Where the images lie is found once and kept for all runs, beside the data or in the cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from speechbrain_qmargin.data.images import read_image
+from speechbrain_qmargin.data.skipped import Skipped
+from speechbrain_qmargin.files import cache_folder, replacing
+
+__all__ = ["StoredFaces", "kept_beside"]
+
+logger = logging.getLogger(__name__)
+
+_INDEX_VERSION = 2  # of what is kept beside the data; raised when that changes
+_IN_A_ROW = 100  # broken images, one after the other, that are passed over
+
+
+class StoredFaces(Dataset):
+    """Images inside large files, read as they are asked for; a subclass says how one is read.
+
+    An image that cannot be used is listed in `skipped`, and the next one takes its place. It can be
+    pickled if `epoch` can.
+    """
+
+    def __init__(self, image_size: int, flip: bool, seed: int, epoch: Callable[[], int]) -> None:
+        self.image_size, self.flip, self.seed, self.epoch = image_size, flip, seed, epoch
+        self.num_classes = 0
+        self.skipped = Skipped()
+        self._streams: dict[Path, BinaryIO] = {}
+        self._process = -1
+
+    def stream(self, path: Path) -> BinaryIO:
+        if self._process != os.getpid():  # a stream for each worker
+            self._streams, self._process = {}, os.getpid()
+        if path not in self._streams:
+            self._streams[path] = path.open("rb")
+        return self._streams[path]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_streams": {}, "_process": -1}
+
+    def image(self, row: int) -> tuple[bytes, int]:
+        """(encoded image, label); ValueError or OSError where it is broken."""
+        raise NotImplementedError
+
+    def name(self, row: int) -> str:
+        """What messages call an image."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def _check_labels(self, what: str) -> None:
+        """Refuse more classes than the images can be of: one flipped bit asks for a terabyte."""
+        most = 10 * len(self) + 1000
+        if self.num_classes > most:
+            raise ValueError(
+                f"{what}: labels up to {self.num_classes - 1:,} for {len(self):,} images, which "
+                f"cannot be of more than {most:,} identities: a label is damaged, or they have to "
+                "be numbered anew from 0"
+            )
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        step, fault = 0, ""
+        for step in range(min(len(self), _IN_A_ROW)):
+            at = (row + step) % len(self)
+            name = self.name(at)
+            try:
+                content, label = self.image(at)
+                image = read_image(content, self.image_size)
+                if not 0 <= label < self.num_classes:
+                    raise ValueError(f"its label {label} is outside 0 to {self.num_classes - 1}")
+            except (OSError, ValueError) as error:
+                fault = f"{name}: {error}"
+                if self.skipped.add(name, error):
+                    logger.warning(f"{name} is skipped, the next takes its place ({error})")
+                continue
+            if self.flip:
+                rng = np.random.default_rng([self.seed, self.epoch(), zlib.crc32(name.encode())])
+                image = image.flip(2) if rng.random() < 0.5 else image
+            return {"id": name, "image": image, "identity_encoded": torch.tensor([label])}
+        raise OSError(f"{step + 1} images in a row cannot be read, the last is {fault}")
+
+
+def kept_beside(
+    beside: Path, files: Sequence[Path], make: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Arrays that are made once for all runs and made anew when a file changes.
+
+    They lie at the path `beside` where that can be written, else in the cache folder.
+    """
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    state = hashlib.sha256(json.dumps([_INDEX_VERSION, *states]).encode()).hexdigest()
+    place = hashlib.sha256(str(beside.resolve()).encode()).hexdigest()[:16]
+    places = beside, cache_folder() / "face_indexes" / f"{place}-{beside.name}"
+    for file in filter(Path.is_file, places):
+        try:
+            with np.load(file, allow_pickle=False) as saved:
+                if str(saved["state"]) == state:
+                    return {key: saved[key] for key in saved.files if key != "state"}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            logger.warning(f"{file} cannot be read and is made anew")
+    arrays = make()
+    fault: OSError | None = None
+    for file in places:
+        try:
+            with replacing(file) as partial, partial.open("wb") as stream:
+                np.savez(stream, **{"state": np.array(state), **arrays})
+            break
+        except OSError as error:
+            fault = error
+    else:
+        logger.warning(f"what was found is not kept for the next run ({fault})")
+    return arrays

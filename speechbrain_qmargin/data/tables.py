@@ -1,0 +1,242 @@
+"""Corpora that are listed in a table: SpeechBrain's CSV, Kaldi's folders."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from speechbrain_qmargin.data.manifest import Item, Manifest
+from speechbrain_qmargin.files import replacing
+from speechbrain_qmargin.trials import read_map
+
+__all__ = ["is_table", "read_csv", "read_kaldi", "read_table", "write_csv"]
+
+_COLUMNS = ("ID", "duration", "wav", "start", "stop", "spk_id")
+
+
+def is_table(source: str | Path) -> bool:
+    """Whether a path is a CSV file, a ``wav.scp``, or a folder with one."""
+    source = Path(source)
+    return source.is_file() or (source / "wav.scp").is_file()
+
+
+def read_table(source: Path, for_trials: bool = False, *, sample_rate: int = 16000) -> Manifest:
+    """A corpus from its table: by its name a CSV file or one of Kaldi's.
+
+    Parameters
+    ----------
+    source : path
+        ``*.csv``, ``wav.scp``, or a folder that holds one.
+    for_trials : bool
+        All of a table is for both.
+    sample_rate : int
+        Of the samples in which SpeechBrain's CSV counts start and stop.
+    """
+    if source.is_dir() or source.suffix == ".scp":
+        return read_kaldi(source)
+    return read_csv(source, sample_rate=sample_rate)
+
+
+def read_csv(path: str | Path, *, sample_rate: int = 16000) -> Manifest:
+    """SpeechBrain's manifest: columns ID, wav and spk_id, perhaps duration, start and stop.
+
+    Columns may come in any order, others are passed over. `start` and `stop` count samples, as
+    SpeechBrain's recipes write them; a row is that stretch of the file. Without `duration` and
+    `stop` the file is asked. Relative paths are relative to the CSV's folder.
+
+    Parameters
+    ----------
+    path : path
+    sample_rate : int
+        Hz, of the samples that `start` and `stop` count.
+
+    Raises
+    ------
+    ValueError
+        A missing column, a malformed line, an id twice, a placeholder that SpeechBrain would fill
+        in: with file and line.
+
+    Examples
+    --------
+    >>> path = getfixture("tmp_path") / "train.csv"
+    >>> _ = path.write_text("ID,duration,wav,start,stop,spk_id\\nann--1,4.0,/a.wav,16000,48000,ann")
+    >>> read_csv(path)[0]
+    Item(id='ann--1', file='/a.wav', label='ann', start=1.0, duration=2.0, part=True)
+    """
+    path = Path(path)
+    folder = os.path.abspath(path.parent)
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, skipinitialspace=True)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            missing = {"ID", "wav", "spk_id"} - set(header)
+            if missing or len(set(header)) < len(header):
+                raise ValueError(
+                    f"{path}:1: the columns must be {', '.join(_COLUMNS)} (duration, start and "
+                    f"stop may be left out), each once; they are {', '.join(header)}"
+                )
+            return Manifest.of(_csv_rows(path, reader, header, folder, sample_rate))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a UTF-8 text file ({error})") from None
+        except csv.Error as error:
+            raise ValueError(f"{path}:{reader.line_num}: {error}") from None
+
+
+def _csv_rows(path: Path, reader, header: list[str], folder: str, rate: int) -> Iterator[Item]:
+    name_at, file_at, speaker_at = (header.index(key) for key in ("ID", "wav", "spk_id"))
+    seconds_at, start_at, stop_at = (
+        header.index(key) if key in header else None for key in ("duration", "start", "stop")
+    )
+
+    def number(row: list[str], at: int | None, default: float) -> float:
+        if at is None or not row[at].strip():
+            return default
+        value = float(row[at])
+        if not 0 <= value < 1e9 * rate:
+            raise ValueError(row[at])
+        return value
+
+    for row in reader:
+        if not row:
+            continue
+        try:
+            if len(row) != len(header):
+                raise ValueError(f"{len(row)} fields")
+            duration = number(row, seconds_at, float("nan"))
+            start = number(row, start_at, 0.0)
+            stop = number(row, stop_at, float("nan"))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}:{reader.line_num}: expected {len(header)} fields with seconds and samples "
+                f"that are 0 or more, got {error} in {','.join(row)!r}"
+            ) from None
+        name, file, speaker = row[name_at], row[file_at], row[speaker_at]
+        if "$" in file or "{" in file:
+            raise ValueError(
+                f"{path}:{reader.line_num}: {file} has a placeholder; write the paths out"
+            )
+        if not (name and file and speaker):
+            raise ValueError(f"{path}:{reader.line_num}: ID, wav and spk_id must not be empty")
+        whole = start == 0 and not abs(stop / rate - duration) >= 1 / rate
+        if not whole:
+            duration = (stop - start) / rate if stop > start else duration - start / rate
+        yield Item(name, os.path.join(folder, file), speaker, start / rate, duration, not whole)
+
+
+def write_csv(path: str | Path, manifest: Manifest, *, sample_rate: int = 16000) -> None:
+    """The table of a manifest as :func:`read_csv` reads it, samples counted at `sample_rate`."""
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(_COLUMNS)
+        for item in manifest:
+            seconds = "" if math.isnan(item.duration) else item.duration
+            ends = item.start, item.start + item.duration
+            start, stop = (round(one * sample_rate) if item.part else "" for one in ends)
+            writer.writerow((item.id, seconds, item.file, start, stop, item.label))
+
+
+def read_kaldi(source: str | Path) -> Manifest:
+    """Kaldi's ``wav.scp`` with ``utt2spk`` beside it, and ``segments`` and ``utt2dur`` if there.
+
+    Relative paths are relative to the folder.
+
+    Parameters
+    ----------
+    source : path
+        The folder or its ``wav.scp``.
+
+    Raises
+    ------
+    FileNotFoundError
+        No ``wav.scp`` or ``utt2spk``.
+    ValueError
+        A command in the place of a file (``sph2pipe ... |``: nothing is run), a line that is not
+        ``id path``, an id twice, a recording without a speaker: with file and line.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "wav.scp").write_text("ann-1 /data/ann/1.wav")
+    >>> _ = (folder / "utt2spk").write_text("ann-1 ann")
+    >>> read_kaldi(folder)[0]
+    Item(id='ann-1', file='/data/ann/1.wav', label='ann', start=0.0, duration=nan, part=False)
+    """
+    source = Path(source)
+    scp = source / "wav.scp" if source.is_dir() else source
+    folder = scp.parent
+    if not scp.is_file():
+        raise FileNotFoundError(f"{scp}: no such file")
+    if not (folder / "utt2spk").is_file():
+        raise FileNotFoundError(f"{folder / 'utt2spk'}: no such file; it says who speaks in {scp}")
+    speakers: dict[str, str] = read_map(folder / "utt2spk")
+    files = _read_scp(scp)
+    durations = {}
+    if (folder / "utt2dur").is_file():
+        durations = read_map(folder / "utt2dur", float)
+    if (folder / "segments").is_file():
+        parts = _read_segments(folder / "segments", files)
+    else:
+        parts = {
+            name: (file, 0.0, durations.get(name, float("nan")), False)
+            for name, file in files.items()
+        }
+    nobody = [name for name in parts if name not in speakers]
+    if nobody:
+        raise ValueError(
+            f"{folder / 'utt2spk'}: {len(nobody)} recordings have no speaker, the first is "
+            f"{nobody[0]}"
+        )
+    return Manifest.of(
+        Item(name, file, speakers[name], *rest) for name, (file, *rest) in parts.items()
+    )
+
+
+def _read_scp(scp: Path) -> dict[str, str]:
+    files: dict[str, str] = {}
+    folder = os.path.abspath(scp.parent)
+    for number, line in _lines(scp):
+        name, _, file = line.partition("\t" if "\t" in line else " ")
+        file = file.strip()
+        if not file:
+            raise ValueError(f"{scp}:{number}: expected 'id path', got {line!r}")
+        if file.endswith("|") or file.startswith("|"):
+            raise ValueError(
+                f"{scp}:{number}: {file!r} is a command, and nothing is run: write what it makes "
+                "to files and list them"
+            )
+        if name in files:
+            raise ValueError(f"{scp}:{number}: {name} is listed twice")
+        files[name] = os.path.join(folder, file)
+    return files
+
+
+def _read_segments(path: Path, files: dict[str, str]) -> dict[str, tuple[str, float, float, bool]]:
+    parts: dict[str, tuple[str, float, float, bool]] = {}
+    for number, line in _lines(path):
+        try:
+            name, recording, start, end = line.split()
+            begin, length = float(start), float(end) - float(start)
+            if not (begin >= 0 and 0 < length < 1e9) or recording not in files:
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"{path}:{number}: expected 'id recording start end' with a recording of wav.scp, "
+                f"got {line!r}"
+            ) from None
+        if name in parts:
+            raise ValueError(f"{path}:{number}: {name} is listed twice")
+        parts[name] = files[recording], begin, length, True
+    return parts
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield number, line.strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file ({error})") from None
