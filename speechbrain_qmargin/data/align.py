@@ -55,7 +55,7 @@ def align_face(image: np.ndarray, landmarks: np.ndarray, size: int = 112) -> np.
     # Pillow's coordinates have pixel centres at one half
     back[:, 2] += 0.5 - 0.5 * (back[:, 0] + back[:, 1])
     aligned = Image.fromarray(image).transform(
-        (size, size), Image.Transform.AFFINE, back.reshape(-1), Image.Resampling.BILINEAR
+        (size, size), Image.Transform.AFFINE, back.reshape(-1).tolist(), Image.Resampling.BILINEAR
     )
     return np.asarray(aligned)
 

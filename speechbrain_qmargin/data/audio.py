@@ -331,10 +331,11 @@ def _seconds(path: Path) -> float:
 def _open_m4a(path: str | Path):
     require("av", why=f"{path}: m4a files are read by PyAV", extra="voxceleb")
     import av
+    from av.error import FFmpegError
 
     try:
         container = av.open(str(path))
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise OSError(f"{path}: cannot be decoded ({error.strerror})") from error
     if not container.streams.audio or not getattr(container.streams.audio[0], "rate", None):
         container.close()
@@ -345,7 +346,7 @@ def _open_m4a(path: str | Path):
 def _read_m4a(path: str | Path, start: float, length: float | None) -> tuple[np.ndarray, int]:
     """Samples [time] float32 and their rate."""
     with _open_m4a(path) as container:
-        import av
+        from av.error import FFmpegError
 
         stream = container.streams.audio[0]
         rate = stream.rate
@@ -371,7 +372,7 @@ def _read_m4a(path: str | Path, start: float, length: float | None) -> tuple[np.
                 position += samples.shape[1]
                 if position >= end:
                     break
-        except av.FFmpegError as error:
+        except FFmpegError as error:
             raise OSError(f"{path}: cannot be decoded ({error.strerror})") from error
     if not parts or begin < 0:
         raise OSError(f"{path}: cannot be decoded (no samples at {start:.2f} s)")

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def training_classes(
-    items: Mapping[str, Sequence[Any]],
+    items: Mapping[str, Sequence[Any] | np.ndarray],
     held_out: set[str],
     *,
     listed: str | Path | None = None,
@@ -72,7 +72,7 @@ def training_classes(
 
 
 def held_out_for_validation(
-    items: Mapping[str, Sequence[Any]], classes: list[str], count: int
+    items: Mapping[str, Sequence[Any] | np.ndarray], classes: list[str], count: int
 ) -> tuple[list[str], set[Any]]:
     """The classes that stay, and up to ten items, evenly spread, of each of `count` others.
 

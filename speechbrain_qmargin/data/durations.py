@@ -194,27 +194,31 @@ def _equal(one: Texts, other: Texts) -> bool:
 def _updated(known: _Known, new: _Known) -> _Known:
     """What is known of both, the new ones first, as far as their seconds are known."""
     good = np.flatnonzero(~np.isnan(new.seconds))
-    now = _Known(new.names.take(good), *(column[good] for column in new[1:]))
+    now = _Known(new.names.take(good), new.sizes[good], new.times[good], new.seconds[good])
     if _equal(known.names, now.names) or not len(known.names):
         return now
     names = set(new.names)
     rest = np.flatnonzero([name not in names for name in known.names])
-    both = [Texts.of([*now.names, *known.names.take(rest)])]
-    columns = (np.concatenate([a, b[rest]]) for a, b in zip(now[1:], known[1:], strict=True))
-    return _Known(*both, *columns)
+    return _Known(
+        Texts.of([*now.names, *known.names.take(rest)]),
+        np.concatenate([now.sizes, known.sizes[rest]]),
+        np.concatenate([now.times, known.times[rest]]),
+        np.concatenate([now.seconds, known.seconds[rest]]),
+    )
 
 
 def _read(cache: Path) -> _Known:
-    nothing = _Known(Texts.of([]), *(np.zeros(0, dtype) for dtype in ("i8", "i8", "f8")))
+    none = np.zeros(0, np.int64)
+    nothing = _Known(Texts.of([]), none, none, np.zeros(0))
     if not cache.is_file():
         return nothing
     try:
         with np.load(cache, allow_pickle=False) as arrays:
             names = Texts(arrays["names"], arrays["offsets"])
-            columns = [arrays[key] for key in ("sizes", "times", "seconds")]
-        if {len(column) for column in columns} != {len(names)}:
+            found = _Known(names, arrays["sizes"], arrays["times"], arrays["seconds"])
+        if {len(column) for column in found} != {len(names)}:
             raise ValueError("columns of several lengths")
-        return _Known(names, *columns)
+        return found
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         logger.warning(f"{cache} is damaged ({error}); the recordings are opened again")
         return nothing

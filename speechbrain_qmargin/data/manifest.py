@@ -50,7 +50,7 @@ class Texts(Sequence[str]):
 
     def __init__(self, content: np.ndarray, offsets: np.ndarray) -> None:
         self.content, self.offsets = content, offsets
-        self._bytes = memoryview(content)
+        self._bytes = content.data
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> Texts:
@@ -328,7 +328,7 @@ class Manifest:
         path, columns, digest = Path(path), self._columns(), hashlib.sha256()
         for name, column in columns.items():
             digest.update(f"{name} {column.dtype.str} {len(column)}\n".encode())
-            digest.update(np.ascontiguousarray(column))
+            digest.update(np.ascontiguousarray(column).data)
         about = {
             "format": _FORMAT,
             "digest": digest.hexdigest(),
@@ -373,11 +373,21 @@ class Manifest:
                 raise ValueError(f"{path}: cut off")
             columns[name] = np.frombuffer(mapped, dtype, count, at)
             at = _aligned(at + columns[name].nbytes)
-        texts = {
-            name: Texts(columns.pop(f"{name}.content"), columns.pop(f"{name}.offsets"))
-            for name in ("ids", "files", "classes")
-        }
-        return Manifest(**texts, **columns, path=path, digest=about["digest"])
+
+        def texts(name: str) -> Texts:
+            return Texts(columns[f"{name}.content"], columns[f"{name}.offsets"])
+
+        return Manifest(
+            ids=texts("ids"),
+            files=texts("files"),
+            classes=texts("classes"),
+            labels=columns["labels"],
+            start=columns["start"],
+            duration=columns["duration"],
+            part=columns["part"],
+            path=path,
+            digest=about["digest"],
+        )
 
     def __reduce__(self) -> Any:
         if self.path is not None:

@@ -119,7 +119,7 @@ def _check_instructions(path: Path) -> None:
         for count, (instruction, argument, _) in enumerate(pickletools.genops(stream), 1):
             if instruction.name not in _INSTRUCTIONS:
                 raise ValueError(f"it has the instruction {instruction.name}, which none needs")
-            if instruction.name in _PUTS and not 0 <= int(argument) <= count:
+            if instruction.name in _PUTS and not 0 <= int(argument or 0) <= count:
                 raise ValueError(f"it keeps something in place {argument} after {count} steps")
 
 

@@ -193,7 +193,7 @@ def _read_labels(
             # mapped anew for each chunk, so that the pages of earlier ones are given back
             words = np.memmap(path, dtype="<u4", mode="r", shape=(size // 4,))
             if hasattr(mmap, "MADV_RANDOM"):
-                words._mmap.madvise(mmap.MADV_RANDOM)
+                words._mmap.madvise(mmap.MADV_RANDOM)  # pyright: ignore[reportAttributeAccessIssue]
             places = offsets[start : start + 2**14]
             inside = (places >= 0) & (places % 4 == 0) & (places <= size - 36)
             first = np.where(inside, places // 4, 0)

@@ -119,7 +119,7 @@ def _index_of_shards(shards: list[Path], progress: bool) -> dict[str, np.ndarray
     with ExitStack() as stack:
         run = map
         if len(shards) >= 64 and (os.cpu_count() or 1) > 1:  # a process takes seconds to start
-            jobs = min(8, os.cpu_count())
+            jobs = min(8, os.cpu_count() or 1)
             pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
             run = stack.enter_context(pool).map
         bar = tqdm(total=len(shards), desc="reading shards", disable=not progress, leave=False)
@@ -148,7 +148,7 @@ def _members(shard: Path) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]
     try:
         with tarfile.open(shard, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # it would keep them all
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] it keeps all
                 key, _, suffix = member.name.rpartition(".")
                 image = f".{suffix.lower()}" in IMAGE_SUFFIXES
                 if not (image or suffix == "cls"):

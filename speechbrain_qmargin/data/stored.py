@@ -121,7 +121,7 @@ def kept_beside(
     for file in places:
         try:
             with replacing(file) as partial, partial.open("wb") as stream:
-                np.savez(stream, **{"state": np.array(state), **arrays})
+                np.savez(stream, allow_pickle=False, state=np.array(state), **arrays)
             break
         except OSError as error:
             fault = error

@@ -190,7 +190,8 @@ def read_kaldi(source: str | Path) -> Manifest:
             f"{nobody[0]}"
         )
     return Manifest.of(
-        Item(name, file, speakers[name], *rest) for name, (file, *rest) in parts.items()
+        Item(name, file, speakers[name], start, duration, part)
+        for name, (file, start, duration, part) in parts.items()
     )
 
 

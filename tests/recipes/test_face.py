@@ -148,7 +148,7 @@ def test_faults_of_test_images_are_found_before_training(corpus, records, tmp_pa
     def fails(error, match, *options):
         with pytest.raises(error, match=match):
             run("--size=small", f"--output_folder={tmp_path / 'out'}", *options)
-        assert not (tmp_path / "out/save").exists()
+        assert not list((tmp_path / "out").rglob("CKPT*"))
 
     data = f"--data_folder={records}"
     broken = write_bin(tmp_path / "lfw.bin", broken=2 * 17 + 1)
