@@ -1,69 +1,95 @@
-"""The prototypes as a module: exact Q-Margin without logits in training, cosines in evaluation."""
+"""The prototypes as a module: the exact loss without logits in training, cosines in evaluation."""
 
 from __future__ import annotations
 
-from functools import partial
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
-from speechbrain_qmargin.head.search import (
-    Prototypes,
-    candidate_level,
-    chunked_cosines,
-    dense_level,
-    exact_cosines,
-    posterior,
-    refined,
-    search,
-    uniform_measure,
-)
-from speechbrain_qmargin.loss.functional import (
-    QMarginStats,
-    check_labels,
-    check_loss_parameters,
-)
-from speechbrain_qmargin.loss.solver import fenchel_young
+from speechbrain_qmargin.head import shards
+from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.head.optim import RowSparse
+from speechbrain_qmargin.head.prototypes import Derived, Mark, Prototypes
+from speechbrain_qmargin.head.step import Evaluation, HeadLoss, Request, Shard
+from speechbrain_qmargin.loss.functional import QMarginStats, check_loss_parameters
 
 __all__ = ["HeadOutput", "QMarginHead"]
 
-# Below this many classes a float32 product costs less than finding out what to skip
-_SCREEN_FROM = 32768
-_ROWS_AT_ONCE = 8192
+_BLOCK = 32768  # classes initialised from one seed
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class QMarginHead(nn.Module):
-    r"""Class prototypes with an exact Q-Margin step whose cost beyond one bf16 pass is the support.
+    r"""Class prototypes with an exact step whose cost beyond one bf16 pass is the support.
 
     The loss and its gradients are those of :func:`~speechbrain_qmargin.q_margin_loss` on the
     cosines of embeddings and prototypes, to float32 rounding; nothing is sampled. Logits of size
-    batch x classes are not formed, and the gradient of `weight` is sparse: only the rows of active
-    classes and targets (see :class:`~speechbrain_qmargin.head.RowSparseSGD`). At alpha = 1, or
-    when nearly everything is active, it is computed in chunks and is dense.
+    batch x classes are not formed. At alpha = 1, or when nearly everything is active, it is
+    computed in chunks.
+
+    Where ``torch.distributed`` is initialised before the head is made, its classes are shared by
+    all ranks in contiguous shards. Every rank then calls it at every step, in evaluation too, with
+    its own batch of any size and labels in [0, num_classes); `weight` is this rank's part.
 
     Parameters
     ----------
     embedding_dim, num_classes : int
+        Over all ranks.
     alpha, scale, margin : float
         Of ``head(embeddings, labels)``. Where SpeechBrain's ``compute_cost`` evaluates the training
         output, its own parameters count instead.
+    sparse_grad : bool, optional
+        Whether the gradient of `weight` is sparse: only the rows of active classes and targets.
+        None: when an optimiser of rows is bound (:class:`~speechbrain_qmargin.head.RowSparseSGD`,
+        :class:`~speechbrain_qmargin.head.RowSparseAdam`), and dense, for any other optimiser,
+        otherwise.
+    group : ProcessGroup, optional
+        The ranks that share the classes. None: all.
+    seed : int, optional
+        Of the initial prototypes, which do not depend on the number of ranks. None: drawn from
+        torch's generator, on the first rank.
 
     Attributes
     ----------
-    weight : Parameter, [num_classes, embedding_dim], float32
+    weight : Parameter, [stop - start, embedding_dim], float32
         Prototypes; their length does not enter the loss.
+    start, stop : int
+        The classes of this rank.
+    anchor : Parameter or None
+        With ``torch.distributed``, a zero with zero gradient: what DDP wants to see of the head,
+        whose `weight` it leaves alone.
+
+    Raises
+    ------
+    ValueError
+        Ranks that disagree about the sizes, fewer classes than ranks, parameters out of range.
 
     Notes
     -----
     Beside `weight` live its rows' inverse norms and, from 32,768 classes on, a bf16 copy of the
-    unit rows. Both follow `weight`: rows are refreshed by ``RowSparseSGD``; any other change is
-    noticed and everything is rebuilt. Neither is in the checkpoint.
+    unit rows. Both follow `weight`: rows are refreshed by the bound optimiser; any other change is
+    noticed and everything is rebuilt. A change through ``weight.data`` is noticed on the CPU where
+    it reaches one of 64 evenly spaced rows; call :meth:`written` after one that may not. Neither is
+    in the checkpoint, in a copy or in a pickle. Second derivatives raise.
+
+    Embeddings that are not finite make the loss NaN, on all ranks, and give no gradient.
 
     Examples
     --------
+    >>> from speechbrain_qmargin.head import RowSparseSGD
     >>> head = QMarginHead(embedding_dim=4, num_classes=1000, alpha=1.5, scale=10, margin=0.2)
+    >>> optimizer = RowSparseSGD(head.parameters(), lr=0.1, head=head)
     >>> embeddings = torch.randn(8, 4, requires_grad=True)
     >>> loss = head(embeddings, torch.arange(8))
     >>> loss.backward()
@@ -87,6 +113,10 @@ class QMarginHead(nn.Module):
         alpha: float = 1.5,
         scale: float = 10.0,
         margin: float = 0.2,
+        *,
+        sparse_grad: bool | None = None,
+        group: Any = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("embedding_dim", embedding_dim), ("num_classes", num_classes)):
@@ -94,72 +124,85 @@ class QMarginHead(nn.Module):
                 raise ValueError(f"{name} must be a positive integer, got {value}")
         check_loss_parameters(alpha, scale, margin)
         self.alpha, self.scale, self.margin = float(alpha), float(scale), float(margin)
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim))
-        self.weight.qmargin_rows_changed = self._rows_changed
-        self._cache: Prototypes | None = None
-        self._cache_of: tuple | None = None
-        self.register_state_dict_pre_hook(lambda module, *_: module._catch_up())
-        self.reset_parameters()
+        self.num_classes, self.sparse_grad = int(num_classes), sparse_grad
+        self.comm = comm = Communicator(group)
+        if num_classes < comm.world:
+            raise ValueError(f"{num_classes} classes cannot be shared by {comm.world} ranks")
+        sizes = torch.tensor([embedding_dim, num_classes], device=comm.device())
+        for rank, other in enumerate(comm.gather_rows(sizes)):
+            if not torch.equal(sizes, other):
+                raise ValueError(
+                    "shards disagree: (embedding_dim, num_classes) is "
+                    f"{tuple(sizes.tolist())} on rank {comm.rank} and {tuple(other.tolist())} on "
+                    f"rank {rank}"
+                )
+        self.start, self.stop = comm.shard_of(self.num_classes)
+        self.weight = nn.Parameter(torch.empty(self.stop - self.start, embedding_dim))
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.anchor = nn.Parameter(torch.zeros(())) if distributed else None
+        # what DDP reads of the module it wraps: its names for gradients and for broadcasts
+        self._ddp_params_and_buffers_to_ignore = [".weight", "weight"]
+        self._derived = Derived()
+        self._optimizer: weakref.ref | None = None
+        self._checked_against_ddp = False
+        self.reset_parameters(seed)
 
-    def _catch_up(self) -> None:
-        """Idle rows glide on: ask the optimiser that owns them, if it is a RowSparseSGD."""
-        getattr(self.weight, "qmargin_catch_up", lambda: None)()
-
-    def reset_parameters(self) -> None:
-        """Directions uniform on the sphere, unit length."""
-        with torch.no_grad():
-            for rows in self.weight.split(_ROWS_AT_ONCE):
-                rows.copy_(F.normalize(torch.randn_like(rows), dim=1))
+    @torch.no_grad()
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Directions uniform on the sphere, unit length; the same classes whatever the shards."""
+        if seed is None:
+            drawn = torch.randint(2**31, (1,)).to(self.comm.device())
+            seed = int(self.comm.from_first(drawn))
+        for first in range(self.start // _BLOCK * _BLOCK, self.stop, _BLOCK):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + first // _BLOCK)
+            last = min(first + _BLOCK, self.num_classes)
+            rows = torch.randn(last - first, self.weight.shape[1], generator=generator)
+            low, high = max(self.start, first), min(self.stop, last)
+            rows = F.normalize(rows[low - first : high - first], dim=1)
+            self.weight[low - self.start : high - self.start] = rows
 
     def extra_repr(self) -> str:
-        classes, dim = self.weight.shape
-        return (
-            f"{dim}, {classes}, alpha={self.alpha:g}, scale={self.scale:g}, margin={self.margin:g}"
-        )
+        dim = self.weight.shape[1]
+        text = f"{dim}, {self.num_classes}, alpha={self.alpha:g}, scale={self.scale:g}, "
+        text += f"margin={self.margin:g}"
+        alone = self.comm.world == 1
+        return text if alone else f"{text}, classes=[{self.start}, {self.stop})"
 
-    # ---------------------------------------------------------------- prototypes
+    # ---------------------------------------------------------------- optimiser and prototypes
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        """`optimizer` steps the rows from now on; its constructor calls this."""
+        self._optimizer = weakref.ref(optimizer)
+
+    def is_bound_to(self, optimizer: torch.optim.Optimizer) -> bool:
+        return self._optimizer is not None and self._optimizer() is optimizer
+
+    @property
+    def gives_sparse_grad(self) -> bool:
+        """Whether the gradient of `weight` is row-sparse now."""
+        bound = self._optimizer is not None and self._optimizer() is not None
+        return bound if self.sparse_grad is None else self.sparse_grad
 
     def prototypes(self) -> Prototypes:
         """The rows with what is derived from them, up to date."""
-        weight = self.weight.detach()
-        if weight.dtype != torch.float32:
+        if self.weight.dtype != torch.float32:
             raise TypeError(
-                f"QMarginHead keeps float32 prototypes, found {weight.dtype}: use autocast instead "
-                "of converting the module"
+                f"QMarginHead keeps float32 prototypes, found {self.weight.dtype}: use autocast "
+                "instead of converting the module"
             )
-        if self._cache_of != self._key():
-            screened = weight.shape[0] >= _SCREEN_FROM
-            screen = torch.empty_like(weight, dtype=torch.bfloat16) if screened else None
-            self._cache = Prototypes(
-                weight, weight.new_empty(weight.shape[0]), screen, weight.new_zeros(())
-            )
-            for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
-                self._derive(slice(start, start + _ROWS_AT_ONCE))
-            self._cache_of = self._key()
-        return self._cache
+        _heads.add(self)
+        return self._derived.of(self.weight)
 
-    def _key(self) -> tuple:
-        return self.weight.data_ptr(), self.weight.device, self.weight._version
+    def rows_changed(self, rows: Tensor, before: Mark) -> None:
+        """The bound optimiser has changed `rows` of the weight, which it found at `before`."""
+        self._derived.rows_changed(self.weight, rows, before)
 
-    def _derive(self, rows: slice | Tensor) -> None:
-        weight, inverse_norm, screen, residual = self._cache
-        values = weight[rows]
-        inverse = values.norm(dim=1).clamp_(min=1e-12).reciprocal_()
-        inverse_norm[rows] = inverse
-        if screen is not None:
-            unit = values * inverse.unsqueeze(1)
-            rounded = unit.bfloat16()
-            screen[rows] = rounded
-            error = (unit - rounded.float()).norm(dim=1).amax() * (1 + 2**-20)
-            torch.maximum(residual, error, out=residual)
+    def written(self) -> None:
+        """The weight was changed in a way that may go unnoticed: a few rows, through ``.data``."""
+        self._derived.forget()
 
-    def _rows_changed(self, rows: Tensor, version_before: int) -> None:
-        """`rows` of the weight were just changed, by whoever read `version_before` first."""
-        pointer, device, version = self._key()
-        if self._cache_of == (pointer, device, version_before):
-            for part in rows.split(_ROWS_AT_ONCE):
-                self._derive(part)
-            self._cache_of = (pointer, device, version)
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_optimizer": None}  # that of another weight
 
     # ---------------------------------------------------------------- forward
 
@@ -180,7 +223,7 @@ class QMarginHead(nn.Module):
         Raises
         ------
         ValueError, TypeError
-            Shapes that disagree, labels outside [0, num_classes), embeddings that are not finite.
+            Shapes that disagree, labels outside [0, num_classes) or not integers.
         """
         if embeddings.ndim == 3 and embeddings.shape[1] == 1:
             embeddings = embeddings.squeeze(1)
@@ -189,218 +232,303 @@ class QMarginHead(nn.Module):
                 f"QMarginHead takes embeddings [B, {self.weight.shape[1]}] or "
                 f"[B, 1, {self.weight.shape[1]}], got {tuple(embeddings.shape)}"
             )
-        if embeddings.shape[0] == 0:
-            raise ValueError("an empty batch of embeddings")
         if labels is None and not self.training:
-            self._catch_up()
-            with torch.autocast(embeddings.device.type, enabled=False):
-                unit = F.normalize(embeddings.float(), dim=1)
-                return F.linear(unit, F.normalize(self.weight, dim=1)).unsqueeze(1)
-        output = HeadOutput(self, embeddings)
+            return self._cosines(embeddings)
+        anchored = None if self.anchor is None else self.anchor * 1
+        output = HeadOutput(self, embeddings, anchored)
         if labels is None:
             return output
-        if labels.ndim == 2 and labels.shape[1] == 1:
-            labels = labels.squeeze(1)
-        return output.q_margin_loss(labels, self.alpha, self.scale, self.margin)
+        loss = output.q_margin_loss(labels, self.alpha, self.scale, self.margin)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def _cosines(self, embeddings: Tensor) -> Tensor:
+        with torch.autocast(embeddings.device.type, enabled=False):
+            unit = F.normalize(embeddings.float(), dim=1)
+            if self.comm.world == 1:
+                return F.linear(unit, F.normalize(self.weight, dim=1)).unsqueeze(1)
+            sizes = self._agreed_sizes(unit, None, None)[0]
+            x = self.comm.gather(unit.detach(), sizes)
+            cosines = F.normalize(self.weight.detach(), dim=1) @ x.T
+            counts = [stop - start for start, stop in self.comm.shards(self.num_classes)]
+            everything = self.comm.gather(cosines, counts)
+            offset = sum(sizes[: self.comm.rank])
+            return everything[:, offset : offset + unit.shape[0]].T.unsqueeze(1)
+
+    def _agreed_sizes(
+        self, unit: Tensor, labels: Tensor | None, refused: Exception | None
+    ) -> tuple[list[int], Tensor]:
+        """Batch sizes of all ranks, and whether all embeddings are finite.
+
+        All ranks raise if one of them has bad input, so that none waits.
+        """
+        wrong = torch.zeros((), dtype=torch.int64, device=unit.device)
+        if labels is not None and refused is None:
+            wrong = ((labels < 0) | (labels >= self.num_classes)).sum()
+        finite = unit.detach().isfinite().all()
+        if self.comm.world == 1:
+            if refused is not None:
+                raise refused
+            if labels is not None:
+                _check_range(labels, wrong, self.num_classes)
+            return [len(unit)], finite
+        facts = [len(unit), wrong, refused is not None, ~finite]
+        facts = torch.stack([torch.as_tensor(fact, device=unit.device).long() for fact in facts])
+        facts = torch.stack(self.comm.gather_rows(facts)).tolist()
+        if refused is not None:
+            raise refused
+        for rank, (size, wrong_labels, other, _) in enumerate(facts):
+            if not size:
+                raise ValueError(f"rank {rank}: an empty batch of embeddings")
+            if other:
+                raise ValueError(f"rank {rank} refused its input; its own message says why")
+            if wrong_labels and labels is not None:
+                mine = f" (here: {labels.tolist()})" if rank == self.comm.rank else ""
+                raise ValueError(
+                    f"rank {rank}: {wrong_labels} labels outside [0, {self.num_classes}){mine}: "
+                    "set num_classes (out_n_neurons) to the size of the label encoder"
+                )
+        all_finite = not any(infinite for *_, infinite in facts)
+        return [size for size, *_ in facts], torch.tensor(all_finite, device=unit.device)
+
+    def _check_not_broadcast(self) -> None:
+        """DDP around a larger module makes all ranks' prototypes those of the first."""
+        if self.comm.world == 1 or self._checked_against_ddp:
+            return
+        rows = self.weight.detach()[: self.num_classes // self.comm.world]
+        content = rows.double().abs().sum().to(self.comm.device()).view(1)
+        found = [float(other) for other in self.comm.gather_rows(content)]
+        if len(set(found)) == 1:
+            raise RuntimeError(
+                "all ranks hold the same prototypes: DistributedDataParallel wraps a module that "
+                "contains the head, and has broadcast the first rank's. Before wrapping, put the "
+                "name of the head's weight in it ('classifier.weight') into that module's list "
+                "_ddp_params_and_buffers_to_ignore, or wrap the encoder alone"
+            )
+        self._checked_against_ddp = True
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save_shards(self, folder: str | Path, optimizer: RowSparse | None = None) -> None:
+        """Write a checkpoint that any number of ranks can load; every rank calls it.
+
+        Saving changes nothing. The previous checkpoint in the folder is valid until this one is.
+
+        Parameters
+        ----------
+        folder : path
+            Seen by all ranks.
+        optimizer : RowSparseSGD or RowSparseAdam, optional
+            Its state of the prototypes is saved with them.
+        """
+        shards.save_shards(folder, self.weight, self.num_classes, self.comm, optimizer)
+
+    def load_shards(
+        self, folder: str | Path, optimizer: RowSparse | None = None, *, first_rows: bool = False
+    ) -> None:
+        """Read what :meth:`save_shards` wrote on any number of ranks.
+
+        With `first_rows` the head may have fewer classes than the checkpoint, and takes its first
+        ones.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            No checkpoint, or one of another size: the message names the folder and both sizes.
+        """
+        shards.load_shards(
+            folder, self.weight, self.num_classes, self.comm, optimizer, first_rows=first_rows
+        )
 
 
+@dataclass(eq=False)
 class HeadOutput:
-    """A batch's training output: what :class:`~speechbrain_qmargin.QMarginLoss` evaluates."""
+    """A batch's training output: what a loss evaluates.
 
-    def __init__(self, head: QMarginHead, embeddings: Tensor) -> None:
-        self.head, self.embeddings = head, embeddings
+    Attributes
+    ----------
+    head : QMarginHead
+    embeddings : Tensor, [B, D]
+        As the head was given them.
+    anchored : Tensor or None
+        The head's anchor in the graph: DDP looks for tensors in a dataclass's fields.
+    """
+
+    head: QMarginHead
+    embeddings: Tensor
+    anchored: Tensor | None = None
 
     def q_margin_loss(
         self,
         targets: Tensor,
         alpha: float,
         scale: float,
-        margin: float,
+        margin: float | Tensor,
         *,
+        log_q: Tensor | None = None,
         reduction: str = "mean",
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, QMarginStats]:
-        """As :func:`speechbrain_qmargin.q_margin_loss`, for targets [B]."""
-        embeddings = self.embeddings
-        check_loss_parameters(alpha, scale, margin)
-        if targets.shape != embeddings.shape[:1]:
-            raise ValueError(
-                f"targets must be [B] = [{embeddings.shape[0]}], got {tuple(targets.shape)}"
-            )
+        """As :func:`speechbrain_qmargin.q_margin_loss`, for targets [B] or [B, 1]."""
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-        with torch.autocast(embeddings.device.type, enabled=False):
-            unit = F.normalize(embeddings.float(), dim=1)
-            parameters = (float(alpha), float(scale), float(margin))
-            loss, p_y, support = self._losses(unit, targets.long(), parameters)
-        stats = None
+        found = self._evaluate(targets, float(alpha), float(scale), margin, log_q)
+        loss, stats = found.loss, None
         if return_stats:
-            count = support.to(loss.dtype)
             zero = (loss == 0).to(loss.dtype).mean()
-            stats = QMarginStats(count.mean(), count.max(), zero, p_y.mean())
+            count = found.support
+            stats = QMarginStats(count.mean(), count.max(), zero, found.target_posterior.mean())
         if reduction != "none":
             loss = loss.mean() if reduction == "mean" else loss.sum()
-        return (loss, stats) if return_stats else loss
+        return (loss, stats) if stats is not None else loss
+
+    def cross_entropy(
+        self,
+        targets: Tensor,
+        scale: float,
+        moved: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Mean cross-entropy of targets [B] or [B, 1] whose cosines a loss moves.
+
+        Parameters
+        ----------
+        moved : callable
+            ``new, slopes = moved(cosines)``, [B], float64.
+        """
+        return self._evaluate(targets, 1.0, float(scale), 0.0, None, moved).loss.mean()
 
     def arcface_loss(self, targets: Tensor, scale: float, margin: float) -> Tensor:
         """Mean cross-entropy with an angular margin (radians) at the targets [B]."""
+        from functools import partial
+
         from speechbrain_qmargin.loss.arcface import angular_margin
 
         check_loss_parameters(1.0, scale, margin)
-        with torch.autocast(self.embeddings.device.type, enabled=False):
-            unit = F.normalize(self.embeddings.float(), dim=1)
-            moved = partial(angular_margin, margin=margin)
-            loss, _, _ = self._losses(unit, targets.long(), (1.0, float(scale), 0.0), moved)
-        return loss.mean()
+        return self.cross_entropy(targets, scale, partial(angular_margin, margin=margin))
 
-    def _losses(
-        self, unit: Tensor, targets: Tensor, parameters: tuple, moved=None
-    ) -> tuple[Tensor, ...]:
-        """Loss, target posterior, support [B]; `moved`: new cosines and slopes of the targets."""
-        head = self.head
-        check_labels(targets, head.weight.shape[0])
-        _check_finite(unit)
-        exact = F.normalize(self.embeddings.detach().double(), dim=1)
-        return _HeadLoss.apply(
-            unit, head.weight, targets, exact, head.prototypes(), parameters, moved
-        )
+    def _evaluate(self, targets, alpha, scale, margin, log_q, moved=None) -> Evaluation:
+        head, embeddings, refused = self.head, self.embeddings, None
+        try:
+            targets, margin, log_q = self._checked(targets, alpha, scale, margin, log_q)
+        except (ValueError, TypeError) as error:
+            refused = error  # raised where all ranks hear of it
+        head._check_not_broadcast()
+        with torch.autocast(embeddings.device.type, enabled=False):
+            unit = F.normalize(embeddings.float(), dim=1)
+            sizes, finite = head._agreed_sizes(unit, targets, refused)
+            target_log_q = -scale * torch.as_tensor(margin, dtype=torch.float64)
+            target_log_q = target_log_q.to(unit.device).expand(len(unit))
+            spread = float(scale * abs(margin)) if not isinstance(margin, Tensor) else 0.0
+            if log_q is not None:
+                target_log_q = target_log_q + log_q[targets].double()
+            if log_q is not None or isinstance(margin, Tensor):
+                spread = _spread(target_log_q, log_q, head.comm)
+            request = Request(alpha, scale, target_log_q, log_q, spread, moved)
+            shard = Shard(
+                head.prototypes(),
+                head.start,
+                head.stop,
+                head.num_classes,
+                head.comm,
+                head.gives_sparse_grad,
+            )
+            raw = embeddings.detach().float()
+            found = HeadLoss.apply(
+                unit, head.weight, self.anchored, targets, raw, finite, sizes, shard, request
+            )
+        return Evaluation(*found)
+
+    def _checked(self, targets: Tensor, alpha, scale, margin, log_q) -> tuple:
+        head, batch = self.head, len(self.embeddings)
+        per_sample = isinstance(margin, Tensor) and margin.ndim > 0
+        check_loss_parameters(alpha, scale, 0.0 if per_sample else float(margin))
+        if targets.ndim == 2 and targets.shape[1] == 1:
+            targets = targets.squeeze(1)
+        if batch == 0:
+            raise ValueError("an empty batch of embeddings")
+        if targets.shape != (batch,):
+            raise ValueError(f"targets must be [B] = [{batch}], got {tuple(targets.shape)}")
+        if targets.dtype not in _INTEGERS:
+            raise TypeError(f"targets must be integer class labels, got {targets.dtype}")
+        if per_sample:
+            if margin.shape != (batch,):
+                raise ValueError(
+                    f"margin must be a number or [B] = [{batch}], got {tuple(margin.shape)}"
+                )
+            margin = margin.detach()
+        else:
+            margin = float(margin)
+        if log_q is not None:
+            if log_q.shape != (head.num_classes,):
+                raise ValueError(
+                    f"log_q must be [num_classes] = [{head.num_classes}], got {tuple(log_q.shape)}"
+                )
+            log_q = log_q.detach().to(self.embeddings.device)
+        return targets.long(), margin, log_q
 
 
-def _check_finite(unit: Tensor) -> None:
-    finite = unit.detach().isfinite().all()
+def _spread(target_log_q: Tensor, log_q: Tensor | None, comm: Communicator) -> float:
+    """log(q_max / q_min) over the targets of all ranks and the classes."""
+    low, high = torch.aminmax(target_log_q)
+    if log_q is not None:
+        least, most = torch.aminmax(log_q)
+    else:
+        least = most = torch.zeros_like(low)
+    ends = torch.stack((torch.maximum(high, most), -torch.minimum(low, least)))
+    spread = float(comm.max(ends).sum())
+    if not math.isfinite(spread):
+        raise ValueError("margin or log_q is not finite (NaN or inf)")
+    return spread
+
+
+def _check_range(labels: Tensor, wrong: Tensor, num_classes: int) -> None:
     message = (
-        "embeddings are not finite (NaN or inf). Look for a diverged model, a silent or empty "
-        "recording, or fp16 overflow"
+        f"outside [0, {num_classes}): the outputs have {num_classes} classes. Set out_n_neurons "
+        "(the classifier's number of classes) to the size of the label encoder"
     )
-    if unit.device.type != "cpu":
-        torch._assert_async(finite, message)
-    elif not bool(finite):
-        raise ValueError(message)
+    if labels.device.type != "cpu":
+        torch._assert_async(wrong == 0, f"a target label is {message}")  # pyright: ignore
+    elif int(wrong):
+        valid = (labels >= 0) & (labels < num_classes)
+        raise ValueError(f"target label {int(labels[~valid][0])} is {message}")
 
 
-class _HeadLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, unit, weight, labels, exact, prototypes, parameters, moved):
-        """Loss [B], target posterior [B], support [B] of unit embeddings [B, D]; exact: float64."""
-        alpha, scale, margin = parameters
-        everyone = torch.arange(labels.numel(), device=labels.device)
-        cos_y = exact_cosines(exact, everyone, labels, prototypes)
-        cos_y, slope = (cos_y, 1.0) if moved is None else moved(cos_y)
-        found = None
-        if alpha > 1:
-            found = search(unit, labels, cos_y.float(), prototypes, *parameters)
-        scored = exact if alpha > 1 else unit
-        z_y = cos_y * scale
-        if found is not None:
-            candidates = refined(exact, *found, prototypes, alpha, scale)
-            logits = candidates.cosines * scale
-            level = candidate_level(logits, z_y, alpha, -scale * margin)
-            p = posterior(logits, level, alpha)
-            active = p > 0
-            support = active.sum(1)
-            total = p.sum(1)
-            gap = (p * (candidates.cosines - cos_y.unsqueeze(1)).masked_fill_(~active, 0)).sum(1)
-        else:
-            level = dense_level(scored, labels, cos_y, prototypes, *parameters)
-            total, gap = torch.zeros_like(level), torch.zeros_like(level)
-            support = torch.zeros_like(labels)
-            for _, cosines in chunked_cosines(scored, labels, prototypes):
-                p = posterior(cosines * scale, level, alpha)
-                total, support = total + p.sum(1), support + (p > 0).sum(1)
-                gap = gap + (p * (cosines - cos_y.unsqueeze(1)).clamp_(min=-3)).sum(1)
-        measure = uniform_measure(z_y, alpha, -scale * margin)
-        solution = fenchel_young(measure, z_y, level, total, gap * scale)
-        loss, p_y = solution.loss.float(), solution.target_posterior.float()
-        inverse_total = solution.inverse_total
-        g_y = (solution.residual * slope).float()
-        support = support + (p_y > 0)
-        if found is not None:
-            samples, place = active.nonzero(as_tuple=True)
-            flat = samples * active.shape[1] + place
-            p = (p.view(-1)[flat] * inverse_total[samples]).float()
-            rows = candidates.classes.view(-1)[flat]
-            # the target is an entry like the others
-            ctx.entries = (
-                torch.cat([samples, everyone]),
-                torch.cat([rows, labels]),
-                torch.cat([p, g_y]),
+# ---------------------------------------------------------------- other optimisers
+
+# Heads that were used. An optimiser of torch's is asked before and after its step: some of them
+# cannot take sparse gradients, and the fused ones write a parameter without raising its version.
+_heads: weakref.WeakSet[QMarginHead] = weakref.WeakSet()
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[tuple[QMarginHead, dict]]:
+    return [
+        (head, group)
+        for head in list(_heads)
+        if not head.is_bound_to(optimizer)
+        for group in optimizer.param_groups
+        if any(p is head.weight for p in group["params"])
+    ]
+
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    able = isinstance(optimizer, (torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam))
+    for head, group in _held(optimizer):
+        grad = head.weight.grad
+        if grad is None or not grad.is_sparse or isinstance(optimizer, RowSparse):
+            continue
+        if not able or group.get("weight_decay", 0):
+            raise TypeError(
+                f"the gradient of QMarginHead's prototypes is row-sparse, which "
+                f"{type(optimizer).__name__} cannot take"
+                f"{' with weight_decay' if able else ''}: make the head with sparse_grad=False, or "
+                "step it with RowSparseSGD or RowSparseAdam"
             )
-        else:
-            ctx.entries = None
-        ctx.save_for_backward(unit, scored, labels, level, inverse_total, g_y)
-        ctx.prototypes, ctx.parameters = prototypes, parameters
-        ctx.key = weight._version
-        ctx.weight = weight
-        ctx.mark_non_differentiable(p_y, support)
-        return loss, p_y, support
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, *_):
-        if ctx.weight._version != ctx.key:
-            raise RuntimeError(
-                "the prototypes were changed between the forward and the backward of QMarginHead"
-            )
-        unit = ctx.saved_tensors[0]
-        with torch.autocast(unit.device.type, enabled=False):
-            grads = (_sparse_backward if ctx.entries is not None else _dense_backward)(
-                ctx, grad_loss * ctx.parameters[1]
-            )
-        return *grads, None, None, None, None, None
 
 
-def _sparse_backward(ctx, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    unit = ctx.saved_tensors[0]
-    samples, classes, g = ctx.entries
-    weight, inverse_norm = ctx.prototypes.weight, ctx.prototypes.inverse_norm
-    g = g * scale[samples]
-    keep = (g != 0).nonzero().squeeze(1)
-    samples, classes, g = samples[keep], classes[keep], g[keep]
-    grad_unit = grad_weight = None
-    if ctx.needs_input_grad[0]:
-        grad_unit = torch.zeros_like(unit)
-        for part in torch.arange(keep.numel(), device=unit.device).split(_ROWS_AT_ONCE):
-            rows = weight.index_select(0, classes[part])
-            rows.mul_((g[part] * inverse_norm[classes[part]]).unsqueeze(1))
-            grad_unit.index_add_(0, samples[part], rows)
-    if ctx.needs_input_grad[1]:
-        rows, slot = torch.unique(classes, return_inverse=True)
-        values = unit.new_zeros(rows.numel(), unit.shape[1])
-        for part in torch.arange(keep.numel(), device=unit.device).split(_ROWS_AT_ONCE):
-            values.index_add_(0, slot[part], unit[samples[part]] * g[part].unsqueeze(1))
-        for start in range(0, rows.numel(), _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
-            _project(values[part], ctx.prototypes.unit(rows[part]), inverse_norm[rows[part]])
-        grad_weight = torch.sparse_coo_tensor(
-            rows.unsqueeze(0), values, weight.shape, is_coalesced=True, check_invariants=False
-        )
-    return grad_unit, grad_weight
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for head, _group in _held(optimizer):
+        head.written()
 
 
-def _project(grad: Tensor, unit: Tensor, inverse_norm: Tensor) -> None:
-    """Gradient by the unit rows to gradient by the rows, in place."""
-    radial = torch.linalg.vecdot(grad, unit).unsqueeze(1)
-    grad.sub_(unit.mul_(radial)).mul_(inverse_norm.unsqueeze(1))
-
-
-def _dense_backward(ctx, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    unit, scored, labels, level, inverse_total, g_y = ctx.saved_tensors
-    alpha, logit_scale, _ = ctx.parameters
-    prototypes = ctx.prototypes
-    grad_unit = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
-    grad_weight = torch.empty_like(prototypes.weight) if ctx.needs_input_grad[1] else None
-    everyone = torch.arange(labels.numel(), device=labels.device)
-    for rows, cosines in chunked_cosines(scored, labels, prototypes):
-        g = posterior(cosines * logit_scale, level, alpha)
-        g = (g * inverse_total.unsqueeze(1)).float()
-        inside = (labels >= rows.start) & (labels < rows.stop)
-        place = (labels - rows.start).clamp(0, g.shape[1] - 1)
-        g[everyone, place] += torch.where(inside, g_y, 0)
-        g *= scale.unsqueeze(1)
-        directions = prototypes.unit(rows)
-        if grad_unit is not None:
-            grad_unit.addmm_(g, directions)
-        if grad_weight is not None:
-            chunk = torch.mm(g.T, unit, out=grad_weight[rows])
-            _project(chunk, directions, prototypes.inverse_norm[rows])
-    return grad_unit, grad_weight
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)

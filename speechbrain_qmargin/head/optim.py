@@ -1,59 +1,351 @@
-r"""SGD that touches only the prototypes with a gradient, and gives what dense SGD gives.
+r"""Optimisers that touch only the prototypes with a gradient, and give what dense ones give.
 
-Without a gradient, a step of SGD with momentum mu, weight decay d and learning rate l is linear in
-a row w and its momentum b, the same for every row:
+Without a gradient a step of SGD, or of AdamW, changes every row of a matrix and its moments by the
+same few numbers. So an idle row need not be touched: what the steps since its last visit amount to
+is kept once for each possible last visit, and applied when the row is next needed.
 
-    b' = mu b + d w,      w' = w - l b'      (nesterov: w' = w - l (d w + mu b')).
+SGD with momentum mu, weight decay d and learning rate l is linear in a row w and its momentum b:
 
-So an idle row need not be touched: the product of these 2 x 2 matrices since its last step, kept
-for each possible last step, catches it up exactly when it is next needed.
+    b' = mu b + d w,      w' = w - l b'      (nesterov: w' = w - l (d w + mu b')),
+
+so it is a product of 2 x 2 matrices. AdamW's moments only fade, m' = b1 m and v' = b2 v, its decay
+is a factor, and its movement is m / sqrt(v) times a number that is the same for all rows.
 """
 
 from __future__ import annotations
 
-import weakref
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["RowSparseSGD"]
+from speechbrain_qmargin.head.prototypes import Mark, mark
+
+__all__ = ["RowOwner", "RowSparse", "RowSparseAdam", "RowSparseSGD"]
 
 _ROWS_AT_ONCE = 8192
-# Steps after which every row is caught up, so that the table of products stays small
+# Steps after which every row is caught up, so that the table of idle steps stays small
 _MAX_IDLE = 4096
 
 
-class RowSparseSGD(torch.optim.SGD):
-    """``torch.optim.SGD`` whose row-sparse parameters cost what their gradient's rows cost.
+class RowOwner(Protocol):
+    """What an optimiser of rows asks of a head: see :class:`~.QMarginHead`."""
 
-    Parameters with ordinary gradients are left to ``torch.optim.SGD``. A row of a sparse gradient
-    is updated as dense SGD would have, momentum, nesterov and weight decay of its idle steps and
-    every change of the learning rate included.
+    weight: nn.Parameter
 
-    What differs, on purpose: between its visits a row is *seen* as of its last one. Without
-    momentum that is no difference to :class:`~speechbrain_qmargin.head.QMarginHead`: an idle
-    row changes its length by weight decay, which cosines do not see, so training equals dense
-    SGD's. With momentum the remaining
-    glide of an idle row shows up when it is next active, before its next gradient is added, or at
-    :meth:`catch_up`; every row's position is then dense SGD's for the gradients that were given.
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on the gradient of `weight` may be row-sparse: `optimizer` takes it."""
+
+    def is_bound_to(self, optimizer: torch.optim.Optimizer) -> bool: ...
+
+    def rows_changed(self, rows: Tensor, before: Mark) -> None:
+        """`rows` of the weight were changed, by one who found it at `before`."""
+
+
+class RowSparse(torch.optim.Optimizer):
+    """What the optimisers share: their heads, the table of idle steps, state that can be saved.
+
+    State of a head's weight: the moments, `idle_since` [C], int32, which numbers a line of `idle`
+    [n, 4 or 5], float64: what the idle steps since that line's step amount to. Both are part of
+    ``state_dict``, as they are: saving changes nothing, and a resumed run goes on the same.
+    """
+
+    _heads: tuple[RowOwner, ...]
+    _marks: dict[Tensor, Mark]  # of the weights, as this optimiser left them
+
+    # ------------------------------------------------------------ what an optimiser says of itself
+
+    def _begin(self, p: Tensor, group: dict, state: dict) -> None:
+        """Make the moments where there are none; count a step."""
+        raise NotImplementedError
+
+    def _pending(self, group: dict) -> bool:
+        """Whether an idle step changes anything."""
+        raise NotImplementedError
+
+    def _idle_step(self, table: Tensor, group: dict, state: dict) -> Tensor:
+        """The table [n, 4 or 5] after one more idle step."""
+        raise NotImplementedError
+
+    def _glide(self, w: Tensor, moments: list[Tensor], lines: Tensor, group: dict) -> None:
+        """Rows and their moments at the end of their idle steps, in place; lines [rows, n, 1]."""
+        raise NotImplementedError
+
+    def _fade(self, moments: list[Tensor], lines: Tensor) -> None:
+        """The moments alone, where the rows were overwritten in the meantime."""
+        raise NotImplementedError
+
+    def _visit(self, w: Tensor, d: Tensor, moments: list[Tensor], group: dict, state: dict) -> None:
+        """A step of rows w with gradient d, in place."""
+        raise NotImplementedError
+
+    def _fresh(self, group: dict, state: dict) -> tuple[float, ...]:
+        """The line of a row that was visited at this step."""
+        raise NotImplementedError
+
+    _moments: tuple[str, ...]
+
+    # ------------------------------------------------------------ heads
+
+    def bind(self, head: RowOwner) -> None:
+        """Take over the prototypes of one more head, whose weight is in the parameter groups."""
+        if all(head.weight is not p for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                f"{type(self).__name__}: the weight of its head is not among the parameters it was "
+                "given; add head.parameters()"
+            )
+        self._heads = (*self._heads, head)
+        head.bind(self)
+
+    def _bind_all(self, heads: RowOwner | Iterable[RowOwner]) -> None:
+        self._heads, self._marks = (), {}
+        for head in heads if isinstance(heads, Iterable) else (heads,):
+            self.bind(head)
+
+    def _weights(self) -> dict[Tensor, RowOwner]:
+        found = {}
+        parameters = {p for group in self.param_groups for p in group["params"]}
+        for head in self._heads:
+            if head.weight not in parameters or not head.is_bound_to(self):
+                raise RuntimeError(
+                    f"{type(self).__name__}: its head is bound to another optimiser, or has "
+                    "another weight than the one given here, as after load_state_dict("
+                    "assign=True). Make the optimiser anew from the head"
+                )
+            found[head.weight] = head
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_heads": self._heads}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_heads" in state:  # a copy: of its own heads, which it owns
+            self._marks = {p: mark(p) for p, known in self.state.items() if "idle" in known}
+            for head in self._heads:
+                head.bind(self)
+
+    # ------------------------------------------------------------ steps
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None):  # pyright: ignore
+        """One step; `closure` as in ``torch.optim``.
+
+        Raises
+        ------
+        RuntimeError
+            A row-sparse gradient of a parameter that belongs to no bound head, or a head whose
+            weight is no longer the parameter given here.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        weights = self._weights()
+        mine = [
+            (p, group) for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
+        for p, _ in mine:
+            if p.grad.is_sparse and p not in weights:
+                raise RuntimeError(
+                    f"{type(self).__name__} got a row-sparse gradient of a parameter "
+                    f"{tuple(p.shape)} that belongs to no head bound to it: give head=..., or call "
+                    "optimizer.bind(head)"
+                )
+        mine = [(p, group) for p, group in mine if p in weights]
+        grads = [p.grad for p, _ in mine]
+        try:
+            for p, _ in mine:
+                p.grad = None
+            super().step()
+        finally:
+            for (p, _), grad in zip(mine, grads, strict=True):
+                p.grad = grad
+        for p, group in mine:
+            self._row_step(p, group, weights[p])
+        return loss
+
+    def _row_step(self, p: Tensor, group: dict, head: RowOwner) -> None:
+        state, before = self.state[p], mark(p)
+        if self._marks.get(p, before) != before:
+            self._drop(p, group)
+        self._begin(p, group, state)
+        if "idle" not in state:
+            state["idle"] = self._line(group, state)
+            state["idle_since"] = torch.zeros(p.shape[0], dtype=torch.int32, device=p.device)
+        assert p.grad is not None
+        rows, values = _rows_and_values(p.grad)
+        for start in range(0, rows.numel(), _ROWS_AT_ONCE):
+            part = rows[start : start + _ROWS_AT_ONCE]
+            w, moments = self._caught_up(p, state, group, part)
+            self._visit(w, values[start : start + _ROWS_AT_ONCE], moments, group, state)
+            p.index_copy_(0, part, w)
+            for name, moment in zip(self._moments, moments, strict=False):
+                state[name].index_copy_(0, part, moment)
+        if self._pending(group) or len(state["idle"]) > 1:
+            table = self._idle_step(state["idle"], group, state)
+            state["idle"] = torch.cat([table, self._line(group, state)])
+            state["idle_since"][rows] = len(table)
+        head.rows_changed(rows, before)
+        self._marks[p] = mark(p)
+        if len(state["idle"]) > _MAX_IDLE:
+            self.catch_up()
+
+    def _caught_up(
+        self, p: Tensor, state: dict, group: dict, rows: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        w = p.index_select(0, rows)
+        moments = [state[name].index_select(0, rows) for name in self._moments if name in state]
+        if len(state["idle"]) > 1:
+            self._glide(w, moments, self._lines(p, state, rows), group)
+        return w, moments
+
+    @staticmethod
+    def _lines(p: Tensor, state: dict, rows: Tensor) -> Tensor:
+        """[rows, n, 1]"""
+        since = state["idle_since"].index_select(0, rows).long()
+        return state["idle"].to(p.device)[since].to(p.dtype).unsqueeze(2)
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Bring every idle row to the present step: the positions are then the dense optimiser's.
+
+        Without it a prototype stays where it was last visited, in training, evaluation and in a
+        checkpoint alike, until it is visited again.
+        """
+        weights = self._weights()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in weights or "idle" not in self.state[p]:
+                    continue
+                state, before = self.state[p], mark(p)
+                if self._marks.get(p, before) != before:
+                    self._drop(p, group)
+                elif len(state["idle"]) > 1:
+                    everything = torch.arange(p.shape[0], device=p.device)
+                    for part in everything.split(_ROWS_AT_ONCE):
+                        w, moments = self._caught_up(p, state, group, part)
+                        p.index_copy_(0, part, w)
+                        for name, moment in zip(self._moments, moments, strict=False):
+                            state[name].index_copy_(0, part, moment)
+                    weights[p].rows_changed(everything, before)
+                self._forget(group, state)
+                self._marks[p] = mark(p)
+
+    def _line(self, group: dict, state: dict) -> Tensor:
+        return torch.tensor([self._fresh(group, state)], dtype=torch.float64)
+
+    def _forget(self, group: dict, state: dict) -> None:
+        state["idle"] = self._line(group, state)
+        state["idle_since"].zero_()
+
+    def _drop(self, p: Tensor, group: dict) -> None:
+        """The weight was written by another: what its idle rows had before them is void.
+
+        Their moments fade as they would have.
+        """
+        state = self.state[p]
+        if len(state["idle"]) > 1:
+            for part in torch.arange(p.shape[0], device=p.device).split(_ROWS_AT_ONCE):
+                moments = [state[n].index_select(0, part) for n in self._moments if n in state]
+                self._fade(moments, self._lines(p, state, part))
+                for name, moment in zip(self._moments, moments, strict=False):
+                    state[name].index_copy_(0, part, moment)
+        self._forget(group, state)
+
+    # ------------------------------------------------------------ state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.optim``; the state of the dense optimiser loads too."""
+        super().load_state_dict(state_dict)
+        # torch casts all state to the parameter's type
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, parameters, strict=True):
+            stored = state_dict["state"].get(number, {})
+            if "idle" in stored:
+                self.state[p]["idle"] = stored["idle"].cpu().double().clone()
+                since = stored["idle_since"].to(p.device, torch.int32)
+                self.state[p]["idle_since"] = since.clone()
+        self._marks = {}  # the weights may be loaded before or after
+
+    def rows_state(self, weight: nn.Parameter) -> dict[str, Tensor]:
+        """The state of a head's weight, for a checkpoint in shards."""
+        names = (*self._moments, "idle_since", "idle", "step")
+        state = self.state.get(weight, {})
+        return {name: state[name] for name in names if state.get(name) is not None}
+
+    def load_rows_state(self, weight: nn.Parameter, parts: list[tuple[slice, dict]]) -> None:
+        """What :meth:`rows_state` gave, of the rows of any number of shards."""
+        state: dict[str, Any] = {}
+        for rows, stored in parts:
+            for name in self._moments:
+                if name in stored:
+                    whole = state.setdefault(name, torch.zeros_like(weight))
+                    whole[rows] = stored[name].to(weight)
+            if "step" in stored:
+                state["step"] = stored["step"].clone()
+            if "idle" in stored:
+                table = stored["idle"].double()
+                if "idle" not in state:
+                    state["idle"] = table.clone()
+                    state["idle_since"] = torch.zeros(
+                        len(weight), dtype=torch.int32, device=weight.device
+                    )
+                first = len(state["idle"]) - len(table)
+                if first < 0 or not torch.equal(state["idle"][first:], table):
+                    first = len(state["idle"])
+                    state["idle"] = torch.cat([state["idle"], table])
+                since = stored["idle_since"].to(weight.device) + first
+                state["idle_since"][rows] = since.to(torch.int32)
+        self.state[weight] = state
+        self._marks.pop(weight, None)
+
+
+class RowSparseSGD(RowSparse, torch.optim.SGD):
+    """``torch.optim.SGD`` whose prototypes cost what their gradient's rows cost.
+
+    The other parameters are left to ``torch.optim.SGD``. A prototype with a gradient is updated as
+    dense SGD would have, momentum, nesterov and weight decay of its idle steps and every change of
+    the learning rate included.
+
+    What differs, on purpose: between its visits a row is *seen* as of its last one, in training,
+    evaluation and checkpoints alike. Without momentum that is no difference to
+    :class:`QMarginHead`: an idle row changes its length by weight decay, which cosines do not see,
+    so training equals dense SGD's. With momentum the remaining glide of an idle row shows up when
+    it is next active, before its next gradient is added, or at :meth:`catch_up`; every row's
+    position is then dense SGD's for the gradients that were given.
+
+    Where the prototypes are written by another (``load_state_dict``, an assignment), the glide
+    that was pending is dropped, and the momentum fades as it would have.
 
     Parameters
     ----------
     params : iterable of parameters or groups
+        Those of the head among them.
     lr, momentum, weight_decay : float
     nesterov : bool
+    head : QMarginHead or several
+        Their gradients become row-sparse. See :meth:`bind`.
+
+    Raises
+    ------
+    ValueError
+        A head whose weight is not among the parameters.
 
     Notes
     -----
-    State of a row-sparse parameter: a momentum buffer of its size (none without momentum) and one
-    integer a row. ``state_dict`` catches up first and is the one of ``torch.optim.SGD``;
-    ``QMarginHead`` catches up before it is saved or evaluated.
+    State of a head's weight: a momentum buffer of its size (none without momentum), one integer a
+    row, and 32 bytes a step, at most 4,096 of them. ``state_dict`` holds all of it, as it is. It
+    loads that of a ``torch.optim.SGD``; for the way back call :meth:`catch_up` first.
 
     Examples
     --------
     >>> from speechbrain_qmargin.head import QMarginHead
     >>> head = QMarginHead(embedding_dim=4, num_classes=1000)
-    >>> optimizer = RowSparseSGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    >>> optimizer = RowSparseSGD(head.parameters(), lr=0.1, momentum=0.9, head=head)
     >>> head(torch.randn(8, 4), torch.arange(8)).backward()
     >>> optimizer.step()
 
@@ -62,7 +354,10 @@ class RowSparseSGD(torch.optim.SGD):
         opt_class: !name:speechbrain_qmargin.head.RowSparseSGD
             lr: 0.1
             momentum: 0.9
+            head: !ref <classifier>
     """
+
+    _moments = ("momentum_buffer",)
 
     def __init__(
         self,
@@ -71,139 +366,165 @@ class RowSparseSGD(torch.optim.SGD):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        *,
+        head: RowOwner | Iterable[RowOwner],
     ) -> None:
-        self._idle: dict[Tensor, _IdleRows] = {}
-        super().__init__(
-            params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+        torch.optim.SGD.__init__(
+            self, params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
         )
-        # One row-sparse parameter at a time has an owner that wants to catch it up
-        this = weakref.ref(self)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if hasattr(p, "qmargin_rows_changed"):
-                    p.qmargin_catch_up = lambda this=this: this() and this().catch_up()
+        self._bind_all(head)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One step; `closure` as in ``torch.optim.SGD``."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        sparse = [
-            (p, group)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None and (p.grad.is_sparse or p in self._idle)
-        ]
-        grads = [p.grad for p, _ in sparse]
-        try:
-            for p, _ in sparse:
-                p.grad = None
-            super().step()
-        finally:
-            for (p, _), grad in zip(sparse, grads, strict=True):
-                p.grad = grad
-        for p, group in sparse:
-            self._row_step(p, group)
-        return loss
+    def _begin(self, p: Tensor, group: dict, state: dict) -> None:
+        if group["momentum"] and state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(p)
 
-    def _row_step(self, p: Tensor, group: dict) -> None:
+    def _fresh(self, group: dict, state: dict) -> tuple[float, ...]:
+        return 1.0, 0.0, 0.0, 1.0  # w from w and b, b from w and b
+
+    def _pending(self, group: dict) -> bool:
+        return bool(group["momentum"] or group["weight_decay"])
+
+    def _idle_step(self, table: Tensor, group: dict, state: dict) -> Tensor:
         lr, mu, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
-        if mu and self.state[p].get("momentum_buffer") is None:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffer = self.state[p].get("momentum_buffer")
-        idle = self._idle.setdefault(p, _IdleRows(p))
-        rows, values = _rows_and_values(p.grad)
-        before = p._version
-        for start in range(0, rows.numel(), _ROWS_AT_ONCE):
-            part = rows[start : start + _ROWS_AT_ONCE]
-            w, b = idle.caught_up(p, buffer, part)
-            d = values[start : start + _ROWS_AT_ONCE]
-            d = torch.add(d, w, alpha=decay) if decay else d
-            if b is not None:
-                b.mul_(mu).add_(d)
-                buffer.index_copy_(0, part, b)
-                d = torch.add(d, b, alpha=mu) if group["nesterov"] else b
-            p.index_copy_(0, part, w.sub_(d, alpha=lr))
-        idle.advance(rows, lr, mu, decay, group["nesterov"])
-        if hasattr(p, "qmargin_rows_changed"):
-            p.qmargin_rows_changed(rows, before)
-        if idle.full:
-            self.catch_up()
-
-    @torch.no_grad()
-    def catch_up(self) -> None:
-        """Bring every idle row of the row-sparse parameters to the present step."""
-        for p, idle in self._idle.items():
-            if not idle.pending:
-                continue
-            buffer = self.state[p].get("momentum_buffer")
-            everything = torch.arange(p.shape[0], device=p.device)
-            for part in everything.split(_ROWS_AT_ONCE):
-                w, b = idle.caught_up(p, buffer, part)
-                p.index_copy_(0, part, w)
-                if b is not None:
-                    buffer.index_copy_(0, part, b)
-            idle.reset()
-
-    def state_dict(self):
-        """That of ``torch.optim.SGD``, with every row caught up."""
-        self.catch_up()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict):
-        """Also loads the state of a ``torch.optim.SGD``."""
-        super().load_state_dict(state_dict)
-        for idle in self._idle.values():
-            idle.reset()
-
-
-class _IdleRows:
-    """Since when each row of a parameter has been idle, and what the idle steps amount to."""
-
-    def __init__(self, p: Tensor) -> None:
-        self.last = torch.zeros(p.shape[0], dtype=torch.int32, device=p.device)
-        self.reset()
-
-    def reset(self) -> None:
-        self.last.zero_()
-        self.steps = 0
-        # products[i]: all steps since step i, in float64
-        self.products = torch.eye(2, dtype=torch.float64).unsqueeze(0)
-        self.pending = False
-
-    @property
-    def full(self) -> bool:
-        return self.steps >= _MAX_IDLE
-
-    def advance(self, rows: Tensor, lr: float, mu: float, decay: float, nesterov: bool) -> None:
-        if not mu and not decay:
-            return
-        self.pending = True
-        self.steps += 1
-        self.last[rows] = self.steps
-        seen = 1 + mu if nesterov else 1.0
-        glide = mu * mu if nesterov else mu
+        seen, glide = (1 + mu, mu * mu) if group["nesterov"] else (1.0, mu)
         step = torch.tensor(
             [[1 - lr * decay * seen, -lr * glide], [decay, mu]], dtype=torch.float64
         )
-        self.products = torch.cat([step @ self.products, torch.eye(2, dtype=torch.float64)[None]])
+        return (step @ table.view(-1, 2, 2)).view(-1, 4)
 
-    def caught_up(
-        self, p: Tensor, buffer: Tensor | None, rows: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        w = p.index_select(0, rows)
-        b = None if buffer is None else buffer.index_select(0, rows)
-        if not self.pending:
-            return w, b
-        since = self.last.index_select(0, rows).long()
-        product = self.products.to(p.device)[since].to(p.dtype)
-        ww, wb, bw, bb = (product[:, i, j].unsqueeze(1) for i in (0, 1) for j in (0, 1))
-        if b is None:
-            return w.mul_(ww), None
-        new_b = torch.addcmul(b * bb, w, bw)
-        return w.mul_(ww).addcmul_(b, wb), new_b
+    def _glide(self, w: Tensor, moments: list[Tensor], lines: Tensor, group: dict) -> None:
+        ww, wb, bw, bb = lines.unbind(1)
+        if not moments:
+            w.mul_(ww)
+            return
+        (b,) = moments
+        old = w.clone()
+        w.mul_(ww).addcmul_(b, wb)
+        b.mul_(bb).addcmul_(old, bw)
+
+    def _fade(self, moments: list[Tensor], lines: Tensor) -> None:
+        for b in moments:
+            b.mul_(lines[:, 3])
+
+    def _visit(self, w: Tensor, d: Tensor, moments: list[Tensor], group: dict, state: dict) -> None:
+        mu, decay = group["momentum"], group["weight_decay"]
+        d = torch.add(d, w, alpha=decay) if decay else d
+        if moments:
+            (b,) = moments
+            b.mul_(mu).add_(d)
+            d = torch.add(d, b, alpha=mu) if group["nesterov"] else b
+        w.sub_(d, alpha=float(group["lr"]))
+
+
+class RowSparseAdam(RowSparse, torch.optim.AdamW):
+    r"""``torch.optim.AdamW`` (Adam without weight decay) at the cost of the gradient's rows.
+
+    The other parameters are left to ``torch.optim.AdamW``. With m and v the moments of a prototype
+    w, l, b1, b2, eps and d the learning rate, betas, epsilon and decay of a step, c1 and c2 its
+    bias corrections, a visited row takes exactly AdamW's step. An idle row's steps are taken when
+    it is next visited, or at :meth:`catch_up`: its moments have faded by :math:`b_1^n` and
+    :math:`b_2^n`, its decay is the product of the :math:`1 - l d`, and its movement the sum of
+
+    .. math:: - l \, \frac{b_1^i m / c_1}{\sqrt{b_2^i v / c_2}} \cdot
+              \frac{\sqrt{v}}{\sqrt{v} + \epsilon \sqrt{c_2^{(0)}}}
+
+    each carried on by the later decay, with :math:`c_2^{(0)}` of its last visit. So epsilon counts
+    in idle steps as it did at the last visit, where dense AdamW's weighs more as v fades. That
+    is the only difference, none at epsilon = 0 and small wherever a gradient is well above
+    epsilon; :math:`i` counts from the last visit.
+
+    As in :class:`RowSparseSGD`, a row is seen as of its last visit until the next; where the
+    prototypes are written by another, what was pending is dropped and the moments fade on.
+
+    Parameters
+    ----------
+    params : iterable of parameters or groups
+        Those of the head among them.
+    lr : float
+    betas : pair of float
+        :math:`b_1^2 < b_2`.
+    eps, weight_decay : float
+        The decay is AdamW's, decoupled from the gradient. (Adam's own, added to the gradient, moves
+        idle rows by amounts that differ from row to row: it is not offered.)
+    head : QMarginHead or several
+
+    Raises
+    ------
+    ValueError
+        A head whose weight is not among the parameters, or betas outside their range.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.head import QMarginHead
+    >>> head = QMarginHead(embedding_dim=4, num_classes=1000)
+    >>> optimizer = RowSparseAdam(head.parameters(), lr=0.001, head=head)
+    >>> head(torch.randn(8, 4), torch.arange(8)).backward()
+    >>> optimizer.step()
+    """
+
+    _moments = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        head: RowOwner | Iterable[RowOwner],
+    ) -> None:
+        if not betas[0] ** 2 < betas[1]:
+            raise ValueError(f"betas: idle rows would drift ever faster with {betas}; b1^2 < b2")
+        torch.optim.AdamW.__init__(
+            self, params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+        )
+        self._bind_all(head)
+
+    def _begin(self, p: Tensor, group: dict, state: dict) -> None:
+        if "exp_avg" not in state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+
+    def _fresh(self, group: dict, state: dict) -> tuple[float, ...]:
+        # of w, m and v; movement in units of m / (sqrt(v) + eps r); r, the root of c2
+        return 1.0, 1.0, 1.0, 0.0, math.sqrt(_corrections(group, state)[1])
+
+    def _pending(self, group: dict) -> bool:
+        return True
+
+    def _idle_step(self, table: Tensor, group: dict, state: dict) -> Tensor:
+        lr, (b1, b2) = float(group["lr"]), group["betas"]
+        c1, c2 = _corrections(group, state)
+        ww, m, v, moved, root = table.unbind(1)
+        kept, m, v = 1 - lr * group["weight_decay"], m * b1, v * b2
+        moved = kept * moved + lr * math.sqrt(c2) / c1 * m / v.sqrt()
+        return torch.stack((ww * kept, m, v, moved, root), 1)
+
+    def _glide(self, w: Tensor, moments: list[Tensor], lines: Tensor, group: dict) -> None:
+        (m, v), (ww, fade_m, fade_v, moved, root) = moments, lines.unbind(1)
+        unit = m / v.sqrt().addcmul_(root, torch.full_like(root, group["eps"]))
+        w.mul_(ww).addcmul_(unit.masked_fill_(m == 0, 0), moved, value=-1)
+        m.mul_(fade_m)
+        v.mul_(fade_v)
+
+    def _fade(self, moments: list[Tensor], lines: Tensor) -> None:
+        for index, moment in enumerate(moments):
+            moment.mul_(lines[:, 1 + index])
+
+    def _visit(self, w: Tensor, d: Tensor, moments: list[Tensor], group: dict, state: dict) -> None:
+        (m, v), lr, (b1, b2) = moments, float(group["lr"]), group["betas"]
+        c1, c2 = _corrections(group, state)
+        w.mul_(1 - lr * group["weight_decay"])
+        m.lerp_(d, 1 - b1)
+        v.mul_(b2).addcmul_(d, d, value=1 - b2)
+        w.addcdiv_(m, v.sqrt().div_(math.sqrt(c2)).add_(group["eps"]), value=-lr / c1)
+
+
+def _corrections(group: dict, state: dict) -> tuple[float, float]:
+    steps, (b1, b2) = float(state["step"]), group["betas"]
+    return 1 - b1**steps, 1 - b2**steps
 
 
 def _rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,13 @@ as it contains *every* class above a floor g,
 4. **Refine** what may be active in float64 (:func:`refined`): a loss near zero is a difference of
    nearly equal cosines, and is to be exact relative to itself.
 
+None of it asks for the classes' reference measure q, which is in no class's activity; the guess
+and tau weight each class by it. With the classes in shards each rank collects its own, the sums
+that give tau go over the ranks, and what depends on the data (the floors, the samples that fail,
+the end of a loop) is the first rank's or a maximum, so that all go the same way.
+
 Scores of size batch x classes are never stored. Where the candidates themselves would not fit
-(ties, a tiny scale: everything is active), and at alpha = 1, tau comes from passes over chunks
-(:func:`dense_level`).
+(ties, a tiny scale: everything is active), and at alpha = 1, see ``dense``.
 """
 
 from __future__ import annotations
@@ -31,6 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.head.precision import product_roundoff
+from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.loss.solver import (
     Block,
     Measure,
@@ -42,14 +49,15 @@ from speechbrain_qmargin.loss.solver import (
 
 __all__ = [
     "Candidates",
-    "Prototypes",
+    "Query",
+    "agreed_level",
     "candidate_level",
     "chunked_cosines",
-    "dense_level",
-    "posterior",
+    "exact_cosines",
+    "refined",
+    "rounding",
     "screening_slack",
     "search",
-    "uniform_measure",
 ]
 
 _CHUNK = 8192  # rows of a screening product: its output stays in the cache
@@ -62,32 +70,47 @@ _SHARE = 0.5  # of the estimated mass the guess relies on; lower is safer, highe
 _EXACT_AT_ONCE = 4096  # rows computed again in float64
 
 
-class Prototypes(NamedTuple):
-    """What a search reads: rows [C, D] float32, 1/norm [C], unit rows in bf16 [C, D], their error.
+class Query(NamedTuple):
+    """A batch, of all ranks, as a shard of the classes sees it.
 
-    `residual` bounds ||w/||w|| - bf16 row|| over the rows (zero-dimensional).
+    Attributes
+    ----------
+    unit, exact : Tensor, [B, D]
+        Embeddings of unit length in float32 and float64.
+    labels : Tensor, [B], int64
+        The targets' rows; -1 where they are in another shard.
+    target : Tensor, [B], float64
+        The targets' logits.
+    measure : Measure
+        Its `classes` are those of the shard.
+    scale : float
+    spread : float
+        log(q_max / q_min), targets included.
+    classes : int
+        In all shards.
     """
 
-    weight: Tensor
-    inverse_norm: Tensor
-    screen: Tensor | None
-    residual: Tensor | None
+    unit: Tensor
+    exact: Tensor
+    labels: Tensor
+    target: Tensor
+    measure: Measure
+    scale: float
+    spread: float
+    classes: int
 
-    def unit(self, rows: Tensor | slice, dtype: torch.dtype = torch.float32) -> Tensor:
-        if dtype == torch.float64:
-            unit = self.weight[rows].double()
-            length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
-            return unit.div_(length.clamp_(min=1e-12))
-        if isinstance(rows, slice):
-            return self.weight[rows] * self.inverse_norm[rows].unsqueeze(1)
-        unit = self.weight.index_select(0, rows)
-        return unit.mul_(self.inverse_norm.index_select(0, rows).unsqueeze(1))
+    def rows(self, samples: Tensor) -> Query:
+        """The same for some samples."""
+        unit, exact, labels, target = (part[samples] for part in self[:4])
+        return self._replace(
+            unit=unit, exact=exact, labels=labels, target=target, measure=self.measure.rows(samples)
+        )
 
 
 class Candidates(NamedTuple):
     """A superset of the active classes other than the target, padded: cosine -inf, class 0."""
 
-    cosines: Tensor  # [B, K] float32
+    cosines: Tensor  # [B, K] float32 or float64
     classes: Tensor  # [B, K] int64
 
 
@@ -115,6 +138,7 @@ def _round_down(x: Tensor) -> Tensor:
 def _surviving_rows(embeddings: Tensor, floor: Tensor, prototypes: Prototypes) -> Tensor:
     """Rows whose cosine with some embedding may be >= its floor [B] (in cosine)."""
     screen = prototypes.screen
+    assert screen is not None
     classes, device = screen.shape[0], screen.device
     hit = torch.empty(classes, dtype=torch.bool, device=device)
     out = torch.empty(min(_CHUNK, classes), embeddings.shape[0], dtype=screen.dtype, device=device)
@@ -169,7 +193,7 @@ def _collect(
         rows = _surviving_rows(embeddings, floor, prototypes)
     found, total = [], 0
     for block in rows.split(_BLOCK) if rows.numel() else ():
-        cosines = embeddings @ prototypes.unit(block).T
+        cosines = product(embeddings, prototypes.unit(block))
         place = torch.searchsorted(block, labels).clamp_(max=block.numel() - 1)
         is_target = (block[place] == labels).unsqueeze(1)
         column = place.unsqueeze(1)
@@ -187,55 +211,89 @@ def _collect(
     return Candidates(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
 
 
-def uniform_measure(target: Tensor, alpha: float, log_q: float) -> Measure:
-    """q = exp(log_q) for every target [B], 1 for the other classes."""
-    return Measure(alpha, torch.full_like(target, log_q))
-
-
 def candidate_level(
-    logits: Tensor, target: Tensor, alpha: float, log_q: float, weight: float = 1.0
+    query: Query, found: Candidates, comm: Communicator, lower: Tensor | None = None
 ) -> Tensor:
-    """Level [B] of padded logits [B, K] and the target's [B]; each logit counts `weight` times."""
-    peak = logits.amax(1)
-    block = Block(logits * (alpha - 1), alpha, weight=weight)
-    count = 1 + max(1, round(weight * logits.shape[1]))
-    measure = uniform_measure(target, alpha, log_q)
-    lower = single_class_level(peak, alpha)
-    return solve(block.sums, target, measure, lower, peak, count, abs(log_q))
+    """The level [B], float64, of candidates of all shards and the targets, the same on all ranks.
 
-
-def _guess(
-    embeddings: Tensor, labels: Tensor, target: Tensor, prototypes: Prototypes, alpha, scale, log_q
-) -> Tensor:
-    """A floor [B] in logits that is probably, not certainly, below tau - k.
-
-    Without a bf16 copy, where classes are few, it is certain: tau of the largest float32 logits.
+    Parameters
+    ----------
+    query : Query
+    found : Candidates
+        float32 or float64; the level is as exact as they are.
+    lower : Tensor, [B], optional
+        A lower bound of the level, where one is known.
     """
-    classes = prototypes.weight.shape[0]
+    measure = query.measure
+    logits, log_q = found.cosines * query.scale, measure.of(found.classes)
+    own = single_class_level(logits, measure.alpha, log_q).amax(1).double()
+    own = own if lower is None else torch.maximum(lower, own)
+    own, peak = comm.max(torch.stack((own, logits.amax(1).double())))
+    block = Block(logits.mul_(measure.alpha - 1), measure.alpha, log_q)
+    return agreed_level(query, block.sums, own, peak.to(logits.dtype), comm)
+
+
+def agreed_level(query: Query, sums, lower: Tensor, peak: Tensor, comm: Communicator) -> Tensor:
+    """The level [B] from the sums of each shard; loop counts and result are the first rank's."""
+
+    def of_all(level: Tensor) -> tuple[Tensor, Tensor]:
+        if comm.world == 1:
+            return sums(level)
+        s, h = comm.sum(torch.stack(sums(level)))
+        return s, h
+
+    level = solve(
+        of_all,
+        query.target,
+        query.measure,
+        lower,
+        peak,
+        query.classes,
+        query.spread,
+        settled=comm.settled,
+    )
+    return comm.from_first(level)
+
+
+def _guess(query: Query, prototypes: Prototypes) -> Tensor:
+    """A floor [B] in logits that is probably, not certainly, below the edge.
+
+    Without a bf16 copy, where classes are few, it is certain: from the largest float32 logits.
+    """
+    (unit, _, labels, target, measure, scale, spread, _) = query
+    classes, stride, weight = prototypes.weight.shape[0], 1, 1.0
     if prototypes.screen is None:
         tops = [
-            cosines.topk(min(_EXACT_TOP, cosines.shape[1]), 1, sorted=False).values
-            for _, cosines in chunked_cosines(embeddings, labels, prototypes)
+            (part.start, *cosines.topk(min(_EXACT_TOP, cosines.shape[1]), 1, sorted=False))
+            for part, cosines in chunked_cosines(unit, labels, prototypes)
         ]
-        level = candidate_level(torch.cat(tops, 1) * scale, target, alpha, log_q)
-        return edge(level, alpha) - 2 * rounding(level, alpha, scale, embeddings.shape[1])
-    stride = max(1, classes // _SAMPLE)
-    rows = prototypes.screen[::stride][:_SAMPLE]
-    scores = torch.mm(embeddings.to(rows.dtype), rows.T).float()
-    place = (labels // stride).clamp(0, rows.shape[0] - 1)
-    is_target = (place * stride == labels).unsqueeze(1)  # it is no competitor of itself
-    own = scores.gather(1, place.unsqueeze(1)).masked_fill(is_target, -math.inf)
-    scores.scatter_(1, place.unsqueeze(1), own)
-    top = scores.topk(min(_SAMPLE_TOP, scores.shape[1]), 1, sorted=False).values * scale
-    weight = max(1.0, _SHARE * classes / rows.shape[0])
-    # a target alone has the same tau here and in the end: rounding must not fail its certificate
-    level = candidate_level(top, target, alpha, log_q, weight)
-    return edge(level, alpha) - 2 * rounding(level, alpha, scale, embeddings.shape[1])
+        top = torch.cat([values for _, values, _ in tops], 1)
+        names = torch.cat([start + places for start, _, places in tops], 1)
+    else:
+        stride = max(1, classes // _SAMPLE)
+        rows = prototypes.screen[::stride][:_SAMPLE]
+        scores = torch.mm(unit.to(rows.dtype), rows.T).float()
+        place = (labels // stride).clamp(0, rows.shape[0] - 1)
+        is_target = (place * stride == labels).unsqueeze(1)  # it is no competitor of itself
+        own = scores.gather(1, place.unsqueeze(1)).masked_fill(is_target, -math.inf)
+        scores.scatter_(1, place.unsqueeze(1), own)
+        top, names = scores.topk(min(_SAMPLE_TOP, scores.shape[1]), 1, sorted=False)
+        names = names * stride
+        weight = max(1.0, _SHARE * classes / rows.shape[0])
+    log_q, logits = measure.of(names), top * scale
+    lower = single_class_level(logits, measure.alpha, log_q).amax(1).double()
+    block = Block(logits * (measure.alpha - 1), measure.alpha, log_q, weight)
+    count = 1 + max(1, round(weight * top.shape[1]))
+    level = solve(block.sums, target, measure, lower, logits.amax(1), count, spread)
+    # a target alone has the same level here and in the end: rounding must not fail its certificate
+    return edge(level, measure.alpha) - 2 * rounding(query, level)
 
 
-def rounding(level: Tensor, alpha: float, scale: float, dim: int) -> Tensor:
-    """[B]: more than float32 cosines and tau can move a class across the edge, in logits."""
-    return scale * dim * 2**-23 + 2**-20 * (1 + tau_of(level, alpha).abs())
+def rounding(query: Query, level: Tensor) -> Tensor:
+    """[B]: more than computed cosines and levels can move a class across the edge, in logits."""
+    dim = query.unit.shape[1]
+    cosine = dim * 2**-23 + 2 * product_roundoff(query.unit.device)
+    return query.scale * cosine + 2**-20 * (1 + tau_of(level, query.measure.alpha).abs())
 
 
 def _widened(found: Candidates, width: int) -> Candidates:
@@ -245,140 +303,88 @@ def _widened(found: Candidates, width: int) -> Candidates:
 
 
 def search(
-    embeddings: Tensor,
-    labels: Tensor,
-    target_cosine: Tensor,
-    prototypes: Prototypes,
-    alpha: float,
-    scale: float,
-    margin: float,
+    query: Query, prototypes: Prototypes, comm: Communicator
 ) -> tuple[Candidates, Tensor] | None:
-    """Candidates that contain the whole support, and the level [B]; None: too many for memory.
+    """Candidates that contain the whole support, and their level [B]; None: too many for memory.
 
-    Parameters
-    ----------
-    embeddings : Tensor, [B, D], float32, unit rows
-    labels : Tensor, [B], int64
-    target_cosine : Tensor, [B]
-    prototypes : Prototypes
-    alpha : float, > 1
+    All ranks return None, or none does. alpha > 1.
     """
-    log_q = -scale * margin
-    target = target_cosine * scale
-    floor = _guess(embeddings, labels, target, prototypes, alpha, scale, log_q)
-    found = _collect(embeddings, labels, floor / scale, prototypes)
-    if found is None:
+    alpha = query.measure.alpha
+    floor = comm.max(_guess(query, prototypes)).float()
+    found = _collect(query.unit, query.labels, floor / query.scale, prototypes)
+    if comm.any(found is None):
         return None
-    level = candidate_level(found.cosines * scale, target, alpha, log_q)
-    proved = edge(level, alpha) - rounding(level, alpha, scale, embeddings.shape[1])
-    failed = (proved < floor).nonzero().squeeze(1)
-    if failed.numel():
-        again = _collect(embeddings[failed], labels[failed], proved[failed] / scale, prototypes)
-        if again is None:
-            return None
-        width = max(found.cosines.shape[1], again.cosines.shape[1])
-        if width * found.cosines.shape[0] > _MAX_CANDIDATES:
-            return None
-        cosines, classes = _widened(found, width)
-        cosines[failed], classes[failed] = _widened(again, width)
-        found = Candidates(cosines, classes)
-        level[failed] = candidate_level(cosines[failed] * scale, target[failed], alpha, log_q)
-    return found, level
+    assert found is not None
+    level = candidate_level(query, found, comm)
+    proved = (edge(level, alpha) - rounding(query, level)).float()
+    failed = comm.from_first(proved < floor).nonzero().squeeze(1)
+    if not failed.numel():
+        return found, level
+    part = query.rows(failed)
+    again = _collect(part.unit, part.labels, proved[failed] / query.scale, prototypes)
+    width = 0 if again is None else max(found.cosines.shape[1], again.cosines.shape[1])
+    if comm.any(again is None or width * len(query.labels) > _MAX_CANDIDATES):
+        return None
+    assert again is not None
+    cosines, classes = _widened(found, width)
+    cosines[failed], classes[failed] = _widened(again, width)
+    level[failed] = candidate_level(part, Candidates(cosines[failed], classes[failed]), comm)
+    return Candidates(cosines, classes), level
 
 
-def dense_level(
-    embeddings: Tensor,
-    labels: Tensor,
-    target_cosine: Tensor,
-    prototypes: Prototypes,
-    alpha: float,
-    scale: float,
-    margin: float,
-) -> Tensor:
-    """Level [B], float64, where everything may be active: passes over chunks, nothing kept.
-
-    One pass at alpha = 1, else one per Newton step. `embeddings` and `target_cosine` as for
-    :func:`chunked_cosines`, whose dtype is theirs.
-    """
-    z_y = target_cosine.double() * scale
-    measure = uniform_measure(z_y, alpha, -scale * margin)
-    if alpha == 1:
-        total = single_class_level(z_y, alpha, measure.target)
-        for _, cosines in chunked_cosines(embeddings, labels, prototypes):
-            total = torch.logaddexp(total, torch.logsumexp(cosines * scale, 1).double())
-        return total
-    peak = torch.full_like(z_y, -math.inf)
-    for _, cosines in chunked_cosines(embeddings, labels, prototypes):
-        peak = torch.maximum(peak, cosines.amax(1))
-    peak = peak * scale
-
-    def sums(level: Tensor) -> tuple[Tensor, Tensor]:
-        s, slope = torch.zeros_like(level), torch.zeros_like(level)
-        for _, cosines in chunked_cosines(embeddings, labels, prototypes):
-            more = Block(cosines.mul_(scale * (alpha - 1)), alpha).sums(level)
-            s, slope = s + more[0], slope + more[1]
-        return s, slope
-
-    lower, classes = single_class_level(peak, alpha), prototypes.weight.shape[0]
-    return solve(sums, z_y, measure, lower, peak, classes, scale * margin)
+def product(embeddings: Tensor, rows: Tensor) -> Tensor:
+    """[B, R], in the precision in force, of which :func:`rounding` knows."""
+    return embeddings @ rows.T
 
 
 def chunked_cosines(
     embeddings: Tensor, labels: Tensor, prototypes: Prototypes
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(classes, cosines [B, chunk]) over all classes, -inf at each sample's target.
+    """(classes, cosines [B, chunk]) over all classes, -inf at the targets; dtype of `embeddings`.
 
-    In the dtype of `embeddings`: float32 is enough at alpha = 1, where a posterior is as exact
-    relative to itself as its logit is absolutely; above, 1 + (alpha - 1)(theta - tau) may nearly
-    cancel, so float64.
+    Parameters
+    ----------
+    embeddings : Tensor, [B, D]
+        float32 or float64, unit rows.
+    labels : Tensor, [B]
+        The targets' rows; -1 where they are in another shard.
     """
     classes = prototypes.weight.shape[0]
     for start in range(0, classes, _CHUNK):
         rows = slice(start, min(start + _CHUNK, classes))
-        cosines = embeddings @ prototypes.unit(rows, embeddings.dtype).T
+        cosines = product(embeddings, prototypes.unit(rows, embeddings.dtype))
         place = (labels - start).clamp(0, cosines.shape[1] - 1).unsqueeze(1)
         inside = ((labels >= start) & (labels < rows.stop)).unsqueeze(1)
         value = cosines.gather(1, place).masked_fill(inside, -math.inf)
         yield rows, cosines.scatter_(1, place, value)
 
 
-def posterior(logits: Tensor, level: Tensor, alpha: float) -> Tensor:
-    """p [B, K] of the classes other than the target, from logits [B, K] and the level [B]."""
-    if alpha == 1:
-        return torch.exp(logits - level.to(logits.dtype).unsqueeze(1))
-    return Block(logits * (alpha - 1), alpha).posterior(level)
-
-
 def refined(
-    exact: Tensor,
-    found: Candidates,
-    level: Tensor,
-    prototypes: Prototypes,
-    alpha: float,
-    scale: float,
-) -> Candidates:
-    """The candidates that may be active, their cosines in float64.
+    query: Query, found: Candidates, level: Tensor, prototypes: Prototypes
+) -> tuple[Candidates, Tensor]:
+    """The candidates that may be active, their cosines in float64, and a lower bound of the level.
 
     A loss near zero is a difference of nearly equal cosines, whose float32 rounding would be most
     of it. Only what may be active is computed again, so the cost is the support's.
 
     Parameters
     ----------
-    exact : Tensor, [B, D], float64, unit rows
+    query : Query
     found, level
         What :func:`search` gave.
     """
-    least = edge(level, alpha) - rounding(level, alpha, scale, exact.shape[1])
-    keep = found.cosines * scale > least.unsqueeze(1)
+    slack = rounding(query, level)
+    floor = edge(level, query.measure.alpha) - slack
+    keep = found.cosines * query.scale > floor.unsqueeze(1)
     samples, place = keep.nonzero(as_tuple=True)
     column = (keep.cumsum(1) - 1)[samples, place]
     classes = found.classes[samples, place]
     width = int(keep.sum(1).max().clamp(min=1))
-    cosines = exact.new_full((exact.shape[0], width), -math.inf)
+    cosines = query.exact.new_full((keep.shape[0], width), -math.inf)
     names = torch.zeros_like(cosines, dtype=torch.int64)
-    cosines[samples, column] = exact_cosines(exact, samples, classes, prototypes)
+    cosines[samples, column] = exact_cosines(query.exact, samples, classes, prototypes)
     names[samples, column] = classes
-    return Candidates(cosines, names)
+    return Candidates(cosines, names), level - slack
 
 
 def exact_cosines(

@@ -312,6 +312,7 @@ def newton(
     upper: Tensor,
     alpha: float,
     steps: int,
+    settled: Callable[[Tensor], bool] | None = None,
 ) -> Tensor:
     """The levels at which the mass is 1.
 
@@ -328,11 +329,14 @@ def newton(
     alpha : float, > 1
     steps : int
         At most so many where alpha <= 2, see :func:`newton_steps`.
+    settled : callable, optional
+        Whether to stop, from which rows have converged: for processes that must stop together.
     """
     safeguarded = alpha > 2
     level = lower
     eps = torch.finfo(level.dtype).eps
-    on_cpu = lower.device.type == "cpu"
+    if settled is None:
+        settled = _all_on_cpu
     done = torch.zeros_like(lower, dtype=torch.bool)
     for step in range(_MAX_STEPS_SAFEGUARDED if safeguarded else steps):
         s, h = mass(level)
@@ -354,9 +358,13 @@ def newton(
             done = done | ~(delta > noise + 4 * eps_mass * s / h)
             proposed = level + delta
         level = torch.where(done, level, proposed)
-        if on_cpu and bool(done.all()):
+        if settled(done):
             break
     return level
+
+
+def _all_on_cpu(done: Tensor) -> bool:
+    return done.device.type == "cpu" and bool(done.all())
 
 
 def solve(
@@ -367,6 +375,7 @@ def solve(
     peak: Tensor,
     classes: int,
     spread: float,
+    settled: Callable[[Tensor], bool] | None = None,
 ) -> Tensor:
     """The level [B] of targets and the other classes together, for alpha > 1.
 
@@ -386,6 +395,8 @@ def solve(
         How many there are in all, weights included.
     spread : float
         log(q_max / q_min) over classes and targets.
+    settled : callable, optional
+        As for :func:`newton`.
     """
 
     def mass(level: Tensor) -> tuple[Tensor, Tensor]:
@@ -399,7 +410,7 @@ def solve(
     if _in_logs(alpha):
         upper = upper + 1 / (alpha - 1)
     steps = newton_steps(alpha, classes, spread, peak.dtype)
-    return newton(mass, lower.to(target.dtype), upper.to(target.dtype), alpha, steps)
+    return newton(mass, lower.to(target.dtype), upper.to(target.dtype), alpha, steps, settled)
 
 
 # --------------------------------------------------------------------------- the loss

@@ -55,7 +55,7 @@ CLASSIFIER = """
     out_neurons: 3
 """
 SPARSE = """
-    !new:speechbrain_qmargin.head.distributed.ShardedQMarginHead
+    !new:speechbrain_qmargin.head.QMarginHead
     embedding_dim: 16
     num_classes: 9
 """

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from speechbrain_qmargin import QMarginLoss
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
-from speechbrain_qmargin.head.distributed import Comm, ShardedQMarginHead
+from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.search import _collect
 from speechbrain_qmargin.loss.arcface import ArcFaceLoss
 
@@ -41,16 +41,16 @@ def entry(rank, job, world, rendezvous, arguments):
     dist.destroy_process_group()
 
 
+def alone(classes, *parameters, **options):
+    """The head of one process, whatever is initialised."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: False)
+        return QMarginHead(DIM, classes, *parameters, **options)
+
+
 def reference(classes, world, parameters, seed=0):
     """The mean over ranks of their mean losses, by one process holding all classes."""
-    single = ShardedQMarginHead.__new__(ShardedQMarginHead)  # only for its prototypes
-    torch.nn.Module.__init__(single)
-    single.start, single.stop, single.num_classes = 0, classes, classes
-    single.weight = torch.nn.Parameter(torch.empty(classes, DIM))
-    single._initialise(seed)
-    head = QMarginHead(DIM, classes, *parameters)
-    with torch.no_grad():
-        head.weight.copy_(single.weight)
+    head = alone(classes, *parameters, seed=seed)
     inputs = []
     for rank in range(world):
         embeddings, labels = batch(rank, world, classes)
@@ -61,7 +61,7 @@ def reference(classes, world, parameters, seed=0):
 
 
 def gradients(rank, world, classes, parameters):
-    head = ShardedQMarginHead(DIM, classes, *parameters)
+    head = QMarginHead(DIM, classes, *parameters, seed=0)
     whole, inputs, losses = reference(classes, world, parameters)
     torch.testing.assert_close(head.weight, whole.weight[head.start : head.stop], rtol=0, atol=0)
     x = inputs[rank][0].detach().requires_grad_()
@@ -82,7 +82,7 @@ def gradients(rank, world, classes, parameters):
 
 
 def arcface(rank, world):
-    head = ShardedQMarginHead(DIM, 101)
+    head = QMarginHead(DIM, 101, seed=0)
     loss = ArcFaceLoss(scale=16.0, margin=0.3)
     whole, inputs, _ = reference(101, world, SETTINGS[2])
     inputs = [(x.detach().requires_grad_(), y) for x, y in inputs]
@@ -112,7 +112,7 @@ def many(rank, world):
 def traffic(rank, world):
     sent = []
     for classes in (1000, 100_000):
-        head = ShardedQMarginHead(DIM, classes, 1.5, 10.0, 0.2)
+        head = QMarginHead(DIM, classes, 1.5, 10.0, 0.2, seed=0)
         head.comm.bytes = 0
         x, labels = batch(rank, world, classes)
         head(x.requires_grad_(), labels).backward()
@@ -132,14 +132,18 @@ def ddp(rank, world):
 
     mine = encoder()
     model = torch.nn.parallel.DistributedDataParallel(mine)
-    head = ShardedQMarginHead(DIM, classes, *parameters)
+    head = QMarginHead(DIM, classes, *parameters, seed=0)
     wrapped = torch.nn.parallel.DistributedDataParallel(head)
-    optimizer = RowSparseSGD([*mine.parameters(), *head.parameters()], lr=0.5, momentum=0.9)
+    optimizer = RowSparseSGD(
+        [*mine.parameters(), *head.parameters()], lr=0.5, momentum=0.9, head=head
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
 
-    alone, (whole, _, _) = encoder(), reference(classes, world, parameters)
+    single, (whole, _, _) = encoder(), reference(classes, world, parameters)
     whole.weight.grad = None
-    theirs = RowSparseSGD([*alone.parameters(), *whole.parameters()], lr=0.5, momentum=0.9)
+    theirs = RowSparseSGD(
+        [*single.parameters(), *whole.parameters()], lr=0.5, momentum=0.9, head=whole
+    )
     for step in range(3):
         for part in range(2):
             x, y = batch(rank, world, classes)
@@ -148,7 +152,7 @@ def ddp(rank, world):
             total = 0
             for other in range(world):
                 x, y = batch(other, world, classes)
-                total = total + whole(alone(x + part + step), y) / world / 2
+                total = total + whole(single(x + part + step), y) / world / 2
             total.backward()
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
@@ -158,7 +162,7 @@ def ddp(rank, world):
         theirs.zero_grad()
     optimizer.catch_up()
     theirs.catch_up()
-    assert relative(mine.weight, alone.weight) < 1e-5
+    assert relative(mine.weight, single.weight) < 1e-5
     assert relative(head.weight, whole.weight[head.start : head.stop]) < 1e-5
 
 
@@ -180,8 +184,8 @@ def train(head, optimizer, rank, world, steps, classes):
 
 def stage(rank, world, folder, load, steps):
     classes = 103
-    head = ShardedQMarginHead(DIM, classes, 1.5, 10.0, 0.2)
-    optimizer = RowSparseSGD(head.parameters(), lr=0.05, momentum=0.9)
+    head = QMarginHead(DIM, classes, 1.5, 10.0, 0.2, seed=0)
+    optimizer = RowSparseSGD(head.parameters(), lr=0.05, momentum=0.9, head=head)
     if load:
         head.load_shards(folder, optimizer)
     train(head, optimizer, rank, world, steps, classes)
@@ -220,7 +224,7 @@ def test_4_ranks_gradients_and_their_checkpoint_on_1_or_3(tmp_path):
 
 
 def test_a_killed_rank_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
-    head = ShardedQMarginHead(DIM, 50)
+    head = QMarginHead(DIM, 50)
     head.save_shards(tmp_path)
     before = prototypes(tmp_path)
     with torch.no_grad():
@@ -229,23 +233,23 @@ def test_a_killed_rank_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     def killed(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Comm, "barrier", killed)  # after the shard, before the index
+    monkeypatch.setattr(Communicator, "barrier", killed)  # after the shard, before the index
     with pytest.raises(KeyboardInterrupt):
         head.save_shards(tmp_path)
     monkeypatch.undo()
-    other = ShardedQMarginHead(DIM, 50, seed=5)
+    other = QMarginHead(DIM, 50, seed=5)
     other.load_shards(tmp_path)
     assert torch.equal(other.weight, before)
 
 
 def test_a_checkpoint_of_another_size_is_refused(tmp_path):
-    ShardedQMarginHead(DIM, 50).save_shards(tmp_path)
+    QMarginHead(DIM, 50).save_shards(tmp_path)
     with pytest.raises(ValueError, match=r"\(16, 50\), this head \(16, 51\)"):
-        ShardedQMarginHead(DIM, 51).load_shards(tmp_path)
+        QMarginHead(DIM, 51).load_shards(tmp_path)
 
 
 def bad_input(rank, world):
-    head = ShardedQMarginHead(DIM, 50)
+    head = QMarginHead(DIM, 50)
     x, labels = batch(rank, world, 50)
     if rank == 1:
         labels[0] = 50
@@ -257,7 +261,7 @@ def bad_input(rank, world):
     with pytest.raises(ValueError, match="rank 1: 1 embeddings are not finite"):
         head(x, labels)
     with pytest.raises(ValueError, match="shards disagree"):
-        ShardedQMarginHead(DIM, 50 + 2 * rank)
+        QMarginHead(DIM, 50 + 2 * rank)
 
 
 def two(rank, world):
@@ -272,7 +276,7 @@ def test_2_ranks_gradients_arcface_traffic_ddp_and_bad_input(tmp_path):
 
 def test_alone_it_is_the_head():
     parameters = (1.25, 32.0, 0.2)
-    head = ShardedQMarginHead(DIM, 500, *parameters)
+    head = QMarginHead(DIM, 500, *parameters, seed=0)
     whole, [(x, labels)], _ = reference(500, 1, parameters)
     mine = x.detach().requires_grad_()
     head(mine, labels).backward()

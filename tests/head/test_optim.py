@@ -1,35 +1,45 @@
-"""Row-sparse SGD against torch.optim.SGD on the same gradients, made dense."""
+"""Row-sparse optimisers against torch's on the same gradients, made dense."""
+
+import copy
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_qmargin.head import QMarginHead, RowSparseSGD, classifier, optim
+from speechbrain_qmargin.head import QMarginHead, RowSparseAdam, RowSparseSGD, optim, prototypes
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    momentum=st.sampled_from([0.0, 0.5, 0.9]),
-    decay=st.sampled_from([0.0, 1e-4, 0.1]),
-    nesterov=st.booleans(),
-    dense_at=st.integers(0, 60),
-    save_at=st.integers(0, 60),
-    max_idle=st.sampled_from([4096, 7]),
-    seed=st.integers(0, 1000),
-)
-def test_equals_dense_sgd(momentum, decay, nesterov, dense_at, save_at, max_idle, seed):
-    options = dict(
-        lr=0.1, momentum=momentum, weight_decay=decay, nesterov=nesterov and momentum > 0
-    )
+class Rows:
+    """What an optimiser of rows asks of a head, around a parameter."""
+
+    def __init__(self, weight):
+        self.weight, self.optimizer = weight, None
+
+    def bind(self, optimizer):
+        self.optimizer = optimizer
+
+    def is_bound_to(self, optimizer):
+        return self.optimizer is optimizer
+
+    def rows_changed(self, rows, before):
+        pass
+
+
+def parameter(start):
+    return torch.nn.Parameter(start.clone())
+
+
+def compare(kind, dense_kind, options, dense_at, save_at, write_at, max_idle, seed, steps=50):
+    """Fifty steps of one kind of optimiser on rows, of the other on the same gradients, dense."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(20, 3, generator=generator)
-    rows, dense = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    mine, theirs = RowSparseSGD([rows], **options), torch.optim.SGD([dense], **options)
+    rows, dense = parameter(start), parameter(start)
+    mine, theirs = kind([rows], **options, head=Rows(rows)), dense_kind([dense], **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optim, "_MAX_IDLE", max_idle)
         patch.setattr(optim, "_ROWS_AT_ONCE", 4)
-        for step in range(50):
+        for step in range(steps):
             chosen = torch.randint(20, (3,), generator=generator)  # some twice: not coalesced
             grad = torch.sparse_coo_tensor(
                 chosen[None], torch.randn(3, 3, generator=generator), (20, 3), check_invariants=True
@@ -37,24 +47,163 @@ def test_equals_dense_sgd(momentum, decay, nesterov, dense_at, save_at, max_idle
             dense.grad = grad.to_dense()
             rows.grad = dense.grad.clone() if step == dense_at else grad
             for optimizer in (mine, theirs):
-                optimizer.param_groups[0]["lr"] = 0.2 / (1 + step)
+                optimizer.param_groups[0]["lr"] = options["lr"] * 2 / (1 + step)
                 optimizer.step()
-            if step == save_at:  # a resumed run, and a state that dense SGD can read
+            if step == save_at:  # a resumed run
                 state = mine.state_dict()
-                torch.optim.SGD([torch.nn.Parameter(start.clone())], **options).load_state_dict(
-                    state
-                )
-                rows = torch.nn.Parameter(rows.detach().clone())
-                mine = RowSparseSGD([rows], **options)
+                rows = parameter(rows.detach())
+                mine = kind([rows], **options, head=Rows(rows))
                 mine.load_state_dict(state)
+            if step == write_at:  # what was pending is void from here on
+                mine.catch_up()
+                with torch.no_grad():
+                    for weight in (rows, dense):
+                        weight.copy_(start)
         mine.catch_up()
+    dense_kind([parameter(start)], **options).load_state_dict(mine.state_dict())
     torch.testing.assert_close(rows, dense, rtol=1e-5, atol=1e-5)
+
+
+EVENTS = dict(
+    dense_at=st.integers(0, 60),
+    save_at=st.integers(0, 60),
+    write_at=st.integers(0, 60),
+    max_idle=st.sampled_from([4096, 7]),
+    seed=st.integers(0, 1000),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    momentum=st.sampled_from([0.0, 0.5, 0.9]),
+    decay=st.sampled_from([0.0, 1e-4, 0.1]),
+    nesterov=st.booleans(),
+    **EVENTS,
+)
+def test_equals_dense_sgd(momentum, decay, nesterov, **events):
+    nesterov = nesterov and momentum > 0
+    options = dict(lr=0.1, momentum=momentum, weight_decay=decay, nesterov=nesterov)
+    compare(RowSparseSGD, torch.optim.SGD, options, **events)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    betas=st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.5, 0.5)]),
+    decay=st.sampled_from([0.0, 0.01]),
+    eps=st.sampled_from([1e-8, 1e-30]),
+    **EVENTS,
+)
+def test_equals_dense_adam(betas, decay, eps, **events):
+    """Gradients are far above epsilon, where an idle step's share of it does not count."""
+    options = dict(lr=0.1, betas=betas, weight_decay=decay, eps=eps)
+    dense = torch.optim.AdamW if decay else torch.optim.Adam
+    compare(RowSparseAdam, dense, options, **events)
+
+
+@pytest.mark.parametrize("eps", [0.1, 1e-3])
+def test_adam_with_an_epsilon_that_counts(eps):
+    """A step of idle rows as the docstring has it, written out naively in float64."""
+    torch.manual_seed(0)
+    options = dict(lr=0.1, betas=(0.8, 0.9), weight_decay=0.05, eps=eps)
+    rows = parameter(torch.randn(1, 4))
+    mine = RowSparseAdam([rows], **options, head=Rows(rows))
+    w, m, v = rows.detach().double(), torch.zeros(1, 4).double(), torch.zeros(1, 4).double()
+    for step in range(1, 21):
+        d = torch.randn(1, 4) if step in (1, 4, 20) else None
+        indices = torch.zeros(1, 0 if d is None else 1, dtype=torch.long)
+        values = torch.zeros(0, 4) if d is None else d
+        rows.grad = torch.sparse_coo_tensor(indices, values, (1, 4), check_invariants=True)
+        mine.step()
+        c1, c2 = 1 - 0.8**step, 1 - 0.9**step
+        m, v = 0.8 * m, 0.9 * v
+        if d is not None:
+            m, v = m + 0.2 * d, v + 0.1 * d**2
+            visited, root = v.clone(), c2**0.5
+        share = visited.sqrt() / (visited.sqrt() + eps * root)
+        w = w * (1 - 0.1 * 0.05) - 0.1 * (m / c1) / (v / c2).sqrt() * share
+    torch.testing.assert_close(rows.detach().double(), w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [RowSparseSGD, RowSparseAdam])
+def test_a_write_drops_what_was_pending(kind):
+    torch.manual_seed(0)
+    rows = parameter(torch.randn(200, 3))
+    options = {"momentum": 0.9} if kind is RowSparseSGD else {}
+    optimizer = kind([rows], lr=0.1, **options, head=Rows(rows))
+
+    def step(row):
+        rows.grad = torch.sparse_coo_tensor(
+            torch.tensor([[row]]), torch.randn(1, 3), rows.shape, check_invariants=True
+        )
+        optimizer.step()
+
+    for row in range(100):
+        step(row)
+    best = torch.randn(200, 3)
+    for write in (lambda: rows.detach().copy_(best), lambda: rows.data.copy_(best)):
+        step(0)
+        write()
+        step(199)
+        assert torch.equal(rows[:199], best[:199])
+        optimizer.catch_up()
+    if kind is RowSparseSGD:  # the momentum is what 100 idle steps have left of it
+        state = optimizer.state[rows]["momentum_buffer"]
+        assert state[1].norm() < 1e-2
+
+
+def test_saving_changes_nothing():
+    """A checkpoint in the middle, and a run from it: bit for bit the run without."""
+
+    def train(steps, save_at=None):
+        torch.manual_seed(0)
+        head = QMarginHead(8, 300)
+        optimizer = RowSparseSGD(head.parameters(), lr=0.3, momentum=0.9, head=head)
+        losses = []
+        for step in range(steps):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            loss = head(torch.randn(4, 8), torch.randint(300, (4,)))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if step == save_at:
+                states = copy.deepcopy((head.state_dict(), optimizer.state_dict()))
+                head = QMarginHead(8, 300)
+                optimizer = RowSparseSGD(head.parameters(), lr=0.3, momentum=0.9, head=head)
+                optimizer.load_state_dict(states[1])
+                head.load_state_dict(states[0])
+        return losses
+
+    assert train(30) == train(30, save_at=14)
+
+
+def test_unbound_optimisers_raise():
+    head, other = QMarginHead(8, 30), QMarginHead(8, 30, sparse_grad=True)
+    with pytest.raises(TypeError, match="head"):
+        RowSparseSGD(head.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="not among the parameters"):
+        RowSparseSGD(other.parameters(), lr=0.1, head=head)
+    optimizer = RowSparseSGD(head.parameters(), lr=0.1, head=head)
+    optimizer.add_param_group({"params": other.parameters()})
+    x, labels = torch.randn(4, 8), torch.arange(4)
+    (head(x, labels) + other(x, labels)).backward()
+    with pytest.raises(RuntimeError, match=r"optimizer\.bind\(head\)"):
+        optimizer.step()
+    optimizer.bind(other)
+    optimizer.step()
+    head.load_state_dict(QMarginHead(8, 30).state_dict(), assign=True)
+    head(x, labels).backward()
+    with pytest.raises(RuntimeError, match="another weight"):
+        optimizer.step()
+    RowSparseSGD(head.parameters(), lr=0.1, head=head).step()
+    second = RowSparseAdam(head.parameters(), head=head)
+    second.step()
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_training_the_head(momentum, monkeypatch):
     """Without momentum the trajectory is dense SGD's; with it, it learns as well."""
-    monkeypatch.setattr(classifier, "_SCREEN_FROM", 1)
+    monkeypatch.setattr(prototypes, "SCREEN_FROM", 1)
     torch.manual_seed(0)
     head = QMarginHead(8, 400)
     twin = QMarginHead(8, 400)
@@ -62,7 +211,7 @@ def test_training_the_head(momentum, monkeypatch):
     options = dict(lr=0.2 * (1 - momentum), momentum=momentum, weight_decay=1e-3)
     encoder, encoder_twin = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
     encoder_twin.load_state_dict(encoder.state_dict())
-    mine = RowSparseSGD([*encoder.parameters(), *head.parameters()], **options)
+    mine = RowSparseSGD([*encoder.parameters(), *head.parameters()], **options, head=head)
     theirs = torch.optim.SGD([*encoder_twin.parameters(), *twin.parameters()], **options)
     centres = torch.randn(400, 8)
     first = None
@@ -73,29 +222,29 @@ def test_training_the_head(momentum, monkeypatch):
         for optimizer, value in ((mine, loss), (theirs, loss_twin)):
             optimizer.zero_grad()
             value.backward()
-        twin.weight.grad = twin.weight.grad.to_dense()
+        assert head.weight.grad.is_sparse
+        assert not twin.weight.grad.is_sparse
         mine.step()
         theirs.step()
         first = loss.item() if first is None else first
     if momentum == 0:
         torch.testing.assert_close(loss, loss_twin, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(
-            head.state_dict()["weight"], twin.state_dict()["weight"], rtol=1e-2, atol=1e-3
-        )
+        mine.catch_up()
+        torch.testing.assert_close(head.weight, twin.weight, rtol=1e-2, atol=1e-3)
     assert loss.item() < 0.8 * first
     assert abs(loss.item() - loss_twin.item()) < 0.2 * loss_twin.item()
 
 
-def test_rows_are_refreshed_and_saving_catches_up(monkeypatch):
-    monkeypatch.setattr(classifier, "_SCREEN_FROM", 1)
+def test_rows_are_refreshed(monkeypatch):
+    monkeypatch.setattr(prototypes, "SCREEN_FROM", 1)
     torch.manual_seed(0)
     head = QMarginHead(8, 3000)
-    optimizer = RowSparseSGD(head.parameters(), lr=0.5, momentum=0.9)
+    optimizer = RowSparseSGD(head.parameters(), lr=0.5, momentum=0.9, head=head)
     for _ in range(3):
         optimizer.zero_grad()
         head(torch.randn(4, 8), torch.randint(3000, (4,))).backward()
+        built = head.prototypes()
         optimizer.step()
-        built = head._cache
         kept = head.prototypes()
         assert kept is built  # no step rebuilds all the rows
         fresh = QMarginHead(8, 3000)
@@ -103,6 +252,6 @@ def test_rows_are_refreshed_and_saving_catches_up(monkeypatch):
         torch.testing.assert_close(kept.inverse_norm, fresh.prototypes().inverse_norm)
         assert torch.equal(kept.screen, fresh.prototypes().screen)
     seen = head.weight.detach().clone()
-    head.state_dict()
+    optimizer.catch_up()
     assert not torch.equal(seen, head.weight)
-    assert not optimizer._idle[head.weight].pending
+    assert head.prototypes() is kept

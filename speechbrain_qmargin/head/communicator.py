@@ -1,0 +1,127 @@
+"""What the ranks of a process group tell each other; alone, nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Communicator"]
+
+
+class Communicator:
+    """Sums, maxima, gathers and decisions over the ranks of a group; with one rank, no-ops.
+
+    A copy of a head shares its communicator: process groups are not copied.
+
+    Parameters
+    ----------
+    group : ProcessGroup, optional
+        None: all processes, or this one alone where torch.distributed is not initialised.
+
+    Attributes
+    ----------
+    world, rank : int
+    bytes : int
+        What this rank has sent so far.
+
+    Examples
+    --------
+    >>> comm = Communicator()
+    >>> comm.world, comm.rank, comm.shard_of(10)
+    (1, 0, (0, 10))
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group, self.bytes = group, 0
+        self.world, self.rank = 1, 0
+        if dist.is_available() and dist.is_initialized():
+            self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
+
+    def __deepcopy__(self, memo: dict) -> Communicator:
+        return self
+
+    def __getstate__(self) -> dict:
+        if self.group is not None:
+            raise TypeError("a head with a process group of its own cannot be pickled")
+        return self.__dict__
+
+    def shard_of(self, num_classes: int, rank: int | None = None) -> tuple[int, int]:
+        """[start, stop) of a rank: contiguous, sizes differ by one at most."""
+        rank = self.rank if rank is None else rank
+        return rank * num_classes // self.world, (rank + 1) * num_classes // self.world
+
+    def shards(self, num_classes: int) -> list[tuple[int, int]]:
+        """[start, stop) of all ranks."""
+        return [self.shard_of(num_classes, rank) for rank in range(self.world)]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over the ranks, elementwise."""
+        return self._reduced(tensor, dist.ReduceOp.SUM) if self.world > 1 else tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """Over the ranks, elementwise; exact, so the same everywhere."""
+        return self._reduced(tensor, dist.ReduceOp.MAX) if self.world > 1 else tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on some rank."""
+        if self.world == 1:
+            return flag
+        return bool(self.max(torch.tensor(float(flag), device=self.device())))
+
+    def settled(self, done: Tensor) -> bool:
+        """Whether the first rank finds all `done`: a loop's end is decided once.
+
+        Alone on a GPU the question is not asked, since the host would wait: never.
+        """
+        if self.world == 1:
+            return done.device.type == "cpu" and bool(done.all())
+        return bool(self.from_first(done.all()))
+
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """The first rank's tensor, everywhere."""
+        if self.world == 1:
+            return tensor
+        whole = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.clone()
+        if self.rank == 0:
+            self.bytes += whole.numel() * whole.element_size()
+        first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        dist.broadcast(whole, src=first, group=self.group)
+        return whole.to(tensor.dtype)
+
+    def gather(self, tensor: Tensor, sizes: list[int]) -> Tensor:
+        """Concatenation over the ranks of [n_r, ...], n_r = sizes[rank]."""
+        if self.world == 1:
+            return tensor
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        parts = self.gather_rows(padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def gather_rows(self, tensor: Tensor) -> list[Tensor]:
+        """One tensor of the same shape from every rank."""
+        if self.world == 1:
+            return [tensor]
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        self.bytes += tensor.numel() * tensor.element_size()
+        dist.all_gather(parts, tensor, group=self.group)
+        return parts
+
+    def device(self) -> torch.device:
+        """Where the group's backend wants its tensors."""
+        nccl = self.world > 1 and dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world > 1:
+            dist.barrier(group=self.group)
+
+    def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
+        tensor = tensor.contiguous().clone()
+        self.bytes += tensor.numel() * tensor.element_size()
+        dist.all_reduce(tensor, op=op, group=self.group)
+        return tensor

@@ -1,0 +1,104 @@
+"""Every class of a shard, in chunks: for alpha = 1, and where nearly everything is active."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.head.prototypes import Prototypes
+from speechbrain_qmargin.head.search import Query, agreed_level, chunked_cosines
+from speechbrain_qmargin.loss.solver import Block, single_class_level
+
+__all__ = ["AllClasses"]
+
+_KEPT_BYTES = 128 * 1024 * 1024  # of scores: above, they are computed again in each pass
+
+
+class AllClasses:
+    """The scores of all classes of a shard, for one query.
+
+    float32 at alpha = 1, where a posterior is as exact relative to itself as its logit is
+    absolutely; above, 1 + (alpha - 1)(theta - tau) may nearly cancel, so float64. Scores are kept
+    where they fit 128 MB; else nothing is stored, and each pass forms them again.
+    """
+
+    def __init__(self, query: Query, prototypes: Prototypes) -> None:
+        self.query, self.prototypes = query, prototypes
+        self._scored = query.unit if query.measure.alpha == 1 else query.exact
+        size = len(query.labels) * len(prototypes.weight) * self._scored.element_size()
+        self._keep, self._kept = size <= _KEPT_BYTES, None
+        self._block: Block | None = None
+
+    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(classes, logits [B, chunk]), times alpha - 1 above alpha = 1; -inf at the targets."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept, alpha = [], self.query.measure.alpha
+        factor = self.query.scale * (alpha - 1 if alpha > 1 else 1)
+        for rows, cosines in chunked_cosines(self._scored, self.query.labels, self.prototypes):
+            cosines.mul_(factor)
+            if self._keep:
+                kept.append((rows, cosines))
+            yield rows, cosines
+        self._kept = kept if self._keep else None
+
+    def _blocks(self) -> Iterator[tuple[slice, Block]]:
+        measure = self.query.measure
+        for rows, v in self._chunks():
+            if self._block is None or self._block.v.shape != v.shape:
+                self._block = Block(v, measure.alpha)
+            log_q = measure.of(rows)
+            self._block.v = v
+            self._block.log_q = None if log_q is None else log_q.to(v.dtype)
+            yield rows, self._block
+
+    def level(self, comm: Communicator) -> Tensor:
+        """[B], float64, the same on all ranks."""
+        measure, target = self.query.measure, self.query.target
+        alpha = measure.alpha
+        if alpha == 1:
+            total = torch.full_like(target, -math.inf)
+            for rows, logits in self._chunks():
+                log_q = measure.of(rows)
+                logits = logits if log_q is None else logits + log_q.to(logits.dtype)
+                total = torch.logaddexp(total, torch.logsumexp(logits, 1).double())
+            peak = comm.max(total)
+            peak = torch.where(peak.isfinite(), peak, 0)
+            total = comm.sum(torch.exp(total - peak)).log() + peak
+            return comm.from_first(torch.logaddexp(total, target + measure.target))
+        peak, lower = torch.full_like(target, -math.inf), torch.full_like(target, -math.inf)
+        for rows, v in self._chunks():
+            logits, log_q = v / (alpha - 1), measure.of(rows)
+            peak = torch.maximum(peak, logits.amax(1))
+            alone = single_class_level(logits, alpha, None if log_q is None else log_q.double())
+            lower = torch.maximum(lower, alone.amax(1))
+        peak, lower = comm.max(torch.stack((peak, lower)))
+
+        def sums(level: Tensor) -> tuple[Tensor, Tensor]:
+            s, h = torch.zeros_like(level), torch.zeros_like(level)
+            for _, block in self._blocks():
+                more = block.sums(level)
+                s, h = s + more[0], h + more[1]
+            return s, h
+
+        return agreed_level(self.query, sums, lower, peak, comm)
+
+    def posteriors(self, level: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(classes, p [B, chunk], scores): p not yet of sum one, and overwritten by the next.
+
+        The scores are the logits, times alpha - 1 above alpha = 1.
+        """
+        measure = self.query.measure
+        if measure.alpha > 1:
+            for rows, block in self._blocks():
+                yield rows, block.posterior(level), block.v
+            return
+        for rows, logits in self._chunks():
+            log_q = measure.of(rows)
+            shift = logits if log_q is None else logits + log_q.to(logits.dtype)
+            yield rows, torch.exp(shift - level.to(logits.dtype).unsqueeze(1)), logits

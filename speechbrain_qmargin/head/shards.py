@@ -1,0 +1,112 @@
+"""Checkpoints of a head whose classes are in shards, for any number of ranks to load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from speechbrain_qmargin.files import replacing, write_text
+from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.head.optim import RowSparse
+
+__all__ = ["load_shards", "save_shards"]
+
+_INDEX = "index.json"
+
+
+def save_shards(
+    folder: str | Path,
+    weight: nn.Parameter,
+    num_classes: int,
+    comm: Communicator,
+    optimizer: RowSparse | None = None,
+) -> None:
+    """Write the prototypes and their optimiser's state; every rank calls it.
+
+    Each rank writes its shard under a new name, then the first writes the index that names them:
+    until that moment the previous checkpoint in the folder is whole and valid.
+
+    Raises
+    ------
+    ValueError
+        On all ranks, where some of them have an optimiser and some have none.
+    """
+    folder = Path(folder)
+    ranks = comm.gather_rows(torch.tensor([optimizer is not None], device=comm.device()))
+    if len({bool(rank) for rank in ranks}) > 1:
+        raise ValueError("save_shards: some ranks gave their optimiser, others did not")
+    token = torch.randint(2**40, (1,), device=comm.device())
+    token = f"{int(comm.gather_rows(token)[0]):x}"
+    start, stop = comm.shard_of(num_classes)
+    state: dict[str, Any] = {"weight": weight.detach()}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.rows_state(weight)
+    with replacing(folder / f"classes-{start}-{stop}-{token}.pt") as partial:
+        torch.save(state, partial)
+    comm.barrier()
+    if comm.rank == 0:
+        shards = [[a, b, f"classes-{a}-{b}-{token}.pt"] for a, b in comm.shards(num_classes)]
+        sizes = {"embedding_dim": weight.shape[1], "num_classes": num_classes}
+        write_text(folder / _INDEX, json.dumps({**sizes, "shards": shards}))
+        kept = {name for *_, name in shards}
+        for old in folder.glob("classes-*.pt"):
+            if old.name not in kept:
+                old.unlink()
+    comm.barrier()
+
+
+@torch.no_grad()
+def load_shards(
+    folder: str | Path,
+    weight: nn.Parameter,
+    num_classes: int,
+    comm: Communicator,
+    optimizer: RowSparse | None = None,
+    *,
+    first_rows: bool = False,
+) -> None:
+    """Read what :func:`save_shards` wrote on any number of ranks.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No checkpoint, or one of another size: the message names the folder and both sizes.
+    """
+    folder = Path(folder)
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        theirs = (index["embedding_dim"], index["num_classes"])
+        stored_shards = [(int(a), int(b), str(name)) for a, b, name in index["shards"]]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} holds no checkpoint of a head: no {_INDEX}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / _INDEX} is no index of a head's shards: {error}") from None
+    ours = (weight.shape[1], num_classes)
+    if theirs != ours and not (first_rows and theirs[0] == ours[0] and theirs[1] > ours[1]):
+        raise ValueError(
+            f"{folder}: the checkpoint has (embedding_dim, num_classes) = {theirs}, this head "
+            f"{ours}"
+        )
+    first, last = comm.shard_of(num_classes)
+    parts = []
+    for start, stop, name in stored_shards:
+        low, high = max(start, first), min(stop, last)
+        if low >= high:
+            continue
+        stored = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+        here, there = slice(low - first, high - first), slice(low - start, high - start)
+        weight[here] = stored["weight"][there].to(weight.device)
+        if optimizer is not None and "optimizer" in stored:
+            state = stored["optimizer"]
+            rows = stop - start
+            state = {
+                key: value[there] if value.ndim and len(value) == rows and key != "idle" else value
+                for key, value in state.items()
+            }
+            parts.append((here, state))
+    if optimizer is not None and parts:
+        optimizer.load_rows_state(weight, parts)

@@ -1,0 +1,277 @@
+"""Forward and backward of the head, for one process and for shards alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.head.dense import AllClasses
+from speechbrain_qmargin.head.precision import exact_accumulation
+from speechbrain_qmargin.head.prototypes import Prototypes
+from speechbrain_qmargin.head.search import (
+    Candidates,
+    Query,
+    candidate_level,
+    exact_cosines,
+    refined,
+    search,
+)
+from speechbrain_qmargin.loss.solver import Block, Measure, fenchel_young
+
+__all__ = ["Evaluation", "HeadLoss", "Request"]
+
+_ROWS_AT_ONCE = 8192
+
+
+class Request(NamedTuple):
+    """What a loss asks of the head, of this rank's samples.
+
+    Attributes
+    ----------
+    alpha, scale : float
+    target_log_q : Tensor, [B], float64
+        log q of the targets, the classes' own included.
+    log_q : Tensor, [num_classes], or None
+        log q of the classes where they are not the target.
+    spread : float
+        log(q_max / q_min), the same on all ranks.
+    moved : callable, optional
+        New cosines of the targets, and their slopes, from their cosines [B], float64: for a
+        cross-entropy (alpha = 1).
+    """
+
+    alpha: float
+    scale: float
+    target_log_q: Tensor
+    log_q: Tensor | None = None
+    spread: float = 0.0
+    moved: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+
+
+class Shard(NamedTuple):
+    """The classes [start, stop) of all, and whom to ask about the others."""
+
+    prototypes: Prototypes
+    start: int
+    stop: int
+    classes: int
+    comm: Communicator
+    sparse_grad: bool
+
+
+class Evaluation(NamedTuple):
+    """Of this rank's samples, all [B]; only the loss has a gradient.
+
+    Attributes
+    ----------
+    loss, target_posterior : Tensor, float32
+    support : Tensor, float32
+        Active classes, the target included.
+    """
+
+    loss: Tensor
+    target_posterior: Tensor
+    support: Tensor
+
+
+class HeadLoss(torch.autograd.Function):
+    """Losses, target posteriors and supports, see :class:`Evaluation`.
+
+    The gradient of the embeddings is that of this rank's loss, for DDP to average; the prototypes'
+    is that of the ranks' mean loss, which is what the average would have been.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, unit, weight, anchor, labels, raw, valid, sizes, shard, request):
+        """
+        Parameters
+        ----------
+        unit, raw : Tensor, [b, D], float32
+            This rank's embeddings, of unit length and as they are.
+        weight, anchor : Parameter
+            The shard's prototypes; what DDP is to see of them, or None.
+        labels : Tensor, [b], int64
+        valid : Tensor, bool, or None
+            Whether all embeddings of all ranks are finite: otherwise all losses are NaN, and all
+            gradients zero.
+        sizes : list of int
+            b of all ranks.
+        shard : Shard
+        request : Request
+        """
+        comm, prototypes = shard.comm, shard.prototypes
+        offset = sum(sizes[: comm.rank])
+        own = slice(offset, offset + sizes[comm.rank])
+        raw = torch.where(valid, raw, 0)
+        names = torch.stack((labels.double(), request.target_log_q))
+        raw, names = comm.gather(raw, sizes), comm.gather(names.T, sizes).T
+        labels, target_log_q = names[0].long(), names[1]
+        exact = F.normalize(raw.double(), dim=1)
+        here = (labels >= shard.start) & (labels < shard.stop)
+        labels = torch.where(here, labels - shard.start, -1)
+        mine = here.nonzero().squeeze(1)
+        cos_y = torch.zeros_like(exact[:, 0])
+        cos_y[mine] = exact_cosines(exact, mine, labels[mine], prototypes)
+        cos_y = comm.sum(cos_y)
+        cos_y, slope = (cos_y, 1.0) if request.moved is None else request.moved(cos_y)
+        log_q = request.log_q
+        measure = Measure(
+            request.alpha, target_log_q, None if log_q is None else log_q[shard.start : shard.stop]
+        )
+        query = Query(
+            F.normalize(raw, dim=1),
+            exact,
+            labels,
+            cos_y * request.scale,
+            measure,
+            request.scale,
+            request.spread,
+            shard.classes,
+        )
+        found = everything = candidates = p = None
+        with exact_accumulation(raw.device):
+            if request.alpha > 1:
+                found = search(query, prototypes, comm)
+            if found is None:
+                everything = AllClasses(query, prototypes)
+                level = everything.level(comm)
+                moments = _all_moments(everything, level)
+            else:
+                candidates, lower = refined(query, *found, prototypes)
+                level = candidate_level(query, candidates, comm, lower)
+                p, moments = _posterior(query, candidates, level)
+        others, gap, support = comm.sum(moments)
+        solution = fenchel_young(measure, query.target, level, others, gap)
+        residual = (solution.residual * slope).float()
+        p_y = solution.target_posterior.float()
+        loss = torch.where(valid, solution.loss.float(), torch.nan)
+        support = (support + (p_y > 0)).float()
+        ctx.entries = None
+        if candidates is not None and p is not None:
+            samples, place = p.nonzero(as_tuple=True)
+            share = p[samples, place] * solution.inverse_total[samples]
+            # the target is an entry like the others
+            ctx.entries = (
+                torch.cat([samples, mine]),
+                torch.cat([candidates.classes[samples, place], labels[mine]]),
+                torch.cat([share.float(), residual[mine]]),
+            )
+        ctx.save_for_backward(query.unit, level, solution.inverse_total, residual, valid)
+        ctx.everything, ctx.shard, ctx.scale = everything, shard, request.scale
+        ctx.sizes, ctx.own, ctx.anchored = sizes, own, anchor is not None
+        ctx.weight, ctx.version = weight, weight._version
+        outputs = loss[own], p_y[own], support[own]
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "QMarginHead has no second derivatives (create_graph=True): use QMarginLoss on "
+                "all cosines, as the dense classifier gives them"
+            )
+        if ctx.weight._version != ctx.version:
+            raise RuntimeError(
+                "the prototypes were changed between the forward and the backward of QMarginHead"
+            )
+        comm = ctx.shard.comm
+        upstream = comm.gather(gradients[0], ctx.sizes) * ctx.scale
+        upstream = torch.where(ctx.saved_tensors[-1], upstream, 0)
+        with torch.autocast(upstream.device.type, enabled=False):
+            way = _sparse_backward if ctx.entries is not None else _dense_backward
+            grad_unit, grad_weight = way(ctx, upstream)
+        if grad_unit is not None:
+            grad_unit = comm.sum(grad_unit)[ctx.own]
+        if grad_weight is not None and comm.world > 1:
+            (grad_weight._values() if grad_weight.is_sparse else grad_weight).div_(comm.world)
+        anchor = torch.zeros((), device=upstream.device) if ctx.anchored else None
+        return grad_unit, grad_weight, anchor, *[None] * 6
+
+
+def _posterior(query: Query, found: Candidates, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Posteriors [B, K] of candidates, and their sum, gap and number [3, B]."""
+    logits, alpha = found.cosines * query.scale, query.measure.alpha
+    lead = logits - query.target.unsqueeze(1)
+    block = Block(logits.mul_(alpha - 1), alpha, query.measure.of(found.classes))
+    p = block.posterior(level)
+    gap = torch.linalg.vecdot(p, lead.masked_fill_(p == 0, 0))
+    return p, torch.stack((p.sum(1), gap, (p > 0).sum(1)))
+
+
+def _all_moments(everything: AllClasses, level: Tensor) -> Tensor:
+    moments = torch.zeros(3, *level.shape, dtype=torch.float64, device=level.device)
+    target = everything.query.target.unsqueeze(1)
+    alpha = everything.query.measure.alpha
+    for _, p, scores in everything.posteriors(level):
+        if alpha > 1:
+            lead = (scores / (alpha - 1)).sub_(target).masked_fill_(p == 0, 0)
+            gap = torch.linalg.vecdot(p, lead)
+        else:
+            gap = torch.zeros_like(level)  # does not count
+        moments += torch.stack((p.sum(1).double(), gap, (p > 0).sum(1)))
+    return moments
+
+
+def _sparse_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    unit = ctx.saved_tensors[0]
+    samples, classes, g = ctx.entries
+    prototypes = ctx.shard.prototypes
+    weight, inverse_norm = prototypes.weight, prototypes.inverse_norm
+    g = g * scale[samples]
+    keep = (g != 0).nonzero().squeeze(1)
+    samples, classes, g = samples[keep], classes[keep], g[keep]
+    grad_unit = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_unit = torch.zeros_like(unit)
+        for part in torch.arange(keep.numel(), device=unit.device).split(_ROWS_AT_ONCE):
+            rows = weight.index_select(0, classes[part])
+            rows.mul_((g[part] * inverse_norm[classes[part]]).unsqueeze(1))
+            grad_unit.index_add_(0, samples[part], rows)
+    if ctx.needs_input_grad[1]:
+        rows, slot = torch.unique(classes, return_inverse=True)
+        values = unit.new_zeros(rows.numel(), unit.shape[1])
+        for part in torch.arange(keep.numel(), device=unit.device).split(_ROWS_AT_ONCE):
+            values.index_add_(0, slot[part], unit[samples[part]] * g[part].unsqueeze(1))
+        for start in range(0, rows.numel(), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            _project(values[part], prototypes.unit(rows[part]), inverse_norm[rows[part]])
+        if ctx.shard.sparse_grad:
+            grad_weight = torch.sparse_coo_tensor(
+                rows.unsqueeze(0), values, weight.shape, is_coalesced=True, check_invariants=False
+            )
+        else:
+            grad_weight = torch.zeros_like(weight).index_copy_(0, rows, values)
+    return grad_unit, grad_weight
+
+
+def _project(grad: Tensor, unit: Tensor, inverse_norm: Tensor) -> None:
+    """Gradient by the unit rows to gradient by the rows, in place."""
+    radial = torch.linalg.vecdot(grad, unit).unsqueeze(1)
+    grad.sub_(unit.mul_(radial)).mul_(inverse_norm.unsqueeze(1))
+
+
+def _dense_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    unit, level, inverse_total, residual, _ = ctx.saved_tensors
+    prototypes, labels = ctx.shard.prototypes, ctx.everything.query.labels
+    grad_unit = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
+    grad_weight = torch.empty_like(prototypes.weight) if ctx.needs_input_grad[1] else None
+    everyone = torch.arange(labels.numel(), device=labels.device)
+    for rows, p, _ in ctx.everything.posteriors(level):
+        g = (p * inverse_total.unsqueeze(1)).float()
+        inside = (labels >= rows.start) & (labels < rows.stop)
+        place = (labels - rows.start).clamp(0, g.shape[1] - 1)
+        g[everyone, place] += torch.where(inside, residual, 0)
+        g *= scale.unsqueeze(1)
+        directions = prototypes.unit(rows)
+        if grad_unit is not None:
+            grad_unit.addmm_(g, directions)
+        if grad_weight is not None:
+            chunk = torch.mm(g.T, unit, out=grad_weight[rows])
+            _project(chunk, directions, prototypes.inverse_norm[rows])
+    return grad_unit, grad_weight
