@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
-from speechbrain_qmargin.head.search import candidate_level, posterior, refined, search
+from speechbrain_qmargin.head.search import Query, candidate_level, refined, search
+from speechbrain_qmargin.loss.solver import Measure, edge
 
 LR = 0.01
 SETTINGS = {192: [(1.25, 32, 0.05), (1.25, 32, 0.3), (1.5, 10, 0.05), (1.25, 32, None)]}
@@ -53,7 +54,7 @@ class QMargin:
     def __init__(self, classes, dim, alpha, scale):
         self.head = QMarginHead(dim, classes, alpha, scale, 0.2)
         self.weight = self.head.weight
-        self.optimizer = RowSparseSGD(self.head.parameters(), lr=LR)
+        self.optimizer = RowSparseSGD(self.head.parameters(), lr=LR, head=self.head)
         self.head.prototypes()
 
     def step(self, x, labels):
@@ -68,16 +69,18 @@ class QMargin:
 
         Smallest and largest support, and two others. The error is relative to the sample's loss.
         """
-        head, own = self.head, self.head.prototypes()
-        x = x.detach()
+        head, x = self.head, x.detach()
         parameters = alpha, scale, margin = head.alpha, head.scale, head.margin
         unit, exact = F.normalize(x, dim=1), F.normalize(x.double(), dim=1)
-        target = torch.linalg.vecdot(exact, own.unit(labels, torch.float64))
-        found = search(unit, labels, target.float(), own, *parameters)
-        candidates = refined(exact, *found, own, alpha, scale)
-        logits = candidates.cosines * scale
-        level = candidate_level(logits, target * scale, alpha, -scale * margin)
-        active = posterior(logits, level, alpha) > 0
+        own = head.prototypes()
+        target = scale * torch.linalg.vecdot(exact, own.unit(labels, torch.float64))
+        measure = Measure(alpha, torch.full_like(target, -scale * margin))
+        spread, classes = scale * margin, len(own.weight)
+        query = Query(unit, exact, labels, target, measure, scale, spread, classes)
+        found = search(query, own, head.comm)
+        candidates, lower = refined(query, *found, own)
+        level = candidate_level(query, candidates, head.comm, lower)
+        active = candidates.cosines * scale > edge(level, alpha).unsqueeze(1)
         counts = active.sum(1)
         rows = torch.stack((counts.argmin(), counts.argmax(), *torch.arange(2)))
         got = head(x[rows]).q_margin_loss(labels[rows], *parameters, reduction="none")

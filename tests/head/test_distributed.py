@@ -133,7 +133,7 @@ def ddp(rank, world):
     mine = encoder()
     model = torch.nn.parallel.DistributedDataParallel(mine)
     head = QMarginHead(DIM, classes, *parameters, seed=0)
-    wrapped = torch.nn.parallel.DistributedDataParallel(head)
+    wrapped = torch.nn.parallel.DistributedDataParallel(head, find_unused_parameters=True)
     optimizer = RowSparseSGD(
         [*mine.parameters(), *head.parameters()], lr=0.5, momentum=0.9, head=head
     )
@@ -256,10 +256,25 @@ def bad_input(rank, world):
     with pytest.raises(ValueError, match=r"rank 1: 1 labels outside \[0, 50\)"):
         head(x, labels)
     x, labels = batch(rank, world, 50)
+    with pytest.raises(ValueError, match="an empty batch"):
+        head(x[: 0 if rank == 1 else 3], labels[: 0 if rank == 1 else 3])
+    with pytest.raises(
+        (ValueError, TypeError), match=r"rank 1 refused|must be integer class labels"
+    ):
+        head(x, labels.double() if rank == 1 else labels)
+    # SpeechBrain counts losses that are not finite, on each rank: it is the same on all of them
+    x, labels = batch(rank, world, 50)
     if rank == 1:
         x[1, 2] = torch.nan
-    with pytest.raises(ValueError, match="rank 1: 1 embeddings are not finite"):
-        head(x, labels)
+    head.weight.grad = None
+    loss = head(x.requires_grad_(), labels)
+    loss.backward()
+    assert loss.isnan()
+    assert not head.weight.grad.any()
+    whole = torch.nn.ModuleDict({"classifier": QMarginHead(DIM, 50, seed=0)})
+    torch.nn.parallel.DistributedDataParallel(whole)
+    with pytest.raises(RuntimeError, match="DistributedDataParallel wraps a module that contains"):
+        whole["classifier"](torch.randn(3, DIM), torch.arange(3))
     with pytest.raises(ValueError, match="shards disagree"):
         QMarginHead(DIM, 50 + 2 * rank)
 

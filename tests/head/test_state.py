@@ -1,0 +1,265 @@
+"""State that cannot lie: whatever is done to a head and its optimiser, the loss is the weight's."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.optim.swa_utils import AveragedModel
+
+from speechbrain_qmargin import q_margin_loss
+from speechbrain_qmargin.head import QMarginHead, RowSparseAdam, RowSparseSGD, prototypes
+
+CLASSES, DIM = 600, 8
+LABELS = torch.arange(12)
+PARAMETERS = (1.5, 10.0, 0.2)
+
+
+@pytest.fixture(autouse=True)
+def screened(monkeypatch):
+    """With a bf16 copy, whose staleness would lose classes."""
+    monkeypatch.setattr(prototypes, "SCREEN_FROM", 1)
+
+
+def make(**options):
+    torch.manual_seed(0)
+    return QMarginHead(DIM, CLASSES, *PARAMETERS, **options)
+
+
+def embeddings(seed=1):
+    return torch.randn(len(LABELS), DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def true_loss(head, x):
+    """Of the weight as it is."""
+    cosines = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(head.weight).T
+    return q_margin_loss(cosines.detach(), LABELS, *PARAMETERS)
+
+
+def assert_true(head, x=None):
+    x = embeddings() if x is None else x
+    torch.testing.assert_close(head.train()(x, LABELS).detach(), true_loss(head, x))
+
+
+def trained(kind=RowSparseSGD, steps=8, **options):
+    """A head with glides pending."""
+    head = make()
+    options = {"momentum": 0.9, "weight_decay": 0.01} if kind is RowSparseSGD else options
+    optimizer = kind(head.parameters(), lr=0.3, **options, head=head)
+    run(head, optimizer, steps)
+    return head, optimizer
+
+
+def run(head, optimizer, steps, seed=0):
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = head(embeddings(100 * seed + step), LABELS)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def weights(head):
+    return head.weight.detach().clone()
+
+
+@pytest.mark.parametrize("kind", [RowSparseSGD, RowSparseAdam])
+@pytest.mark.parametrize("how", ["load_state_dict", "load_shards", "data", "copy_"])
+def test_rows_loaded_under_a_live_optimiser_stay_what_was_loaded(kind, how, tmp_path):
+    head, optimizer = trained(kind)
+    best = make()
+    torch.nn.init.normal_(best.weight)
+    best.save_shards(tmp_path)
+    if how == "load_state_dict":
+        head.load_state_dict(best.state_dict())
+    elif how == "load_shards":
+        head.load_shards(tmp_path)
+    elif how == "data":
+        head.weight.data.copy_(best.weight.data)
+    else:
+        with torch.no_grad():
+            head.weight.copy_(best.weight)
+    assert_true(head)
+    optimizer.catch_up()
+    assert torch.equal(head.weight, best.weight)
+    before = weights(head)
+    optimizer.zero_grad()
+    head(embeddings(), LABELS).backward()
+    touched = head.weight.grad.coalesce().indices()[0]
+    optimizer.step()
+    idle = torch.ones(CLASSES, dtype=torch.bool)
+    idle[touched] = False
+    assert idle.any()
+    assert torch.equal(head.weight[idle], before[idle])
+    assert_true(head)
+
+
+@pytest.mark.parametrize("kind", [RowSparseSGD, RowSparseAdam])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_of_head_and_optimiser_goes_on_as_the_original(kind, way):
+    head, optimizer = trained(kind)
+    pair = (head, optimizer)
+    if way == "deepcopy":
+        twin, its = copy.deepcopy(pair)
+    elif way == "pickle":
+        twin, its = pickle.loads(pickle.dumps(pair))
+    else:
+        file = io.BytesIO()
+        torch.save(pair, file)
+        file.seek(0)
+        twin, its = torch.load(file, weights_only=False)
+    assert twin.gives_sparse_grad
+    assert run(twin, its, 5, seed=1) == run(head, optimizer, 5, seed=1)
+    assert torch.equal(twin.weight, head.weight)
+    best = make().state_dict()
+    twin.load_state_dict(best)  # what was pending in the copy is dropped as well
+    its.catch_up()
+    assert torch.equal(twin.weight, best["weight"])
+
+
+def test_a_copy_of_the_head_alone_is_the_same_function_and_unbound():
+    head, _ = trained()
+    for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head)), AveragedModel(head).module):
+        assert torch.equal(twin.state_dict()["weight"], head.weight)
+        assert not twin.gives_sparse_grad
+        twin.weight.grad = None
+        assert_true(twin)
+        twin(embeddings(), LABELS).backward()
+        assert not twin.weight.grad.is_sparse
+        torch.optim.SGD(twin.parameters(), lr=0.1, weight_decay=0.1).step()
+        assert_true(twin)
+    averaged = AveragedModel(head, avg_fn=lambda old, new, n: new)
+    averaged.update_parameters(head)
+    assert_true(averaged.module)
+
+
+def spawned(_, head, expected):
+    torch.set_num_threads(1)
+    assert_true(head)
+    assert torch.equal(head.weight.detach(), expected)
+
+
+def test_spawn():
+    head, _ = trained()
+    mp.spawn(spawned, (copy.deepcopy(head), weights(head)), nprocs=1)
+
+
+def test_assign_replaces_the_parameter_and_the_optimiser_says_so():
+    head, optimizer = trained()
+    head.load_state_dict(make().state_dict(), assign=True)
+    head(embeddings(), LABELS).backward()
+    with pytest.raises(RuntimeError, match="assign=True"):
+        optimizer.step()
+    assert_true(head)
+    again = RowSparseSGD(head.parameters(), lr=0.1, head=head)
+    run(head, again, 2)
+    assert_true(head)
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+        lambda p: torch.optim.SGD(p, lr=3.0, fused=True),
+        lambda p: torch.optim.Adam(p, lr=0.1),
+        lambda p: torch.optim.RMSprop(p, lr=0.1),
+        lambda p: torch.optim.NAdam(p, lr=0.1),
+        lambda p: torch.optim.Adadelta(p, lr=100.0),
+        lambda p: torch.optim.SGD(p, lr=3.0, momentum=0.9, weight_decay=0.01),
+    ],
+)
+def test_any_optimiser_takes_dense_gradients_and_its_writes_are_noticed(optimiser):
+    head = make()
+    optimizer = optimiser(head.parameters())
+    for step in range(5):
+        optimizer.zero_grad()
+        head(embeddings(step), LABELS).backward()
+        optimizer.step()
+    assert_true(head)
+
+
+def test_dense_gradients_are_the_sparse_ones():
+    rows, full = make(sparse_grad=True), make(sparse_grad=False)
+    for head in (rows, full):
+        head(embeddings(), LABELS).backward()
+    assert rows.weight.grad.is_sparse
+    assert torch.equal(rows.weight.grad.to_dense(), full.weight.grad)
+    torch.nn.utils.clip_grad_value_(full.parameters(), 1e-3)
+    assert full.weight.grad.abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "NAdam", "Adadelta", "SGD"])
+def test_an_optimiser_that_cannot_take_rows_is_told_the_remedy(name):
+    head = make(sparse_grad=True)
+    options = {"weight_decay": 0.1} if name == "SGD" else {}
+    optimizer = getattr(torch.optim, name)(head.parameters(), lr=0.1, **options)
+    head(embeddings(), LABELS).backward()
+    with pytest.raises(TypeError, match="sparse_grad=False, or step it with RowSparseSGD"):
+        optimizer.step()
+
+
+def test_plain_sgd_takes_rows():
+    head = make(sparse_grad=True)
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
+    run(head, optimizer, 3)
+    assert_true(head)
+
+
+def test_a_cache_made_under_inference_mode():
+    head = make()
+    optimizer = RowSparseSGD(head.parameters(), lr=0.3, head=head)
+    with torch.inference_mode():
+        head(embeddings(), LABELS)
+        head.eval()(embeddings())
+    head.train()
+    run(head, optimizer, 3)
+    with torch.inference_mode():
+        assert_true(head)
+
+
+def test_second_derivatives_raise():
+    head = make()
+    x = embeddings().requires_grad_()
+    loss = head(x, LABELS)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_bad_input():
+    head = make()
+    with pytest.raises(TypeError, match=r"integer class labels, got torch\.float32"):
+        head(embeddings(), LABELS.float())
+    with pytest.raises(ValueError, match="empty batch"):
+        head(torch.zeros(0, DIM), LABELS[:0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_embeddings_that_are_not_finite_give_a_loss_that_is_not_and_no_gradient(value, alpha):
+    """For SpeechBrain's patience with such losses to decide, not the head."""
+    head, optimizer = trained()
+    before = weights(head)
+    x = embeddings()
+    x[3, 2] = value
+    optimizer.zero_grad()
+    loss = head(x.requires_grad_()).q_margin_loss(LABELS, alpha, 10.0, 0.2)
+    loss.backward()
+    assert loss.isnan()
+    assert not head.weight.grad.to_dense().any()
+    optimizer.param_groups[0]["momentum"] = 0
+    optimizer.step()
+    torch.testing.assert_close(head.weight.detach().norm(), before.norm(), rtol=0.1, atol=0)
+    assert head.weight.isfinite().all()
+    run(head, optimizer, 2)
+    assert_true(head)
+
+
+def test_no_warning_in_a_step():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(steps=2)
