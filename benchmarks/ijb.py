@@ -2,6 +2,8 @@
 
     python benchmarks/ijb.py              some minutes; writes 2.2 GB to a temporary folder
     python benchmarks/ijb.py coverage     the intervals' coverage, by simulation
+    python benchmarks/ijb.py search       1:N at IJB-C's size, beside the whole table of scores
+    python benchmarks/ijb.py search_coverage    its intervals' coverage, by simulation
 
 The protocol is simulated at its size, in the official text format: 469,375 images of 23,124
 templates (a gallery template of each of 3,531 subjects, 19,593 probes), 15,658,489 pairs of which
@@ -245,9 +247,89 @@ def coverage(simulations: int = 200) -> None:
                 )
 
 
+# ------------------------------------------------------------------ 1:N
+
+
+def search() -> None:
+    """19,593 probes in a gallery of 1,772 of 3,531 subjects, 512-d, as in IJB-C."""
+    from speechbrain_qmargin.scoring.identification import identify
+
+    rng = np.random.default_rng(0)
+    people = rng.standard_normal((SUBJECTS, DIM), dtype=np.float32)
+
+    def unit(of: np.ndarray) -> np.ndarray:
+        rows = people[of] + 2.2 * rng.standard_normal((len(of), DIM), dtype=np.float32)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    of_gallery, of_probe = np.arange(1_772), rng.integers(SUBJECTS, size=TEMPLATES - SUBJECTS)
+    gallery, probes = unit(of_gallery), unit(of_probe)
+    print("| 1:N | seconds | most memory |\n|---|---|---|")
+    for name, sizes in (
+        ("the whole list", ()),
+        ("and lists of 10, 100 and 1,000", (10, 100, 1000)),
+    ):
+        most_memory()
+        start = time.perf_counter()
+        found = identify(gallery, of_gallery, probes, of_probe, sizes=sizes)
+        print(f"| {name} | {time.perf_counter() - start:.1f} | {most_memory():,.0f} MB |")
+    print(found.table())
+    most_memory()
+    start = time.perf_counter()
+    scores = probes @ gallery.T  # the plain way: ranks alone, no intervals
+    mated = np.flatnonzero(of_probe < len(gallery))
+    order = np.argsort(-scores[mated], axis=1)
+    at_one = (order[:, 0] == of_probe[mated]).mean()
+    print(f"| plain: a sort of all scores | {time.perf_counter() - start:.1f} | "
+          f"{most_memory():,.0f} MB |\nrank 1 by it: {100 * at_one:.2f} %")  # fmt: skip
+
+
+def search_coverage(simulations: int = 200) -> None:
+    """How often the intervals hold the mean over 100 other worlds of the same kind.
+
+    Every world has its own people, some of them harder than others; three probes of each, half of
+    the people in the list.
+    """
+    from tqdm import tqdm
+
+    from speechbrain_qmargin.scoring.identification import identify
+
+    def world(seed: int, people: int):
+        rng = np.random.default_rng([seed, people])
+        centres = rng.normal(size=(people, 12))
+        spread = np.exp(0.3 * rng.normal(size=(people, 1)))
+
+        def take(of: np.ndarray) -> np.ndarray:
+            rows = centres[of] + 0.9 * spread[of] * rng.normal(size=(len(of), 12))
+            return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+        members, everybody = np.arange(people // 2), np.repeat(np.arange(people), 3)
+        sizes = (people // 4,)
+        found = identify(take(members), members, take(everybody), everybody, ranks=(1, 5),
+                         fpirs=(0.1,), sizes=sizes)  # fmt: skip
+        half, whole = found.open_set
+        return {
+            "rank 1": found.cmc[1],
+            "rank 5": found.cmc[5],
+            "FNIR at FPIR 0.1, half the list": half.fnir,
+            "FNIR at FPIR 0.1": whole.fnir,
+        }
+
+    print("| people | figure | covered | median width |\n|---|---|---|---|")
+    for people in (40, 120, 400):
+        others = [world(1000 + seed, people) for seed in range(100)]
+        truth = {name: np.mean([x[name].value for x in others]) for name in others[0]}
+        rows = [world(seed, people) for seed in tqdm(range(simulations), str(people), leave=False)]
+        for name, true in truth.items():
+            held = np.mean([x[name].low <= true <= x[name].high for x in rows])
+            width = np.median([x[name].high - x[name].low for x in rows])
+            print(f"| {people} | {name} | {100 * held:.1f} % | {100 * width:.1f} % |", flush=True)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="?", default="cost", choices=("cost", "coverage"))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "part", nargs="?", default="cost", choices=("cost", "coverage", "search", "search_coverage")
+    )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

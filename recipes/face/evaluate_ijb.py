@@ -24,6 +24,7 @@ from speechbrain_qmargin.faces.ijb import (
     IJBOptions,
     evaluate_ijb,
     extract_ijb,
+    identify_ijb,
     load_image_embeddings,
     read_ijb,
     sweep_table,
@@ -78,7 +79,7 @@ def default_folder(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ijb", required=True, help="folder with meta/")
     parser.add_argument("--target", default="IJBC", choices=("IJBB", "IJBC"))
     source = parser.add_mutually_exclusive_group(required=True)
@@ -91,6 +92,7 @@ def main(argv=None):
     parser.add_argument("--flip", default="sum", choices=FLIPS, help="image and mirror image")
     parser.add_argument("--use_norm_score", default=True, action=SWITCH, help="lengths are weights")
     parser.add_argument("--use_detector_score", default=True, action=SWITCH, help="as weights")
+    parser.add_argument("--search", action="store_true", help="1:N too, by the lists in meta/")
     parser.add_argument("--all_options", action="store_true", help="every combination beside it")
     parser.add_argument("--output_folder", default=None, help="<run>/<target> by default")
     args = parser.parse_args(argv)
@@ -105,6 +107,11 @@ def main(argv=None):
     result = evaluate_ijb(ijb, images, options)
     result.save(folder)
     print(result.table())
+    if args.search:
+        with tqdm(desc="searches", unit=" probes", leave=False) as progress:
+            search = identify_ijb(ijb, images, options, progress=progress.update)
+        search.save(folder)
+        print(f"\n{search.table()}")
     if args.all_options:
         flips = FLIPS if images.mirrored is not None else ("none",)
         every = [

@@ -16,6 +16,7 @@ from speechbrain_qmargin.faces.ijb import (
     ImageEmbeddings,
     evaluate_ijb,
     extract_ijb,
+    identify_ijb,
     load_image_embeddings,
     pair_cosines,
     read_ijb,
@@ -290,6 +291,59 @@ def test_a_bad_1_to_n_list_is_named_with_its_line(tmp_path, line, message):
     path.write_text("\n".join(lines))
     with pytest.raises(ValueError, match=rf"ijbc_1N_probe_mixed\.csv:3: .*{message}"):
         read_ijb(tmp_path)
+
+
+# ------------------------------------------------------------------ 1:N
+
+
+@pytest.mark.parametrize("target", ["IJBB", "IJBC"])
+def test_searches_are_those_of_a_loop(tmp_path, target):
+    embeddings = write_ijb(tmp_path, target, subjects=30, seed=3)
+    protocol = read_ijb(tmp_path, target)
+    images = ImageEmbeddings(0.2 * embeddings[:, 0], embeddings[:, 1])
+    found = identify_ijb(protocol, images, ranks=(1, 3), fpirs=(0.2,), sizes=(5,))
+    unit = dict(zip(protocol.trials.ids, template_embeddings(protocol, images), strict=True))
+    one, two = ("S1", "S2") if target == "IJBB" else ("G1", "G2")
+    assert list(found.found) == [one, two, f"{one}+{two}"]
+    tpirs = []
+    for name in (one, two):
+        gallery = protocol.lists[name]
+        ranks, others = {}, {}
+        for probe, subject in protocol.lists["mixed"].items():
+            scores = {s: float(unit[probe] @ unit[t]) for t, s in gallery.items()}
+            if subject in scores:
+                ranks[probe] = sum(x >= scores[subject] for x in scores.values())
+            else:
+                others[probe] = max(scores.values())
+        assert (len(ranks), len(others)) == (30, 30)
+        search = found.found[name]
+        for rank in (1, 3):
+            assert search.cmc[rank].value == np.mean([r <= rank for r in ranks.values()])
+        row = search.open_set[-1]
+        assert row.size == 15
+        assert row.fpir.value == np.mean([x >= row.threshold for x in others.values()]) <= 0.2
+        tpirs.append(1 - row.fnir.value)
+    assert found.means()["TPIR@FPIR=0.2"] == pytest.approx(np.mean(tpirs))
+    assert found.found[f"{one}+{two}"].open_set == []
+    found.save(tmp_path / "out")
+    assert (
+        f"gallery {one}: 15 identities of 15 templates"
+        in (tmp_path / "out" / "search.txt").read_text()
+    )
+    assert json.loads((tmp_path / "out" / "search.json").read_text())["target"] == target
+
+
+def test_a_search_without_its_lists(tree, tmp_path):
+    folder, embeddings = tree
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "meta/ijbc_1N_gallery_G2.csv").unlink()
+    images = ImageEmbeddings(embeddings[:, 0], embeddings[:, 1])
+    with pytest.raises(ValueError, match=r"1:N needs the lists of both galleries.*are G1, mixed"):
+        identify_ijb(read_ijb(tmp_path), images)
+    listed = tmp_path / "meta/ijbc_1N_gallery_G2.csv"
+    listed.write_text("TEMPLATE_ID,SUBJECT_ID\n999999,5\n")
+    with pytest.raises(ValueError, match=r"1 templates of the 1:N lists have no images.* 999999"):
+        identify_ijb(read_ijb(tmp_path), images)
 
 
 # ------------------------------------------------------------------ files

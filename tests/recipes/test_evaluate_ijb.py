@@ -26,12 +26,13 @@ def folder(tmp_path_factory):
 
 def test_the_whole_evaluation(folder, capsys):
     recipe = load("recipes/face/evaluate_ijb.py")
-    recipe.main(["--ijb", str(folder), "--target", "IJBB", "--all_options",
+    recipe.main(["--ijb", str(folder), "--target", "IJBB", "--all_options", "--search",
                  "--embeddings", str(folder / "images.npz"), "--output_folder",
                  str(folder / "out"), "--no-use_detector_score"])  # fmt: skip
     text = capsys.readouterr().out
     assert "IJBB 1:1, N1 D0 F2: embeddings keep their norm, unweighted" in text
     assert "TAR@FAR=1e-06" in text
+    assert "gallery S1: " in text
     table = (folder / "out/options.txt").read_text().splitlines()
     assert len(table) == 1 + 3 * 2 * 2
     shown = next(row for row in table if row.startswith("N1 D0 F2")).split()

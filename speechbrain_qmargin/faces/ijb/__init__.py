@@ -7,6 +7,7 @@ over its media; the cosine of two templates. What moves the result is an option
 (:class:`IJBOptions`), and every report prints it.
 """
 
+from speechbrain_qmargin.faces.ijb.identification import IJBSearch, identify_ijb
 from speechbrain_qmargin.faces.ijb.images import (
     ImageEmbeddings,
     extract_ijb,
@@ -27,9 +28,11 @@ __all__ = [
     "IJB_FARS",
     "IJBOptions",
     "IJBResult",
+    "IJBSearch",
     "ImageEmbeddings",
     "evaluate_ijb",
     "extract_ijb",
+    "identify_ijb",
     "load_image_embeddings",
     "pair_cosines",
     "read_ijb",
