@@ -1,36 +1,70 @@
 """Q-Margin for SpeechBrain: a sparse alpha-divergence margin loss for biometric verification.
 
-Importing the package imports torch and nothing else; recipes, data and scoring live in submodules.
+The names below are loaded when they are first used: the losses and the head cost the import of
+torch and nothing else, scoring that of numpy.
 """
 
-from speechbrain_qmargin.loss.functional import (
-    QMarginStats,
-    alpha_softargmax,
-    alpha_softmax_value,
-    hard_margin,
-    margin_for,
-    q_margin_loss,
-    solve_tau,
-)
-from speechbrain_qmargin.loss.registry import (
-    LOSSES,
-    CosFaceLoss,
-    EntmaxLoss,
-    QMarginFaceLoss,
-    QMarginLoss,
-    SparsemaxLoss,
-    make_loss,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from speechbrain_qmargin.head import QMarginHead as QMarginHead
+    from speechbrain_qmargin.head import RowSparseSGD as RowSparseSGD
+    from speechbrain_qmargin.loss.arcface import ArcFaceLoss as ArcFaceLoss
+    from speechbrain_qmargin.loss.cosface import CosFaceLoss as CosFaceLoss
+    from speechbrain_qmargin.loss.entmax import EntmaxLoss as EntmaxLoss
+    from speechbrain_qmargin.loss.entmax import SparsemaxLoss as SparsemaxLoss
+    from speechbrain_qmargin.loss.functional import alpha_softargmax as alpha_softargmax
+    from speechbrain_qmargin.loss.functional import alpha_softmax_value as alpha_softmax_value
+    from speechbrain_qmargin.loss.functional import hard_margin as hard_margin
+    from speechbrain_qmargin.loss.functional import margin_for as margin_for
+    from speechbrain_qmargin.loss.functional import q_margin_loss as q_margin_loss
+    from speechbrain_qmargin.loss.functional import solve_tau as solve_tau
+    from speechbrain_qmargin.loss.interface import Loss as Loss
+    from speechbrain_qmargin.loss.interface import Objective as Objective
+    from speechbrain_qmargin.loss.interface import QMarginStats as QMarginStats
+    from speechbrain_qmargin.loss.interface import Scores as Scores
+    from speechbrain_qmargin.loss.qmargin import QMarginFaceLoss as QMarginFaceLoss
+    from speechbrain_qmargin.loss.qmargin import QMarginLoss as QMarginLoss
+    from speechbrain_qmargin.loss.registry import LOSSES as LOSSES
+    from speechbrain_qmargin.loss.registry import make_loss as make_loss
 
 __version__ = "0.1.0"
 
+_NAMES = {
+    "head": ("QMarginHead", "RowSparseSGD"),
+    "loss.arcface": ("ArcFaceLoss",),
+    "loss.cosface": ("CosFaceLoss",),
+    "loss.entmax": ("EntmaxLoss", "SparsemaxLoss"),
+    "loss.functional": (
+        "alpha_softargmax",
+        "alpha_softmax_value",
+        "hard_margin",
+        "margin_for",
+        "q_margin_loss",
+        "solve_tau",
+    ),
+    "loss.interface": ("Loss", "Objective", "QMarginStats", "Scores"),
+    "loss.qmargin": ("QMarginFaceLoss", "QMarginLoss"),
+    "loss.registry": ("LOSSES", "make_loss"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
 __all__ = [
     "LOSSES",
+    "ArcFaceLoss",
     "CosFaceLoss",
     "EntmaxLoss",
+    "Loss",
+    "Objective",
     "QMarginFaceLoss",
+    "QMarginHead",
     "QMarginLoss",
     "QMarginStats",
+    "RowSparseSGD",
+    "Scores",
     "SparsemaxLoss",
     "alpha_softargmax",
     "alpha_softmax_value",
@@ -40,3 +74,15 @@ __all__ = [
     "q_margin_loss",
     "solve_tau",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from speechbrain_qmargin.head import shards
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.optim import RowSparse
 from speechbrain_qmargin.head.prototypes import Derived, Mark, Prototypes
-from speechbrain_qmargin.head.step import Evaluation, HeadLoss, Request, Shard
-from speechbrain_qmargin.loss.functional import QMarginStats, check_loss_parameters
+from speechbrain_qmargin.head.step import Evaluation, HeadLoss, Shard
+from speechbrain_qmargin.loss.functional import check_loss_parameters, q_margin_objective
+from speechbrain_qmargin.loss.interface import Objective, QMarginStats, Rows, attach, flat
 
 __all__ = ["HeadOutput", "QMarginHead"]
 
@@ -372,58 +373,56 @@ class HeadOutput:
         """As :func:`speechbrain_qmargin.q_margin_loss`, for targets [B] or [B, 1]."""
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-        found = self._evaluate(targets, float(alpha), float(scale), margin, log_q)
-        loss, stats = found.loss, None
-        if return_stats:
-            zero = (loss == 0).to(loss.dtype).mean()
-            count = found.support
-            stats = QMarginStats(count.mean(), count.max(), zero, found.target_posterior.mean())
+        rows = self._rows(
+            targets,
+            lambda flat: q_margin_objective(flat, float(alpha), float(scale), margin, log_q),
+        )
+        loss, stats = rows.loss, QMarginStats.of(rows, alpha) if return_stats else None
         if reduction != "none":
             loss = loss.mean() if reduction == "mean" else loss.sum()
         return (loss, stats) if stats is not None else loss
 
-    def cross_entropy(
-        self,
-        targets: Tensor,
-        scale: float,
-        moved: Callable[[Tensor], tuple[Tensor, Tensor]],
-    ) -> Tensor:
-        """Mean cross-entropy of targets [B] or [B, 1] whose cosines a loss moves.
+    @property
+    def num_classes(self) -> int:
+        """Over all shards."""
+        return self.head.num_classes
 
-        Parameters
-        ----------
-        moved : callable
-            ``new, slopes = moved(cosines)``, [B], float64.
-        """
-        return self._evaluate(targets, 1.0, float(scale), 0.0, None, moved).loss.mean()
+    def cosines(self) -> Tensor:
+        """[B, C], in the graph; TypeError where the classes are in shards."""
+        if self.head.comm.world > 1:
+            raise TypeError(
+                "this loss needs all cosines of a batch, and the classes are in shards: train it "
+                "with --head dense, or with one process"
+            )
+        with torch.autocast(self.embeddings.device.type, enabled=False):
+            unit = F.normalize(self.embeddings.float(), dim=1)
+            return F.linear(unit, F.normalize(self.head.weight, dim=1))
 
-    def arcface_loss(self, targets: Tensor, scale: float, margin: float) -> Tensor:
-        """Mean cross-entropy with an angular margin (radians) at the targets [B]."""
-        from functools import partial
+    def evaluate(self, targets: Tensor, objective: Objective, *, statistics: bool = False) -> Rows:
+        """See :meth:`speechbrain_qmargin.loss.interface.Scores.evaluate`; exact for all of them."""
+        return self._rows(targets, lambda _: objective)
 
-        from speechbrain_qmargin.loss.arcface import angular_margin
-
-        check_loss_parameters(1.0, scale, margin)
-        return self.cross_entropy(targets, scale, partial(angular_margin, margin=margin))
-
-    def _evaluate(self, targets, alpha, scale, margin, log_q, moved=None) -> Evaluation:
+    def _rows(self, targets: Tensor, ask: Callable[[Tensor], Objective]) -> Rows:
         head, embeddings, refused = self.head, self.embeddings, None
+        objective = Objective(scale=1.0)
         try:
-            targets, margin, log_q = self._checked(targets, alpha, scale, margin, log_q)
+            targets = self._checked(targets)
+            objective = ask(targets)
+            self._check_objective(objective)
         except (ValueError, TypeError) as error:
             refused = error  # raised where all ranks hear of it
         head._check_not_broadcast()
         with torch.autocast(embeddings.device.type, enabled=False):
             unit = F.normalize(embeddings.float(), dim=1)
             sizes, finite = head._agreed_sizes(unit, targets, refused)
-            target_log_q = -scale * torch.as_tensor(margin, dtype=torch.float64)
-            target_log_q = target_log_q.to(unit.device).expand(len(unit))
-            spread = float(scale * abs(margin)) if not isinstance(margin, Tensor) else 0.0
-            if log_q is not None:
-                target_log_q = target_log_q + log_q[targets].double()
-            if log_q is not None or isinstance(margin, Tensor):
+            log_q, target_log_q = objective.log_q, objective.target_log_q
+            if target_log_q is None:
+                target_log_q = torch.zeros(len(unit), dtype=torch.float64)
+            target_log_q = target_log_q.detach().to(unit.device, torch.float64)
+            log_q = None if log_q is None else log_q.to(unit.device)
+            spread = objective.spread
+            if spread is None:
                 spread = _spread(target_log_q, log_q, head.comm)
-            request = Request(alpha, scale, target_log_q, log_q, spread, moved)
             shard = Shard(
                 head.prototypes(),
                 head.start,
@@ -433,38 +432,36 @@ class HeadOutput:
                 head.gives_sparse_grad,
             )
             raw = embeddings.detach().float()
-            found = HeadLoss.apply(
-                unit, head.weight, self.anchored, targets, raw, finite, sizes, shard, request
+            asked = replace(objective, log_q=log_q, target_log_q=target_log_q, spread=spread)
+            found = Evaluation(
+                *HeadLoss.apply(
+                    unit, head.weight, self.anchored, targets, raw, finite, sizes, shard, asked
+                )
             )
-        return Evaluation(*found)
+            rows = Rows(found.loss, found.target_posterior, found.support)
+            return attach(rows, objective, found.target_cosines, found.residual)
 
-    def _checked(self, targets: Tensor, alpha, scale, margin, log_q) -> tuple:
-        head, batch = self.head, len(self.embeddings)
-        per_sample = isinstance(margin, Tensor) and margin.ndim > 0
-        check_loss_parameters(alpha, scale, 0.0 if per_sample else float(margin))
-        if targets.ndim == 2 and targets.shape[1] == 1:
-            targets = targets.squeeze(1)
+    def _checked(self, targets: Tensor) -> Tensor:
+        batch = len(self.embeddings)
+        targets = flat(targets)
         if batch == 0:
             raise ValueError("an empty batch of embeddings")
         if targets.shape != (batch,):
             raise ValueError(f"targets must be [B] = [{batch}], got {tuple(targets.shape)}")
         if targets.dtype not in _INTEGERS:
             raise TypeError(f"targets must be integer class labels, got {targets.dtype}")
-        if per_sample:
-            if margin.shape != (batch,):
-                raise ValueError(
-                    f"margin must be a number or [B] = [{batch}], got {tuple(margin.shape)}"
-                )
-            margin = margin.detach()
-        else:
-            margin = float(margin)
-        if log_q is not None:
-            if log_q.shape != (head.num_classes,):
-                raise ValueError(
-                    f"log_q must be [num_classes] = [{head.num_classes}], got {tuple(log_q.shape)}"
-                )
-            log_q = log_q.detach().to(self.embeddings.device)
-        return targets.long(), margin, log_q
+        return targets.long()
+
+    def _check_objective(self, objective: Objective) -> None:
+        log_q, num_classes = objective.log_q, self.head.num_classes
+        if log_q is not None and log_q.shape != (num_classes,):
+            raise ValueError(
+                f"log_q must be one for each of {num_classes} classes, got {list(log_q.shape)}"
+            )
+        if log_q is not None and log_q.requires_grad:
+            raise TypeError("the sparse head gives no gradient by log_q: pass log_q.detach()")
+        if objective.move_others is not None and objective.alpha != 1:
+            raise ValueError("move_others is for cross-entropies: alpha = 1")
 
 
 def _spread(target_log_q: Tensor, log_q: Tensor | None, comm: Communicator) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.head.search import Query, agreed_level, chunked_cosines
+from speechbrain_qmargin.loss.interface import slope_of
 from speechbrain_qmargin.loss.solver import Block, single_class_level
 
 __all__ = ["AllClasses"]
@@ -24,13 +25,20 @@ class AllClasses:
     float32 at alpha = 1, where a posterior is as exact relative to itself as its logit is
     absolutely; above, 1 + (alpha - 1)(theta - tau) may nearly cancel, so float64. Scores are kept
     where they fit 128 MB; else nothing is stored, and each pass forms them again.
+
+    `move_others` is that of :class:`~speechbrain_qmargin.loss.interface.Objective`.
     """
 
-    def __init__(self, query: Query, prototypes: Prototypes) -> None:
-        self.query, self.prototypes = query, prototypes
+    def __init__(
+        self,
+        query: Query,
+        prototypes: Prototypes,
+        move_others: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.query, self.prototypes, self._move = query, prototypes, move_others
         self._scored = query.unit if query.measure.alpha == 1 else query.exact
         size = len(query.labels) * len(prototypes.weight) * self._scored.element_size()
-        self._keep, self._kept = size <= _KEPT_BYTES, None
+        self._keep, self._kept = size <= _KEPT_BYTES and move_others is None, None
         self._block: Block | None = None
 
     def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -41,11 +49,26 @@ class AllClasses:
         kept, alpha = [], self.query.measure.alpha
         factor = self.query.scale * (alpha - 1 if alpha > 1 else 1)
         for rows, cosines in chunked_cosines(self._scored, self.query.labels, self.prototypes):
+            if self._move is not None:
+                cosines, _ = self._moved(cosines, with_slopes=False)
             cosines.mul_(factor)
             if self._keep:
                 kept.append((rows, cosines))
             yield rows, cosines
         self._kept = kept if self._keep else None
+
+    def _moved(self, cosines: Tensor, with_slopes: bool) -> tuple[Tensor, Tensor | None]:
+        """New cosines [B, chunk] and their slopes; -inf at the targets stays."""
+        move = self._move
+        assert move is not None
+        target = (self.query.target / self.query.scale).to(cosines.dtype).unsqueeze(1)
+        absent = cosines == -math.inf
+        finite, slopes = cosines.masked_fill(absent, 0), None
+        if with_slopes:
+            moved, slopes = slope_of(lambda at: move(at, target), finite)
+        else:
+            moved = move(finite, target).clone()
+        return moved.masked_fill_(absent, -math.inf), slopes
 
     def _blocks(self) -> Iterator[tuple[slice, Block]]:
         measure = self.query.measure
@@ -88,17 +111,28 @@ class AllClasses:
 
         return agreed_level(self.query, sums, lower, peak, comm)
 
-    def posteriors(self, level: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(classes, p [B, chunk], scores): p not yet of sum one, and overwritten by the next.
+    def posteriors(
+        self, level: Tensor, with_slopes: bool = False
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """(classes, p [B, chunk], scores, slopes): p not yet of sum one, and overwritten.
 
-        The scores are the logits, times alpha - 1 above alpha = 1.
+        The scores are the logits, times alpha - 1 above alpha = 1; the slopes those of
+        `move_others`, None where it moves nothing.
         """
         measure = self.query.measure
         if measure.alpha > 1:
             for rows, block in self._blocks():
-                yield rows, block.posterior(level), block.v
+                yield rows, block.posterior(level), block.v, None
+            return
+        if self._move is not None and with_slopes:
+            for rows, cosines in chunked_cosines(self._scored, self.query.labels, self.prototypes):
+                moved, slopes = self._moved(cosines, with_slopes=True)
+                logits, log_q = moved.mul_(self.query.scale), measure.of(rows)
+                shift = logits if log_q is None else logits + log_q.to(logits.dtype)
+                p = torch.exp(shift - level.to(logits.dtype).unsqueeze(1))
+                yield rows, p, logits, slopes
             return
         for rows, logits in self._chunks():
             log_q = measure.of(rows)
             shift = logits if log_q is None else logits + log_q.to(logits.dtype)
-            yield rows, torch.exp(shift - level.to(logits.dtype).unsqueeze(1)), logits
+            yield rows, torch.exp(shift - level.to(logits.dtype).unsqueeze(1)), logits, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,36 +20,12 @@ from speechbrain_qmargin.head.search import (
     refined,
     search,
 )
+from speechbrain_qmargin.loss.interface import slope_of
 from speechbrain_qmargin.loss.solver import Block, Measure, fenchel_young
 
-__all__ = ["Evaluation", "HeadLoss", "Request"]
+__all__ = ["Evaluation", "HeadLoss", "Shard"]
 
 _ROWS_AT_ONCE = 8192
-
-
-class Request(NamedTuple):
-    """What a loss asks of the head, of this rank's samples.
-
-    Attributes
-    ----------
-    alpha, scale : float
-    target_log_q : Tensor, [B], float64
-        log q of the targets, the classes' own included.
-    log_q : Tensor, [num_classes], or None
-        log q of the classes where they are not the target.
-    spread : float
-        log(q_max / q_min), the same on all ranks.
-    moved : callable, optional
-        New cosines of the targets, and their slopes, from their cosines [B], float64: for a
-        cross-entropy (alpha = 1).
-    """
-
-    alpha: float
-    scale: float
-    target_log_q: Tensor
-    log_q: Tensor | None = None
-    spread: float = 0.0
-    moved: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 class Shard(NamedTuple):
@@ -72,22 +47,28 @@ class Evaluation(NamedTuple):
     loss, target_posterior : Tensor, float32
     support : Tensor, float32
         Active classes, the target included.
+    residual : Tensor, float64
+        p_y - 1, without the rounding of that difference.
+    target_cosines : Tensor, float64
+        Not moved.
     """
 
     loss: Tensor
     target_posterior: Tensor
     support: Tensor
+    residual: Tensor
+    target_cosines: Tensor
 
 
 class HeadLoss(torch.autograd.Function):
-    """Losses, target posteriors and supports, see :class:`Evaluation`.
+    """What :class:`Evaluation` says.
 
     The gradient of the embeddings is that of this rank's loss, for DDP to average; the prototypes'
     is that of the ranks' mean loss, which is what the average would have been.
     """
 
     @staticmethod
-    def forward(ctx: Any, unit, weight, anchor, labels, raw, valid, sizes, shard, request):
+    def forward(ctx: Any, unit, weight, anchor, labels, raw, valid, sizes, shard, objective):
         """
         Parameters
         ----------
@@ -102,13 +83,14 @@ class HeadLoss(torch.autograd.Function):
         sizes : list of int
             b of all ranks.
         shard : Shard
-        request : Request
+        objective : Objective
+            Its `target_log_q` and `spread` are given.
         """
         comm, prototypes = shard.comm, shard.prototypes
         offset = sum(sizes[: comm.rank])
         own = slice(offset, offset + sizes[comm.rank])
         raw = torch.where(valid, raw, 0)
-        names = torch.stack((labels.double(), request.target_log_q))
+        names = torch.stack((labels.double(), objective.target_log_q))
         raw, names = comm.gather(raw, sizes), comm.gather(names.T, sizes).T
         labels, target_log_q = names[0].long(), names[1]
         exact = F.normalize(raw.double(), dim=1)
@@ -118,27 +100,32 @@ class HeadLoss(torch.autograd.Function):
         cos_y = torch.zeros_like(exact[:, 0])
         cos_y[mine] = exact_cosines(exact, mine, labels[mine], prototypes)
         cos_y = comm.sum(cos_y)
-        cos_y, slope = (cos_y, 1.0) if request.moved is None else request.moved(cos_y)
-        log_q = request.log_q
+        own_cosines, slope = cos_y[own], 1.0
+        if objective.move_target is not None:
+            moved = torch.stack(slope_of(objective.move_target, own_cosines), 1)
+            cos_y, slope = comm.gather(moved, sizes).T
+        log_q = objective.log_q
         measure = Measure(
-            request.alpha, target_log_q, None if log_q is None else log_q[shard.start : shard.stop]
+            objective.alpha,
+            target_log_q,
+            None if log_q is None else log_q[shard.start : shard.stop],
         )
         query = Query(
             F.normalize(raw, dim=1),
             exact,
             labels,
-            cos_y * request.scale,
+            cos_y * objective.scale,
             measure,
-            request.scale,
-            request.spread,
+            objective.scale,
+            objective.spread,
             shard.classes,
         )
         found = everything = candidates = p = None
         with exact_accumulation(raw.device):
-            if request.alpha > 1:
+            if objective.alpha > 1:
                 found = search(query, prototypes, comm)
             if found is None:
-                everything = AllClasses(query, prototypes)
+                everything = AllClasses(query, prototypes, objective.move_others)
                 level = everything.level(comm)
                 moments = _all_moments(everything, level)
             else:
@@ -162,10 +149,10 @@ class HeadLoss(torch.autograd.Function):
                 torch.cat([share.float(), residual[mine]]),
             )
         ctx.save_for_backward(query.unit, level, solution.inverse_total, residual, valid)
-        ctx.everything, ctx.shard, ctx.scale = everything, shard, request.scale
+        ctx.everything, ctx.shard, ctx.scale = everything, shard, objective.scale
         ctx.sizes, ctx.own, ctx.anchored = sizes, own, anchor is not None
         ctx.weight, ctx.version = weight, weight._version
-        outputs = loss[own], p_y[own], support[own]
+        outputs = loss[own], p_y[own], support[own], solution.residual[own], own_cosines
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -208,7 +195,7 @@ def _all_moments(everything: AllClasses, level: Tensor) -> Tensor:
     moments = torch.zeros(3, *level.shape, dtype=torch.float64, device=level.device)
     target = everything.query.target.unsqueeze(1)
     alpha = everything.query.measure.alpha
-    for _, p, scores in everything.posteriors(level):
+    for _, p, scores, _ in everything.posteriors(level):
         if alpha > 1:
             lead = (scores / (alpha - 1)).sub_(target).masked_fill_(p == 0, 0)
             gap = torch.linalg.vecdot(p, lead)
@@ -262,8 +249,10 @@ def _dense_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | No
     grad_unit = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
     grad_weight = torch.empty_like(prototypes.weight) if ctx.needs_input_grad[1] else None
     everyone = torch.arange(labels.numel(), device=labels.device)
-    for rows, p, _ in ctx.everything.posteriors(level):
+    for rows, p, _, slopes in ctx.everything.posteriors(level, with_slopes=True):
         g = (p * inverse_total.unsqueeze(1)).float()
+        if slopes is not None:
+            g *= slopes
         inside = (labels >= rows.start) & (labels < rows.stop)
         place = (labels - rows.start).clamp(0, g.shape[1] - 1)
         g[everyone, place] += torch.where(inside, residual, 0)

@@ -1,60 +1,80 @@
-"""ArcFace beside Q-Margin: SpeechBrain's own on cosines, and the same on a sparse head's output."""
+"""ArcFace (Deng et al. 2019), a cross-entropy with a margin in the angle."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
 from torch import Tensor
+
+from speechbrain_qmargin.loss.interface import Loss, Objective, Scores
 
 __all__ = ["ArcFaceLoss", "angular_margin"]
 
 
-def angular_margin(cosines: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """cos(theta + margin) of the targets' cosines, and its slope.
+def angular_margin(cosines: Tensor, margin: float | Tensor, easy: bool = False) -> Tensor:
+    """cos(theta + margin) of the targets' cosines, and a line where that would rise again.
 
-    Beyond theta = pi - margin, where it would rise again, the line cos(theta) - margin
-    sin(margin) takes over, as in SpeechBrain's ``AdditiveAngularMargin``.
+    Parameters
+    ----------
+    cosines : Tensor
+    margin : float or Tensor
+        In radians, in [0, pi].
+    easy : bool
+        Only cosines above 0 move (ArcFace's easy margin). Otherwise cos(theta) - margin
+        sin(margin) takes over where theta > pi - margin, as in SpeechBrain's
+        ``AdditiveAngularMargin``.
 
     Examples
     --------
-    >>> found, slope = angular_margin(torch.tensor([0.6, -1.0]), 0.2)
-    >>> found, slope
-    (tensor([ 0.4291, -1.0397]), tensor([1.1291, 1.0000]))
+    >>> angular_margin(torch.tensor([0.6, -1.0]), 0.2)
+    tensor([ 0.4291, -1.0397])
     """
-    inside = cosines > math.cos(math.pi - margin)
+    m = torch.as_tensor(margin, dtype=cosines.dtype, device=cosines.device)
     sine = (1 - cosines.square()).clamp(min=torch.finfo(cosines.dtype).eps).sqrt()
-    moved = cosines * math.cos(margin) - sine * math.sin(margin)
-    slope = math.cos(margin) + math.sin(margin) * cosines / sine
-    beyond = cosines - margin * math.sin(margin)
-    return torch.where(inside, moved, beyond), torch.where(inside, slope, 1.0)
+    moved = cosines * m.cos() - sine * m.sin()
+    if easy:
+        return torch.where(cosines > 0, moved, cosines)
+    return torch.where(cosines > -m.cos(), moved, cosines - m * m.sin())
 
 
-class ArcFaceLoss(LogSoftmaxWrapper):
-    """SpeechBrain's ``LogSoftmaxWrapper(AdditiveAngularMargin)``, which a sparse head can evaluate.
+class ArcFaceLoss(Loss):
+    """ArcFace (Deng et al., CVPR 2019), equal to SpeechBrain's ``AdditiveAngularMargin``.
 
-    Every class counts in a cross-entropy: the head computes it in chunks and in shards, exactly,
-    but saves memory only.
+    Every class counts in a cross-entropy: a sparse head computes it in chunks and in shards,
+    exactly, but saves memory only.
 
     Parameters
     ----------
     scale : float
     margin : float
-        In radians.
+        In radians, at most pi.
+    easy_margin : bool
+        See :func:`angular_margin`.
 
     Examples
     --------
-    >>> loss = ArcFaceLoss(margin=0.2, scale=32.0)
+    >>> loss = ArcFaceLoss(scale=32.0, margin=0.2)
+    >>> loss
+    ArcFaceLoss(scale=32, margin=0.2)
     >>> float(loss(torch.tensor([[[0.6, 0.1]]]), torch.tensor([[0]]))) < 1e-4
     True
     """
 
-    def __init__(self, scale: float = 32.0, margin: float = 0.2) -> None:
-        super().__init__(AdditiveAngularMargin(margin=margin, scale=scale))
+    scale: float
+    margin: float
 
-    def forward(self, outputs, targets: Tensor, length: Tensor | None = None) -> Tensor:
-        """Mean loss of cosines [B, 1, C] or of a sparse head's training output; targets [B, 1]."""
-        if hasattr(outputs, "arcface_loss"):
-            return outputs.arcface_loss(targets.flatten(), self.loss_fn.scale, self.loss_fn.margin)
-        return super().forward(outputs, targets, length)
+    def __init__(self, scale: float = 32.0, margin: float = 0.2, easy_margin: bool = False) -> None:
+        super().__init__(scale=scale, margin=margin)
+        self.easy_margin = bool(easy_margin)
+
+    def check(self, **values: float) -> None:
+        super().check(**values)
+        if values["margin"] > math.pi:
+            raise ValueError(f"margin is an angle in radians, at most pi, got {values['margin']}")
+
+    def objective(self, scores: Scores, targets: Tensor) -> Objective:
+        return Objective(
+            scale=self.scale,
+            move_target=lambda cosines: angular_margin(cosines, self.margin, self.easy_margin),
+        )

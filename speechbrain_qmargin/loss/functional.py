@@ -25,23 +25,23 @@ How tau is found is said in :mod:`speechbrain_qmargin.loss.solver`.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from speechbrain_qmargin.loss.dense import DenseScores, check_labels
+from speechbrain_qmargin.loss.interface import Objective, QMarginStats
 from speechbrain_qmargin.loss.solver import (
     Block,
-    Measure,
     check_alpha,
     compute_dtype,
-    fenchel_young,
+    jacobian,
     newton,
     newton_steps,
     row_dtype,
     single_class_level,
-    solve,
+    spread_of,
     tau_of,
 )
 
@@ -52,31 +52,11 @@ __all__ = [
     "hard_margin",
     "margin_for",
     "q_margin_loss",
+    "q_margin_objective",
     "solve_tau",
 ]
 
-# tau on a subset of the classes is a lower bound of tau. With many classes the steps start from its
-# value on the largest logits, which is mostly the answer and saves most of the full passes.
-_WARM_START_CLASSES, _WARM_START_SUBSET = 2048, 64
-
-
-class QMarginStats(NamedTuple):
-    """What a trainer may want to log of one batch; zero-dimensional tensors, left on the device.
-
-    Attributes
-    ----------
-    support_mean, support_max : Tensor
-        Active classes per sample (those with a positive posterior).
-    zero_loss : Tensor
-        Share of samples at exactly zero loss, in [0, 1]: they have passed the hard margin.
-    target_posterior : Tensor
-        Mean posterior of the target class, in [0, 1].
-    """
-
-    support_mean: Tensor
-    support_max: Tensor
-    zero_loss: Tensor
-    target_posterior: Tensor
+_FLOAT32_LOG_RANGE = 80.0  # of q^(alpha-1): beyond, it is computed in float64
 
 
 def hard_margin(alpha: float, scale: float, margin: float) -> float:
@@ -122,44 +102,37 @@ def margin_for(alpha: float, scale: float, lead: float) -> float:
 # --------------------------------------------------------------------------- tau
 
 
-def _anchored(logits: Tensor, alpha: float, log_q: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits relative to the class that alone would reach highest, and that class's, [..., 1].
+def _anchored(logits: Tensor, alpha: float, log_q: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits relative to the class that alone would reach highest, its logit, and its level.
 
     Where its q is large, its u is tiny beside the logits: as a difference it keeps its digits.
     """
+    exact = row_dtype(logits)
     if log_q is None:
         origin = logits.amax(-1, keepdim=True)
+        lower = single_class_level(torch.zeros_like(origin, dtype=exact), alpha)
     else:
-        alone = single_class_level(logits.to(row_dtype(logits)), alpha, log_q)
-        origin = logits.gather(-1, alone.argmax(-1, keepdim=True))
-    return logits - origin, origin
+        own = single_class_level(torch.zeros_like(log_q, dtype=exact), alpha, log_q.to(exact))
+        place = (own + logits).argmax(-1, keepdim=True)
+        origin, lower = logits.gather(-1, place), own.gather(-1, place)
+    return logits - origin, origin.squeeze(-1), lower.squeeze(-1)
 
 
-def _spread(log_q: Tensor) -> float:
-    """log(q_max / q_min) of the classes that are there. On a GPU the host waits for it."""
-    finite = log_q.isfinite()
-    spread = (
-        log_q.masked_fill(~finite, -math.inf).amax() - log_q.masked_fill(~finite, math.inf).amin()
-    )
-    return max(0.0, float(spread))
-
-
-def _level(z: Tensor, alpha: float, log_q: Tensor | None) -> tuple[Tensor, Block | None]:
+def _level(
+    z: Tensor, alpha: float, log_q: Tensor | None, lower: Tensor
+) -> tuple[Tensor, Block | None]:
     """The level [...] of logits from :func:`_anchored`, and what gives posteriors at it."""
     if alpha == 1:
         return torch.logsumexp(z if log_q is None else z + log_q, -1), None
-    exact = row_dtype(z)
     if log_q is None:
-        total = z.new_full(z.shape[:-1], math.log(z.shape[-1]), dtype=exact)
-        lower = single_class_level(torch.zeros_like(total), alpha)
-        spread = 0.0
+        total, spread = torch.full_like(lower, math.log(z.shape[-1])), 0.0
     else:
-        log_q = log_q.to(exact)
-        total = torch.logsumexp(log_q, -1)
-        lower = single_class_level(z.to(exact), alpha, log_q).amax(-1)
-        spread = _spread(log_q)
+        log_q = log_q.to(lower.dtype)
+        total, spread = torch.logsumexp(log_q, -1), spread_of(log_q)
+        if (alpha - 1) * float(log_q.abs().amax()) > _FLOAT32_LOG_RANGE:
+            z = z.to(lower.dtype)
     # no u is larger than where all the mass would lie at the largest logit
-    upper = single_class_level(z.amax(-1).to(exact), alpha, total)
+    upper = single_class_level(z.amax(-1).to(lower.dtype), alpha, total)
     block = Block(z * (alpha - 1), alpha, log_q)
     steps = newton_steps(alpha, z.shape[-1], spread, z.dtype)
     return newton(block.sums, lower, upper, alpha, steps), block
@@ -192,9 +165,9 @@ def solve_tau(logits: Tensor, alpha: float, log_q: Tensor | None = None) -> Tens
         logits = logits.to(compute_dtype(logits))
         if log_q is not None:
             log_q = torch.as_tensor(log_q, device=logits.device).expand_as(logits)
-        z, origin = _anchored(logits, alpha, log_q)
-        level, _ = _level(z, alpha, log_q)
-        return (tau_of(level, alpha) + origin.squeeze(-1)).to(logits.dtype)
+        z, origin, lower = _anchored(logits, alpha, log_q)
+        level, _ = _level(z, alpha, log_q, lower)
+        return (tau_of(level, alpha) + origin).to(logits.dtype)
 
 
 # --------------------------------------------------------------------------- the activation
@@ -202,49 +175,44 @@ def solve_tau(logits: Tensor, alpha: float, log_q: Tensor | None = None) -> Tens
 
 class _AlphaSoftargmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, log_q: Tensor | None, alpha: float):
+    def forward(ctx: Any, logits: Tensor, log_q: Tensor | None, alpha: float):
         """Posterior [..., C] and value [...] over the last dimension."""
         with torch.autocast(logits.device.type, enabled=False):
             z = logits.to(compute_dtype(logits))
-            z, origin = _anchored(z, alpha, log_q)
-            level, block = _level(z, alpha, log_q)
+            z, origin, lower = _anchored(z, alpha, log_q)
+            level, block = _level(z, alpha, log_q, lower)
             lq = None if log_q is None else log_q.to(z.dtype)
             if block is None:
                 p = torch.exp((z if lq is None else z + lq) - level.unsqueeze(-1))
             else:
-                p = block.posterior(level)
+                p = block.posterior(level).to(z.dtype)
             p = p / p.sum(-1, keepdim=True)
             total_q = z.shape[-1] if lq is None else lq.exp().sum(-1)
             # D_f(p, q) collapses: (p/q)^(alpha-1) = 1 + (alpha-1)(theta - tau) on the support
             mean = torch.where(p > 0, p * z, p).sum(-1)
             value = (1 - 1 / alpha) * mean + (tau_of(level, alpha) + 1 - total_q) / alpha
-            value = value + origin.squeeze(-1)
+            value = value + origin
         p, value = p.to(logits.dtype), value.to(logits.dtype)
         ctx.save_for_backward(p, log_q)
         ctx.alpha = alpha
         return p, value
 
     @staticmethod
-    def backward(ctx, grad_p: Tensor, grad_value: Tensor):
+    def backward(ctx: Any, grad_p: Tensor, grad_value: Tensor):
         p, log_q = ctx.saved_tensors
         with torch.autocast(p.device.type, enabled=False):
             dtype = compute_dtype(p)
             p_, g = p.to(dtype), grad_p.to(dtype)
-            active = p_ > 0
-            # h = q u^(k-1) = q^(alpha-1) p^(2-alpha): the Jacobian is diag(h) - h h^T / sum(h)
-            h = torch.where(active, p_, torch.ones_like(p_)).pow(2 - ctx.alpha)
-            if log_q is not None:
-                h = h * torch.exp(log_q.to(dtype) * (ctx.alpha - 1))
-            h = torch.where(active, h, torch.zeros_like(h))
-            centred = g - (h * g).sum(-1, keepdim=True) / h.sum(-1, keepdim=True)
+            h, centred = jacobian(p_, g, ctx.alpha, log_q)
             gv = grad_value.to(dtype).unsqueeze(-1)
             grad_logits = (h * centred + p_ * gv).to(grad_p.dtype)
             grad_log_q = None
             if log_q is not None and ctx.needs_input_grad[1]:
                 # d value / d log q_j = (q_j^(1-alpha) p_j^alpha - q_j) / alpha; q may underflow
                 lq = log_q.to(dtype)
-                log_p = torch.where(active, p_, torch.ones_like(p_)).log()
-                tilted = p_ * torch.where(active, (ctx.alpha - 1) * (log_p - lq), p_).exp()
+                active = p_ > 0
+                log_p = torch.where(active, p_, 1).log()
+                tilted = p_ * torch.where(active, (ctx.alpha - 1) * (log_p - lq), 0).exp()
                 full = p_ * centred + gv * (tilted - lq.exp()) / ctx.alpha
                 grad_log_q = full.sum_to_size(log_q.shape).to(log_q.dtype)
         return grad_logits, grad_log_q, None
@@ -339,76 +307,12 @@ def alpha_softmax_value(
 # --------------------------------------------------------------------------- the loss
 
 
-class _QMargin(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        cosines: Tensor,
-        targets: Tensor,
-        alpha: float,
-        scale: float,
-        margin: float,
-        count_support: bool,
-    ):
-        """Loss [B], target posterior [B] and support size [B] of cosines [B, C], targets [B].
-
-        Three B x C buffers at most live at once (logits and two of powers); one of them becomes
-        the posterior, the only one kept for the gradient.
-        """
-        with torch.autocast(cosines.device.type, enabled=False):
-            index = targets.unsqueeze(1)
-            dtype, exact = compute_dtype(cosines), row_dtype(cosines)
-            cos_y = cosines.gather(1, index).squeeze(1).to(exact)
-            # Differences to the best wrong cosine, taken before scaling: nearly exact where it
-            # matters. The target leaves the matrix, so that its tiny prior meets no rounding.
-            z = cosines.to(dtype, copy=True).scatter_(1, index, -math.inf)
-            peak = z.amax(1)
-            peak = torch.where(peak.isfinite(), peak, cos_y.to(dtype))  # C = 1: no wrong class
-            z = z.sub_(peak.unsqueeze(1))
-            z_y = (cos_y - peak) * scale
-            measure = Measure(alpha, torch.full_like(z_y, -scale * margin))
-            if alpha == 1:
-                z = z.mul_(scale)
-                alone = single_class_level(z_y, alpha, measure.target)
-                level = torch.logaddexp(torch.logsumexp(z, 1).to(exact), alone)
-                p = z.sub_(level.to(dtype).unsqueeze(1)).exp_()
-                others, gap = p.sum(1), 0.0
-            else:
-                v = z.mul_(scale * (alpha - 1))
-                largest = v.amax(1) / (alpha - 1)
-                lower = single_class_level(largest.to(exact), alpha)
-                solved = (measure, lower, largest, v.shape[1], scale * margin)
-                # only where the steps stop by themselves is a better start worth a sort
-                if v.device.type == "cpu" and v.shape[1] >= _WARM_START_CLASSES:
-                    top = Block(v.topk(_WARM_START_SUBSET, 1, sorted=False).values, alpha)
-                    lower = solve(top.sums, z_y, *solved)
-                block = Block(v, alpha)
-                level = solve(block.sums, z_y, measure, lower, *solved[2:])
-                p = block.posterior(level)
-                others = p.sum(1)
-                gap = torch.linalg.vecdot(p, v.scatter_(1, index, 0)) / (alpha - 1)
-                gap = gap - others * z_y
-            solution = fenchel_young(measure, z_y, level, others, gap)
-            loss, p_y = solution.loss.to(dtype), solution.target_posterior.to(dtype)
-            p = p.mul_(solution.inverse_total.to(dtype).unsqueeze(1))
-            p = p.scatter_(1, index, p_y.unsqueeze(1))
-            support = torch.count_nonzero(p, dim=1) if count_support else None
-        ctx.save_for_backward(p, index)
-        ctx.scale, ctx.in_dtype = scale, cosines.dtype
-        ctx.mark_non_differentiable(*([p_y, support] if count_support else [p_y]))
-        return loss, p_y, support
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor, *_):
-        posterior, index = ctx.saved_tensors
-        grad = (grad_loss * ctx.scale).unsqueeze(1)
-        grad_cosines = (posterior * grad).scatter_add_(1, index, -grad)
-        return grad_cosines.to(ctx.in_dtype), None, None, None, None, None
-
-
-def check_loss_parameters(alpha: float, scale: float, margin: float) -> None:
+def check_loss_parameters(alpha: float, scale: float, margin: float | Tensor) -> None:
     """Refuse parameters outside the family; the message names the field and the value."""
+    if isinstance(margin, Tensor) and margin.ndim:
+        if margin.device.type == "cpu" and not bool(margin.detach().isfinite().all()):
+            raise ValueError("margin is not finite for every sample")
+        margin = 0.0
     check_alpha(alpha)
     if not (0 < scale < math.inf):
         raise ValueError(f"scale must be a finite number > 0, got {scale}")
@@ -416,44 +320,43 @@ def check_loss_parameters(alpha: float, scale: float, margin: float) -> None:
         raise ValueError(f"margin must be a finite number >= 0, got {margin}")
 
 
-def check_labels(targets: Tensor, num_classes: int) -> None:
-    """Refuse labels outside [0, num_classes). On CUDA the check is asynchronous: no host wait."""
-    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"targets must be integer class labels, got {targets.dtype}")
-    if torch.compiler.is_compiling():
-        return
-    valid = (targets >= 0) & (targets < num_classes)
-    message = (
-        f"outside [0, {num_classes}): the outputs have {num_classes} classes. Set out_n_neurons "
-        "(the classifier's number of classes) to the size of the label encoder"
-    )
-    if targets.device.type != "cpu":
-        torch._assert_async(valid.all(), f"a target label is {message}")
-    elif not bool(valid.all()):
-        raise ValueError(f"target label {int(targets[~valid][0])} is {message}")
+def q_margin_objective(
+    targets: Tensor,
+    alpha: float,
+    scale: float,
+    margin: float | Tensor,
+    log_q: Tensor | None = None,
+) -> Objective:
+    """Q-Margin as :class:`~speechbrain_qmargin.loss.interface.Objective`, for any classifier.
 
-
-def _check_cosines(cosines: Tensor) -> None:
-    if torch.compiler.is_compiling() or cosines.numel() == 0:
-        return
-    # half-precision products of half-precision unit vectors overshoot one by a few of their eps
-    tolerance = max(1e-3, 4 * torch.finfo(cosines.dtype).eps)
-    low, high = torch.aminmax(cosines.detach())
-    largest = torch.maximum(-low, high)  # NaN propagates
-    message = "the loss takes cosines (unit embeddings times unit prototypes), not logits"
-    if cosines.device.type != "cpu":
-        torch._assert_async(largest <= 1 + tolerance, f"outputs beyond 1 or not finite: {message}")
-        return
-    value = float(largest)
-    if not math.isfinite(value):
-        raise ValueError(
-            "outputs are not finite (NaN or inf). Look for a diverged model, a silent or empty "
-            f"recording, or fp16 overflow; {message}"
+    Parameters are those of :func:`q_margin_loss`.
+    """
+    check_loss_parameters(alpha, scale, margin)
+    spread = None
+    if isinstance(margin, Tensor):
+        if margin.shape != targets.shape:
+            raise ValueError(
+                f"margin must be a number or a tensor {list(targets.shape)}, one for each sample, "
+                f"got {list(margin.shape)}"
+            )
+        prior = -scale * margin.to(row_dtype(targets))
+    else:
+        prior = torch.full(
+            targets.shape, -scale * margin, dtype=row_dtype(targets), device=targets.device
         )
-    if value > 1 + tolerance:
-        raise ValueError(
-            f"outputs reach |{value:.4g}| > 1: {message}; the scale belongs to the loss"
-        )
+        spread = scale * margin if log_q is None else None
+    if log_q is not None:
+        if log_q.ndim != 1 or not log_q.is_floating_point():
+            raise ValueError(
+                "log_q must be floating point and of shape [C], one for each class, got "
+                f"{log_q.dtype} {list(log_q.shape)}"
+            )
+        looked_at = log_q.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looked_at and not bool(log_q.detach().isfinite().all()):
+            raise ValueError("log_q is not finite everywhere: q must be positive")
+        # a label beyond is refused where the number of classes is known
+        prior = prior + log_q.to(prior.dtype)[targets.long().clamp(0, len(log_q) - 1)]
+    return Objective(scale, alpha, target_log_q=prior, log_q=log_q, spread=spread)
 
 
 def q_margin_loss(
@@ -461,15 +364,16 @@ def q_margin_loss(
     targets: Tensor,
     alpha: float = 1.5,
     scale: float = 10.0,
-    margin: float = 0.2,
+    margin: float | Tensor = 0.2,
     *,
+    log_q: Tensor | None = None,
     reduction: str = "mean",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, QMarginStats]:
     r"""Q-Margin: the Fenchel-Young loss whose margin sits in the reference measure.
 
     With :math:`\theta_j = s \cos_j`, :math:`q_y = e^{-s m}`, :math:`q_j = 1` for
-    :math:`j \ne y`, and the posterior p of :func:`alpha_softargmax`,
+    :math:`j \ne y` (or `log_q`), and the posterior p of :func:`alpha_softargmax`,
 
     .. math:: L = \sum_j p_j \theta_j - \theta_y
                   + \frac{q_y^{1-\alpha} - \sum_j q_j^{1-\alpha} p_j^\alpha}{\alpha(\alpha-1)},
@@ -485,8 +389,16 @@ def q_margin_loss(
         Cosines of embeddings and prototypes. bf16 and fp16 are computed in float32.
     targets : Tensor, [B], integer
         Labels in [0, C).
-    alpha, scale, margin : float
-        Order (>= 1), scale (> 0) and margin in cosine (>= 0).
+    alpha, scale : float
+        Order (>= 1) and scale (> 0).
+    margin : float, >= 0, or Tensor, [B]
+        In cosine; a tensor has one for each sample (by quality, norm or class; of any sign), and
+        gets a gradient if it requires one.
+    log_q : Tensor, [C], optional
+        Logarithm of a reference measure of the classes, which the margin comes on top of:
+        ``log q_y = log_q[y] - scale * margin`` (priors of a long-tailed corpus, margins by class).
+        None: all zeros. A constant added to all of it does change the loss, unless alpha = 1: a
+        smaller q asks for larger leads. It gets a gradient if it requires one.
     reduction : {"mean", "sum", "none"}
     return_stats : bool
         Also return :class:`QMarginStats`.
@@ -494,9 +406,9 @@ def q_margin_loss(
     Returns
     -------
     Tensor or (Tensor, QMarginStats)
-        Loss in float32 (float64 for float64 input), scalar or [B]. Differentiable once in
-        `cosines`. Beyond ``(alpha - 1) * scale * margin`` of about 88 its value, not its gradient,
-        overflows float32.
+        Loss in float32 (float64 for float64 input), scalar or [B]. Twice differentiable, in
+        `cosines`, `margin` and `log_q`. Beyond ``(alpha - 1) * scale * margin`` of about 88 its
+        value, not its gradient, overflows float32.
 
     Raises
     ------
@@ -519,29 +431,19 @@ def q_margin_loss(
     >>> float(stats.zero_loss), float(stats.support_max)
     (0.5, 2.0)
     """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     check_loss_parameters(alpha, scale, margin)
     if cosines.ndim != 2 or targets.ndim != 1 or cosines.shape[0] != targets.shape[0]:
         raise ValueError(
             "q_margin_loss takes cosines [B, C] and targets [B], got "
             f"{tuple(cosines.shape)} and {tuple(targets.shape)}"
         )
-    if not cosines.is_floating_point():
-        raise TypeError(f"cosines must be floating point, got {cosines.dtype}")
-    if cosines.numel() == 0:
-        raise ValueError(f"an empty batch: cosines have shape {tuple(cosines.shape)}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    _check_cosines(cosines)
-    check_labels(targets, cosines.shape[1])
-    loss, target_posterior, support = _QMargin.apply(
-        cosines, targets.long(), float(alpha), float(scale), float(margin), return_stats
-    )
-    stats = None
-    if return_stats:
-        count = support.to(loss.dtype)
-        stats = QMarginStats(
-            count.mean(), count.max(), (loss == 0).to(loss.dtype).mean(), target_posterior.mean()
-        )
+    scores = DenseScores(cosines)
+    check_labels(targets, scores.num_classes)
+    objective = q_margin_objective(targets, float(alpha), float(scale), margin, log_q)
+    rows = scores.evaluate(targets, objective, statistics=return_stats)
+    loss = rows.loss
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
-    return (loss, stats) if return_stats else loss
+    return (loss, QMarginStats.of(rows, alpha)) if return_stats else loss

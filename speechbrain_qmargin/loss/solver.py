@@ -42,11 +42,13 @@ __all__ = [
     "compute_dtype",
     "edge",
     "fenchel_young",
+    "jacobian",
     "newton",
     "newton_steps",
     "row_dtype",
     "single_class_level",
     "solve",
+    "spread_of",
     "target_powers",
     "tau_of",
 ]
@@ -189,7 +191,8 @@ def target_powers(logit: Tensor, level: Tensor, measure: Measure) -> tuple[Tenso
     """
     alpha = measure.alpha
     k = 1 / (alpha - 1)
-    log_u = _log_u((logit - level).mul_(alpha - 1), alpha)
+    lead = (logit - level).mul_(alpha - 1)
+    log_u = lead.clamp_(min=-1).log1p_() if _in_logs(alpha) else lead.clamp_(min=0).log_()
     inactive = log_u == -math.inf
     log_u.masked_fill_(inactive, 0)
     h = torch.exp(log_u * (k - 1) + measure.target).masked_fill_(inactive, 0)
@@ -197,9 +200,43 @@ def target_powers(logit: Tensor, level: Tensor, measure: Measure) -> tuple[Tenso
     return p, h
 
 
-def _log_u(lead: Tensor, alpha: float) -> Tensor:
-    """log u of (alpha - 1)(logit - level), in place; -inf outside the support."""
-    return lead.clamp_(min=-1).log1p_() if _in_logs(alpha) else lead.clamp_(min=0).log_()
+def jacobian(
+    p: Tensor, gradient: Tensor, alpha: float, log_q: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    r"""h and the centred gradient of a posterior [..., C]: :math:`J g = h \circ centred`.
+
+    The Jacobian of the alpha-softargmax by the logits is :math:`diag(h) - h h^T / \sum h` with
+    :math:`h = q^{\alpha-1} p^{2-\alpha}` on the support; by log q it is
+    :math:`diag(p) - p h^T / \sum h`, whose product with g is :math:`p \circ centred` too. Made of
+    differentiable operations.
+    """
+    active = p > 0
+    h = torch.where(active, p, 1).pow(2 - alpha)
+    if log_q is not None:
+        h = h * torch.exp(log_q.to(h.dtype) * (alpha - 1))
+    h = torch.where(active, h, 0)
+    centred = gradient - (h * gradient).sum(-1, keepdim=True) / h.sum(-1, keepdim=True)
+    return h, centred
+
+
+def spread_of(*log_q: Tensor | None) -> float:
+    """log(q_max / q_min) over several tensors of log q, None being q = 1; the host waits for it.
+
+    Examples
+    --------
+    >>> spread_of(torch.tensor([-3.0, -1.0]), None)
+    3.0
+    """
+    low, high = [], []
+    for part in log_q:
+        if part is None:
+            low.append(0.0)
+            high.append(0.0)
+        elif part.numel():
+            there = torch.isfinite(part)  # -inf: a class that is absent
+            low.append(float(torch.where(there, part, math.inf).amin()))
+            high.append(float(torch.where(there, part, -math.inf).amax()))
+    return max(0.0, max(high, default=0.0) - min(low, default=0.0))
 
 
 class Block:
@@ -227,60 +264,62 @@ class Block:
         self, v: Tensor, alpha: float, log_q: Tensor | None = None, weight: float = 1.0
     ) -> None:
         self.v, self.alpha, self.weight = v, alpha, weight
-        self.log_q = None if log_q is None else log_q.to(v.dtype)
+        self.log_q = log_q
         self._u, self._h = torch.empty_like(v), torch.empty_like(v)
+
+    @property
+    def log_q(self) -> Tensor | None:
+        """Like `v`, it may be set anew for other classes of the same shape: the buffers stay."""
+        return self._log_q
+
+    @log_q.setter
+    def log_q(self, log_q: Tensor | None) -> None:
+        self._log_q = None if log_q is None else log_q.to(self.v.device)
+        self._factor: Tensor | None = None
+        if log_q is not None:
+            # q u^k = (q^(1/k) u)^k: neither factor is far from 1 where q and u^k are
+            in_logs = _in_logs(self.alpha)
+            factor = log_q if in_logs else torch.exp(log_q * (self.alpha - 1))
+            self._factor = factor.to(self.v).expand_as(self.v)
 
     def sums(self, level: Tensor) -> tuple[Tensor, Tensor]:
         r"""S = sum_j p_j and H = sum_j q_j u_j^(k-1) = -dS/dtau at levels [...], both [...]."""
-        if self.log_q is None:
-            h = self._powers(level)
-            s, slope = torch.linalg.vecdot(h, self._u), h.sum(-1)
+        h = self._powers(level)
+        s = torch.linalg.vecdot(h, self._u)
+        if self._factor is None or _in_logs(self.alpha):
+            slope = h.sum(-1)
         else:
-            k = 1 / (self.alpha - 1)
-            log_u, inactive = self._log_powers(level)
-            torch.add(self.log_q, log_u, alpha=k, out=self._h)
-            s = self._h.exp_().masked_fill_(inactive, 0).sum(-1)
-            # q may be beyond the dtype where p is not: the largest summand is kept as a logarithm
-            log_h = torch.add(self.log_q, log_u, alpha=k - 1, out=self._h)
-            log_h.masked_fill_(inactive, -math.inf)
-            largest = log_h.amax(-1, keepdim=True).clamp_(min=torch.finfo(log_h.dtype).min)
-            slope = log_h.sub_(largest).exp_().sum(-1).to(level.dtype)
-            slope = slope * largest.squeeze(-1).to(level.dtype).exp()
+            slope = torch.linalg.vecdot(h, self._factor)
         return (s, slope) if self.weight == 1 else (s * self.weight, slope * self.weight)
 
     def posterior(self, level: Tensor) -> Tensor:
         """p [..., K] at levels [...], in a buffer that the next call overwrites."""
-        if self.log_q is None:
-            h = self._powers(level)
-            return h.square_() if h is self._u else h.mul_(self._u)
-        log_u, inactive = self._log_powers(level)
-        torch.add(self.log_q, log_u, alpha=1 / (self.alpha - 1), out=self._h)
-        return self._h.exp_().masked_fill_(inactive, 0)
+        h = self._powers(level)
+        return h.square_() if h is self._u else h.mul_(self._u)
 
     def _powers(self, level: Tensor) -> Tensor:
-        """u and u^(k-1) in the buffers; returns the second, which is u itself where k = 2."""
+        """Two factors of p in the buffers; returns the second, which is the first where k = 2.
+
+        In logs u and q u^(k-1), otherwise w = q^(1/k) u and w^(k-1).
+        """
         alpha, u, h = self.alpha, self._u, self._h
         k = 1 / (alpha - 1)
-        torch.sub(self.v, self._at(level), out=u)
+        torch.sub(self.v, ((alpha - 1) * level).to(self.v.dtype).unsqueeze(-1), out=u)
         if _in_logs(alpha):
-            torch.log1p(u.clamp_(min=-1), out=h).mul_(k - 1).exp_()
+            torch.log1p(u.clamp_(min=-1), out=h).mul_(k - 1)
+            if self._factor is not None:
+                h.add_(self._factor)
             u.add_(1)
-            return h
+            return h.exp_()
         u.clamp_(min=0)
+        if self._factor is not None:
+            u.mul_(self._factor)
         if k == 2:
             return u
         if k == 1:
             return torch.sign(u, out=h)
         torch.pow(u, k - 1, out=h)
         return h if k > 1 else h.masked_fill_(u == 0, 0)
-
-    def _log_powers(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        log_u = _log_u(torch.sub(self.v, self._at(level), out=self._u), self.alpha)
-        inactive = log_u == -math.inf
-        return log_u.masked_fill_(inactive, 0), inactive
-
-    def _at(self, level: Tensor) -> Tensor:
-        return ((self.alpha - 1) * level).to(self.v.dtype).unsqueeze(-1)
 
 
 # --------------------------------------------------------------------------- the root
@@ -455,4 +494,4 @@ def fenchel_young(
         gap = gap + excess * (target - tau_of(level, alpha))
         loss = (1 - 1 / alpha) * gap + (level - alone + excess) / alpha
         loss = torch.where(others == 0, 0.0, loss.clamp(min=0))
-    return Solution(loss, p_y * inverse_total, -others * inverse_total, inverse_total)
+    return Solution(loss, p_y * inverse_total, 0 - others * inverse_total, inverse_total)

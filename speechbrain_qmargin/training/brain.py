@@ -33,7 +33,7 @@ from torch.utils.data import Subset
 
 from speechbrain_qmargin.data.batches import readable_batch
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.loss.registry import loss_parameter, set_loss_parameters
+from speechbrain_qmargin.loss.interface import Loss, scores_of, value_of
 from speechbrain_qmargin.training.checkpoints import bare, ends_an_epoch, load_average
 from speechbrain_qmargin.training.extraction import EmbeddingParts
 from speechbrain_qmargin.training.internals import OpenBrain, skip_to
@@ -53,8 +53,8 @@ class VerificationBrain(OpenBrain):
     Settings
     --------
     compute_cost : callable
-        ``loss = compute_cost(outputs, labels, lengths)``; a `with_stats` method, where it has one,
-        is used for the diagnostics.
+        ``loss = compute_cost(outputs, labels, lengths)``. A :class:`speechbrain_qmargin.Loss` gives
+        the diagnostics as well.
     lr_schedule : callable
         ``lr = lr_schedule(epoch)`` with the time in epochs, for a batch of `lr_reference_batch`
         samples; it is scaled to the batch that is used.
@@ -90,7 +90,7 @@ class VerificationBrain(OpenBrain):
         head = self.modules["classifier"]
         self._sharded_head = head if hasattr(head, "save_shards") else None
         schedule = getattr(self.hparams, "loss_schedule", None) or {}
-        full = {name: loss_parameter(self.hparams.compute_cost, name) for name in schedule}
+        full = {name: value_of(self.hparams.compute_cost, name) for name in schedule}
         self._loss_at = lambda epoch: {
             name: change(epoch, full[name]) for name, change in schedule.items()
         }
@@ -106,7 +106,12 @@ class VerificationBrain(OpenBrain):
     def compute_forward(self, batch, stage):
         batch = batch.to(self.device)
         embeddings = self.embed(batch, stage)
-        return self.modules.classifier(embeddings) if stage == sb.Stage.TRAIN else embeddings
+        if stage != sb.Stage.TRAIN:
+            return embeddings
+        outputs = self.modules.classifier(embeddings)
+        # a loss of ours may look at the embeddings, which a dense classifier keeps to itself
+        ours = isinstance(self.hparams.compute_cost, Loss)
+        return scores_of(outputs, embeddings) if ours else outputs
 
     def evaluate_batch(self, batch, stage):
         """As SpeechBrain's; a batch of recordings that were skipped is None."""
@@ -120,7 +125,7 @@ class VerificationBrain(OpenBrain):
             return torch.zeros(())
         labels = self.labels(batch)
         cost = self.hparams.compute_cost
-        if hasattr(cost, "with_stats"):
+        if isinstance(cost, Loss):
             loss, stats = cost.with_stats(predictions, labels)
             self._stats.append(torch.stack([value.detach() for value in stats]))
         else:
@@ -189,7 +194,8 @@ class VerificationBrain(OpenBrain):
 
     def _follow_schedules(self) -> None:
         self._loss_now = self._loss_at(self._time)
-        set_loss_parameters(self.hparams.compute_cost, **self._loss_now)
+        if self._loss_now:
+            self.hparams.compute_cost.set(**self._loss_now)
         self._lr = self._lr_scale * self.hparams.lr_schedule(self._time)
         for optimizer in self.optimizers_dict.values():
             for group in optimizer.param_groups:

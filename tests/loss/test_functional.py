@@ -441,7 +441,9 @@ def test_a_label_outside_names_itself_and_the_setting(label):
 
 def test_inputs_are_checked():
     cosines, targets = batch()
-    with pytest.raises(ValueError, match=r"\|3\| > 1.*the scale belongs to the loss"):
+    with pytest.raises(
+        ValueError, match=r"\|3\| > 1.*not logits.*ECAPA_TDNN.Classifier \[512, cpu, 0, 192, 50\]"
+    ):
         q_margin_loss(3 * cosines.clamp(-1, 1), targets)
     for bad in (math.nan, math.inf):
         broken = cosines.clone()

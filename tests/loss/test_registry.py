@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from speechbrain.nnet.losses import AdditiveAngularMargin, AngularMargin, LogSoftmaxWrapper
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import speechbrain_qmargin
 from speechbrain_qmargin import (
     LOSSES,
+    ArcFaceLoss,
     CosFaceLoss,
     QMarginFaceLoss,
     QMarginLoss,
@@ -20,7 +22,7 @@ from speechbrain_qmargin import (
     margin_for,
 )
 from speechbrain_qmargin.loss.functional import QMarginStats, q_margin_loss
-from speechbrain_qmargin.loss.registry import loss_parameter
+from speechbrain_qmargin.loss.interface import Objective, Rows
 
 
 def outputs_and_labels(rows=5, classes=9):
@@ -48,6 +50,22 @@ def test_one_sample_and_one_class_keep_their_dimensions():
     assert QMarginLoss()(torch.rand(1, 1, 1), torch.zeros(1, 1, dtype=torch.long)) == 0
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("easy", [False, True])
+def test_arcface_is_speechbrains(margin, easy):
+    outputs, labels = outputs_and_labels(rows=40)
+    outputs[0, 0, labels[0]] = -0.9999  # beyond pi - margin
+    outputs.requires_grad_()
+    theirs = LogSoftmaxWrapper(AdditiveAngularMargin(margin, 32.0, easy_margin=easy))
+    wanted = theirs(outputs, labels)
+    gradient = torch.autograd.grad(wanted, outputs)[0]
+    loss = ArcFaceLoss(32.0, margin, easy_margin=easy)(outputs, labels)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, outputs)[0], gradient, rtol=1e-5, atol=1e-5
+    )
+
+
 def test_cosface_is_speechbrains():
     outputs, labels = outputs_and_labels()
     theirs = LogSoftmaxWrapper(AngularMargin(margin=0.2, scale=32))
@@ -69,8 +87,8 @@ def test_the_family_by_name():
     loss = make_loss("qmargin", alpha=1.75, scale=5)
     assert (loss.alpha, loss.scale, loss.margin) == (1.75, 5, 0.2)
     arcface = make_loss("arcface", margin=0.3)
-    assert isinstance(arcface.loss_fn, AdditiveAngularMargin)
-    assert (arcface.loss_fn.margin, arcface.loss_fn.scale) == (0.3, 32)
+    assert isinstance(arcface, ArcFaceLoss)
+    assert (arcface.margin, arcface.scale) == (0.3, 32)
 
 
 @pytest.mark.parametrize(
@@ -112,18 +130,27 @@ def test_its_text_shows_the_hard_margin():
 
 
 class Head:
-    """A sparse head's training output: it evaluates the loss itself."""
+    """A sparse head's training output: it evaluates what the loss asks."""
 
-    def q_margin_loss(self, targets, alpha, scale, margin, *, return_stats=False):
-        self.seen = (targets.tolist(), alpha, scale, margin, return_stats)
-        return (torch.tensor(7.0), "stats") if return_stats else torch.tensor(7.0)
+    num_classes, embeddings = 9, None
+
+    def cosines(self):
+        raise TypeError("no")
+
+    def evaluate(self, targets, objective: Objective, *, statistics=False):
+        self.seen = targets.tolist(), objective, statistics
+        return Rows(torch.tensor([6.0, 8.0]), torch.ones(2), torch.tensor([1, 3]))
 
 
 def test_a_sparse_heads_output_evaluates_itself():
     head = Head()
     assert QMarginLoss()(head, torch.tensor([[3], [1]])) == 7
-    assert head.seen == ([3, 1], 1.5, 10.0, 0.2, False)
-    assert QMarginLoss().with_stats(head, torch.tensor([[3], [1]])) == (7, "stats")
+    targets, objective, statistics = head.seen
+    assert (targets, statistics) == ([3, 1], False)
+    assert (objective.alpha, objective.scale, objective.spread) == (1.5, 10.0, 2.0)
+    assert objective.target_log_q.tolist() == [-2, -2]
+    loss, stats = QMarginLoss().with_stats(head, torch.tensor([[3], [1]]))
+    assert (loss, stats.support_mean, stats.support_max) == (7, 2, 3)
     with pytest.raises(TypeError, match=r"cosines \[B, 1, C\].*got list"):
         QMarginLoss()([0.1], torch.tensor([0]))
 
@@ -187,12 +214,31 @@ def test_a_gpu_is_never_waited_for(alpha):
             assert compiled(outputs, labels).shape == ()
 
 
-def test_importing_the_loss_imports_torch_alone():
-    heavy = {"speechbrain", "scipy", "sklearn", "matplotlib", "torchaudio", "soundfile"}
-    code = "import sys, speechbrain_qmargin; print(*sys.modules)"
+@pytest.mark.parametrize(
+    ("code", "loaded", "absent"),
+    [
+        ("import speechbrain_qmargin", set(), {"torch", "numpy"}),
+        (
+            "from speechbrain_qmargin import QMarginLoss, QMarginHead, RowSparseSGD, q_margin_loss",
+            {"torch"},
+            {"speechbrain", "scipy", "sklearn", "matplotlib", "torchaudio", "soundfile"},
+        ),
+        ("import speechbrain_qmargin.scoring.metrics", {"numpy"}, {"torch", "speechbrain"}),
+    ],
+)
+def test_an_import_costs_what_it_needs(code, loaded, absent):
+    code = f"{code}; import sys; print(*sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "torch" in answer.stdout.split()
-    assert not heavy & set(answer.stdout.split())
+    assert loaded <= set(answer.stdout.split()), answer.stderr
+    assert not absent & set(answer.stdout.split())
+
+
+def test_every_public_name_is_there():
+    for name in speechbrain_qmargin.__all__:
+        assert getattr(speechbrain_qmargin, name) is not None
+    assert set(speechbrain_qmargin.__all__) <= set(dir(speechbrain_qmargin))
+    with pytest.raises(AttributeError, match="no attribute 'QMarginLos'"):
+        speechbrain_qmargin.QMarginLos  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -201,7 +247,7 @@ def test_importing_the_loss_imports_torch_alone():
 )
 def test_large_margins_of_fine_tuning(name, margin):
     loss = make_loss(name, margin="large")
-    assert loss_parameter(loss, "margin") == pytest.approx(margin, abs=1e-3)
+    assert loss.value("margin") == pytest.approx(margin, abs=1e-3)
     with pytest.raises(ValueError, match="'huge'; give a number or large"):
         make_loss(name, margin="huge")
 

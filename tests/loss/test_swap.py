@@ -4,6 +4,8 @@ The YAML and the Brain below have the structure of SpeechBrain's
 recipes/VoxCeleb/SpeakerRec (train_ecapa_tdnn.yaml, train_speaker_embeddings.py), small.
 """
 
+import re
+
 import numpy as np
 import pytest
 import soundfile
@@ -162,6 +164,47 @@ def test_one_flag_swaps_the_loss_of_an_upstream_recipe(dataset, tmp_path, precis
     assert brain.errors[-1] <= brain.errors[0]
     assert not torch.equal(brain.modules.classifier.weight, before)
     assert (torch.bfloat16 in brain.dtypes) == (precision == "bf16")
+
+
+@pytest.mark.parametrize(
+    ("flag", "parameters"),
+    [
+        ("!new:speechbrain_qmargin.QMarginLoss", (1.5, 10, 0.2)),
+        ("!new:speechbrain_qmargin.QMarginLoss [1.75, 5, 0.2]", (1.75, 5, 0.2)),
+        ("!new:speechbrain_qmargin.ArcFaceLoss [30, 0.3]", (30, 0.3)),
+    ],
+)
+def test_the_command_line_passes_arguments(tmp_path, flag, parameters):
+    recipe = tmp_path / "train_ecapa_tdnn.yaml"
+    recipe.write_text(YAML)
+    _, _, overrides = sb.parse_arguments([str(recipe), f"--compute_cost={flag}", "--device=cpu"])
+    loss = load_hyperpyyaml(YAML, overrides)["compute_cost"]
+    assert tuple(getattr(loss, name) for name in loss.settings) == parameters
+
+
+def test_train_x_vectors_outputs_become_cosines_by_the_flag_that_the_message_gives(tmp_path):
+    """Its own classifier ends in log-probabilities."""
+    text = (
+        YAML
+        + """
+classifier: !new:speechbrain.lobes.models.Xvector.Classifier
+    input_shape: [null, null, 512]
+    out_neurons: !ref <out_n_neurons>
+"""
+    )
+    text = text.replace(YAML[YAML.index("classifier: ") : YAML.index("epoch_counter: ")], "", 1)
+    embeddings, labels = torch.randn(4, 1, 512), torch.tensor([[0], [2], [1], [1]])
+    outputs = load_hyperpyyaml(text)["classifier"](embeddings)
+    with pytest.raises(ValueError, match="not logits") as caught:
+        QMarginLoss()(outputs, labels)
+    flag = re.search(r"--classifier='(.*?)'", str(caught.value)).group(1)
+    assert flag == "!new:speechbrain.lobes.models.ECAPA_TDNN.Classifier [512, cpu, 0, 192, 3]"
+    recipe = tmp_path / "train_x_vectors.yaml"
+    recipe.write_text(text)
+    overrides = sb.parse_arguments([str(recipe), f"--classifier={flag}", "--device=cpu"])[2]
+    outputs = load_hyperpyyaml(text, overrides)["classifier"](embeddings)
+    assert outputs.shape == (4, 1, 3)
+    assert QMarginLoss()(outputs, labels) > 0
 
 
 def test_the_yaml_form_takes_arguments():

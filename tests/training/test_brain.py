@@ -345,7 +345,7 @@ def test_the_margin_follows_its_schedule_and_is_logged(folder, tmp_path):
         # the last of four steps of each epoch
         seen = [record["margin"] for record in brain.history()]
         assert seen == pytest.approx([0, 0.3 * (1 - 1e-3**0.75), 0.3])
-    assert brain.hparams.compute_cost.loss_fn.cos_m == pytest.approx(np.cos(0.3))
+    assert brain.hparams.compute_cost.margin == pytest.approx(0.3)
 
 
 def test_the_last_epochs_are_averaged(folder, tmp_path):

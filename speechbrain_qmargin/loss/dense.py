@@ -1,0 +1,291 @@
+"""A dense classifier's cosines as :class:`~speechbrain_qmargin.loss.interface.Scores`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speechbrain_qmargin.loss.interface import Objective, Rows, prior_slope
+from speechbrain_qmargin.loss.solver import (
+    Block,
+    Measure,
+    compute_dtype,
+    fenchel_young,
+    jacobian,
+    row_dtype,
+    single_class_level,
+    solve,
+    spread_of,
+)
+
+__all__ = ["DenseScores", "check_labels"]
+
+# tau on a subset of the classes is a lower bound of tau. With many classes the steps start from its
+# value on the largest logits, which is mostly the answer and saves most of the full passes.
+_WARM_START_CLASSES, _WARM_START_SUBSET = 2048, 64
+_FLOAT32_LOG_RANGE = 80.0  # of q^(alpha-1): beyond, it is computed in float64
+
+
+class DenseScores:
+    """Cosines of a batch and all classes.
+
+    Parameters
+    ----------
+    cosines : Tensor, [B, C] or [B, 1, C], floating point
+        bf16 and fp16 are computed in float32.
+    embeddings : Tensor, [B, D] or [B, 1, D], optional
+        What the classifier was given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Other shapes and types, and outputs that are not cosines or not finite; on a GPU the check
+        of values is an asynchronous device-side assertion.
+
+    Examples
+    --------
+    >>> scores = DenseScores(torch.tensor([[[0.9, 0.1, 0.0]]]))
+    >>> scores.num_classes
+    3
+    >>> scores.evaluate(torch.tensor([0]), Objective(scale=10.0)).loss
+    tensor([0.0005])
+    """
+
+    def __init__(self, cosines: Tensor, embeddings: Tensor | None = None) -> None:
+        if cosines.ndim == 3 and cosines.shape[1] == 1:
+            cosines = cosines.squeeze(1)
+        if cosines.ndim != 2:
+            raise ValueError(
+                f"a loss takes cosines [B, C] or [B, 1, C], got {tuple(cosines.shape)}"
+            )
+        if not cosines.is_floating_point():
+            raise TypeError(f"cosines must be floating point, got {cosines.dtype}")
+        if cosines.numel() == 0:
+            raise ValueError(f"an empty batch: cosines have shape {tuple(cosines.shape)}")
+        _check_cosines(cosines)
+        if embeddings is not None:
+            embeddings = embeddings.reshape(len(cosines), -1)
+        self._cosines, self._embeddings = cosines, embeddings
+
+    @property
+    def num_classes(self) -> int:
+        return self._cosines.shape[1]
+
+    @property
+    def embeddings(self) -> Tensor | None:
+        return self._embeddings
+
+    def cosines(self) -> Tensor:
+        """[B, C], as they came."""
+        return self._cosines
+
+    def evaluate(self, targets: Tensor, objective: Objective, *, statistics: bool = False) -> Rows:
+        """See :meth:`Scores.evaluate`. Differentiable as often as `move_target` is."""
+        cosines = self._cosines
+        if targets.ndim != 1 or targets.shape[0] != cosines.shape[0]:
+            raise ValueError(
+                "the loss takes cosines [B, C] and targets [B], got "
+                f"{tuple(cosines.shape)} and {tuple(targets.shape)}"
+            )
+        check_labels(targets, cosines.shape[1])
+        log_q = objective.log_q
+        if log_q is not None and log_q.shape != (cosines.shape[1],):
+            raise ValueError(
+                f"log_q must be one for each of {cosines.shape[1]} classes, got {list(log_q.shape)}"
+            )
+        targets = targets.long()
+        moved = None
+        with torch.autocast(cosines.device.type, enabled=False):
+            if objective.move_target is not None:
+                own = cosines.gather(1, targets.unsqueeze(1)).squeeze(1)
+                moved = objective.move_target(own.to(row_dtype(cosines)))
+            if objective.move_others is not None:
+                if objective.alpha != 1:
+                    raise ValueError("move_others is for cross-entropies: alpha = 1")
+                if moved is None:
+                    moved = cosines.gather(1, targets.unsqueeze(1)).squeeze(1)
+                    moved = moved.to(row_dtype(cosines))
+                cosines = objective.move_others(
+                    cosines.to(compute_dtype(cosines)),
+                    moved.detach().to(compute_dtype(cosines)).unsqueeze(1),
+                )
+            loss, target_posterior, support, _ = _FenchelYoung.apply(
+                cosines,
+                moved,
+                objective.target_log_q,
+                objective.log_q,
+                targets,
+                objective.alpha,
+                objective.scale,
+                objective.spread,
+                statistics,
+            )
+        return Rows(loss, target_posterior, support)
+
+
+class _FenchelYoung(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cosines: Tensor,
+        moved: Tensor | None,
+        target_log_q: Tensor | None,
+        log_q: Tensor | None,
+        targets: Tensor,
+        alpha: float,
+        scale: float,
+        spread: float | None,
+        count_support: bool,
+    ):
+        """Loss, target posterior and support size, all [B], and p - e_y [B, C].
+
+        `moved` takes the place of the targets' cosines. Three B x C buffers at most live at once
+        (logits and two of powers); one of them becomes p - e_y, the only one kept.
+        """
+        index = targets.unsqueeze(1)
+        dtype, exact = compute_dtype(cosines), row_dtype(cosines)
+        cos_y = cosines.gather(1, index).squeeze(1) if moved is None else moved
+        cos_y = cos_y.to(exact)
+        prior = torch.zeros_like(cos_y) if target_log_q is None else target_log_q.to(exact)
+        if spread is None:
+            spread = spread_of(target_log_q, log_q) if alpha > 1 else 0.0
+        if log_q is not None and float((alpha - 1) * log_q.abs().amax()) > _FLOAT32_LOG_RANGE:
+            dtype = exact
+        # Differences to one wrong cosine, taken before scaling: nearly exact where it matters. The
+        # target leaves the matrix, so that its tiny prior meets no rounding.
+        z = cosines.to(dtype, copy=True).scatter_(1, index, -math.inf)
+        if log_q is None:
+            origin, lower = z.amax(1), None
+        else:
+            # the class that alone reaches highest: where q is large, u is tiny beside the logits
+            alone = single_class_level(torch.zeros_like(log_q, dtype=exact), alpha, log_q.to(exact))
+            place = torch.add(alone.to(dtype), z, alpha=scale).argmax(1, keepdim=True)
+            origin, lower = z.gather(1, place).squeeze(1), alone[place.squeeze(1)]
+        if cosines.shape[1] == 1:  # no wrong class
+            origin, lower = cos_y.to(dtype), torch.full_like(cos_y, -math.inf)
+        z = z.sub_(origin.unsqueeze(1))
+        z_y = (cos_y - origin) * scale
+        measure = Measure(alpha, prior, log_q)
+        if alpha == 1:
+            z = z.mul_(scale) if log_q is None else z.mul_(scale).add_(log_q.to(dtype))
+            alone = single_class_level(z_y, alpha, prior)
+            level = torch.logaddexp(torch.logsumexp(z, 1).to(exact), alone)
+            p = z.sub_(level.to(dtype).unsqueeze(1)).exp_()
+            others, gap = p.sum(1), 0.0
+        else:
+            v = z.mul_(scale * (alpha - 1))
+            peak = v.amax(1) / (alpha - 1)
+            if lower is None:
+                lower = single_class_level(peak.to(exact), alpha)
+            # only where the steps stop by themselves is a better start worth a sort
+            if v.device.type == "cpu" and v.shape[1] >= _WARM_START_CLASSES:
+                values, place = v.topk(_WARM_START_SUBSET, 1, sorted=False)
+                top = Block(values, alpha, measure.of(place))
+                lower = solve(top.sums, z_y, measure, lower, peak, v.shape[1], spread)
+            block = Block(v, alpha, log_q)
+            level = solve(block.sums, z_y, measure, lower, peak, v.shape[1], spread)
+            p = block.posterior(level)
+            others = p.sum(1)
+            gap = torch.linalg.vecdot(p, v.scatter_(1, index, 0)) / (alpha - 1)
+            gap = gap - others * z_y
+        solution = fenchel_young(measure, z_y, level, others, gap)
+        out = compute_dtype(cosines)
+        loss, p_y = solution.loss.to(out), solution.target_posterior.to(out)
+        p = p.mul_(solution.inverse_total.to(dtype).unsqueeze(1))
+        support = torch.count_nonzero(p, dim=1) + (p_y > 0) if count_support else None
+        excess = p.scatter_(1, index, solution.residual.to(dtype).unsqueeze(1)).to(out)
+        ctx.save_for_backward(excess, index, target_log_q, log_q)
+        ctx.alpha, ctx.scale, ctx.in_dtype = alpha, scale, cosines.dtype
+        ctx.moved_dtype = None if moved is None else moved.dtype
+        ctx.mark_non_differentiable(*([p_y, support] if support is not None else [p_y]))
+        ctx.set_materialize_grads(False)
+        return loss, p_y, support, excess
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None):
+        grad_loss, _, _, grad_excess = gradients
+        excess, index, target_log_q, log_q = ctx.saved_tensors
+        alpha, scale = ctx.alpha, ctx.scale
+        by_cosine = by_moved = by_prior = by_log_q = None
+        own = excess.gather(1, index).squeeze(1)
+        if grad_loss is not None:
+            by_cosine = excess * (grad_loss * scale).unsqueeze(1)
+            if ctx.needs_input_grad[2]:
+                by_prior = prior_slope(target_log_q.to(own.dtype), own, alpha) * grad_loss
+            if ctx.needs_input_grad[3]:
+                # p_j u_j / alpha where j is not the target
+                others = excess.scatter(1, index, 0)
+                there = others > 0
+                log_p = torch.where(there, others, 1).log()
+                tilted = torch.exp(alpha * log_p + (1 - alpha) * log_q.to(log_p.dtype))
+                by_log_q = torch.where(there, tilted, 0) * (grad_loss / alpha).unsqueeze(1)
+        if grad_excess is not None:  # of the gradient itself
+            p = excess.scatter_add(1, index, torch.ones_like(index, dtype=excess.dtype))
+            full = torch.zeros_like(p) if log_q is None else log_q.to(p.dtype).expand_as(p)
+            prior = torch.zeros_like(own) if target_log_q is None else target_log_q.to(p.dtype)
+            full = full.scatter(1, index, prior.unsqueeze(1))
+            h, centred = jacobian(p, grad_excess, alpha, full)
+            more = scale * h * centred
+            by_cosine = more if by_cosine is None else by_cosine + more
+            if ctx.needs_input_grad[2]:
+                more = (p * centred).gather(1, index).squeeze(1)
+                by_prior = more if by_prior is None else by_prior + more
+            if ctx.needs_input_grad[3]:
+                more = (p * centred).scatter(1, index, 0)
+                by_log_q = more if by_log_q is None else by_log_q + more
+        if ctx.moved_dtype is not None and by_cosine is not None:
+            by_moved = by_cosine.gather(1, index).squeeze(1).to(ctx.moved_dtype)
+            by_cosine = by_cosine.scatter(1, index, 0)
+        if by_cosine is not None:
+            by_cosine = by_cosine.to(ctx.in_dtype)
+        if by_prior is not None and target_log_q is not None:
+            by_prior = by_prior.to(target_log_q.dtype)
+        if by_log_q is not None and log_q is not None:
+            by_log_q = by_log_q.sum(0).to(log_q.dtype)
+        return by_cosine, by_moved, by_prior, by_log_q, *[None] * 5
+
+
+def check_labels(targets: Tensor, num_classes: int) -> None:
+    """Refuse labels outside [0, num_classes). On CUDA the check is asynchronous: no host wait."""
+    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"targets must be integer class labels, got {targets.dtype}")
+    if torch.compiler.is_compiling():
+        return
+    valid = (targets >= 0) & (targets < num_classes)
+    message = (
+        f"outside [0, {num_classes}): the outputs have {num_classes} classes. Set out_n_neurons "
+        "(the classifier's number of classes) to the size of the label encoder"
+    )
+    if targets.device.type != "cpu":
+        torch._assert_async(valid.all(), f"a target label is {message}")  # pyright: ignore[reportPrivateImportUsage]
+    elif not bool(valid.all()):
+        raise ValueError(f"target label {int(targets[~valid][0])} is {message}")
+
+
+def _check_cosines(cosines: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    # half-precision products of half-precision unit vectors overshoot one by a few of their eps
+    tolerance = max(1e-3, 4 * torch.finfo(cosines.dtype).eps)
+    low, high = torch.aminmax(cosines.detach())
+    largest = torch.maximum(-low, high)  # NaN propagates
+    message = (
+        "the loss takes cosines (unit embeddings times unit prototypes), not logits, and has the "
+        "scale in itself. SpeechBrain's ECAPA recipes give cosines; for train_x_vectors add "
+        "--classifier='!new:speechbrain.lobes.models.ECAPA_TDNN.Classifier "
+        f"[512, cpu, 0, 192, {cosines.shape[1]}]', where 512 is the size of its embeddings"
+    )
+    if cosines.device.type != "cpu":
+        torch._assert_async(largest <= 1 + tolerance, f"outputs beyond 1 or not finite: {message}")  # pyright: ignore[reportPrivateImportUsage]
+        return
+    value = float(largest)
+    if not math.isfinite(value):
+        raise ValueError(
+            "outputs are not finite (NaN or inf). Look for a diverged model, a silent or empty "
+            f"recording, or fp16 overflow; {message}"
+        )
+    if value > 1 + tolerance:
+        raise ValueError(f"outputs reach |{value:.4g}| > 1: {message}")

@@ -1,0 +1,392 @@
+"""What a loss and a classifier say to each other, and the base class of the losses.
+
+A classifier shows a loss one batch as :class:`Scores`: the dense classifier's cosines
+(SpeechBrain's ``Classifier``; wrapped by :func:`scores_of`), the sparse head's training output, or
+its shard's. The loss answers with an :class:`Objective`, which can be evaluated without all
+cosines in one place, and gets :class:`Rows` back.
+
+A loss of one's own is one class in one file::
+
+    class MyLoss(Loss):
+        settings = ("scale", "margin")
+
+        def __init__(self, scale: float = 32.0, margin: float = 0.2) -> None:
+            super().__init__(scale=scale, margin=margin)
+
+        def objective(self, scores, targets):
+            return Objective(scale=self.scale, move_target=lambda cosine: cosine - self.margin)
+
+It trains with ``--loss my_module:MyLoss`` in the recipes, as ``!new:my_module.MyLoss`` in any YAML,
+on the dense and on the sparse head. A cross-entropy says how cosines move; a Fenchel-Young loss
+gives alpha and log q; what is neither overrides :meth:`Loss.rows` and asks for all cosines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "Loss",
+    "Objective",
+    "QMarginStats",
+    "Rows",
+    "Scores",
+    "attach",
+    "flat",
+    "prior_slope",
+    "scores_of",
+    "slope_of",
+    "value_of",
+]
+
+
+@dataclass(frozen=True)
+class Objective:
+    r"""One batch's loss as a classifier evaluates it: :func:`q_margin_loss`'s formula, opened.
+
+    Logits are ``scale`` times the cosines, where those of the targets and of the others may have
+    moved first; the loss is the Fenchel-Young loss of the alpha-divergence with reference measure q
+    on them, at alpha = 1 a cross-entropy.
+
+    Attributes
+    ----------
+    scale : float
+    alpha : float, >= 1
+    target_log_q : Tensor, [B], float64, or None
+        log q of the samples' targets, the class's own included. None: q = 1. It may require a
+        gradient.
+    log_q : Tensor, [C], or None
+        log q of the classes where they are not the target. None: q = 1.
+    spread : float, optional
+        log(q_max / q_min) over both, where the loss knows it. None: it is looked up, for which the
+        host waits for a GPU.
+    move_target : callable, optional
+        ``moved = move_target(cosines)``: new cosines of this batch's targets, [B] float64 both, by
+        differentiable operations. Other tensors that it uses ([B] norms) may require gradients too.
+    move_others : callable, optional
+        ``moved = move_others(cosines, target)`` of cosines [B, K] of any K classes that are not the
+        targets, and the targets' moved cosines [B, 1], which count as constants; element by
+        element, by differentiable operations. It sees finite cosines only. At alpha = 1.
+
+    Both functions give the same for the same cosines: what is random is drawn before.
+    """
+
+    scale: float
+    alpha: float = 1.0
+    target_log_q: Tensor | None = None
+    log_q: Tensor | None = None
+    spread: float | None = None
+    move_target: Callable[[Tensor], Tensor] | None = None
+    move_others: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+class Rows(NamedTuple):
+    """What :meth:`Scores.evaluate` gives of every sample of this process; only losses have a graph.
+
+    Attributes
+    ----------
+    loss : Tensor, [B], float32 (float64 for float64 cosines)
+    target_posterior : Tensor, [B]
+    support : Tensor, [B], or None where nobody asked
+        Classes with a positive posterior, the target included.
+    """
+
+    loss: Tensor
+    target_posterior: Tensor
+    support: Tensor | None
+
+
+class QMarginStats(NamedTuple):
+    """What a trainer may want to log of one batch; zero-dimensional tensors, left on the device.
+
+    Attributes
+    ----------
+    support_mean, support_max : Tensor
+        Active classes per sample (those with a positive posterior).
+    zero_loss : Tensor
+        Share of samples at exactly zero loss, in [0, 1]: they have passed the hard margin. 0 at
+        alpha = 1, whose loss vanishes by rounding at most.
+    target_posterior : Tensor
+        Mean posterior of the target class, in [0, 1].
+    """
+
+    support_mean: Tensor
+    support_max: Tensor
+    zero_loss: Tensor
+    target_posterior: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows, alpha: float) -> QMarginStats:
+        """Of evaluated rows that were asked for their support."""
+        assert rows.support is not None
+        loss, count = rows.loss.detach(), rows.support.to(rows.loss.dtype)
+        zero = (loss == 0).to(loss.dtype).mean() if alpha > 1 else loss.new_zeros(())
+        return cls(count.mean(), count.max(), zero, rows.target_posterior.mean())
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """A batch against the classes. Implemented by the dense classifier, the head and its shards.
+
+    What an implementation owes its losses:
+
+    * :meth:`evaluate` is exact for every objective, or raises TypeError and names what it lacks
+      (say, `move_others` where classes are searched).
+    * Targets are checked: integers [B] in [0, num_classes).
+    * `move_target` is called with the cosines of this process's targets alone, float64, in the
+      order of the batch; in shards, what it returns is gathered, not what it takes. Slopes come
+      from autograd: :func:`slope_of`.
+    * Gradients reach embeddings and prototypes, `target_log_q`, and the tensors that `move_target`
+      uses. Where the loss comes from a function of one's own, :func:`attach` adds the last two.
+    """
+
+    @property
+    def num_classes(self) -> int:
+        """Over all shards."""
+        ...
+
+    @property
+    def embeddings(self) -> Tensor | None:
+        """[B, D] as the encoder gave them, in the graph. None where only cosines are known."""
+        ...
+
+    def evaluate(self, targets: Tensor, objective: Objective, *, statistics: bool = False) -> Rows:
+        """Losses of this process's samples; targets [B]. With `statistics`, supports as well."""
+        ...
+
+    def cosines(self) -> Tensor:
+        """All of them, [B, C], in the graph: for a loss that is no :class:`Objective`.
+
+        Raises TypeError where they do not exist in one place.
+        """
+        ...
+
+
+def slope_of(move: Callable[[Tensor], Tensor], cosines: Tensor) -> tuple[Tensor, Tensor]:
+    """(moved, slopes) of a function that works element by element, both without a graph.
+
+    Examples
+    --------
+    >>> slope_of(torch.square, torch.tensor([0.5, 1.0]))
+    (tensor([0.2500, 1.0000]), tensor([1., 2.]))
+    """
+    with torch.enable_grad():
+        at = cosines.detach().requires_grad_()
+        moved = move(at)
+        (slopes,) = torch.autograd.grad(moved.sum(), at)
+    return moved.detach(), slopes
+
+
+def attach(rows: Rows, objective: Objective, target_cosines: Tensor, residual: Tensor) -> Rows:
+    r"""Gradients of the loss by what an objective's tensors depend on, for functions of one's own.
+
+    Adds zero to the loss, with the gradient by the tensors that `move_target` uses, through
+    :math:`\partial L / \partial \theta_y = p_y - 1`, and by `target_log_q`, through
+    :math:`\partial L / \partial \log q_y = -q_y^{1-\alpha} (1 - p_y^\alpha) / \alpha`.
+
+    Parameters
+    ----------
+    rows : Rows
+        Whose loss has the gradients by the cosines already.
+    objective : Objective
+    target_cosines : Tensor, [B], float64
+        Of the targets, not moved.
+    residual : Tensor, [B]
+        p_y - 1, without the rounding of that difference.
+    """
+    loss, residual = rows.loss, residual.detach().double()
+    if objective.move_target is not None and torch.is_grad_enabled():
+        moved = objective.move_target(target_cosines.detach())
+        if moved.requires_grad:
+            zero = objective.scale * residual * (moved - moved.detach())
+            loss = loss + zero.to(loss.dtype)
+    log_q = objective.target_log_q
+    if log_q is not None and log_q.requires_grad and torch.is_grad_enabled():
+        slope = prior_slope(log_q.detach().double(), residual, objective.alpha)
+        loss = loss + (slope * (log_q - log_q.detach())).to(loss.dtype)
+    return rows._replace(loss=loss)
+
+
+def prior_slope(log_q: Tensor, residual: Tensor, alpha: float) -> Tensor:
+    r"""The slope of the loss by log q_y from p_y - 1, see :func:`attach`.
+
+    Examples
+    --------
+    >>> prior_slope(torch.tensor(-1.0), torch.tensor(-1.0), 1.0)    # p_y = 0: the margin itself
+    tensor(-1.)
+    """
+    there = residual > -1
+    power = torch.expm1(alpha * torch.log1p(torch.where(there, residual, 0)))
+    return torch.where(there, power, -1) * torch.exp(log_q * (1 - alpha)) / alpha
+
+
+def scores_of(outputs: Tensor | Scores, embeddings: Tensor | None = None) -> Scores:
+    """A classifier's output as :class:`Scores`.
+
+    Parameters
+    ----------
+    outputs : Tensor, [B, C] or [B, 1, C], or Scores
+        Cosines; Scores, as the sparse head's training output, are returned as they are.
+    embeddings : Tensor, [B, D] or [B, 1, D], optional
+        What a dense classifier was given, for the losses that look at norms.
+
+    Raises
+    ------
+    TypeError
+        Neither cosines nor Scores.
+    """
+    from speechbrain_qmargin.loss.dense import DenseScores
+
+    if isinstance(outputs, Tensor):
+        return DenseScores(outputs, embeddings)
+    if isinstance(outputs, Scores):
+        return outputs
+    raise TypeError(
+        "a loss takes cosines [B, 1, C] or a sparse head's training output, got "
+        f"{type(outputs).__name__}"
+    )
+
+
+class Loss(nn.Module):
+    """Base of the losses, called as SpeechBrain calls ``compute_cost``.
+
+    A subclass names its numbers in `settings`, passes them to ``super().__init__`` by name, and
+    defines :meth:`objective`. The numbers are attributes; :meth:`set` changes them between steps.
+
+    Attributes
+    ----------
+    settings : tuple of str
+        The numbers that a user may give and a schedule may change; alpha, scale and margin have
+        these names.
+    fixed : dict
+        Those that make it the loss of its name, with their values.
+    needs_embeddings : bool
+        Whether it looks at embeddings, which the dense classifier of an unmodified SpeechBrain
+        recipe does not hand on.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("scale", "margin")
+    fixed: ClassVar[Mapping[str, float]] = {}
+    needs_embeddings: ClassVar[bool] = False
+
+    def __init__(self, **values: float) -> None:
+        super().__init__()
+        missing = set(self.settings) ^ set(values)
+        if missing:
+            raise TypeError(
+                f"{type(self).__name__}: settings and the values given to Loss.__init__ differ by "
+                f"{', '.join(sorted(missing))}"
+            )
+        self.set(**values)
+
+    def check(self, **values: float) -> None:
+        """Refuse values outside the family; called with all settings by name."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
+        if "scale" in values and not values["scale"] > 0:
+            raise ValueError(f"scale must be a finite number > 0, got {values['scale']}")
+        if "margin" in values and not values["margin"] >= 0:
+            raise ValueError(f"margin must be a finite number >= 0, got {values['margin']}")
+
+    def set(self, **values: float) -> None:
+        """Change settings, all or none of them.
+
+        Raises
+        ------
+        ValueError
+            A name the loss does not have, a value outside its range, or one that would make it
+            another loss than its name says.
+        """
+        name = type(self).__name__
+        for key, value in values.items():
+            if key not in self.settings:
+                self.value(key)
+            if self.fixed.get(key, value) != value:
+                raise ValueError(
+                    f"{name} is {key} = {self.fixed[key]:g}, got {value:g}; use qmargin for others"
+                )
+        now = {key: values.get(key, getattr(self, key, None)) for key in self.settings}
+        self.check(**{key: float(value) for key, value in now.items() if value is not None})
+        for key, value in values.items():
+            setattr(self, key, float(value))
+
+    def large_margin(self) -> float:
+        """The margin of large-margin fine-tuning at the other settings: 0.5, as WeSpeaker."""
+        return self.fixed.get("margin", 0.5)
+
+    def warning(self) -> str | None:
+        """What a user should know of these settings before training; None: nothing."""
+        return None
+
+    def value(self, name: str) -> float:
+        """A setting by name.
+
+        Raises
+        ------
+        ValueError
+            One that the loss does not have.
+        """
+        if name not in self.settings:
+            raise ValueError(
+                f"{type(self).__name__} has no {name}; it has {', '.join(self.settings)}"
+            )
+        return getattr(self, name)
+
+    def objective(self, scores: Scores, targets: Tensor) -> Objective:
+        """What is to be evaluated for targets [B]."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither objective nor rows")
+
+    def rows(self, scores: Scores, targets: Tensor, *, statistics: bool = False) -> Rows:
+        """Losses of a batch; targets [B]."""
+        return scores.evaluate(targets, self.objective(scores, targets), statistics=statistics)
+
+    def forward(
+        self, outputs: Tensor | Scores, targets: Tensor, length: Tensor | None = None
+    ) -> Tensor:
+        """Mean loss of a batch.
+
+        Parameters
+        ----------
+        outputs : Tensor, [B, C] or [B, 1, C], or Scores
+            Cosines, or the training output of a sparse head, which is evaluated without logits.
+        targets : Tensor, [B] or [B, 1], integer
+            Labels in [0, C).
+        length : ignored
+            SpeechBrain passes relative lengths to every loss; one embedding has none.
+
+        Returns
+        -------
+        Tensor
+            Scalar, float32 (float64 for float64 input).
+        """
+        return self.rows(scores_of(outputs), flat(targets)).loss.mean()
+
+    def with_stats(self, outputs: Tensor | Scores, targets: Tensor) -> tuple[Tensor, QMarginStats]:
+        """:meth:`forward` and the batch's :class:`QMarginStats`."""
+        rows = self.rows(scores_of(outputs), flat(targets), statistics=True)
+        return rows.loss.mean(), QMarginStats.of(rows, getattr(self, "alpha", 1.0))
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name):.4g}" for name in self.settings)
+
+
+def value_of(loss: object, name: str) -> float:
+    """A setting of a loss that a schedule is to change; ValueError for one that has no settings."""
+    if not isinstance(loss, Loss):
+        raise ValueError(
+            f"loss_schedule: {type(loss).__name__} is no speechbrain_qmargin.Loss, so its {name} "
+            "cannot be changed in training"
+        )
+    return loss.value(name)
+
+
+def flat(targets: Tensor) -> Tensor:
+    """Targets [B] of [B] or [B, 1]."""
+    return targets.squeeze(1) if targets.ndim == 2 and targets.shape[1] == 1 else targets
