@@ -26,10 +26,12 @@ from tqdm import tqdm
 from speechbrain_qmargin.faces.pair_sets import ten_fold_accuracy
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.figures import EqualErrorRate, TarAtFar
-from speechbrain_qmargin.scoring.plots import plot_det
+from speechbrain_qmargin.scoring.metrics import operating_points
+from speechbrain_qmargin.scoring.plots import pooled_det_figure, save_figure
 from speechbrain_qmargin.scoring.report import evaluate
 from speechbrain_qmargin.scoring.score_files import read_scores
-from speechbrain_qmargin.scoring.uncertainty import Influence
+from speechbrain_qmargin.scoring.uncertainty import Influence, Spread
+from speechbrain_qmargin.trials import LabelledTrials
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {
@@ -84,12 +86,17 @@ def scores_file(folder: Path, system: str) -> Path:
     return found
 
 
+def scored(file: Path) -> tuple[LabelledTrials, np.ndarray]:
+    trials, scores = read_scores(file)
+    return trials.labelled(), scores
+
+
 def balanced_accuracy(file: Path) -> float:
     """As of the field's pair sets: all target pairs and as many impostor pairs, in ten folds.
 
     The impostor pairs and the folds are drawn at random, the same for every run.
     """
-    trials, scores = read_scores(file)
+    trials, scores = scored(file)
     rng = np.random.default_rng(0)
     targets, impostors = (rng.permutation(np.flatnonzero(trials.is_target == x)) for x in (1, 0))
     pairs = np.stack([targets, impostors[: len(targets)]], axis=1).reshape(-1)
@@ -100,7 +107,7 @@ def measured(args, folders: dict, system: str) -> dict:
     """(values [3], influences of speakers or identities [3]) of every (model, loss, seed)."""
     found = {}
     for key in tqdm(itertools.product(args.models, args.losses, range(args.seeds)), system):
-        trials, scores = read_scores(scores_file(folders[key], system))
+        trials, scores = scored(scores_file(folders[key], system))
         report = evaluate(scores, trials, figures=list(FIGURES.values()))
         found[key] = np.array([figure.value for figure in report.figures]), report.influences
     return found
@@ -182,9 +189,13 @@ def compare(args) -> None:
     for model in args.models:
         drawn = {}
         for loss in args.losses:
-            trials, scores = read_scores(scores_file(folders[model, loss, 0], "cosine"))
-            drawn[loss] = (scores, trials.is_target)
-        plot_det(drawn, args.output / f"det_{model}.png", f"{model}, seed 0")
+            drawn[loss] = []
+            for seed in range(args.seeds):
+                trials, scores = scored(scores_file(folders[model, loss, seed], "cosine"))
+                points = operating_points(scores, trials.is_target)
+                drawn[loss].append((points, Spread(scores, trials, points)))
+        title = f"{model}, mean of {args.seeds} seeds"
+        save_figure(pooled_det_figure(drawn, title), args.output / f"det_{model}.png")
 
 
 def recipe_options() -> tuple[list[str], list[str]]:

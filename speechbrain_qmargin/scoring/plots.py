@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from speechbrain_qmargin.scoring.metrics import (
     eer,
     log_likelihood_ratios,
     operating_points,
+    tar_at_far,
 )
 from speechbrain_qmargin.scoring.uncertainty import Spread
 from speechbrain_qmargin.trials import LabelledTrials
@@ -29,6 +30,7 @@ __all__ = [
     "histogram_figure",
     "plain",
     "plot_det",
+    "pooled_det_figure",
     "save_figure",
 ]
 
@@ -106,6 +108,14 @@ def det_figure(systems: Mapping[str, tuple[OperatingPoints, Spread | None]], tit
                 low, high = norm.ppf(np.clip(band, 0.2 / points.num_targets, 1 - 1e-6))
                 hatch = next(hatches) if len(systems) > 1 else ""
                 _band(axes, norm.ppf(grid), low, high, color, hatch)
+    _det_axes(axes, title, lowest, supported, least_frr, most_frr)
+    return figure
+
+
+def _det_axes(axes, title: str, lowest: float, supported: float, least_frr: float, most_frr: float):
+    """Normal-deviate axes from the lowest FAR up to 0.5; grey up to the supported one."""
+    from scipy.stats import norm
+
     low = max(lowest, 1e-7)
     bottom = max(least_frr, 1e-5) / 1.5
     top = min(max(most_frr, 0.6), 0.995)
@@ -130,7 +140,66 @@ def det_figure(systems: Mapping[str, tuple[OperatingPoints, Spread | None]], tit
     axes.set_title(plain(title, 80), fontsize=10)
     axes.grid(color="0.88", linewidth=0.6)
     axes.legend(loc="upper right", fontsize=9)
+
+
+def pooled_det_figure(
+    systems: Mapping[str, Sequence[tuple[OperatingPoints, Spread]]], title: str = ""
+):
+    """Detection error trade-offs of systems that were trained several times, with several seeds.
+
+    Thick: the mean of the seeds' FRR at every FAR. Thin: each seed. Band: the 95 % interval over
+    speakers of the mean; how far other seeds would move it is seen by the thin lines.
+
+    Parameters
+    ----------
+    systems : mapping from name to (OperatingPoints, Spread) of every seed
+        On one trial list.
+    title : str
+
+    Raises
+    ------
+    ValueError
+        A system without seeds, or seeds on other trials.
+    """
+    from scipy.stats import norm
+
+    figure, axes = canvas(6.6, 6.2)
+    lowest, supported, least_frr, most_frr = 0.5, 0.0, 0.2, 0.5
+    hatches = itertools.cycle(_HATCHES)
+    for name, seeds in systems.items():
+        if not seeds:
+            raise ValueError(f"{name}: there are no seeds to pool")
+        count = seeds[0][0].num_impostors
+        grid = np.geomspace(1 / count, 0.5, 60)
+        x, least = norm.ppf(grid), 0.2 / seeds[0][0].num_targets
+        rates = np.array([[1 - tar_at_far(points, far).tar for far in grid] for points, _ in seeds])
+        mean = rates.mean(axis=0)
+        low, high = np.array(
+            [_mean_interval([spread for _, spread in seeds], far, frr)
+             for far, frr in zip(grid, mean, strict=True)]
+        ).T  # fmt: skip
+        equal = np.mean([eer(points) for points, _ in seeds])
+        label = plain(f"{name} (EER {100 * equal:.2f} %, {len(seeds)} seeds)")
+        shown = norm.ppf(np.clip(mean, least, 1 - 1e-6))
+        (line,) = axes.plot(x, shown, linewidth=1.8, label=label)
+        for each in norm.ppf(np.clip(rates, least, 1 - 1e-6)):
+            axes.plot(x, each, color=line.get_color(), linewidth=0.6, alpha=0.6)
+        low, high = norm.ppf(np.clip([low, high], least, 1 - 1e-6))
+        _band(axes, x, low, high, line.get_color(), next(hatches) if len(systems) > 1 else "")
+        lowest, supported = min(lowest, 1 / count), max(supported, 30 / count)
+        least_frr = min(least_frr, max(float(mean.min()), least))
+        most_frr = max(most_frr, float(mean.max()))
+    _det_axes(axes, title, lowest, supported, least_frr, most_frr)
     return figure
+
+
+def _mean_interval(spreads: Sequence[Spread], far: float, frr: float) -> tuple[float, float]:
+    """The interval over speakers of the mean FRR of several systems at a FAR; NaN if unknown."""
+    moved = spreads[0].tar_at_far(far)
+    for spread in spreads[1:]:
+        moved = moved + spread.tar_at_far(far)
+    found = ((1 / len(spreads)) * moved).on("logit").interval(1 - frr)
+    return (np.nan, np.nan) if found is None else (1 - found[1], 1 - found[0])
 
 
 def _band(axes, x, low, high, color, hatch: str) -> None:
