@@ -120,7 +120,8 @@ def _csv_rows(path: Path, reader, header: list[str], folder: str, rate: int) -> 
             )
         if not (name and file and speaker):
             raise ValueError(f"{path}:{reader.line_num}: ID, wav and spk_id must not be empty")
-        whole = start == 0 and not abs(stop / rate - duration) >= 1 / rate
+        same = abs(stop / rate - duration) < 1 / rate
+        whole = start == 0 and (math.isnan(stop) or same)
         if not whole:
             duration = (stop - start) / rate if stop > start else duration - start / rate
         yield Item(name, os.path.join(folder, file), speaker, start / rate, duration, not whole)
@@ -132,7 +133,7 @@ def write_csv(path: str | Path, manifest: Manifest, *, sample_rate: int = 16000)
         writer = csv.writer(stream)
         writer.writerow(_COLUMNS)
         for item in manifest:
-            seconds = "" if math.isnan(item.duration) else item.duration
+            seconds = "" if item.part or math.isnan(item.duration) else item.duration
             ends = item.start, item.start + item.duration
             start, stop = (round(one * sample_rate) if item.part else "" for one in ends)
             writer.writerow((item.id, seconds, item.file, start, stop, item.label))

@@ -531,3 +531,46 @@ def test_shards_that_do_not_fit_are_named(tmp_path):
     write_shard(tmp_path / "0.tar", [encoded(1)], [2**40])
     with pytest.raises(ValueError, match=r"0\.tar: not a plain tar"):
         FaceShards(tmp_path, progress=False)
+
+
+def test_members_that_are_links_or_folders_are_listed(tmp_path, caplog):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(3):
+            for suffix, content in (("png", encoded(10 * number)), ("cls", b"%d" % number)):
+                member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        folder, link = tarfile.DIRTYPE, tarfile.SYMTYPE
+        others = {"7.png": link, "8.cls": folder, "9.jpg": tarfile.LNKTYPE, "folder.png": folder}
+        for name, kind in others.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "000000.png"
+            tar.addfile(member)
+    for _ in range(2):  # the second time from the index
+        data = FaceShards(tmp_path, 16, progress=False)
+        assert labels_of(data) == [0, 1, 2]
+        assert len(data.skipped) == 4
+        assert "0.tar: 7.png" in data.skipped
+    assert "a link or a folder, not a file" in caplog.text
+
+
+@pytest.mark.parametrize("label", [2_000_000_000, 5000])
+def test_labels_beyond_what_the_data_can_hold_are_refused(tmp_path, label):
+    write_shard(tmp_path / "0.tar", [encoded(10), encoded(20)], [0, label])
+    with pytest.raises(ValueError, match=rf"labels up to {label:,} for 2 images"):
+        FaceShards(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("label", [-1, "1" * 4000])
+def test_labels_that_are_none_are_refused(tmp_path, label):
+    write_shard(tmp_path / "0.tar", [encoded(10), encoded(20)], [0, label])
+    with pytest.raises(ValueError, match=r"0\.tar: not a plain tar"):
+        FaceShards(tmp_path, progress=False)
+
+
+def test_a_header_that_counts_more_identities_than_images_is_refused(records):
+    content = records.read_bytes()
+    header = struct.pack("<2f", 7, 10)
+    records.write_bytes(content.replace(header, struct.pack("<2f", 7, 2**23)))
+    with pytest.raises(ValueError, match=r"train\.rec: labels up to 8,388,600 for 6 images"):
+        FaceRecords(records, 16, progress=False)

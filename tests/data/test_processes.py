@@ -1,0 +1,104 @@
+"""What loads data is sent to a process, however that is started; the items are the same."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from speechbrain.utils.epoch_loop import EpochCounter
+from torch.utils.data import DataLoader
+
+from speechbrain_qmargin.data.augment import WESPEAKER_SPEEDS, room_and_noise
+from speechbrain_qmargin.data.batches import readable_batch
+from speechbrain_qmargin.data.epochs import CurrentEpoch
+from speechbrain_qmargin.data.face_dataset import FaceDataset, ImageDataset
+from speechbrain_qmargin.data.manifest import Item, Manifest
+from speechbrain_qmargin.data.recordio import write_records
+from speechbrain_qmargin.data.records import FaceRecords
+from speechbrain_qmargin.data.skipped import Skipped
+from speechbrain_qmargin.data.speech_dataset import SpeechDataset
+
+RATE = 16000
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speech")
+    items = []
+    for speaker in "abc":
+        for number in range(2):
+            samples = 0.1 * np.random.default_rng([ord(speaker), number]).standard_normal(RATE)
+            path = folder / f"{speaker}{number}.wav"
+            soundfile.write(path, samples, RATE)
+            items.append(Item(f"{speaker}/{number}", str(path), speaker, 0.0, 1.0))
+    (folder / "b1.wav").write_bytes(b"")
+    return Manifest.of(items).kept_in(folder / "train.manifest")
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faces")
+    images = []
+    for number in range(6):
+        stream = io.BytesIO()
+        pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(stream, format="PNG")
+        images.append(stream.getvalue())
+        (folder / f"{number}.png").write_bytes(images[-1])
+    write_records(folder / "train.rec", images, [n // 2 for n in range(6)])
+    items = [Item(f"{n // 2}/{n}", str(folder / f"{n}.png"), str(n // 2)) for n in range(6)]
+    return folder, Manifest.of(items)
+
+
+def datasets(speech, faces, save):
+    """Every kind, in its second epoch."""
+    counter = EpochCounter(limit=3)
+    next(counter), next(counter)
+    epoch = CurrentEpoch(counter)
+    folder, images = faces
+    labels = {"a": 0, "b": 1, "c": 2}
+    yield SpeechDataset(
+        speech, RATE, crop=0.4, labels=labels, seed=3, epoch=epoch, speeds=WESPEAKER_SPEEDS,
+        augment=room_and_noise(RATE, speech=speech), skipped=Skipped(save / "speech.txt"),
+    )  # fmt: skip
+    yield SpeechDataset(speech, RATE, skipped=Skipped(save / "cohort.txt"))
+    classes = {"0": 0, "1": 1, "2": 2}
+    yield FaceDataset(images, 16, classes, flip=True, epoch=epoch, skipped=Skipped(save / "f.txt"))
+    yield ImageDataset(images.ids, images.files, 16)
+    yield FaceRecords(folder / "train.rec", 16, flip=True, epoch=epoch, progress=False)
+
+
+def items_of(data, **kwargs):
+    """The tensors of every item by its id."""
+    found = {}
+    for batch in DataLoader(data, batch_size=2, collate_fn=readable_batch, **kwargs):
+        if batch is not None:
+            padded = [value.data for value in vars(batch).values() if hasattr(value, "data")]
+            for row, name in enumerate(batch.id):
+                found[name] = [tensor[row] for tensor in padded]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_process_gives_the_same_items_however_it_is_started(speech, faces, tmp_path, method):
+    for number, data in enumerate(datasets(speech, faces, tmp_path)):
+        here = items_of(data)
+        there = items_of(data, num_workers=1, multiprocessing_context=method)
+        assert here.keys() == there.keys()
+        assert len(here) == (5 if number == 1 else 6)  # one of the cohort cannot be read
+        for name, values in here.items():
+            assert len(values) == len(there[name]) >= 1
+            assert all(torch.equal(a, b) for a, b in zip(values, there[name], strict=True)), name
+
+
+def test_what_is_sent_does_not_grow_with_the_corpus(speech, faces, tmp_path):
+    for data in datasets(speech, faces, tmp_path):
+        content = pickle.dumps(data)
+        again = pickle.loads(content)
+        assert len(again) == len(data)
+        if isinstance(data, SpeechDataset):
+            assert len(content) < 2000
