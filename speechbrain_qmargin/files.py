@@ -16,6 +16,7 @@ __all__ = [
     "refuse_overwriting",
     "replacing",
     "save_record",
+    "to_disk",
     "write_text",
 ]
 
@@ -36,7 +37,8 @@ def cache_folder() -> Path:
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` if the block ends well.
 
-    The suffix is that of `path`, and the name is this process's own.
+    It is on the disk before it does: after a power cut there is the old file or the new one. The
+    suffix is that of `path`, and the name is this process's own.
 
     Examples
     --------
@@ -51,6 +53,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
+        to_disk(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -72,6 +75,12 @@ def refuse_overwriting(outputs: Iterable[str | Path], inputs: Iterable[str | Pat
     for path in outputs:
         if Path(path).resolve() in read:
             raise ValueError(f"{path}: the output is an input too ({read[Path(path).resolve()]})")
+
+
+def to_disk(path: str | Path) -> None:
+    """Wait until what was written to a file is on the disk."""
+    with open(path, "r+b") as stream:
+        os.fsync(stream.fileno())
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -12,8 +12,11 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-__all__ = ["GROUPS", "main"]
+__all__ = ["GROUPS", "main", "status_of"]
 
 # module: its subcommands with one line of help each
 GROUPS: dict[str, dict[str, str]] = {
@@ -30,6 +33,10 @@ GROUPS: dict[str, dict[str, str]] = {
         "identify": "rank curve and watch lists: FPIR and FNIR",
         "bayes": "normalised Bayes error of log-likelihood ratios over priors",
         "quality": "a quality measure for calibration: the mean cohort score",
+    },
+    "encoder": {
+        "extract": "embeddings of any recordings with a trained encoder",
+        "export": "a trained encoder for SpeechBrain's inference classes and for ONNX",
     },
 }
 
@@ -68,11 +75,44 @@ def main(argv: list[str] | None = None) -> int:
             for name, text in texts.items():
                 commands.add_parser(name, help=text)
     args = parser.parse_args(argv)
+    return status_of(f"qmargin {args.command}", lambda: _run(args))
+
+
+def status_of(program: str, work: Callable[[], Any]) -> int:
+    """Do a program's work; an error of the user's input is one line, not a traceback.
+
+    With ``QMARGIN_TRACEBACK=1`` in the environment the traceback is shown.
+
+    Returns
+    -------
+    int
+        Exit status: 0; 1 for such an error.
+    """
     try:
-        args.run(args)
-    except (ValueError, OSError) as error:
+        work()
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("QMARGIN_TRACEBACK"):
             raise
-        print(f"qmargin {args.command}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    _refuse_overwriting(args)
+    args.run(args)
+
+
+def _refuse_overwriting(args: argparse.Namespace) -> None:
+    """What a command writes is none of what it reads."""
+    written = [Path(path) for key in ("output", "out", "onnx") if (path := vars(args).get(key))]
+    for key, value in vars(args).items():
+        if key in ("output", "out", "onnx"):
+            continue
+        for given in value if isinstance(value, list) else [value]:
+            if not isinstance(given, str):
+                continue
+            for path in written:
+                read = {Path(given), Path(given.rpartition("=")[2] or given)}
+                if path.is_file() and any(one.is_file() and one.samefile(path) for one in read):
+                    raise ValueError(f"{path} is read and would be overwritten; write elsewhere")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,42 @@ from hyperpyyaml import load_hyperpyyaml, resolve_references
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
+from speechbrain_qmargin.training.trust import refuse_code
+
 __all__ = ["build", "definitions", "hyperparams_tree"]
 
 
-def hyperparams_tree(path: str | Path, wanted: tuple[str, ...] = ("modules", "sample_rate")) -> Any:
-    """A ``hyperparams.yaml`` with its tags, references resolved."""
+def hyperparams_tree(
+    path: str | Path,
+    wanted: tuple[str, ...] = ("modules", "sample_rate"),
+    trust: bool | Collection[str] = False,
+) -> Any:
+    """A ``hyperparams.yaml`` with its tags, references resolved.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No such file; a key that is missing; a tag that would run code
+        (:func:`~speechbrain_qmargin.training.trust.refuse_code`).
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a run's output folder holds one")
-    tree = YAML().load(resolve_references(path.read_text(encoding="utf-8")).read())
-    missing = [key for key in wanted if key not in (tree or {})]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    refuse_code(text, path, trust)
+    tree = YAML().load(resolve_references(text).read())
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: not a YAML of settings, `key: value`")
+    missing = [key for key in wanted if key not in tree]
     if missing:
         raise ValueError(f"{path}: no {' and no '.join(missing)} in it")
     return tree
 
 
-def definitions(tree: Any, names) -> str:
+def definitions(tree: Any, names: Iterable[str]) -> str:
     """The YAML of some modules and of what they are made of; each a key of its own."""
 
-    def without_comments(node):
+    def without_comments(node: Any) -> None:
         if isinstance(node, (CommentedMap, CommentedSeq)):
             if hasattr(node, "_yaml_comment"):
                 del node._yaml_comment
@@ -44,5 +62,6 @@ def definitions(tree: Any, names) -> str:
     return stream.getvalue()
 
 
-def build(tree: Any, names) -> dict[str, Any]:
+def build(tree: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The modules themselves, with random weights."""
     return load_hyperpyyaml(definitions(tree, names))

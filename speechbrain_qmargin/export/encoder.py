@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from speechbrain.utils.checkpoints import Checkpointer
 from torch import Tensor, nn
 
 from speechbrain_qmargin.export.definitions import build, hyperparams_tree
-from speechbrain_qmargin.training.checkpoints import bare, load_average
-from speechbrain_qmargin.training.internals import has_statistics, load_statistics
+from speechbrain_qmargin.training.checkpoints import (
+    AtomicCheckpointer,
+    bare,
+    load_average,
+    load_module,
+)
 
 __all__ = ["PARTS", "SpeakerEncoder", "is_run", "load_encoder", "load_run"]
 
@@ -86,28 +89,35 @@ class SpeakerEncoder(nn.Module):
         return digest.hexdigest()
 
 
-def load_encoder(folder: str | Path, device: str | torch.device = "cpu") -> SpeakerEncoder:
+def load_encoder(
+    folder: str | Path, device: str | torch.device = "cpu", trust: bool | Collection[str] = False
+) -> SpeakerEncoder:
     """The encoder of a run's output folder, or of an inference folder.
 
     A run that has no ``inference/`` yet, one that is still training for instance, is read from its
     checkpoints: the average of the last epochs, as at its end.
 
-    The folder's YAML names the classes to build, so load only folders whose origin you trust;
-    the weights are tensors alone (``weights_only``).
+    A folder executes nothing: its YAML may name networks, features and the like alone
+    (:mod:`~speechbrain_qmargin.training.trust`), and its weights are tensors alone. With `trust`
+    the YAML may name any object, or those given by name beside the list's.
 
     Raises
     ------
     FileNotFoundError
         Neither kind of folder; a run without a finished epoch.
+    ValueError
+        The YAML would run code, or the weights are not of the modules that it describes.
+    OSError
+        Damaged weights; with the file.
     """
     folder = Path(folder)
     if is_run(folder) and (folder / "inference" / "hyperparams.yaml").is_file():
         folder = folder / "inference"
     if is_run(folder):
-        modules, tree = load_run(folder, PARTS)
+        modules, tree = load_run(folder, PARTS, trust)
         logger.info(f"{folder} has no inference/; the average of its last epochs is taken")
         return SpeakerEncoder(modules, tree["sample_rate"]).to(device)
-    tree = hyperparams_tree(folder / "hyperparams.yaml")
+    tree = hyperparams_tree(folder / "hyperparams.yaml", trust=trust)
     modules = build(tree, PARTS)
     if not (folder / "embedding_model.ckpt").is_file():
         raise FileNotFoundError(
@@ -115,11 +125,8 @@ def load_encoder(folder: str | Path, device: str | torch.device = "cpu") -> Spea
         )
     for name in PARTS:
         file = folder / f"{name}.ckpt"
-        if file.is_file() and has_statistics(modules[name]):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            load_statistics(modules[name], state)
-        elif file.is_file():
-            modules[name].load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        if file.is_file():
+            load_module(modules[name], file)
     return SpeakerEncoder(modules, tree["sample_rate"]).to(device)
 
 
@@ -129,12 +136,12 @@ def is_run(folder: Path) -> bool:
 
 
 def load_run(
-    folder: str | Path, names: Iterable[str]
+    folder: str | Path, names: Iterable[str], trust: bool | Collection[str] = False
 ) -> tuple[dict[str, nn.Module], Mapping[str, Any]]:
     """Modules of a run, by name, with the average of its last epochs; the settings it ran with."""
     folder = Path(folder)
-    tree = hyperparams_tree(folder / "hyperparams.yaml", ("modules",))
-    checkpointer = Checkpointer(folder / "save")
+    tree = hyperparams_tree(folder / "hyperparams.yaml", ("modules",), trust)
+    checkpointer = AtomicCheckpointer(folder / "save")
     modules = build(tree, names)
     load_average(modules, checkpointer, tree.get("average_checkpoints", 1))
     return modules, tree

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from speechbrain_qmargin.export.definitions import definitions, hyperparams_tree
 from speechbrain_qmargin.export.encoder import PARTS, SpeakerEncoder, is_run, load_encoder, load_run
 from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe
-from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.files import to_disk, write_text
 from speechbrain_qmargin.scoring.decision import OperatingPoint
 from speechbrain_qmargin.training.checkpoints import bare
 from speechbrain_qmargin.training.internals import has_statistics, statistics
@@ -34,6 +34,7 @@ def export_for_inference(
     label_encoder: str | Path | None = None,
     operating_point: OperatingPoint | None = None,
     max_classes: int = MAX_CLASSES,
+    trust: bool | Collection[str] = False,
 ) -> Path:
     """Write a folder that SpeechBrain's inference classes load offline, unmodified::
 
@@ -61,6 +62,8 @@ def export_for_inference(
         As by :func:`set_operating_point`.
     max_classes : int
         With more labels the classifier is left out: ``classify_batch`` is then not available.
+    trust : bool or collection of str
+        As of :func:`~speechbrain_qmargin.export.encoder.load_encoder`.
 
     Returns
     -------
@@ -72,7 +75,8 @@ def export_for_inference(
     ValueError
         The YAML does not describe `modules`; labels and classes that do not fit.
     """
-    tree, folder, modules = hyperparams_tree(hyperparams), Path(folder), dict(modules.items())
+    tree = hyperparams_tree(hyperparams, trust=trust)
+    folder, modules = Path(folder), dict(modules.items())
     labels = _labels(label_encoder)
     prototypes = None
     if labels is not None and labels <= max_classes:
@@ -89,14 +93,17 @@ def export_for_inference(
         saved = {name for name in PARTS if _save(getattr(encoder, name), partial / f"{name}.ckpt")}
         if prototypes is not None:
             torch.save({"weight": prototypes}, partial / "classifier.ckpt")
+            assert label_encoder is not None  # hence the labels
             shutil.copyfile(label_encoder, partial / "label_encoder.ckpt")
         write_text(partial / "hyperparams.yaml", _inference_yaml(tree, saved, prototypes))
         if operating_point is not None:
             set_operating_point(partial, operating_point)
-        _check_same(encoder, load_encoder(partial, encoder.device), hyperparams)
+        _check_same(encoder, load_encoder(partial, encoder.device, trust), hyperparams)
         old = partial.with_suffix(".old")
         if folder.exists():
             folder.rename(old)
+        for file in partial.iterdir():
+            to_disk(file)
         partial.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -116,7 +123,8 @@ def export_run(run_folder: str | Path, **options: Any) -> Path:
     options = {"label_encoder": labels if labels.is_file() else None, **options}
     count = _labels(options["label_encoder"])
     few = count is not None and count <= options.get("max_classes", MAX_CLASSES)
-    modules, _ = load_run(run_folder, (*PARTS, "classifier") if few else PARTS)
+    names = (*PARTS, "classifier") if few else PARTS
+    modules, _ = load_run(run_folder, names, options.get("trust", False))
     hyperparams, folder = run_folder / "hyperparams.yaml", run_folder / "inference"
     return export_for_inference(hyperparams, modules, folder, **options)
 

@@ -15,8 +15,10 @@ import random
 import shutil
 import time
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import speechbrain as sb
@@ -29,13 +31,13 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import Tensor
-from torch.utils.data import Subset
+from tqdm import tqdm
 
 from speechbrain_qmargin.data.batches import readable_batch
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.loss.interface import Loss, scores_of, value_of
 from speechbrain_qmargin.training.checkpoints import bare, ends_an_epoch, load_average
-from speechbrain_qmargin.training.extraction import EmbeddingParts
+from speechbrain_qmargin.training.extraction import EmbeddingParts, extract_into
 from speechbrain_qmargin.training.internals import OpenBrain, skip_to
 
 __all__ = ["FaceBrain", "SpeakerBrain", "VerificationBrain"]
@@ -86,7 +88,6 @@ class VerificationBrain(OpenBrain):
         super().__init__(*args, **kwargs)
         self.validate = validate
         self.embeddings: dict[str, np.ndarray] = {}
-        self._keep = None
         head = self.modules["classifier"]
         self._sharded_head = head if hasattr(head, "save_shards") else None
         schedule = getattr(self.hparams, "loss_schedule", None) or {}
@@ -121,7 +122,7 @@ class VerificationBrain(OpenBrain):
         if stage != sb.Stage.TRAIN:
             rows = predictions.flatten(1).float().cpu().numpy()
             for name, row in zip(batch.id, rows, strict=True):
-                (self._keep or self.embeddings.__setitem__)(name, row)
+                self.embeddings[name] = row
             return torch.zeros(())
         labels = self.labels(batch)
         cost = self.hparams.compute_cost
@@ -361,26 +362,44 @@ class VerificationBrain(OpenBrain):
         """One record an epoch: loss, learning rate, seconds, support, validation."""
         if not self._history_file.is_file():
             return []
-        lines = self._history_file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        records = []
+        lines = self._history_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                record["epoch"], record["seconds"]
+                records.append(record)
+            except (ValueError, TypeError, KeyError):
+                logger.warning(f"{self._history_file}:{number}: damaged, left out of the history")
+        return records
 
     # ---------------------------------------------------------------- embeddings
 
-    def on_evaluate_start(self, max_key=None, min_key=None):
-        """Take the average of the last epochs' weights."""
-        load_average(self.modules, self.checkpointer, self._averaged)
-
-    def extract(self, dataset, **loader_kwargs) -> dict[str, np.ndarray]:
+    def extract(
+        self, dataset: Any, faults: dict[str, str] | None = None, **loader_kwargs: Any
+    ) -> dict[str, np.ndarray]:
         """Embeddings of a dataset, id to float32 [D], with the averaged weights.
 
         They are kept in ``embeddings/`` of the checkpoints' folder, so an interrupted extraction
         goes on. Over several processes each computes its share, and the main process returns the
         whole, the others nothing. What the dataset skips is not among them.
+
+        Parameters
+        ----------
+        dataset : dataset with `ids` and `describe`
+        faults : dict, optional
+            Filled with the items that have no embedding, id to what is wrong: unreadable, or not
+            finite.
+        **loader_kwargs
+            Of the DataLoader.
+
+        Raises
+        ------
+        OSError
+            Without `faults`: those items, named once all others are embedded and kept.
         """
         rank = torch.distributed.get_rank() if self._processes > 1 else 0
-        averaged = self.checkpointer.find_checkpoints(
-            ckpt_predicate=ends_an_epoch, max_num_checkpoints=self._averaged
-        )
+        averaged = load_average(self.modules, self.checkpointer, self._averaged)
         model = " ".join(sorted(checkpoint.path.name for checkpoint in averaged))
         folder = Path(self.checkpointer.checkpoints_dir) / "embeddings"
         own = folder / f"{zlib.crc32(model.encode()):08x}"
@@ -395,34 +414,85 @@ class VerificationBrain(OpenBrain):
             name: _content_key(name, dataset.describe(row)) for row, name in enumerate(dataset.ids)
         }
         left = [row for row, key in enumerate(keys.values()) if key not in parts.done]
-        rows = left[rank :: self._processes]
-        if rows:
-            share = Subset(dataset, rows)
-            try:
-                with self._embedding_into(lambda name, row: parts.add(keys[name], row)):
-                    self.evaluate(share, test_loader_kwargs=dict(loader_kwargs))
-            finally:
-                parts.flush()
+        share = left[rank :: self._processes]
+        if share:
+            seen: dict[str, str] = {}
+            batches = self._batches(_Readable(dataset, share), keys, seen, loader_kwargs)
+            with self._without_wrappers(), torch.no_grad():
+                extract_into(parts, batches, self._embedded, seen)
         ddp_barrier()
         if not if_main_process():
             return {}
-        found = parts.merged(keys.values())
+        found, names = parts.merged(keys.values()), {key: name for name, key in keys.items()}
+        wrong = {names[key]: why for key, why in parts.faults().items() if key in names}
+        if faults is not None:
+            faults.update(wrong)
+        elif wrong:
+            name, why = next(iter(wrong.items()))
+            raise OSError(
+                f"{len(wrong)} of {len(keys)} test items have no embedding, the first is {name}: "
+                f"{why}. The others are kept; mend it and start again"
+            )
         return {name: found[key] for name, key in keys.items() if key in found}
 
+    def _batches(
+        self, dataset: _Readable, keys: dict[str, str], faults: dict[str, str], loader_kwargs: dict
+    ) -> Iterator[tuple[list[str], Any]]:
+        """Batches with the keys of their items; what cannot be read is noted in `faults`."""
+        self.modules.eval()
+        options = {**loader_kwargs, "collate_fn": _ReadableBatch(), "ckpt_prefix": None}
+        loader = self.make_dataloader(dataset, sb.Stage.TEST, **options)
+        hidden = self.noprogressbar or not if_main_process()
+        for batch, unreadable in tqdm(loader, "embeddings", disable=hidden, dynamic_ncols=True):
+            faults.update({keys[one.name]: one.why for one in unreadable})
+            if batch is not None:
+                yield [keys[name] for name in batch.id], batch
+
+    def _embedded(self, batch: Any) -> Tensor:
+        with self.evaluation_ctx:
+            return self.compute_forward(batch, sb.Stage.TEST).flatten(1)
+
     @contextmanager
-    def _embedding_into(self, keep):
-        """Embeddings go to `keep`; modules run without their wrapper, whose processes would wait
-        for each other."""
+    def _without_wrappers(self) -> Iterator[None]:
+        """Modules run without their wrapper, whose processes would wait for each other."""
         wrapped = dict(self.modules.items())
         for name, module in wrapped.items():
             self.modules[name] = bare(module)
-        self._keep = keep
         try:
             yield
         finally:
-            self._keep = None
             for name, module in wrapped.items():
                 self.modules[name] = module
+
+
+class _Unreadable(NamedTuple):
+    name: str
+    why: str
+
+
+class _Readable(torch.utils.data.Dataset):
+    """Some items of a dataset with `ids`; one that cannot be read is an `_Unreadable`."""
+
+    def __init__(self, dataset: Any, rows: list[int]) -> None:
+        self.dataset, self.rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        row = self.rows[index]
+        try:
+            return self.dataset[row]
+        except OSError as error:
+            return _Unreadable(self.dataset.ids[row], str(error))
+
+
+class _ReadableBatch:
+    """Collates what could be read, beside what could not."""
+
+    def __call__(self, items: list) -> tuple[Any, list[_Unreadable]]:
+        unreadable = [item for item in items if isinstance(item, _Unreadable)]
+        return readable_batch(one for one in items if not isinstance(one, _Unreadable)), unreadable
 
 
 class SpeakerBrain(VerificationBrain):

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import re
 import shutil
+import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
+import yaml
+from speechbrain.utils.checkpoints import METAFNAME, PARAMFILE_EXT, Checkpoint, Checkpointer
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
-from torch import Tensor
 
-from speechbrain_qmargin.training.internals import HiddenCheckpointer
+from speechbrain_qmargin.files import to_disk
+from speechbrain_qmargin.training.internals import (
+    HiddenCheckpointer,
+    has_statistics,
+    load_statistics,
+)
 
 __all__ = [
     "AtomicCheckpointer",
     "bare",
+    "damage",
     "ends_an_epoch",
     "load_average",
     "load_module",
@@ -30,12 +40,119 @@ logger = logging.getLogger(__name__)
 _FULL_DISK = re.compile("PytorchStreamWriter|inline_container|unexpected pos|iostream", re.I)
 
 
+# What loading raises where a file is not what was written, and not where the model is another
+_DAMAGED = (pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError)
+_TENSORS = (
+    torch.nn.Module,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+    torch.amp.grad_scaler.GradScaler,
+)
+
+
+def damage(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint's files, the file first; None if they are as written.
+
+    torch's files are zip archives with a checksum for each entry: truncation and flipped bits are
+    found without loading anything.
+    """
+    for path in checkpoint.paramfiles.values():
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            fault = None
+            try:
+                with file.open("rb") as stream:
+                    start = stream.read(2)
+                if not start:
+                    fault = "empty"
+                elif start == b"PK":
+                    with zipfile.ZipFile(file) as archive:
+                        bad = archive.testzip()
+                    fault = bad and f"{bad} is not what was written"
+            except (OSError, zipfile.BadZipFile, NotImplementedError, zlib.error) as error:
+                fault = _one_line(error)
+            if fault:
+                return f"{file}: damaged ({fault})"
+    return None
+
+
+def _load_tensors(obj: Any, path: Path, end_of_epoch: bool) -> None:
+    obj.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
 class AtomicCheckpointer(HiddenCheckpointer):
     """SpeechBrain's Checkpointer, whose checkpoints appear whole or not at all.
 
     The original writes into the folder that a resuming run would read; killed half-way, it leaves
-    a checkpoint that cannot be loaded. This one writes beside it and renames at the end.
+    a checkpoint that cannot be loaded. This one writes beside it and renames at the end. A
+    checkpoint that was damaged since is named in the log, and the one before it is taken. Files of
+    weights hold tensors alone: nothing in them is executed.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.named: set[Path] = set()  # damaged ones, said once
+
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """As SpeechBrain's, without those whose ``CKPT.yaml`` cannot be read."""
+        found = []
+        for folder in self.checkpoint_folders():
+            try:
+                checkpoint = self.read_checkpoint(folder)
+                if not {"unixtime", "end-of-epoch"} <= set(checkpoint.meta):
+                    raise ValueError("no unixtime or end-of-epoch in it")
+                found.append(checkpoint)
+            except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+                self._say(folder, f"{folder / METAFNAME}: damaged ({_one_line(error)})")
+        return found
+
+    def recover_if_possible(self, *args: Any, **kwargs: Any) -> Checkpoint | None:
+        """Load the newest checkpoint that is whole; None where there is none.
+
+        Raises
+        ------
+        OSError
+            There are checkpoints, and all are damaged.
+        """
+        faults = []
+        for checkpoint in self.find_checkpoints(*args, **kwargs):
+            fault = damage(checkpoint) or self._lacking(checkpoint)
+            if fault is None:
+                try:
+                    self.load_checkpoint(checkpoint)
+                    return checkpoint
+                except _DAMAGED as error:
+                    fault = f"{checkpoint.path}: damaged ({_one_line(error)})"
+            self._say(checkpoint.path, fault)
+            faults.append(fault)
+        if faults or self.named:
+            raise OSError(
+                f"{self.checkpoints_dir}: no checkpoint is whole; delete them to begin anew. "
+                + "; ".join(faults)
+            )
+        return None
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """As SpeechBrain's, of tensors alone."""
+        for name, obj in self.recoverables.items():
+            if isinstance(obj, _TENSORS):
+                self.custom_load_hooks.setdefault(name, _load_tensors)
+        super().load_checkpoint(checkpoint)
+
+    def _lacking(self, checkpoint: Checkpoint) -> str | None:
+        for name in self.recoverables:
+            optional = self.optional_recoverables.get(name) or "dataloader" in name
+            if name not in checkpoint.paramfiles and not optional:
+                return f"{checkpoint.path}: {name}{PARAMFILE_EXT} is missing"
+        return None
+
+    def _say(self, folder: Path, fault: str) -> None:
+        if folder not in self.named:
+            self.named.add(folder)
+            logger.warning(f"{fault}; the checkpoint before it is taken")
 
     def save_checkpoint(self, *args, verbosity=logging.INFO, **kwargs):
         """As SpeechBrain's; the folder takes its final name once everything is in it."""
@@ -54,6 +171,9 @@ class AtomicCheckpointer(HiddenCheckpointer):
             ) from error
         ddp_barrier()  # every process has written its share
         if saved is not None:
+            for file in saved.path.rglob("*"):
+                if file.is_file():
+                    to_disk(file)
             final = saved.path.with_name(saved.path.name.removeprefix(self.PARTIAL))
             saved.path.replace(final)
             logger.log(verbosity, f"saved checkpoint {final}")
@@ -63,32 +183,39 @@ class AtomicCheckpointer(HiddenCheckpointer):
         return saved
 
 
-def load_average(modules, checkpointer, count: int, first_rows: bool = False) -> int:
+def load_average(
+    modules: Mapping[str, Any], checkpointer: Checkpointer, count: int, first_rows: bool = False
+) -> list[Checkpoint]:
     """Load the mean of the last `count` end-of-epoch checkpoints into the modules.
 
     Weights and batch-normalisation statistics are averaged, integers are the newest's. Every
     process averages its own shard of a classifier in shards. With `first_rows` a classifier may
-    have fewer classes than its checkpoints, and takes their first ones.
+    have fewer classes than its checkpoints, and takes their first ones. Damaged checkpoints are
+    named in the log and left out.
 
     Returns
     -------
-    int
-        How many there were.
+    list of Checkpoint
+        Those that were averaged, the newest first.
 
     Raises
     ------
-    FileNotFoundError
-        No epoch was finished.
+    FileNotFoundError, OSError
+        No epoch was finished; no checkpoint of one is whole.
     """
-    checkpoints = checkpointer.find_checkpoints(
-        ckpt_predicate=ends_an_epoch, max_num_checkpoints=count
-    )
-    if not checkpoints:
+    found = checkpointer.find_checkpoints(ckpt_predicate=ends_an_epoch, max_num_checkpoints=count)
+    if not found:
         raise FileNotFoundError(
             f"{checkpointer.checkpoints_dir} holds no checkpoint of a finished epoch"
         )
+    faults = {checkpoint.path: damage(checkpoint) for checkpoint in found}
+    checkpoints = [checkpoint for checkpoint in found if faults[checkpoint.path] is None]
+    for fault in filter(None, faults.values()):
+        logger.warning(f"{fault}; the average is that of {len(checkpoints)} epochs")
+    if not checkpoints:
+        raise OSError("no checkpoint is whole: " + "; ".join(filter(None, faults.values())))
     plain = {name: bare(module) for name, module in modules.items()}
-    total: dict[tuple, Tensor] = {}
+    total: dict[tuple[str, str], Any] = {}
     for checkpoint in reversed(checkpoints):  # the newest last
         for name in plain.keys() & checkpoint.paramfiles.keys():
             load_module(plain[name], checkpoint.paramfiles[name], first_rows)
@@ -98,7 +225,7 @@ def load_average(modules, checkpointer, count: int, first_rows: bool = False) ->
     with torch.no_grad():
         for (name, key), mean in total.items():
             plain[name].state_dict(keep_vars=True)[key].copy_(mean)
-    return len(checkpoints)
+    return checkpoints
 
 
 def bare(module: Any) -> Any:
@@ -113,12 +240,26 @@ def ends_an_epoch(checkpoint: Checkpoint) -> bool:
     return checkpoint.meta["end-of-epoch"]
 
 
-def load_module(module, path: str | Path, first_rows: bool = False) -> None:
-    """Weights of a module from a checkpoint: a file, or a folder for a classifier in shards."""
+def load_module(module: Any, path: str | Path, first_rows: bool = False) -> None:
+    """Weights of a module from a checkpoint: a file, or a folder for a classifier in shards.
+
+    Raises
+    ------
+    OSError
+        The file is damaged, or holds more than tensors.
+    RuntimeError
+        The weights are of another module.
+    """
     if Path(path).is_dir():
         module.load_shards(path, first_rows=first_rows)
         return
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, zipfile.BadZipFile, RuntimeError) as error:
+        raise OSError(f"{path}: damaged, or not weights alone ({_one_line(error)})") from None
+    if has_statistics(module):
+        load_statistics(module, state)
+        return
     if first_rows:
         sizes = {key: len(value) for key, value in module.state_dict().items() if value.ndim}
         state = {
@@ -161,14 +302,13 @@ def load_pretrained(hparams: dict) -> None:
             )
     if not Path(source, "results.json").is_file():
         logger.warning(f"pretrained: {source} is not finished; its last epochs so far are taken")
-    checkpointer = Checkpointer(save)
+    checkpointer = AtomicCheckpointer(save)
     try:
-        count = load_average(
-            modules, checkpointer, len(checkpointer.list_checkpoints()), classes == "first"
-        )
+        number = len(checkpointer.list_checkpoints())
+        averaged = load_average(modules, checkpointer, number, classes == "first")
     except RuntimeError as error:
         raise ValueError(
             f"pretrained: {source} was trained with another model or other sizes (--model, --size, "
             f"--channels, ...) than this run; see its experiment.yaml. {str(error)[:300]}"
         ) from error
-    logger.info(f"starting from {source}: {', '.join(names)}, {count} epochs averaged")
+    logger.info(f"starting from {source}: {', '.join(names)}, {len(averaged)} epochs averaged")

@@ -19,6 +19,7 @@ Three keys of such a YAML are the composer's and not settings:
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -33,7 +34,16 @@ from ruamel.yaml.error import YAMLError
 
 from speechbrain_qmargin.training.trust import object_names, refuse_code
 
-__all__ = ["CommandLine", "Experiment", "compose", "load_experiment", "plain_settings", "resolved"]
+__all__ = [
+    "CommandLine",
+    "Experiment",
+    "compose",
+    "load_experiment",
+    "plain_settings",
+    "resolved",
+    "tag_of",
+    "with_values",
+]
 
 COMPOSERS = ("extends", "overlays", "auto")
 
@@ -73,11 +83,8 @@ class Experiment:
 
     def load(self, **known_now: Any) -> dict:
         """The hyperparameters as objects; `known_now` are values that the data decided."""
-        document = _Document.of(self.text, self.hparams_file)
-        for key, value in known_now.items():
-            document.give(key, value)
         self.settings.update(known_now)  # the results say them too
-        self.text = document.text()
+        self.text = with_values(self.text, self.hparams_file, known_now)
         return load_hyperpyyaml(self.text)
 
 
@@ -129,13 +136,26 @@ def resolved(text: str) -> Any:
     return _round_trip(resolve_references(text).read())
 
 
+def with_values(text: str, source: str | Path, values: dict[str, Any]) -> str:
+    """A document whose entries have other plain values."""
+    document = _Document.of(text, source)
+    for key, value in values.items():
+        document.give(key, value)
+    return document.text()
+
+
 def plain_settings(tree: Any) -> dict:
     """The untagged scalars and lists of a parsed YAML."""
     return {
         key: value
         for key, value in tree.items()
-        if value is None or isinstance(value, (bool, int, float, str, list))
+        if value is None or (isinstance(value, (bool, int, float, str, list)) and not tag_of(value))
     }
+
+
+def tag_of(node: Any) -> str:
+    """The tag that a node of a parsed YAML was written with; empty without one."""
+    return getattr(getattr(node, "tag", None), "value", None) or ""
 
 
 # ---------------------------------------------------------------- the command line
@@ -325,7 +345,10 @@ class _Document:
 
     def give(self, key: str, value: Any) -> None:
         """Give a key a plain value; a key that was not there comes first."""
-        text = _dump({key: value}).split(":", 1)[1].strip()
+        if isinstance(value, list):
+            text = json.dumps(value, ensure_ascii=False)  # on one line; JSON is YAML
+        else:
+            text = _dump({key: value}).split(":", 1)[1].strip()
         if key in self.entries:
             self.change(key, value, text)
         else:

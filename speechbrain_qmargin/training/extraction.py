@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
-from speechbrain_qmargin.embeddings import load_embeddings, save_embeddings
+from speechbrain_qmargin.embeddings import Embeddings, load_embeddings, save_embeddings
 from speechbrain_qmargin.files import write_text
 
-__all__ = ["EmbeddingParts"]
+__all__ = ["EmbeddingParts", "extract_into"]
+
+logger = logging.getLogger(__name__)
 
 PART_SECONDS, PART_SIZE = 60, 5000  # what an interruption may cost; what is held in memory
 
@@ -20,7 +25,8 @@ PART_SECONDS, PART_SIZE = 60, 5000  # what an interruption may cost; what is hel
 class EmbeddingParts:
     """A folder of embeddings of one model, written whole file by whole file.
 
-    Several processes may write into one folder, each under its own `writer`.
+    Several processes may write into one folder, each under its own `writer`, 0 first. A part that
+    was damaged since is named in the log and left out: what it held is embedded again.
 
     Parameters
     ----------
@@ -55,12 +61,18 @@ class EmbeddingParts:
         about = self.folder / "model.json"
         if not about.is_file():
             write_text(about, json.dumps({"model": model}))
-        elif json.loads(about.read_text())["model"] != model:
+        elif _model_of(about) != model:
             raise ValueError(
                 f"{self.folder} holds embeddings of another model or of other data; delete it, or "
                 "write elsewhere"
             )
-        self.done = {name for file in self._files() for name in load_embeddings(file).ids}
+        self.done: set[str] = set()
+        for file in self._files():
+            loaded = _load(file)
+            self.done.update(loaded.ids if loaded is not None else ())
+        self._faults = self.folder / f"faults_{writer}.json"
+        for old in self.folder.glob("faults_*.json") if writer == 0 else [self._faults]:
+            old.unlink(missing_ok=True)  # they are tried again
         self._written = time.monotonic()
 
     def _files(self, writer: str = "*") -> list[Path]:
@@ -75,15 +87,93 @@ class EmbeddingParts:
     def flush(self) -> None:
         """Write what waits."""
         if self.waiting:
-            number = len(self._files(str(self.writer)))
-            file = self.folder / f"part_{self.writer}_{number:06d}.npz"
-            save_embeddings(file, self.waiting)
+            files = self._files(str(self.writer))
+            number = int(files[-1].stem.rsplit("_", 1)[1]) + 1 if files else 0
+            save_embeddings(self.folder / f"part_{self.writer}_{number:06d}.npz", self.waiting)
             self.waiting, self._written = {}, time.monotonic()
+
+    def note_faults(self, faults: dict[str, str]) -> None:
+        """Keep why some have no embedding, for :meth:`faults`."""
+        if faults:
+            write_text(self._faults, json.dumps(faults))
+
+    def faults(self) -> dict[str, str]:
+        """Id to what is wrong with it, of every writer since it opened the folder."""
+        found: dict[str, str] = {}
+        for file in sorted(self.folder.glob("faults_*.json")):
+            found.update(json.loads(file.read_text(encoding="utf-8")))
+        return found
 
     def merged(self, order: Iterable[str]) -> dict[str, np.ndarray]:
         """All that are there, of every writer, in an order of ids; ids without one are left out."""
-        everything = {}
+        everything: dict[str, np.ndarray] = {}
         for file in self._files():
-            loaded = load_embeddings(file)
-            everything.update(zip(loaded.ids, loaded.matrix, strict=True))
+            loaded = _load(file)
+            if loaded is not None:
+                everything.update(zip(loaded.ids, loaded.matrix, strict=True))
         return {name: everything[name] for name in order if name in everything}
+
+
+def extract_into(
+    parts: EmbeddingParts,
+    batches: Iterable[tuple[Sequence[str], Any]],
+    embed: Callable[[Any], Any],
+    faults: dict[str, str] | None = None,
+) -> dict[str, str]:
+    """Embed batches into a folder of parts; whatever ends it, what was embedded is kept.
+
+    Parameters
+    ----------
+    parts : EmbeddingParts
+        Its `done` are not asked for again: leave them out of `batches`.
+    batches : iterable of (ids, inputs)
+    embed : callable
+        From the inputs of a batch to embeddings [len(ids), D], a tensor or an array.
+    faults : dict from id to str, optional
+        What could not be read, filled while `batches` are drawn.
+
+    Returns
+    -------
+    dict from id to str
+        `faults`, and the ids whose embedding is not finite. The folder keeps them.
+
+    Examples
+    --------
+    >>> parts = EmbeddingParts(getfixture("tmp_path") / "parts", "model 1")
+    >>> double = lambda rows: 2 * np.array(rows)
+    >>> extract_into(parts, [(["a", "b"], [[1.0], [np.inf]]), (["c"], [[2.0]])], double)
+    {'b': 'its embedding is not finite'}
+    >>> parts.merged(["c", "b", "a"])
+    {'c': array([4.], dtype=float32), 'a': array([2.], dtype=float32)}
+    """
+    found = {} if faults is None else faults
+    try:
+        for ids, inputs in batches:
+            rows = embed(inputs)
+            rows = np.asarray(rows.float().cpu() if hasattr(rows, "cpu") else rows, np.float32)
+            for name, row in zip(ids, rows, strict=True):
+                if np.isfinite(row).all():
+                    parts.add(name, row)
+                else:
+                    found[name] = "its embedding is not finite"
+    finally:
+        parts.flush()
+        parts.note_faults(found)
+    return found
+
+
+def _model_of(about: Path) -> str:
+    try:
+        return json.loads(about.read_text(encoding="utf-8"))["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{about}: damaged ({error}); delete {about.parent}") from None
+
+
+def _load(file: Path) -> Embeddings | None:
+    """A part; None for one that is damaged, which is renamed and said."""
+    try:
+        return load_embeddings(file)
+    except (ValueError, OSError, EOFError, KeyError, BadZipFile, NotImplementedError) as error:
+        file.rename(file.with_suffix(".damaged"))
+        logger.warning(f"{file}: damaged, what it held is embedded again ({error})")
+        return None

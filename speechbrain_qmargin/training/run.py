@@ -14,6 +14,7 @@ import numpy as np
 from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_qmargin.export.inference import export_run
+from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.lists import Cohort
 from speechbrain_qmargin.training.brain import VerificationBrain
 from speechbrain_qmargin.training.checkpoints import load_pretrained
@@ -24,6 +25,8 @@ from speechbrain_qmargin.training.run_folder import RunFolder
 from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = ["Datasets", "Task", "train_verifier"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,11 @@ def train_verifier(
     with processes(experiment.run_opts):
         main, trained = if_main_process(), False
         if not folder.announce_finished():
-            trained = _train_and_verify(folder, brain_class, prepare)
+            with folder.locked():
+                trained = _train_and_verify(folder, brain_class, prepare)
     # without the others: a classifier in shards is whole in the checkpoints
     if export and main and (trained or not inference.is_dir()):
-        export_run(folder.path)
+        export_run(folder.path, trust=experiment.objects)
     return experiment
 
 
@@ -152,13 +156,22 @@ def _train_and_verify(
         valid_loader_kwargs=loading,
     )
     embeddings = brain.extract(data.test, **loading)
-    cohort_embeddings = brain.extract(data.cohort, **loading) if data.cohort else None
+    faults: dict[str, str] = {}
+    cohort_embeddings = brain.extract(data.cohort, faults, **loading) if data.cohort else {}
     if not if_main_process():
         return brain.epochs_trained > 0
+    if faults:
+        listing = Path(hparams["save_folder"]) / "skipped_cohort.tsv"
+        write_text(listing, "".join(f"{name}\t{why}\n" for name, why in faults.items()))
+        logger.warning(
+            f"cohort: {len(faults)} of its recordings are left out, listed in {listing}; the "
+            f"first is {next(iter(faults))}: {next(iter(faults.values()))}"
+        )
     cohort = None
-    if cohort_embeddings is not None:
-        top_n = min(hparams["top_n"], len(set(data.cohort_classes.values())))
-        cohort = Cohort.of(cohort_embeddings, data.cohort_classes, top_n=top_n)
+    if cohort_embeddings:
+        classes = {name: data.cohort_classes[name] for name in cohort_embeddings}
+        top_n = min(hparams["top_n"], len(set(classes.values())))
+        cohort = Cohort.of(cohort_embeddings, classes, top_n=top_n)
     verify(
         folder,
         embeddings,

@@ -1,16 +1,26 @@
-"""The output folder of a run: whose it is, and whether it is done."""
+"""The output folder of a run: whose it is, who is at work in it, whether it is done."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import speechbrain as sb
-from ruamel.yaml import YAML
+from filelock import FileLock, Timeout
+from ruamel.yaml.error import YAMLError
 from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.training.config import Experiment, plain_settings
+from speechbrain_qmargin.training.config import (
+    Experiment,
+    plain_settings,
+    resolved,
+    tag_of,
+    with_values,
+)
 
 __all__ = ["RunFolder"]
 
@@ -19,6 +29,7 @@ MAY_CHANGE = {
     "batch_size",  # of one process, whose number may change; the learning rate follows
     "ckpt_interval_minutes",
     "logger",
+    "train_logger",  # which that chooses
     "noise_folder",
     "num_workers",
     "out_n_neurons",  # known only after the data are prepared; check() compares it
@@ -40,13 +51,17 @@ SCORING = {
     "trials_folder",
     "verification_file",
 }
+# Where the run lies: it may be moved, and be named by another path
+LIES = {"output_folder", "save_folder"}
+SAVED, LOCK = "experiment.yaml", ".lock"
 
 
 class RunFolder:
     """The output folder of an experiment.
 
-    It holds ``experiment.yaml`` (the experiment as one document, for another to extend),
-    SpeechBrain's ``hyperparams.yaml`` and log, and, once the run is done, ``results.json``.
+    It holds ``experiment.yaml`` (the experiment as one document, for another to extend; what the
+    run is compared by), SpeechBrain's ``hyperparams.yaml`` and log, and, once the run is done,
+    ``results.json``.
 
     Parameters
     ----------
@@ -68,7 +83,7 @@ class RunFolder:
         Results of a scoring before become ``results.previous.json``: until there are new ones the
         run is not done.
         """
-        saved = self.path / "experiment.yaml"
+        saved = self.path / SAVED
         if if_main_process():
             write_text(saved, self.experiment.text)
             if self.results_file.is_file():
@@ -98,37 +113,123 @@ class RunFolder:
     def check(self, **known_now: Any) -> None:
         """Refuse to continue another experiment's folder; names what differs.
 
-        `known_now` are values that the data decided.
+        Everything that the settings resolve to is compared, objects too, but for what may change
+        between two starts and where the run lies. `known_now` are values that the data decided.
 
         Raises
         ------
         ValueError
-            The output folder holds a run with other settings, or of other data.
+            The output folder holds a run with other settings, of other data, or of another recipe.
         """
-        before = self._before()
-        for key, value in known_now.items():
-            if before.get(key, value) != value:
+        saved = self.path / SAVED
+        if not saved.is_file():
+            if (self.path / "hyperparams.yaml").is_file() or (self.path / "save").is_dir():
                 raise ValueError(
-                    f"{self.path} holds a run with {key} = {before[key]}; these data give "
-                    f"{value}. Give a new --output_folder"
+                    f"{self.path} holds a run of another recipe (it has no {SAVED}). Give a new "
+                    "--output_folder"
                 )
-        differing = {
-            key: (before.get(key), value)
-            for key, value in self.experiment.settings.items()
-            if key in before and before[key] != value and key not in MAY_CHANGE | SCORING
+            return
+        free = MAY_CHANGE | SCORING | LIES
+        text = saved.read_text(encoding="utf-8", errors="replace")
+        try:
+            before = resolved(text)
+            for key, value in known_now.items():
+                if before.get(key, value) != value:
+                    raise ValueError(
+                        f"{self.path} holds a run with {key} = {before[key]}; these data give "
+                        f"{value}. Give a new --output_folder"
+                    )
+            now = resolved(self.experiment.text)
+            # what may differ is given today's value, so that what refers to it is the same as well
+            same = {
+                key: value
+                for key, value in plain_settings(now).items()
+                if key in free and key in before
+            }
+            then = dict(_leaves(resolved(with_values(text, saved, same))))
+        except (YAMLError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{saved}: damaged ({' '.join(str(error).split())[:200]}); give a new "
+                "--output_folder, or mend it: it is what --print_config writes"
+            ) from None
+        today = dict(_leaves(now))
+        found = {
+            path: (then.get(path, "nothing"), today.get(path, "nothing"))
+            for path in {**then, **today}
+            if then.get(path) != today.get(path) and path.split(".")[0] not in free
         }
-        if differing:
+        if (pretrained := found.get("pretrained")) and self._same_place(before, now, *pretrained):
+            del found["pretrained"]
+        if found:
+            top = {path: values for path, values in found.items() if "." not in path}
+            others = {path: one for path, one in found.items() if one not in top.values()}
             shown = "; ".join(
-                f"{key}: {old} there, {new} now" for key, (old, new) in differing.items()
+                f"{path}: {old} there, {new} now"
+                for path, (old, new) in list({**top, **others}.items())[:6]
             )
             raise ValueError(
                 f"{self.path} holds a run of another experiment ({shown}). Give a new "
                 "--output_folder, delete that one, or repeat its settings to continue it"
             )
 
-    def _before(self) -> dict:
-        """The settings of the run that the folder holds; empty without one."""
-        saved = self.path / "hyperparams.yaml"
-        if not saved.is_file():
-            return {}
-        return plain_settings(YAML().load(saved.read_text(encoding="utf-8")))
+    @staticmethod
+    def _same_place(before: Any, now: Any, then: str, today: str) -> bool:
+        """Whether two paths are of one run, moved with this one or named in another way."""
+        if not (isinstance(then, str) and isinstance(today, str)):
+            return False
+        beside = [os.path.relpath(path, tree["output_folder"])
+                  for path, tree in ((then, before), (today, now))]  # fmt: skip
+        return beside[0] == beside[1] or os.path.realpath(then) == os.path.realpath(today)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against another start, on the main process.
+
+        The lock is the operating system's: a process that was killed leaves none behind.
+
+        Raises
+        ------
+        OSError
+            Another process is at work in the folder.
+        """
+        if not if_main_process():
+            yield
+            return
+        made = not self.path.is_dir()
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise OSError(
+                f"{self.path}: another start is at work in this folder; wait for it, or give "
+                "another --output_folder"
+            ) from None
+        try:
+            yield
+        finally:
+            if made and {file.name for file in self.path.iterdir()} == {LOCK}:  # nothing came of it
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
+            lock.release()
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of every scalar of a resolved tree, and every tag."""
+    tag = tag_of(node)
+    if isinstance(node, (dict, list)):
+        if tag:
+            yield path, tag
+        parts = node.items() if isinstance(node, dict) else enumerate(node)
+        if isinstance(node, list) and not any(isinstance(one, (dict, list)) for one in node):
+            yield f"{path}[]" if tag else path, [_scalar(one) for one in node]
+            return
+        for key, value in parts:
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, _scalar(node)
+
+
+def _scalar(node: Any) -> Any:
+    tag = tag_of(node)
+    return f"{tag} {node.value}".strip() if tag else node

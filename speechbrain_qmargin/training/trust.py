@@ -52,6 +52,7 @@ NAMES = frozenset(
         "speechbrain.dataio.encoder.CategoricalEncoder",
         "speechbrain.dataio.preprocess.AudioNormalizer",
         "speechbrain.utils.epoch_loop.EpochCounter",
+        "speechbrain.utils.parameter_transfer.Pretrainer",
         "speechbrain.utils.seed_everything",
         "speechbrain.utils.train_logger.FileTrainLogger",
         "speechbrain.utils.train_logger.TensorboardLogger",
@@ -101,10 +102,10 @@ def refuse_code(text: str, source: str | Path, trust: bool | Collection[str] = F
     allowed = NAMES if trust is False else NAMES | set(trust)
     try:
         # before references are resolved: some tags act then already
-        for tag, value in _written(YAML().load(text)):
+        for tag, value in [*_composed(text), *_written(YAML().load(text))]:
             if not (tag in ("!ref", "!copy", "!PLACEHOLDER") or _permitted(tag, value, allowed)):
                 _refuse(source, tag)
-            if tag in ("!ref", "!copy") and _REFERENCE_TO_ATTRIBUTE.search(value):
+            if tag in ("!ref", "!copy") and value and _REFERENCE_TO_ATTRIBUTE.search(value):
                 _refuse(source, f"{tag} {value}, an attribute of an object,")
         for tag, value in _composed(resolve_references(text).read()):
             if not _permitted(tag, value, allowed):

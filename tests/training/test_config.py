@@ -143,28 +143,6 @@ def test_errors_name_what_is_wrong(yaml):
         load_experiment(["gone.yaml"])
 
 
-def test_another_experiments_folder_is_refused(yaml, tmp_path):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    experiment = load_experiment([yaml, "--output_folder", str(folder)])
-    RunFolder(experiment).check()
-    (folder / "hyperparams.yaml").write_text(
-        f"output_folder: {folder}\nwidth: 8\nloss: cosface\nsize: mini\n"
-    )
-    with pytest.raises(ValueError, match="loss: cosface there, qmargin now"):
-        RunFolder(experiment).check()
-    same = load_experiment([yaml, "--output_folder", str(folder), "--loss", "cosface"])
-    RunFolder(same).check()
-
-
-def test_a_number_of_classes_that_changed_is_named(yaml, tmp_path):
-    out = f"--output_folder={tmp_path / 'out'}"
-    experiment, _ = load(yaml, out, width=4)
-    RunFolder(experiment).begin()
-    with pytest.raises(ValueError, match="holds a run with width = 4; these data give 5"):
-        RunFolder(load_experiment([yaml, out])).check(width=5)
-
-
 def test_comments_stay_at_their_keys(yaml, tmp_path):
     (tmp_path / "base.yaml").write_text(
         "# What this is.\n\noverlays: [known: over.yaml]\n"

@@ -1,0 +1,133 @@
+"""The output folder: whose run it holds, wherever it lies, and who is at work in it."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from speechbrain_qmargin.training.config import load_experiment
+from speechbrain_qmargin.training.run_folder import RunFolder
+
+HPARAMS = Path(__file__).parents[2] / "hparams"
+SPEECH = [str(HPARAMS / "qmargin.yaml"), "--size=small", "--data_folder=voices"]
+
+
+def begun(folder, *options):
+    """A run that has begun in a folder, with 12 classes."""
+    experiment = load_experiment([*SPEECH, f"--output_folder={folder}", *options])
+    experiment.text = experiment.text.replace("out_n_neurons: 0", "out_n_neurons: 12")
+    RunFolder(experiment).begin()
+
+
+def check(folder, *options, **known_now):
+    RunFolder(load_experiment([*SPEECH, f"--output_folder={folder}", *options])).check(**known_now)
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--opt_class=!name:torch.optim.Adam", "opt_class: !name:torch.optim.SGD there, !name:"),
+        ("--opt_class={momentum: 0.5}", r"opt_class.momentum: 0.9 there, 0.5 now"),
+        ("--compute_cost=!new:speechbrain_qmargin.CosFaceLoss", "compute_cost: !apply:"),
+        ("--lr_schedule=!name:torch.optim.SGD", "lr_schedule: !name:speechbrain_qmargin"),
+        ("--wav_augment=null", "wav_augment: !new:speechbrain.*there, None now"),
+        ("--loss=arcface", "loss: qmargin there, arcface now"),
+        ("--head=sparse", "head: dense there, sparse now"),
+        ("--speeds=[1.0, 0.9]", r"speeds: \[1.0\] there, \[1.0, 0.9\] now"),
+        ("--modules={other: 3}", "modules.other: nothing there, 3 now"),
+    ],
+)
+def test_everything_that_was_resolved_is_compared(tmp_path, option, named):
+    begun(tmp_path)
+    with pytest.raises(ValueError, match=f"another experiment .*{named}"):
+        check(tmp_path, option)
+
+
+def test_what_may_change_may_change_in_objects_too(tmp_path):
+    begun(tmp_path)
+    check(tmp_path)
+    check(tmp_path, "--batch_size=8", "--num_workers=2", "--logger=tensorboard", out_n_neurons=12)
+    check(tmp_path, "--verification_file=[a.txt, b.txt]", "--trials_folder=there", "--top_n=3")
+    with pytest.raises(ValueError, match="out_n_neurons = 12; these data give 13"):
+        check(tmp_path, out_n_neurons=13)
+
+
+def test_a_run_that_was_moved_or_is_named_otherwise_is_the_same(tmp_path, monkeypatch):
+    begun(tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    check("first")
+    shutil.move("first", "second")
+    check("second")
+    check(tmp_path / "x" / ".." / "second")
+    with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
+        check("second", "--seed=1")
+
+
+def test_a_fine_tuned_run_is_the_same_where_both_were_moved(tmp_path):
+    def tuned(start, *options):
+        argv = [str(HPARAMS / "qmargin_lm.yaml"), f"--pretrained={start}", *options]
+        return RunFolder(load_experiment(argv))
+
+    begun(tmp_path / "first")
+    tuned(tmp_path / "first").begin()
+    shutil.move(tmp_path / "first", tmp_path / "second")
+    tuned(tmp_path / "second").check()
+    begun(tmp_path / "other")
+    with pytest.raises(ValueError, match="pretrained: "):
+        tuned(tmp_path / "other", f"--output_folder={tmp_path / 'second' / 'lm'}").check()
+
+
+def test_another_recipes_folder_and_a_damaged_record_are_named(tmp_path):
+    (tmp_path / "hyperparams.yaml").write_text("seed: 0\n")
+    with pytest.raises(ValueError, match=r"another recipe \(it has no experiment.yaml\)"):
+        check(tmp_path)
+    for damaged in ("seed: [1\n", "\0\0\0", ""):
+        (tmp_path / "experiment.yaml").write_text(damaged)
+        with pytest.raises(ValueError, match=r"experiment\.yaml: damaged"):
+            check(tmp_path)
+
+
+def test_a_finished_run_is_announced_only_for_its_own_settings(tmp_path, capsys):
+    begun(tmp_path)
+    settings = load_experiment([*SPEECH, f"--output_folder={tmp_path}"]).settings
+    (tmp_path / "results.json").write_text(json.dumps({"settings": settings}))
+    (tmp_path / "results.txt").write_text("the table")
+    run = RunFolder(load_experiment([*SPEECH, f"--output_folder={tmp_path}"]))
+    assert run.announce_finished()
+    assert "the table" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="another experiment"):
+        RunFolder(
+            load_experiment([*SPEECH, f"--output_folder={tmp_path}", "--wav_augment=null"])
+        ).announce_finished()
+
+
+def hold(folder, ready):
+    with RunFolder(load_experiment([*SPEECH, f"--output_folder={folder}"])).locked():
+        ready.set()
+        signal.pause()
+
+
+def test_a_second_start_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    other = context.Process(target=hold, args=(tmp_path / "run", ready))
+    other.start()
+    assert ready.wait(60)
+    mine = RunFolder(load_experiment([*SPEECH, f"--output_folder={tmp_path / 'run'}"]))
+    with pytest.raises(OSError, match="another start is at work in this folder"), mine.locked():
+        pass
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    with mine.locked():
+        pass
+
+
+def test_a_start_that_comes_to_nothing_leaves_no_folder(tmp_path):
+    run = RunFolder(load_experiment([*SPEECH, f"--output_folder={tmp_path / 'run'}"]))
+    with pytest.raises(ZeroDivisionError), run.locked():
+        raise ZeroDivisionError
+    assert not (tmp_path / "run").exists()
