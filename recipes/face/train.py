@@ -14,6 +14,7 @@ from pathlib import Path
 
 from speechbrain.utils.distributed import if_main_process
 
+from speechbrain_qmargin.cli.recipe import run_recipe
 from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.epochs import CurrentEpoch
 from speechbrain_qmargin.data.face_dataset import FaceDataset, ImageDataset
@@ -159,4 +160,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_recipe(__doc__, main, sys.argv[1:]))

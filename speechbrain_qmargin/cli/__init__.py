@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -93,7 +94,11 @@ def status_of(program: str, work: Callable[[], Any]) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("QMARGIN_TRACEBACK"):
             raise
-        print(f"{program}: {error}", file=sys.stderr)
+        logging.getLogger(__name__).debug(program, exc_info=True)  # a run's log.txt has it
+        message = str(error).strip() or type(error).__name__
+        if "Original Traceback" in message:  # of a DataLoader's worker
+            message = message.splitlines()[-1]
+        print(f"{program}: {message}", file=sys.stderr)
         return 1
     return 0
 

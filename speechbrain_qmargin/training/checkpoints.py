@@ -8,13 +8,20 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from speechbrain.utils.checkpoints import METAFNAME, PARAMFILE_EXT, Checkpoint, Checkpointer
+from speechbrain.utils.checkpoints import (
+    DEFAULT_LOAD_HOOKS,
+    METAFNAME,
+    PARAMFILE_EXT,
+    Checkpoint,
+    Checkpointer,
+    get_default_hook,
+)
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
 from speechbrain_qmargin.files import to_disk
@@ -40,8 +47,6 @@ logger = logging.getLogger(__name__)
 _FULL_DISK = re.compile("PytorchStreamWriter|inline_container|unexpected pos|iostream", re.I)
 
 
-# What loading raises where a file is not what was written, and not where the model is another
-_DAMAGED = (pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError)
 _TENSORS = (
     torch.nn.Module,
     torch.optim.Optimizer,
@@ -75,8 +80,25 @@ def damage(checkpoint: Checkpoint) -> str | None:
     return None
 
 
+def _tensors(path: str | Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, zipfile.BadZipFile, RuntimeError):
+        raise OSError(f"{path}: damaged, or not weights alone; it was not loaded") from None
+
+
 def _load_tensors(obj: Any, path: Path, end_of_epoch: bool) -> None:
-    obj.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    obj.load_state_dict(_tensors(path))
+
+
+def _naming_the_file(hook: Callable[..., None]) -> Callable[[Any, Path, bool], None]:
+    def load(obj: Any, path: Path, end_of_epoch: bool) -> None:
+        try:
+            hook(obj, path, end_of_epoch)
+        except (ValueError, KeyError, TypeError, EOFError) as error:
+            raise OSError(f"{path}: damaged ({_one_line(error)})") from None
+
+    return load
 
 
 def _one_line(error: Exception) -> str:
@@ -124,8 +146,8 @@ class AtomicCheckpointer(HiddenCheckpointer):
                 try:
                     self.load_checkpoint(checkpoint)
                     return checkpoint
-                except _DAMAGED as error:
-                    fault = f"{checkpoint.path}: damaged ({_one_line(error)})"
+                except OSError as error:
+                    fault = str(error)
             self._say(checkpoint.path, fault)
             faults.append(fault)
         if faults or self.named:
@@ -138,8 +160,11 @@ class AtomicCheckpointer(HiddenCheckpointer):
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """As SpeechBrain's, of tensors alone."""
         for name, obj in self.recoverables.items():
+            hook = get_default_hook(obj, DEFAULT_LOAD_HOOKS)
             if isinstance(obj, _TENSORS):
                 self.custom_load_hooks.setdefault(name, _load_tensors)
+            elif hook is not None:
+                self.custom_load_hooks.setdefault(name, _naming_the_file(hook))
         super().load_checkpoint(checkpoint)
 
     def _lacking(self, checkpoint: Checkpoint) -> str | None:
@@ -253,10 +278,7 @@ def load_module(module: Any, path: str | Path, first_rows: bool = False) -> None
     if Path(path).is_dir():
         module.load_shards(path, first_rows=first_rows)
         return
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, zipfile.BadZipFile, RuntimeError) as error:
-        raise OSError(f"{path}: damaged, or not weights alone ({_one_line(error)})") from None
+    state = _tensors(path)
     if has_statistics(module):
         load_statistics(module, state)
         return

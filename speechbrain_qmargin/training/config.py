@@ -41,6 +41,7 @@ __all__ = [
     "load_experiment",
     "plain_settings",
     "resolved",
+    "settings_text",
     "tag_of",
     "with_values",
 ]
@@ -85,7 +86,11 @@ class Experiment:
         """The hyperparameters as objects; `known_now` are values that the data decided."""
         self.settings.update(known_now)  # the results say them too
         self.text = with_values(self.text, self.hparams_file, known_now)
-        return load_hyperpyyaml(self.text)
+        try:
+            return load_hyperpyyaml(self.text)
+        except TypeError as error:  # an argument of the wrong kind
+            what = ": ".join(str(one) for one in error.args)
+            raise ValueError(f"{self.hparams_file} with these settings: {what}") from error
 
 
 def load_experiment(argv: list[str]) -> Experiment:
@@ -141,6 +146,18 @@ def with_values(text: str, source: str | Path, values: dict[str, Any]) -> str:
     document = _Document.of(text, source)
     for key, value in values.items():
         document.give(key, value)
+    return document.text()
+
+
+def settings_text(text: str) -> str:
+    """The part of a document that are plain settings, with their comments."""
+    document = _Document.of(text, "settings")
+    document.heading = ""
+    document.entries = {
+        key: entry
+        for key, entry in document.entries.items()
+        if not isinstance(entry.value, dict) and tag_of(entry.value) in ("", "!ref")
+    }
     return document.text()
 
 

@@ -19,12 +19,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from ruamel.yaml import YAML, Loader
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
-from torch import nn
 
 __all__ = ["load_checked", "object_names", "refuse_code"]
 
@@ -151,13 +149,15 @@ def _is_network(name: str) -> bool:
     """Whether a name is a network's or an optimiser's class, defined below one of `ROOTS`."""
     if not _NAME.fullmatch(name) or not _below(name):
         return False
+    import torch
+
     try:
         found = pydoc.locate(name)  # imports modules below the roots, which run nothing of the YAML
     except pydoc.ErrorDuringImport:
         return False
     return (
         inspect.isclass(found)
-        and issubclass(found, (nn.Module, torch.optim.Optimizer))
+        and issubclass(found, (torch.nn.Module, torch.optim.Optimizer))
         and _below(found.__module__)
     )
 

@@ -7,9 +7,12 @@ import torch
 from scripts import load
 from speechbrain.utils.checkpoints import Checkpointer
 
+from speechbrain_qmargin.cli import main
 from speechbrain_qmargin.data.audio import read_audio
 from speechbrain_qmargin.embeddings import load_embeddings
+from speechbrain_qmargin.export import recordings as module
 from speechbrain_qmargin.export.encoder import load_encoder
+from speechbrain_qmargin.export.recordings import find_recordings
 from speechbrain_qmargin.scoring.decision import choose_operating_point
 from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.trials import read_trials
@@ -31,10 +34,6 @@ modules:
     mean_var_norm: !ref <mean_var_norm>
     embedding_model: !ref <embedding_model>
 """
-
-
-def script(name="extract"):
-    return load(f"recipes/voxceleb/{name}.py")
 
 
 def make_run(folder, seed=0):
@@ -67,7 +66,7 @@ def audio(tmp_path):
 
 
 def extract(*arguments):
-    return script().main([*map(str, arguments), "--device=cpu"])
+    return main(["--quiet", "extract", *map(str, arguments), "--device=cpu"])
 
 
 def expected(run, path):
@@ -90,7 +89,7 @@ def test_ids_are_those_of_trial_lists_where_the_layout_is_voxcelebs(tmp_path, ca
         for path in paths:
             (tmp_path / folder / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / folder / path).touch()
-        found = script().find_recordings(tmp_path / folder)
+        found = find_recordings(tmp_path / folder)
         assert all(path.is_file() for path in found.values())
         return list(found)
 
@@ -143,8 +142,7 @@ def test_broken_audio_is_listed_and_the_rest_embedded(run, audio, tmp_path, caps
 
 
 def test_an_interrupted_extraction_goes_on_where_it_was(run, audio, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out.npz"
-    module, read = script(), []
+    out, read = tmp_path / "out.npz", []
 
     def dies(path, rate):
         if len(read) == 4:
@@ -152,9 +150,9 @@ def test_an_interrupted_extraction_goes_on_where_it_was(run, audio, tmp_path, mo
         read.append(path)
         return read_audio(path, rate)
 
-    module.read_audio = dies
+    monkeypatch.setattr(module, "read_audio", dies)
     with pytest.raises(KeyboardInterrupt):
-        module.extract(run, audio, out, workers=1)
+        extract(run, audio, out, "--num_workers=1")
     assert not out.exists()
     assert list((tmp_path / "out.npz.parts").glob("part*.npz"))
 
@@ -162,13 +160,38 @@ def test_an_interrupted_extraction_goes_on_where_it_was(run, audio, tmp_path, mo
     assert extract(other, audio, out) == 1
     assert "another model" in capsys.readouterr().err
 
-    module = script()
     again = []
-    module.read_audio = lambda path, rate: again.append(path) or read_audio(path, rate)
-    module.extract(run, audio, out, workers=1)
+    monkeypatch.setattr(
+        module, "read_audio", lambda path, rate: again.append(path) or read_audio(path, rate)
+    )
+    assert extract(run, audio, out, "--num_workers=1") == 0
     assert sorted(read + again) == sorted(audio.rglob("*.wav"))
     assert len(load_embeddings(out).ids) == 6
     assert not (tmp_path / "out.npz.parts").exists()
+
+
+def test_what_is_not_finite_or_unreadable_is_listed(run, audio, tmp_path, monkeypatch):
+    def odd(path, rate):
+        signal = read_audio(path, rate)
+        return signal * float("inf") if path.parts[-3] == "bob" else signal
+
+    monkeypatch.setattr(module, "read_audio", odd)
+    assert extract(run, audio, tmp_path / "out.npz") == 0
+    assert {name[:3] for name in load_embeddings(tmp_path / "out.npz").ids} == {"ann", "cyd"}
+    lines = (tmp_path / "out.npz.skipped.tsv").read_text().splitlines()
+    assert lines == [f"bob/s1/{n}.wav\tits embedding is not finite" for n in (0, 1)]
+
+
+def test_an_output_is_none_of_the_inputs(run, audio, tmp_path, capsys):
+    run_copy = make_run(tmp_path / "copy")
+    (tmp_path / "list.npz").write_text(f"{audio / 'wav/ann/s1/0.wav'}\n")
+    assert extract(run, tmp_path / "list.npz", tmp_path / "list.npz") == 1
+    assert "would be overwritten" in capsys.readouterr().err
+    point = tmp_path / "point.json"
+    point.write_text("{}")
+    assert main(["export", str(run_copy), f"--operating_point={point}", f"--onnx={point}"]) == 1
+    assert "would be overwritten" in capsys.readouterr().err
+    assert point.read_text() == "{}"
 
 
 def test_bad_input_is_named(run, audio, tmp_path, capsys):
@@ -203,7 +226,7 @@ def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
     (tmp_path / "wav" / "g").mkdir()
     (tmp_path / "wav" / "g" / "1.wav").touch()
     options = ["--dev_speakers=2", "--test_speakers=3", "--utterances=4"]
-    make_trials = script("make_trials").main
+    make_trials = load("recipes/voxceleb/make_trials.py").main
     assert make_trials([str(tmp_path), str(tmp_path / "lists"), *options]) == 0
     assert "7 recordings of 2 speakers" in capsys.readouterr().out
     speakers = {}
@@ -216,7 +239,7 @@ def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
         assert all(trials.ids[a].split("/")[1] != trials.ids[b].split("/")[1] for a, b in pairs)
     assert not speakers["dev"] & speakers["test"]
     listed = {
-        part: script().find_recordings(tmp_path / "lists" / f"{part}_recordings.txt")
+        part: find_recordings(tmp_path / "lists" / f"{part}_recordings.txt")
         for part in ("trial", "train")
     }
     assert all(path.is_file() for paths in listed.values() for path in paths.values())
@@ -237,9 +260,9 @@ def test_a_run_is_exported_with_its_threshold(tmp_path, capsys):
     point = choose_operating_point("cosine", points, 0.1)
     point.save(tmp_path / "point.json")
     arguments = [str(run), f"--operating_point={tmp_path / 'point.json'}"]
-    assert script("export").main(arguments) == 0
+    assert main(["export", *arguments]) == 0
     assert f"threshold {point.threshold:.4f}" in capsys.readouterr().out
     assert f"threshold: {point.threshold!r}" in (run / "inference" / "hyperparams.yaml").read_text()
     (tmp_path / "point.json").write_text("{}")
-    assert script("export").main(arguments) == 1
+    assert main(["export", *arguments]) == 1
     assert "not an operating point" in capsys.readouterr().err

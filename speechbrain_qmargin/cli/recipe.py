@@ -1,0 +1,68 @@
+"""The front door of the recipes' scripts: help, the plain experiment, one line for an error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from speechbrain_qmargin.cli import status_of
+
+__all__ = ["run_recipe"]
+
+HELP = """{about}
+
+Every setting is an option, --key value or --key=value, its value in YAML. Those of {yaml}:
+
+{settings}
+Beside them:
+  --print_config   write the whole experiment as one plain HyperPyYAML and end
+  --trust          let the YAML of a run that this one starts from run any code (--pretrained)
+  SpeechBrain's    --device, --precision, --grad_accumulation_factor, --noprogressbar, --debug, ...
+Messages are one line; QMARGIN_TRACEBACK=1 shows where an error came from."""
+
+
+def run_recipe(about: str, main: Callable[[list[str]], Any], argv: Sequence[str]) -> int:
+    """Run a recipe as its command line says.
+
+    Parameters
+    ----------
+    about : str
+        What ``--help`` begins with: the script's docstring.
+    main : callable
+        From the arguments to whatever.
+    argv : sequence of str
+        ``hparams.yaml [--key value ...]``
+
+    Returns
+    -------
+    int
+        Exit status, as of :func:`~speechbrain_qmargin.cli.status_of`.
+    """
+    words = list(argv)
+    if not words or {"-h", "--help"} & set(words):
+        return status_of(_program(), lambda: _help(about, words))
+    if "--print_config" in words:
+        words.remove("--print_config")
+        return status_of(_program(), lambda: _print_config(words))
+    return status_of(_program(), lambda: main(words))
+
+
+def _program() -> str:
+    return Path(sys.argv[0]).name
+
+
+def _help(about: str, words: list[str]) -> None:
+    from speechbrain_qmargin.training.config import compose, settings_text
+
+    file = next((word for word in words if not word.startswith("-")), None)
+    settings = settings_text(compose(file, {})) if file else "  (give the YAML as well)\n"
+    print(HELP.format(about=about.strip(), yaml=file or "the YAML", settings=settings))
+
+
+def _print_config(words: list[str]) -> None:
+    from speechbrain_qmargin.training.config import CommandLine, compose
+
+    given = CommandLine.of(words)
+    print(compose(given.hparams_file, given.overrides, trust=given.trust), end="")

@@ -1,0 +1,71 @@
+"""Embeddings on their way to a file: interruptions, damage, faults."""
+
+import numpy as np
+import pytest
+
+from speechbrain_qmargin.training.extraction import EmbeddingParts, extract_into
+
+ROWS = {name: np.full(3, n, np.float32) for n, name in enumerate("abcdef", 1)}
+
+
+def batches(names, size=2):
+    for start in range(0, len(names), size):
+        chosen = names[start : start + size]
+        yield list(chosen), [ROWS[name] for name in chosen]
+
+
+def extract(folder, names="abcdef"):
+    parts = EmbeddingParts(folder, "model")
+    extract_into(parts, batches([name for name in names if name not in parts.done]), np.array)
+    return parts
+
+
+def test_an_interruption_keeps_what_was_embedded(tmp_path):
+    def dies(rows):
+        if rows[0][0] > 4:
+            raise KeyboardInterrupt
+        return np.array(rows)
+
+    parts = EmbeddingParts(tmp_path, "model")
+    with pytest.raises(KeyboardInterrupt):
+        extract_into(parts, batches("abcdef"), dies)
+    assert EmbeddingParts(tmp_path, "model").done == set("abcd")
+    assert list(extract(tmp_path).merged("fedcba")) == list("fedcba")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_part_is_named_and_embedded_again(tmp_path, damage, caplog):
+    for names in ("ab", "cd", "ef"):
+        extract(tmp_path, names)
+    file = sorted(tmp_path.glob("part_*.npz"))[1]
+    data = bytearray(file.read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 0xFF
+    file.write_bytes({"truncated": data[:-40], "flipped": data, "empty": b""}[damage])
+    parts = EmbeddingParts(tmp_path, "model")
+    assert parts.done == set("abef")
+    assert f"{file}: damaged, what it held is embedded again" in caplog.text
+    found = extract(tmp_path).merged("abcdef")
+    for name, row in ROWS.items():
+        np.testing.assert_array_equal(found[name], row)
+
+
+def test_another_model_and_a_damaged_record_are_named(tmp_path):
+    extract(tmp_path)
+    with pytest.raises(ValueError, match="another model or of other data"):
+        EmbeddingParts(tmp_path, "another")
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model\.json: damaged .* delete"):
+        EmbeddingParts(tmp_path, "model")
+
+
+def test_faults_of_every_writer_are_kept_until_the_next_start(tmp_path):
+    EmbeddingParts(tmp_path, "model")
+    for writer in (0, 1):
+        parts = EmbeddingParts(tmp_path, "model", writer)
+        extract_into(parts, [([f"x{writer}"], [[np.nan]])], np.array, {f"y{writer}": "gone"})
+    assert parts.faults() == {
+        "y0": "gone", "x0": "its embedding is not finite",
+        "y1": "gone", "x1": "its embedding is not finite",
+    }  # fmt: skip
+    assert EmbeddingParts(tmp_path, "model").faults() == {}
