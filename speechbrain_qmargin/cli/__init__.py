@@ -14,7 +14,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 __all__ = ["GROUPS", "main", "status_of"]
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, text in texts.items():
                 commands.add_parser(name, help=text)
     args = parser.parse_args(argv)
-    return status_of(f"qmargin {args.command}", lambda: _run(args))
+    return status_of(f"qmargin {args.command}", lambda: args.run(args))
 
 
 def status_of(program: str, work: Callable[[], Any]) -> int:
@@ -101,23 +100,3 @@ def status_of(program: str, work: Callable[[], Any]) -> int:
         print(f"{program}: {message}", file=sys.stderr)
         return 1
     return 0
-
-
-def _run(args: argparse.Namespace) -> None:
-    _refuse_overwriting(args)
-    args.run(args)
-
-
-def _refuse_overwriting(args: argparse.Namespace) -> None:
-    """What a command writes is none of what it reads."""
-    written = [Path(path) for key in ("output", "out", "onnx") if (path := vars(args).get(key))]
-    for key, value in vars(args).items():
-        if key in ("output", "out", "onnx"):
-            continue
-        for given in value if isinstance(value, list) else [value]:
-            if not isinstance(given, str):
-                continue
-            for path in written:
-                read = {Path(given), Path(given.rpartition("=")[2] or given)}
-                if path.is_file() and any(one.is_file() and one.samefile(path) for one in read):
-                    raise ValueError(f"{path} is read and would be overwritten; write elsewhere")

@@ -34,9 +34,10 @@ def _extract(args: argparse.Namespace) -> None:
 
     from speechbrain_qmargin.export import recordings as module
     from speechbrain_qmargin.export.encoder import load_encoder
-    from speechbrain_qmargin.files import write_text
+    from speechbrain_qmargin.files import refuse_overwriting, write_text
 
     audio, out = Path(args.audio), Path(args.out)
+    refuse_overwriting([out], [audio])
     recordings = module.find_recordings(audio)
     module.check_output(out, recordings)
     encoder = load_encoder(args.run_folder, args.device or _device(), args.trust)
@@ -66,8 +67,10 @@ def _export(args: argparse.Namespace) -> None:
     from speechbrain_qmargin.export.encoder import load_encoder
     from speechbrain_qmargin.export.inference import export_run
     from speechbrain_qmargin.export.onnx import export_onnx
+    from speechbrain_qmargin.files import refuse_overwriting
     from speechbrain_qmargin.scoring.decision import OperatingPoint
 
+    refuse_overwriting([args.onnx] if args.onnx else [], [args.operating_point])
     point = OperatingPoint.load(args.operating_point) if args.operating_point else None
     folder = export_run(args.run_folder, operating_point=point, trust=args.trust)
     threshold = f", threshold {point.threshold:.4f}" if point else ""
