@@ -123,7 +123,7 @@ class RunFolder:
         """
         saved = self.path / SAVED
         if not saved.is_file():
-            if (self.path / "hyperparams.yaml").is_file() or (self.path / "save").is_dir():
+            if (self.path / "hyperparams.yaml").is_file() or list(self.path.glob("save/CKPT*")):
                 raise ValueError(
                     f"{self.path} holds a run of another recipe (it has no {SAVED}). Give a new "
                     "--output_folder"
