@@ -227,6 +227,9 @@ def coverage(simulations: int = 200) -> None:
                 for far in fars:
                     truth = norm.sf((wide * norm.isf(far) - 3) / wider)
                     figure = report["tar_at_far", far]
+                    assert figure.misses is not None
+                    assert figure.low is not None
+                    assert figure.high is not None
                     genuine = int(same.sum())
                     low, high = rate_interval(genuine - figure.misses, genuine)
                     rows[far].append(

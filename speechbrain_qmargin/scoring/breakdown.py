@@ -288,6 +288,8 @@ def breakdown(
         raise ValueError("the trials have no labels: give the trial list")
     if scores.shape != (len(trials),) or not np.isfinite(scores).all():
         raise ValueError(f"{len(trials)} trials want as many finite scores, got {scores.shape}")
+    distinct = trials.distinct  # a trial and its reverse are one
+    scores, trials = distinct.scores(scores), distinct.trials
     group, names = trial_groups(trials, values, relation=relation, edges=edges)
     accepted, target, people = scores >= threshold, trials.is_target, trials.speakers()
     one, two = people[trials.enrolment], people[trials.test]

@@ -11,7 +11,7 @@ of the given one, by the hypergeometric distribution, not a draw of some of them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -127,9 +127,9 @@ class Identification:
 
 def identify(
     gallery: np.ndarray,
-    gallery_identity: Sequence,
+    gallery_identity: Sequence[Hashable] | np.ndarray,
     probes: np.ndarray,
-    probe_identity: Sequence,
+    probe_identity: Sequence[Hashable] | np.ndarray,
     *,
     ranks: Sequence[int] = (1, 5, 10, 20),
     fpirs: Sequence[float] = (0.1, 0.01, 0.001),

@@ -1,5 +1,7 @@
 """Groups of trials and their rates against loops; the interval of a share by simulation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -113,6 +115,21 @@ def test_the_variance_is_that_of_the_formula():
     rate = outcome.mean()
     reach = t.ppf(0.975, 8) * np.sqrt(variance) / (rate * (1 - rate))
     assert found.high == pytest.approx(1 / (1 + (1 - rate) / rate * np.exp(-reach)))
+
+
+def test_a_trial_and_its_reverse_are_one():
+    scores, trials = simulated()
+    both = replace(
+        trials,
+        enrolment=np.concatenate((trials.enrolment, trials.test)),
+        test=np.concatenate((trials.test, trials.enrolment)),
+        is_target=np.tile(trials.is_target, 2),
+    )
+    column = dict.fromkeys(trials.ids, "x")
+    once = breakdown(scores, trials, 1.0, column)
+    with pytest.warns(UserWarning, match="distinct pairs"):
+        twice = breakdown(np.tile(scores, 2), both, 1.0, column)
+    assert twice.groups == once.groups
 
 
 @pytest.mark.slow
