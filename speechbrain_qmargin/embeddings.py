@@ -91,7 +91,7 @@ class Embeddings(Mapping):
         """
         rows, how = match_ids(ids, self.ids)
         if len(rows) and rows.min() < 0:
-            missing = [ids[i] for i in np.flatnonzero(rows < 0).tolist()]
+            missing = [name for name, row in zip(ids, rows, strict=True) if row < 0]
             raise ValueError(
                 f"{len(missing)} of {len(ids)} {what} have no embedding: {some(missing)} (there is "
                 f"{self.ids[0]})"
@@ -99,6 +99,11 @@ class Embeddings(Mapping):
         if how:
             warnings.warn(f"{what} and embeddings are the same {how}", stacklevel=3)
         return rows
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """Those of `ids` that have no embedding."""
+        places, _ = match_ids(ids, self.ids)
+        return [name for name, place in zip(ids, places, strict=True) if place < 0]
 
     def unit(self, ids: Sequence[str], mean: np.ndarray | None = None) -> np.ndarray:
         """Embeddings of `ids` minus `mean`, of unit length: float32 [len(ids), D].
@@ -155,11 +160,10 @@ class Embeddings(Mapping):
 
 def _unit(rows: np.ndarray, ids: Sequence[str], what: str) -> np.ndarray:
     norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-    bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
-    if len(bad):
-        raise ValueError(
-            f"{len(bad)} {what} are zero or not finite: {some([ids[i] for i in bad.tolist()])}"
-        )
+    fine = np.isfinite(norms) & (norms > 0)
+    if not fine.all():
+        bad = [name for name, good in zip(ids, fine, strict=True) if not good]
+        raise ValueError(f"{len(bad)} {what} are zero or not finite: {some(bad)}")
     rows /= norms[:, None]
     return rows
 

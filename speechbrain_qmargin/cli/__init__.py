@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "normalize": "cosine scores, normalised against a cohort",
         "calibrate": "fit log-likelihood ratios on development scores",
         "apply": "apply a calibration to other scores",
+        "score": "several lists from one set of embeddings: cosine, AS-norm, calibrated, tables",
         "report": "HTML page, pictures, JSON and operating point of systems",
     },
     "evaluate": {
@@ -39,6 +41,11 @@ GROUPS: dict[str, dict[str, str]] = {
         "export": "a trained encoder for SpeechBrain's inference classes and for ONNX",
     },
 }
+
+
+def _say(message, *_, **__) -> None:
+    """A warning as a line for people, without the place in the code."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,7 +96,9 @@ def status_of(program: str, work: Callable[[], Any]) -> int:
         Exit status: 0; 1 for such an error.
     """
     try:
-        work()
+        with warnings.catch_warnings():
+            warnings.showwarning = _say
+            work()
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("QMARGIN_TRACEBACK"):
             raise

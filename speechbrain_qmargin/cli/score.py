@@ -1,79 +1,103 @@
-"""The ``qmargin`` command: cosine, normalize, calibrate, apply, report."""
+"""Subcommands that score trials: cosine, normalize, calibrate, apply, score, report."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import math
+import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
-from speechbrain_qmargin.embeddings import Embeddings, cosine_scores, load_embeddings
-from speechbrain_qmargin.scoring.score_files import read_scores, write_scores
-from speechbrain_qmargin.trials import Trials, read_map, read_trials, speaker_in
+from speechbrain_qmargin.embeddings import (
+    ENROLMENT_RULES,
+    Embeddings,
+    cosine_scores,
+    load_embeddings,
+    load_mean,
+)
+from speechbrain_qmargin.files import refuse_overwriting
+from speechbrain_qmargin.scoring.normalisation import METHODS
+from speechbrain_qmargin.scoring.score_files import ScoreFile, read_score_file, write_scores
+from speechbrain_qmargin.tables import file_source, read_map
+from speechbrain_qmargin.trials import Trials, read_trials, read_unlabelled
+
+if TYPE_CHECKING:
+    from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = ["configure"]
 
 
-def _trials(args) -> Trials:
-    trials = read_trials(args.trials)
-    return trials.with_speakers(read_map(args.utt2spk)) if args.utt2spk else trials
+def _trials(args, embeddings: Embeddings) -> Trials:
+    """The list with its tables, without the recordings that failed, where that is allowed."""
+    from speechbrain_qmargin.scoring.lists import with_tables
+
+    trials = with_tables(read_unlabelled(args.trials), args.utt2spk, args.models)
+    if args.missing == "leave_out":
+        lost = embeddings.missing(trials.recordings)
+        if lost:
+            trials = trials.without(lost)
+            print(trials.lost)
+            if not len(trials):
+                raise ValueError(f"{trials.name}: no trial has both its embeddings")
+    return trials
 
 
-def _mean(args) -> np.ndarray | None:
-    return load_embeddings(args.mean).matrix.mean(axis=0) if args.mean else None
-
-
-def _done(path, trials) -> None:
+def _done(path: str, trials: Trials) -> None:
     print(f"{path}: {len(trials):,} scores of {trials.source}")
 
 
 def _cosine(args) -> None:
-    trials = _trials(args)
-    write_scores(
-        args.output, trials, cosine_scores(load_embeddings(args.embeddings), trials, _mean(args))
-    )
+    inputs = [args.embeddings, args.trials, args.utt2spk, args.models, args.mean]
+    refuse_overwriting([args.output], inputs)
+    embeddings = load_embeddings(args.embeddings)
+    trials = _trials(args, embeddings)
+    mean = load_mean(args.mean) if args.mean else None
+    scores = cosine_scores(embeddings, trials, mean, args.enrolment)
+    about = {"kind": "cosine", "embeddings": embeddings.source}
+    if args.mean:
+        about |= {"kind": "centred cosine", "mean": file_source(args.mean)}
+    write_scores(args.output, trials, scores, _enrolled(about, args, trials))
     _done(args.output, trials)
+
+
+def _enrolled(about: dict[str, str], args, trials: Trials) -> dict[str, str]:
+    """What a score file says, with the enrolment where there are models."""
+    return about | ({"enrolment": args.enrolment} if trials.models else {})
 
 
 def _normalize(args) -> None:
-    from speechbrain_qmargin.scoring.normalisation import (
-        make_cohort,
-        normalize,
-        refuse_shared_speakers,
-    )
+    from speechbrain_qmargin.scoring.lists import Cohort, speakers_in_cohort
 
-    trials = _trials(args)
-    raw = load_embeddings(args.cohort)
-    speakers = read_map(args.cohort_utt2spk) if args.cohort_utt2spk else None
-    if speakers is None and all("/" in name for name in raw.ids):
-        speakers = {name: speaker_in(name) for name in raw.ids}
-    refuse_shared_speakers(
-        (speakers or {name: name for name in raw.ids}).values(), trials.speaker_names()
+    inputs = [args.embeddings, args.trials, args.utt2spk, args.models, args.mean, args.cohort]
+    refuse_overwriting([args.output], [*inputs, args.cohort_utt2spk])
+    embeddings, raw = load_embeddings(args.embeddings), load_embeddings(args.cohort)
+    trials = _trials(args, embeddings)
+    cohort = Cohort.of(
+        raw,
+        speakers_in_cohort(raw.ids, args.cohort_utt2spk),
+        args.method,
+        args.top_n,
+        centre=args.subtract_mean or bool(args.mean),
+        mean=load_mean(args.mean) if args.mean else None,
+        utterances=args.utterances,
     )
-    mean = raw.matrix.mean(axis=0) if args.subtract_mean else None
-    cohort = make_cohort(raw, None if args.utterances else speakers, mean=mean)
-    print(
-        f"cohort: {len(cohort):,} {'speakers' if speakers and not args.utterances else 'entries'}"
-    )
-    with tqdm(total=None, unit=" recordings", disable=args.quiet) as bar:
-        scores = normalize(
-            load_embeddings(args.embeddings),
-            trials,
-            cohort,
-            method=args.method,
-            top_n=args.top_n,
-            mean=mean,
-            progress=bar.update,
-        )
-    write_scores(args.output, trials, scores)
+    of = "utterances" if args.utterances else "speakers"
+    print(f"cohort: {len(cohort.entries):,} {of}")
+    scores = cohort.scores(embeddings, trials, args.enrolment, quiet=args.quiet)
+    about = {"kind": cohort.kind, "embeddings": embeddings.source, "cohort": raw.source}
+    if args.method.startswith("as"):
+        about["top_n"] = str(args.top_n)
+    write_scores(args.output, trials, scores, _enrolled(about, args, trials))
     _done(args.output, trials)
 
 
-def _qualities(given: list[str], embeddings: str | None) -> dict[str, dict[str, float]]:
+def _qualities(given: Sequence[str], embeddings: str | None) -> dict[str, dict[str, float]]:
     """``name=file`` of ``id value`` lines; durations enter as logarithms."""
     qualities = {}
     for item in given:
@@ -88,24 +112,46 @@ def _qualities(given: list[str], embeddings: str | None) -> dict[str, dict[str, 
             values = {key: math.log(value) for key, value in values.items()}
         qualities[name] = values
     if embeddings:
-        loaded: Embeddings = load_embeddings(embeddings)
+        loaded = load_embeddings(embeddings)
         norms = np.linalg.norm(loaded.matrix, axis=1)
         qualities["norm"] = dict(zip(loaded.ids, norms.tolist(), strict=True))
     return qualities
 
 
-def _scored(path: str, args) -> tuple[Trials, np.ndarray]:
-    trials = read_trials(args.trials) if args.trials else None
-    trials, scores = read_scores(path, trials, args.columns)
-    return (trials.with_speakers(read_map(args.utt2spk)) if args.utt2spk else trials), scores
+def _columns(given: Sequence[str], system: str = "") -> str | None:
+    """The order of columns of a system's file: its own, else the one of all."""
+    order = None
+    for item in given:
+        name, equals, columns = item.partition("=")
+        if not equals:
+            order = order or item
+        elif name == system:
+            return columns
+    return order
+
+
+def _scored(path: str, args, columns: str | None = None) -> ScoreFile:
+    """A score file with the list's labels, if a list is given, and with its tables."""
+    from speechbrain_qmargin.scoring.lists import with_tables
+
+    trials = read_unlabelled(args.trials) if args.trials else None
+    read = read_score_file(path, trials, columns)
+    trials = with_tables(read.trials, args.utt2spk, args.models)
+    if not args.trials and "trials" in read.about:  # the user's list, not its copy with scores
+        trials = replace(trials, source=read.about["trials"])
+    return replace(read, trials=trials)
 
 
 def _calibrate(args) -> None:
     from speechbrain_qmargin.scoring.calibration import fit_calibration
 
-    trials, scores = _scored(args.scores, args)
+    refuse_overwriting([args.output], [args.scores, args.trials, args.utt2spk, args.models])
+    read = _scored(args.scores, args, _columns(args.columns))
     qualities = _qualities(args.quality, args.norm_of)
-    calibration = fit_calibration(scores, trials, qualities, p_target=args.p_target)
+    trials = read.trials.labelled()
+    calibration = fit_calibration(
+        read.scores, trials, qualities, p_target=args.p_target, kind=read.kind
+    )
     calibration.save(args.output)
     terms = zip(calibration.features, calibration.weights, strict=True)
     print(" ".join(f"{weight:+.4g} {name}" for name, weight in terms), f"{calibration.offset:+.4g}")
@@ -114,11 +160,24 @@ def _calibrate(args) -> None:
 def _apply(args) -> None:
     from speechbrain_qmargin.scoring.calibration import Calibration
 
-    trials, scores = _scored(args.scores, args)
+    inputs = [args.calibration, args.scores, args.trials, args.utt2spk, args.models]
+    refuse_overwriting([args.output], inputs)
+    read = _scored(args.scores, args, _columns(args.columns))
     qualities = _qualities(args.quality, args.norm_of)
-    llrs = Calibration.load(args.calibration).apply(scores, trials, qualities)
-    write_scores(args.output, trials, llrs)
-    _done(args.output, trials)
+    calibration = Calibration.load(args.calibration)
+    llrs = calibration.apply(read.scores, read.trials, qualities, kind=read.kind)
+    about = dict(read.about) | {"kind": "llr", "calibration": file_source(args.calibration)}
+    about |= {"of": read.kind} if read.kind else {}
+    write_scores(args.output, read.trials, llrs, about)
+    _done(args.output, read.trials)
+
+
+def _score(args) -> None:
+    from speechbrain_qmargin.scoring.lists import score_files
+
+    given = vars(args)
+    names = [action for action in given if action not in ("quiet", "command", "run")]
+    score_files(**{name: given[name] for name in names})
 
 
 def _import(place: str) -> None:
@@ -137,41 +196,90 @@ def _import(place: str) -> None:
     spec.loader.exec_module(module)
 
 
-def _report(args) -> None:
-    from speechbrain_qmargin.scoring.html import write_report
-
-    for place in args.figures_from:
-        _import(place)
-
-    systems, trials, development = {}, None, {}
+def _systems(args) -> tuple[LabelledTrials, dict[str, ScoreFile]]:
+    """The scores of every system in the order of one list: that given, or a system's own."""
+    paths: dict[str, str] = {}
     for given in args.systems:
         name, _, path = given.rpartition("=")
         name = name or Path(path).stem
-        if name in systems:
+        if name in paths:
             raise ValueError(f"two systems are called {name}: write NAME=FILE")
-        if trials is None:
-            trials, systems[name] = _scored(path, args)
-        else:
-            _, systems[name] = read_scores(path, trials, args.columns)
+        paths[name] = path
+    files: dict[str, ScoreFile] = {}
+    reference: Trials | None = None
+    for name, path in paths.items():  # the first that has labels
+        files[name] = _scored(path, args, _columns(args.columns, name))
+        if files[name].trials.is_target is not None:
+            reference = files[name].trials
+            break
+    if reference is None:
+        raise ValueError(
+            f"{', '.join(paths.values())}: no file says which trials are targets; give the trial "
+            "list (--trials)"
+        )
+    for name, path in paths.items():
+        if name not in files or files[name].trials is not reference:
+            columns = _columns(args.columns, name)
+            files[name] = read_score_file(path, reference, columns)
+    return reference.labelled(), {name: files[name] for name in paths}
+
+
+def _report(args) -> None:
+    from tqdm import tqdm
+
+    from speechbrain_qmargin.scoring.html import write_report
+    from speechbrain_qmargin.scoring.page import Provenance
+    from speechbrain_qmargin.scoring.plots import canvas
+    from speechbrain_qmargin.scoring.separation import refuse_other_kind
+
+    canvas(1, 1)  # without matplotlib it ends here, before anything is computed
+    for place in args.figures_from:
+        _import(place)
+    trials, systems = _systems(args)
+    kinds = {name: read.kind for name, read in systems.items()}
+    for name, kind in kinds.items():
+        if args.llr and kind not in ("", "llr"):
+            raise ValueError(f"--llr: the scores of {name} are {kind} scores; calibrate them first")
+    llr = args.llr or all(kind == "llr" for kind in kinds.values())
+    development = {}
     for given in args.development:
         name, _, path = given.rpartition("=")
         name = name or next(iter(systems))
         if name not in systems:
             raise ValueError(f"--development {given!r}: no system is called {name}")
-        dev_trials, dev_scores = read_scores(
-            path, read_trials(args.development_trials) if args.development_trials else None,
-            args.columns,
-        )  # fmt: skip
-        development[name] = dev_scores, dev_trials
+        dev_list = read_trials(args.development_trials) if args.development_trials else None
+        read = read_score_file(path, dev_list, _columns(args.columns, name))
+        refuse_other_kind(read.kind, kinds[name], f"{name} ({systems[name].source.split()[0]})")
+        labelled = read.trials.labelled()
+        if args.development_utt2spk:
+            labelled = labelled.with_speakers(read_map(args.development_utt2spk))
+        development[name] = read.scores, labelled
+    metadata = None
+    if args.metadata:
+        from speechbrain_qmargin.scoring.breakdown import read_metadata
+
+        metadata = read_metadata(args.metadata)
+    provenance = Provenance(
+        command=shlex.join(["qmargin", *sys.argv[1:]]),
+        files={name: read.source for name, read in systems.items()},
+        about={name: dict(read.about) for name, read in systems.items()},
+    )
     with tqdm(total=len(systems), unit=" systems", disable=args.quiet) as bar:
         reports = write_report(
             args.output,
-            systems,
+            {name: read.scores for name, read in systems.items()},
             trials,
             title=args.title,
+            fars=args.fars,
+            priors=args.priors,
             far=args.far,
-            llr=args.llr,
+            c_miss=args.c_miss,
+            c_fa=args.c_fa,
+            confidence=args.confidence,
+            llr=llr,
             development=development,
+            metadata=metadata,
+            provenance=provenance,
             progress=bar.update,
         )
     for name, report in reports.items():
@@ -179,20 +287,37 @@ def _report(args) -> None:
     print(f"\n{args.output}: report.html, report.json, pictures, operating_point*.json")
 
 
+FARS, PRIORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6), (0.05, 0.01, 0.001)
+
+
 def configure(add) -> None:
     """The subcommands that score trials; see :mod:`speechbrain_qmargin.cli`."""
 
+    def tables(sub):
+        sub.add_argument("--utt2spk", help="speakers of the recordings, where ids do not tell")
+        sub.add_argument("--models", help="table of enrolment models and their recordings")
+
+    def enrolled(sub):
+        sub.add_argument("--enrolment", choices=ENROLMENT_RULES, default="embedding",
+                         help="a model is the mean of its recordings' unit embeddings, or the mean "
+                         "of their scores is taken")  # fmt: skip
+
     def embedded(sub):
         sub.add_argument("embeddings", help="npz, npy, ark or scp")
-        sub.add_argument("trials", help="VoxCeleb or Kaldi trial list")
+        sub.add_argument("trials", help="trial list, in any published form")
         sub.add_argument("output", help="score file to write")
-        sub.add_argument("--utt2spk", help="speakers of the recordings, where ids do not tell")
+        tables(sub)
+        enrolled(sub)
+        sub.add_argument("--missing", choices=("error", "leave_out"), default="error",
+                         help="recordings without embedding: an error, or left out and reported as "
+                         "failures to acquire")  # fmt: skip
 
     def scored(sub):
         sub.add_argument("--trials", help="trial list, for scores without labels")
-        sub.add_argument("--columns", help="order of columns without a header, as 'enrolment "
-                         "test label score' (SpeechBrain)")  # fmt: skip
-        sub.add_argument("--utt2spk", help="speakers of the recordings, where ids do not tell")
+        sub.add_argument("--columns", action="append", default=[], metavar="[NAME=]ORDER",
+                         help="columns that neither a header nor their values tell, as 'enrolment "
+                         "test label score'; of one system or of all")  # fmt: skip
+        tables(sub)
 
     def measured(sub):
         sub.add_argument("--quality", action="append", default=[], metavar="NAME=FILE",
@@ -200,18 +325,26 @@ def configure(add) -> None:
                          "logarithm")  # fmt: skip
         sub.add_argument("--norm_of", metavar="EMBEDDINGS", help="embedding norm as a measure")
 
+    def costs(sub, fars, priors, prior_name):
+        sub.add_argument("--fars", type=float, nargs="+", default=fars, help="of TAR@FAR")
+        sub.add_argument(prior_name, type=float, nargs="+", default=priors, help="of the DCFs")
+        sub.add_argument("--c_miss", type=float, default=1.0, help="cost of a miss")
+        sub.add_argument("--c_fa", type=float, default=1.0, help="cost of a false accept")
+        sub.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
+
     sub = add("cosine", _cosine)
     embedded(sub)
-    sub.add_argument("--mean", metavar="EMBEDDINGS", help="subtract the mean of these")
+    sub.add_argument("--mean", metavar="FILE", help="subtract this mean, or the mean of these")
 
     sub = add("normalize", _normalize)
     embedded(sub)
-    sub.add_argument("cohort", help="embeddings of training utterances")
+    sub.add_argument("cohort", help="embeddings of training utterances, or of speakers")
     sub.add_argument("--cohort_utt2spk", help="by default the part of an id before its slash")
     sub.add_argument("--utterances", action="store_true", help="not speaker means")
-    sub.add_argument("--method", default="as", choices=("as", "as-cross", "s", "z", "t"))
+    sub.add_argument("--method", default="as", choices=METHODS)
     sub.add_argument("--top_n", type=int, default=300)
     sub.add_argument("--subtract_mean", action="store_true", help="the cohort's, from everything")
+    sub.add_argument("--mean", metavar="FILE", help="subtract this mean (mean_vec.npy) instead")
 
     sub = add("calibrate", _calibrate)
     sub.add_argument("scores")
@@ -227,15 +360,35 @@ def configure(add) -> None:
     scored(sub)
     measured(sub)
 
+    sub = add("score", _score)
+    sub.add_argument("embeddings", help="npz, npy, ark or scp")
+    sub.add_argument("trials", nargs="+", help="trial lists; each gets its own table")
+    sub.add_argument("--output_folder", default="scores")
+    sub.add_argument("--speakers", metavar="UTT2SPK", help="where ids do not tell")
+    sub.add_argument("--models", help="table of enrolment models and their recordings")
+    enrolled(sub)
+    sub.add_argument("--cohort", metavar="EMBEDDINGS", help="normalise scores against these")
+    sub.add_argument("--cohort_speakers", metavar="UTT2SPK")
+    sub.add_argument("--norm", default="as", choices=METHODS)
+    sub.add_argument("--top_n", type=int, default=300)
+    sub.add_argument("--dev_trials", help="calibrate on this list, of other speakers")
+    sub.add_argument("--dev_embeddings")
+    sub.add_argument("--dev_speakers", metavar="UTT2SPK")
+    sub.add_argument("--dev_models")
+    costs(sub, FARS[:4], PRIORS[:2], "--p_target")
+
     sub = add("report", _report)
     sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES")
     sub.add_argument("--output", default="report", help="folder to write")
     scored(sub)
     sub.add_argument("--title", default="Verification report")
     sub.add_argument("--far", type=float, default=1e-2, help="of the operating point")
+    costs(sub, FARS, PRIORS, "--priors")
     sub.add_argument("--llr", action="store_true", help="scores are log-likelihood ratios")
     sub.add_argument("--development", action="append", default=[], metavar="[NAME=]SCORES",
                      help="choose the threshold on these")  # fmt: skip
-    sub.add_argument("--development_trials")
+    sub.add_argument("--development_trials", help="trial list, for scores without labels")
+    sub.add_argument("--development_utt2spk", help="speakers of the development recordings")
+    sub.add_argument("--metadata", help="table with a header: rates by its columns")
     sub.add_argument("--figures_from", action="append", default=[], metavar="MODULE",
                      help="your Python module or file that registers figures")  # fmt: skip

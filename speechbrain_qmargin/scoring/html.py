@@ -22,11 +22,13 @@ from speechbrain_qmargin.scoring.page import Page, Provenance, render
 from speechbrain_qmargin.scoring.plots import (
     bayes_error_figure,
     calibration_figure,
+    canvas,
     det_figure,
     histogram_figure,
     save_figure,
 )
 from speechbrain_qmargin.scoring.report import Report, compare, evaluate
+from speechbrain_qmargin.scoring.separation import refuse_shared
 from speechbrain_qmargin.scoring.uncertainty import TrialStructure
 from speechbrain_qmargin.scoring.worst import worst_speakers, worst_trials
 from speechbrain_qmargin.trials import LabelledTrials
@@ -46,6 +48,9 @@ def write_report(
     fars: Sequence[float] = FARS,
     priors: Sequence[float] = PRIORS,
     far: float = 1e-2,
+    c_miss: float = 1.0,
+    c_fa: float = 1.0,
+    confidence: float = 0.95,
     llr: bool = False,
     development: Mapping[str, tuple[np.ndarray, LabelledTrials]] | None = None,
     metadata: Mapping[str, Mapping[str, str]] | None = None,
@@ -69,6 +74,10 @@ def write_report(
         Of the table.
     far : float
         Of the operating points.
+    c_miss, c_fa : float
+        Costs of the DCFs.
+    confidence : float
+        Of the intervals.
     llr : bool
         The scores are log-likelihood ratios.
     development : mapping from name to (scores, LabelledTrials), optional
@@ -78,15 +87,33 @@ def write_report(
         Rates by group at the operating points; see
         :func:`~speechbrain_qmargin.scoring.breakdown.breakdown`.
     provenance : Provenance, optional
-        The command, the score files and what is known of the systems; date and version are set.
+        The command, the score files and what is known of the systems ("kind", "embeddings", to
+        which the operating points are bound); date and version are set.
     progress : callable, optional
         Called with 1 for every system just evaluated.
 
     Returns
     -------
     dict from name to Report
+
+    Raises
+    ------
+    ValueError
+        Development trials that share speakers with the trials, and as
+        :func:`~speechbrain_qmargin.scoring.report.evaluate`.
     """
     folder = Path(folder)
+    canvas(1, 1)  # without matplotlib it ends here, before anything is computed
+    distinct = trials.distinct
+    systems = {name: distinct.scores(np.asarray(one)) for name, one in systems.items()}
+    trials = distinct.trials
+    provenance = provenance or Provenance()
+    notes = list(provenance.notes)
+    apart = {}
+    for name, (_, dev_trials) in (development or {}).items():
+        note = refuse_shared(trials, dev_trials, f"the development trials of {name}")
+        apart[name] = not note
+        notes += [note] if note else []
     reports: dict[str, Report] = {}
     decisions, pictures = {}, {}
     structure = TrialStructure.of(trials.distinct.trials)
@@ -96,9 +123,12 @@ def write_report(
             trials,
             fars=fars,
             p_target=priors,
+            c_miss=c_miss,
+            c_fa=c_fa,
             all_eers=True,
             llr=llr,
             structure=structure,
+            confidence=confidence,
         )
         if progress is not None:
             progress(1)
@@ -107,6 +137,7 @@ def write_report(
             dev_scores, dev_trials = development[name]
             held_out = operating_points(dev_scores, dev_trials.is_target)
             chosen_on = dev_trials.source
+        about = provenance.about.get(name, {})
         decisions[name] = choose_operating_point(
             name,
             reports[name].points,
@@ -114,6 +145,11 @@ def write_report(
             development=held_out,
             measured_on=trials.source,
             chosen_on=chosen_on,
+            speakers=structure.contributing,
+            kind=about.get("kind", ""),
+            embeddings=about.get("embeddings", ""),
+            scores=provenance.files.get(name, ""),
+            apart=apart.get(name, True),
         )
     figure = det_figure({n: (r.points, r.spread) for n, r in reports.items()}, title)
     pictures["det"] = figure
@@ -152,7 +188,8 @@ def write_report(
         if metadata
     }
     provenance = replace(
-        provenance or Provenance(),
+        provenance,
+        notes=tuple(notes),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=f"speechbrain_qmargin {__version__}",
     )

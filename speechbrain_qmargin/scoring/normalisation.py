@@ -126,7 +126,7 @@ def _largest(matrix, cohort, top_n: int, want_index: bool):
             return _partition(scores, top_n), None
         values, index = scores.topk(min(top_n, scores.shape[1]), sorted=False)
         index += start
-        if best is not None:
+        if best is not None and where is not None:
             values, index = torch.cat((best, values), 1), torch.cat((where, index), 1)
             values, kept = values.topk(min(top_n, values.shape[1]), sorted=False)
             index = index.gather(1, kept)
@@ -363,7 +363,9 @@ def _cross_selected(unit, trials, cohort, top_n, scores, device, progress) -> np
 
     def select(start: int) -> int:
         part = slice(start, start + _ROWS)
-        nearest[part] = _largest(rows[part].to(device), other, top_n, True)[1].int().cpu()
+        index = _largest(rows[part].to(device), other, top_n, True)[1]
+        assert index is not None
+        nearest[part] = index.int().cpu()
         return len(rows[part])
 
     for done in _each_block(select, len(unit), device):

@@ -233,6 +233,9 @@ def _can_say(page: Page) -> list[str]:
 
 def _cannot_say(page: Page) -> list[str]:
     lines = [html.escape(note) for note in page.provenance.notes]
+    for name, report in page.reports.items():
+        said = [*report.notes, *report.failures()]
+        lines += [html.escape(f"{name}: {note}") for note in said if note not in lines]
     first = next(iter(page.reports.values()))
     if first.num_speakers < FEWEST_SPEAKERS:
         lines.append(
@@ -358,8 +361,14 @@ def _differences(page: Page) -> list[str]:
             mark = "<b>{}</b>" if sure else "{}"
             rows.append([html.escape(name), mark.format(text), mark.format(verdict)])
         parts.append(f"<h3>{html.escape(pair[1])} minus {html.escape(pair[0])}</h3>")
-        parts.append(_table(["", "difference (95 % interval)", "which is better"], rows))
+        parts.append(
+            _table(["", f"difference ({_confidence(page)} interval)", "which is better"], rows)
+        )
     return parts
+
+
+def _confidence(page: Page) -> str:
+    return f"{100 * next(iter(page.reports.values())).confidence:g} %"
 
 
 def _decision(page: Page, name: str, point: OperatingPoint) -> str:
@@ -446,8 +455,9 @@ def render(page: Page) -> str:
         _summary(page),
         "<h2>Figures</h2>",
         _figures(page),
-        '<p class="note">Intervals are 95 %, over people; where fewer than 30 errors carry a '
-        "figure, the wider of that and the exact binomial interval. A trial and its reverse are "
+        f'<p class="note">Intervals are {_confidence(page)}, over people; where fewer than 30 '
+        "errors carry a figure, the wider of that and the exact binomial interval. A trial and its "
+        "reverse are "
         'one. <span class="measured">measured</span>: 30 errors or more, of 8 people or more; '
         '<span class="indicative">indicative</span>: fewer; <span class="unsupported">unsupported'
         "</span>: fewer than 3 errors or 4 people, the data cannot tell. A trial is accepted when "

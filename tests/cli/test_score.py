@@ -1,6 +1,9 @@
 """The console command from embeddings to the report, and its messages."""
 
+import hashlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -74,3 +77,220 @@ def test_errors_end_with_a_message(files, capsys, tmp_path):
     assert main(["report", str(tmp_path / "gone.tsv")]) == 1
     assert "gone.tsv" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+IDS = [f"id1000{s}/v{k}/0000{n}" for s in range(4) for k in range(2) for n in range(2)]
+PAIRS = [(p, q, p[:7] == q[:7]) for j, p in enumerate(IDS) for q in IDS[j + 1 :]]
+
+
+def written(path, lines, head=""):
+    path.write_text(head + "".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def run(*arguments):
+    return main(["--quiet", *map(str, arguments)])
+
+
+@pytest.fixture
+def peers(tmp_path):
+    """One list, and the same scores as five toolkits write them."""
+    rng = np.random.default_rng(0)
+    rows = [(p, q, same, float(rng.normal() + 2 * same)) for p, q, same in PAIRS]
+    word = {True: "target", False: "nontarget"}
+    written(tmp_path / "list.txt", [f"{y:d} {p}.wav {q}.wav" for p, q, y, _ in rows])
+    forms = {
+        "we.score": [f"{p}.wav {q}.wav {v:.5f} {word[y]}" for p, q, y, v in rows],
+        "asnorm.score": [
+            f"{p}.wav {q}.wav {v:.5f} {word[y]} {v / 3:.4f} 1 {v / 5:.4f} 1" for p, q, y, v in rows
+        ],
+        "3d.score": [f"{p} {q} {v:.5f}" for p, q, _, v in reversed(rows)],
+        "sb.txt": [f"{p} {q} {y:d} {v:.5f}" for p, q, y, v in rows],
+    }
+    for name, lines in forms.items():
+        written(tmp_path / name, lines)
+    head = "enrolment\ttest\tscore\tlabel\n"
+    lines = [f"{p}.wav\t{q}.wav\t{v:.5f}\t{y:d}" for p, q, y, v in rows]
+    written(tmp_path / "ours.tsv", lines, head)
+    return tmp_path
+
+
+def figures(folder):
+    systems = json.loads((folder / "report.json").read_text())["systems"]
+    return {name: system["figures"] for name, system in systems.items()}
+
+
+def test_systems_of_five_toolkits_in_one_report(peers, capsys):
+    systems = [f"{name}={peers / name}" for name in ("we.score", "asnorm.score", "3d.score")]
+    systems += [f"sb={peers / 'sb.txt'}", f"ours={peers / 'ours.tsv'}"]
+    assert run("report", *systems, f"--trials={peers / 'list.txt'}", f"--output={peers / 'o'}") == 0
+    found = figures(peers / "o")
+    assert len(found) == 5
+    assert all(one == found["ours"] for one in found.values())
+    said = capsys.readouterr().err
+    assert "3d.score: ids are those of list.txt without their suffix" in said
+    assert "warnings.warn" not in said
+    # the labels of any system do for all
+    order = [f"3d={peers / '3d.score'}", f"sb={peers / 'sb.txt'}"]
+    assert run("report", *order, f"--output={peers / 'o'}") == 0
+    assert figures(peers / "o")["3d"] == found["ours"]
+    assert run("report", peers / "3d.score", f"--output={peers / 'o'}") == 1
+    assert "no file says which trials are targets" in capsys.readouterr().err
+
+
+def test_columns_of_one_system(peers, capsys):
+    written(peers / "odd", [f"{q} {p} {0.5 * y} {y:d} 1" for p, q, y in PAIRS])
+    systems = [f"ours={peers / 'ours.tsv'}", f"odd={peers / 'odd'}", f"--output={peers / 'o'}"]
+    assert run("report", *systems) == 1
+    assert "which is the score and which the label cannot" in capsys.readouterr().err
+    assert run("report", *systems, "--columns=odd=test enrolment score label other") == 0
+    assert figures(peers / "o")["odd"]["EER"]["value"] == 0
+
+
+def test_both_orders_are_one_list(peers, capsys):
+    rng = np.random.default_rng(1)
+    scores = rng.normal(size=len(PAIRS)) + 2 * np.array([y for *_, y in PAIRS])
+    plain = [f"{p}\t{q}\t{v!r}\t{y:d}" for (p, q, y), v in zip(PAIRS, scores.tolist(), strict=True)]
+    both = [
+        x for line in plain for x in (line, "\t".join(np.array(line.split("\t"))[[1, 0, 2, 3]]))
+    ]
+    head = "enrolment\ttest\tscore\tlabel\n"
+    written(peers / "plain.tsv", plain, head)
+    written(peers / "both.tsv", both, head)
+    for name in ("plain", "both"):
+        assert run("report", f"s={peers / name}.tsv", f"--output={peers / name}") == 0
+    said = capsys.readouterr().err
+    assert "both.tsv: of 240 trials 120 trials are the same pair as another" in said
+    assert figures(peers / "both") == figures(peers / "plain")
+
+
+def test_what_cannot_be_concluded_is_said(peers, capsys):
+    lines = [f"{p}\t{q}\t{-float(y)}\t{y:d}" for p, q, y in PAIRS]
+    written(peers / "d.tsv", lines, "enrolment\ttest\tscore\tlabel\n")
+    assert run("report", peers / "d.tsv", f"--output={peers / 'o'}") == 0
+    assert "scores seem inverted" in capsys.readouterr().err
+    lines = [f"{p} {q} {float(y)} {y:d}".replace("/", "-") for p, q, y in PAIRS]
+    written(peers / "noslash", lines)
+    assert run("report", peers / "noslash", f"--output={peers / 'o'}") == 0
+    assert "the speakers are not known" in capsys.readouterr().out
+    system = json.loads((peers / "o" / "report.json").read_text())["systems"]["noslash"]
+    assert "speakers" not in system["trials"]
+    supports = {figure["support"] for figure in system["figures"].values()}
+    assert "measured" not in supports
+
+
+def test_a_threshold_must_not_have_seen_what_it_is_measured_on(files, tmp_path, capsys):
+    for part in ("test", "dev"):
+        embedded = (files / f"{part}.npz", files / f"{part}.txt")
+        assert run("cosine", *embedded, tmp_path / f"{part}.tsv") == 0
+    normalised = (files / "test.npz", files / "test.txt", tmp_path / "as.tsv", files / "cohort.npz")
+    assert run("normalize", *normalised, "--top_n=6") == 0
+    report = ("report", f"a={tmp_path / 'test.tsv'}", f"--output={tmp_path / 'o'}")
+    assert run(*report, f"--development={tmp_path / 'test.tsv'}") == 1
+    assert "8 speakers are in test.txt too" in capsys.readouterr().err
+    assert run(*report, f"--development={tmp_path / 'as.tsv'}") == 1
+    assert "a (test.tsv) is for cosine scores, and these are as-norm" in capsys.readouterr().err
+    assert run(*report, f"--development={tmp_path / 'dev.tsv'}") == 0
+    point = OperatingPoint.load(tmp_path / "o" / "operating_point.json")
+    assert not point.optimistic
+    assert point.kind == "cosine"
+    assert point.embeddings.startswith("test.npz sha256:")
+    assert run(*report, "--llr") == 1
+    assert "the scores of a are cosine scores" in capsys.readouterr().err
+    assert run("calibrate", tmp_path / "dev.tsv", tmp_path / "c.json") == 0
+    assert run("apply", tmp_path / "c.json", tmp_path / "as.tsv", tmp_path / "llr.tsv") == 1
+    assert "for cosine scores, and these are as-norm scores" in capsys.readouterr().err
+    assert run("apply", tmp_path / "c.json", tmp_path / "test.tsv", tmp_path / "llr.tsv") == 0
+    options = ("--priors", "0.5", "--fars", "0.2", "--confidence=0.9", "--c_miss=10")
+    assert run("report", tmp_path / "llr.tsv", f"--output={tmp_path / 'o'}", *options) == 0
+    printed = capsys.readouterr().out
+    assert "actDCF(p=0.5, c_miss=10, c_fa=1)" in printed
+    assert "90 % interval" in printed
+    list_hash = hashlib.sha256((files / "test.txt").read_bytes()).hexdigest()
+    assert f"trials: test.txt sha256:{list_hash}" in printed  # the user's list, not the copy
+
+
+def test_recordings_that_failed_are_reported(files, tmp_path, capsys):
+    ids, rows = np.load(files / "test.npz")["ids"], np.load(files / "test.npz")["embeddings"]
+    save_embeddings(tmp_path / "few.npz", dict(zip(ids[1:].tolist(), rows[1:], strict=True)))
+    given = ("cosine", tmp_path / "few.npz", files / "test.txt", tmp_path / "s.tsv")
+    assert run(*given) == 1
+    assert "1 of 32 recordings in the trials have no embedding: test0/0 (there is test0/1)" in (
+        capsys.readouterr().err
+    )
+    assert run(*given, "--missing=leave_out") == 0
+    assert run("report", tmp_path / "s.tsv", f"--output={tmp_path / 'o'}") == 0
+    printed = capsys.readouterr().out
+    said = (
+        "failure to acquire 1 of 32 recordings (3.12 %): 3 target and 28 impostor trials are lost"
+    )
+    assert said in printed
+    system = json.loads((tmp_path / "o" / "report.json").read_text())["systems"]["s"]
+    figure = system["figures"]["TAR@FAR=0.1"]
+    share = 1 - (figure["misses"] + 3) / (45 + 3)
+    assert f"counted as rejections: TAR@FAR=0.1 {100 * share:.2f} %" in printed
+
+
+def test_models_in_a_report(files, tmp_path, capsys):
+    lines = [f"m{s} test{s}/{take}" for s in range(8) for take in (0, 1)]
+    models = written(tmp_path / "models", lines)
+    lines = [
+        f"m{s} test{t}/{take} {('nontarget', 'target')[s == t]}"
+        for s in range(8)
+        for t in range(8)
+        for take in (2, 3)
+    ]
+    trials = written(tmp_path / "trials", lines)
+    for rule in ("embedding", "score"):
+        given = ("cosine", files / "test.npz", trials, tmp_path / f"{rule}.tsv")
+        assert run(*given, f"--models={models}", f"--enrolment={rule}") == 0
+        normalised = (files / "test.npz", trials, tmp_path / "as.tsv", files / "cohort.npz")
+        options = (f"--models={models}", f"--enrolment={rule}", "--top_n=6")
+        assert run("normalize", *normalised, *options) == 0
+    systems = (tmp_path / "embedding.tsv", tmp_path / "score.tsv")
+    assert run("report", *systems, f"--models={models}", f"--output={tmp_path / 'o'}") == 0
+    assert "16 target and 112 impostor trials of 8 speakers" in capsys.readouterr().out
+    assert run("score", files / "test.npz", trials, f"--models={models}",
+               f"--output_folder={tmp_path / 'scores'}") == 0  # fmt: skip
+    found = json.loads((tmp_path / "scores" / "results.json").read_text())
+    assert found["trials"]["cosine"]["trials"]["targets"] == 16
+
+
+def test_outputs_never_overwrite_inputs(files, tmp_path, capsys):
+    before = (files / "test.txt").read_bytes()
+    assert run("cosine", files / "test.npz", files / "test.txt", files / "test.txt") == 1
+    assert "test.txt: the output is an input too" in capsys.readouterr().err
+    assert (files / "test.txt").read_bytes() == before
+    given = (files / "test.npz", files / "test.txt", files / "cohort.npz", files / "cohort.npz")
+    assert run("normalize", *given) == 1
+    assert "cohort.npz: the output is an input too" in capsys.readouterr().err
+
+
+def test_without_matplotlib_nothing_is_computed(tmp_path):
+    written(tmp_path / "s", ["a b 0.5 target"])
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; sys.modules['matplotlib.figure'] = None\n"
+        "from speechbrain_qmargin.cli import main\nsys.exit(main(['report', 'gone.tsv']))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 1
+    assert "matplotlib" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert "gone" not in found.stderr
+
+
+def test_scoring_costs_numpy_alone():
+    code = """
+import sys
+import speechbrain_qmargin.cli.score
+import speechbrain_qmargin.faces.pair_sets
+import speechbrain_qmargin.scoring.calibration
+import speechbrain_qmargin.scoring.html
+import speechbrain_qmargin.scoring.lists
+heavy = {"torch", "scipy", "sklearn", "matplotlib", "speechbrain", "pandas", "kaldiio"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
