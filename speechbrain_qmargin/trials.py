@@ -258,7 +258,25 @@ class Trials:
                 now.models + self.lost.models,
                 self.lost.tried_models,
             )
-        return replace(self.rows(kept), models=left, lost=now if now.recordings else None)
+        if not now.recordings:
+            return self
+        return replace(self.rows(kept), models=left, lost=now)._used()
+
+    def _used(self: AnyTrials) -> AnyTrials:
+        """Without the ids that no trial names."""
+        used = np.unique(np.concatenate((self.enrolment, self.test)))
+        place = np.full(len(self.ids), -1, dtype=np.int64)
+        place[used] = np.arange(len(used))
+        ids = [self.ids[n] for n in used.tolist()]
+        held = set(ids)
+        return replace(
+            self,
+            ids=ids,
+            enrolment=place[self.enrolment],
+            test=place[self.test],
+            speaker_of=self.speaker_of and [self.speaker_of[n] for n in used.tolist()],
+            models={name: many for name, many in self.models.items() if name in held},
+        )
 
     def rows(self: AnyTrials, chosen: np.ndarray) -> AnyTrials:
         """Some of the trials: an index or a bool array; the ids stay."""
@@ -551,6 +569,8 @@ def read_unlabelled(path: str | Path) -> Trials:
     named = {"enrolment", "test"} <= set(header)
     if len(table.columns) > 2 and (not named or "label" in header):
         return read_trials(path)
+    if not named and table.label_columns():
+        raise ValueError(_no_label(table, table.label_columns()))
     at = (header.index("enrolment"), header.index("test")) if named else (0, 1)
     enrolment, test = (table.columns[side] for side in at)
     _refuse_empty(table, enrolment, test)
