@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 __all__ = ["GROUPS", "main", "status_of"]
@@ -43,9 +44,12 @@ GROUPS: dict[str, dict[str, str]] = {
 }
 
 
-def _say(message, *_, **__) -> None:
-    """A warning as a line for people, without the place in the code."""
-    print(f"warning: {message}", file=sys.stderr)
+def _say(others, message, category, *place) -> None:
+    """What we warn users of as a line, without its place in the code; others as they were."""
+    if category is UserWarning and "speechbrain_qmargin" in str(place[0]):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        others(message, category, *place)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,7 +101,7 @@ def status_of(program: str, work: Callable[[], Any]) -> int:
     """
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _say
+            warnings.showwarning = partial(_say, warnings.showwarning)
             work()
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("QMARGIN_TRACEBACK"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,7 +29,9 @@ def test_the_page_needs_no_network_and_holds_everything(tmp_path):
     scores, trials = simulated()
     rng = np.random.default_rng(1)
     systems = {"<b>cosine</b>": scores, "worse": scores + rng.normal(size=len(scores))}
-    development = {"worse": simulated(5, source="dev")}
+    scores_dev, dev = simulated(5, source="dev")
+    dev = replace(dev, ids=[f"dev{name}" for name in dev.ids])  # other speakers
+    development = {"worse": (scores_dev, dev)}
     done = []
     reports = write_report(
         tmp_path,
