@@ -46,7 +46,7 @@ def read_landmarks(path):
 def main(argv=None):
     from PIL import Image
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("images", type=Path, help="folder of photographs")
     parser.add_argument("landmarks", help="text file: image x1 y1 ... x5 y5")
     parser.add_argument("out", type=Path, help="folder of aligned images")

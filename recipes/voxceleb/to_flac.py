@@ -11,7 +11,7 @@ from speechbrain_qmargin.data.convert import convert_to_flac
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", help="a folder with dev/aac, or any other layout of the recipe")
     parser.add_argument("destination")
     parser.add_argument("--jobs", type=int, help="processes; default: as many as there are CPUs")

@@ -23,7 +23,7 @@ Beside them:
 Messages are one line; QMARGIN_TRACEBACK=1 shows where an error came from."""
 
 
-def run_recipe(about: str, main: Callable[[list[str]], Any], argv: Sequence[str]) -> int:
+def run_recipe(about: str | None, main: Callable[[list[str]], Any], argv: Sequence[str]) -> int:
     """Run a recipe as its command line says.
 
     Parameters
@@ -42,7 +42,7 @@ def run_recipe(about: str, main: Callable[[list[str]], Any], argv: Sequence[str]
     """
     words = list(argv)
     if not words or {"-h", "--help"} & set(words):
-        return status_of(_program(), lambda: _help(about, words))
+        return status_of(_program(), lambda: _help(about or "", words))
     if "--print_config" in words:
         words.remove("--print_config")
         return status_of(_program(), lambda: _print_config(words))

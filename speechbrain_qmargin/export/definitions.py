@@ -9,7 +9,7 @@ from typing import Any
 
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.comments import Comment, CommentedMap, CommentedSeq
 
 from speechbrain_qmargin.training.trust import refuse_code
 
@@ -48,8 +48,8 @@ def definitions(tree: Any, names: Iterable[str]) -> str:
 
     def without_comments(node: Any) -> None:
         if isinstance(node, (CommentedMap, CommentedSeq)):
-            if hasattr(node, "_yaml_comment"):
-                del node._yaml_comment
+            if hasattr(node, Comment.attrib):
+                delattr(node, Comment.attrib)
             for value in node.values() if isinstance(node, CommentedMap) else node:
                 without_comments(value)
 

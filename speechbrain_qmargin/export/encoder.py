@@ -55,6 +55,10 @@ class SpeakerEncoder(nn.Module):
     torch.Size([2, 16])
     """
 
+    compute_features: Any
+    mean_var_norm: Any
+    embedding_model: Any
+
     def __init__(self, modules: Mapping[str, nn.Module], sample_rate: int = 16000) -> None:
         super().__init__()
         missing = [name for name in PARTS if name not in modules]

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,8 @@ def export_onnx(
 class _Graph(nn.Module):
     """What is written: a copy of the encoder with its Fourier transform as a convolution."""
 
+    encoder: SpeakerEncoder
+
     def __init__(self, encoder: SpeakerEncoder, from_waveform: bool) -> None:
         super().__init__()
         self.encoder, self.from_waveform = copy.deepcopy(encoder), from_waveform
@@ -100,7 +103,9 @@ class _ConvolvedSTFT(nn.Module):
     onnxruntime has one, but not an exact one where n_fft is no power of two, as 400 is not.
     """
 
-    def __init__(self, stft: nn.Module) -> None:
+    basis: Tensor
+
+    def __init__(self, stft: Any) -> None:
         super().__init__()
         n, bins = stft.n_fft, stft.n_fft // 2 + 1
         window = torch.zeros(n, dtype=torch.float64)

@@ -1,1 +1,83 @@
-"""Networks that SpeechBrain does not have: ResNet34 for speech, IResNet and MobileFaceNet."""
+"""Encoders: what one must be, and those that SpeechBrain does not have.
+
+An encoder is any ``torch.nn.Module`` that is called as :class:`Encoder` (speech) or
+:class:`ImageEncoder` (faces) says. Nothing is inherited and nothing registered: a recipe takes it
+from its YAML, SpeechBrain's own and anybody's alike::
+
+    extends: hparams/qmargin.yaml               # the path from this file
+    output_folder: results/xvector
+    embedding_dim: 512                          # D, for the classifier
+    embedding_model: !new:speechbrain.lobes.models.Xvector.Xvector
+        in_channels: !ref <n_mels>
+        lin_neurons: !ref <embedding_dim>
+
+As a file in ``hparams/speech/models/`` or ``hparams/face/models/``, without `extends` and
+`output_folder`, it is chosen by name: ``--model xvector``. Plain keys of such a file, ``channels:
+1024`` beside ``channels: !ref <channels>``, become settings; a size (``hparams/*/sizes/``) may set
+those, ``embedding_dim`` included, and leaves alone what the chosen model does not have.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Encoder", "ImageEncoder", "check_embeddings"]
+
+
+class Encoder(Protocol):
+    """Features to embeddings."""
+
+    def __call__(self, features: Tensor, lengths: Tensor | None = None, /) -> Tensor:
+        """Embed a batch.
+
+        Parameters
+        ----------
+        features : Tensor, [B, T, F]
+            As ``compute_features`` and ``mean_var_norm`` give them, float32 (or what autocast
+            makes of it): F is `n_mels`, T the longest item's frames.
+        lengths : Tensor, [B], optional
+            Relative lengths in (0, 1] where items are padded; None where all have length T.
+            Frames beyond an item's length must not move its embedding in evaluation mode.
+
+        Returns
+        -------
+        Tensor, [B, 1, D]
+            Not normalised; D is ``embedding_dim``.
+        """
+        ...
+
+
+class ImageEncoder(Protocol):
+    """Aligned images to embeddings."""
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """Embeddings [B, 1, D] of images [B, 3, image_size, image_size], RGB in [-1, 1]."""
+        ...
+
+
+def check_embeddings(embeddings: Tensor, count: int) -> Tensor:
+    """The embeddings of a batch of `count` items, or what is wrong with their shape.
+
+    Raises
+    ------
+    ValueError
+        Not [count, 1, D].
+
+    Examples
+    --------
+    >>> import torch
+    >>> check_embeddings(torch.zeros(2, 1, 8), 2).shape
+    torch.Size([2, 1, 8])
+    >>> check_embeddings(torch.zeros(2, 8), 2)
+    Traceback (most recent call last):
+    ValueError: embedding_model gave [2, 8] for 2 items; an encoder gives [B, 1, D]
+    """
+    shape = list(embeddings.shape)
+    if len(shape) != 3 or shape[:2] != [count, 1]:
+        raise ValueError(
+            f"embedding_model gave {shape} for {count} items; an encoder gives [B, 1, D]"
+        )
+    return embeddings

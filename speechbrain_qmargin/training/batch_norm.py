@@ -40,8 +40,9 @@ class _SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean = _Sum.apply(wide.sum(others, keepdim=True)) / count
         centred = wide - mean
         var = _Sum.apply(centred.square().sum(others, keepdim=True)) / count
-        if self.track_running_stats:
+        if self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
+                assert self.num_batches_tracked is not None  # where there are running statistics
                 self.num_batches_tracked += 1
                 step = self.momentum
                 if step is None:
@@ -68,5 +69,5 @@ def synchronised_batch_norm(module: nn.Module) -> nn.Module:
     """
     for part in module.modules():
         if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            part.__class__ = _SynchronisedBatchNorm
+            part.__class__ = _SynchronisedBatchNorm  # type: ignore[reportAttributeAccessIssue] # on purpose
     return module

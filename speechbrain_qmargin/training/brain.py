@@ -15,10 +15,10 @@ import random
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import speechbrain as sb
@@ -36,6 +36,7 @@ from tqdm import tqdm
 from speechbrain_qmargin.data.batches import readable_batch
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.loss.interface import Loss, scores_of, value_of
+from speechbrain_qmargin.models import Encoder, ImageEncoder, check_embeddings
 from speechbrain_qmargin.training.checkpoints import bare, ends_an_epoch, load_average
 from speechbrain_qmargin.training.extraction import EmbeddingParts, extract_into
 from speechbrain_qmargin.training.internals import OpenBrain, skip_to
@@ -84,7 +85,12 @@ class VerificationBrain(OpenBrain):
     label_key = "spk_id_encoded"
     clipped_alone: str | None = None
 
-    def __init__(self, *args, validate=None, **kwargs) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        validate: Callable[[dict[str, np.ndarray]], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.validate = validate
         self.embeddings: dict[str, np.ndarray] = {}
@@ -143,7 +149,7 @@ class VerificationBrain(OpenBrain):
         kwargs.setdefault("collate_fn", readable_batch)
         if stage == sb.Stage.TRAIN and self.distributed_launch and kwargs.get("shuffle"):
             # the order of a run of one process: a step trains on the same items, shared out
-            seed = os.environ.get("SB_GLOBAL_SEED", 0)
+            seed = int(os.environ.get("SB_GLOBAL_SEED", 0))
             kwargs |= {"sampler": ReproducibleRandomSampler(dataset, seed=seed), "shuffle": False}
         loader = super().make_dataloader(dataset, stage, **kwargs)
         if stage == sb.Stage.TRAIN:
@@ -310,7 +316,7 @@ class VerificationBrain(OpenBrain):
             self._earlier = _NOTHING
             if self.validate is None:
                 self._end_epoch({})
-        elif stage == sb.Stage.VALID:
+        elif stage == sb.Stage.VALID and self.validate is not None:
             self._end_epoch(self.validate(self.embeddings))
 
     def _over_processes(self, rows: Tensor) -> Tensor:
@@ -367,7 +373,8 @@ class VerificationBrain(OpenBrain):
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                record["epoch"], record["seconds"]
+                if not {"epoch", "seconds"} <= set(record):
+                    raise ValueError("no epoch or no seconds in it")
                 records.append(record)
             except (ValueError, TypeError, KeyError):
                 logger.warning(f"{self._history_file}:{number}: damaged, left out of the history")
@@ -450,7 +457,7 @@ class VerificationBrain(OpenBrain):
 
     def _embedded(self, batch: Any) -> Tensor:
         with self.evaluation_ctx:
-            return self.compute_forward(batch, sb.Stage.TEST).flatten(1)
+            return cast(Tensor, self.compute_forward(batch, sb.Stage.TEST)).flatten(1)
 
     @contextmanager
     def _without_wrappers(self) -> Iterator[None]:
@@ -515,7 +522,8 @@ class SpeakerBrain(VerificationBrain):
         features = self.modules.compute_features(signals)
         features = self.modules.mean_var_norm(features, lengths)
         # Masks of crops of one length would cost ResNet34 half of its memory again
-        return self.modules.embedding_model(features, lengths if padded else None)
+        model = cast(Encoder, self.modules["embedding_model"])
+        return check_embeddings(model(features, lengths if padded else None), len(features))
 
     def labels(self, batch):
         labels = super().labels(batch)
@@ -539,9 +547,10 @@ class FaceBrain(VerificationBrain):
         images = batch.image.data
         if self.hparams.channels_last and images.is_cuda:  # torch 2.14 corrupts memory on the CPU
             images = images.contiguous(memory_format=torch.channels_last)
-        embeddings = self.modules.embedding_model(images)
+        model = cast(ImageEncoder, self.modules["embedding_model"])
+        embeddings = check_embeddings(model(images), len(images))
         if stage != sb.Stage.TRAIN and self.hparams.test_flip:
-            embeddings = embeddings + self.modules.embedding_model(images.flip(-1))
+            embeddings = embeddings + model(images.flip(-1))
         return embeddings
 
 

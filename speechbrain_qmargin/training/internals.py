@@ -27,7 +27,18 @@ __all__ = [
 
 
 class OpenBrain(sb.Brain):
-    """SpeechBrain's Brain with the two decisions that a subclass here makes."""
+    """SpeechBrain's Brain with the two decisions that a subclass here makes.
+
+    SpeechBrain sets these attributes from the run's options and its arguments.
+    """
+
+    checkpointer: Any
+    distributed_backend: str
+    grad_accumulation_factor: int
+    modules: Any
+    noprogressbar: bool
+    opt_class: Any
+    remove_vector_weight_decay: bool
 
     def may_save_within_epoch(self) -> bool:
         """Whether a checkpoint between the steps of an epoch could be resumed from now."""

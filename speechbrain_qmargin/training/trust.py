@@ -17,7 +17,7 @@ import pydoc
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from ruamel.yaml import YAML, Loader
@@ -62,6 +62,8 @@ NAMES = frozenset(
         "speechbrain_qmargin.training.schedules.warmup_exponential",
     }
 )
+# Settings that name a module of the user's own, which is imported
+IMPORTED, MAKE_LOSS = ("loss", "reader"), "speechbrain_qmargin.make_loss"
 _OBJECT = re.compile(r"!(?:new|name|apply):(.*)", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z]\w*(?:\.[A-Za-z]\w*)+")
 _CORE = "tag:yaml.org,2002:"
@@ -105,9 +107,13 @@ def refuse_code(text: str, source: str | Path, trust: bool | Collection[str] = F
                 _refuse(source, tag)
             if tag in ("!ref", "!copy") and value and _REFERENCE_TO_ATTRIBUTE.search(value):
                 _refuse(source, f"{tag} {value}, an attribute of an object,")
-        for tag, value in _composed(resolve_references(text).read()):
+        resolved = resolve_references(text).read()
+        for tag, value in _composed(resolved):
             if not _permitted(tag, value, allowed):
                 _refuse(source, tag)
+        for key, value in _imports(YAML().load(resolved)):
+            if value not in allowed:
+                _refuse(source, f"{key}: {value}, a name of somebody's module,")
     except (YAMLError, RecursionError) as error:
         raise ValueError(f"{source}: not a YAML file ({_first_line(error)})") from None
 
@@ -119,15 +125,17 @@ def load_checked(text: str, source: str | Path, trust: bool | Collection[str] = 
 
 
 def object_names(text: str) -> frozenset[str]:
-    """The dotted names that a document's tags build, name or call.
+    """The dotted names that a document builds, calls or imports.
 
     Examples
     --------
     >>> sorted(object_names("a: !new:my.Net {size: 3}\\nb: [!name:my.rate , 2]"))
     ['my.Net', 'my.rate']
     """
-    matches = (_OBJECT.fullmatch(tag) for tag, _ in _written(YAML().load(text)))
-    return frozenset(match[1] for match in matches if match)
+    tree = YAML().load(text)
+    matches = (_OBJECT.fullmatch(tag) for tag, _ in _written(tree))
+    names = {match[1] for match in matches if match}
+    return frozenset(names | {value for _, value in _imports(tree)})
 
 
 def _refuse(source: str | Path, what: str) -> None:
@@ -164,6 +172,22 @@ def _is_network(name: str) -> bool:
 
 def _below(name: str) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in ROOTS)
+
+
+def _imports(tree: Any) -> Iterator[tuple[str, str]]:
+    """Settings whose value is imported by name: a loss, a reader of one's own."""
+    if not isinstance(tree, dict):
+        return
+    for key, node in tree.items():
+        tag = getattr(getattr(node, "tag", None), "value", None)
+        if key in IMPORTED or tag == f"!apply:{MAKE_LOSS}":
+            for _, value in _written(node):
+                if _dotted(value):
+                    yield key, value
+
+
+def _dotted(value: str | None) -> TypeGuard[str]:
+    return value is not None and re.fullmatch(r"[^\W\d]\w*([.:][^\W\d]\w*)+", value) is not None
 
 
 def _written(node: Any) -> Iterator[tuple[str, str | None]]:

@@ -15,6 +15,7 @@ from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.epochs import CurrentEpoch
 from speechbrain_qmargin.data.speech import prepare_speech
 from speechbrain_qmargin.data.speech_dataset import SpeechDataset
+from speechbrain_qmargin.training import brain as brain_module
 from speechbrain_qmargin.training.brain import SpeakerBrain
 from speechbrain_qmargin.training.checkpoints import load_pretrained
 from speechbrain_qmargin.training.config import load_experiment
@@ -307,6 +308,49 @@ def test_other_audio_under_an_id_is_embedded_anew(folder, tmp_path):
     after = brain.extract(test, batch_size=1)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {"s4/0/0.wav"}
+
+
+def test_unreadable_test_items_are_named_once_the_others_are_kept(folder, tmp_path):
+    copy_of = shutil.copytree(folder, tmp_path / "voices")
+    fit, brain, test = make_brain(copy_of, tmp_path / "out", number_of_epochs=1)
+    fit()
+    (copy_of / "wav/s4/0/1.wav").write_bytes(b"no audio")
+    with pytest.raises(OSError, match=r"1 of 3 test items have no embedding, .*s4/0/1\.wav"):
+        brain.extract(test, batch_size=1)
+    faults = {}
+    found = brain.extract(test, faults, batch_size=2)
+    assert set(found) == {"s4/0/0.wav", "s5/0/0.wav"}
+    assert set(faults) == {"s4/0/1.wav"}
+    shutil.copy(folder / "wav/s4/0/1.wav", copy_of / "wav/s4/0/1.wav")
+    assert len(brain.extract(test, batch_size=1)) == 3
+
+
+def test_an_embedding_that_is_not_finite_is_named_before_scoring(folder, tmp_path):
+    fit, brain, test = make_brain(folder, tmp_path, number_of_epochs=1)
+    fit()
+
+    class Odd(type(brain)):
+        def embed(self, batch, stage):
+            factor = torch.where(torch.tensor([one[0] == "s5/0/0.wav" for one in [batch.id]]),
+                                 torch.nan, 1.0)  # fmt: skip
+            return super().embed(batch, stage) * factor[:, None, None]
+
+    brain.__class__ = Odd
+    with pytest.raises(OSError, match=r"first is s5/0/0\.wav: its embedding is not finite"):
+        brain.extract(test, batch_size=1)
+
+
+def test_a_damaged_line_of_the_history_is_named_and_left_out(folder, tmp_path, monkeypatch):
+    fit, brain, _ = make_brain(folder, tmp_path, number_of_epochs=3)
+    fit()
+    said = []
+    monkeypatch.setattr(brain_module.logger, "warning", said.append)
+    file = tmp_path / "history.jsonl"
+    lines = file.read_text().splitlines()
+    for damaged in ("", lines[1][:20], "[]", "{}", "7"):
+        file.write_text("\n".join([lines[0], damaged, lines[2]]) + "\n")
+        assert [record["epoch"] for record in brain.history()] == [1, 3]
+        assert f"{file}:2: damaged" in said.pop()
 
 
 def test_learning_rate_follows_the_schedule_whatever_the_accumulation(folder, tmp_path):

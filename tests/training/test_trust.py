@@ -12,7 +12,7 @@ from speechbrain_qmargin.export.encoder import load_encoder, load_run
 from speechbrain_qmargin.export.inference import export_for_inference, export_run
 from speechbrain_qmargin.training.config import load_experiment
 from speechbrain_qmargin.training.run_folder import RunFolder
-from speechbrain_qmargin.training.trust import load_checked, refuse_code
+from speechbrain_qmargin.training.trust import load_checked, object_names, refuse_code
 
 ROOT = Path(__file__).parents[2]
 HPARAMS = ROOT / "hparams"
@@ -48,6 +48,10 @@ PAYLOADS = {
     "reads a pickle": "x: !apply:torch.load [a]",
     "compiles": "x: !apply:torch.nn.modules.module.eval ['1']",
     "sets": "x: !!set {a, b}",
+    "a loss of its own": "loss: antigravity.fly",
+    "a loss of its module": "x: !apply:speechbrain_qmargin.make_loss {name: 'antigravity:fly'}",
+    "a loss by reference": "a: antigravity\nloss: !ref <a>:fly",
+    "a reader of its own": "reader: subprocess.getoutput",
 }
 
 
@@ -67,6 +71,7 @@ def test_what_is_meant_can_be_said(tmp_path, monkeypatch):
         load_checked(text, "file")
     assert load_checked(text, "file", trust=True) == {"x": str(tmp_path)}
     assert load_checked(text, "file", trust={"os.getcwd"}) == {"x": str(tmp_path)}
+    refuse_code("loss: mine:Loss", "file", trust=object_names("loss: mine:Loss"))
     with pytest.raises(ValueError, match=r"os\.getlogin"):
         refuse_code("x: !name:os.getlogin", "file", trust={"os.getcwd"})
 
