@@ -48,6 +48,8 @@ apidoc_modules = [
         "automodule_options": {"members"},
     }
 ]
+# a re-export is documented where it is defined
+autodoc_default_options = {"ignore-module-all": True}
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
 python_maximum_signature_line_length = 88
@@ -106,13 +108,28 @@ def _resolve(app, env, node, contnode):
 def _prose_types(app, doctree):
     """The types of parameters and fields are prose ("Tensor, [B, C]"), not names to look up."""
     for node in list(doctree.findall(addnodes.pending_xref)):
+        if "refwarn" in node:  # a role that somebody wrote
+            continue
         above = node.parent
         while above is not None and not isinstance(above, nodes.field):
             above = above.parent
-        if above is not None and "refwarn" not in node:
+        if above is not None or not node["reftarget"].startswith(f"{project}."):
             node.replace_self(node.children)
 
 
+def _list_reexports(app, what, name, obj, options, lines):
+    """What a package gives, at the end of its docstring."""
+    if what != "module" or not hasattr(obj, "__path__") or not getattr(obj, "__all__", None):
+        return
+    lines += ["", "From here can be imported:", ""]
+    for public in obj.__all__:
+        found = getattr(obj, public)
+        home, qualified = getattr(found, "__module__", ""), getattr(found, "__qualname__", "")
+        linked = home.startswith(f"{project}.") and qualified
+        lines.append(f"* :py:obj:`{public} <{home}.{qualified}>`" if linked else f"* ``{public}``")
+
+
 def setup(app):
+    app.connect("autodoc-process-docstring", _list_reexports)
     app.connect("doctree-read", _prose_types)
     app.connect("missing-reference", _resolve)
