@@ -79,8 +79,9 @@ class OperatingPoints:
 
     def errors_at(self, threshold: float) -> tuple[int, int]:
         """Misses and false accepts when accepting ``score >= threshold``."""
-        misses = int(np.searchsorted(self.targets, threshold, side="left"))
-        below = int(np.searchsorted(self.impostors, threshold, side="left"))
+        at = _least_at(threshold, self.targets.dtype)
+        misses = int(np.searchsorted(self.targets, at, side="left"))
+        below = int(np.searchsorted(self.impostors, at, side="left"))
         return misses, self.num_impostors - below
 
     @cached_property
@@ -114,6 +115,15 @@ class OperatingPoints:
             np.add.reduceat(impostors, starts),
             first[starts],
         )
+
+
+def _least_at(threshold: float, dtype: np.dtype) -> np.floating:
+    """The least value of a dtype that is not below, as a search in wider ones copies all scores."""
+    with np.errstate(over="ignore"):
+        least = dtype.type(threshold)
+    if float(least) < float(threshold):
+        least = np.nextafter(least, dtype.type(np.inf))
+    return least
 
 
 def operating_points(scores: np.ndarray, is_target: np.ndarray) -> OperatingPoints:

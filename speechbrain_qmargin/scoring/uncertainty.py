@@ -462,7 +462,7 @@ class Spread:
         self._speakers = trials.speakers()
         self._is_target = np.asarray(trials.is_target, dtype=bool)
         chosen = np.flatnonzero(self._is_target)
-        chosen = chosen[np.argsort(scores[chosen], kind="stable")]
+        chosen = chosen[np.argsort(scores[chosen])]
         self._target_scores = scores[chosen]
         self._of_target = self._speakers[trials.enrolment[chosen]]
         self._tail = self._one = self._two = self._pair = np.empty(0, dtype=np.int64)
@@ -520,7 +520,7 @@ class Spread:
         depth = min(len(impostors), max(accepts + accepts // 4, 1000))
         lowest = impostors[len(impostors) - depth]
         tail = np.flatnonzero(~self._is_target & (self._scores >= lowest))
-        tail = tail[np.argsort(-self._scores[tail], kind="stable")]
+        tail = tail[np.argsort(-self._scores[tail])]  # thresholds never part ties
         one = self._speakers[self._trials.enrolment[tail]]
         two = self._speakers[self._trials.test[tail]]
         keys = np.minimum(one, two) * len(self.structure.targets) + np.maximum(one, two)

@@ -218,3 +218,16 @@ def test_bad_input_is_named():
         act_dcf(good, c_miss=0, force=True)
     with pytest.raises(ValueError, match="far must be in"):
         tar_at_far(good, 0)
+
+
+def test_errors_at_a_threshold_between_two_float32_are_exact():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=1000).astype(np.float32)
+    label = np.arange(1000) < 300
+    points = operating_points(scores, label)
+    wide = scores.astype(float)
+    at = [*wide[:50], *rng.normal(size=50), np.inf, -np.inf, 1e300, -1e300]
+    at += [np.nextafter(wide[3], way) for way in (9, -9)]
+    for threshold in map(float, at):
+        wanted = (wide[label] < threshold).sum(), (wide[~label] >= threshold).sum()
+        assert points.errors_at(threshold) == wanted
