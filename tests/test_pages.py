@@ -47,7 +47,7 @@ def test_links_lead_to_files(page):
 @every_page
 def test_scripts_and_settings_that_are_named_exist(page):
     upstream = r"(?!hparams/train_)"  # SpeechBrain's own
-    path = r"\b(?:recipes|hparams|benchmarks|tests)/[\w/]+\.(?:py|yaml|sh)\b"
+    path = r"\b(?:recipes|hparams|benchmarks|tests|speechbrain_qmargin)/[\w/]+\.(?:py|yaml|sh)\b"
     named = set(re.findall(upstream + path, PAGES[page]))
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 

@@ -40,8 +40,8 @@ def convert_to_flac(
     Parameters
     ----------
     source : path
-        In one of the layouts of :func:`audio_roots`; VoxCeleb2's test part is left out, as by
-        :func:`training_roots`.
+        In a layout of :func:`~speechbrain_qmargin.data.voxceleb.audio_roots`; VoxCeleb2's
+        test part is left out, as by :func:`training_roots`.
     destination : path
         Afterwards a ``data_folder`` for :func:`~speechbrain_qmargin.data.speech.prepare_speech`.
     sample_rate : int

@@ -313,10 +313,10 @@ class RowSparseSGD(RowSparse, torch.optim.SGD):
 
     What differs, on purpose: between its visits a row is *seen* as of its last one, in training,
     evaluation and checkpoints alike. Without momentum that is no difference to
-    :class:`QMarginHead`: an idle row changes its length by weight decay, which cosines do not see,
-    so training equals dense SGD's. With momentum the remaining glide of an idle row shows up when
-    it is next active, before its next gradient is added, or at :meth:`catch_up`; every row's
-    position is then dense SGD's for the gradients that were given.
+    :class:`~speechbrain_qmargin.head.QMarginHead`: an idle row changes its length by weight decay,
+    which cosines do not see, so training equals dense SGD's. With momentum the remaining glide of
+    an idle row shows up when it is next active, before its next gradient is added, or at
+    :meth:`catch_up`; every row's position is then dense SGD's for the gradients that were given.
 
     Where the prototypes are written by another (``load_state_dict``, an assignment), the glide
     that was pending is dropped, and the momentum fades as it would have.

@@ -83,7 +83,10 @@ class DenseScores:
         return self._cosines
 
     def evaluate(self, targets: Tensor, objective: Objective, *, statistics: bool = False) -> Rows:
-        """See :meth:`Scores.evaluate`. Differentiable as often as `move_target` is."""
+        """See :meth:`~speechbrain_qmargin.loss.interface.Scores.evaluate`.
+
+        Differentiable as often as `move_target` is.
+        """
         cosines = self._cosines
         if targets.ndim != 1 or targets.shape[0] != cosines.shape[0]:
             raise ValueError(

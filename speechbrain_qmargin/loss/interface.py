@@ -48,7 +48,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Objective:
-    r"""One batch's loss as a classifier evaluates it: :func:`q_margin_loss`'s formula, opened.
+    r"""One batch's loss as a classifier evaluates it.
+
+    It opens the formula of :func:`~speechbrain_qmargin.loss.functional.q_margin_loss`.
 
     Logits are ``scale`` times the cosines, where those of the targets and of the others may have
     moved first; the loss is the Fenchel-Young loss of the alpha-divergence with reference measure q

@@ -1,8 +1,8 @@
 """Score files, in and out: ours say what their scores are, those of other toolkits are read too.
 
 Ours are tab-separated, in full precision: ``enrolment test score label`` below a comment line that
-says how the scores were made (:class:`ScoreFile.about`), so that a threshold of one kind of score
-is not applied to another.
+says how the scores were made (the `about` of :class:`ScoreFile`), so that a threshold of one kind
+of score is not applied to another.
 """
 
 from __future__ import annotations
