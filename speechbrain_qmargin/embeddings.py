@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from speechbrain_qmargin.files import replacing
+from speechbrain_qmargin.files import load_arrays, replacing
 from speechbrain_qmargin.tables import file_source, read_lines, some
 from speechbrain_qmargin.trials import Trials, match_ids
 
@@ -248,7 +246,7 @@ def load_embeddings(path: str | Path, ids: str | Path | None = None) -> Embeddin
         return _load_kaldi(path)
     if path.suffix not in (".npz", ".npy"):
         raise ValueError(f"{path}: embeddings are read from .npz, .npy, .ark or .scp")
-    loaded = _load_arrays(path)
+    loaded = load_arrays(path, "embeddings", ("ids", "embeddings"))
     if isinstance(loaded, dict):
         missing = [name for name in ("ids", "embeddings") if name not in loaded]
         if missing:
@@ -281,7 +279,7 @@ def load_mean(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     if path.suffix == ".npy":
-        vector = _load_arrays(path)
+        vector = load_arrays(path, "embeddings", ("ids", "embeddings"))
         if isinstance(vector, np.ndarray) and (vector.ndim == 1 or vector.shape[:-1] == (1,)):
             vector = _floats(vector.reshape(-1)).astype(np.float32)
             if not np.isfinite(vector).all():
@@ -291,23 +289,6 @@ def load_mean(path: str | Path) -> np.ndarray:
     if not np.isfinite(mean).all():
         raise ValueError(f"{path}: the mean of its embeddings is not finite")
     return mean
-
-
-def _load_arrays(path: Path) -> np.ndarray | dict[str, np.ndarray]:
-    """The array of a npy, or those of a npz; damage is one line with the file."""
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            return {name: loaded[name] for name in loaded.files if name in ("ids", "embeddings")}
-    except FileNotFoundError:
-        raise
-    # numpy's and zip's own words for damage and pickles
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
-        raise ValueError(f"{path}: damaged, or not embeddings ({error})") from None
-    except (NotImplementedError, MemoryError, OverflowError, SyntaxError) as error:
-        raise ValueError(f"{path}: damaged, or not embeddings ({error})") from None
 
 
 def _texts(ids: np.ndarray, path: Path) -> list[str]:

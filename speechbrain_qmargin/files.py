@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = [
     "CACHE_VARIABLE",
     "cache_folder",
+    "load_arrays",
     "load_record",
     "refuse_overwriting",
     "replacing",
@@ -87,6 +93,51 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def load_arrays(
+    path: str | Path, what: str = "arrays", names: Collection[str] | None = None
+) -> np.ndarray | dict[str, np.ndarray]:
+    """The array of a npy, or those of a npz; never executes code.
+
+    Parameters
+    ----------
+    path : path
+    what : str
+        What the file should hold, for the message.
+    names : collection of str, optional
+        Of the arrays to read of a npz; others are left.
+
+    Raises
+    ------
+    ValueError
+        A damaged file, or one with objects in it; with the file.
+    FileNotFoundError
+        No such file.
+
+    Examples
+    --------
+    >>> path = getfixture("tmp_path") / "x.npy"
+    >>> _ = path.write_bytes(b"1, 2")
+    >>> load_arrays(path, "embeddings")
+    Traceback (most recent call last):
+    ValueError: ...x.npy: damaged, or not embeddings (...)
+    """
+    import numpy as np
+
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            return {name: loaded[name] for name in loaded.files if names is None or name in names}
+    except FileNotFoundError:
+        raise
+    # numpy's, zip's and Python's own words for damage and pickles
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError,
+            NotImplementedError, MemoryError, OverflowError, SyntaxError,
+            AttributeError, TypeError) as error:  # fmt: skip
+        raise ValueError(f"{path}: damaged, or not {what} ({error})") from None
 
 
 def save_record(path: str | Path, kind: str, content: dict) -> None:

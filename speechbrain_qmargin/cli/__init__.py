@@ -36,6 +36,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "identify": "rank curve and watch lists: FPIR and FNIR",
         "bayes": "normalised Bayes error of log-likelihood ratios over priors",
         "quality": "a quality measure for calibration: the mean cohort score",
+        "plda": "PLDA scores of a trial list",
     },
     "encoder": {
         "extract": "embeddings of any recordings with a trained encoder",

@@ -1,4 +1,4 @@
-"""Subcommands that evaluate further: breakdown, fuse, identify, bayes, quality."""
+"""Subcommands that evaluate further: breakdown, fuse, identify, bayes, quality, plda."""
 
 from __future__ import annotations
 
@@ -221,6 +221,31 @@ def _quality(args) -> None:
           f"{len(values):,} recordings")  # fmt: skip
 
 
+def _plda(args) -> None:
+    from speechbrain_qmargin.scoring.normalisation import refuse_shared_speakers
+    from speechbrain_qmargin.scoring.plda import PLDA, fit_plda
+
+    trials = read_trials(args.trials)
+    if args.utt2spk:
+        trials = trials.with_speakers(read_map(args.utt2spk))
+    if args.plda:
+        plda = PLDA.load(args.plda)
+    else:
+        if not args.train:
+            raise ValueError("give --train embeddings to fit on, or a --plda file")
+        train = load_embeddings(args.train)
+        speakers = _speakers_of(train, args.train_utt2spk)
+        if speakers is None:
+            raise ValueError(f"{args.train}: its ids do not tell the speakers: --train_utt2spk")
+        refuse_shared_speakers(speakers.values(), trials.speaker_names())
+        plda = fit_plda(train, speakers, rank=args.rank, iterations=args.iterations)
+    scores = plda.scores(load_embeddings(args.embeddings), trials)
+    if args.save:
+        plda.save(args.save)
+    write_scores(args.output, trials, scores, {"kind": "plda"})
+    print(f"{args.output}: {len(trials):,} scores of {trials.source}")
+
+
 def _numbers(kind):
     def parse(text: str) -> list:
         return [kind(part) for part in text.split(",") if part]
@@ -292,3 +317,15 @@ def configure(add) -> None:
     sub.add_argument("--cohort_utt2spk", help="by default the part of an id before its slash")
     sub.add_argument("--utterances", action="store_true", help="not speaker means")
     sub.add_argument("--subtract_mean", action="store_true", help="the cohort's, from everything")
+
+    sub = add("plda", _plda)
+    sub.add_argument("embeddings", help="npz, npy, ark or scp")
+    sub.add_argument("trials", help="trial list, in any published form")
+    sub.add_argument("output", help="score file to write")
+    sub.add_argument("--utt2spk", help="speakers of the recordings, where ids do not tell")
+    sub.add_argument("--train", metavar="EMBEDDINGS", help="fit on these, of other speakers")
+    sub.add_argument("--train_utt2spk", help="by default the part of an id before its slash")
+    sub.add_argument("--rank", type=int, help="of the space of people; the largest by default")
+    sub.add_argument("--iterations", type=int, default=10)
+    sub.add_argument("--plda", metavar="FILE", help="fitted before")
+    sub.add_argument("--save", metavar="FILE", help="npz to write")

@@ -112,3 +112,19 @@ def test_quality(files, capsys):
     assert "higher cohort" in capsys.readouterr().out
     assert run("quality", files / "dev_one.npz", files / "dev_two.npz", files / "no.txt") == 1
     assert "12 speakers are in the cohort" in capsys.readouterr().err
+
+
+def test_plda(files, capsys):
+    given, saved = [files / "test_one.npz", files / "test.txt"], files / "plda.npz"
+    fitted, again = files / "plda.tsv", files / "plda_again.tsv"
+    assert run("plda", *given, fitted, f"--train={files / 'dev_one.npz'}", "--rank=8",
+               f"--save={saved}") == 0  # fmt: skip
+    assert run("plda", *given, again, f"--plda={saved}") == 0
+    assert again.read_text() == fitted.read_text()
+    trials, scores = read_scores(fitted)
+    assert eer(operating_points(scores, trials.is_target)) < 0.3
+    capsys.readouterr()
+    assert run("plda", *given, files / "no.tsv", f"--train={files / 'test_two.npz'}") == 1
+    assert "12 speakers are in the cohort and in the trials" in capsys.readouterr().err
+    assert run("plda", *given, files / "no.tsv") == 1
+    assert "give --train embeddings" in capsys.readouterr().err

@@ -451,7 +451,11 @@ def test_embeddings_from_a_file_in_any_order(tree, tmp_path):
     with pytest.raises(ValueError, match="mirrored images' embeddings; or flip='none'"):
         template_embeddings(protocol, load_image_embeddings(path, protocol))
     np.savez(path, ids=np.array([object()]), embeddings=plain)
-    with pytest.raises(ValueError, match=r"images\.npz: not an npz of embeddings"):
+    with pytest.raises(ValueError, match=r"images\.npz: damaged, or not embeddings"):
+        load_image_embeddings(path, protocol)
+    save_image_embeddings(path, names, plain)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"images\.npz: damaged, or not embeddings"):
         load_image_embeddings(path, protocol)
     np.savez(path, ids=names)
     with pytest.raises(ValueError, match="wanted arrays 'ids' and 'embeddings'"):
@@ -573,6 +577,12 @@ def test_an_interrupted_extraction_goes_on(pictures, tmp_path):
     quarters = whole.plain.reshape(count, 3, 2, 2)[..., ::-1].reshape(count, 12)
     np.testing.assert_allclose(whole.mirrored, quarters, atol=1e-6)
 
+    array = tmp_path / "cache" / "embeddings.npy"
+    whole = array.read_bytes()
+    array.write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match=r"embeddings\.npy: damaged"):
+        load_image_embeddings(tmp_path / "cache", protocol)
+    array.write_bytes(whole)
     third = Embed()
     extract_ijb(third, folder, protocol, tmp_path / "cache", model="a")
     assert third.images == 0

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from speechbrain_qmargin.faces.ijb.protocol import IJB
 from speechbrain_qmargin.faces.pair_sets import flip_fusion
-from speechbrain_qmargin.files import replacing, write_text
+from speechbrain_qmargin.files import load_arrays, replacing, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,18 +82,12 @@ def load_image_embeddings(path: str | Path, ijb: IJB) -> ImageEmbeddings:
                 f"{path}: {done:,} of {len(ijb.names):,} images are extracted; go on with the "
                 "extraction first"
             )
-        both = np.load(path / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+        both = _mapped(path / "embeddings.npy", "r", len(ijb.names))
         return ImageEmbeddings(both[:, 0], both[:, 1])
-    try:
-        with np.load(path, allow_pickle=False) as loaded:
-            names, plain = loaded["ids"].tolist(), loaded["embeddings"]
-            mirrored = loaded.get("mirrored")
-    except KeyError as error:
-        raise ValueError(f"{path}: {error}; wanted arrays 'ids' and 'embeddings'") from None
-    except FileNotFoundError:
-        raise
-    except (ValueError, OSError, EOFError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: not an npz of embeddings ({error})") from None
+    loaded = load_arrays(path, "embeddings", ("ids", "embeddings", "mirrored"))
+    if not isinstance(loaded, dict) or not {"ids", "embeddings"} <= loaded.keys():
+        raise ValueError(f"{path}: not an npz of embeddings; wanted arrays 'ids' and 'embeddings'")
+    names, plain, mirrored = loaded["ids"].tolist(), loaded["embeddings"], loaded.get("mirrored")
     if plain.ndim != 2 or len(names) != len(plain):
         raise ValueError(f"{path}: {len(names)} ids and embeddings {plain.shape}; want [N, D]")
     if mirrored is not None and mirrored.shape != plain.shape:
@@ -111,6 +105,18 @@ def load_image_embeddings(path: str | Path, ijb: IJB) -> ImageEmbeddings:
             f"the first is {ijb.names[int(np.argmin(rows))]}"
         )
     return ImageEmbeddings(plain, mirrored, rows)
+
+
+def _mapped(path: Path, mode: Literal["r", "r+"], images: int) -> np.memmap:
+    """The cache's array, not read."""
+    try:
+        array = np.load(path, mmap_mode=mode, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: damaged ({error}); delete the cache to extract anew") from None
+    if array.ndim != 3 or array.shape[:2] != (images, 2):
+        raise ValueError(f"{path}: damaged ({array.shape}); delete the cache to extract anew")
+    assert isinstance(array, np.memmap)
+    return array
 
 
 def _cache_state(folder: Path, ijb: IJB, model: str | None = None) -> dict | None:
@@ -197,7 +203,7 @@ def extract_ijb(
         return load_image_embeddings(cache, ijb)
     _refuse_missing(images_folder, ijb.names[done:])
     path = cache / "embeddings.npy"
-    array = np.load(path, mmap_mode="r+", allow_pickle=False) if done else None
+    array = _mapped(path, "r+", total) if done else None
 
     def faces(start: int) -> list:
         rows = range(start, min(start + batch_size, total))
