@@ -375,6 +375,9 @@ class Loss(nn.Module):
         rows = self.rows(scores_of(outputs), flat(targets), statistics=True)
         return rows.loss.mean(), QMarginStats.of(rows, getattr(self, "alpha", 1.0))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name):.4g}" for name in self.settings)
 

@@ -7,10 +7,16 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from speechbrain_qmargin.loss.adaface import AdaFaceLoss
+from speechbrain_qmargin.loss.adaptive import ElasticQMarginLoss, NormQMarginLoss
 from speechbrain_qmargin.loss.arcface import ArcFaceLoss
+from speechbrain_qmargin.loss.combined import CombinedMarginLoss
 from speechbrain_qmargin.loss.cosface import CosFaceLoss
+from speechbrain_qmargin.loss.curricularface import CurricularFaceLoss
+from speechbrain_qmargin.loss.elasticface import ElasticFaceLoss
 from speechbrain_qmargin.loss.entmax import EntmaxLoss, SparsemaxLoss
 from speechbrain_qmargin.loss.interface import Loss
+from speechbrain_qmargin.loss.magface import MagFaceLoss
 from speechbrain_qmargin.loss.qmargin import QMarginFaceLoss, QMarginLoss
 
 __all__ = ["LOSSES", "loss_class", "make_loss"]
@@ -23,7 +29,14 @@ LOSSES: dict[str, type[Loss]] = {
     "cosface": CosFaceLoss,
     "entmax": EntmaxLoss,
     "sparsemax": SparsemaxLoss,
+    "qmargin_norm": NormQMarginLoss,
+    "qmargin_elastic": ElasticQMarginLoss,
     "arcface": ArcFaceLoss,
+    "combined": CombinedMarginLoss,
+    "adaface": AdaFaceLoss,
+    "magface": MagFaceLoss,
+    "elasticface": ElasticFaceLoss,
+    "curricularface": CurricularFaceLoss,
 }
 
 

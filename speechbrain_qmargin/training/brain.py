@@ -97,7 +97,12 @@ class VerificationBrain(OpenBrain):
         head = self.modules["classifier"]
         self._sharded_head = head if hasattr(head, "save_shards") else None
         schedule = getattr(self.hparams, "loss_schedule", None) or {}
-        full = {name: value_of(self.hparams.compute_cost, name) for name in schedule}
+        cost = self.hparams.compute_cost
+        full = {name: value_of(cost, name) for name in schedule}
+        if isinstance(cost, Loss) and cost.state_dict():  # running values, counters
+            cost.to(self.device)
+            if self.checkpointer is not None:
+                self.checkpointer.add_recoverable("loss", cost)
         self._loss_at = lambda epoch: {
             name: change(epoch, full[name]) for name, change in schedule.items()
         }

@@ -1,0 +1,261 @@
+"""The other losses against their papers' formulas, written naively with autograd in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from speechbrain_qmargin import QMarginHead, make_loss, q_margin_loss
+from speechbrain_qmargin.loss.adaptive import PriorQMarginLoss
+from speechbrain_qmargin.loss.combined import combined_margin
+from speechbrain_qmargin.loss.dense import DenseScores
+from speechbrain_qmargin.loss.elasticface import Draws
+
+DOUBLE = torch.float64
+
+
+def batch(classes=40, rows=6, dim=8, seed=0):
+    """Embeddings of various norms: near their prototype, ordinary, and opposite to it."""
+    torch.manual_seed(seed)
+    weight = torch.randn(classes, dim)
+    labels = torch.randint(classes, (rows,))
+    x = F.normalize(weight[labels], dim=1) + 0.3 * torch.randn(rows, dim)
+    x[0] = -weight[labels[0]] + 0.05 * torch.randn(dim)
+    x *= torch.linspace(5, 130, rows).unsqueeze(1)
+    return x, weight, labels
+
+
+def cosines_of(x, weight):
+    return F.normalize(x, dim=1) @ F.normalize(weight, dim=1).T
+
+
+def evaluate(loss, x, weight, labels, way):
+    """Loss and gradients by the embeddings and the prototypes."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    if way == "dense":
+        value = loss(DenseScores(cosines_of(x, weight), x), labels)
+    else:
+        head = QMarginHead(x.shape[1], len(weight)).train()
+        with torch.no_grad():
+            head.weight.copy_(weight)
+        weight = head.weight
+        value = loss(head(x), labels)
+    value.backward()
+    grad = weight.grad
+    return value.detach(), x.grad, grad.to_dense() if grad.is_sparse else grad
+
+
+def check(loss, naive, seed=0, **tolerance):
+    """Against `naive(cosines, norms, labels)` -> losses [B], on the dense and the sparse head."""
+    x, weight, labels = batch(seed=seed)
+    ways = ("dense", "sparse")
+    found = {way: evaluate(loss(), x, weight, labels, way) for way in ways}
+    x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    wanted = naive(cosines_of(x, weight), x.norm(dim=1), labels).mean()
+    wanted.backward()
+    tolerance = {"rtol": 2e-5, "atol": 2e-5} | tolerance
+    for way in ways:
+        for got, want in zip(found[way], (wanted.detach(), x.grad, weight.grad), strict=True):
+            torch.testing.assert_close(got.double(), want, **tolerance)
+
+
+def margin_softmax(cosines, labels, own, scale, others=None):
+    """Cross-entropy of logits whose targets are `own`."""
+    one_hot = F.one_hot(labels, cosines.shape[1]).bool()
+    others = cosines if others is None else others
+    return F.cross_entropy(
+        scale * torch.where(one_hot, own.unsqueeze(1), others), labels, reduction="none"
+    )
+
+
+def target(cosines, labels):
+    return cosines.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+@pytest.mark.parametrize(("m1", "m2", "m3"), [(1, 0.3, 0.2), (1, 0, 0.2), (1.35, 0, 0), (4, 0, 0)])
+def test_combined(m1, m2, m3):
+    def naive(cosines, norms, labels):
+        angle = m1 * torch.acos(target(cosines, labels)) + m2
+        k = (angle / math.pi).floor().long()
+        own = (-1.0) ** k * torch.cos(angle) - 2 * k - m3
+        return margin_softmax(cosines, labels, own, 16)
+
+    check(lambda: make_loss("combined", scale=16, options={"m1": m1, "m2": m2, "m3": m3}), naive)
+
+
+def test_combined_is_arcface_and_cosface():
+    x, weight, labels = batch()
+    cosines = cosines_of(x, weight)
+    cosines, labels = cosines[1:], labels[1:]  # below pi - margin
+    for name, options in [
+        ("arcface", {"m2": 0.3, "m3": 0.0}),
+        ("cosface", {"m2": 0.0, "m3": 0.3}),
+    ]:
+        combined = make_loss("combined", scale=32, options=options)
+        plain = make_loss(name, scale=32, margin=0.3)
+        torch.testing.assert_close(combined(cosines, labels), plain(cosines, labels))
+
+
+def test_sphereface_falls_all_the_way():
+    cosines = torch.linspace(1, -1, 1001, dtype=DOUBLE)
+    for m1, m2 in [(4, 0.0), (1.5, 0.3), (1, 0.5)]:
+        moved = combined_margin(cosines, m1, m2, 0.0)
+        assert (moved.diff() < 1e-12).all()
+
+
+def test_adaface():
+    def naive(cosines, norms, labels):
+        a = norms.detach().clamp(0.001, 100)
+        mean = 0.25 * a.mean() + 0.75 * 20
+        deviation = 0.25 * a.std() + 0.75 * 100
+        z = ((a - mean) / (deviation + 0.001) * 0.333).clamp(-1, 1)
+        angle = (torch.acos(target(cosines, labels)) - 0.4 * z).clamp(1e-3, math.pi - 1e-3)
+        own = torch.cos(angle) - (0.4 + 0.4 * z)
+        return margin_softmax(cosines, labels, own, 16)
+
+    check(lambda: make_loss("adaface", scale=16, options={"t_alpha": 0.25}), naive)
+
+
+def test_adaface_s_running_values_are_its_state():
+    x, weight, labels = batch()
+    loss = make_loss("adaface")
+    loss(DenseScores(cosines_of(x, weight), x), labels)
+    a = x.double().norm(dim=1).clamp(max=100)
+    state = loss.state_dict()
+    torch.testing.assert_close(state["norms.mean"], 0.01 * a.mean() + 0.99 * 20)
+    torch.testing.assert_close(state["norms.deviation"], 0.01 * a.std() + 0.99 * 100)
+    other = make_loss("adaface")
+    other.load_state_dict(state)
+    loss.eval()
+    other.eval()
+    scores = DenseScores(cosines_of(x, weight), x)
+    assert loss(scores, labels) == other(scores, labels)
+    assert other.state_dict() == state  # evaluation changes nothing
+    with pytest.raises(TypeError, match=r"AdaFaceLoss looks at the embeddings' norms.*QMarginHead"):
+        loss(cosines_of(x, weight), labels)
+
+
+def test_magface():
+    def naive(cosines, norms, labels):
+        a = norms.clamp(10, 110)
+        m = 0.45 + (0.8 - 0.45) * (a - 10) / 100
+        own = target(cosines, labels)
+        angle = torch.acos(own)
+        own = torch.where(angle < math.pi - m, torch.cos(angle + m), own - m * torch.sin(m))
+        return margin_softmax(cosines, labels, own, 16) + 35 * (a / 110**2 + 1 / a)
+
+    check(lambda: make_loss("magface", scale=16), naive)
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("kind", ["arc", "cos"])
+def test_elasticface(kind, plus):
+    def naive(cosines, norms, labels):
+        margins = 0.35 + 0.1 * Draws(3).next(len(labels))
+        own = target(cosines, labels)
+        if plus:  # the largest cosine has the smallest margin
+            order = own.argsort(descending=True)
+            margins = torch.empty_like(margins).index_copy_(0, order, margins.sort().values)
+        if kind == "cos":
+            return margin_softmax(cosines, labels, own - margins, 16)
+        angle = torch.acos(own)
+        far = own - margins * torch.sin(margins)
+        own = torch.where(angle < math.pi - margins, torch.cos(angle + margins), far)
+        return margin_softmax(cosines, labels, own, 16)
+
+    options = {"sigma": 0.1, "kind": kind, "plus": plus, "seed": 3}
+    check(lambda: make_loss("elasticface", scale=16, margin=0.35, options=options), naive)
+
+
+def test_elasticface_s_draws_repeat_on_resume():
+    x, weight, labels = batch()
+    cosines = cosines_of(x, weight)
+    loss = make_loss("elasticface", options={"sigma": 0.1})
+    first = [float(loss(cosines, labels)) for _ in range(4)]
+    assert len(set(first)) == 4
+    loss = make_loss("elasticface", options={"sigma": 0.1})
+    again = [float(loss(cosines, labels)) for _ in range(2)]
+    resumed = make_loss("elasticface", options={"sigma": 0.1})
+    resumed.load_state_dict(loss.state_dict())
+    again += [float(resumed(cosines, labels)) for _ in range(2)]
+    assert again == first
+    margins = 0.5 + 0.0125 * Draws().next(100_000)
+    assert abs(float(margins.mean()) - 0.5) < 2e-4
+    assert abs(float(margins.std()) - 0.0125) < 2e-4
+
+
+def test_curricularface():
+    def naive(cosines, norms, labels):
+        own = target(cosines, labels)
+        t = 0.3 * own.mean().detach()
+        angle = torch.acos(own)
+        turned = torch.cos(angle + 0.5)
+        moved = torch.where(angle < math.pi - 0.5, turned, own - 0.5 * math.sin(0.5))
+        hard = cosines > turned.unsqueeze(1)
+        assert 20 < hard.sum() < hard.numel() - 20
+        others = torch.where(hard, cosines * (t + cosines), cosines)
+        return margin_softmax(cosines, labels, moved, 16, others)
+
+    loss = make_loss("curricularface", scale=16, options={"momentum": 0.3})
+    check(lambda: make_loss("curricularface", scale=16, options={"momentum": 0.3}), naive)
+    x, weight, labels = batch()
+    cosines = cosines_of(x, weight)
+    loss(cosines, labels)
+    mean = target(cosines, labels).double().mean()
+    torch.testing.assert_close(loss.state_dict()["t"], 0.3 * mean)
+
+
+def test_a_margin_by_the_norm_in_the_reference_measure():
+    x, weight, labels = batch()
+    loss = make_loss("qmargin_norm", options={"reach": 0.5, "t_alpha": 1.0})
+    a = x.double().norm(dim=1).clamp(max=100)
+    z = (0.333 * (a - a.mean()) / (a.std() + 0.001)).clamp(-1, 1)
+    wanted = q_margin_loss(cosines_of(x, weight), labels, margin=0.2 * (1 + 0.5 * z))
+    for way in ("dense", "sparse"):
+        found = evaluate(
+            make_loss("qmargin_norm", options={"t_alpha": 1.0}), x, weight, labels, way
+        )
+        torch.testing.assert_close(found[0], wanted, rtol=1e-5, atol=1e-5)
+    assert loss.value("reach") == 0.5
+
+
+def test_drawn_margins_in_the_reference_measure():
+    x, weight, labels = batch()
+    margins = 0.2 + 0.1 * Draws(0).next(len(labels))
+    wanted = q_margin_loss(cosines_of(x, weight), labels, margin=margins)
+    for way in ("dense", "sparse"):
+        loss = make_loss("qmargin_elastic", options={"sigma": 0.1})
+        found = evaluate(loss, x, weight, labels, way)
+        torch.testing.assert_close(found[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prior_of_the_classes():
+    x, weight, labels = batch()
+    counts = torch.arange(1, 41)
+    logs = counts.double().log()
+    log_q = (0.5 * (logs - logs.mean())).float()
+    wanted = q_margin_loss(cosines_of(x, weight), labels, log_q=log_q)
+    for way in ("dense", "sparse"):
+        found = evaluate(PriorQMarginLoss(counts), x, weight, labels, way)
+        torch.testing.assert_close(found[0], wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="one number > 0 for each class"):
+        PriorQMarginLoss([1, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("combined", {"m1": 0}, "m1 must be > 0, got 0"),
+        ("combined", {"m2": 4}, "m2 is an angle in radians"),
+        ("adaface", {"t_alpha": 2}, "t_alpha must be in"),
+        ("magface", {"lower_norm": 200}, "lower_norm must be in"),
+        ("elasticface", {"kind": "sphere"}, "kind must be 'arc' or 'cos', got 'sphere'"),
+        ("curricularface", {"momentum": 0}, "momentum must be in"),
+        ("qmargin_norm", {"reach": 2}, "reach must be in"),
+        ("adaface", {"t": 2}, "adaface: .*unexpected keyword argument 't'"),
+    ],
+)
+def test_settings_outside_their_range_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_loss(name, options=options)
