@@ -131,7 +131,7 @@ def test_every_loss_by_one_setting(folder, tmp_path, loss):
     fit()
     losses = [record["loss"] for record in brain.history()]
     assert losses[-1] < losses[0]
-    assert ("support_mean" in brain.history()[0]) == (loss != "arcface")
+    assert brain.history()[0]["support_mean"] > 0
 
 
 class Recorder(SpeakerBrain):
@@ -176,6 +176,24 @@ def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path, kill_at, head
     second = record(folder, tmp_path / "killed", head=head)
     assert len(whole.losses) == 12
     assert_same(whole, first, second)
+
+
+@pytest.mark.parametrize(
+    ("loss", "head"),
+    [("adaface", "dense"), ("elasticface", "sparse"), ("curricularface", "sparse")],
+)
+def test_what_a_loss_keeps_is_in_the_checkpoint(folder, tmp_path, loss, head):
+    """Running norms, draws, the running mean of the targets' cosines."""
+    settings = {"loss": loss, "head": head}
+    if loss == "elasticface":
+        settings["loss_options"] = "{sigma: 0.2}"
+    whole = record(folder, tmp_path / "whole", **settings)
+    first = record(folder, tmp_path / "killed", (2, 3), **settings)
+    second = record(folder, tmp_path / "killed", **settings)
+    assert_same(whole, first, second)
+    state = whole.hparams.compute_cost.state_dict()
+    assert state
+    assert state == second.hparams.compute_cost.state_dict()
 
 
 @pytest.mark.parametrize("head", ["dense", "sparse"])
