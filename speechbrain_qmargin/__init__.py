@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from speechbrain_qmargin.head import QMarginHead as QMarginHead
     from speechbrain_qmargin.head import RowSparseSGD as RowSparseSGD
+    from speechbrain_qmargin.loss.adaface import AdaFaceLoss as AdaFaceLoss
+    from speechbrain_qmargin.loss.adaptive import ElasticQMarginLoss as ElasticQMarginLoss
+    from speechbrain_qmargin.loss.adaptive import NormQMarginLoss as NormQMarginLoss
+    from speechbrain_qmargin.loss.adaptive import PriorQMarginLoss as PriorQMarginLoss
     from speechbrain_qmargin.loss.arcface import ArcFaceLoss as ArcFaceLoss
+    from speechbrain_qmargin.loss.combined import CombinedMarginLoss as CombinedMarginLoss
     from speechbrain_qmargin.loss.cosface import CosFaceLoss as CosFaceLoss
+    from speechbrain_qmargin.loss.curricularface import CurricularFaceLoss as CurricularFaceLoss
+    from speechbrain_qmargin.loss.elasticface import ElasticFaceLoss as ElasticFaceLoss
     from speechbrain_qmargin.loss.entmax import EntmaxLoss as EntmaxLoss
     from speechbrain_qmargin.loss.entmax import SparsemaxLoss as SparsemaxLoss
     from speechbrain_qmargin.loss.functional import alpha_softargmax as alpha_softargmax
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
     from speechbrain_qmargin.loss.interface import Objective as Objective
     from speechbrain_qmargin.loss.interface import QMarginStats as QMarginStats
     from speechbrain_qmargin.loss.interface import Scores as Scores
+    from speechbrain_qmargin.loss.magface import MagFaceLoss as MagFaceLoss
     from speechbrain_qmargin.loss.qmargin import QMarginFaceLoss as QMarginFaceLoss
     from speechbrain_qmargin.loss.qmargin import QMarginLoss as QMarginLoss
     from speechbrain_qmargin.loss.registry import LOSSES as LOSSES
@@ -35,8 +43,13 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "head": ("QMarginHead", "RowSparseSGD"),
+    "loss.adaface": ("AdaFaceLoss",),
+    "loss.adaptive": ("ElasticQMarginLoss", "NormQMarginLoss", "PriorQMarginLoss"),
     "loss.arcface": ("ArcFaceLoss",),
+    "loss.combined": ("CombinedMarginLoss",),
     "loss.cosface": ("CosFaceLoss",),
+    "loss.curricularface": ("CurricularFaceLoss",),
+    "loss.elasticface": ("ElasticFaceLoss",),
     "loss.entmax": ("EntmaxLoss", "SparsemaxLoss"),
     "loss.functional": (
         "alpha_softargmax",
@@ -47,6 +60,7 @@ _NAMES = {
         "solve_tau",
     ),
     "loss.interface": ("Loss", "Objective", "QMarginStats", "Scores"),
+    "loss.magface": ("MagFaceLoss",),
     "loss.qmargin": ("QMarginFaceLoss", "QMarginLoss"),
     "loss.registry": ("LOSSES", "make_loss"),
 }
@@ -54,11 +68,19 @@ _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names
 
 __all__ = [
     "LOSSES",
+    "AdaFaceLoss",
     "ArcFaceLoss",
+    "CombinedMarginLoss",
     "CosFaceLoss",
+    "CurricularFaceLoss",
+    "ElasticFaceLoss",
+    "ElasticQMarginLoss",
     "EntmaxLoss",
     "Loss",
+    "MagFaceLoss",
+    "NormQMarginLoss",
     "Objective",
+    "PriorQMarginLoss",
     "QMarginFaceLoss",
     "QMarginHead",
     "QMarginLoss",

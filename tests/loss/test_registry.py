@@ -90,7 +90,11 @@ def test_the_family_by_name():
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("softmax", {}, "unknown name 'softmax'; choose one of arcface, cosface"),
+        (
+            "softmax",
+            {},
+            "unknown name 'softmax'; choose one of adaface, arcface, combined, cosface",
+        ),
         ("arcface", {"alpha": 1.5}, "arcface has no alpha"),
         ("cosface", {"alpha": 1.5}, "cosface is alpha = 1"),
         ("entmax", {"margin": 0.2}, "entmax is margin = 0"),
