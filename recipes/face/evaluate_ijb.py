@@ -14,11 +14,13 @@ checkpoint or embeddings <name>_<target>. docs/face_evaluation.md has the protoc
 import argparse
 import hashlib
 import itertools
+import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from speechbrain_qmargin.cli import status_of
 from speechbrain_qmargin.export.encoder import load_run
 from speechbrain_qmargin.faces.ijb import (
     IJBOptions,
@@ -39,7 +41,7 @@ SWITCH = argparse.BooleanOptionalAction
 def load_model(args):
     """A run's network or a published one, and the height of its images."""
     if args.run:
-        modules, settings = load_run(Path(args.run), ["embedding_model"])
+        modules, settings = load_run(args.run, ["embedding_model"], args.trust)
         return modules["embedding_model"], settings["image_size"]
     model = IResNet(args.depth)
     load_arcface_torch(model, args.backbone)
@@ -85,6 +87,7 @@ def main(argv=None):
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--embeddings", help="npz, or the cache of an extraction")
     source.add_argument("--run", help="output folder of recipes/face/train.py: embed the images")
+    parser.add_argument("--trust", action="store_true", help="let the run's YAML run any code")
     source.add_argument("--backbone", help="checkpoint of arcface_torch: embed the images")
     parser.add_argument("--depth", default=100, type=int, choices=BLOCKS, help="of the backbone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -124,4 +127,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status_of("evaluate_ijb.py", main))

@@ -9,6 +9,7 @@ does the same without a YAML.
 
 import sys
 
+from speechbrain_qmargin.cli import status_of
 from speechbrain_qmargin.scoring.lists import score_files
 from speechbrain_qmargin.training.config import load_experiment
 
@@ -22,4 +23,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(status_of("score.py", lambda: main(sys.argv[1:])))

@@ -6,7 +6,9 @@ Started again, it goes on where it was interrupted.
 """
 
 import argparse
+import sys
 
+from speechbrain_qmargin.cli import status_of
 from speechbrain_qmargin.data.convert import convert_to_flac
 
 
@@ -21,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status_of("to_flac.py", main))

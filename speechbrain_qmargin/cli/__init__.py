@@ -42,6 +42,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "extract": "embeddings of any recordings with a trained encoder",
         "export": "a trained encoder for SpeechBrain's inference classes and for ONNX",
     },
+    "faces": {"align": "photographs of faces by five landmarks, as the networks are trained"},
 }
 
 

@@ -18,9 +18,9 @@ from speechbrain_qmargin.data.folders import audio_files
 from speechbrain_qmargin.data.voxceleb import audio_roots
 from speechbrain_qmargin.embeddings import save_embeddings
 from speechbrain_qmargin.export.encoder import SpeakerEncoder
+from speechbrain_qmargin.extraction import EmbeddingParts, extract_into
 from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import replacing
-from speechbrain_qmargin.training.extraction import EmbeddingParts, extract_into
 
 __all__ = ["check_output", "extract_recordings", "find_recordings", "write_embeddings"]
 

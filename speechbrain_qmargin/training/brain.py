@@ -34,11 +34,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from speechbrain_qmargin.data.batches import readable_batch
+from speechbrain_qmargin.extraction import EmbeddingParts, extract_into
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.loss.interface import Loss, scores_of, value_of
 from speechbrain_qmargin.models import Encoder, ImageEncoder, check_embeddings
 from speechbrain_qmargin.training.checkpoints import bare, ends_an_epoch, load_average
-from speechbrain_qmargin.training.extraction import EmbeddingParts, extract_into
 from speechbrain_qmargin.training.internals import OpenBrain, skip_to
 
 __all__ = ["FaceBrain", "SpeakerBrain", "VerificationBrain"]

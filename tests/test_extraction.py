@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from speechbrain_qmargin.training.extraction import EmbeddingParts, extract_into
+from speechbrain_qmargin.extraction import EmbeddingParts, extract_into
 
 ROWS = {name: np.full(3, n, np.float32) for n, name in enumerate("abcdef", 1)}
 

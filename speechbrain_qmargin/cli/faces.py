@@ -1,0 +1,97 @@
+"""The subcommand of photographs: align."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePath
+
+import numpy as np
+from tqdm import tqdm
+
+from speechbrain_qmargin.data.align import align_face
+from speechbrain_qmargin.data.images import read_pixels
+from speechbrain_qmargin.data.skipped import Skipped
+from speechbrain_qmargin.files import replacing, write_text
+
+__all__ = ["configure", "read_landmarks"]
+
+ALIGN = """
+LANDMARKS is a text file with a line per face, `image x1 y1 ... x5 y5`: the image's path below
+IMAGES, then x and y, in pixels, of the left and right eye, the nose, the left and right corner of
+the mouth, as seen in the picture. OUT gets <image>.png with the same folders, which is a
+`--data_folder` of recipes/face/train.py where they are the identities'. Interrupted, it goes on;
+images that cannot be aligned are listed in OUT/skipped_images.txt.
+"""
+
+
+def read_landmarks(path: str | Path) -> dict[str, np.ndarray]:
+    """Image to landmarks [5, 2]; a line that does not fit raises ValueError with its number."""
+    landmarks, outputs = {}, {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        name, *values = line.rsplit(maxsplit=10) or [""]
+        try:
+            points = np.array(values, dtype=float).reshape(5, 2)
+        except ValueError:
+            raise ValueError(
+                f"{path}:{number}: expected 'image x1 y1 ... x5 y5', got {line!r}"
+            ) from None
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise ValueError(f"{path}:{number}: {name} must be a path below IMAGES")
+        before = outputs.setdefault(PurePath(name).with_suffix(".png"), number)
+        if before != number:
+            raise ValueError(f"{path}:{number}: {name} would overwrite the image of line {before}")
+        landmarks[name] = points
+    return landmarks
+
+
+def _align(args: argparse.Namespace) -> None:
+    from PIL import Image
+
+    images, out = Path(args.images), Path(args.out)
+    if images.resolve() == out.resolve():
+        raise ValueError(f"{out}: aligned images would overwrite the photographs; another OUT")
+    if not images.is_dir():
+        raise FileNotFoundError(f"{images}: no such folder of photographs")
+    landmarks = read_landmarks(args.landmarks)
+
+    def align(name: str) -> str:
+        """What is wrong with an image; nothing if it is in place."""
+        file = (out / name).with_suffix(".png")
+        if file.is_file():
+            return ""
+        try:
+            aligned = align_face(read_pixels(images / name), landmarks[name], args.size)
+        except (OSError, ValueError) as error:
+            return str(error)
+        with replacing(file) as partial:
+            Image.fromarray(aligned).save(partial)
+        return ""
+
+    sizes = out / "size.txt"
+    if sizes.is_file() and sizes.read_text() != f"{args.size}\n":
+        raise ValueError(f"{out} holds images of size {sizes.read_text().strip()}; another OUT")
+    write_text(sizes, f"{args.size}\n")
+    listing = out / "skipped_images.txt"
+    listing.unlink(missing_ok=True)  # they are tried again
+    skipped = Skipped(listing)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = tqdm(pool.map(align, landmarks), "aligning", len(landmarks), unit="face")
+        for name, fault in zip(landmarks, faults, strict=True):
+            if fault:
+                skipped.add(name, fault)
+    print(f"{len(landmarks) - len(skipped):,} aligned images in {out}")
+    if skipped:
+        print(f"{len(skipped):,} could not be aligned, listed in {skipped.file}")
+
+
+def configure(add) -> None:
+    """The subcommand that aligns photographs; see :mod:`speechbrain_qmargin.cli`."""
+    sub = add("align", _align)
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    sub.description = f"{sub.description}\n{ALIGN}"
+    sub.add_argument("images", metavar="IMAGES", help="folder of photographs")
+    sub.add_argument("landmarks", metavar="LANDMARKS", help="text file: image x1 y1 ... x5 y5")
+    sub.add_argument("out", metavar="OUT", help="folder of aligned images")
+    sub.add_argument("--size", default=112, type=int, help="height and width, in pixels")
