@@ -153,12 +153,6 @@ def _named(cell: str) -> str:
     return _COLUMN.get(plain, plain)
 
 
-def _column_names(cells: Sequence[str]) -> list[str] | None:
-    """What a header's columns hold, None if the line is no header."""
-    names = [_named(cell) for cell in cells]
-    return names if {"enrolment", "test"} <= set(names) else None
-
-
 def read_table(path: str | Path, *, fewest: int = 2) -> Table:
     """Read a table; every row must have the first one's number of cells.
 
@@ -173,38 +167,52 @@ def read_table(path: str | Path, *, fewest: int = 2) -> Table:
     lines, source = read_lines(path)
     comment = lines[0][1:].strip() if lines and lines[0].startswith("#") else ""
     start = 1 if comment else 0
-    numbers = [n for n, line in enumerate(lines[start:], start + 1) if line.strip()]
-    if not numbers:
+    first = next((n for n in range(start, len(lines)) if lines[n].strip()), None)
+    if first is None:
         raise ValueError(f"{path}: there is nothing in it")
-    separator = _separator(lines[numbers[0] - 1])
-    if separator == ",":
-        rows = list(csv.reader((lines[n - 1] for n in numbers), skipinitialspace=True))
-    else:
-        rows = [lines[n - 1].split(separator) for n in numbers]
-    if separator:
-        rows = [[cell.strip() for cell in row] for row in rows]
-    width = len(rows[0])
-    for number, row in zip(numbers, rows, strict=False):
+    separator = _separator(lines[first])
+    parse = _comma_cells if separator == "," else str.split
+    head = parse(lines[first], separator)
+    width = len(head)
+    cells: list[str] = []  # one flat list: a list for every row costs twice the time
+    numbers: list[int] = []
+    for number in range(first, len(lines)):
+        row = parse(lines[number], separator)
         if len(row) != width or width < fewest:
+            if not lines[number].strip():
+                continue
             raise ValueError(
-                f"{path}:{number}: expected {max(width, fewest)} columns as in the first line, "
-                f"got {lines[number - 1]!r}"
+                f"{path}:{number + 1}: expected {max(width, fewest)} columns as in the first line, "
+                f"got {lines[number]!r}"
             )
-    header = _column_names(rows[0])
-    if header is None and len(rows) > 1:
-        labelled = [
-            n for n, column in enumerate(zip(*rows[1:], strict=True)) if _all_labels(column)
-        ]
-        if len(labelled) == 1 and _named(rows[0][labelled[0]]) == "label":
-            header = ["label" if n == labelled[0] else "" for n in range(width)]
-            if rows[0][labelled[0]].lower() in LABELS:
-                header = None
+        cells += row
+        numbers.append(number + 1)
+    columns = [tuple(cells[n::width]) for n in range(width)]
+    if separator:
+        columns = [tuple(map(str.strip, column)) for column in columns]
+    header = _header([column[0] for column in columns], columns)
     if header is not None:
-        rows, numbers = rows[1:], numbers[1:]
-        if not rows:
+        columns, numbers = [column[1:] for column in columns], numbers[1:]
+        if not numbers:
             raise ValueError(f"{path}: a header and nothing below it")
-    columns = list(zip(*rows, strict=True))
     return Table(path, source, columns, numbers, header, comment)
+
+
+def _comma_cells(line: str, _) -> list[str]:
+    return next(csv.reader([line], skipinitialspace=True), [])
+
+
+def _header(cells: Sequence[str], columns: Sequence[Sequence[str]]) -> list[str] | None:
+    """What the columns hold by the first line, None if that is no header."""
+    names = [_named(cell) for cell in cells]
+    if {"enrolment", "test"} <= set(names):
+        return names
+    # names of its own over the ids, and a known one over nothing but labels
+    if names.count("label") == 1 and len(columns[0]) > 1:
+        at = names.index("label")
+        if cells[at].lower() not in LABELS and _all_labels(columns[at][1:]):
+            return ["label" if n == at else "" for n in range(len(names))]
+    return None
 
 
 def read_map(path: str | Path, kind: type = str) -> dict:
@@ -258,8 +266,8 @@ def read_models(path: str | Path) -> Mapping[str, tuple[str, ...]]:
             continue
         if not models:
             separator = _separator(line)
-            names = _column_names([field.strip() for field in line.split(separator)])
-            if names is not None:
+            names = [_named(field) for field in line.split(separator)]
+            if {"enrolment", "test"} <= set(names):
                 at = names.index("enrolment"), names.index("test")
                 return _models_with_header(path, lines[number:], number, separator, at)
         name, *recordings = (field.strip() for field in line.split(separator))

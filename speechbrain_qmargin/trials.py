@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -500,11 +501,12 @@ def index_pairs(
     enrolment: Sequence[str], test: Sequence[str], labels: np.ndarray | None, source: str
 ) -> Trials:
     """Trials of the ids of both sides, in their order."""
-    ids: dict[str, int] = {}
-    flat = [ids.setdefault(name, len(ids)) for pair in zip(enrolment, test, strict=True)
-            for name in pair]  # fmt: skip
-    sides = np.asarray(flat, dtype=np.int64).reshape(-1, 2)
-    made = Trials(list(ids), sides[:, 0].copy(), sides[:, 1].copy(), labels, source)
+    names = dict.fromkeys(chain.from_iterable(zip(enrolment, test, strict=True)))
+    place = {name: n for n, name in enumerate(names)}
+    one, two = (
+        np.fromiter(map(place.__getitem__, side), np.int64, len(side)) for side in (enrolment, test)
+    )
+    made = Trials(list(place), one, two, labels, source)
     return made if labels is None else made.labelled()
 
 

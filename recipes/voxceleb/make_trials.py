@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from speechbrain_qmargin.cli import status_of
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.trials import speaker_in
+from speechbrain_qmargin.trials import LabelledTrials, speaker_in, write_trials
 
 
 def session_in(name: str) -> str:
@@ -38,8 +39,8 @@ def recordings_by_speaker(data_folder: Path) -> dict[str, list[str]]:
         name = Path(file).as_posix()
         if not name.lower().endswith(AUDIO_SUFFIXES):
             continue
-        if len(name.split()) != 1:
-            raise ValueError(f"{root / name}: rename it; names in a trial list cannot have spaces")
+        if any(letter in name for letter in "\t\n\r"):
+            raise ValueError(f"{root / name!r}: rename it; a list cannot hold tabs and line breaks")
         if "/" not in name:
             raise ValueError(
                 f"{root / name} is in no speaker's folder: {root}/<speaker>/<session>/..."
@@ -59,15 +60,20 @@ def spread(names: list[str], count: int) -> list[str]:
     return [name for *_, name in sorted(turns)[:count]]
 
 
-def trial_lines(chosen: dict[str, list[str]]) -> list[str]:
-    lines = []
-    for (one, a), (two, b) in combinations(
-        [(speaker, name) for speaker in chosen for name in chosen[speaker]], 2
-    ):
-        sessions = {session_in(name) for name in chosen[one]}
-        if one != two or len(sessions) == 1 or session_in(a) != session_in(b):
-            lines.append(f"{int(one == two)} {a} {b}\n")
-    return lines
+def trials_of(chosen: dict[str, list[str]]) -> LabelledTrials:
+    """Every pair, but of one speaker only across sessions where there are several."""
+    ids = [name for names in chosen.values() for name in names]
+    speaker = [one for one, names in chosen.items() for _ in names]
+    session = [session_in(name) for name in ids]
+    several = {one: len({session_in(name) for name in names}) > 1 for one, names in chosen.items()}
+    pairs = [
+        (a, b)
+        for a, b in combinations(range(len(ids)), 2)
+        if speaker[a] != speaker[b] or not several[speaker[a]] or session[a] != session[b]
+    ]
+    left, right = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    same = np.array([speaker[a] == speaker[b] for a, b in pairs], dtype=bool)
+    return LabelledTrials(ids, left, right, same, speaker_of=speaker)
 
 
 def make_trials(data_folder, out_folder, dev_speakers, test_speakers, utterances=10, seed=0):
@@ -90,12 +96,12 @@ def make_trials(data_folder, out_folder, dev_speakers, test_speakers, utterances
     ):
         chosen = {name: spread(found.pop(name), utterances) for name in sorted(speakers)}
         recordings["trial"] += [name for names in chosen.values() for name in names]
-        lines = trial_lines(chosen)
-        targets = sum(line.startswith("1") for line in lines)
-        write_text(out_folder / f"{part}.txt", "".join(lines))
+        trials = trials_of(chosen)
+        targets = int(np.count_nonzero(trials.is_target))
+        write_trials(out_folder / f"{part}.txt", trials)
         print(
             f"{out_folder / part}.txt: {len(speakers)} speakers, {targets:,} target and "
-            f"{len(lines) - targets:,} impostor trials"
+            f"{len(trials) - targets:,} impostor trials"
         )
     recordings["train"] = [name for names in found.values() for name in names]
     for part, names in recordings.items():
@@ -116,12 +122,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--test_speakers", type=int, default=20)
     parser.add_argument("--utterances", type=int, default=10, help="of a speaker, at most")
     parser.add_argument("--seed", type=int, default=0)
-    try:
-        make_trials(**vars(parser.parse_args(argv)))
-    except (ValueError, OSError) as error:
-        print(f"make_trials.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    args = vars(parser.parse_args(argv))
+    return status_of("make_trials.py", lambda: make_trials(**args))
 
 
 if __name__ == "__main__":

@@ -250,8 +250,13 @@ def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
     assert make_trials([str(tmp_path), str(tmp_path), "--dev_speakers=9"]) == 1
     assert "6 speakers have two recordings" in capsys.readouterr().err
     (tmp_path / "wav" / "g" / "1 2.wav").touch()
+    spaced = ["--dev_speakers=3", "--test_speakers=4"]
+    assert make_trials([str(tmp_path), str(tmp_path / "spaced"), *spaced]) == 0
+    ids = [read_trials(tmp_path / "spaced" / f"{part}.txt").ids for part in ("dev", "test")]
+    assert "g/1 2.wav" in ids[0] + ids[1]
+    (tmp_path / "wav" / "g" / "3\t4.wav").touch()
     assert make_trials([str(tmp_path), str(tmp_path)]) == 1
-    assert "1 2.wav: rename it" in capsys.readouterr().err
+    assert "rename it; a list cannot hold tabs" in capsys.readouterr().err
 
 
 def test_a_run_is_exported_with_its_threshold(tmp_path, capsys):
