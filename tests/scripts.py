@@ -24,3 +24,9 @@ def train(recipe: str, yaml: str, *options, export=False, module=None) -> None:
     brain = {"voxceleb": "SpeakerBrain", "face": "FaceBrain"}[recipe]
     argv = [str(ROOT / "hparams" / yaml), "--noprogressbar", "--device=cpu", *map(str, options)]
     module.train_verifier(argv, getattr(module, brain), module.prepare, export)
+
+
+def loaded_by(method: str) -> list[str]:
+    """Options with which data are loaded by a process that is started in a way."""
+    loading = f"{{multiprocessing_context: {method}}}"
+    return ["--num_workers=1", *(f"--{kind}_dataloader={loading}" for kind in ("train", "test"))]

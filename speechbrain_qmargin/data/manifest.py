@@ -13,6 +13,7 @@ import mmap
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -46,11 +47,12 @@ class Texts(Sequence[str]):
     ['bob/2.wav', 'bob/2.wav']
     """
 
-    __slots__ = ("_bytes", "content", "offsets")
+    __slots__ = ("_bytes", "_ends", "content", "offsets")
 
     def __init__(self, content: np.ndarray, offsets: np.ndarray) -> None:
         self.content, self.offsets = content, offsets
-        self._bytes = content.data
+        # views give Python's numbers, twice as fast as numpy's scalars
+        self._bytes, self._ends = memoryview(content.data), memoryview(offsets.data)
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> Texts:
@@ -74,7 +76,7 @@ class Texts(Sequence[str]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         index = index % len(self)
-        return bytes(self._bytes[self.offsets[index] : self.offsets[index + 1]]).decode()
+        return bytes(self._bytes[self._ends[index] : self._ends[index + 1]]).decode()
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), _ROWS):
@@ -259,15 +261,16 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def _fast(self) -> tuple:
+        """Names of the classes, and views that give Python's numbers."""
+        numbers = self.labels, self.start, self.duration, self.part
+        return (list(self.classes), *(memoryview(column.data) for column in numbers))
+
     def __getitem__(self, row: int) -> Item:
-        return Item(
-            self.ids[row],
-            self.files[row],
-            self.classes[int(self.labels[row])],
-            float(self.start[row]),
-            float(self.duration[row]),
-            bool(self.part[row]),
-        )
+        classes, labels, start, duration, part = self._fast
+        own = classes[labels[row]]
+        return Item(self.ids[row], self.files[row], own, start[row], duration[row], part[row])
 
     def __iter__(self) -> Iterator[Item]:
         classes = list(self.classes)

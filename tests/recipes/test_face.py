@@ -5,7 +5,7 @@ import json
 import pickle
 
 import pytest
-from scripts import ROOT, load, train
+from scripts import ROOT, load, loaded_by, train
 
 from speechbrain_qmargin.data.recordio import write_records
 from speechbrain_qmargin.data.records import FaceRecords
@@ -177,3 +177,23 @@ def test_faults_of_test_images_are_found_before_training(corpus, records, tmp_pa
     (images / "1/0.png").write_bytes(b"")
     options = f"--data_folder={images}", f"--verification_file={tmp_path / 'pairs.txt'}"
     fails(OSError, r"1 of 3 images to test on cannot be used.*: 1/0\.png: ", *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_processes_that_load_data_may_be_started_in_any_way(corpus, records, tmp_path, method):
+    tests = write_bin(tmp_path / "lfw.bin")
+    data = {
+        "folder": [f"--data_folder={corpus.folder}", f"--verification_file={corpus.trials_test}"],
+        "records": [f"--data_folder={records}", f"--test_sets={tests}"],
+    }
+    for name, options in data.items():
+        losses = []
+        for number, more in enumerate(((), loaded_by(method))):
+            output = tmp_path / f"{name}{number}"
+            run(
+                "--size=small", *options, "--number_of_epochs=1", *more, f"--output_folder={output}"
+            )
+            lines = (output / "history.jsonl").read_text().splitlines()
+            losses.append([json.loads(line)["loss"] for line in lines])
+        assert losses[0] == losses[1]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import load, train
+import soundfile
+from scripts import load, loaded_by, train
 
 from speechbrain_qmargin.embeddings import load_embeddings
 from speechbrain_qmargin.scoring.score_files import read_scores
@@ -167,3 +168,41 @@ def test_large_margin_fine_tuning_continues_a_run(corpus, tmp_path, capsys):
     log = (output / "lm" / "log.txt").read_text()
     assert "margin=0.324, hard_margin_cos=0.9" in log
     assert f"starting from {output}" in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_processes_that_load_data_may_be_started_in_any_way(corpus, tmp_path, method):
+    losses = []
+    for number, options in enumerate(((), loaded_by(method))):
+        output = tmp_path / str(number)
+        run(*on(corpus, output, "--augment=rooms", *options))
+        lines = (output / "history.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == losses[1]
+
+
+def test_a_table_is_a_corpus(corpus, tmp_path):
+    """SpeechBrain's CSV with ids of its own; the lists name files as VoxCeleb's do."""
+    rows = ["ID,duration,wav,start,stop,spk_id\n"]
+    for path in sorted(corpus.wav.rglob("*.flac")):
+        parts = path.relative_to(corpus.wav).with_suffix("").parts
+        seconds = soundfile.info(path).duration
+        rows.append(f"{'--'.join(parts)},{seconds},{path},0,{round(16000 * seconds)},{parts[0]}\n")
+    (tmp_path / "all.csv").write_text("".join(rows))
+    options = [one for one in on(corpus, tmp_path / "out") if "data_folder" not in one]
+    run(*options, f"--manifest={tmp_path / 'all.csv'}")
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["note"] == ""
+    embeddings = load_embeddings(tmp_path / "out/embeddings.npz")
+    assert all(name.count("--") == 2 for name in embeddings.ids)
+
+
+def test_a_recording_that_breaks_costs_the_cohort_one(corpus, tmp_path, monkeypatch):
+    folder, output = tmp_path / "copy", tmp_path / "out"
+    module = broken_after_preparation(corpus, folder, monkeypatch, slice(1))
+    run(*on(corpus, output, folder=folder), module=module)
+    results = json.loads((output / "results.json").read_text())
+    assert set(results["lists"]["trials_test"]) == {"cosine", "centred", "as-norm"}
+    (line,) = (output / "save/skipped_audio.txt").read_text().splitlines()
+    assert "cannot be decoded (an empty file)" in line
