@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from speechbrain_qmargin.loss.interface import Objective as Objective
     from speechbrain_qmargin.loss.interface import QMarginStats as QMarginStats
     from speechbrain_qmargin.loss.interface import Scores as Scores
+    from speechbrain_qmargin.loss.intertopk import InterTopKLoss as InterTopKLoss
     from speechbrain_qmargin.loss.magface import MagFaceLoss as MagFaceLoss
     from speechbrain_qmargin.loss.qmargin import QMarginFaceLoss as QMarginFaceLoss
     from speechbrain_qmargin.loss.qmargin import QMarginLoss as QMarginLoss
@@ -59,6 +60,7 @@ _NAMES = {
         "q_margin_loss",
         "solve_tau",
     ),
+    "loss.intertopk": ("InterTopKLoss",),
     "loss.interface": ("Loss", "Objective", "QMarginStats", "Scores"),
     "loss.magface": ("MagFaceLoss",),
     "loss.qmargin": ("QMarginFaceLoss", "QMarginLoss"),
@@ -76,6 +78,7 @@ __all__ = [
     "ElasticFaceLoss",
     "ElasticQMarginLoss",
     "EntmaxLoss",
+    "InterTopKLoss",
     "Loss",
     "MagFaceLoss",
     "NormQMarginLoss",

@@ -16,6 +16,7 @@ from speechbrain_qmargin.loss.curricularface import CurricularFaceLoss
 from speechbrain_qmargin.loss.elasticface import ElasticFaceLoss
 from speechbrain_qmargin.loss.entmax import EntmaxLoss, SparsemaxLoss
 from speechbrain_qmargin.loss.interface import Loss
+from speechbrain_qmargin.loss.intertopk import InterTopKLoss
 from speechbrain_qmargin.loss.magface import MagFaceLoss
 from speechbrain_qmargin.loss.qmargin import QMarginFaceLoss, QMarginLoss
 
@@ -37,6 +38,7 @@ LOSSES: dict[str, type[Loss]] = {
     "magface": MagFaceLoss,
     "elasticface": ElasticFaceLoss,
     "curricularface": CurricularFaceLoss,
+    "intertopk": InterTopKLoss,
 }
 
 

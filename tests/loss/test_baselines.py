@@ -206,6 +206,26 @@ def test_curricularface():
     torch.testing.assert_close(loss.state_dict()["t"], 0.3 * mean)
 
 
+def test_intertopk():
+    def naive(cosines, norms, labels):
+        own = target(cosines, labels)
+        angle = torch.acos(own)
+        moved = torch.where(
+            angle < math.pi - 0.2, torch.cos(angle + 0.2), own - 0.2 * math.sin(0.2)
+        )
+        wrong = cosines.detach().clone()
+        wrong[torch.arange(len(labels)), labels] = -2
+        top = torch.zeros_like(cosines, dtype=torch.bool).scatter(1, wrong.topk(5, 1).indices, True)
+        others = torch.where(top, torch.cos(torch.acos(cosines) - 0.06), cosines)
+        return margin_softmax(cosines, labels, moved, 16, others)
+
+    check(lambda: make_loss("intertopk", scale=16), naive)
+    scores = DenseScores(torch.tensor([[0.5, 0.2]]))
+    assert make_loss("intertopk")(scores, torch.tensor([0])) > 0  # fewer classes than k
+    with pytest.raises(ValueError, match=r"label 2 is outside \[0, 2\)"):
+        make_loss("intertopk")(scores, torch.tensor([2]))
+
+
 def test_a_margin_by_the_norm_in_the_reference_measure():
     x, weight, labels = batch()
     loss = make_loss("qmargin_norm", options={"reach": 0.5, "t_alpha": 1.0})
@@ -252,6 +272,7 @@ def test_a_prior_of_the_classes():
         ("magface", {"lower_norm": 200}, "lower_norm must be in"),
         ("elasticface", {"kind": "sphere"}, "kind must be 'arc' or 'cos', got 'sphere'"),
         ("curricularface", {"momentum": 0}, "momentum must be in"),
+        ("intertopk", {"k": 0}, "k must be a whole number"),
         ("qmargin_norm", {"reach": 2}, "reach must be in"),
         ("adaface", {"t": 2}, "adaface: .*unexpected keyword argument 't'"),
     ],

@@ -1,0 +1,69 @@
+"""Losses that keep running values, or look at all classes, with the classes in shards."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from speechbrain_qmargin import QMarginHead, make_loss
+from speechbrain_qmargin.loss.adaptive import PriorQMarginLoss
+from speechbrain_qmargin.loss.dense import DenseScores
+
+CLASSES, DIM, SIZES = 41, 8, [3, 5]
+LOSSES = {
+    "adaface": lambda: make_loss("adaface", scale=16, options={"t_alpha": 0.25}),
+    "magface": lambda: make_loss("magface", scale=16),
+    "curricularface": lambda: make_loss("curricularface", scale=16, options={"momentum": 0.3}),
+    "qmargin_norm": lambda: make_loss("qmargin_norm", options={"t_alpha": 0.25}),
+    "prior": lambda: PriorQMarginLoss(torch.arange(1, CLASSES + 1)),
+    "combined": lambda: make_loss("combined", scale=16),
+}
+
+
+def samples():
+    torch.manual_seed(0)
+    weight = F.normalize(torch.randn(CLASSES, DIM), dim=1)
+    labels = torch.randint(CLASSES, (sum(SIZES),))
+    x = weight[labels] + 0.4 * torch.randn(sum(SIZES), DIM)
+    return x * torch.linspace(5, 130, sum(SIZES)).unsqueeze(1), weight, labels
+
+
+def compare(rank, rendezvous):
+    torch.set_num_threads(1)
+    x, weight, labels = samples()
+    wanted = {}
+    for name, make in LOSSES.items():  # one process has all
+        loss, at, w = make(), x.clone().requires_grad_(), weight.clone().requires_grad_()
+        cosines = F.normalize(at, dim=1) @ F.normalize(w, dim=1).T
+        parts = loss.rows(DenseScores(cosines, at), labels).loss.split(SIZES)
+        means = [part.mean() for part in parts]
+        (sum(means) / 2).backward()
+        wanted[name] = means[rank].detach(), at.grad.split(SIZES)[rank], w.grad, loss.state_dict()
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    head = QMarginHead(DIM, CLASSES)
+    with torch.no_grad():
+        head.weight.copy_(weight[head.start : head.stop])
+    mine = x.split(SIZES)[rank].clone().requires_grad_()
+    for name, make in LOSSES.items():
+        value, by_x, by_weight, state = wanted[name]
+        mine.grad = head.weight.grad = None
+        loss = make()
+        found = loss(head(mine), labels.split(SIZES)[rank])
+        found.backward()
+        grad = head.weight.grad
+        grad = grad.to_dense() if grad.is_sparse else grad
+        near = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(found.detach(), value, **near)
+        torch.testing.assert_close(mine.grad / 2, by_x, **near)
+        torch.testing.assert_close(grad, by_weight[head.start : head.stop], **near)
+        for key, other in state.items():
+            torch.testing.assert_close(loss.state_dict()[key], other, rtol=1e-6, atol=1e-6)
+    with pytest.raises(TypeError, match="needs all cosines"):
+        head(mine).cosines()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_in_two_shards_they_are_what_they_are_in_one_process(tmp_path):
+    mp.spawn(compare, (str(tmp_path / "rendezvous"),), nprocs=2)
