@@ -146,12 +146,16 @@ def test_audio_broken_after_preparation_is_named(corpus, tmp_path, monkeypatch):
         run(*on(corpus, tmp_path / "out", folder=folder), module=module)
 
 
-def test_one_broken_training_recording_does_not_end_the_training(corpus, tmp_path, monkeypatch):
+def test_one_broken_training_recording_costs_neither_training_nor_results(
+    corpus, tmp_path, monkeypatch
+):
     folder, output = tmp_path / "copy", tmp_path / "out"
     module = broken_after_preparation(corpus, folder, monkeypatch, slice(1))
-    run(*on(corpus, output, "--cohort_utterances=0", folder=folder), module=module)
-    assert (output / "results.json").is_file()
+    run(*on(corpus, output, "--cohort_utterances=3", folder=folder), module=module)
+    results = json.loads((output / "results.json").read_text())
+    assert set(results["lists"]["trials_test"]) == {"cosine", "centred", "as-norm"}
     assert (output / "log.txt").read_text().count("is taken instead") == 1
+    assert len((output / "save/skipped_audio.txt").read_text().splitlines()) == 1
 
 
 def test_large_margin_fine_tuning_continues_a_run(corpus, tmp_path, capsys):
