@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
@@ -15,11 +15,24 @@ import numpy as np
 from speechbrain_qmargin.embeddings import Embeddings, load_embeddings, save_embeddings
 from speechbrain_qmargin.files import write_text
 
-__all__ = ["EmbeddingParts", "extract_into"]
+__all__ = ["PART_SECONDS", "EmbeddingParts", "Sink", "extract_into"]
 
 logger = logging.getLogger(__name__)
 
 PART_SECONDS, PART_SIZE = 60, 5000  # what an interruption may cost; what is held in memory
+
+
+class Sink(Protocol):
+    """Where :func:`extract_into` puts embeddings."""
+
+    def add(self, name: str, embedding: np.ndarray) -> None:
+        """Keep an embedding [D]."""
+
+    def flush(self) -> None:
+        """Write what waits."""
+
+    def note_faults(self, faults: dict[str, str]) -> None:
+        """Keep why some have no embedding."""
 
 
 class EmbeddingParts:
@@ -115,7 +128,7 @@ class EmbeddingParts:
 
 
 def extract_into(
-    parts: EmbeddingParts,
+    parts: Sink,
     batches: Iterable[tuple[Sequence[str], Any]],
     embed: Callable[[Any], Any],
     faults: dict[str, str] | None = None,
@@ -124,8 +137,8 @@ def extract_into(
 
     Parameters
     ----------
-    parts : EmbeddingParts
-        Its `done` are not asked for again: leave them out of `batches`.
+    parts : EmbeddingParts or another sink
+        What it has already is not to be in `batches`.
     batches : iterable of (ids, inputs)
     embed : callable
         From the inputs of a batch to embeddings [len(ids), D], a tensor or an array.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from speechbrain_qmargin.extraction import PART_SECONDS, extract_into
 from speechbrain_qmargin.faces.ijb.protocol import IJB
 from speechbrain_qmargin.faces.pair_sets import flip_fusion
 from speechbrain_qmargin.files import load_arrays, replacing, write_text
@@ -165,7 +168,7 @@ def extract_ijb(
     ijb : IJB
     cache : path
         A folder: ``embeddings.npy`` float32 [M, 2, D], and ``cache.json`` with how many are done.
-        Progress is on disk at least every 50 batches.
+        Progress is on disk at least every minute.
     batch_size : int
         Images at once.
     model : str
@@ -202,57 +205,82 @@ def extract_ijb(
     if done == total:
         return load_image_embeddings(cache, ijb)
     _refuse_missing(images_folder, ijb.names[done:])
-    path = cache / "embeddings.npy"
-    array = _mapped(path, "r+", total) if done else None
+    kept = _Cache(cache, state, total)
 
-    def faces(start: int) -> list:
-        rows = range(start, min(start + batch_size, total))
-        places = ((images_folder / ijb.names[i], ijb.landmarks[i]) for i in rows)
-        return [pool.submit(_aligned, *place, image_size) for place in places]
+    def batches() -> Generator[tuple[Sequence[str], Tensor], None, None]:
+        """Images from the first that is not done on, decoded and aligned ahead by threads."""
+        pool = ThreadPoolExecutor(workers)
 
-    def keep() -> None:
-        if array is not None:
-            array.flush()
-            write_text(cache / "cache.json", json.dumps(state | {"done": done}, indent=2) + "\n")
+        def faces(start: int) -> list[Future]:
+            rows = range(start, min(start + batch_size, total))
+            places = ((images_folder / ijb.names[i], ijb.landmarks[i]) for i in rows)
+            return [pool.submit(_aligned, *place, image_size) for place in places]
+
+        try:
+            coming = faces(done)
+            for start in range(done, total, batch_size):
+                batch = np.stack([face.result() for face in coming])
+                coming = faces(start + len(batch))
+                images = torch.from_numpy(batch).permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
+                yield ijb.names[start : start + len(batch)], images
+                progress.update(len(batch))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def both(images: Tensor) -> np.ndarray:
+        """Embeddings of images and of their mirror images, side by side: [B, 2 D]."""
+        found = embed(torch.cat([images, images.flip(3)])).float().cpu().numpy()
+        count, dim = len(images), found.shape[-1] if kept.dim is None else kept.dim
+        if found.shape != (2 * count, dim):
+            raise ValueError(f"embed gave {found.shape} where {(2 * count, dim)} was wanted")
+        rows = np.concatenate([found[:count], found[count:]], axis=1)
+        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(bad):
+            name = ijb.names[kept.done + int(bad[0])]
+            raise ValueError(f"{images_folder / name}: its embedding is not finite")
+        return rows
 
     with (
-        ThreadPoolExecutor(workers) as pool,
+        torch.inference_mode(),
         tqdm(total=total, initial=done, desc=f"{ijb.target} images", unit="image") as progress,
+        contextlib.closing(batches()) as coming,
     ):
-        coming = faces(done)
-        try:
-            for number, start in enumerate(range(done, total, batch_size)):
-                batch = np.stack([face.result() for face in coming])
-                stop = start + len(batch)
-                coming = faces(stop)
-                images = torch.from_numpy(batch).permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
-                with torch.inference_mode():
-                    found = embed(torch.cat([images, images.flip(3)])).float().cpu().numpy()
-                if not np.isfinite(found).all():
-                    bad = int(np.argmin(np.isfinite(found).all(axis=1))) % len(batch)
-                    raise ValueError(f"{images_folder / ijb.names[start + bad]}: its embedding "
-                                     "is not finite")  # fmt: skip
-                wanted = (2 * len(batch), found.shape[-1] if array is None else array.shape[2])
-                if found.shape != wanted:
-                    raise ValueError(f"embed gave {found.shape} where {wanted} was wanted")
-                if array is None:
-                    cache.mkdir(parents=True, exist_ok=True)
-                    array = np.lib.format.open_memmap(
-                        path, "w+", np.float32, (total, 2, found.shape[1])
-                    )
-                array[start:stop, 0], array[start:stop, 1] = (
-                    found[: len(batch)],
-                    found[len(batch) :],
-                )
-                done = stop
-                progress.update(len(batch))
-                if number % 50 == 49:
-                    keep()
-        finally:
-            keep()
-            for face in coming:
-                face.cancel()
+        extract_into(kept, coming, both)
     return load_image_embeddings(cache, ijb)
+
+
+class _Cache:
+    """The cache folder of an extraction, filled image by image in the protocol's order."""
+
+    def __init__(self, folder: Path, state: dict, total: int) -> None:
+        self.folder, self.state, self.total = folder, state, total
+        self.path, self.done = folder / "embeddings.npy", int(state["done"])
+        self.array = _mapped(self.path, "r+", total) if self.done else None
+        self._written = time.monotonic()
+
+    @property
+    def dim(self) -> int | None:
+        return None if self.array is None else self.array.shape[2]
+
+    def add(self, name: str, embedding: np.ndarray) -> None:
+        if self.array is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shape = (self.total, 2, len(embedding) // 2)
+            self.array = np.lib.format.open_memmap(self.path, "w+", np.float32, shape)
+        self.array[self.done] = embedding.reshape(2, -1)
+        self.done += 1
+        if time.monotonic() - self._written > PART_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.array is not None:
+            self.array.flush()
+            text = json.dumps(self.state | {"done": self.done}, indent=2) + "\n"
+            write_text(self.folder / "cache.json", text)
+        self._written = time.monotonic()
+
+    def note_faults(self, faults: dict[str, str]) -> None:
+        """Every image of a protocol is needed: what has no embedding ended the extraction."""
 
 
 def _refuse_missing(folder: Path, names: Sequence[str]) -> None:
