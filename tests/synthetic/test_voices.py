@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from speechbrain_qmargin.files import CACHE_VARIABLE
+from speechbrain_qmargin.synthetic import espeak, processes
+from speechbrain_qmargin.synthetic import speakers as speakers_module
 from speechbrain_qmargin.synthetic import voices as mini_voices
 from speechbrain_qmargin.synthetic.voices import build_mini_corpus, default_cache_folder
 
@@ -114,8 +116,8 @@ def test_trials_agree_with_the_files(built, split):
 
 
 def test_default_size_supports_far_of_one_in_a_thousand():
-    settings = mini_voices._Settings(0, 64, 8, 24, 5, 4)
-    speakers = mini_voices._speakers(settings)
+    settings = speakers_module.Settings(0, 64, 8, 24, 5, 4)
+    speakers = speakers_module.all_speakers(settings)
     group = {speaker.name: speaker.group for speaker in speakers}
     counts = Counter()
     for line in mini_voices._texts(settings, speakers)["trials_test.txt"].splitlines():
@@ -230,7 +232,7 @@ def test_failure_in_a_process_keeps_what_is_built(built, corpus):
 
 
 def test_crash_of_a_process_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(mini_voices, "_WORKER", "import os; os._exit(7)")
+    monkeypatch.setattr(processes, "_WORKER", "import os; os._exit(7)")
     with pytest.raises(RuntimeError, match="ended with code 7"):
         build_mini_corpus(tmp_path / "mini", **TINY)
 
@@ -286,4 +288,4 @@ def test_resampling_keeps_a_tone():
     expected = np.sin(2 * np.pi * 1000 * time) * np.interp(
         time, np.arange(22_050) / 22_050, np.hanning(22_050)
     )
-    np.testing.assert_allclose(mini_voices._resample(tone, 22_050), expected, atol=1e-6)
+    np.testing.assert_allclose(espeak.resample(tone, 22_050), expected, atol=1e-6)
