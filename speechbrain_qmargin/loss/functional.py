@@ -32,6 +32,7 @@ from torch import Tensor
 
 from speechbrain_qmargin.loss.dense import DenseScores, check_labels
 from speechbrain_qmargin.loss.interface import Objective, QMarginStats
+from speechbrain_qmargin.loss.learnt_order import softargmax_of_orders
 from speechbrain_qmargin.loss.solver import (
     Block,
     check_alpha,
@@ -218,8 +219,8 @@ class _AlphaSoftargmax(torch.autograd.Function):
         return grad_logits, grad_log_q, None
 
 
-def _softargmax_and_value(logits, alpha, log_q, dim):
-    check_alpha(alpha)
+def _moved(logits: Tensor, log_q: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
+    """Logits and log q with the classes last, of one shape."""
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     moved = logits.movedim(dim, -1)
@@ -235,11 +236,16 @@ def _softargmax_and_value(logits, alpha, log_q, dim):
                 f"{tuple(logits.shape)}"
             ) from None
         log_q = log_q.movedim(dim, -1)
-    return _AlphaSoftargmax.apply(moved, log_q, float(alpha))
+    return moved, log_q
+
+
+def _softargmax_and_value(logits, alpha, log_q, dim):
+    check_alpha(alpha)
+    return _AlphaSoftargmax.apply(*_moved(logits, log_q, dim), float(alpha))
 
 
 def alpha_softargmax(
-    logits: Tensor, alpha: float = 1.5, log_q: Tensor | None = None, dim: int = -1
+    logits: Tensor, alpha: float | Tensor = 1.5, log_q: Tensor | None = None, dim: int = -1
 ) -> Tensor:
     r"""Sparse posterior :math:`\arg\max_p \langle p, \theta\rangle - D_f(p, q)` over the simplex.
 
@@ -250,7 +256,9 @@ def alpha_softargmax(
     ----------
     logits : Tensor, any shape
         -inf stands for an absent class; at least one per row must be finite.
-    alpha : float, >= 1
+    alpha : float, or Tensor, >= 1
+        A tensor has no more than one number for each row: it broadcasts to `logits` with size 1
+        in `dim`. It is computed in float64, and gets a gradient if it requires one.
     log_q : Tensor broadcastable to `logits`, optional
         Logarithm of a positive reference measure. None: all ones.
     dim : int
@@ -283,8 +291,31 @@ def alpha_softargmax(
     >>> alpha_softargmax(torch.tensor([2.0, 1.6, 0.0]), alpha=2.0, log_q=prior)
     tensor([0.1273, 0.8727, 0.0000])
     """
+    if isinstance(alpha, Tensor):
+        moved, log_q = _moved(logits, log_q, dim)
+        orders = _orders(alpha, logits, dim)
+        with torch.autocast(logits.device.type, enabled=False):
+            return softargmax_of_orders(moved, orders, log_q).movedim(-1, dim)
     p, _ = _softargmax_and_value(logits, alpha, log_q, dim)
     return p.movedim(-1, dim)
+
+
+def _orders(alpha: Tensor, logits: Tensor, dim: int) -> Tensor:
+    """alpha [..., 1] as the rows of the logits."""
+    shape = list(logits.shape)
+    shape[dim] = 1
+    try:
+        alpha = alpha.to(logits.device).expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"alpha of shape {list(alpha.shape)} is not one number for each row of logits "
+            f"{list(logits.shape)}: it must broadcast to {shape}"
+        ) from None
+    if not alpha.is_floating_point():
+        raise TypeError(f"alpha must be floating point, got {alpha.dtype}")
+    if not bool(((alpha >= 1) & alpha.isfinite()).all()):
+        raise ValueError("alpha must be finite and >= 1 in every row")
+    return alpha.movedim(dim, -1)
 
 
 def alpha_softmax_value(

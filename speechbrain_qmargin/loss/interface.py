@@ -308,6 +308,8 @@ class Loss(nn.Module):
         """
         name = type(self).__name__
         for key, value in values.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise TypeError(f"{name}: {key} is a number; as a tensor it would not be learnt")
             if key not in self.settings:
                 self.value(key)
             if self.fixed.get(key, value) != value:

@@ -126,8 +126,8 @@ def check_alpha(alpha: float) -> None:
     """
     if isinstance(alpha, Tensor):
         raise TypeError(
-            "alpha must be a number: a tensor (an order a row, or one that is learnt) is taken by "
-            "none of these functions; pass float(alpha)"
+            "alpha must be a number here: a tensor, one for each row or one that is learnt, is "
+            "taken by alpha_softargmax alone; pass float(alpha)"
         )
     if not (1 <= alpha < math.inf):
         raise ValueError(f"alpha must be a finite number >= 1, got {alpha}")
@@ -201,7 +201,7 @@ def target_powers(logit: Tensor, level: Tensor, measure: Measure) -> tuple[Tenso
 
 
 def jacobian(
-    p: Tensor, gradient: Tensor, alpha: float, log_q: Tensor | None
+    p: Tensor, gradient: Tensor, alpha: float | Tensor, log_q: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     r"""h and the centred gradient of a posterior [..., C]: :math:`J g = h \circ centred`.
 

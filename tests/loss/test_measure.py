@@ -230,6 +230,66 @@ def test_what_is_no_measure_is_named():
         q_margin_loss(cosines, targets, log_q=torch.zeros(5))
     with pytest.raises(ValueError, match=r"shape \[C\]"):
         q_margin_loss(cosines, targets, log_q=torch.zeros(3, 4))
-    for function in (alpha_softargmax, alpha_softmax_value, solve_tau):
+    for function in (alpha_softmax_value, solve_tau):
         with pytest.raises(TypeError, match="alpha must be a number"):
             function(cosines, torch.tensor([1.5, 1.6, 1.7]))
+
+
+# ----------------------------------------------------------------- alpha as a tensor
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=6),
+    st.data(),
+    st.sampled_from([1.0, 1.0001, 1.1, 1.5, 2.0, 3.0]),
+)
+def test_softargmax_of_an_order_for_each_row(theta, data, alpha):
+    classes = len(theta)
+    log_q = data.draw(st.lists(st.floats(-15, 15, width=16), min_size=classes, max_size=classes))
+    logits = torch.tensor([theta, theta[::-1]], dtype=DOUBLE)
+    prior = torch.tensor([log_q, log_q[::-1]], dtype=DOUBLE)
+    p = alpha_softargmax(logits, torch.tensor([[alpha], [1.75]], dtype=DOUBLE), prior)
+    edge = 1e-9 if alpha <= 2 else 1e-6
+    for row, order in enumerate((alpha, 1.75)):
+        wanted, _ = exact(logits[row].tolist(), prior[row].tolist(), order)
+        assert p[row].tolist() == pytest.approx([float(x) for x in wanted], abs=edge)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_order_is_learnt(rows):
+    """Gradients by it, for each row or one for all, and second derivatives."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(3, 6, generator=generator, dtype=DOUBLE, requires_grad=True)
+    log_q = torch.randn(6, generator=generator, dtype=DOUBLE, requires_grad=True)
+    alpha = torch.tensor([[1.03], [1.5], [1.9]], dtype=DOUBLE)[-rows:].clone().requires_grad_()
+    assert torch.autograd.gradcheck(alpha_softargmax, (logits, alpha, log_q))
+    assert torch.autograd.gradgradcheck(alpha_softargmax, (logits, alpha, log_q))
+
+
+def test_the_gradient_by_the_order_towards_one():
+    """At alpha = 1 the one to the right: -p / 2 of centred squares of log(p / q)."""
+    logits = torch.tensor([1.0, 0.3, -2.0], dtype=DOUBLE)
+    slopes = []
+    for value in (1.0, 1 + 1e-7, 1 + 1e-4):
+        alpha = torch.tensor([value], dtype=DOUBLE, requires_grad=True)
+        slopes.append(torch.autograd.grad(alpha_softargmax(logits, alpha)[0], alpha)[0])
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(slopes[2], slopes[0], rtol=1e-2, atol=1e-5)
+    step = 1e-5
+    up = alpha_softargmax(logits, 1 + step)[0] - alpha_softargmax(logits, 1.0)[0]
+    torch.testing.assert_close(slopes[0][0], up / step, rtol=1e-3, atol=1e-5)
+
+
+def test_an_order_for_each_row_of_any_dimension():
+    logits = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    orders = torch.tensor([1.2, 1.5, 2.0])
+    p = alpha_softargmax(logits, orders, dim=1)
+    assert p.dtype == torch.float32
+    for column, order in enumerate(orders.tolist()):
+        wanted = alpha_softargmax(logits[:, :, column], order, dim=1)
+        torch.testing.assert_close(p[:, :, column], wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"must broadcast to \[2, 1, 3\]"):
+        alpha_softargmax(logits, torch.full((5, 1), 1.5), dim=1)
+    with pytest.raises(ValueError, match="finite and >= 1 in every row"):
+        alpha_softargmax(logits, torch.tensor([1.5, 0.5, 2.0]), dim=1)

@@ -112,6 +112,14 @@ def test_parameters_that_overflow_are_refused():
         QMarginLoss(alpha=4, scale=64, margin=0.5)
 
 
+def test_a_setting_is_not_learnt():
+    with pytest.raises(TypeError, match="alpha is a number; as a tensor it would not be learnt"):
+        QMarginLoss(alpha=torch.tensor(1.5, requires_grad=True))
+    outputs, labels = outputs_and_labels()
+    with pytest.raises(TypeError, match="alpha must be a number here"):
+        q_margin_loss(outputs[:, 0], labels[:, 0], alpha=torch.full((5,), 1.5))
+
+
 def test_it_has_no_state():
     loss = QMarginLoss(1.75, 5.0, 0.1)
     assert not loss.state_dict()
