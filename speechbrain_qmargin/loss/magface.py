@@ -35,6 +35,7 @@ class MagFaceLoss(Loss):
 
     Examples
     --------
+    >>> import torch
     >>> MagFaceLoss().margin_at(torch.tensor([1.0, 60.0, 200.0]))
     tensor([0.4500, 0.6250, 0.8000])
     """
