@@ -17,6 +17,7 @@ import numpy as np
 __all__ = [
     "LABELS",
     "Table",
+    "could_be_header",
     "file_source",
     "read_lines",
     "read_map",
@@ -151,6 +152,17 @@ def _separator(line: str) -> str | None:
 def _named(cell: str) -> str:
     plain = "".join(letter for letter in cell.lower() if letter.isalnum())
     return _COLUMN.get(plain, plain)
+
+
+def could_be_header(cell: str) -> bool:
+    """Whether an id could be taken for a label, a column's name or a comment.
+
+    Examples
+    --------
+    >>> could_be_header("0"), could_be_header("test"), could_be_header("anna/1.wav")
+    (True, True, False)
+    """
+    return cell.lower() in LABELS or _named(cell) in _NAMES or cell.startswith("#")
 
 
 def read_table(path: str | Path, *, fewest: int = 2) -> Table:

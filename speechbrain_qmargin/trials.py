@@ -18,7 +18,15 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.tables import LABELS, Table, read_map, read_models, read_table, some
+from speechbrain_qmargin.tables import (
+    LABELS,
+    Table,
+    could_be_header,
+    read_map,
+    read_models,
+    read_table,
+    some,
+)
 
 __all__ = [
     "Distinct",
@@ -607,9 +615,21 @@ def _no_label(table: Table, found: list[int]) -> str:
 
 
 def write_trials(path: str | Path, trials: LabelledTrials) -> None:
-    """Write ``label enrolment test`` lines, between tabs where an id holds a blank."""
+    """Write ``label enrolment test`` lines, between tabs where an id holds a blank.
+
+    A header is written where an id could be taken for a label or for a header.
+
+    Raises
+    ------
+    ValueError
+        An id with a tab or a line break; named.
+    """
     ids = trials.ids
-    blank = "\t" if any(len(name.split()) != 1 for name in ids) else " "
+    bad = [name for name in ids if any(letter in name for letter in "\t\n\r")]
+    if bad:
+        raise ValueError(f"{bad[0]!r}: an id in a trial list cannot hold a tab or a line break")
+    header = any(could_be_header(name) for name in ids)
+    blank = "\t" if header or any(len(name.split()) != 1 for name in ids) else " "
     rows = zip(
         trials.is_target.astype(int).tolist(),
         trials.enrolment.tolist(),
@@ -617,7 +637,8 @@ def write_trials(path: str | Path, trials: LabelledTrials) -> None:
         strict=True,
     )
     lines = (f"{label}{blank}{ids[one]}{blank}{ids[two]}\n" for label, one, two in rows)
-    write_text(path, "".join(lines))
+    head = "label\tenrolment\ttest\n" if header else ""
+    write_text(path, head + "".join(lines))
 
 
 def _without_suffix(name: str) -> str:

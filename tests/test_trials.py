@@ -6,6 +6,8 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from speechbrain_qmargin.trials import (
     LabelledTrials,
@@ -245,3 +247,49 @@ def test_ids_match_by_the_strictest_rule():
     assert (places.tolist(), how) == ([0, -1], "up to their first dot")
     # two recordings that one stem names are not confused
     assert match_ids(["a/1"], ["a/1.wav", "a/1.flac"])[0].tolist() == [-1]
+
+
+NAMES = st.text(
+    st.characters(blacklist_categories=("Cs", "Cc", "Zl", "Zp"), blacklist_characters="\x85"),
+    min_size=1,
+    max_size=8,
+).filter(lambda name: name == name.strip() and name)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(NAMES, NAMES, st.booleans()), min_size=1, max_size=12))
+def test_whatever_is_written_is_read_again(tmp_path_factory, rows):
+    one, two, labels = zip(*rows, strict=True)
+    trials = index_pairs(one, two, np.array(labels), "").labelled()
+    path = tmp_path_factory.mktemp("lists") / "list"
+    write_trials(path, trials)
+    again = read_trials(path)
+    assert [again.pair(n) for n in range(len(rows))] == [trials.pair(n) for n in range(len(rows))]
+    assert again.is_target.tolist() == list(labels)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30),
+    st.integers(0, 2**32 - 1),
+)
+@pytest.mark.filterwarnings("ignore:trials. of")
+def test_distinct_pairs_are_those_of_a_set(pairs, seed):
+    one, two = np.array(pairs).T
+    people = np.array([0, 0, 1, 1, 2])  # of five recordings
+    trials = LabelledTrials([f"s{p}/{n}" for n, p in enumerate(people)], one, two,
+                            people[one] == people[two])  # fmt: skip
+    scores = np.random.default_rng(seed).normal(size=len(one))
+    wanted = {}
+    for pair, score in zip(pairs, scores, strict=True):
+        if pair[0] != pair[1]:
+            wanted.setdefault(frozenset(pair), []).append(score)
+    if not wanted:
+        with pytest.raises(ValueError, match="every trial compares a recording with itself"):
+            _ = trials.distinct
+        return
+    found = trials.distinct.trials
+    kept = [frozenset(x) for x in zip(found.enrolment.tolist(), found.test.tolist(), strict=True)]
+    assert kept == list(wanted)
+    means = [np.mean(values) for values in wanted.values()]
+    assert trials.distinct.scores(scores) == pytest.approx(means)

@@ -153,8 +153,8 @@ def _calibrate(args) -> None:
         read.scores, trials, qualities, p_target=args.p_target, kind=read.kind
     )
     calibration.save(args.output)
-    terms = zip(calibration.features, calibration.weights, strict=True)
-    print(" ".join(f"{weight:+.4g} {name}" for name, weight in terms), f"{calibration.offset:+.4g}")
+    terms = " ".join(f"{weight:+.4g} {name}" for name, weight in calibration.terms)
+    print(f"{terms} {calibration.offset:+.4g}")
 
 
 def _apply(args) -> None:

@@ -35,9 +35,10 @@ class Calibration:
 
     Attributes
     ----------
-    features : list of str
-        "score", then two for each quality measure: the lower and the higher of both sides.
+    qualities : list of str
+        Names of the quality measures that :meth:`apply` wants.
     weights : list of float
+        Of the score, then two for each quality measure: the lower and the higher of both sides.
     offset : float
     p_target : float
         The prior at which the fit was weighted.
@@ -50,7 +51,7 @@ class Calibration:
         Digests of the development speakers (:func:`speaker_digests`).
     """
 
-    features: list[str]
+    qualities: list[str]
     weights: list[float]
     offset: float
     p_target: float
@@ -61,18 +62,19 @@ class Calibration:
 
     def __post_init__(self) -> None:
         numbers = [*self.weights, self.offset, self.p_target]
-        if len(self.weights) != len(self.features) or not np.isfinite(numbers).all():
-            raise ValueError("its weights and features disagree, or are not finite")
-        if self.features[:1] != ["score"] or self.weights[0] <= 0:
+        if len(self.weights) != 1 + 2 * len(self.qualities) or not np.isfinite(numbers).all():
+            raise ValueError("its weights and measures disagree, or are not finite")
+        if self.weights[0] <= 0:
             raise ValueError(
                 "the weight of the score is not positive: higher scores would mean less alike. "
                 "Negate scores that are distances"
             )
 
     @property
-    def qualities(self) -> list[str]:
-        """Names of the quality measures that :meth:`apply` wants."""
-        return [name.removeprefix("lower ") for name in self.features if name.startswith("lower ")]
+    def terms(self) -> list[tuple[str, float]]:
+        """What each weight is of, in words, and the weight."""
+        names = [f"{end} {name}" for name in self.qualities for end in ("lower", "higher")]
+        return list(zip(["score", *names], self.weights, strict=True))
 
     def apply(
         self,
@@ -250,7 +252,7 @@ def fit_calibration(
     >>> trials = LabelledTrials([str(i) for i in range(80)], left, right, left // 8 == right // 8)
     >>> scores = rng.normal(size=len(trials)) * 0.1 + 0.2 * trials.is_target
     >>> calibration = fit_calibration(scores, trials)
-    >>> calibration.features, 10 < calibration.weights[0] < 30
+    >>> [name for name, _ in calibration.terms], 10 < calibration.weights[0] < 30
     (['score'], True)
     """
     qualities = dict(qualities or {})
@@ -258,11 +260,8 @@ def fit_calibration(
     if not np.isfinite(features[:, 0]).all():
         raise ValueError("scores must be finite")
     weights, offset = fit_log_odds(features, trials.is_target, p_target)
-    names = ["score"]
-    for name in qualities:
-        names += [f"lower {name}", f"higher {name}"]
     return Calibration(
-        names,
+        list(qualities),
         weights.tolist(),
         offset,
         p_target,

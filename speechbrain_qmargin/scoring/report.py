@@ -227,15 +227,15 @@ def evaluate(
         spread,
         influences,
         trials.source,
-        units if trials.speakers_known else "linked groups of recordings",
+        units if trials.speakers_known else f"linked groups ({units} not known)",
         trials.speakers_known,
         confidence,
-        _notes(points, trials),
+        _notes(points, trials, units),
         trials.lost,
     )
 
 
-def _notes(points: OperatingPoints, trials: LabelledTrials) -> tuple[str, ...]:
+def _notes(points: OperatingPoints, trials: LabelledTrials, units: str) -> tuple[str, ...]:
     notes = []
     crossing = eer(points, "nist")
     if crossing > 0.5:
@@ -246,9 +246,9 @@ def _notes(points: OperatingPoints, trials: LabelledTrials) -> tuple[str, ...]:
         warnings.warn(notes[-1], stacklevel=3)
     if not trials.speakers_known:
         notes.append(
-            "the speakers are not known (no slash in the ids): recordings that target trials link "
-            "count as one, two such groups may be one person, and nothing is called measured. Give "
-            "the speakers (utt2spk)"
+            f"the {units} are not known: recordings that target trials link count as one, two such "
+            "groups may be one person, and nothing is called measured"
+            + (". Give them (utt2spk)" if units == "speakers" else "")
         )
     return tuple(notes)
 
