@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from speechbrain_qmargin.embeddings import Embeddings, load_embeddings
-from speechbrain_qmargin.files import replacing, write_text
-from speechbrain_qmargin.scoring.score_files import ScoreFile, read_score_file, write_scores
+from speechbrain_qmargin.cli.inputs import (
+    add_scored,
+    add_tables,
+    columns_of,
+    read_scored,
+    read_systems,
+)
+from speechbrain_qmargin.embeddings import Embeddings, load_embeddings, load_mean
+from speechbrain_qmargin.files import refuse_overwriting, replacing, write_text
+from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.tables import read_lines, read_map
-from speechbrain_qmargin.trials import LabelledTrials, Trials, read_trials, speaker_in
+from speechbrain_qmargin.trials import read_unlabelled, speaker_in
 
 __all__ = ["configure"]
-
-
-def _read(path: str, trials: Trials | None, args) -> ScoreFile:
-    """Scores, in the order of `trials` if given, with the speakers of --utt2spk."""
-    if trials is None and args.trials:
-        trials = read_trials(args.trials)
-    found = read_score_file(path, trials, args.columns)
-    if args.utt2spk and found.trials.speaker_of is None:
-        known = found.trials.with_speakers(read_map(args.utt2spk))
-        return ScoreFile(known, found.scores, found.source, found.about)
-    return found
-
-
-def _labelled(found: ScoreFile, path: str) -> LabelledTrials:
-    if not isinstance(found.trials, LabelledTrials):
-        raise ValueError(f"{path}: the scores have no labels: give --trials")
-    return found.trials
-
-
-def _systems(given: list[str], args) -> tuple[LabelledTrials | Trials, dict[str, np.ndarray]]:
-    """``NAME=FILE`` of systems scored on one list."""
-    trials, systems = None, {}
-    for item in given:
-        name, _, path = item.rpartition("=")
-        name = name or Path(path).stem
-        if name in systems:
-            raise ValueError(f"two systems are called {name}: write NAME=FILE")
-        found = _read(path, trials, args)
-        trials, systems[name] = found.trials, found.scores
-    assert trials is not None
-    return trials, systems
 
 
 # ------------------------------------------------------------------ breakdown
@@ -56,15 +32,19 @@ def _breakdown(args) -> None:
     from speechbrain_qmargin.scoring.breakdown import breakdown, read_metadata
     from speechbrain_qmargin.scoring.decision import OperatingPoint
     from speechbrain_qmargin.scoring.metrics import operating_points, tar_at_far
+    from speechbrain_qmargin.scoring.separation import refuse_other_kind
 
-    found = _read(args.scores, None, args)
-    trials = _labelled(found, args.scores)
+    refuse_overwriting(filter(None, [args.output]), [args.scores, args.metadata, args.trials])
+    found = read_scored(args.scores, args, columns_of(args.columns))
+    trials = found.trials.labelled()
     table = read_metadata(args.metadata)
     for column in args.by:
         if column not in table:
             raise ValueError(f"{args.metadata}: no column {column}; there are {', '.join(table)}")
     if args.operating_point:
-        threshold = OperatingPoint.load(args.operating_point).threshold
+        point = OperatingPoint.load(args.operating_point)
+        refuse_other_kind(found.kind, point.kind, "the threshold")
+        threshold = point.threshold
     elif args.threshold is not None:
         threshold = args.threshold
     else:
@@ -100,22 +80,23 @@ def _breakdown(args) -> None:
 def _fuse(args) -> None:
     from speechbrain_qmargin.scoring.fusion import Fusion, fit_fusion
 
+    inputs = [path.rpartition("=")[2] for path in [*args.systems, *args.development]]
+    refuse_overwriting(filter(None, [args.output, args.save]), [*inputs, args.trials, args.fusion])
     if args.fusion:
         fusion = Fusion.load(args.fusion)
     else:
         if not args.development:
             raise ValueError("give --development scores to fit the fusion on, or a --fusion file")
-        args.trials, listed = args.development_trials, args.trials
-        dev_trials, dev_systems = _systems(args.development, args)
-        args.trials = listed
-        if not isinstance(dev_trials, LabelledTrials):
-            raise ValueError("the development scores have no labels: give --development_trials")
-        fusion = fit_fusion(dev_systems, dev_trials, p_target=args.p_target)
-    trials, systems = _systems(args.systems, args)
-    llrs = fusion.apply(systems, trials)
+        own = argparse.Namespace(**vars(args))
+        own.trials, own.utt2spk = args.development_trials, args.development_utt2spk
+        dev_trials, dev_files = read_systems(args.development, own)
+        dev_scores = {name: read.scores for name, read in dev_files.items()}
+        fusion = fit_fusion(dev_scores, dev_trials.labelled(), p_target=args.p_target)
+    trials, files = read_systems(args.systems, args, labelled=False)
+    llrs = fusion.apply({name: read.scores for name, read in files.items()}, trials)
     if args.save:
         fusion.save(args.save)
-    write_scores(args.output, trials, llrs, {"kind": "llr", "fused": ", ".join(systems)})
+    write_scores(args.output, trials, llrs, {"kind": "llr", "fused": ", ".join(files)})
     print(f"{fusion}\n{args.output}: {len(trials):,} log-likelihood ratios of {trials.source}")
 
 
@@ -146,7 +127,7 @@ def _identify(args) -> None:
             f"{len(both)} recordings are in the gallery and among the probes, such as {both[0]}: "
             "a probe that finds itself measures nothing"
         )
-    mean = load_embeddings(args.mean).matrix.mean(axis=0) if args.mean else None
+    mean = load_mean(args.mean) if args.mean else None
     with tqdm(unit=" probes", disable=args.quiet) as bar:
         found = identify(
             embeddings.unit(list(gallery), mean),
@@ -173,17 +154,16 @@ def _bayes(args) -> None:
     from speechbrain_qmargin.scoring.metrics import operating_points
     from speechbrain_qmargin.scoring.plots import bayes_error_figure, save_figure
 
-    trials, systems = _systems(args.systems, args)
-    if not isinstance(trials, LabelledTrials):
-        raise ValueError("the scores have no labels: give --trials")
-    points = {name: operating_points(x, trials.is_target) for name, x in systems.items()}
+    found, files = read_systems(args.systems, args)
+    is_target = found.labelled().is_target
+    points = {name: operating_points(read.scores, is_target) for name, read in files.items()}
     wanted = np.log(args.priors) - np.log1p(-np.asarray(args.priors))
     print("normalised Bayes error (minimum) at priors of a target trial")
     for name, each in points.items():
-        found = bayes_error(each, wanted)
+        error = bayes_error(each, wanted)
         cells = [
             f"{prior:g}: {actual:.3f} ({least:.3f})"
-            for prior, actual, least in zip(args.priors, found.actual, found.minimum, strict=True)
+            for prior, actual, least in zip(args.priors, error.actual, error.minimum, strict=True)
         ]
         print(f"{name}  {'  '.join(cells)}")
     save_figure(bayes_error_figure(points), args.output)
@@ -205,6 +185,7 @@ def _quality(args) -> None:
         refuse_shared_speakers,
     )
 
+    refuse_overwriting([args.output], [args.embeddings, args.cohort])
     embeddings, raw = load_embeddings(args.embeddings), load_embeddings(args.cohort)
     speakers = _speakers_of(raw, args.cohort_utt2spk)
     own = _speakers_of(embeddings, args.utt2spk)
@@ -222,12 +203,14 @@ def _quality(args) -> None:
 
 
 def _plda(args) -> None:
-    from speechbrain_qmargin.scoring.normalisation import refuse_shared_speakers
+    from speechbrain_qmargin.scoring.lists import with_tables
     from speechbrain_qmargin.scoring.plda import PLDA, fit_plda
+    from speechbrain_qmargin.scoring.separation import name_digest, refuse_shared
 
-    trials = read_trials(args.trials)
-    if args.utt2spk:
-        trials = trials.with_speakers(read_map(args.utt2spk))
+    refuse_overwriting(
+        filter(None, [args.output, args.save]), [args.embeddings, args.train, args.trials]
+    )
+    trials = with_tables(read_unlabelled(args.trials), args.utt2spk, args.models)
     if args.plda:
         plda = PLDA.load(args.plda)
     else:
@@ -237,7 +220,7 @@ def _plda(args) -> None:
         speakers = _speakers_of(train, args.train_utt2spk)
         if speakers is None:
             raise ValueError(f"{args.train}: its ids do not tell the speakers: --train_utt2spk")
-        refuse_shared_speakers(speakers.values(), trials.speaker_names())
+        refuse_shared(trials, map(name_digest, speakers.values()), args.train)
         plda = fit_plda(train, speakers, rank=args.rank, iterations=args.iterations)
     scores = plda.scores(load_embeddings(args.embeddings), trials)
     if args.save:
@@ -257,12 +240,6 @@ def _numbers(kind):
 def configure(add) -> None:
     """The subcommands that evaluate further; see :mod:`speechbrain_qmargin.cli`."""
 
-    def scored(sub):
-        sub.add_argument("--trials", help="trial list, for scores without labels")
-        sub.add_argument("--columns", help="order of columns without a header, as 'enrolment "
-                         "test label score' (SpeechBrain)")  # fmt: skip
-        sub.add_argument("--utt2spk", help="speakers of the recordings, where ids do not tell")
-
     sub = add("breakdown", _breakdown)
     sub.add_argument("scores")
     sub.add_argument("--metadata", required=True,
@@ -276,18 +253,19 @@ def configure(add) -> None:
     at.add_argument("--threshold", type=float)
     at.add_argument("--far", type=float, default=1e-2, help="threshold for it on these scores")
     sub.add_argument("--output", help="JSON to write")
-    scored(sub)
+    add_scored(sub)
 
     sub = add("fuse", _fuse)
     sub.add_argument("systems", nargs="+", metavar="NAME=SCORES")
     sub.add_argument("--output", required=True, help="score file to write")
     sub.add_argument("--development", action="append", default=[], metavar="NAME=SCORES",
                      help="fit on these, of other speakers")  # fmt: skip
-    sub.add_argument("--development_trials")
+    sub.add_argument("--development_trials", help="trial list, for scores without labels")
+    sub.add_argument("--development_utt2spk", help="speakers of the development recordings")
     sub.add_argument("--fusion", metavar="FILE", help="fitted before")
     sub.add_argument("--save", metavar="FILE", help="JSON of the fusion to write")
     sub.add_argument("--p_target", type=float, default=0.01)
-    scored(sub)
+    add_scored(sub)
 
     sub = add("identify", _identify)
     sub.add_argument("embeddings", help="npz, npy, ark or scp")
@@ -306,7 +284,7 @@ def configure(add) -> None:
     sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES")
     sub.add_argument("--output", default="bayes_error.png", help="picture to write")
     sub.add_argument("--priors", type=_numbers(float), default=[0.5, 0.05, 0.01, 0.001])
-    scored(sub)
+    add_scored(sub)
 
     sub = add("quality", _quality)
     sub.add_argument("embeddings", help="npz, npy, ark or scp")
@@ -322,7 +300,7 @@ def configure(add) -> None:
     sub.add_argument("embeddings", help="npz, npy, ark or scp")
     sub.add_argument("trials", help="trial list, in any published form")
     sub.add_argument("output", help="score file to write")
-    sub.add_argument("--utt2spk", help="speakers of the recordings, where ids do not tell")
+    add_tables(sub)
     sub.add_argument("--train", metavar="EMBEDDINGS", help="fit on these, of other speakers")
     sub.add_argument("--train_utt2spk", help="by default the part of an id before its slash")
     sub.add_argument("--rank", type=int, help="of the space of people; the largest by default")

@@ -8,12 +8,18 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from speechbrain_qmargin.cli.inputs import (
+    add_scored,
+    add_tables,
+    columns_of,
+    read_scored,
+    read_systems,
+)
 from speechbrain_qmargin.embeddings import (
     ENROLMENT_RULES,
     Embeddings,
@@ -23,12 +29,12 @@ from speechbrain_qmargin.embeddings import (
 )
 from speechbrain_qmargin.files import refuse_overwriting
 from speechbrain_qmargin.scoring.normalisation import METHODS
-from speechbrain_qmargin.scoring.score_files import ScoreFile, read_score_file, write_scores
+from speechbrain_qmargin.scoring.score_files import read_score_file, write_scores
 from speechbrain_qmargin.tables import file_source, read_map
 from speechbrain_qmargin.trials import Trials, read_trials, read_unlabelled
 
 if TYPE_CHECKING:
-    from speechbrain_qmargin.trials import LabelledTrials
+    pass
 
 __all__ = ["configure"]
 
@@ -118,35 +124,11 @@ def _qualities(given: Sequence[str], embeddings: str | None) -> dict[str, dict[s
     return qualities
 
 
-def _columns(given: Sequence[str], system: str = "") -> str | None:
-    """The order of columns of a system's file: its own, else the one of all."""
-    order = None
-    for item in given:
-        name, equals, columns = item.partition("=")
-        if not equals:
-            order = order or item
-        elif name == system:
-            return columns
-    return order
-
-
-def _scored(path: str, args, columns: str | None = None) -> ScoreFile:
-    """A score file with the list's labels, if a list is given, and with its tables."""
-    from speechbrain_qmargin.scoring.lists import with_tables
-
-    trials = read_unlabelled(args.trials) if args.trials else None
-    read = read_score_file(path, trials, columns)
-    trials = with_tables(read.trials, args.utt2spk, args.models)
-    if not args.trials and "trials" in read.about:  # the user's list, not its copy with scores
-        trials = replace(trials, source=read.about["trials"])
-    return replace(read, trials=trials)
-
-
 def _calibrate(args) -> None:
     from speechbrain_qmargin.scoring.calibration import fit_calibration
 
     refuse_overwriting([args.output], [args.scores, args.trials, args.utt2spk, args.models])
-    read = _scored(args.scores, args, _columns(args.columns))
+    read = read_scored(args.scores, args, columns_of(args.columns))
     qualities = _qualities(args.quality, args.norm_of)
     trials = read.trials.labelled()
     calibration = fit_calibration(
@@ -162,7 +144,7 @@ def _apply(args) -> None:
 
     inputs = [args.calibration, args.scores, args.trials, args.utt2spk, args.models]
     refuse_overwriting([args.output], inputs)
-    read = _scored(args.scores, args, _columns(args.columns))
+    read = read_scored(args.scores, args, columns_of(args.columns))
     qualities = _qualities(args.quality, args.norm_of)
     calibration = Calibration.load(args.calibration)
     llrs = calibration.apply(read.scores, read.trials, qualities, kind=read.kind)
@@ -196,34 +178,6 @@ def _import(place: str) -> None:
     spec.loader.exec_module(module)
 
 
-def _systems(args) -> tuple[LabelledTrials, dict[str, ScoreFile]]:
-    """The scores of every system in the order of one list: that given, or a system's own."""
-    paths: dict[str, str] = {}
-    for given in args.systems:
-        name, _, path = given.rpartition("=")
-        name = name or Path(path).stem
-        if name in paths:
-            raise ValueError(f"two systems are called {name}: write NAME=FILE")
-        paths[name] = path
-    files: dict[str, ScoreFile] = {}
-    reference: Trials | None = None
-    for name, path in paths.items():  # the first that has labels
-        files[name] = _scored(path, args, _columns(args.columns, name))
-        if files[name].trials.is_target is not None:
-            reference = files[name].trials
-            break
-    if reference is None:
-        raise ValueError(
-            f"{', '.join(paths.values())}: no file says which trials are targets; give the trial "
-            "list (--trials)"
-        )
-    for name, path in paths.items():
-        if name not in files or files[name].trials is not reference:
-            columns = _columns(args.columns, name)
-            files[name] = read_score_file(path, reference, columns)
-    return reference.labelled(), {name: files[name] for name in paths}
-
-
 def _report(args) -> None:
     from tqdm import tqdm
 
@@ -235,7 +189,8 @@ def _report(args) -> None:
     canvas(1, 1)  # without matplotlib it ends here, before anything is computed
     for place in args.figures_from:
         _import(place)
-    trials, systems = _systems(args)
+    found, systems = read_systems(args.systems, args)
+    trials = found.labelled()
     kinds = {name: read.kind for name, read in systems.items()}
     for name, kind in kinds.items():
         if args.llr and kind not in ("", "llr"):
@@ -248,7 +203,7 @@ def _report(args) -> None:
         if name not in systems:
             raise ValueError(f"--development {given!r}: no system is called {name}")
         dev_list = read_trials(args.development_trials) if args.development_trials else None
-        read = read_score_file(path, dev_list, _columns(args.columns, name))
+        read = read_score_file(path, dev_list, columns_of(args.columns, name))
         refuse_other_kind(read.kind, kinds[name], f"{name} ({systems[name].source.split()[0]})")
         labelled = read.trials.labelled()
         if args.development_utt2spk:
@@ -293,10 +248,6 @@ FARS, PRIORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6), (0.05, 0.01, 0.001)
 def configure(add) -> None:
     """The subcommands that score trials; see :mod:`speechbrain_qmargin.cli`."""
 
-    def tables(sub):
-        sub.add_argument("--utt2spk", help="speakers of the recordings, where ids do not tell")
-        sub.add_argument("--models", help="table of enrolment models and their recordings")
-
     def enrolled(sub):
         sub.add_argument("--enrolment", choices=ENROLMENT_RULES, default="embedding",
                          help="a model is the mean of its recordings' unit embeddings, or the mean "
@@ -306,18 +257,11 @@ def configure(add) -> None:
         sub.add_argument("embeddings", help="npz, npy, ark or scp")
         sub.add_argument("trials", help="trial list, in any published form")
         sub.add_argument("output", help="score file to write")
-        tables(sub)
+        add_tables(sub)
         enrolled(sub)
         sub.add_argument("--missing", choices=("error", "leave_out"), default="error",
                          help="recordings without embedding: an error, or left out and reported as "
                          "failures to acquire")  # fmt: skip
-
-    def scored(sub):
-        sub.add_argument("--trials", help="trial list, for scores without labels")
-        sub.add_argument("--columns", action="append", default=[], metavar="[NAME=]ORDER",
-                         help="columns that neither a header nor their values tell, as 'enrolment "
-                         "test label score'; of one system or of all")  # fmt: skip
-        tables(sub)
 
     def measured(sub):
         sub.add_argument("--quality", action="append", default=[], metavar="NAME=FILE",
@@ -349,7 +293,7 @@ def configure(add) -> None:
     sub = add("calibrate", _calibrate)
     sub.add_argument("scores")
     sub.add_argument("output", help="calibration JSON to write")
-    scored(sub)
+    add_scored(sub)
     measured(sub)
     sub.add_argument("--p_target", type=float, default=0.01)
 
@@ -357,7 +301,7 @@ def configure(add) -> None:
     sub.add_argument("calibration")
     sub.add_argument("scores")
     sub.add_argument("output")
-    scored(sub)
+    add_scored(sub)
     measured(sub)
 
     sub = add("score", _score)
@@ -380,7 +324,7 @@ def configure(add) -> None:
     sub = add("report", _report)
     sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES")
     sub.add_argument("--output", default="report", help="folder to write")
-    scored(sub)
+    add_scored(sub)
     sub.add_argument("--title", default="Verification report")
     sub.add_argument("--far", type=float, default=1e-2, help="of the operating point")
     costs(sub, FARS, PRIORS, "--priors")

@@ -110,6 +110,8 @@ def test_quality(files, capsys):
     given = [files / "dev_one.tsv", files / "calibration.json"]
     assert run("calibrate", *given, f"--quality=cohort={files / 'quality.txt'}") == 0
     assert "higher cohort" in capsys.readouterr().out
+    assert run("quality", *arguments[:2], arguments[1]) == 1
+    assert "the output is an input too" in capsys.readouterr().err
     assert run("quality", files / "dev_one.npz", files / "dev_two.npz", files / "no.txt") == 1
     assert "12 speakers are in the cohort" in capsys.readouterr().err
 
@@ -125,6 +127,6 @@ def test_plda(files, capsys):
     assert eer(operating_points(scores, trials.is_target)) < 0.3
     capsys.readouterr()
     assert run("plda", *given, files / "no.tsv", f"--train={files / 'test_two.npz'}") == 1
-    assert "12 speakers are in the cohort and in the trials" in capsys.readouterr().err
+    assert "12 speakers are in test.txt too" in capsys.readouterr().err
     assert run("plda", *given, files / "no.tsv") == 1
     assert "give --train embeddings" in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""Score files as the subcommands are given them: their arguments, and how they are read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from speechbrain_qmargin.scoring.score_files import ScoreFile, read_score_file
+from speechbrain_qmargin.trials import Trials, read_unlabelled
+
+__all__ = ["add_scored", "add_tables", "columns_of", "read_scored", "read_systems"]
+
+
+def add_tables(sub: argparse.ArgumentParser) -> None:
+    """Whose recordings are whose."""
+    sub.add_argument("--utt2spk", help="speakers of the recordings, where ids do not tell")
+    sub.add_argument("--models", help="table of enrolment models and their recordings")
+
+
+def add_scored(sub: argparse.ArgumentParser) -> None:
+    """How score files are read."""
+    sub.add_argument("--trials", help="trial list, for scores without labels")
+    sub.add_argument("--columns", action="append", default=[], metavar="[NAME=]ORDER",
+                     help="columns that neither a header nor their values tell, as 'enrolment "
+                     "test label score'; of one system or of all")  # fmt: skip
+    add_tables(sub)
+
+
+def columns_of(given: Sequence[str], system: str = "") -> str | None:
+    """The order of columns of a system's file: its own, else the one of all."""
+    order = None
+    for item in given:
+        name, equals, columns = item.partition("=")
+        if not equals:
+            order = order or item
+        elif name == system:
+            return columns
+    return order
+
+
+def read_scored(path: str, args, columns: str | None = None) -> ScoreFile:
+    """A score file with the list's labels, if a list is given, and with its tables."""
+    from speechbrain_qmargin.scoring.lists import with_tables
+
+    trials = read_unlabelled(args.trials) if args.trials else None
+    read = read_score_file(path, trials, columns)
+    trials = with_tables(read.trials, args.utt2spk, args.models)
+    if not args.trials and "trials" in read.about:  # the user's list, not its copy with scores
+        trials = replace(trials, source=read.about["trials"])
+    return replace(read, trials=trials)
+
+
+def read_systems(
+    systems: Sequence[str], args, *, labelled: bool = True
+) -> tuple[Trials, dict[str, ScoreFile]]:
+    """The scores of ``[NAME=]FILE`` systems in the order of one list: that given, or their own.
+
+    Without labels anywhere it is an error, unless they are not wanted.
+    """
+    paths: dict[str, str] = {}
+    for given in systems:
+        name, _, path = given.rpartition("=")
+        name = name or Path(path).stem
+        if name in paths:
+            raise ValueError(f"two systems are called {name}: write NAME=FILE")
+        paths[name] = path
+    files: dict[str, ScoreFile] = {}
+    reference: Trials | None = None
+    for name, path in paths.items():  # the first that has labels
+        files[name] = read_scored(path, args, columns_of(args.columns, name))
+        if files[name].trials.is_target is not None:
+            reference = files[name].trials
+            break
+    if reference is None:
+        if labelled:
+            raise ValueError(
+                f"{', '.join(paths.values())}: no file says which trials are targets; give the "
+                "trial list (--trials)"
+            )
+        reference = next(iter(files.values())).trials
+    for name, path in paths.items():
+        if name not in files or files[name].trials is not reference:
+            files[name] = read_score_file(path, reference, columns_of(args.columns, name))
+    return reference, {name: files[name] for name in paths}
