@@ -99,7 +99,7 @@ def datasets(corpus, hparams):
         sampler=sampler,
         test=SpeechDataset(corpus.test, rate),
         valid=SpeechDataset(corpus.valid, rate) if len(corpus.valid) else None,
-        cohort=SpeechDataset(cohort, rate, skipped=skipped) if len(cohort) else None,
+        cohort=SpeechDataset(cohort, rate) if len(cohort) else None,
         cohort_classes=cohort.class_of_id,
     )
 

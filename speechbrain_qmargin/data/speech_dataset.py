@@ -40,7 +40,8 @@ class SpeechDataset(Dataset):
     sample_rate : int
         Hz.
     crop : float, optional
-        Seconds of a random crop, shorter recordings are repeated; None gives whole recordings.
+        Seconds of a random crop, shorter recordings are repeated; None gives whole recordings, and
+        OSError of one that cannot be read.
         Instead of a crop that cannot be read one of another utterance of the speaker is taken, the
         same in every run, and a warning names the file; after 20 of them, or all, OSError.
     labels : mapping from class to int, optional
@@ -56,8 +57,7 @@ class SpeechDataset(Dataset):
         ``augment(signal, rng, speaker)``, e.g. of
         :func:`~speechbrain_qmargin.data.augment.room_and_noise`.
     skipped : Skipped, optional
-        Where recordings that cannot be read are listed. With it, such a recording that is wanted
-        whole is None instead of an OSError.
+        Where recordings are listed in whose place others are taken.
 
     Attributes
     ----------
@@ -93,8 +93,7 @@ class SpeechDataset(Dataset):
             )
         self.manifest, self.sample_rate, self.crop = manifest, sample_rate, crop
         self.seed, self.epoch, self.speeds, self.augment = seed, epoch, tuple(speeds), augment
-        self.skipped = skipped
-        self._lists = Skipped(what="recordings") if skipped is None else skipped
+        self.skipped = Skipped(what="recordings") if skipped is None else skipped
         self._label_of, self._classes = None, 0
         if labels is not None:
             self._label_of = np.array([labels[name] for name in manifest.classes], np.int64)
@@ -132,21 +131,14 @@ class SpeechDataset(Dataset):
             return 0
         return int(self._rng(name, draw, 1).integers(len(self.speeds)))
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         draw, row = divmod(index, len(self)) if index >= 0 else (0, index % len(self))
         item = self.manifest[row]
         speed = self.speeds[self._speed(item.id, draw)]
         if self.crop is not None:
             signal = self._readable_crop(item, row, draw, speed)
         else:
-            try:
-                signal = self._whole(item, speed)
-            except OSError as error:
-                if self.skipped is None:
-                    raise
-                if self.skipped.add(item.id, error):
-                    logger.warning(f"{error}; it is left out")
-                return None
+            signal = self._whole(item, speed)
         if self.augment is not None:
             signal = self.augment(signal, self._rng(item.id, draw, 2), item.label)
         found: dict[str, Any] = {"id": item.id, "sig": signal}
@@ -181,7 +173,7 @@ class SpeechDataset(Dataset):
                     raise OSError(
                         f"{error}; {len(tried)} utterances of {item.label} were tried"
                     ) from error
-                if self._lists.add(chosen.id, error):
+                if self.skipped.add(chosen.id, error):
                     logger.warning(f"{error}; another utterance of {item.label} is taken instead")
                 rng = self._rng(item.id, draw, 3, len(tried))
                 tried.append(int(left[int(rng.integers(len(left)))]))

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import speechbrain as sb
 import torch
+from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.sampler import ReproducibleRandomSampler
 from speechbrain.utils.checkpoints import (
     mark_as_loader,
@@ -33,7 +34,6 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import Tensor
 from tqdm import tqdm
 
-from speechbrain_qmargin.data.batches import readable_batch
 from speechbrain_qmargin.extraction import EmbeddingParts, extract_into
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.loss.interface import Loss, scores_of, value_of
@@ -125,10 +125,6 @@ class VerificationBrain(OpenBrain):
         ours = isinstance(self.hparams.compute_cost, Loss)
         return scores_of(outputs, embeddings) if ours else outputs
 
-    def evaluate_batch(self, batch, stage):
-        """As SpeechBrain's; a batch of recordings that were skipped is None."""
-        return torch.zeros(()) if batch is None else super().evaluate_batch(batch, stage)
-
     def compute_objectives(self, predictions, batch, stage):
         if stage != sb.Stage.TRAIN:
             rows = predictions.flatten(1).float().cpu().numpy()
@@ -151,7 +147,7 @@ class VerificationBrain(OpenBrain):
     # ---------------------------------------------------------------- learning rate
 
     def make_dataloader(self, dataset, stage, **kwargs):
-        kwargs.setdefault("collate_fn", readable_batch)
+        kwargs.setdefault("collate_fn", PaddedBatch)
         if stage == sb.Stage.TRAIN and self.distributed_launch and kwargs.get("shuffle"):
             # the order of a run of one process: a step trains on the same items, shared out
             seed = int(os.environ.get("SB_GLOBAL_SEED", 0))
@@ -394,7 +390,7 @@ class VerificationBrain(OpenBrain):
 
         They are kept in ``embeddings/`` of the checkpoints' folder, so an interrupted extraction
         goes on. Over several processes each computes its share, and the main process returns the
-        whole, the others nothing. What the dataset skips is not among them.
+        whole, the others nothing.
 
         Parameters
         ----------
@@ -504,7 +500,8 @@ class _ReadableBatch:
 
     def __call__(self, items: list) -> tuple[Any, list[_Unreadable]]:
         unreadable = [item for item in items if isinstance(item, _Unreadable)]
-        return readable_batch(one for one in items if not isinstance(one, _Unreadable)), unreadable
+        readable = [item for item in items if not isinstance(item, _Unreadable)]
+        return PaddedBatch(readable) if readable else None, unreadable
 
 
 class SpeakerBrain(VerificationBrain):

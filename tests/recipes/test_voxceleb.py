@@ -208,5 +208,5 @@ def test_a_recording_that_breaks_costs_the_cohort_one(corpus, tmp_path, monkeypa
     run(*on(corpus, output, folder=folder), module=module)
     results = json.loads((output / "results.json").read_text())
     assert set(results["lists"]["trials_test"]) == {"cosine", "centred", "as-norm"}
-    (line,) = (output / "save/skipped_audio.txt").read_text().splitlines()
+    (line,) = (output / "save/skipped_cohort.tsv").read_text().splitlines()
     assert "cannot be decoded (an empty file)" in line
