@@ -86,6 +86,7 @@ class Mean(torch.nn.Linear):
         return super().forward(features).relu().mean(1, keepdim=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_waveform_model_is_written_as_onnx(tmp_path):
     pytest.importorskip("onnxscript")

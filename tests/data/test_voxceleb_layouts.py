@@ -223,6 +223,7 @@ def test_broken_m4a_is_named(tmp_path):
             read_audio(path, RATE)
 
 
+@pytest.mark.slow
 def test_conversion_resumes_and_lists_what_fails(tree, tmp_path, monkeypatch):
     flac = tmp_path / "flac"
     assert convert_to_flac(tree.voxceleb2, flac, jobs=2, progress=False) == {

@@ -289,6 +289,7 @@ def onnx_embeddings(path, **inputs):
     return torch.from_numpy(session.run(["embedding"], inputs)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_gives_the_same_embeddings_at_other_lengths(tmp_path):
     pytest.importorskip("onnxscript")

@@ -204,6 +204,7 @@ def four(rank, world, folder):
     stage(rank, world, folder, False, 2)
 
 
+@pytest.mark.slow
 def test_4_ranks_gradients_and_their_checkpoint_on_1_or_3(tmp_path):
     folder = tmp_path / "checkpoint"
     # saving catches idle rows up, which with momentum later steps see: so both runs save twice
@@ -284,6 +285,7 @@ def two(rank, world):
         job(rank, world)
 
 
+@pytest.mark.slow
 def test_2_ranks_gradients_arcface_traffic_ddp_and_bad_input(tmp_path):
     """One start of the processes, which is most of the time, for all that two ranks can show."""
     spawn(two, 2, tmp_path)

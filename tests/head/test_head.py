@@ -239,6 +239,7 @@ def test_errors():
         head.load_state_dict(QMarginHead(4, 11).state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("candidates", [4_000_000, 0])  # 0: passes over chunks
 @pytest.mark.parametrize(
     "parameters", [(1.0, 32.0, 0.2), (1.25, 32.0, 0.2), (1.5, 10.0, 0.2), (2.0, 5.0, 0.2)]

@@ -200,6 +200,7 @@ def test_unbound_optimisers_raise():
     second.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_training_the_head(momentum, monkeypatch):
     """Without momentum the trajectory is dense SGD's; with it, it learns as well."""

@@ -190,6 +190,7 @@ def test_it_trains_a_classifier():
     assert (cosines.argmax(1) == labels).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [QMarginLoss(), CosFaceLoss()])
 def test_torch_compile_gives_the_same_loss_and_gradient(loss):
     """On the CPU dynamo runs the solver, which asks whether it is done, outside its graphs."""

@@ -15,6 +15,7 @@ def run(yaml, *options):
     train("voxceleb", yaml, "--num_workers=0", *options, export=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["ecapa", "resnet34"])
 def test_the_full_recipe_in_small(tmp_path, model, caplog):
     pytest.importorskip("av", reason="m4a files need PyAV: pip install '.[voxceleb]'")

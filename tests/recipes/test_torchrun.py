@@ -73,6 +73,7 @@ def train(corpus, output, world, *options):
     return losses_of(output), load_embeddings(output / "embeddings.npz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["dense", "sparse"])
 def test_two_processes_are_one_with_the_whole_batch(corpus, tmp_path, head):
     losses, embeddings = train(corpus, tmp_path / "one", 1, f"--head={head}")
@@ -86,6 +87,7 @@ def test_two_processes_are_one_with_the_whole_batch(corpus, tmp_path, head):
         assert cosine > 0.999, name
 
 
+@pytest.mark.slow
 def test_a_sparse_run_resumes_on_another_number_of_processes(corpus, tmp_path):
     output = tmp_path / "moved"
     two, before = train(corpus, output, 2, "--head=sparse", "--average_checkpoints=2")
@@ -101,6 +103,7 @@ def test_a_sparse_run_resumes_on_another_number_of_processes(corpus, tmp_path):
         np.testing.assert_allclose(after[name], before[name], rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_webface_in_small_trains_in_shards_resumes_and_is_scored_on_ijb(tmp_path, capsys):
     """The YAML of 2 M identities with 1/1000 of them: records, shards over two ranks, .bin, IJB."""
 

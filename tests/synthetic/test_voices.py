@@ -129,6 +129,7 @@ def test_default_size_supports_far_of_one_in_a_thousand():
     assert counts == {("1", True): 24 * 160, ("0", True): 24_000, ("0", False): 12_000}
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_seed_alone(built, tmp_path):
     """Neither on the processes, nor the order, nor how many other speakers there are."""
     fewer = {**TINY, "num_test_speakers": 2, "num_train_speakers": 3}
@@ -187,6 +188,7 @@ def test_rebuilt_file_that_differs_is_announced(corpus):
         assert build_mini_corpus(corpus.folder, seed=3, **TINY).num_rebuilt == 1
 
 
+@pytest.mark.slow
 def test_script_without_main_guard(built, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -219,6 +221,7 @@ def test_folder_that_cannot_be_written(tmp_path):
         build_mini_corpus(tmp_path / "file" / "mini", **TINY)
 
 
+@pytest.mark.slow
 def test_failure_in_a_process_keeps_what_is_built(built, corpus):
     path = corpus.wav / "mv20003"
     shutil.rmtree(path)

@@ -45,6 +45,7 @@ def job(rank, rendezvous, shape):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(0,), (0, 5, 2)])
 def test_uneven_shares_of_a_batch_are_the_whole_batch(tmp_path, shape):
     mp.spawn(job, (str(tmp_path / "rendezvous"), shape), nprocs=len(SIZES))
