@@ -26,11 +26,12 @@ from tqdm import tqdm
 from speechbrain_qmargin.faces.pair_sets import ten_fold_accuracy
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.figures import EqualErrorRate, TarAtFar
+from speechbrain_qmargin.scoring.influence import Influence
 from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.scoring.plots import pooled_det_figure, save_figure
 from speechbrain_qmargin.scoring.report import evaluate
 from speechbrain_qmargin.scoring.score_files import read_scores
-from speechbrain_qmargin.scoring.uncertainty import Influence, Spread
+from speechbrain_qmargin.scoring.uncertainty import Spread
 from speechbrain_qmargin.trials import LabelledTrials
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,9 +30,9 @@ import numpy as np
 from tqdm import tqdm
 
 from speechbrain_qmargin.scoring.figures import EqualErrorRate, MinDCF, TarAtFar
+from speechbrain_qmargin.scoring.influence import TrialStructure
 from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.scoring.report import compare, evaluate
-from speechbrain_qmargin.scoring.uncertainty import TrialStructure
 from speechbrain_qmargin.trials import LabelledTrials
 
 COMMON = 0.7  # of the variance, between the two systems

@@ -215,7 +215,8 @@ def three_plain():
 
 
 def three_intervals():
-    from speechbrain_qmargin.scoring.uncertainty import Spread, TrialStructure
+    from speechbrain_qmargin.scoring.influence import TrialStructure
+    from speechbrain_qmargin.scoring.uncertainty import Spread
 
     systems, trials = _three_systems()
     points = [our.operating_points(scores, trials.is_target) for scores in systems]

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from speechbrain_qmargin.scoring import metrics
+from speechbrain_qmargin.scoring.influence import Influence
 from speechbrain_qmargin.scoring.metrics import OperatingPoints
-from speechbrain_qmargin.scoring.uncertainty import Influence, Spread, rate_interval
+from speechbrain_qmargin.scoring.uncertainty import Spread, rate_interval
 
 __all__ = [
     "UNITS",

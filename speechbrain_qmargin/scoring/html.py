@@ -17,6 +17,7 @@ from speechbrain_qmargin import __version__
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.breakdown import breakdown
 from speechbrain_qmargin.scoring.decision import choose_operating_point
+from speechbrain_qmargin.scoring.influence import TrialStructure
 from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.scoring.page import Page, Provenance, render
 from speechbrain_qmargin.scoring.plots import (
@@ -29,7 +30,6 @@ from speechbrain_qmargin.scoring.plots import (
 )
 from speechbrain_qmargin.scoring.report import Report, compare, evaluate
 from speechbrain_qmargin.scoring.separation import refuse_shared
-from speechbrain_qmargin.scoring.uncertainty import TrialStructure
 from speechbrain_qmargin.scoring.worst import worst_speakers, worst_trials
 from speechbrain_qmargin.trials import LabelledTrials
 

@@ -18,12 +18,12 @@ from tqdm import tqdm
 from speechbrain_qmargin.embeddings import Embeddings, cosine_scores, load_embeddings
 from speechbrain_qmargin.files import refuse_overwriting, write_text
 from speechbrain_qmargin.scoring.calibration import Calibration, fit_calibration
+from speechbrain_qmargin.scoring.influence import TrialStructure
 from speechbrain_qmargin.scoring.normalisation import make_cohort, normalize, refuse_shared_speakers
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import FARS, Report, compare, evaluate
 from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.scoring.separation import refuse_shared
-from speechbrain_qmargin.scoring.uncertainty import TrialStructure
 from speechbrain_qmargin.trials import (
     AnyTrials,
     LabelledTrials,

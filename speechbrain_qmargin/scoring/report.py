@@ -23,12 +23,11 @@ from speechbrain_qmargin.scoring.figures import (
     show,
     standard_figures,
 )
+from speechbrain_qmargin.scoring.influence import Influence, TrialStructure
 from speechbrain_qmargin.scoring.metrics import OperatingPoints, eer, operating_points
 from speechbrain_qmargin.scoring.uncertainty import (
     FEWEST_ERRORS,
-    Influence,
     Spread,
-    TrialStructure,
     badge,
 )
 from speechbrain_qmargin.trials import LabelledTrials, Lost

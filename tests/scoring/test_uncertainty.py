@@ -11,10 +11,10 @@ from scipy.stats import t as student
 
 from speechbrain_qmargin.scoring import metrics
 from speechbrain_qmargin.scoring.figures import EqualErrorRate, TarAtFar
+from speechbrain_qmargin.scoring.influence import TrialStructure
 from speechbrain_qmargin.scoring.report import compare, evaluate
 from speechbrain_qmargin.scoring.uncertainty import (
     Spread,
-    TrialStructure,
     badge,
     rate_interval,
 )
