@@ -29,7 +29,7 @@ __all__ = ["configure"]
 
 
 def _breakdown(args) -> None:
-    from speechbrain_qmargin.scoring.breakdown import breakdown, read_metadata
+    from speechbrain_qmargin.scoring.breakdown import breakdown, choose_columns
     from speechbrain_qmargin.scoring.decision import OperatingPoint
     from speechbrain_qmargin.scoring.metrics import operating_points, tar_at_far
     from speechbrain_qmargin.scoring.separation import refuse_other_kind
@@ -37,10 +37,7 @@ def _breakdown(args) -> None:
     refuse_overwriting(filter(None, [args.output]), [args.scores, args.metadata, args.trials])
     found = read_scored(args.scores, args, columns_of(args.columns))
     trials = found.trials.labelled()
-    table = read_metadata(args.metadata)
-    for column in args.by:
-        if column not in table:
-            raise ValueError(f"{args.metadata}: no column {column}; there are {', '.join(table)}")
+    table = choose_columns(args.metadata, args.by)
     if args.operating_point:
         point = OperatingPoint.load(args.operating_point)
         refuse_other_kind(found.kind, point.kind, "the threshold")
@@ -57,12 +54,12 @@ def _breakdown(args) -> None:
             found.scores,
             trials,
             threshold,
-            table[column],
+            values,
             column=column,
             relation=args.relation,
             edges=edges,
         )
-        for column in args.by
+        for column, values in table.items()
     ]
     print("\n\n".join(each.table() for each in tables))
     if args.output:
@@ -244,7 +241,7 @@ def configure(add) -> None:
     sub.add_argument("scores")
     sub.add_argument("--metadata", required=True,
                      help="table with a header, recordings or speakers first")  # fmt: skip
-    sub.add_argument("--by", action="append", required=True, metavar="COLUMN")
+    sub.add_argument("--by", action="append", default=[], metavar="COLUMN", help="all by default")
     sub.add_argument("--relation", default="both", choices=("both", "same"),
                      help="groups by both sides' values, or whether they are the same")  # fmt: skip
     sub.add_argument("--edges", help="of bins of numbers, as 2,5,10")

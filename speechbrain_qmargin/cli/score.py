@@ -211,9 +211,9 @@ def _report(args) -> None:
         development[name] = read.scores, labelled
     metadata = None
     if args.metadata:
-        from speechbrain_qmargin.scoring.breakdown import read_metadata
+        from speechbrain_qmargin.scoring.breakdown import choose_columns
 
-        metadata = read_metadata(args.metadata)
+        metadata = choose_columns(args.metadata, args.by)
     provenance = Provenance(
         command=shlex.join(["qmargin", *sys.argv[1:]]),
         files={name: read.source for name, read in systems.items()},
@@ -334,5 +334,7 @@ def configure(add) -> None:
     sub.add_argument("--development_trials", help="trial list, for scores without labels")
     sub.add_argument("--development_utt2spk", help="speakers of the development recordings")
     sub.add_argument("--metadata", help="table with a header: rates by its columns")
+    sub.add_argument("--by", action="append", default=[], metavar="COLUMN",
+                     help="of the metadata; all by default")  # fmt: skip
     sub.add_argument("--figures_from", action="append", default=[], metavar="MODULE",
                      help="your Python module or file that registers figures")  # fmt: skip

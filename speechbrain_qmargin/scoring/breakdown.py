@@ -19,9 +19,17 @@ import numpy as np
 from speechbrain_qmargin.scoring.shares import Share, share_of_trials
 from speechbrain_qmargin.trials import LabelledTrials
 
-__all__ = ["Breakdown", "GroupRates", "breakdown", "read_metadata", "trial_groups"]
+__all__ = [
+    "Breakdown",
+    "GroupRates",
+    "breakdown",
+    "choose_columns",
+    "read_metadata",
+    "trial_groups",
+]
 
 _BOTH = " × "
+_MANY = 12  # values of a column, which make up to 78 groups of two
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,21 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     return table
 
 
+def choose_columns(path: str | Path, columns: Sequence[str] = ()) -> dict[str, dict[str, str]]:
+    """Some columns of a metadata table, or all of them; see :func:`read_metadata`.
+
+    Raises
+    ------
+    ValueError
+        As :func:`read_metadata`; a column that is not there.
+    """
+    table = read_metadata(path)
+    for name in columns:
+        if name not in table:
+            raise ValueError(f"{path}: no column {name}; there are {', '.join(table)}")
+    return {name: table[name] for name in columns or table}
+
+
 def trial_groups(
     trials: LabelledTrials,
     values: Mapping[str, str],
@@ -157,7 +180,8 @@ def trial_groups(
         ``both``: the two values, whatever their order, as "f", or "f × m". ``same``: whether they
         are the same, as for sessions: "same", "other".
     edges : sequence of float, optional
-        The values are numbers: bins between these, each with its lower edge.
+        The values are numbers: bins between these, each with its lower edge. More than twelve
+        numbers without edges are binned at the quartiles of the recordings.
 
     Returns
     -------
@@ -168,7 +192,7 @@ def trial_groups(
     ------
     ValueError
         No recording has a value, a value that is not a number where there are edges, edges that
-        do not rise.
+        do not rise, more than twelve values that are words.
 
     Examples
     --------
@@ -189,6 +213,8 @@ def trial_groups(
             "the metadata table names none of the trials' recordings or speakers, such as "
             f"{trials.ids[0]}"
         )
+    if edges is None and relation == "both" and len(known) > _MANY:
+        edges = _quartiles([value for value in found if value is not None], len(known))
     if edges is None:
         number = {value: n for n, value in enumerate(known)}
     else:
@@ -208,6 +234,17 @@ def trial_groups(
             for p in pairs.tolist()
         ]
     return np.where(missing, -1, group), names
+
+
+def _quartiles(values: Sequence[str], distinct: int) -> list[float]:
+    try:
+        sizes = [float(value) for value in values]
+    except ValueError:
+        raise ValueError(
+            f"{distinct:,} different values are too many groups; give a column of at most {_MANY}, "
+            "or of numbers"
+        ) from None
+    return np.unique(np.quantile(sizes, [0.25, 0.5, 0.75])).tolist()
 
 
 def _natural(value: str) -> tuple[bool, float, str]:

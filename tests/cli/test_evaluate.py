@@ -55,6 +55,12 @@ def test_breakdown(files, capsys):
     assert "no column age; there are gender" in capsys.readouterr().err
 
 
+def test_groups_on_the_report(files):
+    metadata = [f"--metadata={files / 'people.csv'}", "--by=gender"]
+    assert run("report", files / "test_one.tsv", *metadata, f"--output={files / 'page'}") == 0
+    assert "test_one, by gender" in (files / "page" / "report.html").read_text(encoding="utf-8")
+
+
 def test_fuse(files, capsys):
     systems = [f"{name}={files / f'test_{name}.tsv'}" for name in ("one", "two")]
     development = [f"--development={name}={files / f'dev_{name}.tsv'}" for name in ("one", "two")]

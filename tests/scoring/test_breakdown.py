@@ -67,6 +67,19 @@ def test_bins_and_same_session():
         trial_groups(trials, {"a": "1"}, edges=[2, 1])
 
 
+def test_many_values_are_binned_or_refused():
+    ids = [f"s{i}/{i}" for i in range(20)]
+    trials = LabelledTrials(ids, np.arange(19), np.arange(1, 20), np.zeros(19, dtype=bool))
+    _, names = trial_groups(trials, {name: str(i) for i, name in enumerate(ids)})
+    assert names == ["below 4.75", "below 4.75 × 4.75 to 9.5", "4.75 to 9.5",
+                     "4.75 to 9.5 × 9.5 to 14.25", "9.5 to 14.25", "9.5 to 14.25 × 14.25 and more",
+                     "14.25 and more"]  # fmt: skip
+    words = {name: f"w{i}" for i, name in enumerate(ids)}
+    with pytest.raises(ValueError, match="20 different values are too many groups"):
+        trial_groups(trials, words)
+    assert trial_groups(trials, words, relation="same")[1] == ["same", "other"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
