@@ -7,14 +7,19 @@ with the same settings, it resumes, or says that it is done. Training images tha
 are listed in ``save/skipped_images.txt``.
 """
 
-import logging
 import sys
+
+from speechbrain_qmargin.cli.recipe import end_early, run_recipe
+
+if __name__ == "__main__":
+    end_early(__doc__, sys.argv[1:])  # before the imports below, which take seconds
+
+import logging
 from functools import partial
 from pathlib import Path
 
 from speechbrain.utils.distributed import if_main_process
 
-from speechbrain_qmargin.cli.recipe import run_recipe
 from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.epochs import CurrentEpoch
 from speechbrain_qmargin.data.face_dataset import FaceDataset, ImageDataset

@@ -9,7 +9,7 @@ from typing import Any
 
 from speechbrain_qmargin.cli import status_of
 
-__all__ = ["run_recipe"]
+__all__ = ["end_early", "run_recipe"]
 
 HELP = """{about}
 
@@ -40,13 +40,27 @@ def run_recipe(about: str | None, main: Callable[[list[str]], Any], argv: Sequen
     int
         Exit status, as of :func:`~speechbrain_qmargin.cli.status_of`.
     """
-    words = list(argv)
+    status = _early(about, list(argv))
+    return status_of(_program(), lambda: main(list(argv))) if status is None else status
+
+
+def end_early(about: str | None, argv: Sequence[str]) -> None:
+    """End the program where the command line asks for help or the plain experiment.
+
+    For the top of a script: neither wants what the script imports below.
+    """
+    status = _early(about, list(argv))
+    if status is not None:
+        sys.exit(status)
+
+
+def _early(about: str | None, words: list[str]) -> int | None:
     if not words or {"-h", "--help"} & set(words):
         return status_of(_program(), lambda: _help(about or "", words))
     if "--print_config" in words:
         words.remove("--print_config")
         return status_of(_program(), lambda: _print_config(words))
-    return status_of(_program(), lambda: main(words))
+    return None
 
 
 def _program() -> str:
