@@ -105,6 +105,9 @@ def status_of(program: str, work: Callable[[], Any]) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_say, warnings.showwarning)
             work()
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("QMARGIN_TRACEBACK"):
             raise
