@@ -1,13 +1,23 @@
-"""The prototypes and what is derived from them: inverse norms, a bf16 copy; kept up to date."""
+"""The prototypes and what is derived from them: inverse norms, a copy in few bits; up to date."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Derived", "Mark", "Prototypes", "mark"]
+__all__ = [
+    "Derived",
+    "Mark",
+    "Prototypes",
+    "Screen",
+    "int8_product",
+    "mark",
+    "screen_dtype",
+    "to_int8",
+]
 
 ROWS_AT_ONCE = 8192
 # Below this many classes a float32 product costs less than finding out what to skip
@@ -46,16 +56,31 @@ def mark(weight: Tensor) -> Mark:
     return Mark(weight.data_ptr(), weight.device, weight._version, content)
 
 
-class Prototypes(NamedTuple):
-    """What a search reads: rows [C, D] float32, 1/norm [C], unit rows in bf16 [C, D], their error.
+class Screen(NamedTuple):
+    """The unit rows in few bits: row j is `factor` [j] times `rows` [j], up to its residual.
 
-    `residual` bounds ||w/||w|| - bf16 row|| over the rows (zero-dimensional).
+    Attributes
+    ----------
+    rows : Tensor, [C, D]
+        bf16, where the processor multiplies it fast; int8, where it multiplies that fast; else the
+        float32 prototypes themselves.
+    factor : Tensor, [C], or None
+        None: 1.
+    residual : Tensor, zero-dimensional
+        Bounds the length of what a unit row lacks, in units of its factor.
     """
+
+    rows: Tensor
+    factor: Tensor | None
+    residual: Tensor
+
+
+class Prototypes(NamedTuple):
+    """What a search reads: rows [C, D] float32, 1/norm [C], and from 32,768 classes on a screen."""
 
     weight: Tensor
     inverse_norm: Tensor
-    screen: Tensor | None
-    residual: Tensor
+    screen: Screen | None
 
     def unit(self, rows: Tensor | slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows of unit length."""
@@ -93,10 +118,9 @@ class Derived:
             # what inference mode makes could not be used in training
             with torch.inference_mode(False), torch.no_grad():
                 rows = weight.detach()
-                screened = rows.shape[0] >= SCREEN_FROM
-                screen = torch.empty_like(rows, dtype=torch.bfloat16) if screened else None
                 norms = rows.new_empty(rows.shape[0])
-                self._kept = Prototypes(rows, norms, screen, rows.new_zeros(()))
+                screen = _empty_screen(rows, norms) if len(rows) >= SCREEN_FROM else None
+                self._kept = Prototypes(rows, norms, screen)
                 for start in range(0, rows.shape[0], ROWS_AT_ONCE):
                     _derive(self._kept, slice(start, start + ROWS_AT_ONCE))
             self._mark = found
@@ -111,14 +135,69 @@ class Derived:
             self._mark = mark(weight)
 
 
+def screen_dtype(device: torch.device) -> torch.dtype:
+    """In what a product is cheapest: bf16 on GPUs and where the processor has it, else int8, else
+    float32."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    has = {
+        name: bool(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)())
+        for name in ("amx_tile", "avx512_bf16", "vnni", "avx512_vnni")
+    }
+    if has["amx_tile"] or has["avx512_bf16"]:
+        return torch.bfloat16
+    if (has["vnni"] or has["avx512_vnni"]) and _int8_is_exact():
+        return torch.int8
+    return torch.float32
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """int32 [N, M] of int8 [N, K] and [K, M]."""
+    return torch._int_mm(a, b)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@lru_cache(maxsize=1)
+def _int8_is_exact() -> bool:
+    """Without VNNI, sums of int8 products may saturate."""
+    ones = torch.full((64, 64), 127, dtype=torch.int8)
+    return bool((int8_product(ones, ones) == 64 * 127 * 127).all())
+
+
+def _empty_screen(rows: Tensor, inverse_norm: Tensor) -> Screen:
+    dtype, residual = screen_dtype(rows.device), rows.new_zeros(())
+    if dtype == torch.float32:
+        return Screen(rows, inverse_norm, residual)
+    factor = torch.empty_like(inverse_norm) if dtype == torch.int8 else None
+    return Screen(torch.empty_like(rows, dtype=dtype), factor, residual)
+
+
+def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(integers, factors): each row is its factor times integers of at most 127.
+
+    Examples
+    --------
+    >>> integers, factors = to_int8(torch.tensor([[0.5, -1.0]]))
+    >>> integers
+    tensor([[  64, -127]], dtype=torch.int8)
+    """
+    factors = rows.abs().amax(1).clamp_(min=1e-30) / 127
+    return (rows / factors.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8), factors
+
+
 def _derive(kept: Prototypes, rows: slice | Tensor) -> None:
-    weight, inverse_norm, screen, residual = kept
+    weight, inverse_norm, screen = kept
     values = weight[rows]
     inverse = values.norm(dim=1).clamp_(min=1e-12).reciprocal_()
     inverse_norm[rows] = inverse
-    if screen is not None and values.numel():
-        unit = values * inverse.unsqueeze(1)
+    if screen is None or screen.rows is weight or not values.numel():
+        return
+    unit = values * inverse.unsqueeze(1)
+    if screen.factor is None:
         rounded = unit.bfloat16()
-        screen[rows] = rounded
-        error = (unit - rounded.float()).norm(dim=1).amax() * (1 + 2**-20)
-        torch.maximum(residual, error, out=residual)
+        screen.rows[rows] = rounded
+        error = (unit - rounded.float()).norm(dim=1)
+    else:
+        integers, factors = to_int8(unit)
+        screen.rows[rows], screen.factor[rows] = integers, factors
+        error = (unit / factors.unsqueeze(1) - integers.float()).norm(dim=1)
+    torch.maximum(screen.residual, error.amax() * (1 + 2**-20), out=screen.residual)

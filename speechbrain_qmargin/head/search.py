@@ -1,25 +1,23 @@
 r"""The exact support of the alpha-softargmax over millions of classes, in one pass over them.
 
 A class is active iff :math:`\theta_j > \tau - k` with :math:`k = 1/(\alpha - 1)`, and tau solved on
-any subset of the classes is a lower bound of tau. So whatever set of classes is collected, as long
-as it contains *every* class above a floor g,
+any subset of the classes is a lower bound of tau. So with tau of what was seen so far, every class
+at or below tau - k is proved inactive, whatever follows: one pass with a rising floor finds the
+support, and nothing is looked at twice.
 
-    tau(collected) - k >= g   proves that nothing active was left out.
-
-1. **Guess** a floor per sample, from the scores of a small strided sample of the classes whose
-   mass is scaled up to all of them. Only speed depends on it.
-2. **Screen** all classes with a bf16 product; keep those that may exceed a floor. The margin left
-   for rounding is the bound of :func:`screening_slack`, so no class above the floor is lost.
-3. **Score** the kept ones in float32, solve tau on them and check the certificate, rounding
-   allowed for. The samples that fail it (the guess was too high) take a second pass, with the floor
-   tau(collected) - k, which is proved and cannot fail.
+1. **Sample**: tau on a small strided sample of the classes gives the first floors.
+2. **Screen** the classes, part by part, with a product in few bits (:class:`Screening`); keep those
+   that may exceed a floor. The margin left for rounding is a bound, so no class above a floor is
+   lost.
+3. **Score** the kept ones in float32, and raise the floors to tau - k of all that was found, less
+   what rounding can move.
 4. **Refine** what may be active in float64 (:func:`refined`): a loss near zero is a difference of
    nearly equal cosines, and is to be exact relative to itself.
 
-None of it asks for the classes' reference measure q, which is in no class's activity; the guess
-and tau weight each class by it. With the classes in shards each rank collects its own, the sums
-that give tau go over the ranks, and what depends on the data (the floors, the samples that fail,
-the end of a loop) is the first rank's or a maximum, so that all go the same way.
+None of it asks for the classes' reference measure q, which is in no class's activity; tau alone
+weights each class by it. With the classes in shards each rank collects its own, from the highest
+first floor of all ranks; the sums that give tau go over the ranks, and the end of a loop is the
+first rank's, so that all go the same way.
 
 Scores of size batch x classes are never stored. Where the candidates themselves would not fit
 (ties, a tiny scale: everything is active), and at alpha = 1, see ``dense``.
@@ -27,17 +25,17 @@ Scores of size batch x classes are never stored. Where the candidates themselves
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.precision import product_roundoff
-from speechbrain_qmargin.head.prototypes import Prototypes
+from speechbrain_qmargin.head.prototypes import Prototypes, int8_product
 from speechbrain_qmargin.loss.solver import (
     Block,
     Measure,
@@ -50,6 +48,7 @@ from speechbrain_qmargin.loss.solver import (
 __all__ = [
     "Candidates",
     "Query",
+    "Screening",
     "agreed_level",
     "candidate_level",
     "chunked_cosines",
@@ -60,13 +59,13 @@ __all__ = [
     "search",
 ]
 
-_CHUNK = 8192  # rows of a screening product: its output stays in the cache
+_CHUNK = 8192  # rows scored at a time where all are
+_OUTPUT_BYTES = (256 * 2**20, 2**20)  # of a screening product: on a CPU it stays in the cache
+_PARTS = (1 / 16, 3 / 16, 7 / 16)  # of the classes, after which the floors rise
 _BLOCK = 32768  # surviving rows scored in float32 at a time
-_SAMPLE = 16384  # rows the floor is guessed from
-_SAMPLE_TOP = 256
-_EXACT_TOP = 64  # of each chunk, where all classes are scored in float32
+_SAMPLE = 16384  # rows the first floors come from
+_SAMPLE_TOP = 64
 _MAX_CANDIDATES = 4_000_000  # padded candidates of a batch: 16 MB a buffer
-_SHARE = 0.5  # of the estimated mass the guess relies on; lower is safer, higher tighter
 _EXACT_AT_ONCE = 4096  # rows computed again in float64
 
 
@@ -135,34 +134,106 @@ def _round_down(x: Tensor) -> Tensor:
     return (x - x.abs() * 2.0**-7 - 1e-30).bfloat16()
 
 
-def _surviving_rows(embeddings: Tensor, floor: Tensor, prototypes: Prototypes) -> Tensor:
-    """Rows whose cosine with some embedding may be >= its floor [B] (in cosine)."""
-    screen = prototypes.screen
-    assert screen is not None
-    classes, device = screen.shape[0], screen.device
-    hit = torch.empty(classes, dtype=torch.bool, device=device)
-    out = torch.empty(min(_CHUNK, classes), embeddings.shape[0], dtype=screen.dtype, device=device)
-    # Embeddings divided by their threshold have one threshold in common: 1, and one maximum per
-    # row decides. That takes positive thresholds, which is the rule.
-    coarse = floor - 1.3 * (2.0**-9 + prototypes.residual) - 1e-4
-    if bool((coarse > 0.02).all()):
-        scaled = embeddings / coarse.unsqueeze(1)
-        rounded = scaled.to(screen.dtype)
-        slack = screening_slack(scaled, rounded, prototypes.residual)
-        threshold = _round_down((floor / coarse - slack).min())
-        offset = None
-    else:
-        rounded = embeddings.to(screen.dtype)
-        slack = screening_slack(embeddings, rounded, prototypes.residual)
-        offset, threshold = _round_down(floor - slack), 0.0
-    columns = rounded.T.contiguous()
-    for start in range(0, classes, _CHUNK):
-        rows = screen[start : start + _CHUNK]
-        scores = torch.mm(rows, columns, out=out[: rows.shape[0]])
-        if offset is not None:
-            scores.sub_(offset)  # the sign of a difference survives rounding
-        torch.ge(scores.amax(1), threshold, out=hit[start : start + _CHUNK])
-    return hit.nonzero().squeeze(1)
+class Screening:
+    r"""Which rows may have a cosine with some embedding at or above its floor.
+
+    Embeddings divided by their floors have one threshold in common, and one maximum a row
+    decides; that takes positive floors, which is the rule. In int8, with embeddings
+    :math:`c (X + \delta)` and rows :math:`f (R + \epsilon)`, a cosine of at least the floor g has
+
+    .. math:: X \cdot R \ge \frac{g - \|c \delta\|}{c f} - \|X\| \|\epsilon\|
+
+    exactly, integers being added without rounding; the residuals are measured.
+
+    Parameters
+    ----------
+    embeddings : Tensor, [B, D], float32, unit rows
+    floor : Tensor, [B], float32
+        In cosine.
+    prototypes : Prototypes
+        With a screen.
+    """
+
+    def __init__(self, embeddings: Tensor, floor: Tensor, prototypes: Prototypes) -> None:
+        assert prototypes.screen is not None
+        self._screen, self._prototypes = prototypes.screen, prototypes
+        kind = self._screen.rows.dtype
+        common = bool((floor > 0.05).all())
+        self._offset, self._threshold = None, None
+        if not common and kind == torch.int8:
+            kind = torch.float32
+        self._kind = kind
+        if kind == torch.int8:
+            self._int8(embeddings, floor)
+        elif kind == torch.bfloat16:
+            self._bf16(embeddings, floor, common)
+        else:
+            slack = embeddings.shape[1] * 2.0**-23 + 2 * product_roundoff(embeddings.device) + 1e-6
+            self._columns = embeddings.T.contiguous()
+            self._offset = floor - slack
+            if common:
+                self._columns = self._columns / self._offset
+                self._offset, self._threshold = None, 1 - 1e-6
+
+    def _int8(self, embeddings: Tensor, floor: Tensor) -> None:
+        # one step for all embeddings after division by their floors; the largest still fits
+        scaled = embeddings / floor.unsqueeze(1)
+        step = scaled.abs().amax().clamp(min=1e-30) / 127
+        integers = (scaled / step).round_().clamp_(-127, 127)
+        lacking = (embeddings - integers * (step * floor.unsqueeze(1))).norm(dim=1)
+        share = (floor - lacking * (1 + 2**-20) - 1e-6) / floor
+        least = share.min() / step
+        self._threshold = least - least.abs() * 1e-5  # times 1 / factor
+        self._allowance = (integers.norm(dim=1).max() * self._screen.residual) * (1 + 1e-5)
+        self._columns = integers.to(torch.int8).T.contiguous()
+
+    def _bf16(self, embeddings: Tensor, floor: Tensor, common: bool) -> None:
+        residual = self._screen.residual
+        if common:
+            coarse = floor - 1.3 * (2.0**-9 + residual) - 1e-4
+            scaled = embeddings / coarse.unsqueeze(1)
+            rounded = scaled.bfloat16()
+            slack = screening_slack(scaled, rounded, residual)
+            self._threshold = _round_down((floor / coarse - slack).min())
+        else:
+            rounded = embeddings.bfloat16()
+            slack = screening_slack(embeddings, rounded, residual)
+            self._offset, self._threshold = _round_down(floor - slack), None
+        self._columns = rounded.T.contiguous()
+
+    def survivors(self, part: slice) -> Tensor:
+        """Rows of a part of the classes, sorted."""
+        batch, device = self._columns.shape[1], self._columns.device
+        size = 2 if self._kind == torch.bfloat16 else 4
+        chunk = max(64, _OUTPUT_BYTES[device.type == "cpu"] // (batch * size))
+        hit = torch.empty(part.stop - part.start, dtype=torch.bool, device=device)
+        out = torch.empty(0, device=device)
+        for start in range(part.start, part.stop, chunk):
+            rows = slice(start, min(start + chunk, part.stop))
+            here = hit[rows.start - part.start : rows.stop - part.start]
+            if self._kind == torch.int8:
+                assert self._screen.factor is not None
+                assert self._threshold is not None
+                best = int8_product(self._screen.rows[rows], self._columns).amax(1)
+                least = self._threshold / self._screen.factor[rows] - self._allowance
+                torch.ge(best, least, out=here)
+                continue
+            if self._kind == torch.bfloat16:
+                if out.shape[0] != rows.stop - rows.start:
+                    out = self._columns.new_empty(rows.stop - rows.start, batch)
+                scores = torch.mm(self._screen.rows[rows], self._columns, out=out)
+            else:
+                scores = torch.mm(self._prototypes.unit(rows), self._columns)
+            if self._offset is not None:
+                scores.sub_(self._offset)  # the sign of a difference survives rounding
+            least = 0.0 if self._threshold is None else self._threshold
+            if self._kind == torch.bfloat16 and device.type == "cpu":
+                # as integers numbers above zero have the same order, and their maximum is cheap
+                bits = torch.as_tensor(least, dtype=torch.bfloat16).view(torch.int16)
+                torch.ge(scores.view(torch.int16).amax(1), bits, out=here)
+            else:
+                torch.ge(scores.amax(1), least, out=here)
+        return hit.nonzero().squeeze(1).add_(part.start)
 
 
 def _compact(cosines: Tensor, keep: Tensor, classes: Tensor) -> Candidates:
@@ -183,31 +254,31 @@ def _compact(cosines: Tensor, keep: Tensor, classes: Tensor) -> Candidates:
     return Candidates(values, names)
 
 
-def _collect(
-    embeddings: Tensor, labels: Tensor, floor: Tensor, prototypes: Prototypes
-) -> Candidates | None:
-    """All classes but the target with cosine >= floor [B]; None if they are too many."""
-    if prototypes.screen is None:
-        rows = torch.arange(prototypes.weight.shape[0], device=labels.device)
-    else:
-        rows = _surviving_rows(embeddings, floor, prototypes)
-    found, total = [], 0
+def _scored(
+    query: Query, rows: Tensor, floor: Tensor, prototypes: Prototypes, room: int
+) -> list[Candidates] | None:
+    """Those of `rows`, sorted, at or above the floors [B], in cosine; None if more than `room`."""
+    found = []
     for block in rows.split(_BLOCK) if rows.numel() else ():
-        cosines = product(embeddings, prototypes.unit(block))
-        place = torch.searchsorted(block, labels).clamp_(max=block.numel() - 1)
-        is_target = (block[place] == labels).unsqueeze(1)
+        cosines = product(query.unit, prototypes.unit(block))
+        place = torch.searchsorted(block, query.labels).clamp_(max=block.numel() - 1)
+        is_target = (block[place] == query.labels).unsqueeze(1)
         column = place.unsqueeze(1)
         cosines.scatter_(1, column, cosines.gather(1, column).masked_fill(is_target, -math.inf))
         part = _compact(cosines, cosines >= floor.unsqueeze(1), block)
-        total += part.cosines.numel()
-        if total > _MAX_CANDIDATES:
+        room -= part.cosines.numel()
+        if room < 0:
             return None
         found.append(part)
-    if not found:
-        empty = embeddings.new_full((embeddings.shape[0], 1), -math.inf)
-        return Candidates(empty, torch.zeros_like(empty, dtype=torch.int64))
+    return found
+
+
+def _joined(found: list[Candidates], query: Query) -> Candidates:
     if len(found) == 1:
         return found[0]
+    if not found:
+        empty = query.unit.new_full((len(query.labels), 1), -math.inf)
+        return Candidates(empty, torch.zeros_like(empty, dtype=torch.int64))
     return Candidates(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
 
 
@@ -255,38 +326,16 @@ def agreed_level(query: Query, sums, lower: Tensor, peak: Tensor, comm: Communic
     return comm.from_first(level)
 
 
-def _guess(query: Query, prototypes: Prototypes) -> Tensor:
-    """A floor [B] in logits that is probably, not certainly, below the edge.
-
-    Without a bf16 copy, where classes are few, it is certain: from the largest float32 logits.
-    """
-    (unit, _, labels, target, measure, scale, spread, _) = query
-    classes, stride, weight = prototypes.weight.shape[0], 1, 1.0
-    if prototypes.screen is None:
-        tops = [
-            (part.start, *cosines.topk(min(_EXACT_TOP, cosines.shape[1]), 1, sorted=False))
-            for part, cosines in chunked_cosines(unit, labels, prototypes)
-        ]
-        top = torch.cat([values for _, values, _ in tops], 1)
-        names = torch.cat([start + places for start, _, places in tops], 1)
-    else:
-        stride = max(1, classes // _SAMPLE)
-        rows = prototypes.screen[::stride][:_SAMPLE]
-        scores = torch.mm(unit.to(rows.dtype), rows.T).float()
-        place = (labels // stride).clamp(0, rows.shape[0] - 1)
-        is_target = (place * stride == labels).unsqueeze(1)  # it is no competitor of itself
-        own = scores.gather(1, place.unsqueeze(1)).masked_fill(is_target, -math.inf)
-        scores.scatter_(1, place.unsqueeze(1), own)
-        top, names = scores.topk(min(_SAMPLE_TOP, scores.shape[1]), 1, sorted=False)
-        names = names * stride
-        weight = max(1.0, _SHARE * classes / rows.shape[0])
-    log_q, logits = measure.of(names), top * scale
-    lower = single_class_level(logits, measure.alpha, log_q).amax(1).double()
-    block = Block(logits * (measure.alpha - 1), measure.alpha, log_q, weight)
-    count = 1 + max(1, round(weight * top.shape[1]))
-    level = solve(block.sums, target, measure, lower, logits.amax(1), count, spread)
-    # a target alone has the same level here and in the end: rounding must not fail its certificate
-    return edge(level, measure.alpha) - 2 * rounding(query, level)
+def _sampled_level(query: Query, prototypes: Prototypes) -> Tensor:
+    """The level [B] of the targets and some evenly spaced classes: a lower bound of the level."""
+    stride = max(1, len(prototypes.weight) // _SAMPLE)
+    scores = product(query.unit, prototypes.unit(slice(None, None, stride)))
+    place = (query.labels // stride).clamp(0, scores.shape[1] - 1).unsqueeze(1)
+    is_target = place.squeeze(1) * stride == query.labels  # it is no competitor of itself
+    own = scores.gather(1, place).masked_fill(is_target.unsqueeze(1), -math.inf)
+    scores.scatter_(1, place, own)
+    top, names = scores.topk(min(_SAMPLE_TOP, scores.shape[1]), 1, sorted=False)
+    return candidate_level(query, Candidates(top, names * stride), Communicator.alone())
 
 
 def rounding(query: Query, level: Tensor) -> Tensor:
@@ -296,12 +345,6 @@ def rounding(query: Query, level: Tensor) -> Tensor:
     return query.scale * cosine + 2**-20 * (1 + tau_of(level, query.measure.alpha).abs())
 
 
-def _widened(found: Candidates, width: int) -> Candidates:
-    """A padded copy with `width` columns."""
-    more = (0, width - found.cosines.shape[1])
-    return Candidates(F.pad(found.cosines, more, value=-math.inf), F.pad(found.classes, more))
-
-
 def search(
     query: Query, prototypes: Prototypes, comm: Communicator
 ) -> tuple[Candidates, Tensor] | None:
@@ -309,27 +352,39 @@ def search(
 
     All ranks return None, or none does. alpha > 1.
     """
-    alpha = query.measure.alpha
-    floor = comm.max(_guess(query, prototypes)).float()
-    found = _collect(query.unit, query.labels, floor / query.scale, prototypes)
+    alpha, alone = query.measure.alpha, Communicator.alone()
+
+    def floor_of(level: Tensor) -> Tensor:
+        return ((edge(level, alpha) - rounding(query, level)) / query.scale).float()
+
+    level = comm.max(_sampled_level(query, prototypes))
+    found: list[Candidates] | None = []
+    room = _MAX_CANDIDATES
+    for number, part in enumerate(_parts(len(prototypes.weight), prototypes.screen is not None)):
+        if number:
+            level = candidate_level(query, _joined(found, query), alone, level)
+        floor = floor_of(level)
+        if prototypes.screen is None:
+            rows = torch.arange(part.start, part.stop, device=query.unit.device)
+        else:
+            rows = Screening(query.unit, floor, prototypes).survivors(part)
+        more = _scored(query, rows, floor, prototypes, room)
+        if more is None:
+            found = None
+            break
+        found += more
+        room -= sum(each.cosines.numel() for each in more)
     if comm.any(found is None):
         return None
     assert found is not None
-    level = candidate_level(query, found, comm)
-    proved = (edge(level, alpha) - rounding(query, level)).float()
-    failed = comm.from_first(proved < floor).nonzero().squeeze(1)
-    if not failed.numel():
-        return found, level
-    part = query.rows(failed)
-    again = _collect(part.unit, part.labels, proved[failed] / query.scale, prototypes)
-    width = 0 if again is None else max(found.cosines.shape[1], again.cosines.shape[1])
-    if comm.any(again is None or width * len(query.labels) > _MAX_CANDIDATES):
-        return None
-    assert again is not None
-    cosines, classes = _widened(found, width)
-    cosines[failed], classes[failed] = _widened(again, width)
-    level[failed] = candidate_level(part, Candidates(cosines[failed], classes[failed]), comm)
-    return Candidates(cosines, classes), level
+    whole = _joined(found, query)
+    return whole, candidate_level(query, whole, comm, level)
+
+
+def _parts(classes: int, screened: bool) -> list[slice]:
+    """All classes in a few parts, the first ones smaller: what is found raises the floor."""
+    ends = [0, *(int(classes * share) for share in _PARTS if screened), classes]
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def product(embeddings: Tensor, rows: Tensor) -> Tensor:
