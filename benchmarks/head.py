@@ -77,8 +77,9 @@ class QMargin:
         measure = Measure(alpha, torch.full_like(target, -scale * margin))
         spread, classes = scale * margin, len(own.weight)
         query = Query(unit, exact, labels, target, measure, scale, spread, classes)
-        found = search(query, own, head.comm)
-        candidates, lower = refined(query, *found, own)
+        candidates, level, _ = search(query, own, head.comm)
+        assert candidates is not None
+        candidates, lower = refined(query, candidates, level, own)
         level = candidate_level(query, candidates, head.comm, lower)
         active = candidates.cosines * scale > edge(level, alpha).unsqueeze(1)
         counts = active.sum(1)

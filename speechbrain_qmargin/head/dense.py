@@ -23,8 +23,9 @@ class AllClasses:
     """The scores of all classes of a shard, for one query.
 
     float32 at alpha = 1, where a posterior is as exact relative to itself as its logit is
-    absolutely; above, 1 + (alpha - 1)(theta - tau) may nearly cancel, so float64. Scores are kept
-    where they fit 128 MB; else nothing is stored, and each pass forms them again.
+    absolutely; above, 1 + (alpha - 1)(theta - tau) may nearly cancel, so float64. With `rounded`,
+    for a batch that has most classes active, float32 as the dense loss's. Scores are kept where
+    they fit 128 MB; else nothing is stored, and each pass forms them again.
 
     `move_others` is that of :class:`~speechbrain_qmargin.loss.interface.Objective`.
     """
@@ -34,9 +35,10 @@ class AllClasses:
         query: Query,
         prototypes: Prototypes,
         move_others: Callable[[Tensor, Tensor], Tensor] | None = None,
+        rounded: bool = False,
     ) -> None:
         self.query, self.prototypes, self._move = query, prototypes, move_others
-        self._scored = query.unit if query.measure.alpha == 1 else query.exact
+        self._scored = query.unit if query.measure.alpha == 1 or rounded else query.exact
         size = len(query.labels) * len(prototypes.weight) * self._scored.element_size()
         self._keep, self._kept = size <= _KEPT_BYTES and move_others is None, None
         self._block: Block | None = None
@@ -80,8 +82,8 @@ class AllClasses:
             self._block.log_q = None if log_q is None else log_q.to(v.dtype)
             yield rows, self._block
 
-    def level(self, comm: Communicator) -> Tensor:
-        """[B], float64, the same on all ranks."""
+    def level(self, comm: Communicator, bound: Tensor | None = None) -> Tensor:
+        """[B], float64, the same on all ranks; `bound` [B] is a lower bound where one is known."""
         measure, target = self.query.measure, self.query.target
         alpha = measure.alpha
         if alpha == 1:
@@ -94,12 +96,16 @@ class AllClasses:
             peak = torch.where(peak.isfinite(), peak, 0)
             total = comm.sum(torch.exp(total - peak)).log() + peak
             return comm.from_first(torch.logaddexp(total, target + measure.target))
-        peak, lower = torch.full_like(target, -math.inf), torch.full_like(target, -math.inf)
+        peak = torch.full_like(target, -math.inf)
+        lower = peak if bound is None else bound.to(peak)
         for rows, v in self._chunks():
-            logits, log_q = v / (alpha - 1), measure.of(rows)
-            peak = torch.maximum(peak, logits.amax(1))
-            alone = single_class_level(logits, alpha, None if log_q is None else log_q.double())
-            lower = torch.maximum(lower, alone.amax(1))
+            log_q = measure.of(rows)
+            peak = torch.maximum(peak, v.amax(1).double() / (alpha - 1))
+            if log_q is not None:
+                alone = single_class_level(v.double() / (alpha - 1), alpha, log_q.double())
+                lower = torch.maximum(lower, alone.amax(1))
+        if measure.classes is None:
+            lower = torch.maximum(lower, single_class_level(peak, alpha))
         peak, lower = comm.max(torch.stack((peak, lower)))
 
         def sums(level: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,9 +113,9 @@ class AllClasses:
             for _, block in self._blocks():
                 more = block.sums(level)
                 s, h = s + more[0], h + more[1]
-            return s, h
+            return s.to(self._scored.dtype), h.to(self._scored.dtype)
 
-        return agreed_level(self.query, sums, lower, peak, comm)
+        return agreed_level(self.query, sums, lower, peak.to(self._scored.dtype), comm)
 
     def posteriors(
         self, level: Tensor, with_slopes: bool = False

@@ -165,7 +165,7 @@ def _int8_is_exact() -> bool:
 
 def _empty_screen(rows: Tensor, inverse_norm: Tensor) -> Screen:
     dtype, residual = screen_dtype(rows.device), rows.new_zeros(())
-    if dtype == torch.float32:
+    if dtype == torch.float32 or rows.shape[1] == 1:  # torch 2.14's int8 product is wrong there
         return Screen(rows, inverse_norm, residual)
     factor = torch.empty_like(inverse_norm) if dtype == torch.int8 else None
     return Screen(torch.empty_like(rows, dtype=dtype), factor, residual)

@@ -47,6 +47,7 @@ from speechbrain_qmargin.loss.solver import (
 
 __all__ = [
     "Candidates",
+    "Found",
     "Query",
     "Screening",
     "agreed_level",
@@ -65,6 +66,7 @@ _PARTS = (1 / 16, 3 / 16, 7 / 16)  # of the classes, after which the floors rise
 _BLOCK = 32768  # surviving rows scored in float32 at a time
 _SAMPLE = 16384  # rows the first floors come from
 _SAMPLE_TOP = 64
+_MOST = 0.1  # of the classes, above which none is skipped
 _MAX_CANDIDATES = 4_000_000  # padded candidates of a batch: 16 MB a buffer
 _EXACT_AT_ONCE = 4096  # rows computed again in float64
 
@@ -326,8 +328,11 @@ def agreed_level(query: Query, sums, lower: Tensor, peak: Tensor, comm: Communic
     return comm.from_first(level)
 
 
-def _sampled_level(query: Query, prototypes: Prototypes) -> Tensor:
-    """The level [B] of the targets and some evenly spaced classes: a lower bound of the level."""
+def _sampled_level(query: Query, prototypes: Prototypes) -> tuple[Tensor, float]:
+    """The level [B] of the targets and some evenly spaced classes, and what share they leave.
+
+    The level is a lower bound; the share, that of the classes above its edge.
+    """
     stride = max(1, len(prototypes.weight) // _SAMPLE)
     scores = product(query.unit, prototypes.unit(slice(None, None, stride)))
     place = (query.labels // stride).clamp(0, scores.shape[1] - 1).unsqueeze(1)
@@ -335,7 +340,9 @@ def _sampled_level(query: Query, prototypes: Prototypes) -> Tensor:
     own = scores.gather(1, place).masked_fill(is_target.unsqueeze(1), -math.inf)
     scores.scatter_(1, place, own)
     top, names = scores.topk(min(_SAMPLE_TOP, scores.shape[1]), 1, sorted=False)
-    return candidate_level(query, Candidates(top, names * stride), Communicator.alone())
+    level = candidate_level(query, Candidates(top, names * stride), Communicator.alone())
+    floor = ((edge(level, query.measure.alpha) - rounding(query, level)) / query.scale).float()
+    return level, float((scores >= floor.unsqueeze(1)).float().mean())
 
 
 def rounding(query: Query, level: Tensor) -> Tensor:
@@ -345,22 +352,44 @@ def rounding(query: Query, level: Tensor) -> Tensor:
     return query.scale * cosine + 2**-20 * (1 + tau_of(level, query.measure.alpha).abs())
 
 
-def search(
-    query: Query, prototypes: Prototypes, comm: Communicator
-) -> tuple[Candidates, Tensor] | None:
-    """Candidates that contain the whole support, and their level [B]; None: too many for memory.
+class Found(NamedTuple):
+    """What :func:`search` finds.
 
-    All ranks return None, or none does. alpha > 1.
+    Attributes
+    ----------
+    candidates : Candidates or None
+        They contain the whole support; None: they are too many.
+    level : Tensor, [B], float64
+        Of the candidates; without any, a lower bound.
+    most : bool
+        Whether so many classes are active that looking at all of them is cheaper than finding out
+        what to skip.
+    """
+
+    candidates: Candidates | None
+    level: Tensor
+    most: bool
+
+
+def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
+    """The support among a few candidates, or that there is no looking for it; alpha > 1.
+
+    All ranks go the same way.
     """
     alpha, alone = query.measure.alpha, Communicator.alone()
 
     def floor_of(level: Tensor) -> Tensor:
         return ((edge(level, alpha) - rounding(query, level)) / query.scale).float()
 
-    level = comm.max(_sampled_level(query, prototypes))
+    level, share = _sampled_level(query, prototypes)
+    level, room = comm.max(level), _MAX_CANDIDATES
     found: list[Candidates] | None = []
-    room = _MAX_CANDIDATES
-    for number, part in enumerate(_parts(len(prototypes.weight), prototypes.screen is not None)):
+    screened = prototypes.screen is not None
+    most = comm.any(screened and share > _MOST)
+    if most or comm.any(screened and share * len(level) * len(prototypes.weight) > 2 * room):
+        return Found(None, level, most)
+    bound = level
+    for number, part in enumerate(_parts(len(prototypes.weight), screened)):
         if number:
             level = candidate_level(query, _joined(found, query), alone, level)
         floor = floor_of(level)
@@ -375,10 +404,10 @@ def search(
         found += more
         room -= sum(each.cosines.numel() for each in more)
     if comm.any(found is None):
-        return None
+        return Found(None, bound, False)
     assert found is not None
     whole = _joined(found, query)
-    return whole, candidate_level(query, whole, comm, level)
+    return Found(whole, candidate_level(query, whole, comm, level), False)
 
 
 def _parts(classes: int, screened: bool) -> list[slice]:

@@ -120,16 +120,17 @@ class HeadLoss(torch.autograd.Function):
             objective.spread,
             shard.classes,
         )
-        found = everything = candidates = p = None
+        everything = candidates = p = None
+        bound, most = None, False
         with exact_accumulation(raw.device):
             if objective.alpha > 1:
-                found = search(query, prototypes, comm)
-            if found is None:
-                everything = AllClasses(query, prototypes, objective.move_others)
-                level = everything.level(comm)
+                candidates, bound, most = search(query, prototypes, comm)
+            if candidates is None or bound is None:
+                everything = AllClasses(query, prototypes, objective.move_others, rounded=most)
+                level = everything.level(comm, bound)
                 moments = _all_moments(everything, level)
             else:
-                candidates, lower = refined(query, *found, prototypes)
+                candidates, lower = refined(query, candidates, bound, prototypes)
                 level = candidate_level(query, candidates, comm, lower)
                 p, moments = _posterior(query, candidates, level)
         others, gap, support = comm.sum(moments)
@@ -198,7 +199,7 @@ def _all_moments(everything: AllClasses, level: Tensor) -> Tensor:
     for _, p, scores, _ in everything.posteriors(level):
         if alpha > 1:
             lead = (scores / (alpha - 1)).sub_(target).masked_fill_(p == 0, 0)
-            gap = torch.linalg.vecdot(p, lead)
+            gap = torch.linalg.vecdot(p, lead).double()
         else:
             gap = torch.zeros_like(level)  # does not count
         moments += torch.stack((p.sum(1).double(), gap, (p > 0).sum(1)))

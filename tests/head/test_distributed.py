@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from speechbrain_qmargin import QMarginLoss
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
 from speechbrain_qmargin.head.communicator import Communicator
-from speechbrain_qmargin.head.search import _collect
+from speechbrain_qmargin.head.search import Screening
 from speechbrain_qmargin.loss.arcface import ArcFaceLoss
 
 DIM = 16
@@ -307,5 +307,5 @@ def test_a_shard_where_no_row_survives():
     head = QMarginHead(DIM, 40_000)
     axis = torch.eye(DIM)[:1]
     head.weight.copy_(axis + 0.05 * torch.randn_like(head.weight))
-    found = _collect(-axis, torch.tensor([-1]), torch.tensor([0.5]), head.prototypes())
-    assert found.cosines.tolist() == [[-torch.inf]]
+    screening = Screening(-axis, torch.tensor([0.5]), head.prototypes())
+    assert screening.survivors(slice(0, 40_000)).numel() == 0
