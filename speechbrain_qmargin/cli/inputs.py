@@ -66,6 +66,9 @@ def read_systems(
         if name in paths:
             raise ValueError(f"two systems are called {name}: write NAME=FILE")
         paths[name] = path
+    strange = {item.partition("=")[0] for item in args.columns if "=" in item} - set(paths)
+    if strange:
+        raise ValueError(f"--columns: no system is called {', '.join(sorted(strange))}")
     files: dict[str, ScoreFile] = {}
     reference: Trials | None = None
     for name, path in paths.items():  # the first that has labels

@@ -42,7 +42,12 @@ class FoldFigure:
 
     Attributes
     ----------
+    kind : str
+        "fold_accuracy" or "fold_tar_at_far".
+    parameter : float or None
+        The FAR.
     name : str
+        As it is printed.
     mean, std : float
         Over the folds; `std` is the population's, as the field prints it.
     low, high : float
@@ -61,6 +66,8 @@ class FoldFigure:
         The FAR that a fold realised at its threshold, of :func:`ten_fold_tar`.
     """
 
+    kind: str
+    parameter: float | None
     name: str
     mean: float
     std: float
@@ -125,7 +132,8 @@ def ten_fold_accuracy(scores: np.ndarray, is_same: np.ndarray, folds: int = 10) 
         wrong += errors
     name, count = f"accuracy over {folds} folds", len(scores)
     few = rate_interval(count - wrong, count)
-    return _figure(name, values, wrong, count, wrong, few, thresholds)
+    kind = "fold_accuracy", None
+    return _figure(kind, name, values, wrong, count, wrong, few, thresholds)
 
 
 def ten_fold_tar(
@@ -169,7 +177,8 @@ def ten_fold_tar(
     few = measure.few_errors(measure.find(everything), everything)
     rests_on = min(missed, allowed_false_accepts(far, len(is_same) - genuine))
     name = f"{measure.name} over {folds} folds"
-    return _figure(name, values, missed, genuine, rests_on, few, thresholds, np.asarray(fars))
+    kind = "fold_tar_at_far", far
+    return _figure(kind, name, values, missed, genuine, rests_on, few, thresholds, np.asarray(fars))
 
 
 def check_folds(is_same: np.ndarray, folds: int = 10) -> None:
@@ -313,7 +322,9 @@ def _best_threshold(scores: np.ndarray, is_same: np.ndarray) -> float:
     return middle if middle > below.max() else threshold
 
 
-def _figure(name, values, errors, pairs, rests_on, few, thresholds, far=None) -> FoldFigure:
+def _figure(
+    kind: tuple[str, float | None], name, values, errors, pairs, rests_on, few, thresholds, far=None
+) -> FoldFigure:
     """`few` is the interval for fewer than 30 errors."""
     from scipy.stats import t
 
@@ -326,4 +337,6 @@ def _figure(name, values, errors, pairs, rests_on, few, thresholds, far=None) ->
     low, high = float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))
     std = float(values.std())
     thresholds = np.asarray(thresholds)
-    return FoldFigure(name, mean, std, low, high, errors, pairs, rests_on, values, thresholds, far)
+    return FoldFigure(
+        *kind, name, mean, std, low, high, errors, pairs, rests_on, values, thresholds, far
+    )

@@ -255,6 +255,9 @@ class _DCF:
     c_miss: float = 1.0
     c_fa: float = 1.0
 
+    def __post_init__(self) -> None:
+        metrics.bayes_threshold(self.p_target, self.c_miss, self.c_fa)  # raises ValueError
+
     unit = "cost"
     higher_is_better = False
 

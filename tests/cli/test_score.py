@@ -145,6 +145,8 @@ def test_columns_of_one_system(peers, capsys):
     assert "which is the score and which the label cannot" in capsys.readouterr().err
     assert run("report", *systems, "--columns=odd=test enrolment score label other") == 0
     assert figures(peers / "o")["odd"]["EER"]["value"] == 0
+    assert run("report", *systems, "--columns=strange=test enrolment score label other") == 1
+    assert "no system is called strange" in capsys.readouterr().err
 
 
 def test_both_orders_are_one_list(peers, capsys):
@@ -206,6 +208,9 @@ def test_a_threshold_must_not_have_seen_what_it_is_measured_on(files, tmp_path, 
     printed = capsys.readouterr().out
     assert "actDCF(p=0.5, c_miss=10, c_fa=1)" in printed
     assert "90 % interval" in printed
+    for option, said in (("--priors=0", "p_target must be in (0, 1)"), ("--c_fa=0", "costs must")):
+        assert run("report", tmp_path / "llr.tsv", f"--output={tmp_path / 'o'}", option) == 1
+        assert said in capsys.readouterr().err
     list_hash = hashlib.sha256((files / "test.txt").read_bytes()).hexdigest()
     assert f"trials: test.txt sha256:{list_hash}" in printed  # the user's list, not the copy
 
