@@ -257,12 +257,12 @@ def drawn_by(data: Dataset, method: str, workers: int, draws: int) -> None:
     next(batches)
     started = time.perf_counter()
     print(f"  {method}: main {shown(before)}; first batch after {started - start:.1f} s")
-    first = [megabytes(process.pid) for process in multiprocessing.active_children()]
+    first = [megabytes(process.pid or 0) for process in multiprocessing.active_children()]
     count = 0
     for _ in itertools.islice(batches, draws // 256):
         count += 256
     rate = count / (time.perf_counter() - started)
-    last = [megabytes(process.pid) for process in multiprocessing.active_children()]
+    last = [megabytes(process.pid or 0) for process in multiprocessing.active_children()]
     for one, other in zip(first, last, strict=True):
         print(f"    a worker: {shown(one)}; after the draws {shown(other)}")
     print(f"    main after the draws: {shown(megabytes())}; {rate:,.0f} items/s", flush=True)
@@ -348,7 +348,7 @@ def main() -> None:
                 loading(data, seconds)
             pstats.Stats(profile).sort_stats("tottime").print_stats(18)
 
-        normalise = InputNormalization("sentence", std_norm=False)
+        normalise = InputNormalization(norm_type="sentence", std_norm=False)
 
         def features(signals, fbank):
             return normalise(fbank(signals), torch.ones(len(signals)))
