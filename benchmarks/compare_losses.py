@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from speechbrain_qmargin.faces.pair_sets import ten_fold_accuracy
 from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.loss.registry import LOSSES
 from speechbrain_qmargin.scoring.figures import EqualErrorRate, TarAtFar
 from speechbrain_qmargin.scoring.influence import Influence
 from speechbrain_qmargin.scoring.metrics import operating_points
@@ -39,7 +40,7 @@ RECIPES = {
     "speech": ("recipes/voxceleb/train.py", "hparams/qmargin.yaml"),
     "face": ("recipes/face/train.py", "hparams/face_qmargin.yaml"),
 }
-LOSSES = ["arcface", "cosface", "entmax", "sparsemax", "qmargin"]
+COMPARED = ["arcface", "cosface", "entmax", "sparsemax", "qmargin"]
 ACCURACY = "accuracy of balanced pairs"
 FIGURES = {"EER": EqualErrorRate(), "TAR@1e-2": TarAtFar(1e-2), "TAR@1e-3": TarAtFar(1e-3)}
 
@@ -213,7 +214,7 @@ def main() -> None:
     )
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
+    parser.add_argument("--losses", nargs="+", choices=sorted(LOSSES), default=COMPARED)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from entmax import entmax_bisect_loss
 from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
 
-from speechbrain_qmargin import QMarginLoss
+from speechbrain_qmargin import QMarginLoss, make_loss
 
 # alpha: scale, as the paper pairs them
 SCALES = {1.0: 32.0, 1.25: 32.0, 1.5: 10.0, 1.75: 5.0, 2.0: 5.0}
@@ -29,6 +29,8 @@ def contenders() -> dict:
         losses[f"entmax_bisect_loss, alpha {alpha:g}"] = lambda cosines, labels, alpha=alpha: (
             entmax_bisect_loss(SCALES[alpha] * cosines[:, 0], labels[:, 0], alpha).mean()
         )
+    for name in ("arcface", "combined", "elasticface", "curricularface", "intertopk"):
+        losses[name] = make_loss(name)
     losses["SpeechBrain AdditiveAngularMargin"] = LogSoftmaxWrapper(AdditiveAngularMargin(0.2, 30))
     losses["cross_entropy of log_softmax"] = lambda cosines, labels: F.cross_entropy(
         30 * cosines[:, 0], labels[:, 0]

@@ -6,9 +6,16 @@ import hypothesis.strategies as st
 import mpmath
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 
-from speechbrain_qmargin import alpha_softargmax, alpha_softmax_value, q_margin_loss, solve_tau
+from speechbrain_qmargin import (
+    QMarginHead,
+    alpha_softargmax,
+    alpha_softmax_value,
+    q_margin_loss,
+    solve_tau,
+)
 
 DOUBLE = torch.float64
 
@@ -205,6 +212,32 @@ def test_softargmax_with_any_measure(theta, data, alpha, dtype):
     tolerance = 1000 * eps if alpha <= 2 else 100 * eps ** (1 / (alpha - 1))
     assert float(p.sum()) == pytest.approx(1, abs=1e-5)
     assert p.tolist() == pytest.approx(wanted, abs=tolerance)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(1.0, 16), (1.25, 32), (1.5, 10), (2.0, 5)])
+@pytest.mark.parametrize("classes", [700, 40_000])
+def test_the_sparse_head_takes_the_same_measure(alpha, scale, classes):
+    """And gives the same gradients, by the margins too."""
+    torch.manual_seed(0)
+    head, labels = QMarginHead(32, classes, seed=0).train(), torch.randint(classes, (8,))
+    x = head.weight.detach()[labels] + torch.linspace(0.05, 0.5, 8)[:, None] * torch.randn(8, 32)
+    margins, log_q = 0.4 * torch.rand(8), 4 * torch.randn(classes)
+    sparse = [t.clone().requires_grad_() for t in (x, margins)]
+    dense = [t.double().requires_grad_() for t in (x, margins)]
+    loss = head(sparse[0]).q_margin_loss(
+        labels, alpha, scale, sparse[1], log_q=log_q, reduction="none"
+    )
+    cosines = F.normalize(dense[0], dim=1) @ F.normalize(head.weight.detach().double(), dim=1).T
+    wanted = q_margin_loss(
+        cosines, labels, alpha, scale, dense[1], log_q=log_q.double(), reduction="none"
+    )
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=1e-6)
+    loss.sum().backward()
+    wanted.sum().backward()
+    for found, right in zip(sparse, dense, strict=True):
+        assert (found.grad - right.grad).norm() < 3e-6 * right.grad.norm() + 1e-6
+    with pytest.raises(TypeError, match="no gradient by log_q"):
+        head(x).q_margin_loss(labels, alpha, scale, 0.2, log_q=log_q.requires_grad_())
 
 
 def test_zero_loss_counts_no_rounding():
