@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
-from speechbrain_qmargin.head.search import Query, candidate_level, refined, search
+from speechbrain_qmargin.head.prototypes import int8_product
+from speechbrain_qmargin.head.search import Query, Screening, candidate_level, refined, search
 from speechbrain_qmargin.loss.solver import Measure, edge
 
 LR = 0.01
@@ -313,37 +314,30 @@ def median_seconds(action, repetitions: int = 5) -> float:
 
 
 def roofline(classes: int, dim: int, batch: int) -> None:
-    """The bf16 pass over the prototypes against the machine's bf16 product and memory."""
-    from speechbrain_qmargin.head.search import _CHUNK, _surviving_rows
-
+    """The screening pass over the prototypes against the machine's product and memory."""
     torch.manual_seed(0)
     head = QMarginHead(dim, classes)
     own = head.prototypes()
+    if own.screen is None:
+        raise SystemExit("--classes: from 32,768 on there is a pass to measure")
+    rows = own.screen.rows
     x = F.normalize(own.weight[:batch] + 0.05 * torch.randn(batch, dim), dim=1)
-    columns, cached = x.bfloat16().T.contiguous(), own.screen[:1024].clone()
-    out = torch.empty(1024, batch, dtype=torch.bfloat16)
-    target, source = torch.empty_like(own.screen), own.screen
-    rate = (
-        64
-        * 2
-        * 1024
-        * dim
-        * batch
-        / median_seconds(lambda: [torch.mm(cached, columns, out=out) for _ in range(64)])
-    )
-    bandwidth = source.numel() * 2 / median_seconds(lambda: source.view(torch.int32).amax())
-    copied = 2 * source.numel() * 2 / median_seconds(lambda: target.copy_(source))
-    products = median_seconds(
-        lambda: [torch.mm(part, columns) for part in own.screen.split(_CHUNK)]
-    )
-    floor = torch.full((batch,), 0.4)
-    screened = median_seconds(lambda: _surviving_rows(x, floor, own))
+    columns = (100 * x).to(rows.dtype).T.contiguous()
+    product = int8_product if rows.dtype == torch.int8 else torch.mm
+    cached = rows[:1024].clone()
+    flops, size = 2.0 * classes * dim * batch, rows.numel() * rows.element_size()
+    seconds = median_seconds(lambda: [product(cached, columns) for _ in range(64)])
+    rate = 64 * 2 * 1024 * dim * batch / seconds
+    words = rows.view(torch.int32)
+    bandwidth = size / median_seconds(lambda: words.amax())
+    products = median_seconds(lambda: [product(part, columns) for part in rows.split(2048)])
+    screening = Screening(x, torch.full((batch,), 0.4), own)
+    screened = median_seconds(lambda: screening.survivors(slice(0, classes)))
     bare = median_seconds(lambda: x @ own.weight.T)
-    flops, size = 2.0 * classes * dim * batch, 2.0 * classes * dim
     print(f"C = {classes:,}, D = {dim}, B = {batch}, {torch.get_num_threads()} threads")
-    print(f"bf16 product, rows in the cache: {rate / 1e9:.0f} GFLOP/s")
-    print(f"memory: {bandwidth / 1e9:.1f} GB/s read, {copied / 1e9:.1f} GB/s copied")
-    print(f"bf16 pass: {size / 1e6:.0f} MB, {flops / 1e9:.1f} GFLOP")
+    print(f"{rows.dtype} product, rows in the cache: {rate / 1e9:.0f} GFLOP/s")
+    print(f"memory: {bandwidth / 1e9:.1f} GB/s read")
+    print(f"the pass: {size / 1e6:.0f} MB, {flops / 1e9:.1f} GFLOP")
     print(f"  at least {flops / rate:.3f} s by the product, {size / bandwidth:.3f} s by memory")
     print(f"  products alone {products:.3f} s, {flops / products / 1e9:.0f} GFLOP/s")
     print(f"  with comparison and survivors {screened:.3f} s, {flops / screened / 1e9:.0f} GFLOP/s")

@@ -240,6 +240,17 @@ class VerificationBrain(OpenBrain):
             custom_load_hook=lambda head, path, _: head.load_shards(path, head_optimizer),
         )
 
+    def check_gradients(self):
+        """SpeechBrain's ``skip_nonfinite_grads``, which cannot read row-sparse gradients."""
+        for name, parameter in self.modules.named_parameters():
+            grad = parameter.grad
+            if grad is None:
+                continue
+            values = grad._values() if grad.is_sparse else grad
+            if not bool(values.isfinite().all()):
+                parameter.grad = None
+                logger.warning(f"The gradient of {name} is not finite: this step leaves it out")
+
     def on_fit_batch_start(self, batch, should_step):
         super().on_fit_batch_start(batch, should_step)
         # A step's randomness is a function of the seed and the step: a resumed run repeats it.

@@ -144,6 +144,7 @@ def spawned(_, head, expected):
     assert torch.equal(head.weight.detach(), expected)
 
 
+@pytest.mark.slow
 def test_spawn():
     head, _ = trained()
     mp.spawn(spawned, (copy.deepcopy(head), weights(head)), nprocs=1)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.epochs import CurrentEpoch
 from speechbrain_qmargin.data.speech import prepare_speech
 from speechbrain_qmargin.data.speech_dataset import SpeechDataset
+from speechbrain_qmargin.head import QMarginHead
 from speechbrain_qmargin.training import brain as brain_module
-from speechbrain_qmargin.training.brain import SpeakerBrain
+from speechbrain_qmargin.training.brain import SpeakerBrain, VerificationBrain
 from speechbrain_qmargin.training.checkpoints import load_pretrained
 from speechbrain_qmargin.training.config import load_experiment
 from speechbrain_qmargin.training.run_folder import RunFolder
@@ -485,3 +487,15 @@ def test_tensorboard_by_one_setting(folder, tmp_path):
     found.Reload()
     assert [event.step for event in found.Scalars("loss/train")] == [1, 2]
     assert "support_mean/train" in found.Tags()["scalars"]
+
+
+def test_gradients_that_are_not_finite_are_left_out_row_sparse_ones_too():
+    head, encoder = QMarginHead(4, 30, sparse_grad=True), torch.nn.Linear(4, 4)
+    brain = SimpleNamespace(modules=torch.nn.ModuleDict({"classifier": head, "encoder": encoder}))
+    head(encoder(torch.randn(3, 4)), torch.arange(3)).backward()
+    VerificationBrain.check_gradients(brain)
+    assert head.weight.grad is not None
+    head.weight.grad._values()[0, 0] = float("nan")
+    VerificationBrain.check_gradients(brain)
+    assert head.weight.grad is None
+    assert encoder.weight.grad is not None
