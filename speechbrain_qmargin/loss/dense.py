@@ -10,6 +10,7 @@ from torch import Tensor
 
 from speechbrain_qmargin.loss.interface import Objective, Rows, prior_slope
 from speechbrain_qmargin.loss.solver import (
+    FLOAT32_LOG_RANGE,
     Block,
     Measure,
     compute_dtype,
@@ -26,7 +27,6 @@ __all__ = ["DenseScores", "check_labels"]
 # tau on a subset of the classes is a lower bound of tau. With many classes the steps start from its
 # value on the largest logits, which is mostly the answer and saves most of the full passes.
 _WARM_START_CLASSES, _WARM_START_SUBSET = 2048, 64
-_FLOAT32_LOG_RANGE = 80.0  # of q^(alpha-1): beyond, it is computed in float64
 
 
 class DenseScores:
@@ -155,7 +155,7 @@ class _FenchelYoung(torch.autograd.Function):
         prior = torch.zeros_like(cos_y) if target_log_q is None else target_log_q.to(exact)
         if spread is None:
             spread = spread_of(target_log_q, log_q) if alpha > 1 else 0.0
-        if log_q is not None and float((alpha - 1) * log_q.abs().amax()) > _FLOAT32_LOG_RANGE:
+        if log_q is not None and float((alpha - 1) * log_q.abs().amax()) > FLOAT32_LOG_RANGE:
             dtype = exact
         # Differences to one wrong cosine, taken before scaling: nearly exact where it matters. The
         # target leaves the matrix, so that its tiny prior meets no rounding.

@@ -34,6 +34,7 @@ from speechbrain_qmargin.loss.dense import DenseScores, check_labels
 from speechbrain_qmargin.loss.interface import Objective, QMarginStats
 from speechbrain_qmargin.loss.learnt_order import softargmax_of_orders
 from speechbrain_qmargin.loss.solver import (
+    FLOAT32_LOG_RANGE,
     Block,
     check_alpha,
     compute_dtype,
@@ -56,8 +57,6 @@ __all__ = [
     "q_margin_objective",
     "solve_tau",
 ]
-
-_FLOAT32_LOG_RANGE = 80.0  # of q^(alpha-1): beyond, it is computed in float64
 
 
 def hard_margin(alpha: float, scale: float, margin: float) -> float:
@@ -130,7 +129,7 @@ def _level(
     else:
         log_q = log_q.to(lower.dtype)
         total, spread = torch.logsumexp(log_q, -1), spread_of(log_q)
-        if (alpha - 1) * float(log_q.abs().amax()) > _FLOAT32_LOG_RANGE:
+        if (alpha - 1) * float(log_q.abs().amax()) > FLOAT32_LOG_RANGE:
             z = z.to(lower.dtype)
     # no u is larger than where all the mass would lie at the largest logit
     upper = single_class_level(z.amax(-1).to(lower.dtype), alpha, total)

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "FLOAT32_LOG_RANGE",
     "Block",
     "Measure",
     "Solution",
@@ -57,6 +58,7 @@ __all__ = [
 # alpha -> 1, and a level is tau; below, it is the edge tau - k
 _LOG_DOMAIN_POWER = 8.0
 _MAX_STEPS_SAFEGUARDED = 128
+FLOAT32_LOG_RANGE = 80.0  # of q^(alpha-1): beyond, a Block is to be of float64
 
 
 class Measure(NamedTuple):
