@@ -100,6 +100,7 @@ def test_an_interrupted_scan_goes_on(tmp_path, opened, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_many_m4a_files_are_opened_by_processes(tmp_path, monkeypatch):
     pytest.importorskip("av", reason="m4a needs the extra voxceleb (PyAV)")
     from voxceleb_tree import write_m4a

@@ -506,6 +506,7 @@ def test_an_index_of_shards_is_20_bytes_an_image(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_many_shards_are_read_by_several_processes(tmp_path, monkeypatch):
     for number in range(64):
         write_shard(tmp_path / f"{number:02d}.tar", [encoded(number)], [number])
