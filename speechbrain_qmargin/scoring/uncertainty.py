@@ -383,7 +383,8 @@ class Spread:
         points = self.points
         accepts = max(1, points.errors_at(threshold)[1])
         reach = min(points.num_impostors - 1, math.ceil(accepts * math.exp(_SPAN)))
-        ranks = np.geomspace(max(accepts * math.exp(-_SPAN), 0.3), reach, _GRID)
+        fewest = 0.3  # rank 0 after rounding
+        ranks = np.geomspace(max(accepts * math.exp(-_SPAN), fewest), max(reach, fewest), _GRID)
         thresholds = {_accepting(points, rank) for rank in np.unique(ranks.astype(int)).tolist()}
         order = sorted(thresholds | {threshold})
         misses, accepted = np.array([points.errors_at(each) for each in order]).T

@@ -389,3 +389,16 @@ def test_sparse_lists_are_covered():
     assert (held >= 0.90).all()
     assert (held <= 0.995).all()
     assert (alarms <= 0.10).all()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_lists_of_a_handful_of_trials_are_evaluated(seed):
+    rng = np.random.default_rng(seed)
+    ids = [f"s{n % 3}/{n}" for n in range(6)]
+    sides = np.array([(i, j) for i in range(6) for j in range(i)])
+    same = sides[:, 0] % 3 == sides[:, 1] % 3
+    impostors = rng.choice(np.flatnonzero(~same), 1 + seed % 2, replace=False)
+    kept = np.concatenate([np.flatnonzero(same)[: 1 + seed % 3], impostors])
+    trials = LabelledTrials(ids, sides[kept, 0], sides[kept, 1], same[kept])
+    report = evaluate(rng.normal(size=len(kept)).astype(np.float32), trials)
+    assert {figure.support for figure in report.figures} == {"unsupported"}
