@@ -65,5 +65,6 @@ def compare(rank, rendezvous):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_in_two_shards_they_are_what_they_are_in_one_process(tmp_path):
     mp.spawn(compare, (str(tmp_path / "rendezvous"),), nprocs=2)

@@ -87,6 +87,7 @@ def test_results_lost_after_training_are_made_again_without_training(corpus, tmp
     assert (output / "history.jsonl").read_bytes() == history
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_scored_anew_on_another_list(corpus, tmp_path, capsys):
     output = tmp_path / "out"
     run(*on(corpus, output))
@@ -158,6 +159,7 @@ def test_one_broken_training_recording_costs_neither_training_nor_results(
     assert len((output / "save/skipped_audio.txt").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_large_margin_fine_tuning_continues_a_run(corpus, tmp_path, capsys):
     output = tmp_path / "first"
     run(*on(corpus, output, "--alpha=1.75", "--scale=5"))
