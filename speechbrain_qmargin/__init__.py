@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from speechbrain_qmargin.loss.adaptive import NormQMarginLoss as NormQMarginLoss
     from speechbrain_qmargin.loss.adaptive import PriorQMarginLoss as PriorQMarginLoss
     from speechbrain_qmargin.loss.arcface import ArcFaceLoss as ArcFaceLoss
+    from speechbrain_qmargin.loss.base import Loss as Loss
     from speechbrain_qmargin.loss.combined import CombinedMarginLoss as CombinedMarginLoss
     from speechbrain_qmargin.loss.cosface import CosFaceLoss as CosFaceLoss
     from speechbrain_qmargin.loss.curricularface import CurricularFaceLoss as CurricularFaceLoss
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from speechbrain_qmargin.loss.functional import margin_for as margin_for
     from speechbrain_qmargin.loss.functional import q_margin_loss as q_margin_loss
     from speechbrain_qmargin.loss.functional import solve_tau as solve_tau
-    from speechbrain_qmargin.loss.interface import Loss as Loss
     from speechbrain_qmargin.loss.interface import Objective as Objective
     from speechbrain_qmargin.loss.interface import QMarginStats as QMarginStats
     from speechbrain_qmargin.loss.interface import Scores as Scores
@@ -47,6 +47,7 @@ _NAMES = {
     "loss.adaface": ("AdaFaceLoss",),
     "loss.adaptive": ("ElasticQMarginLoss", "NormQMarginLoss", "PriorQMarginLoss"),
     "loss.arcface": ("ArcFaceLoss",),
+    "loss.base": ("Loss",),
     "loss.combined": ("CombinedMarginLoss",),
     "loss.cosface": ("CosFaceLoss",),
     "loss.curricularface": ("CurricularFaceLoss",),
@@ -61,7 +62,7 @@ _NAMES = {
         "solve_tau",
     ),
     "loss.intertopk": ("InterTopKLoss",),
-    "loss.interface": ("Loss", "Objective", "QMarginStats", "Scores"),
+    "loss.interface": ("Objective", "QMarginStats", "Scores"),
     "loss.magface": ("MagFaceLoss",),
     "loss.qmargin": ("QMarginFaceLoss", "QMarginLoss"),
     "loss.registry": ("LOSSES", "make_loss"),

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from speechbrain_qmargin.loss.interface import Loss, Objective, Scores
+from speechbrain_qmargin.loss.base import Loss
+from speechbrain_qmargin.loss.interface import Objective, Scores
 
 __all__ = ["CombinedMarginLoss", "combined_margin"]
 

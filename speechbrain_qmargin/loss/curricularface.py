@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from speechbrain_qmargin.loss.arcface import angular_margin
-from speechbrain_qmargin.loss.interface import Loss, Objective, Rows, Scores
+from speechbrain_qmargin.loss.base import Loss
+from speechbrain_qmargin.loss.interface import Objective, Rows, Scores
 
 __all__ = ["CurricularFaceLoss"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speechbrain_qmargin.loss.interface import Objective, Rows, prior_slope
+from speechbrain_qmargin.loss.interface import Objective, Rows, Scores, prior_slope
 from speechbrain_qmargin.loss.solver import (
     FLOAT32_LOG_RANGE,
     Block,
@@ -127,6 +127,31 @@ class DenseScores:
                 statistics,
             )
         return Rows(loss, target_posterior, support)
+
+
+def scores_of(outputs: Tensor | Scores, embeddings: Tensor | None = None) -> Scores:
+    """A classifier's output as :class:`Scores`.
+
+    Parameters
+    ----------
+    outputs : Tensor, [B, C] or [B, 1, C], or Scores
+        Cosines; Scores, as the sparse head's training output, are returned as they are.
+    embeddings : Tensor, [B, D] or [B, 1, D], optional
+        What a dense classifier was given, for the losses that look at norms.
+
+    Raises
+    ------
+    TypeError
+        Neither cosines nor Scores.
+    """
+    if isinstance(outputs, Tensor):
+        return DenseScores(outputs, embeddings)
+    if isinstance(outputs, Scores):
+        return outputs
+    raise TypeError(
+        "a loss takes cosines [B, 1, C] or a sparse head's training output, got "
+        f"{type(outputs).__name__}"
+    )
 
 
 class _FenchelYoung(torch.autograd.Function):

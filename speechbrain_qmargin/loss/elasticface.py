@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from speechbrain_qmargin.loss.arcface import angular_margin
-from speechbrain_qmargin.loss.interface import Loss, Objective, Scores
+from speechbrain_qmargin.loss.base import Loss
+from speechbrain_qmargin.loss.interface import Objective, Scores
 
 __all__ = ["Draws", "ElasticFaceLoss"]
 

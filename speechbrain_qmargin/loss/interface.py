@@ -1,38 +1,22 @@
-"""What a loss and a classifier say to each other, and the base class of the losses.
+"""What a loss and a classifier say to each other.
 
 A classifier shows a loss one batch as :class:`Scores`: the dense classifier's cosines
-(SpeechBrain's ``Classifier``; wrapped by :func:`scores_of`), the sparse head's training output, or
-its shard's. The loss answers with an :class:`Objective`, which can be evaluated without all
+(SpeechBrain's ``Classifier``; wrapped by :func:`~speechbrain_qmargin.loss.dense.scores_of`), the
+sparse head's training output, or its shard's. The loss answers with an :class:`Objective`, which can be evaluated without all
 cosines in one place, and gets :class:`Rows` back.
-
-A loss of one's own is one class in one file::
-
-    class MyLoss(Loss):
-        settings = ("scale", "margin")
-
-        def __init__(self, scale: float = 32.0, margin: float = 0.2) -> None:
-            super().__init__(scale=scale, margin=margin)
-
-        def objective(self, scores, targets):
-            return Objective(scale=self.scale, move_target=lambda cosine: cosine - self.margin)
-
-It trains with ``--loss my_module:MyLoss`` in the recipes, as ``!new:my_module.MyLoss`` in any YAML,
-on the dense and on the sparse head. A cross-entropy says how cosines move; a Fenchel-Young loss
-gives alpha and log q; what is neither overrides :meth:`Loss.rows` and asks for all cosines.
+The losses themselves derive from :class:`~speechbrain_qmargin.loss.base.Loss`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = [
-    "Loss",
     "Objective",
     "QMarginStats",
     "Rows",
@@ -40,9 +24,7 @@ __all__ = [
     "attach",
     "flat",
     "prior_slope",
-    "scores_of",
     "slope_of",
-    "value_of",
 ]
 
 
@@ -226,172 +208,6 @@ def prior_slope(log_q: Tensor, residual: Tensor, alpha: float) -> Tensor:
     there = residual > -1
     power = torch.expm1(alpha * torch.log1p(torch.where(there, residual, 0)))
     return torch.where(there, power, -1) * torch.exp(log_q * (1 - alpha)) / alpha
-
-
-def scores_of(outputs: Tensor | Scores, embeddings: Tensor | None = None) -> Scores:
-    """A classifier's output as :class:`Scores`.
-
-    Parameters
-    ----------
-    outputs : Tensor, [B, C] or [B, 1, C], or Scores
-        Cosines; Scores, as the sparse head's training output, are returned as they are.
-    embeddings : Tensor, [B, D] or [B, 1, D], optional
-        What a dense classifier was given, for the losses that look at norms.
-
-    Raises
-    ------
-    TypeError
-        Neither cosines nor Scores.
-    """
-    from speechbrain_qmargin.loss.dense import DenseScores
-
-    if isinstance(outputs, Tensor):
-        return DenseScores(outputs, embeddings)
-    if isinstance(outputs, Scores):
-        return outputs
-    raise TypeError(
-        "a loss takes cosines [B, 1, C] or a sparse head's training output, got "
-        f"{type(outputs).__name__}"
-    )
-
-
-class Loss(nn.Module):
-    """Base of the losses, called as SpeechBrain calls ``compute_cost``.
-
-    A subclass names its numbers in `settings`, passes them to ``super().__init__`` by name, and
-    defines :meth:`objective`. The numbers are attributes; :meth:`set` changes them between steps.
-
-    Attributes
-    ----------
-    settings : tuple of str
-        The numbers that a user may give and a schedule may change; alpha, scale and margin have
-        these names.
-    fixed : dict
-        Those that make it the loss of its name, with their values.
-    needs_embeddings : bool
-        Whether it looks at embeddings, which the dense classifier of an unmodified SpeechBrain
-        recipe does not hand on.
-    """
-
-    settings: ClassVar[tuple[str, ...]] = ("scale", "margin")
-    fixed: ClassVar[Mapping[str, float]] = {}
-    needs_embeddings: ClassVar[bool] = False
-
-    def __init__(self, **values: float) -> None:
-        super().__init__()
-        missing = set(self.settings) ^ set(values)
-        if missing:
-            raise TypeError(
-                f"{type(self).__name__}: settings and the values given to Loss.__init__ differ by "
-                f"{', '.join(sorted(missing))}"
-            )
-        self.set(**values)
-
-    def check(self, **values: float) -> None:
-        """Refuse values outside the family; called with all settings by name."""
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value}")
-        if "scale" in values and not values["scale"] > 0:
-            raise ValueError(f"scale must be a finite number > 0, got {values['scale']}")
-        if "margin" in values and not values["margin"] >= 0:
-            raise ValueError(f"margin must be a finite number >= 0, got {values['margin']}")
-
-    def set(self, **values: float) -> None:
-        """Change settings, all or none of them.
-
-        Raises
-        ------
-        ValueError
-            A name the loss does not have, a value outside its range, or one that would make it
-            another loss than its name says.
-        """
-        name = type(self).__name__
-        for key, value in values.items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                raise TypeError(f"{name}: {key} is a number; as a tensor it would not be learnt")
-            if key not in self.settings:
-                self.value(key)
-            if self.fixed.get(key, value) != value:
-                raise ValueError(
-                    f"{name} is {key} = {self.fixed[key]:g}, got {value:g}; use qmargin for others"
-                )
-        now = {key: values.get(key, getattr(self, key, None)) for key in self.settings}
-        self.check(**{key: float(value) for key, value in now.items() if value is not None})
-        for key, value in values.items():
-            setattr(self, key, float(value))
-
-    def large_margin(self) -> float:
-        """The margin of large-margin fine-tuning at the other settings: 0.5, as WeSpeaker."""
-        return self.fixed.get("margin", 0.5)
-
-    def warning(self) -> str | None:
-        """What a user should know of these settings before training; None: nothing."""
-        return None
-
-    def value(self, name: str) -> float:
-        """A setting by name.
-
-        Raises
-        ------
-        ValueError
-            One that the loss does not have.
-        """
-        if name not in self.settings:
-            raise ValueError(
-                f"{type(self).__name__} has no {name}; it has {', '.join(self.settings)}"
-            )
-        return getattr(self, name)
-
-    def objective(self, scores: Scores, targets: Tensor) -> Objective:
-        """What is to be evaluated for targets [B]."""
-        raise NotImplementedError(f"{type(self).__name__} defines neither objective nor rows")
-
-    def rows(self, scores: Scores, targets: Tensor, *, statistics: bool = False) -> Rows:
-        """Losses of a batch; targets [B]."""
-        return scores.evaluate(targets, self.objective(scores, targets), statistics=statistics)
-
-    def forward(
-        self, outputs: Tensor | Scores, targets: Tensor, length: Tensor | None = None
-    ) -> Tensor:
-        """Mean loss of a batch.
-
-        Parameters
-        ----------
-        outputs : Tensor, [B, C] or [B, 1, C], or Scores
-            Cosines, or the training output of a sparse head, which is evaluated without logits.
-        targets : Tensor, [B] or [B, 1], integer
-            Labels in [0, C).
-        length : ignored
-            SpeechBrain passes relative lengths to every loss; one embedding has none.
-
-        Returns
-        -------
-        Tensor
-            Scalar, float32 (float64 for float64 input).
-        """
-        return self.rows(scores_of(outputs), flat(targets)).loss.mean()
-
-    def with_stats(self, outputs: Tensor | Scores, targets: Tensor) -> tuple[Tensor, QMarginStats]:
-        """:meth:`forward` and the batch's :class:`QMarginStats`."""
-        rows = self.rows(scores_of(outputs), flat(targets), statistics=True)
-        return rows.loss.mean(), QMarginStats.of(rows, getattr(self, "alpha", 1.0))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name):.4g}" for name in self.settings)
-
-
-def value_of(loss: object, name: str) -> float:
-    """A setting of a loss that a schedule is to change; ValueError for one that has no settings."""
-    if not isinstance(loss, Loss):
-        raise ValueError(
-            f"loss_schedule: {type(loss).__name__} is no speechbrain_qmargin.Loss, so its {name} "
-            "cannot be changed in training"
-        )
-    return loss.value(name)
 
 
 def flat(targets: Tensor) -> Tensor:

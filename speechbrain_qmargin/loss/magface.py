@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from speechbrain_qmargin.loss.arcface import angular_margin
-from speechbrain_qmargin.loss.interface import Loss, Objective, Rows, Scores
+from speechbrain_qmargin.loss.base import Loss
+from speechbrain_qmargin.loss.interface import Objective, Rows, Scores
 from speechbrain_qmargin.loss.norms import norms_of
 
 __all__ = ["MagFaceLoss"]

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from speechbrain_qmargin.loss.interface import Loss, Scores
+from speechbrain_qmargin.loss.base import Loss
+from speechbrain_qmargin.loss.interface import Scores
 
 __all__ = ["RunningNorms", "norms_of"]
 

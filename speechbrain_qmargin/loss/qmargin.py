@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.functional import (
     check_loss_parameters,
     hard_margin,
     margin_for,
     q_margin_objective,
 )
-from speechbrain_qmargin.loss.interface import Loss, Objective, Scores
+from speechbrain_qmargin.loss.interface import Objective, Scores
 
 __all__ = ["QMarginFaceLoss", "QMarginLoss"]
 

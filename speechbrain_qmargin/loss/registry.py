@@ -10,12 +10,12 @@ from typing import Any
 from speechbrain_qmargin.loss.adaface import AdaFaceLoss
 from speechbrain_qmargin.loss.adaptive import ElasticQMarginLoss, NormQMarginLoss
 from speechbrain_qmargin.loss.arcface import ArcFaceLoss
+from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.combined import CombinedMarginLoss
 from speechbrain_qmargin.loss.cosface import CosFaceLoss
 from speechbrain_qmargin.loss.curricularface import CurricularFaceLoss
 from speechbrain_qmargin.loss.elasticface import ElasticFaceLoss
 from speechbrain_qmargin.loss.entmax import EntmaxLoss, SparsemaxLoss
-from speechbrain_qmargin.loss.interface import Loss
 from speechbrain_qmargin.loss.intertopk import InterTopKLoss
 from speechbrain_qmargin.loss.magface import MagFaceLoss
 from speechbrain_qmargin.loss.qmargin import QMarginFaceLoss, QMarginLoss

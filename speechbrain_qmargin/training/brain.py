@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from speechbrain_qmargin.extraction import EmbeddingParts, extract_into
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.loss.interface import Loss, scores_of, value_of
+from speechbrain_qmargin.loss.base import Loss, value_of
+from speechbrain_qmargin.loss.dense import scores_of
 from speechbrain_qmargin.models import Encoder, ImageEncoder, check_embeddings
 from speechbrain_qmargin.training.checkpoints import bare, ends_an_epoch, load_average
 from speechbrain_qmargin.training.internals import OpenBrain, skip_to
