@@ -2,9 +2,9 @@
 
 A classifier shows a loss one batch as :class:`Scores`: the dense classifier's cosines
 (SpeechBrain's ``Classifier``; wrapped by :func:`~speechbrain_qmargin.loss.dense.scores_of`), the
-sparse head's training output, or its shard's. The loss answers with an :class:`Objective`, which can be evaluated without all
-cosines in one place, and gets :class:`Rows` back.
-The losses themselves derive from :class:`~speechbrain_qmargin.loss.base.Loss`.
+sparse head's training output, or its shard's. The loss answers with an :class:`Objective`, which
+can be evaluated without all cosines in one place, and gets :class:`Rows` back. The losses
+themselves derive from :class:`~speechbrain_qmargin.loss.base.Loss`.
 """
 
 from __future__ import annotations
