@@ -32,7 +32,7 @@ from hyperpyyaml.core import recursive_update
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from speechbrain_qmargin.training.trust import object_names, refuse_code
+from speechbrain_qmargin.training.trust import object_names, refuse_code, refuse_outside
 
 __all__ = [
     "CommandLine",
@@ -133,7 +133,10 @@ def compose(hparams_file: str | Path, overrides: dict[str, str], trust: bool = F
             )
         if key not in document.chosen:
             document.change(key, given[key], text)
-    return document.text()
+    text = document.text()
+    if document.borrowed is not None and not trust:
+        refuse_outside(text, document.borrowed)
+    return text
 
 
 def resolved(text: str) -> Any:
@@ -295,6 +298,7 @@ class _Document:
     def __init__(self, heading: str, entries: dict[str, _Entry]) -> None:
         self.heading, self.entries = heading, entries
         self.chosen: set[str] = set()  # settings that were `auto`
+        self.borrowed: Path | None = None  # the file of a run's folder that it extends
 
     @classmethod
     def of(cls, text: str, source: str | Path) -> _Document:
@@ -433,7 +437,10 @@ def _compose(path: Path, given: dict[str, Any], trust: bool, checked: bool = Fal
     if parent is not None:
         choices = {**plain_settings(document.values()), **given}
         file = _named(parent, path, choices)
-        below = _compose(file, choices, trust, checked or parent.startswith("<"))
+        from_folder = parent.startswith("<")
+        below = _compose(file, choices, trust, checked or from_folder)
+        if from_folder:
+            below.borrowed = file
         below.heading = document.heading
         below.update(document.entries)
         document = below

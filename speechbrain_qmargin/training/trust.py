@@ -13,6 +13,7 @@ directives, aliases and implicit tags mean here what they mean there.
 from __future__ import annotations
 
 import inspect
+import os
 import pydoc
 import re
 from collections.abc import Collection, Iterator
@@ -24,7 +25,7 @@ from ruamel.yaml import YAML, Loader
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-__all__ = ["load_checked", "object_names", "refuse_code"]
+__all__ = ["load_checked", "object_names", "refuse_code", "refuse_outside"]
 
 # Modules whose networks and optimisers may be built, those below them included.
 ROOTS = (
@@ -62,6 +63,9 @@ NAMES = frozenset(
         "speechbrain_qmargin.training.schedules.warmup_exponential",
     }
 )
+# Those that write or delete files, and the settings that say where
+WRITERS = ("AtomicCheckpointer", "FileTrainLogger", "TensorboardLogger")
+PLACES = ("save_folder", "collect_in")
 # Settings that name a module of the user's own, which is imported
 IMPORTED, MAKE_LOSS = ("loss", "reader"), "speechbrain_qmargin.make_loss"
 _OBJECT = re.compile(r"!(?:new|name|apply):(.*)", re.DOTALL)
@@ -116,6 +120,60 @@ def refuse_code(text: str, source: str | Path, trust: bool | Collection[str] = F
                 _refuse(source, f"{key}: {value}, a name of somebody's module,")
     except (YAMLError, RecursionError) as error:
         raise ValueError(f"{source}: not a YAML file ({_first_line(error)})") from None
+
+
+def refuse_outside(text: str, source: str | Path) -> None:
+    """Refuse a document that writes elsewhere than in its ``output_folder``.
+
+    Checkpoints are deleted when newer ones are there, and a log is appended to: a YAML that came
+    with a folder must not choose where.
+
+    Parameters
+    ----------
+    text : str
+        The whole experiment; nothing of it is built.
+    source : path
+        The file that came with the folder, for the message.
+
+    Raises
+    ------
+    ValueError
+        A checkpointer, a log or ``save_folder`` outside ``output_folder``.
+
+    Examples
+    --------
+    >>> refuse_outside("output_folder: a\\nsave_folder: !ref <output_folder>/save", "run.yaml")
+    >>> refuse_outside("output_folder: a\\nsave_folder: a/../b", "run.yaml")
+    Traceback (most recent call last):
+    ValueError: run.yaml: a/../b is outside the output folder a...
+    """
+    tree = YAML().load(resolve_references(text).read())
+    folder = tree.get("output_folder")
+    for place in _places(tree):
+        inside = isinstance(folder, str) and os.path.realpath(place).startswith(
+            os.path.join(os.path.realpath(folder), "")
+        )
+        if not inside:
+            raise ValueError(
+                f"{source}: {place} is outside the output folder {folder}, and the run would write "
+                "there; nothing was loaded. If you know where the folder is from and mean it, say "
+                "--trust"
+            )
+
+
+def _places(node: Any, writes: bool = False) -> Iterator[str]:
+    """Where the objects of a resolved tree write."""
+    tag = getattr(getattr(node, "tag", None), "value", None) or ""
+    if tag:  # an object's own arguments, not those of the objects among them
+        writes = tag.endswith(WRITERS)
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _places(value, writes or key in PLACES)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _places(value, writes)
+    elif writes and isinstance(node, str):
+        yield node
 
 
 def load_checked(text: str, source: str | Path, trust: bool | Collection[str] = False) -> dict:

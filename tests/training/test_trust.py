@@ -199,3 +199,36 @@ def test_weights_that_are_more_than_tensors_are_refused(run, tmp_path):
     with pytest.raises(OSError, match=r"embedding_model\.ckpt: damaged, or not weights alone"):
         load_encoder(folder)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "save_folder: {place}",
+        "train_logger: !new:speechbrain.utils.train_logger.FileTrainLogger [{place}]",
+        "train_logger: !new:speechbrain.utils.train_logger.FileTrainLogger {{save_file: {place}}}",
+        "checkpointer: !new:speechbrain_qmargin.training.checkpoints.AtomicCheckpointer\n"
+        "    checkpoints_dir: !ref <output_folder>/../victim",
+    ],
+)
+def test_a_folder_does_not_choose_where_a_run_writes(tmp_path, change):
+    own = [str(HPARAMS / "qmargin.yaml"), f"--output_folder={tmp_path / 'own'}", "--size=mini"]
+    parent = tmp_path / "run"
+    parent.mkdir()
+    text = load_experiment(own).text
+    (parent / "experiment.yaml").write_text(text)
+    start = [str(HPARAMS / "qmargin_lm.yaml"), f"--pretrained={parent}"]
+    load_experiment(start)
+
+    key = change.partition(":")[0]
+    kept, skipping = [], False
+    for line in text.splitlines():
+        skipping = line.startswith(f"{key}:") or (skipping and line.startswith((" ", "\t")))
+        kept += [] if skipping else [line]
+    changed = "\n".join([*kept, change.format(place=tmp_path / "victim")]) + "\n"
+    (parent / "experiment.yaml").write_text(changed)
+    with pytest.raises(
+        ValueError, match=r"experiment\.yaml: .*victim is outside the output folder"
+    ):
+        load_experiment(start)
+    assert load_experiment([*start, "--trust"]).settings["loss"] == "qmargin"
