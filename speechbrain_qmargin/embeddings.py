@@ -317,7 +317,7 @@ def _load_kaldi(path: Path) -> Embeddings:
     names, rows = [], []
     if path.suffix == ".ark":
         with path.open("rb") as stream:
-            while name := _token(stream):
+            while name := _token(stream, path):
                 names.append(name)
                 rows.append(_kaldi_vector(stream, f"{path}: {name}"))
     else:
@@ -346,12 +346,15 @@ def _load_kaldi(path: Path) -> Embeddings:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _token(stream: BinaryIO) -> str:
-    """Bytes up to the next space, which is read too."""
+def _token(stream: BinaryIO, path: Path) -> str:
+    """The text up to the next space, which is read too."""
     token = bytearray()
     while (byte := stream.read(1)) not in (b"", b" "):
         token += byte
-    return token.decode().strip()
+    try:
+        return token.decode().strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: an id that is not UTF-8: {bytes(token)!r:.60}") from None
 
 
 def _kaldi_vector(stream: BinaryIO, where: str) -> np.ndarray:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from speechbrain_qmargin.data.audio import decode_audio, inspect_audio
 from speechbrain_qmargin.data.manifest import Texts
-from speechbrain_qmargin.files import cache_folder, replacing
+from speechbrain_qmargin.files import cache_folder, load_arrays, replacing
 
 __all__ = ["check_recordings", "durations", "durations_file"]
 
@@ -213,13 +212,13 @@ def _read(cache: Path) -> _Known:
     if not cache.is_file():
         return nothing
     try:
-        with np.load(cache, allow_pickle=False) as arrays:
-            names = Texts(arrays["names"], arrays["offsets"])
-            found = _Known(names, arrays["sizes"], arrays["times"], arrays["seconds"])
+        arrays = load_arrays(cache, "durations")
+        names = Texts(arrays["names"], arrays["offsets"])
+        found = _Known(names, arrays["sizes"], arrays["times"], arrays["seconds"])
         if {len(column) for column in found} != {len(names)}:
             raise ValueError("columns of several lengths")
         return found
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, LookupError, OSError) as error:
         logger.warning(f"{cache} is damaged ({error}); the recordings are opened again")
         return nothing
 

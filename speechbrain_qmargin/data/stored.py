@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.utils.data import Dataset
 
 from speechbrain_qmargin.data.images import read_image
 from speechbrain_qmargin.data.skipped import Skipped
-from speechbrain_qmargin.files import cache_folder, replacing
+from speechbrain_qmargin.files import cache_folder, load_arrays, replacing
 
 __all__ = ["StoredFaces", "kept_beside"]
 
@@ -111,10 +110,10 @@ def kept_beside(
     places = beside, cache_folder() / "face_indexes" / f"{place}-{beside.name}"
     for file in filter(Path.is_file, places):
         try:
-            with np.load(file, allow_pickle=False) as saved:
-                if str(saved["state"]) == state:
-                    return {key: saved[key] for key in saved.files if key != "state"}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            saved = load_arrays(file, "an index")
+            if isinstance(saved, dict) and str(saved.pop("state")) == state:
+                return saved
+        except (OSError, ValueError, KeyError):
             logger.warning(f"{file} cannot be read and is made anew")
     arrays = make()
     fault: OSError | None = None

@@ -88,7 +88,13 @@ def _tensors(path: str | Path) -> dict:
 
 
 def _load_tensors(obj: Any, path: Path, end_of_epoch: bool) -> None:
-    obj.load_state_dict(_tensors(path))
+    state = _tensors(path)
+    try:
+        obj.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path}: not the state of this {type(obj).__name__} ({_one_line(error)})"
+        ) from None
 
 
 def _naming_the_file(hook: Callable[..., None]) -> Callable[[Any, Path, bool], None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import speechbrain as sb
-from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
+from speechbrain.utils.checkpoints import CKPT_PREFIX, Checkpoint, Checkpointer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -72,8 +72,9 @@ class HiddenCheckpointer(Checkpointer):
         return path.with_name(self.PARTIAL + path.name)
 
     def checkpoint_folders(self) -> list[Path]:
-        """Every folder that looks like a checkpoint."""
-        return self._list_checkpoint_dirs()
+        """Every folder that is called a checkpoint, also one that has lost its ``CKPT.yaml``."""
+        folders = Path(self.checkpoints_dir).glob(f"{CKPT_PREFIX}*")
+        return [folder for folder in folders if folder.is_dir()]
 
     def read_checkpoint(self, folder: Path) -> Checkpoint:
         """What a checkpoint's folder holds; its weights are not read."""

@@ -95,9 +95,14 @@ class RunFolder:
         if not self.results_file.is_file():
             return False
         self.check()
-        before = json.loads(self.results_file.read_text(encoding="utf-8"))["settings"]
         now = self.experiment.settings
-        changed = [key for key in sorted(SCORING) if before.get(key) != now.get(key)]
+        try:
+            before = json.loads(self.results_file.read_text(encoding="utf-8"))["settings"]
+            changed = [key for key in sorted(SCORING) if before.get(key) != now.get(key)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.results_file}: damaged ({error}); delete it, and the run is scored anew"
+            ) from None
         if changed:
             if if_main_process():
                 print(f"Trained already; scored anew, for {', '.join(changed)} changed.")
