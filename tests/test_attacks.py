@@ -1,0 +1,30 @@
+"""Malformed inputs of every kind: what the command of docs/robustness.md feeds and expects."""
+
+import pytest
+from scripts import load
+
+from speechbrain_qmargin.data import audio
+
+attacks = load("benchmarks/attacks.py")
+
+
+@pytest.mark.parametrize("group", attacks.GROUPS)
+def test_every_malformed_input_ends_as_it_should(group, tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "_scaled", set())  # what other tests have had said
+    results = attacks.attack(tmp_path, [group])
+    assert len(results) > 10
+    assert [one for one in results if not one["ok"]] == []
+
+
+def test_what_is_not_right_is_said(tmp_path, monkeypatch):
+    def kinds(folder):
+        yield attacks.error("accepted", lambda: 7, "word")
+        yield attacks.error("no name", lambda: int("x"), "x.wav")
+        yield attacks.error("a traceback", lambda: [][0], "")
+        yield attacks.value("another value", lambda: 7, 8)
+        yield attacks.listed("silence", lambda: "", "x.wav")
+
+    monkeypatch.setitem(attacks.GROUPS, "none", kinds)
+    results = attacks.attack(tmp_path, ["none"])
+    assert [one["ok"] for one in results] == [False] * 5
+    assert attacks.table(results).count("**NOT OK**") == 5
