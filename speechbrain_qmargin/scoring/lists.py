@@ -213,7 +213,8 @@ def score_lists(
     folder, text = Path(folder), []
     if cohort is not None:
         cohort.refuse_speakers_of(lists.values())
-    about = {"embeddings": getattr(embeddings, "source", "")}
+    source = getattr(embeddings, "source", "")
+    about = {"embeddings": source} if source else {}
     reports: dict[str, dict[str, Report]] = {}
     for name, trials in tqdm(lists.items(), "lists", disable=len(lists) <= 1):
         systems = {"cosine": cosine_scores(embeddings, trials, enrolment=enrolment)}

@@ -410,10 +410,11 @@ class Spread:
         def llr(scores: np.ndarray) -> np.ndarray:
             return llrs[np.maximum(np.searchsorted(lowest, scores, side="right") - 1, 0)]
 
-        return self._mean_cost(
+        influence = self._mean_cost(
             np.logaddexp(0, -llr(self._target_scores)),
             lambda scores: np.logaddexp(0, llr(scores)),
         )
+        return replace(influence, scale="logit")  # it never exceeds one bit
 
     def _mean_cost(self, target_costs: np.ndarray, impostor_cost) -> Influence:
         """Of the mean of both classes' mean costs, in bits."""

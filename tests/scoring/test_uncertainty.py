@@ -391,6 +391,17 @@ def test_sparse_lists_are_covered():
     assert (alarms <= 0.10).all()
 
 
+def test_the_interval_of_min_cllr_ends_at_one_bit():
+    rng = np.random.default_rng(3)
+    ids = [f"s{n // 4}/{n}" for n in range(48)]
+    sides = np.array([(i, j) for i in range(48) for j in range(i)])
+    same = sides[:, 0] // 4 == sides[:, 1] // 4
+    trials = LabelledTrials(ids, sides[:, 0], sides[:, 1], same)
+    scores = 0.3 * same + rng.normal(size=12)[sides[:, 0] // 4] + rng.normal(size=len(same))
+    figure = evaluate(scores, trials, all_eers=True)["min_cllr"]
+    assert 0 <= figure.low < figure.value < figure.high <= 1
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_lists_of_a_handful_of_trials_are_evaluated(seed):
     rng = np.random.default_rng(seed)
