@@ -223,8 +223,10 @@ class VerificationBrain(OpenBrain):
         head, clipped = self._sharded_head, self.modules
         if self.clipped_alone is not None:
             clipped = self.modules[self.clipped_alone]
-        first = [p for p in clipped.parameters() if head is None or p is not head.weight]
-        seen = {id(p) for p in first} | ({id(head.weight)} if head is not None else set())
+        # all of the head's: over several processes it has a parameter more, which never moves
+        seen = {id(p) for p in head.parameters()} if head is not None else set()
+        first = [p for p in clipped.parameters() if id(p) not in seen]
+        seen |= {id(p) for p in first}
         others = [p for p in self.modules.parameters() if id(p) not in seen]
         groups = [{"params": part} for part in (first, others) if part]
         self.optimizer = self.opt_class(groups)
