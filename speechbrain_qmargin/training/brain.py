@@ -98,7 +98,7 @@ class VerificationBrain(OpenBrain):
         head = self.modules["classifier"]
         self._sharded_head = head if hasattr(head, "save_shards") else None
         schedule = getattr(self.hparams, "loss_schedule", None) or {}
-        cost = self.hparams.compute_cost
+        cost = getattr(self.hparams, "compute_cost", None)  # a Brain that only embeds has none
         full = {name: value_of(cost, name) for name in schedule}
         if isinstance(cost, Loss) and cost.state_dict():  # running values, counters
             cost.to(self.device)

@@ -268,13 +268,14 @@ def test_a_coarser_product_loses_no_class(screened, monkeypatch):
 
     wanted = rows()
     monkeypatch.setattr(search, "product", lambda a, b: (a.bfloat16() @ b.bfloat16().T).to(a.dtype))
-    before = torch.get_float32_matmul_precision()
+    tf32 = torch.backends.cuda.matmul.allow_tf32  # SpeechBrain turns it on, for GPUs alone
     torch.set_float32_matmul_precision("medium")
     try:
         assert product_roundoff(x.device) == 2.0**-8
         assert rows() == wanted
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")  # of CPUs as well
+        torch.backends.cuda.matmul.allow_tf32 = tf32
     monkeypatch.setattr(search, "product_roundoff", lambda device: 0.0)
     assert rows() != wanted  # what an allowance for float32 alone would give
 

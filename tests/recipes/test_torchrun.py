@@ -65,7 +65,7 @@ def losses_of(output):
 def train(corpus, output, world, *options):
     """A run of the speaker recipe over `world` processes; its losses and embeddings."""
     tiny = ["--size=small", "--channels=64", "--attention_channels=16", "--embedding_dim=16"]
-    tiny += ["--number_of_epochs=2", "--lr=0.003", "--final_lr=0.003", "--warmup_epochs=0"]
+    tiny += ["--number_of_epochs=2", "--lr=0.0003", "--final_lr=0.0003", "--warmup_epochs=0"]
     tiny += ["--augment=none", "--sentence_len=0.5", f"--batch_size={BATCH // world}"]
     tiny += ["--num_valid_speakers=0", "--lr_reference_batch=8"]
     tiny += [f"--data_folder={corpus.folder}", f"--verification_file={corpus.trials_test}"]
@@ -79,7 +79,8 @@ def test_two_processes_are_one_with_the_whole_batch(corpus, tmp_path, head):
     losses, embeddings = train(corpus, tmp_path / "one", 1, f"--head={head}")
     two_losses, two_embeddings = train(corpus, tmp_path / "two", 2, f"--head={head}")
     assert len(losses) == 2
-    # float32 rounding, which batch normalisation lets grow from step to step
+    # float32 rounding, which batch normalisation lets grow from step to step: ten times the rate
+    # makes 1e-3 to 4e-3 of it, by the processor
     assert two_losses == pytest.approx(losses, rel=1e-3)
     for name, row in embeddings.items():
         other = two_embeddings[name]
