@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -37,6 +37,8 @@ class Embeddings(Mapping):
     matrix : float array [N, D]
     source : str
         The file they are from, by name and SHA-256.
+    encoder : str
+        The digest of the encoder that made them; empty if not known.
 
     Raises
     ------
@@ -50,8 +52,8 @@ class Embeddings(Mapping):
     (array([0., 1.]), 2)
     """
 
-    def __init__(self, ids: Iterable[str], matrix: np.ndarray, source: str = ""):
-        self.source = source
+    def __init__(self, ids: Iterable[str], matrix: np.ndarray, source: str = "", encoder: str = ""):
+        self.source, self.encoder = source, encoder
         self.ids = [str(name) for name in ids]
         self.matrix = np.asarray(matrix)
         if self.matrix.ndim != 2 or len(self.matrix) != len(self.ids):
@@ -213,15 +215,23 @@ def pair_products(matrix: np.ndarray, left: np.ndarray, right: np.ndarray) -> np
     return scores
 
 
-def save_embeddings(path: str | Path, embeddings: Mapping[str, np.ndarray]) -> None:
-    """Write ``ids`` [N] and ``embeddings`` float32 [N, D] as npz."""
+def save_embeddings(
+    path: str | Path, embeddings: Mapping[str, np.ndarray], encoder: str = ""
+) -> None:
+    """Write ``ids`` [N] and ``embeddings`` float32 [N, D] as npz.
+
+    With it goes the digest of the encoder, if known: a threshold for scores is bound to that.
+    """
     embeddings = Embeddings.of(embeddings)
+    encoder = encoder or embeddings.encoder
+    arrays: dict[str, Any] = {
+        "ids": np.asarray(embeddings.ids, dtype=np.str_),
+        "embeddings": embeddings.matrix.astype(np.float32, copy=False),
+    }
+    if encoder:
+        arrays["encoder"] = np.asarray(encoder, dtype=np.str_)
     with replacing(path) as partial, partial.open("wb") as stream:
-        np.savez(
-            stream,
-            ids=np.asarray(embeddings.ids, dtype=np.str_),
-            embeddings=embeddings.matrix.astype(np.float32, copy=False),
-        )
+        np.savez(stream, **arrays)
 
 
 def load_embeddings(path: str | Path, ids: str | Path | None = None) -> Embeddings:
@@ -246,7 +256,7 @@ def load_embeddings(path: str | Path, ids: str | Path | None = None) -> Embeddin
         return _load_kaldi(path)
     if path.suffix not in (".npz", ".npy"):
         raise ValueError(f"{path}: embeddings are read from .npz, .npy, .ark or .scp")
-    loaded = load_arrays(path, "embeddings", ("ids", "embeddings"))
+    loaded, encoder = load_arrays(path, "embeddings", ("ids", "embeddings", "encoder")), ""
     if isinstance(loaded, dict):
         missing = [name for name in ("ids", "embeddings") if name not in loaded]
         if missing:
@@ -254,13 +264,14 @@ def load_embeddings(path: str | Path, ids: str | Path | None = None) -> Embeddin
                 f"{path}: no array {missing[0]!r} in it; wanted arrays 'ids' and 'embeddings'"
             )
         names, matrix = _texts(loaded["ids"], path), loaded["embeddings"]
+        encoder = "".join(_texts(loaded["encoder"], path)) if "encoder" in loaded else ""
     else:
         listed = Path(ids) if ids else path.with_suffix(".txt")
         if not listed.is_file():
             raise ValueError(f"{path}: its ids are wanted in {listed}, one a line")
         names, matrix = read_lines(listed)[0], loaded
     try:
-        return Embeddings(names, _floats(matrix), file_source(path))
+        return Embeddings(names, _floats(matrix), file_source(path), encoder)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

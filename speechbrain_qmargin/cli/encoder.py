@@ -57,7 +57,7 @@ def _extract(args: argparse.Namespace) -> None:
             f"{len(faults):,} recordings skipped, listed in {listing}; the first: "
             f"{next(iter(faults.values()))}"
         )
-    module.write_embeddings(out, embeddings)
+    module.write_embeddings(out, embeddings, encoder.digest())
     shutil.rmtree(parts)
     dim = len(next(iter(embeddings.values())))
     print(f"{out}: {len(embeddings):,} embeddings of {dim} values")

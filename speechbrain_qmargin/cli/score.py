@@ -65,7 +65,7 @@ def _cosine(args) -> None:
     trials = _trials(args, embeddings)
     mean = load_mean(args.mean) if args.mean else None
     scores = cosine_scores(embeddings, trials, mean, args.enrolment)
-    about = {"kind": "cosine", "embeddings": embeddings.source}
+    about = {"kind": "cosine", "embeddings": embeddings.source, "encoder": embeddings.encoder}
     if args.mean:
         about |= {"kind": "centred cosine", "mean": file_source(args.mean)}
     write_scores(args.output, trials, scores, _enrolled(about, args, trials))
@@ -74,7 +74,9 @@ def _cosine(args) -> None:
 
 def _enrolled(about: dict[str, str], args, trials: Trials) -> dict[str, str]:
     """What a score file says, with the enrolment where there are models."""
-    return about | ({"enrolment": args.enrolment} if trials.models else {})
+    return {key: value for key, value in about.items() if value} | (
+        {"enrolment": args.enrolment} if trials.models else {}
+    )
 
 
 def _normalize(args) -> None:
@@ -97,6 +99,7 @@ def _normalize(args) -> None:
     print(f"cohort: {len(cohort.entries):,} {of}")
     scores = cohort.scores(embeddings, trials, args.enrolment, quiet=args.quiet)
     about = {"kind": cohort.kind, "embeddings": embeddings.source, "cohort": raw.source}
+    about["encoder"] = embeddings.encoder
     if args.method.startswith("as"):
         about["top_n"] = str(args.top_n)
     write_scores(args.output, trials, scores, _enrolled(about, args, trials))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ruamel.yaml.comments import Comment, CommentedMap, CommentedSeq
 
 from speechbrain_qmargin.training.trust import refuse_code
 
-__all__ = ["build", "definitions", "hyperparams_tree"]
+__all__ = ["build", "canonical", "definitions", "hyperparams_tree"]
 
 
 def hyperparams_tree(
@@ -60,6 +61,29 @@ def definitions(tree: Any, names: Iterable[str]) -> str:
     stream = io.StringIO()
     YAML().dump(chosen, stream)
     return stream.getvalue()
+
+
+def canonical(tree: Any, names: Iterable[str]) -> str:
+    """What some modules are, as JSON that is the same however the YAML was laid out."""
+
+    def plain(node: Any) -> Any:
+        tag = str(getattr(getattr(node, "tag", None), "value", None) or "")
+        if isinstance(node, CommentedMap):
+            content = {str(key): plain(value) for key, value in node.items()}
+        elif isinstance(node, (CommentedSeq, list, tuple)):
+            content = [plain(value) for value in node]
+        elif node is None or isinstance(node, bool):
+            return node
+        elif isinstance(node, int):
+            return int(node)
+        elif isinstance(node, float):
+            return float(node)
+        else:
+            content = str(getattr(node, "value", node))
+        return {tag: content} if tag else content
+
+    chosen = {name: plain(tree["modules"][name]) for name in names if name in tree["modules"]}
+    return json.dumps([chosen, plain(tree.get("sample_rate"))], sort_keys=True)
 
 
 def build(tree: Any, names: Iterable[str]) -> dict[str, Any]:

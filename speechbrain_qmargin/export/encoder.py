@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from speechbrain_qmargin.export.definitions import build, hyperparams_tree
+from speechbrain_qmargin.export.definitions import build, canonical, hyperparams_tree
 from speechbrain_qmargin.training.checkpoints import (
     AtomicCheckpointer,
     bare,
@@ -40,6 +40,9 @@ class SpeakerEncoder(nn.Module):
         what wraps a module for several processes is taken off.
     sample_rate : int
         Hz, of the waveforms.
+    definition : str
+        What the modules are, for the digest; what they print of themselves by default, which
+        changes with the versions of their packages.
 
     Examples
     --------
@@ -59,14 +62,16 @@ class SpeakerEncoder(nn.Module):
     mean_var_norm: Any
     embedding_model: Any
 
-    def __init__(self, modules: Mapping[str, nn.Module], sample_rate: int = 16000) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], sample_rate: int = 16000, definition: str = ""
+    ) -> None:
         super().__init__()
         missing = [name for name in PARTS if name not in modules]
         if missing:
             raise ValueError(f"modules: {', '.join(missing)} wanted for a speaker encoder")
         for name in PARTS:
             self.add_module(name, bare(modules[name]))
-        self.sample_rate = sample_rate
+        self.sample_rate, self.definition = sample_rate, definition
         self.eval()
 
     def forward(self, waveforms: Tensor) -> Tensor:
@@ -82,8 +87,12 @@ class SpeakerEncoder(nn.Module):
         return next(self.embedding_model.parameters()).device
 
     def digest(self) -> str:
-        """SHA-256 of weights, statistics and the modules' descriptions."""
-        digest = hashlib.sha256(repr(self).encode())
+        """SHA-256 of weights, statistics and the modules' definition.
+
+        Of a run and of its inference folder it is the same. It names the encoder in embeddings,
+        thresholds and enrolments.
+        """
+        digest = hashlib.sha256((self.definition or repr(self)).encode())
         state = self.state_dict()
         if hasattr(self.mean_var_norm, "glob_mean"):  # InputNormalization keeps no state_dict
             state |= {name: getattr(self.mean_var_norm, name) for name in ("glob_mean", "glob_std")}
@@ -120,7 +129,8 @@ def load_encoder(
     if is_run(folder):
         modules, tree = load_run(folder, PARTS, trust)
         logger.info(f"{folder} has no inference/; the average of its last epochs is taken")
-        return SpeakerEncoder(modules, tree["sample_rate"]).to(device)
+        definition = canonical(tree, PARTS)
+        return SpeakerEncoder(modules, tree["sample_rate"], definition).to(device)
     tree = hyperparams_tree(folder / "hyperparams.yaml", trust=trust)
     modules = build(tree, PARTS)
     if not (folder / "embedding_model.ckpt").is_file():
@@ -131,7 +141,7 @@ def load_encoder(
         file = folder / f"{name}.ckpt"
         if file.is_file():
             load_module(modules[name], file)
-    return SpeakerEncoder(modules, tree["sample_rate"]).to(device)
+    return SpeakerEncoder(modules, tree["sample_rate"], canonical(tree, PARTS)).to(device)
 
 
 def is_run(folder: Path) -> bool:

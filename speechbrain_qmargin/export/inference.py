@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.distributed import if_main_process
 from torch import Tensor, nn
 
-from speechbrain_qmargin.export.definitions import definitions, hyperparams_tree
+from speechbrain_qmargin.export.definitions import canonical, definitions, hyperparams_tree
 from speechbrain_qmargin.export.encoder import PARTS, SpeakerEncoder, is_run, load_encoder, load_run
 from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe
 from speechbrain_qmargin.files import to_disk, write_text
@@ -21,9 +22,12 @@ from speechbrain_qmargin.scoring.decision import OperatingPoint
 from speechbrain_qmargin.training.checkpoints import bare
 from speechbrain_qmargin.training.internals import has_statistics, statistics
 
-__all__ = ["export_for_inference", "export_run", "set_operating_point"]
+__all__ = ["DECISION_FILES", "export_for_inference", "export_run", "set_operating_point"]
 
 MAX_CLASSES = 100_000
+POINT = "operating_point.json"
+DECISION_FILES = (POINT, "calibration.json", "cohort.npz", "score_histogram.json")
+"""What says how a folder's encoder decides. An export leaves them: they were measured."""
 
 
 def export_for_inference(
@@ -42,7 +46,9 @@ def export_for_inference(
         EncoderClassifier.from_hparams(source=folder, savedir=...).classify_file(a)
 
     The folder may be moved; it names no path outside it. It appears whole or not at all, and only
-    if its encoder, loaded again, gives the embeddings of `modules`.
+    if its encoder, loaded again, gives the embeddings of `modules`. The :data:`DECISION_FILES` of a
+    folder that was there stay, unless there is a new `operating_point`; a warning says if they are
+    of another encoder.
 
     Parameters
     ----------
@@ -53,7 +59,7 @@ def export_for_inference(
         dense, sparse or in shards (then every process calls this), becomes SpeechBrain's
         ``Classifier``.
     folder : path
-        Replaced if it exists.
+        Replaced if it exists, but for its :data:`DECISION_FILES`.
     label_encoder : path, optional
         The run's ``label_encoder.txt``. Without it there is no classifier. Where it has fewer
         labels than the classifier has classes, the first classes are the labels; the others,
@@ -73,7 +79,8 @@ def export_for_inference(
     Raises
     ------
     ValueError
-        The YAML does not describe `modules`; labels and classes that do not fit.
+        The YAML does not describe `modules`; labels and classes that do not fit; an operating point
+        of other scores than this encoder's cosines.
     """
     tree = hyperparams_tree(hyperparams, trust=trust)
     folder, modules = Path(folder), dict(modules.items())
@@ -89,7 +96,7 @@ def export_for_inference(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        encoder = SpeakerEncoder(modules, tree["sample_rate"])
+        encoder = SpeakerEncoder(modules, tree["sample_rate"], canonical(tree, PARTS))
         saved = {name for name in PARTS if _save(getattr(encoder, name), partial / f"{name}.ckpt")}
         if prototypes is not None:
             torch.save({"weight": prototypes}, partial / "classifier.ckpt")
@@ -97,7 +104,9 @@ def export_for_inference(
             shutil.copyfile(label_encoder, partial / "label_encoder.ckpt")
         write_text(partial / "hyperparams.yaml", _inference_yaml(tree, saved, prototypes))
         if operating_point is not None:
-            set_operating_point(partial, operating_point)
+            _set_threshold(partial, operating_point, encoder.digest())
+        else:
+            _keep_decision(folder, partial, encoder.digest())
         _check_same(encoder, load_encoder(partial, encoder.device, trust), hyperparams)
         old = partial.with_suffix(".old")
         if folder.exists():
@@ -129,19 +138,65 @@ def export_run(run_folder: str | Path, **options: Any) -> Path:
     return export_for_inference(hyperparams, modules, folder, **options)
 
 
-def set_operating_point(folder: str | Path, point: OperatingPoint) -> None:
+def set_operating_point(
+    folder: str | Path, point: OperatingPoint, trust: bool | Collection[str] = False
+) -> None:
     """Put a threshold for the cosine of two embeddings into an inference folder.
 
     It becomes ``operating_point.json``, and ``threshold`` in ``hyperparams.yaml``, hence
     ``verifier.hparams.threshold``. SpeechBrain's ``verify_batch`` takes it as an argument;
-    ``verify_files`` always decides at its own 0.25, so compare the score that it returns.
+    ``verify_files`` always decides at its own 0.25, so compare the score that it returns. Files of
+    a decision that was there before go: they were of other scores.
+
+    Raises
+    ------
+    ValueError
+        A threshold for other scores than plain cosines, or of another encoder. One whose encoder is
+        not known is warned of.
     """
     folder = Path(folder)
+    _set_threshold(folder, point, load_encoder(folder, trust=trust).digest())
+    for name in DECISION_FILES:
+        if name != POINT:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _set_threshold(folder: Path, point: OperatingPoint, encoder: str) -> None:
+    if point.kind != "cosine":
+        what = f"for {point.kind} scores" if point.kind else "of scores whose kind it does not say"
+        raise ValueError(
+            f"the threshold of {point.system!r} is {what}; SpeechBrain's classes give cosines. "
+            "Choose one on scores of `qmargin cosine`; `qmargin threshold` sets one for AS-norm too"
+        )
+    point.refuse_other(encoder=encoder)
+    if not point.encoder:
+        warnings.warn(
+            f"the threshold of {point.system!r} does not say of which encoder it is; embeddings of "
+            "`qmargin extract` in .npz do",
+            stacklevel=3,
+        )
+    point.save(folder / POINT)
     yaml = folder / "hyperparams.yaml"
     lines = yaml.read_text(encoding="utf-8").splitlines()
     lines = [line for line in lines if not line.startswith("threshold:")]
-    point.save(folder / "operating_point.json")
     write_text(yaml, "\n".join([*lines, f"threshold: {point.threshold!r}"]) + "\n")
+
+
+def _keep_decision(old: Path, new: Path, encoder: str) -> None:
+    """Take what was measured for a folder along when it is written anew."""
+    for name in DECISION_FILES:
+        if (old / name).is_file():
+            shutil.copyfile(old / name, new / name)
+    if not (new / POINT).is_file():
+        return
+    try:
+        point = OperatingPoint.load(new / POINT)
+        point.refuse_other(encoder=encoder)
+    except ValueError as error:
+        warnings.warn(f"{old / POINT} stays, but it is not for this encoder: {error}", stacklevel=3)
+        return
+    if point.kind == "cosine":
+        _set_threshold(new, point, encoder)
 
 
 def _check_same(encoder: SpeakerEncoder, loaded: SpeakerEncoder, hyperparams) -> None:

@@ -152,10 +152,10 @@ def _decoded(
             yield name, *future.result()
 
 
-def write_embeddings(out: Path, embeddings: Mapping[str, np.ndarray]) -> None:
-    """Write ``.npz``, or Kaldi's pair of ``.ark`` and ``.scp``."""
+def write_embeddings(out: Path, embeddings: Mapping[str, np.ndarray], encoder: str = "") -> None:
+    """Write ``.npz``, with the encoder's digest, or Kaldi's pair of ``.ark`` and ``.scp``."""
     if out.suffix == ".npz":
-        save_embeddings(out, embeddings)
+        save_embeddings(out, embeddings, encoder)
         return
     import kaldiio
 

@@ -16,9 +16,15 @@ from speechbrain_qmargin.scoring.metrics import (
     tar_at_far,
 )
 from speechbrain_qmargin.scoring.separation import refuse_other_kind
-from speechbrain_qmargin.scoring.uncertainty import badge
+from speechbrain_qmargin.scoring.uncertainty import Spread, badge
+from speechbrain_qmargin.trials import Trials
 
-__all__ = ["OperatingPoint", "choose_operating_point", "clear_threshold"]
+__all__ = [
+    "OperatingPoint",
+    "choose_operating_point",
+    "clear_threshold",
+    "recordings_enrolled",
+]
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,23 @@ class OperatingPoint:
         What they were computed from: the file by name and SHA-256; empty if not known.
     scores : str
         The score file that the threshold was chosen on, by name and SHA-256.
+    encoder : str
+        The digest of the encoder whose embeddings were scored; empty if not known.
+    cohort : str
+        What the scores were normalised with, by name or digest; empty without a cohort.
+    enrolled_from : int
+        Recordings of an enrolment in the trials (their median); 0 if not known.
+    far_interval, tar_interval : (low, high) or None
+        What `far` and `tar` may be for other people of the same kind; None where the trials do not
+        tell: too few speakers, or a threshold chosen on the scores that it is measured on.
+    confidence : float
+        Of the intervals.
 
     Raises
     ------
     ValueError
-        A threshold that is no finite number, rates or counts that are no numbers.
+        A threshold that is no finite number, rates or counts that are no numbers, a text that is
+        none.
     """
 
     system: str
@@ -71,33 +89,93 @@ class OperatingPoint:
     kind: str = ""
     embeddings: str = ""
     scores: str = ""
+    encoder: str = ""
+    cohort: str = ""
+    enrolled_from: int = 0
+    far_interval: tuple[float, float] | None = None
+    tar_interval: tuple[float, float] | None = None
+    confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        for name in ("threshold", "far_target", "far", "tar"):
+        for name in ("threshold", "far_target", "far", "tar", "confidence"):
             value = getattr(self, name)
             if not _is_number(value) or not math.isfinite(value):
                 raise ValueError(f"the {name} is {value!r}, not a finite number")
-        for name in ("false_accepts", "misses", "num_impostors", "num_targets"):
+        counts = ("false_accepts", "misses", "num_impostors", "num_targets", "enrolled_from")
+        for name in counts:
             value = getattr(self, name)
             if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} is {value!r}, not a count")
+        for name in ("far_interval", "tar_interval"):
+            value = getattr(self, name)
+            if value is not None:
+                if len(value) != 2 or not all(map(_is_number, value)) or not value[0] <= value[1]:
+                    raise ValueError(f"the {name} is {value!r}, not two numbers in order")
+                object.__setattr__(self, name, tuple(value))  # a list in JSON
+        for name in ("kind", "encoder", "cohort", "embeddings", "scores"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"the {name} is {getattr(self, name)!r}, not a text")
 
-    def accepts(self, score: float, kind: str = "") -> bool:
+    def refuse_other(self, *, kind: str = "", encoder: str = "", cohort: str = "") -> None:
+        """Refuse what this threshold is not of.
+
+        Raises
+        ------
+        ValueError
+            Another kind of score, encoder or cohort; what is not known on either side is not
+            compared.
+        """
+        refuse_other_kind(kind, self.kind, "the threshold")
+        for name, given in (("encoder", encoder), ("cohort", cohort)):
+            own = getattr(self, name)
+            if given and own and given != own:
+                raise ValueError(
+                    f"the threshold is of the {name} {own[:16]}, and this is {given[:16]}: choose "
+                    "one on its own scores"
+                )
+
+    def promise(self) -> str:
+        """What is known of its errors, in a sentence or two.
+
+        Examples
+        --------
+        >>> OperatingPoint("a", 0.4, 0.01, 0.012, 0.9, 12, 10, 1000, 100, "indicative", False,
+        ...     "", "", far_interval=(0.004, 0.03), tar_interval=(0.8, 0.95)).promise()
+        'accepts 1.20 % of impostors (95 % interval 0.40 to 3.00 %; asked for: 1 %) and 90.0 % of
+        true pairs (80.0 to 95.0 %); indicative'
+        """
+        sure = f"{100 * self.confidence:g} % interval"
+        far = f"{100 * self.far:.2f} % of impostors"
+        asked = f"asked for: {100 * self.far_target:g} %"
+        if self.far_interval:
+            low, high = (100 * x for x in self.far_interval)
+            far += f" ({sure} {low:.2f} to {high:.2f} %; {asked})"
+        else:
+            far += f" (no interval; {asked})"
+        tar = f"{100 * self.tar:.1f} % of true pairs"
+        if self.tar_interval:
+            low, high = (100 * x for x in self.tar_interval)
+            tar += f" ({low:.1f} to {high:.1f} %)"
+        note = ", optimistic: measured on the people it was chosen on" if self.optimistic else ""
+        return f"accepts {far} and {tar}; {self.support}{note}"
+
+    def accepts(self, score: float, kind: str = "", encoder: str = "") -> bool:
         """Whether to accept.
 
         Parameters
         ----------
         score : float
-        kind : str
-            What the score is; another kind than the threshold's is refused.
+        kind, encoder : str
+            What the score is, and of which encoder (its digest); others than the threshold's are
+            refused.
 
         Raises
         ------
         ValueError
-            A score that is not a finite number, or of another kind: neither accepted nor rejected
-            in silence.
+            A score that is not a finite number, of another kind or of another encoder: neither
+            accepted nor rejected in silence.
         """
-        refuse_other_kind(kind, self.kind, "the threshold")
+        self.refuse_other(kind=kind, encoder=encoder)
         if not _is_number(score) or not math.isfinite(score):
             raise ValueError(f"the score is {score!r}; no decision can rest on it")
         return bool(score >= self.threshold)
@@ -120,6 +198,12 @@ class OperatingPoint:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+
+
+def recordings_enrolled(trials: Trials) -> int:
+    """Recordings of an enrolment: the models' median, 1 without models."""
+    sizes = [len(trials.models.get(trials.ids[n], "1")) for n in np.unique(trials.enrolment)]
+    return int(np.median(sizes)) if sizes else 0
 
 
 def clear_threshold(points: OperatingPoints, threshold: float) -> float:
@@ -171,7 +255,12 @@ def choose_operating_point(
     kind: str = "",
     embeddings: str = "",
     scores: str = "",
+    encoder: str = "",
+    cohort: str = "",
+    enrolled_from: int = 0,
     apart: bool = True,
+    spread: Spread | None = None,
+    confidence: float = 0.95,
 ) -> OperatingPoint:
     """The threshold for a FAR, chosen on development scores if given.
 
@@ -191,10 +280,13 @@ def choose_operating_point(
         The sources of the trial lists.
     speakers : float, optional
         That contribute to the trials it is measured on, for the badge.
-    kind, embeddings, scores : str
+    kind, embeddings, scores, encoder, cohort, enrolled_from
         Of :class:`OperatingPoint`.
     apart : bool
         Whether development and test are known to share no speaker; otherwise it is optimistic.
+    spread : Spread, optional
+        Of the scores it is measured on, for the intervals.
+    confidence : float
 
     Raises
     ------
@@ -214,6 +306,14 @@ def choose_operating_point(
     allowed = allowed_false_accepts(far, chosen.num_impostors)
     misses, false_accepts = points.errors_at(threshold)
     errors = allowed if development is None else min(allowed, false_accepts)
+    far_interval = tar_interval = None
+    if spread is not None and development is not None:
+        rates = spread.rates_at(threshold, confidence)
+        far_interval = rates.far_interval
+        if rates.frr_interval:
+            tar_interval = 1 - rates.frr_interval[1], 1 - rates.frr_interval[0]
+    elif spread is not None:  # its FAR is what was asked for, whatever other people's may be
+        tar_interval = spread.tar_at_far(far).interval(1 - misses / points.num_targets, confidence)
     return OperatingPoint(
         system=system,
         threshold=threshold,
@@ -231,4 +331,10 @@ def choose_operating_point(
         kind=kind,
         embeddings=embeddings,
         scores=scores,
+        encoder=encoder,
+        cohort=cohort,
+        enrolled_from=enrolled_from,
+        far_interval=far_interval,
+        tar_interval=tar_interval,
+        confidence=confidence,
     )

@@ -16,7 +16,7 @@ import numpy as np
 from speechbrain_qmargin import __version__
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.breakdown import breakdown
-from speechbrain_qmargin.scoring.decision import choose_operating_point
+from speechbrain_qmargin.scoring.decision import choose_operating_point, recordings_enrolled
 from speechbrain_qmargin.scoring.influence import TrialStructure
 from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.scoring.page import Page, Provenance, render
@@ -149,7 +149,12 @@ def write_report(
             kind=about.get("kind", ""),
             embeddings=about.get("embeddings", ""),
             scores=provenance.files.get(name, ""),
+            encoder=about.get("encoder", ""),
+            cohort=about.get("cohort", ""),
+            enrolled_from=recordings_enrolled(trials),
             apart=apart.get(name, True),
+            spread=reports[name].spread,
+            confidence=confidence,
         )
     figure = det_figure({n: (r.points, r.spread) for n, r in reports.items()}, title)
     pictures["det"] = figure

@@ -213,8 +213,9 @@ def score_lists(
     folder, text = Path(folder), []
     if cohort is not None:
         cohort.refuse_speakers_of(lists.values())
-    source = getattr(embeddings, "source", "")
-    about = {"embeddings": source} if source else {}
+    about = {"embeddings": getattr(embeddings, "source", "")}
+    about["encoder"] = getattr(embeddings, "encoder", "")
+    about = {key: value for key, value in about.items() if value}
     reports: dict[str, dict[str, Report]] = {}
     for name, trials in tqdm(lists.items(), "lists", disable=len(lists) <= 1):
         systems = {"cosine": cosine_scores(embeddings, trials, enrolment=enrolment)}

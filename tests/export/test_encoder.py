@@ -177,7 +177,8 @@ def test_every_file_is_weights_alone(tmp_path):
 def test_a_run_loads_before_and_after_its_export(tmp_path):
     modules = make_run(tmp_path, epochs=3)
     load_average(modules, Checkpointer(tmp_path / "save"), 2)
-    wanted = SpeakerEncoder(modules).digest()
+    definition = load_encoder(tmp_path).definition
+    wanted = SpeakerEncoder(modules, definition=definition).digest()
     assert load_encoder(tmp_path).digest() == wanted
     folder = export_run(tmp_path)
     assert load_encoder(tmp_path).digest() == wanted
@@ -206,7 +207,7 @@ def test_learned_features_and_global_statistics_are_carried(tmp_path):
     modules["mean_var_norm"](modules["compute_features"](waveforms))
     folder = tmp_path / "out"
     export_for_inference(tmp_path / "hyperparams.yaml", modules, folder)
-    encoder = SpeakerEncoder(modules)
+    encoder = SpeakerEncoder(modules, definition=load_encoder(folder).definition)
     with torch.no_grad():
         torch.testing.assert_close(load_encoder(folder)(waveforms), encoder(waveforms))
         assert load_encoder(folder).digest() == encoder.digest()
@@ -238,13 +239,71 @@ def test_every_model_of_the_recipe_is_covered_by_its_own_yaml(tmp_path):
 def test_the_operating_point_travels_with_the_folder(tmp_path):
     make_run(tmp_path)
     folder = export_run(tmp_path)
+    encoder = load_encoder(folder).digest()
     for shift in (0.0, 0.125):
-        points = operating_points(np.linspace(0, 0.5, 100) + shift, np.arange(100) >= 90)
-        point = choose_operating_point("cosine", points, 0.1)
+        point = point_of(encoder=encoder, shift=shift)
         set_operating_point(folder, point)
         verifier = SpeakerRecognition.from_hparams(source=str(folder))
         assert verifier.hparams.threshold == point.threshold
     assert OperatingPoint.load(folder / "operating_point.json") == point
+
+
+def point_of(kind="cosine", encoder="", shift=0.0):
+    points = operating_points(np.linspace(0, 0.5, 100) + shift, np.arange(100) >= 90)
+    return choose_operating_point("mine", points, 0.1, kind=kind, encoder=encoder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "encoder", "fault"),
+    [
+        ("as-norm", "", "the threshold of 'mine' is for as-norm scores; .* gives? cosines"),
+        ("centred cosine", "", "is for centred cosine scores"),
+        ("", "", "of scores whose kind it does not say"),
+        ("cosine", "0" * 64, "the threshold is of the encoder 0000000000000000, and this is"),
+    ],
+)
+def test_a_threshold_of_other_scores_or_of_another_encoder_is_refused(
+    tmp_path, kind, encoder, fault
+):
+    make_run(tmp_path)
+    folder = export_run(tmp_path)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for put in (
+        lambda point: set_operating_point(folder, point),
+        lambda point: export_run(tmp_path, operating_point=point),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            put(point_of(kind, encoder))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_second_export_keeps_what_was_measured(tmp_path):
+    make_run(tmp_path / "run")
+    folder = export_run(tmp_path / "run")
+    point = point_of(encoder=load_encoder(folder).digest())
+    set_operating_point(folder, point)
+    (folder / "calibration.json").write_text("{}")
+    export_run(tmp_path / "run")
+    assert OperatingPoint.load(folder / "operating_point.json") == point
+    assert f"threshold: {point.threshold!r}\n" in (folder / "hyperparams.yaml").read_text()
+    assert (folder / "calibration.json").read_text() == "{}"
+
+    make_run(tmp_path / "other", epochs=1)  # other weights: it stays, and decides nothing
+    shutil.copytree(folder, tmp_path / "other" / "inference")
+    with pytest.warns(UserWarning, match=r"operating_point\.json stays, but it is not for this"):
+        folder = export_run(tmp_path / "other")
+    assert OperatingPoint.load(folder / "operating_point.json") == point
+    assert "threshold:" not in (folder / "hyperparams.yaml").read_text()
+
+
+def test_the_digest_is_of_settings_and_weights_not_of_how_they_are_written(tmp_path):
+    make_run(tmp_path / "a")
+    yaml = tmp_path / "a" / "hyperparams.yaml"
+    wanted = load_encoder(tmp_path / "a").digest()
+    yaml.write_text(yaml.read_text().replace("{n_mels: 20}", "\n    n_mels: 20  # bands\n"))
+    assert load_encoder(tmp_path / "a").digest() == wanted
+    yaml.write_text(yaml.read_text().replace("n_mels: 20", "n_mels: 20\n    hop_length: 20"))
+    assert load_encoder(tmp_path / "a").digest() != wanted  # no weight, no word of repr() tells
 
 
 def test_modules_that_the_yaml_does_not_describe_are_refused_and_the_old_folder_stays(tmp_path):

@@ -262,11 +262,13 @@ def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
 def test_a_run_is_exported_with_its_threshold(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     points = operating_points(np.linspace(0, 1, 100), np.arange(100) >= 90)
-    point = choose_operating_point("cosine", points, 0.1)
+    point = choose_operating_point("cosine", points, 0.1, kind="cosine")
     point.save(tmp_path / "point.json")
     arguments = [str(run), f"--operating_point={tmp_path / 'point.json'}"]
     assert main(["export", *arguments]) == 0
-    assert f"threshold {point.threshold:.4f}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"threshold {point.threshold:.4f}" in said.out
+    assert "does not say of which encoder it is" in said.err
     assert f"threshold: {point.threshold!r}" in (run / "inference" / "hyperparams.yaml").read_text()
     (tmp_path / "point.json").write_text("{}")
     assert main(["export", *arguments]) == 1

@@ -1,6 +1,7 @@
 """The operating point that a service loads."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from speechbrain_qmargin.scoring.decision import (
 )
 from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.scoring.separation import refuse_shared, speaker_digests
+from speechbrain_qmargin.scoring.uncertainty import Spread
 from speechbrain_qmargin.trials import LabelledTrials
 
 
@@ -42,6 +44,7 @@ def test_a_threshold_of_development_scores_is_not_optimistic():
     point = choose_operating_point("a", points, 0.01, development=development, chosen_on="dev")
     assert not point.optimistic
     assert point.chosen_on == "dev"
+    assert point.far_interval is point.tar_interval is None
     misses, false_accepts = points.errors_at(point.threshold)
     assert (point.misses, point.false_accepts) == (misses, false_accepts)
 
@@ -96,6 +99,42 @@ def test_another_kind_of_score_is_refused():
     assert point.accepts(5.0)
     with pytest.raises(ValueError, match="the threshold is for cosine scores, and these are as-n"):
         point.accepts(5.0, "as-norm")
+
+
+def test_what_it_promises_has_the_intervals_of_its_list():
+    test, development = list_of("abcdefgh"), list_of("ijklmnop")
+    rng = np.random.default_rng(0)
+    scores, dev = (rng.normal(size=len(x)) + 2 * x.is_target for x in (test, development))
+    points = operating_points(scores, test.is_target)
+    spread = Spread(scores, test, points)
+    known = {"spread": spread, "encoder": "e", "cohort": "c", "kind": "as-norm"}
+    point = choose_operating_point(
+        "a", points, 0.1, development=operating_points(dev, development.is_target), **known
+    )
+    rates = spread.rates_at(point.threshold)
+    low, high = rates.frr_interval
+    assert point.far_interval == rates.far_interval
+    assert point.tar_interval == (1 - high, 1 - low)
+    assert "interval" in point.promise()
+    same = choose_operating_point("a", points, 0.1, **known)
+    assert same.far_interval is None
+    assert same.tar_interval == spread.tar_at_far(0.1).interval(same.tar)
+    assert "optimistic" in same.promise()
+
+
+def test_another_encoder_or_cohort_is_refused():
+    point = choose_operating_point("a", points_of(0)[0], 0.01, encoder="e" * 64, cohort="c")
+    assert point.accepts(5.0, encoder="e" * 64)
+    with pytest.raises(ValueError, match="of the encoder eeeeeeeeeeeeeeee, and this is f"):
+        point.accepts(5.0, encoder="f")
+    with pytest.raises(ValueError, match="of the cohort c, and this is d"):
+        point.refuse_other(cohort="d")
+
+
+@pytest.mark.parametrize("bad", ["0.5", None, True, float("nan"), float("inf"), [0.5]])
+def test_a_threshold_is_a_finite_number(bad):
+    with pytest.raises(ValueError, match=r"the threshold is .*, not a finite number"):
+        replace(choose_operating_point("a", points_of(0)[0], 0.01), threshold=bad)
 
 
 def list_of(names, source="list"):
