@@ -1,76 +1,348 @@
-"""All runs behind docs/comparison.md by one command; started again, it goes on.
+"""All runs of docs/evidence_plan.md behind docs/comparison.md; started again, it goes on.
 
-    python benchmarks/evidence.py SPEECH FACES OUT [--only resnet34 plane30 ...]
+    python benchmarks/evidence.py DATA OUT [--stage tune speech ...] [--systems arcface qmargin ...]
 
-SPEECH holds wav/<speaker>/..., trials_test.txt and train_speakers.txt; FACES holds
-images/<identity>/... and pairs_test.txt. About four hours on two cores. Each step is a command of
-compare_losses.py or plane.py, printed before it runs, and leaves its table and pictures in OUT.
+DATA holds ``voices``, ``speech`` (VoxCeleb's layout with lists of speakers and trials) and ``lfw``.
+A run is one of the recipes with ``--size small`` in a process of its own; finished runs are kept,
+and what is cut off goes on from its last checkpoint. After each stage, and with ``--stage tables``,
+the tables of what is finished are written to OUT. Options after ``--`` go to every run
+(``-- --device=cuda``).
 """
 
 import argparse
-import subprocess
-import sys
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+import numpy as np
+from compare_losses import interval, mean, recipe_options, scored, spread, train_all
+from tqdm import tqdm
+
+from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.scoring.figures import EqualErrorRate, TarAtFar
+from speechbrain_qmargin.scoring.report import evaluate
+
+Run = tuple[list[str], Path]
+SMALL = ["--channels=64", "--attention_channels=32", "--n_mels=40", "--embedding_dim=128"]
+SMALL += ["--sentence_len=1.5", "--number_of_epochs=20", "--num_valid_speakers=0"]
+FIGURES = {"EER": EqualErrorRate(), "TAR@1e-2": TarAtFar(1e-2), "TAR@1e-3": TarAtFar(1e-3)}
+SEEDS, TUNING_SEED, TREATMENTS = range(5), 1000, ("cosine", "centred", "as-norm")
 
 
-def steps(speech: Path, faces: Path, out: Path) -> dict[str, list[str]]:
-    """Command by name, in the order of the page."""
-    data = [f"--data_folder={speech}", f"--verification_file={speech / 'trials_test.txt'}"]
-    data += ["--num_valid_speakers=0"]
-    everyone = [f"--train_speakers={speech / 'train_speakers.txt'}"]
-    third = out / "speakers10.txt"
-    resnet = ["--precision=bf16", "--n_mels=40", "--embedding_dim=128", "--number_of_epochs=24"]
-    resnet += ["--batch_size=32", "--lr_reference_batch=32"]
-    smaller = ["--channels=64", "--attention_channels=32", "--cohort_utterances=0"]
-    # planes take the same number of steps: 10 speakers have a third of the recordings
-    twenty, as_many = ["--number_of_epochs=20"], ["--number_of_epochs=74", "--warmup_epochs=11"]
-    speeds = ["--speeds=[1.0, 0.9, 1.1]"]  # three classes a speaker
-    pairs = [f"--data_folder={faces}", f"--verification_file={faces / 'pairs_test.txt'}"]
+def grid(**values: Sequence) -> list[dict]:
+    return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
 
-    def compare(folder: str, recipe: str, model: str, *options: str) -> list[str]:
-        command = ["compare_losses.py", recipe, "--models", model, "--output", str(out / folder)]
-        if folder == "sparse":
-            command += ["--losses", "qmargin"]
-        return [*command, "--", *options]
 
-    def plane(name: str, margins: list[str], *options: str) -> list[str]:
-        return ["plane.py", "run", str(out / name), "--margins", *margins, "--", *data, *options]
+def points(*triples: tuple[float, float, float]) -> list[dict]:
+    return [dict(zip(("alpha", "scale", "margin"), triple, strict=True)) for triple in triples]
 
-    planes = [str(out / name) for name in ("plane10", "plane30", "plane90")]
+
+QMARGIN = points(
+    (1.1, 32, 0.2),
+    (1.25, 10, 0.2),
+    (1.25, 20, 0.2),
+    (1.25, 32, 0.1),
+    (1.5, 10, 0.1),
+    (1.5, 10, 0.2),
+)
+COSINES = grid(scale=[16, 32], margin=[0.1, 0.2, 0.35])
+
+# The systems in the order of the plan: the loss's name and the settings that are tried for it;
+# one setting is not tuned.
+SYSTEMS: dict[str, tuple[str, list[dict]]] = {
+    "arcface": ("arcface", COSINES),
+    "cosface": ("cosface", COSINES),
+    "qmargin": ("qmargin", QMARGIN),
+    "published": ("qmargin", points((1.5, 10, 0.2))),
+    "auto": ("qmargin_auto", [{}]),
+    "adaface": ("adaface", grid(scale=[16, 32], margin=[0.2, 0.4, 0.6])),
+    "subcenter": ("subcenter", COSINES),
+    "qmargin_norm": ("qmargin_norm", QMARGIN),
+    "entmax": ("entmax", grid(alpha=[1.1, 1.25, 1.5], scale=[10, 20])),
+    "sparsemax": ("sparsemax", grid(scale=[2.5, 5, 10, 15, 20, 32])),
+    "a3m": ("a3m", QMARGIN),
+}
+PRIMARY = "qmargin"
+
+
+def options(system: str, setting: dict) -> list[str]:
+    return [
+        f"--loss={SYSTEMS[system][0]}",
+        *(f"--{key}={value}" for key, value in setting.items()),
+    ]
+
+
+# -- the lists ---------------------------------------------------------------
+
+
+def words(file: Path) -> list[str]:
+    return file.read_text().split()
+
+
+def utterances(data: Path, speaker: str) -> list[str]:
+    folder = data / "voices" / "wav"
+    return sorted(str(file.relative_to(folder)) for file in (folder / speaker).rglob("*.flac"))
+
+
+def held_out(data: Path, seed: int, without: Iterable[str] = ()) -> dict[str, list[str]]:
+    """60 of the training speakers, 43 of Common Voice with four utterances or more, 17 of gsc."""
+    rng, barred = random.Random(seed), set(without)
+    found = {}
+    for corpus, prefix, count in (("cv", "cv", 43), ("gsc", "gs", 17)):
+        able = [
+            speaker
+            for speaker in words(data / "voices" / "train_speakers.txt")
+            if speaker.startswith(prefix)
+            and speaker not in barred
+            and len(utterances(data, speaker)) >= (4 if corpus == "cv" else 2)
+        ]
+        found[corpus] = sorted(rng.sample(able, count))
+    return found
+
+
+def all_pairs(data: Path, speakers: list[str]) -> str:
+    """Every pair of the speakers' utterances as lines ``label enrol test``."""
+    names = [name for speaker in speakers for name in utterances(data, speaker)]
+    pairs = itertools.combinations(names, 2)
+    return "".join(f"{int(a.split('/')[0] == b.split('/')[0])} {a} {b}\n" for a, b in pairs)
+
+
+def write_lists(data: Path, out: Path) -> None:
+    """The lists of the tuning and the nested subsets of speakers; the same at every start."""
+    everyone = words(data / "voices/train_speakers.txt")
+    both = everyone + words(data / "speech/train_speakers.txt")
+    tuning = held_out(data, seed=0)
+    aside = {speaker for speakers in tuning.values() for speaker in speakers}
+    write_text(out / "lists/train.txt", "\n".join(both) + "\n")
+    write_text(out / "lists/tune_train.txt", "\n".join(s for s in both if s not in aside) + "\n")
+    for corpus, speakers in tuning.items():
+        write_text(out / f"lists/tune_{corpus}.txt", all_pairs(data, speakers))
+    shuffled = random.Random(0).sample(everyone, len(everyone))
+    for count in COUNTS:
+        write_text(out / f"lists/train_{count}.txt", "\n".join(shuffled[:count]) + "\n")
+
+
+def speech(data: Path, train: Path, *trials: Path) -> list[str]:
+    folders = f"--data_folder=[{data / 'voices'}, {data / 'speech'}]"
+    files = ", ".join(map(str, trials))
+    return [*SMALL, folders, f"--verification_file=[{files}]", f"--train_speakers={train}"]
+
+
+# -- the stages: {key: run} ---------------------------------------------------
+
+
+def tune(data: Path, out: Path, systems: list[str]) -> dict[tuple, Run]:
+    lists = out / "lists"
+    base = speech(data, lists / "tune_train.txt", lists / "tune_cv.txt", lists / "tune_gsc.txt")
+    base += [f"--seed={TUNING_SEED}", "--cohort_utterances=0"]
     return {
-        "ecapa": compare("ecapa", "speech", "ecapa", *data, *everyone),
-        "sparse": compare("sparse", "speech", "ecapa", *data, *everyone, "--head=sparse"),
-        "resnet34": compare("resnet34", "speech", "resnet34", *data, *everyone, *resnet),
-        "plane30": plane("plane30", ["0.1", "0.2", "0.3"], *everyone, *smaller, *twenty),
-        "plane90": plane("plane90", ["0.2"], *everyone, *smaller, *twenty, *speeds),
-        "plane10": plane("plane10", ["0.2"], f"--train_speakers={third}", *smaller, *as_many),
-        "classes": ["plane.py", "classes", *planes, "--picture", str(out / "classes.png")],
-        "iresnet": compare("iresnet", "face", "iresnet", *pairs),
+        (system, number): (
+            [*base, *options(system, setting)],
+            out / "tune" / f"{system}_{number}",
+        )
+        for system in systems
+        for number, setting in enumerate(SYSTEMS[system][1])
+        if len(SYSTEMS[system][1]) > 1
     }
 
 
+def criterion(folder: Path) -> float:
+    """The mean TAR@1e-2 of a tuning run's two lists, cosine."""
+    lists = json.loads((folder / "results.json").read_text())["lists"]
+    return float(
+        np.mean([found["cosine"]["figures"]["TAR@FAR=0.01"]["value"] for found in lists.values()])
+    )
+
+
+def chosen(out: Path, system: str) -> dict | None:
+    """The best of a system's settings; None while one of them is not finished."""
+    settings = SYSTEMS[system][1]
+    if len(settings) == 1:
+        return settings[0]
+    folders = [out / "tune" / f"{system}_{number}" for number in range(len(settings))]
+    if not all((folder / "results.json").is_file() for folder in folders):
+        return None
+    return settings[int(np.argmax([criterion(folder) for folder in folders]))]
+
+
+def compared(data: Path, out: Path, systems: list[str]) -> dict[tuple, Run]:
+    lists = [data / "voices/trials_cv.txt", data / "voices/trials_gsc.txt"]
+    base = speech(data, out / "lists/train.txt", *lists, data / "speech/trials_test.txt")
+    runs = {}
+    for seed, system in itertools.product(SEEDS, systems):
+        setting = chosen(out, system)
+        if setting is None:
+            print(f"{system}: its tuning is not finished, so it is left out")
+            continue
+        folder = out / "speech" / f"{system}_{seed}"
+        runs[system, seed] = ([*base, f"--seed={seed}", *options(system, setting)], folder)
+    return runs
+
+
+COUNTS, ALPHAS = (30, 100, 300, 438), (1, 1.25, 1.5, 1.75, 2)
+STEPS = 800
+
+
+def classes(data: Path, out: Path, _: list[str]) -> dict[tuple, Run]:
+    lists = [data / "voices/trials_cv.txt", data / "voices/trials_gsc.txt"]
+    runs = {}
+    for seed, count, alpha in itertools.product(range(2), COUNTS, ALPHAS):
+        train = out / f"lists/train_{count}.txt"
+        size = sum(len(utterances(data, speaker)) for speaker in words(train))
+        epochs = round(STEPS / max(size // 64, 1))
+        setting = {"scale": 20 if alpha == 1 else 5 / (alpha - 1), "margin": 0.2}
+        loss = ["--loss=cosface"] if alpha == 1 else ["--loss=qmargin", f"--alpha={alpha}"]
+        loss += [f"--{key}={value:.4g}" for key, value in setting.items()]
+        given = [*speech(data, train, *lists), f"--number_of_epochs={epochs}"]
+        given += [f"--warmup_epochs={max(round(0.15 * epochs), 1)}", "--cohort_utterances=0"]
+        folder = out / "classes" / f"{count}_{alpha:g}_{seed}"
+        runs[count, alpha, seed] = ([*given, f"--seed={seed}", *loss], folder)
+    return runs
+
+
+# -- the tables ----------------------------------------------------------------
+
+
+def rows(heads: list[str], lines: Iterable[list[str]]) -> str:
+    made = [heads, ["---"] * len(heads), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in made) + "\n"
+
+
+def finished(runs: dict[tuple, Run]) -> dict[tuple, Path]:
+    return {key: folder for key, (_, folder) in runs.items() if (folder / "results.json").is_file()}
+
+
+def tuning_table(data: Path, out: Path) -> str:
+    lines = []
+    folders = finished(tune(data, out, list(SYSTEMS)))
+    for system, (_, settings) in SYSTEMS.items():
+        done = [number for number in range(len(settings)) if (system, number) in folders]
+        best = chosen(out, system) if done else None
+        for number in done:
+            results = json.loads((folders[system, number] / "results.json").read_text())
+            shown = ", ".join(f"{key} {value:g}" for key, value in settings[number].items())
+            cells = [
+                f"{100 * found['cosine']['figures'][name]['value']:.1f}"
+                for found in results["lists"].values()
+                for name in ("EER", "TAR@FAR=0.01")
+            ]
+            value = f"{100 * criterion(folders[system, number]):.1f}"
+            value = f"**{value}**" if settings[number] == best else value
+            last = results["last_epoch"]
+            support = f"{last['support_mean']:.1f}" if "support_mean" in last else "all"
+            rest = f"{100 * last['zero_loss']:.0f}" if "zero_loss" in last else "0"
+            lines.append([system, shown, *cells, value, support, rest])
+    lists = [f"{name} {list_}" for list_ in ("cv", "gsc") for name in ("EER", "TAR@1e-2")]
+    heads = ["system", "setting", *lists, "criterion", "support", "at zero loss, %"]
+    return rows(heads, lines)
+
+
+def reports(folders: dict[tuple, Path], file: str) -> dict[tuple, tuple]:
+    """(values, influences) of FIGURES by key, where the run has that file of scores."""
+    found = {}
+    for key, folder in tqdm(folders.items(), file):
+        if (folder / "scores" / file).is_file():
+            trials, scores = scored(folder / "scores" / file)
+            report = evaluate(scores, trials, figures=list(FIGURES.values()))
+            found[key] = np.array([figure.value for figure in report.figures]), report.influences
+    return found
+
+
+def comparison_tables(data: Path, out: Path) -> str:
+    """For every list and treatment: the systems, then the first one minus each other."""
+    folders = finished(compared(data, out, list(SYSTEMS)))
+    text = ""
+    for name, treatment in itertools.product(
+        ("trials_cv", "trials_gsc", "trials_test"), TREATMENTS
+    ):
+        found = reports(folders, f"{name}/{treatment}.tsv")
+        lines, differences = [], []
+        for system in SYSTEMS:
+            seeds = [seed for seed in SEEDS if (system, seed) in found]
+            if not seeds:
+                continue
+            values, moved = zip(*(found[system, seed] for seed in seeds), strict=True)
+            cells = [system, str(len(seeds))]
+            for at, value in enumerate(np.array(values).T):
+                influence = mean([of_seed[at] for of_seed in moved]).on("logit")
+                cells.append(f"{spread(value)} ({interval(influence, value.mean())})")
+            lines.append(cells)
+            both = [seed for seed in seeds if (PRIMARY, seed) in found]
+            if system == PRIMARY or not both:
+                continue
+            pairs = [(found[PRIMARY, seed], found[system, seed]) for seed in both]
+            cells = [system, str(len(both))]
+            for at, value in enumerate(np.array([a[0] - b[0] for a, b in pairs]).T):
+                influence = mean([a[1][at] - b[1][at] for a, b in pairs])
+                seeds_too = f"; seeds ± {100 * value.std(ddof=1):.2f}" if len(both) > 1 else ""
+                shown = interval(influence, value.mean(), "+")
+                cells.append(f"{100 * value.mean():+.2f} ({shown}{seeds_too})")
+            differences.append(cells)
+        if lines:
+            text += f"\n## {name}, {treatment}\n\n"
+            text += rows(["system", "seeds", *(f"{figure}, %" for figure in FIGURES)], lines)
+        if differences:
+            heads = ["system", "seeds", *(f"{figure}, points" for figure in FIGURES)]
+            text += f"\n{PRIMARY} minus the system:\n\n" + rows(heads, differences)
+    return text
+
+
+def classes_table(data: Path, out: Path) -> str:
+    folders = finished(classes(data, out, []))
+    found: dict[tuple, list] = {}
+    for (count, alpha, _), folder in folders.items():
+        results = json.loads((folder / "results.json").read_text())
+        values = [
+            [of["cosine"]["figures"][name]["value"] for name in ("EER", "TAR@FAR=0.01")]
+            for of in results["lists"].values()
+        ]
+        found.setdefault((count, alpha), []).append(values)
+    lines = []
+    for at, name in enumerate(("cv", "gsc")):
+        for figure, what in enumerate(("EER, %", "TAR@1e-2, %")):
+            for count in COUNTS:
+                cells = [
+                    spread([values[at][figure] for values in found[count, alpha]])
+                    if (count, alpha) in found
+                    else ""
+                    for alpha in ALPHAS
+                ]
+                if any(cells):
+                    lines.append([name, what, str(count), *cells])
+    return rows(["list", "figure", "speakers", *(f"alpha {alpha:g}" for alpha in ALPHAS)], lines)
+
+
+STAGES: dict[str, Callable[[Path, Path, list[str]], dict[tuple, Run]]] = {
+    "tune": tune,
+    "speech": compared,
+    "classes": classes,
+}
+TABLES = {"tune": tuning_table, "speech": comparison_tables, "classes": classes_table}
+
+
 def main() -> None:
+    argv, given = recipe_options()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("speech", type=Path)
-    parser.add_argument("faces", type=Path)
+    parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--only", nargs="+", help="some of the steps")
-    args = parser.parse_args()
-    speech, faces, out = (path.resolve() for path in (args.speech, args.faces, args.out))
-    commands = steps(speech, faces, out)
-    if unknown := set(args.only or []) - set(commands):
-        parser.error(f"no step {', '.join(sorted(unknown))}; they are {', '.join(commands)}")
-    out.mkdir(parents=True, exist_ok=True)
-    speakers = (speech / "train_speakers.txt").read_text().split()
-    (out / "speakers10.txt").write_text("\n".join(speakers[::3]) + "\n")
-    for name in args.only or commands:
-        script, *arguments = commands[name]
-        print("python", f"benchmarks/{script}", *arguments, flush=True)
-        subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
+    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables"], default=list(STAGES))
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    args = parser.parse_args(argv)
+    data, out = args.data.resolve(), args.out.resolve()
+    (out / "lists").mkdir(parents=True, exist_ok=True)
+    write_lists(data, out)
+    for stage in args.stage:
+        if stage != "tables":
+            train_all("speech", STAGES[stage](data, out, args.systems), given, args.jobs)
+        for name in TABLES if stage == "tables" else [stage]:
+            text = TABLES[name](data, out)
+            write_text(out / f"{name}.md", text)
+            print(text)
 
 
 if __name__ == "__main__":
