@@ -94,7 +94,7 @@ class QMargin:
         for row, value, mine in zip(rows.tolist(), got.tolist(), torch.cat(theta, 1), strict=True):
             wanted, support = loss64(mine, int(labels[row]), *parameters)
             error = max(error, abs(value - wanted) / max(wanted, 1e-8))
-            found = set(candidates.classes[row][active[row]].tolist())
+            found = set(candidates.rows[row][active[row]].tolist())
             same = same and found == support - {int(labels[row])}
         return {
             "support_mean": counts.double().mean().item(),

@@ -57,7 +57,7 @@ def export_for_inference(
     modules : mapping of str to Module
         The trained modules. A cosine classifier with prototypes in its ``weight`` [classes, D],
         dense, sparse or in shards (then every process calls this), becomes SpeechBrain's
-        ``Classifier``.
+        ``Classifier``; one with sub-centres is left out.
     folder : path
         Replaced if it exists, but for its :data:`DECISION_FILES`.
     label_encoder : path, optional
@@ -260,7 +260,10 @@ def _labels(path: str | Path | None) -> int | None:
 
 
 def _prototypes(classifier: nn.Module | None, labels: int) -> Tensor | None:
-    """The classes' vectors [labels, D] of any cosine classifier; None if it is none."""
+    """The classes' vectors [labels, D] of a cosine classifier; None if it is none, or has several
+    for each class."""
+    if getattr(bare(classifier), "subcentres", 1) > 1:
+        return None
     state = {} if classifier is None else bare(classifier).state_dict()
     if [key for key, value in state.items() if value.ndim] != ["weight"]:
         return None

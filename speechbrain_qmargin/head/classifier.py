@@ -27,7 +27,8 @@ from speechbrain_qmargin.loss.interface import Objective, QMarginStats, Rows, at
 
 __all__ = ["HeadOutput", "QMarginHead"]
 
-_BLOCK = 32768  # classes initialised from one seed
+_BLOCK = 32768  # rows initialised from one seed
+_MOST_SUBCENTRES = 255
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -47,6 +48,8 @@ class QMarginHead(nn.Module):
     ----------
     embedding_dim, num_classes : int
         Over all ranks.
+    subcentres : int
+        Prototypes of each class, of which the nearest counts (Deng et al., ECCV 2020).
     alpha, scale, margin : float
         Of ``head(embeddings, labels)``. Where SpeechBrain's ``compute_cost`` evaluates the training
         output, its own parameters count instead.
@@ -63,8 +66,8 @@ class QMarginHead(nn.Module):
 
     Attributes
     ----------
-    weight : Parameter, [stop - start, embedding_dim], float32
-        Prototypes; their length does not enter the loss.
+    weight : Parameter, [(stop - start) * subcentres, embedding_dim], float32
+        Prototypes, those of a class one after the other; their length does not enter the loss.
     start, stop : int
         The classes of this rank.
     anchor : Parameter or None
@@ -115,30 +118,36 @@ class QMarginHead(nn.Module):
         scale: float = 10.0,
         margin: float = 0.2,
         *,
+        subcentres: int = 1,
         sparse_grad: bool | None = None,
         group: Any = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("embedding_dim", embedding_dim), ("num_classes", num_classes)):
+        sizes = {"embedding_dim": embedding_dim, "num_classes": num_classes}
+        for name, value in (sizes | {"subcentres": subcentres}).items():
             if int(value) != value or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value}")
+        if subcentres > _MOST_SUBCENTRES:
+            raise ValueError(f"subcentres: {subcentres}, more than {_MOST_SUBCENTRES}")
         check_loss_parameters(alpha, scale, margin)
         self.alpha, self.scale, self.margin = float(alpha), float(scale), float(margin)
         self.num_classes, self.sparse_grad = int(num_classes), sparse_grad
+        self.subcentres = int(subcentres)
         self.comm = comm = Communicator(group)
         if num_classes < comm.world:
             raise ValueError(f"{num_classes} classes cannot be shared by {comm.world} ranks")
-        sizes = torch.tensor([embedding_dim, num_classes], device=comm.device())
+        sizes = torch.tensor([embedding_dim, num_classes, subcentres], device=comm.device())
         for rank, other in enumerate(comm.gather_rows(sizes)):
             if not torch.equal(sizes, other):
                 raise ValueError(
-                    "shards disagree: (embedding_dim, num_classes) is "
+                    "shards disagree: (embedding_dim, num_classes, subcentres) is "
                     f"{tuple(sizes.tolist())} on rank {comm.rank} and {tuple(other.tolist())} on "
                     f"rank {rank}"
                 )
         self.start, self.stop = comm.shard_of(self.num_classes)
-        self.weight = nn.Parameter(torch.empty(self.stop - self.start, embedding_dim))
+        rows = (self.stop - self.start) * self.subcentres
+        self.weight = nn.Parameter(torch.empty(rows, embedding_dim))
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.anchor = nn.Parameter(torch.zeros(())) if distributed else None
         # what DDP reads of the module it wraps: its names for gradients and for broadcasts
@@ -154,18 +163,22 @@ class QMarginHead(nn.Module):
         if seed is None:
             drawn = torch.randint(2**31, (1,)).to(self.comm.device())
             seed = int(self.comm.from_first(drawn))
-        for first in range(self.start // _BLOCK * _BLOCK, self.stop, _BLOCK):
+        start, stop, every = (
+            number * self.subcentres for number in (self.start, self.stop, self.num_classes)
+        )
+        for first in range(start // _BLOCK * _BLOCK, stop, _BLOCK):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + first // _BLOCK)
-            last = min(first + _BLOCK, self.num_classes)
+            last = min(first + _BLOCK, every)
             rows = torch.randn(last - first, self.weight.shape[1], generator=generator)
-            low, high = max(self.start, first), min(self.stop, last)
+            low, high = max(start, first), min(stop, last)
             rows = F.normalize(rows[low - first : high - first], dim=1)
-            self.weight[low - self.start : high - self.start] = rows
+            self.weight[low - start : high - start] = rows
 
     def extra_repr(self) -> str:
         dim = self.weight.shape[1]
         text = f"{dim}, {self.num_classes}, alpha={self.alpha:g}, scale={self.scale:g}, "
         text += f"margin={self.margin:g}"
+        text += f", subcentres={self.subcentres}" * (self.subcentres > 1)
         alone = self.comm.world == 1
         return text if alone else f"{text}, classes=[{self.start}, {self.stop})"
 
@@ -243,14 +256,22 @@ class QMarginHead(nn.Module):
         assert isinstance(loss, Tensor)
         return loss
 
+    def all_cosines(self, unit: Tensor) -> Tensor:
+        """[B, C] of unit embeddings [B, D] and the classes of this rank, in the graph."""
+        cosines = F.linear(unit, F.normalize(self.weight, dim=1))
+        if self.subcentres == 1:
+            return cosines
+        return cosines.unflatten(1, (-1, self.subcentres)).max(2).values
+
     def _cosines(self, embeddings: Tensor) -> Tensor:
         with torch.autocast(embeddings.device.type, enabled=False):
             unit = F.normalize(embeddings.float(), dim=1)
             if self.comm.world == 1:
-                return F.linear(unit, F.normalize(self.weight, dim=1)).unsqueeze(1)
+                return self.all_cosines(unit).unsqueeze(1)
             sizes = self._agreed_sizes(unit, None, None)[0]
             x = self.comm.gather(unit.detach(), sizes)
             cosines = F.normalize(self.weight.detach(), dim=1) @ x.T
+            cosines = cosines.unflatten(0, (-1, self.subcentres)).amax(1)
             counts = [stop - start for start, stop in self.comm.shards(self.num_classes)]
             everything = self.comm.gather(cosines, counts)
             offset = sum(sizes[: self.comm.rank])
@@ -322,7 +343,9 @@ class QMarginHead(nn.Module):
         optimizer : RowSparseSGD or RowSparseAdam, optional
             Its state of the prototypes is saved with them.
         """
-        shards.save_shards(folder, self.weight, self.num_classes, self.comm, optimizer)
+        shards.save_shards(
+            folder, self.weight, self.num_classes, self.comm, optimizer, subcentres=self.subcentres
+        )
 
     def load_shards(
         self, folder: str | Path, optimizer: RowSparse | None = None, *, first_rows: bool = False
@@ -338,7 +361,13 @@ class QMarginHead(nn.Module):
             No checkpoint, or one of another size: the message names the folder and both sizes.
         """
         shards.load_shards(
-            folder, self.weight, self.num_classes, self.comm, optimizer, first_rows=first_rows
+            folder,
+            self.weight,
+            self.num_classes,
+            self.comm,
+            optimizer,
+            subcentres=self.subcentres,
+            first_rows=first_rows,
         )
 
 
@@ -396,7 +425,7 @@ class HeadOutput:
             )
         with torch.autocast(self.embeddings.device.type, enabled=False):
             unit = F.normalize(self.embeddings.float(), dim=1)
-            return F.linear(unit, F.normalize(self.head.weight, dim=1))
+            return self.head.all_cosines(unit)
 
     def evaluate(self, targets: Tensor, objective: Objective, *, statistics: bool = False) -> Rows:
         """See :meth:`speechbrain_qmargin.loss.interface.Scores.evaluate`; exact for all of them."""
@@ -430,6 +459,7 @@ class HeadOutput:
                 head.num_classes,
                 head.comm,
                 head.gives_sparse_grad,
+                head.subcentres,
             )
             raw = embeddings.detach().float()
             asked = replace(objective, log_q=log_q, target_log_q=target_log_q, spread=spread)

@@ -43,20 +43,25 @@ class AllClasses:
         self._keep, self._kept = size <= _KEPT_BYTES and move_others is None, None
         self._block: Block | None = None
 
-    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(classes, logits [B, chunk]), times alpha - 1 above alpha = 1; -inf at the targets."""
+    def _cosines(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        query = self.query
+        return chunked_cosines(self._scored, query.labels, self.prototypes, query.subcentres)
+
+    def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """(classes, logits [B, chunk], nearest), times alpha - 1 above alpha = 1; -inf at the
+        targets; `nearest` as of :func:`~.search.chunked_cosines`."""
         if self._kept is not None:
             yield from self._kept
             return
         kept, alpha = [], self.query.measure.alpha
         factor = self.query.scale * (alpha - 1 if alpha > 1 else 1)
-        for rows, cosines in chunked_cosines(self._scored, self.query.labels, self.prototypes):
+        for rows, cosines, nearest in self._cosines():
             if self._move is not None:
                 cosines, _ = self._moved(cosines, with_slopes=False)
             cosines.mul_(factor)
             if self._keep:
-                kept.append((rows, cosines))
-            yield rows, cosines
+                kept.append((rows, cosines, nearest))
+            yield rows, cosines, nearest
         self._kept = kept if self._keep else None
 
     def _moved(self, cosines: Tensor, with_slopes: bool) -> tuple[Tensor, Tensor | None]:
@@ -72,15 +77,15 @@ class AllClasses:
             moved = move(finite, target).clone()
         return moved.masked_fill_(absent, -math.inf), slopes
 
-    def _blocks(self) -> Iterator[tuple[slice, Block]]:
+    def _blocks(self) -> Iterator[tuple[slice, Block, Tensor | None]]:
         measure = self.query.measure
-        for rows, v in self._chunks():
+        for rows, v, nearest in self._chunks():
             if self._block is None or self._block.v.shape != v.shape:
                 self._block = Block(v, measure.alpha)
             log_q = measure.of(rows)
             self._block.v = v
             self._block.log_q = None if log_q is None else log_q.to(v.dtype)
-            yield rows, self._block
+            yield rows, self._block, nearest
 
     def level(self, comm: Communicator, bound: Tensor | None = None) -> Tensor:
         """[B], float64, the same on all ranks; `bound` [B] is a lower bound where one is known."""
@@ -88,7 +93,7 @@ class AllClasses:
         alpha = measure.alpha
         if alpha == 1:
             total = torch.full_like(target, -math.inf)
-            for rows, logits in self._chunks():
+            for rows, logits, _ in self._chunks():
                 log_q = measure.of(rows)
                 logits = logits if log_q is None else logits + log_q.to(logits.dtype)
                 total = torch.logaddexp(total, torch.logsumexp(logits, 1).double())
@@ -98,7 +103,7 @@ class AllClasses:
             return comm.from_first(torch.logaddexp(total, target + measure.target))
         peak = torch.full_like(target, -math.inf)
         lower = peak if bound is None else bound.to(peak)
-        for rows, v in self._chunks():
+        for rows, v, _ in self._chunks():
             log_q = measure.of(rows)
             peak = torch.maximum(peak, v.amax(1).double() / (alpha - 1))
             if log_q is not None:
@@ -110,7 +115,7 @@ class AllClasses:
 
         def sums(level: Tensor) -> tuple[Tensor, Tensor]:
             s, h = torch.zeros_like(level), torch.zeros_like(level)
-            for _, block in self._blocks():
+            for _, block, _ in self._blocks():
                 more = block.sums(level)
                 s, h = s + more[0], h + more[1]
             return s.to(self._scored.dtype), h.to(self._scored.dtype)
@@ -119,26 +124,28 @@ class AllClasses:
 
     def posteriors(
         self, level: Tensor, with_slopes: bool = False
-    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-        """(classes, p [B, chunk], scores, slopes): p not yet of sum one, and overwritten.
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None, Tensor | None]]:
+        """(classes, p [B, chunk], scores, slopes, nearest): p not yet of sum one, and overwritten.
 
         The scores are the logits, times alpha - 1 above alpha = 1; the slopes those of
-        `move_others`, None where it moves nothing.
+        `move_others`, None where it moves nothing; `nearest` as of
+        :func:`~.search.chunked_cosines`.
         """
         measure = self.query.measure
         if measure.alpha > 1:
-            for rows, block in self._blocks():
-                yield rows, block.posterior(level), block.v, None
+            for rows, block, nearest in self._blocks():
+                yield rows, block.posterior(level), block.v, None, nearest
             return
         if self._move is not None and with_slopes:
-            for rows, cosines in chunked_cosines(self._scored, self.query.labels, self.prototypes):
+            for rows, cosines, nearest in self._cosines():
                 moved, slopes = self._moved(cosines, with_slopes=True)
                 logits, log_q = moved.mul_(self.query.scale), measure.of(rows)
                 shift = logits if log_q is None else logits + log_q.to(logits.dtype)
                 p = torch.exp(shift - level.to(logits.dtype).unsqueeze(1))
-                yield rows, p, logits, slopes
+                yield rows, p, logits, slopes, nearest
             return
-        for rows, logits in self._chunks():
+        for rows, logits, nearest in self._chunks():
             log_q = measure.of(rows)
             shift = logits if log_q is None else logits + log_q.to(logits.dtype)
-            yield rows, torch.exp(shift - level.to(logits.dtype).unsqueeze(1)), logits, None
+            p = torch.exp(shift - level.to(logits.dtype).unsqueeze(1))
+            yield rows, p, logits, None, nearest

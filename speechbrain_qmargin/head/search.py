@@ -14,6 +14,10 @@ support, and nothing is looked at twice.
 4. **Refine** what may be active in float64 (:func:`refined`): a loss near zero is a difference of
    nearly equal cosines, and is to be exact relative to itself.
 
+With sub-centres a class has several rows, and its cosine is that of the nearest: a class is active
+iff that row is above the floor, so rows are screened as classes are, and of each class the nearest
+found row enters tau.
+
 None of it asks for the classes' reference measure q, which is in no class's activity; tau alone
 weights each class by it. With the classes in shards each rank collects its own, from the highest
 first floor of all ranks; the sums that give tau go over the ranks, and the end of a loop is the
@@ -54,6 +58,7 @@ __all__ = [
     "candidate_level",
     "chunked_cosines",
     "exact_cosines",
+    "nearest_rows",
     "refined",
     "rounding",
     "screening_slack",
@@ -79,7 +84,7 @@ class Query(NamedTuple):
     unit, exact : Tensor, [B, D]
         Embeddings of unit length in float32 and float64.
     labels : Tensor, [B], int64
-        The targets' rows; -1 where they are in another shard.
+        The targets among the shard's classes; -1 where they are in another shard.
     target : Tensor, [B], float64
         The targets' logits.
     measure : Measure
@@ -89,6 +94,8 @@ class Query(NamedTuple):
         log(q_max / q_min), targets included.
     classes : int
         In all shards.
+    subcentres : int
+        Rows of each class, one after the other.
     """
 
     unit: Tensor
@@ -99,6 +106,16 @@ class Query(NamedTuple):
     scale: float
     spread: float
     classes: int
+    subcentres: int = 1
+
+    def target_rows(self) -> Iterator[Tensor]:
+        """[B]: of the targets the first row, then the second, ...; negative in other shards."""
+        for centre in range(self.subcentres):
+            yield self.labels * self.subcentres + centre
+
+    def log_q(self, rows: Tensor) -> Tensor | None:
+        """Of the classes of some rows, in the shape of `rows`; None: q = 1."""
+        return self.measure.of(rows // self.subcentres if self.subcentres > 1 else rows)
 
     def rows(self, samples: Tensor) -> Query:
         """The same for some samples."""
@@ -109,10 +126,10 @@ class Query(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """A superset of the active classes other than the target, padded: cosine -inf, class 0."""
+    """A superset of the active rows, the target's left out, padded: cosine -inf, row 0."""
 
     cosines: Tensor  # [B, K] float32 or float64
-    classes: Tensor  # [B, K] int64
+    rows: Tensor  # [B, K] int64
 
 
 def screening_slack(embeddings: Tensor, rounded: Tensor, residual: Tensor) -> Tensor:
@@ -238,8 +255,8 @@ class Screening:
         return hit.nonzero().squeeze(1).add_(part.start)
 
 
-def _compact(cosines: Tensor, keep: Tensor, classes: Tensor) -> Candidates:
-    """The kept entries of [B, R] moved to the left; classes is [R] or [B, R]."""
+def _compact(cosines: Tensor, keep: Tensor, rows: Tensor) -> Candidates:
+    """The kept entries of [B, R] moved to the left; rows is [R] or [B, R]."""
     samples, positions = keep.nonzero(as_tuple=True)
     counts = torch.bincount(samples, minlength=keep.shape[0])
     width = max(int(counts.max()), 1)
@@ -251,7 +268,7 @@ def _compact(cosines: Tensor, keep: Tensor, classes: Tensor) -> Candidates:
     names = torch.zeros(shape, dtype=torch.int64, device=cosines.device)
     flat = samples * keep.shape[1] + positions
     values.view(-1)[place] = cosines.reshape(-1)[flat]
-    source = classes[positions] if classes.ndim == 1 else classes.reshape(-1)[flat]
+    source = rows[positions] if rows.ndim == 1 else rows.reshape(-1)[flat]
     names.view(-1)[place] = source
     return Candidates(values, names)
 
@@ -263,10 +280,11 @@ def _scored(
     found = []
     for block in rows.split(_BLOCK) if rows.numel() else ():
         cosines = product(query.unit, prototypes.unit(block))
-        place = torch.searchsorted(block, query.labels).clamp_(max=block.numel() - 1)
-        is_target = (block[place] == query.labels).unsqueeze(1)
-        column = place.unsqueeze(1)
-        cosines.scatter_(1, column, cosines.gather(1, column).masked_fill(is_target, -math.inf))
+        for targets in query.target_rows():
+            place = torch.searchsorted(block, targets).clamp_(max=block.numel() - 1)
+            is_target = (block[place] == targets).unsqueeze(1)
+            column = place.unsqueeze(1)
+            cosines.scatter_(1, column, cosines.gather(1, column).masked_fill(is_target, -math.inf))
         part = _compact(cosines, cosines >= floor.unsqueeze(1), block)
         room -= part.cosines.numel()
         if room < 0:
@@ -284,6 +302,24 @@ def _joined(found: list[Candidates], query: Query) -> Candidates:
     return Candidates(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
 
 
+def nearest_rows(query: Query, found: Candidates) -> Candidates:
+    """The same with one row of each class, the nearest (of equal ones the first)."""
+    if query.subcentres == 1:
+        return found
+    samples, place = (found.cosines > -math.inf).nonzero(as_tuple=True)
+    cosines, rows = found.cosines[samples, place], found.rows[samples, place]
+    names = samples * query.classes + rows // query.subcentres
+    classes, group = torch.unique(names, return_inverse=True)
+    best = cosines.new_full((len(classes),), -math.inf)
+    best.scatter_reduce_(0, group, cosines, "amax")
+    entry = torch.arange(len(group), device=group.device)
+    entry = entry.masked_fill_(cosines < best[group], len(group))
+    first = torch.full_like(classes, len(group)).scatter_reduce_(0, group, entry, "amin")
+    kept = torch.full_like(found.cosines, -math.inf)
+    kept[samples[first], place[first]] = cosines[first]
+    return found._replace(cosines=kept)
+
+
 def candidate_level(
     query: Query, found: Candidates, comm: Communicator, lower: Tensor | None = None
 ) -> Tensor:
@@ -293,12 +329,12 @@ def candidate_level(
     ----------
     query : Query
     found : Candidates
-        float32 or float64; the level is as exact as they are.
+        float32 or float64, one row of a class; the level is as exact as they are.
     lower : Tensor, [B], optional
         A lower bound of the level, where one is known.
     """
     measure = query.measure
-    logits, log_q = found.cosines * query.scale, measure.of(found.classes)
+    logits, log_q = found.cosines * query.scale, query.log_q(found.rows)
     own = single_class_level(logits, measure.alpha, log_q).amax(1).double()
     own = own if lower is None else torch.maximum(lower, own)
     own, peak = comm.max(torch.stack((own, logits.amax(1).double())))
@@ -333,10 +369,12 @@ def _sampled_level(query: Query, prototypes: Prototypes) -> tuple[Tensor, float]
 
     The level is a lower bound; the share, that of the classes above its edge.
     """
-    stride = max(1, len(prototypes.weight) // _SAMPLE)
+    # with sub-centres the first of each class: at most its cosine, so the bound stands
+    stride = max(1, len(prototypes.weight) // query.subcentres // _SAMPLE) * query.subcentres
     scores = product(query.unit, prototypes.unit(slice(None, None, stride)))
-    place = (query.labels // stride).clamp(0, scores.shape[1] - 1).unsqueeze(1)
-    is_target = place.squeeze(1) * stride == query.labels  # it is no competitor of itself
+    targets = query.labels * query.subcentres
+    place = (targets // stride).clamp(0, scores.shape[1] - 1).unsqueeze(1)
+    is_target = place.squeeze(1) * stride == targets  # it is no competitor of itself
     own = scores.gather(1, place).masked_fill(is_target.unsqueeze(1), -math.inf)
     scores.scatter_(1, place, own)
     top, names = scores.topk(min(_SAMPLE_TOP, scores.shape[1]), 1, sorted=False)
@@ -391,7 +429,7 @@ def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
     bound = level
     for number, part in enumerate(_parts(len(prototypes.weight), screened)):
         if number:
-            level = candidate_level(query, _joined(found, query), alone, level)
+            level = candidate_level(query, nearest_rows(query, _joined(found, query)), alone, level)
         floor = floor_of(level)
         if prototypes.screen is None:
             rows = torch.arange(part.start, part.stop, device=query.unit.device)
@@ -407,7 +445,8 @@ def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
         return Found(None, bound, False)
     assert found is not None
     whole = _joined(found, query)
-    return Found(whole, candidate_level(query, whole, comm, level), False)
+    level = candidate_level(query, nearest_rows(query, whole), comm, level)
+    return Found(whole, level, False)
 
 
 def _parts(classes: int, screened: bool) -> list[slice]:
@@ -422,31 +461,41 @@ def product(embeddings: Tensor, rows: Tensor) -> Tensor:
 
 
 def chunked_cosines(
-    embeddings: Tensor, labels: Tensor, prototypes: Prototypes
-) -> Iterator[tuple[slice, Tensor]]:
-    """(classes, cosines [B, chunk]) over all classes, -inf at the targets; dtype of `embeddings`.
+    embeddings: Tensor, labels: Tensor, prototypes: Prototypes, subcentres: int = 1
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """(classes, cosines [B, chunk], nearest) over all classes, in the dtype of `embeddings`.
+
+    The cosines are -inf at the targets. `nearest` [B, chunk], uint8, is the sub-centre that gave
+    each, at the targets too; None where classes have one row.
 
     Parameters
     ----------
     embeddings : Tensor, [B, D]
         float32 or float64, unit rows.
     labels : Tensor, [B]
-        The targets' rows; -1 where they are in another shard.
+        The targets among these classes; -1 where they are in another shard.
+    subcentres : int
+        Rows of each class.
     """
-    classes = prototypes.weight.shape[0]
-    for start in range(0, classes, _CHUNK):
-        rows = slice(start, min(start + _CHUNK, classes))
+    classes, nearest = prototypes.weight.shape[0] // subcentres, None
+    chunk = max(1, _CHUNK // subcentres)
+    for start in range(0, classes, chunk):
+        part = slice(start, min(start + chunk, classes))
+        rows = slice(part.start * subcentres, part.stop * subcentres)
         cosines = product(embeddings, prototypes.unit(rows, embeddings.dtype))
+        if subcentres > 1:
+            cosines, nearest = cosines.unflatten(1, (-1, subcentres)).max(2)
+            nearest = nearest.to(torch.uint8)
         place = (labels - start).clamp(0, cosines.shape[1] - 1).unsqueeze(1)
-        inside = ((labels >= start) & (labels < rows.stop)).unsqueeze(1)
+        inside = ((labels >= start) & (labels < part.stop)).unsqueeze(1)
         value = cosines.gather(1, place).masked_fill(inside, -math.inf)
-        yield rows, cosines.scatter_(1, place, value)
+        yield part, cosines.scatter_(1, place, value), nearest
 
 
 def refined(
     query: Query, found: Candidates, level: Tensor, prototypes: Prototypes
 ) -> tuple[Candidates, Tensor]:
-    """The candidates that may be active, their cosines in float64, and a lower bound of the level.
+    """The candidates that may be active, one row a class, in float64, and a bound of the level.
 
     A loss near zero is a difference of nearly equal cosines, whose float32 rounding would be most
     of it. Only what may be active is computed again, so the cost is the support's.
@@ -462,22 +511,20 @@ def refined(
     keep = found.cosines * query.scale > floor.unsqueeze(1)
     samples, place = keep.nonzero(as_tuple=True)
     column = (keep.cumsum(1) - 1)[samples, place]
-    classes = found.classes[samples, place]
+    rows = found.rows[samples, place]
     width = int(keep.sum(1).max().clamp(min=1))
     cosines = query.exact.new_full((keep.shape[0], width), -math.inf)
     names = torch.zeros_like(cosines, dtype=torch.int64)
-    cosines[samples, column] = exact_cosines(query.exact, samples, classes, prototypes)
-    names[samples, column] = classes
-    return Candidates(cosines, names), level - slack
+    cosines[samples, column] = exact_cosines(query.exact, samples, rows, prototypes)
+    names[samples, column] = rows
+    return nearest_rows(query, Candidates(cosines, names)), level - slack
 
 
-def exact_cosines(
-    exact: Tensor, samples: Tensor, classes: Tensor, prototypes: Prototypes
-) -> Tensor:
-    """cos(exact[samples], prototypes[classes]) in float64, a few megabytes at a time."""
+def exact_cosines(exact: Tensor, samples: Tensor, rows: Tensor, prototypes: Prototypes) -> Tensor:
+    """cos(exact[samples], prototypes[rows]) in float64, a few megabytes at a time."""
     cosines = exact.new_empty(samples.numel())
     for start in range(0, samples.numel(), _EXACT_AT_ONCE):
         part = slice(start, start + _EXACT_AT_ONCE)
-        rows = prototypes.unit(classes[part], exact.dtype)
-        cosines[part] = torch.linalg.vecdot(exact[samples[part]], rows)
+        unit = prototypes.unit(rows[part], exact.dtype)
+        cosines[part] = torch.linalg.vecdot(exact[samples[part]], unit)
     return cosines

@@ -24,6 +24,8 @@ def save_shards(
     num_classes: int,
     comm: Communicator,
     optimizer: RowSparse | None = None,
+    *,
+    subcentres: int = 1,
 ) -> None:
     """Write the prototypes and their optimiser's state; every rank calls it.
 
@@ -51,6 +53,7 @@ def save_shards(
     if comm.rank == 0:
         shards = [[a, b, f"classes-{a}-{b}-{token}.pt"] for a, b in comm.shards(num_classes)]
         sizes = {"embedding_dim": weight.shape[1], "num_classes": num_classes}
+        sizes["subcentres"] = subcentres  # rows of each class; the shards are in classes
         write_text(folder / _INDEX, json.dumps({**sizes, "shards": shards}))
         kept = {name for *_, name in shards}
         for old in folder.glob("classes-*.pt"):
@@ -67,6 +70,7 @@ def load_shards(
     comm: Communicator,
     optimizer: RowSparse | None = None,
     *,
+    subcentres: int = 1,
     first_rows: bool = False,
 ) -> None:
     """Read what :func:`save_shards` wrote on any number of ranks.
@@ -79,17 +83,17 @@ def load_shards(
     folder = Path(folder)
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        theirs = (index["embedding_dim"], index["num_classes"])
+        theirs = (index["embedding_dim"], index.get("subcentres", 1), index["num_classes"])
         stored_shards = [(int(a), int(b), str(name)) for a, b, name in index["shards"]]
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} holds no checkpoint of a head: no {_INDEX}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / _INDEX} is no index of a head's shards: {error}") from None
-    ours = (weight.shape[1], num_classes)
-    if theirs != ours and not (first_rows and theirs[0] == ours[0] and theirs[1] > ours[1]):
+    ours = (weight.shape[1], subcentres, num_classes)
+    if theirs != ours and not (first_rows and theirs[:2] == ours[:2] and theirs[2] > ours[2]):
         raise ValueError(
-            f"{folder}: the checkpoint has (embedding_dim, num_classes) = {theirs}, this head "
-            f"{ours}"
+            f"{folder}: the checkpoint has (embedding_dim, subcentres, num_classes) = {theirs}, "
+            f"this head {ours}"
         )
     first, last = comm.shard_of(num_classes)
     parts = []
@@ -98,11 +102,14 @@ def load_shards(
         if low >= high:
             continue
         stored = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
-        here, there = slice(low - first, high - first), slice(low - start, high - start)
+        here, there = (
+            slice((low - origin) * subcentres, (high - origin) * subcentres)
+            for origin in (first, start)
+        )
         weight[here] = stored["weight"][there].to(weight.device)
         if optimizer is not None and "optimizer" in stored:
             state = stored["optimizer"]
-            rows = stop - start
+            rows = (stop - start) * subcentres
             state = {
                 key: value[there] if value.ndim and len(value) == rows and key != "idle" else value
                 for key, value in state.items()

@@ -29,7 +29,7 @@ _ROWS_AT_ONCE = 8192
 
 
 class Shard(NamedTuple):
-    """The classes [start, stop) of all, and whom to ask about the others."""
+    """The classes [start, stop) of all, their rows, and whom to ask about the others."""
 
     prototypes: Prototypes
     start: int
@@ -37,6 +37,7 @@ class Shard(NamedTuple):
     classes: int
     comm: Communicator
     sparse_grad: bool
+    subcentres: int = 1
 
 
 class Evaluation(NamedTuple):
@@ -98,7 +99,12 @@ class HeadLoss(torch.autograd.Function):
         labels = torch.where(here, labels - shard.start, -1)
         mine = here.nonzero().squeeze(1)
         cos_y = torch.zeros_like(exact[:, 0])
-        cos_y[mine] = exact_cosines(exact, mine, labels[mine], prototypes)
+        centres = torch.arange(shard.subcentres, device=raw.device)
+        centres = labels[mine].unsqueeze(1) * shard.subcentres + centres
+        each = mine.repeat_interleave(shard.subcentres)
+        near = exact_cosines(exact, each, centres.flatten(), prototypes).view_as(centres).max(1)
+        cos_y[mine] = near.values
+        target_rows = centres.gather(1, near.indices.unsqueeze(1)).squeeze(1)
         cos_y = comm.sum(cos_y)
         own_cosines, slope = cos_y[own], 1.0
         if objective.move_target is not None:
@@ -119,6 +125,7 @@ class HeadLoss(torch.autograd.Function):
             objective.scale,
             objective.spread,
             shard.classes,
+            shard.subcentres,
         )
         everything = candidates = p = None
         bound, most = None, False
@@ -146,7 +153,7 @@ class HeadLoss(torch.autograd.Function):
             # the target is an entry like the others
             ctx.entries = (
                 torch.cat([samples, mine]),
-                torch.cat([candidates.classes[samples, place], labels[mine]]),
+                torch.cat([candidates.rows[samples, place], target_rows]),
                 torch.cat([share.float(), residual[mine]]),
             )
         ctx.save_for_backward(query.unit, level, solution.inverse_total, residual, valid)
@@ -186,7 +193,7 @@ def _posterior(query: Query, found: Candidates, level: Tensor) -> tuple[Tensor, 
     """Posteriors [B, K] of candidates, and their sum, gap and number [3, B]."""
     logits, alpha = found.cosines * query.scale, query.measure.alpha
     lead = logits - query.target.unsqueeze(1)
-    block = Block(logits.mul_(alpha - 1), alpha, query.measure.of(found.classes))
+    block = Block(logits.mul_(alpha - 1), alpha, query.log_q(found.rows))
     p = block.posterior(level)
     gap = torch.linalg.vecdot(p, lead.masked_fill_(p == 0, 0))
     return p, torch.stack((p.sum(1), gap, (p > 0).sum(1)))
@@ -196,7 +203,7 @@ def _all_moments(everything: AllClasses, level: Tensor) -> Tensor:
     moments = torch.zeros(3, *level.shape, dtype=torch.float64, device=level.device)
     target = everything.query.target.unsqueeze(1)
     alpha = everything.query.measure.alpha
-    for _, p, scores, _ in everything.posteriors(level):
+    for _, p, scores, *_ in everything.posteriors(level):
         if alpha > 1:
             lead = (scores / (alpha - 1)).sub_(target).masked_fill_(p == 0, 0)
             gap = torch.linalg.vecdot(p, lead).double()
@@ -208,21 +215,21 @@ def _all_moments(everything: AllClasses, level: Tensor) -> Tensor:
 
 def _sparse_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
     unit = ctx.saved_tensors[0]
-    samples, classes, g = ctx.entries
+    samples, entries, g = ctx.entries
     prototypes = ctx.shard.prototypes
     weight, inverse_norm = prototypes.weight, prototypes.inverse_norm
     g = g * scale[samples]
     keep = (g != 0).nonzero().squeeze(1)
-    samples, classes, g = samples[keep], classes[keep], g[keep]
+    samples, entries, g = samples[keep], entries[keep], g[keep]
     grad_unit = grad_weight = None
     if ctx.needs_input_grad[0]:
         grad_unit = torch.zeros_like(unit)
         for part in torch.arange(keep.numel(), device=unit.device).split(_ROWS_AT_ONCE):
-            rows = weight.index_select(0, classes[part])
-            rows.mul_((g[part] * inverse_norm[classes[part]]).unsqueeze(1))
+            rows = weight.index_select(0, entries[part])
+            rows.mul_((g[part] * inverse_norm[entries[part]]).unsqueeze(1))
             grad_unit.index_add_(0, samples[part], rows)
     if ctx.needs_input_grad[1]:
-        rows, slot = torch.unique(classes, return_inverse=True)
+        rows, slot = torch.unique(entries, return_inverse=True)
         values = unit.new_zeros(rows.numel(), unit.shape[1])
         for part in torch.arange(keep.numel(), device=unit.device).split(_ROWS_AT_ONCE):
             values.index_add_(0, slot[part], unit[samples[part]] * g[part].unsqueeze(1))
@@ -247,17 +254,22 @@ def _project(grad: Tensor, unit: Tensor, inverse_norm: Tensor) -> None:
 def _dense_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
     unit, level, inverse_total, residual, _ = ctx.saved_tensors
     prototypes, labels = ctx.shard.prototypes, ctx.everything.query.labels
+    centres = ctx.shard.subcentres
     grad_unit = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
     grad_weight = torch.empty_like(prototypes.weight) if ctx.needs_input_grad[1] else None
     everyone = torch.arange(labels.numel(), device=labels.device)
-    for rows, p, _, slopes in ctx.everything.posteriors(level, with_slopes=True):
+    for classes, p, _, slopes, nearest in ctx.everything.posteriors(level, with_slopes=True):
         g = (p * inverse_total.unsqueeze(1)).float()
         if slopes is not None:
             g *= slopes
-        inside = (labels >= rows.start) & (labels < rows.stop)
-        place = (labels - rows.start).clamp(0, g.shape[1] - 1)
+        inside = (labels >= classes.start) & (labels < classes.stop)
+        place = (labels - classes.start).clamp(0, g.shape[1] - 1)
         g[everyone, place] += torch.where(inside, residual, 0)
         g *= scale.unsqueeze(1)
+        rows = slice(classes.start * centres, classes.stop * centres)
+        if nearest is not None:  # the others of a class have no gradient
+            each = g.new_zeros(*g.shape, centres)
+            g = each.scatter_(2, nearest.long().unsqueeze(2), g.unsqueeze(2)).flatten(1)
         directions = prototypes.unit(rows)
         if grad_unit is not None:
             grad_unit.addmm_(g, directions)

@@ -40,6 +40,11 @@ LOSSES: dict[str, type[Loss]] = {
     "curricularface": CurricularFaceLoss,
     "intertopk": InterTopKLoss,
 }
+# What is known as a loss and is the classifier's part, for any loss
+_ELSEWHERE = dict.fromkeys(
+    ("subcenter", "subcentre", "subcenter_arcface"),
+    "the classifier's: give --subcentres 3 with any loss, as --loss arcface",
+)
 
 
 def loss_class(name: str) -> type[Loss]:
@@ -57,6 +62,8 @@ def loss_class(name: str) -> type[Loss]:
     """
     module, _, attribute = name.rpartition(":" if ":" in name else ".")
     if not module:
+        if name in _ELSEWHERE:
+            raise ValueError(f"loss: {name!r} is {_ELSEWHERE[name]}")
         if name not in LOSSES:
             known = ", ".join(sorted(LOSSES))
             raise ValueError(

@@ -95,6 +95,7 @@ def test_the_family_by_name():
             {},
             "unknown name 'softmax'; choose one of adaface, arcface, combined, cosface",
         ),
+        ("subcenter", {}, "is the classifier's: give --subcentres 3 with any loss"),
         ("arcface", {"alpha": 1.5}, "arcface has no alpha"),
         ("cosface", {"alpha": 1.5}, "cosface is alpha = 1"),
         ("entmax", {"margin": 0.2}, "entmax is margin = 0"),

@@ -21,6 +21,9 @@ LOSSES = {
 }
 
 
+CENTRES = 3  # of the head with sub-centres
+
+
 def samples():
     torch.manual_seed(0)
     weight = F.normalize(torch.randn(CLASSES, DIM), dim=1)
@@ -59,10 +62,37 @@ def compare(rank, rendezvous):
         torch.testing.assert_close(grad, by_weight[head.start : head.stop], **near)
         for key, other in state.items():
             torch.testing.assert_close(loss.state_dict()[key], other, rtol=1e-6, atol=1e-6)
+    subcentres(rank)
     with pytest.raises(TypeError, match="needs all cosines"):
         head(mine).cosines()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def subcentres(rank):
+    torch.manual_seed(1)
+    rows, (x, _, labels) = torch.randn(CLASSES * CENTRES, DIM), samples()
+    head = QMarginHead(DIM, CLASSES, subcentres=CENTRES)
+    mine = slice(head.start * CENTRES, head.stop * CENTRES)
+    with torch.no_grad():
+        head.weight.copy_(rows[mine])
+    for make in (lambda: make_loss("arcface", scale=16), lambda: make_loss("qmargin")):
+        at, w = x.clone().requires_grad_(), rows.clone().requires_grad_()
+        cosines = F.normalize(at, dim=1) @ F.normalize(w, dim=1).T
+        cosines = cosines.unflatten(1, (-1, CENTRES)).amax(2)
+        parts = make().rows(DenseScores(cosines, at), labels).loss.split(SIZES)
+        (sum(part.mean() for part in parts) / 2).backward()
+        own = x.split(SIZES)[rank].clone().requires_grad_()
+        head.weight.grad = None
+        found = make()(head(own), labels.split(SIZES)[rank])
+        found.backward()
+        grad = head.weight.grad
+        near = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(found, parts[rank].mean(), **near)
+        torch.testing.assert_close(own.grad / 2, at.grad.split(SIZES)[rank], **near)
+        grad = grad.to_dense() if grad.is_sparse else grad
+        torch.testing.assert_close(grad, w.grad[mine], **near)
+    torch.testing.assert_close(head.eval()(x)[:, 0], cosines.detach())
 
 
 @pytest.mark.slow

@@ -1,0 +1,46 @@
+"""SpeechBrain's cosine classifier with sub-centres: several prototypes of each class."""
+
+from __future__ import annotations
+
+from speechbrain.lobes.models.ECAPA_TDNN import Classifier
+from torch import Tensor
+
+__all__ = ["CosineClassifier"]
+
+
+class CosineClassifier(Classifier):
+    """SpeechBrain's ``Classifier``, whose classes may have several prototypes each.
+
+    The cosine of a class is that of its nearest prototype: the sub-centres of Deng et al., ECCV
+    2020, for any loss on cosines. With one prototype it is SpeechBrain's, weights and numbers
+    included; :class:`~speechbrain_qmargin.head.QMarginHead` has the same option.
+
+    Parameters
+    ----------
+    input_size : int
+        D of the embeddings.
+    out_neurons : int
+        Classes, C.
+    subcentres : int
+        Prototypes of each; they are neighbours in `weight` [C * subcentres, D].
+
+    Examples
+    --------
+    >>> import torch
+    >>> classifier = CosineClassifier(input_size=4, out_neurons=10, subcentres=3)
+    >>> classifier.weight.shape, classifier(torch.randn(2, 1, 4)).shape
+    (torch.Size([30, 4]), torch.Size([2, 1, 10]))
+    """
+
+    def __init__(self, input_size: int, out_neurons: int, subcentres: int = 1) -> None:
+        if int(subcentres) != subcentres or subcentres < 1:
+            raise ValueError(f"subcentres must be a whole number >= 1, got {subcentres}")
+        super().__init__(input_size, out_neurons=out_neurons * int(subcentres))
+        self.subcentres = int(subcentres)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cosines [B, 1, C] of embeddings [B, 1, D]."""
+        cosines = super().forward(x)
+        if self.subcentres == 1:
+            return cosines
+        return cosines.unflatten(2, (-1, self.subcentres)).max(3).values
