@@ -42,7 +42,7 @@ from speechbrain_qmargin.data.augment import WESPEAKER_SPEEDS, room_and_noise
 from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.data.speech_dataset import SpeechDataset
 from speechbrain_qmargin.features import KaldiFbank
-from speechbrain_qmargin.models.resnet import ResNet34
+from speechbrain_qmargin.models.resnet import ResNet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from voxceleb_tree import write_m4a
@@ -124,7 +124,7 @@ def models(seconds: float, batch: int) -> None:
     features = torch.randn(batch, 201, 80)
     for name, model in (
         ("ECAPA-TDNN 1024", ECAPA_TDNN(80, channels=[1024] * 4 + [3072], lin_neurons=192)),
-        ("ResNet34", ResNet34(80)),
+        ("ResNet34", ResNet(80)),
     ):
 
         def step(model=model):

@@ -14,13 +14,16 @@ from torchaudio.compliance.kaldi import get_mel_banks
 
 __all__ = ["KaldiFbank"]
 
-_SCALE = 2.0**15  # Kaldi's samples are 16-bit integers
+_WINDOWS = {
+    "hamming": lambda length: torch.hamming_window(length, periodic=False),
+    "povey": lambda length: torch.hann_window(length, periodic=False).pow(0.85),
+}
 _LOWEST = 20.0  # Hz
 _PRE_EMPHASIS = 0.97
 
 
 class KaldiFbank(nn.Module):
-    """``torchaudio.compliance.kaldi.fbank`` with a Hamming window, of a batch of waveforms.
+    """``torchaudio.compliance.kaldi.fbank`` of a batch of waveforms.
 
     Parameters
     ----------
@@ -31,7 +34,17 @@ class KaldiFbank(nn.Module):
         Milliseconds.
     dither : float
         Standard deviation of the noise on every sample of every frame in training mode, on the
-        scale of 16-bit integers; none in evaluation mode.
+        scale of `full_scale`; none in evaluation mode.
+    window : str
+        ``hamming``, as WeSpeaker; ``povey``, Kaldi's own and 3D-Speaker's.
+    full_scale : float
+        What a sample of 1 becomes: Kaldi's and WeSpeaker's are 16-bit integers, 3D-Speaker's stay
+        in [-1, 1].
+
+    Raises
+    ------
+    ValueError
+        Another window.
 
     Examples
     --------
@@ -46,25 +59,30 @@ class KaldiFbank(nn.Module):
         frame_length: float = 25.0,
         frame_shift: float = 10.0,
         dither: float = 1.0,
+        window: str = "hamming",
+        full_scale: float = 2.0**15,
     ) -> None:
         super().__init__()
+        if window not in _WINDOWS:
+            raise ValueError(f"window: {window!r}; choose {', '.join(_WINDOWS)}")
         self.sample_rate, self.dither = sample_rate, dither
+        self.window_name, self.full_scale = window, full_scale
         self.length = int(sample_rate * frame_length / 1000)
         self.shift = int(sample_rate * frame_shift / 1000)
         self.n_fft = 1 << (self.length - 1).bit_length()
-        window = torch.hamming_window(self.length, periodic=False)
         banks, _ = get_mel_banks(n_mels, self.n_fft, sample_rate, _LOWEST, 0.0, 100.0, -500.0, 1.0)
         banks = nn.functional.pad(banks, (0, 1)).T.contiguous()  # the Nyquist bin is in none
         # made of the arguments alone: nothing for a checkpoint
         self.window: Tensor
         self.banks: Tensor
-        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("window", _WINDOWS[window](self.length), persistent=False)
         self.register_buffer("banks", banks, persistent=False)
 
     def extra_repr(self) -> str:
         return (
             f"{self.sample_rate} Hz, {self.banks.shape[1]} bins, {self.length} / {self.shift} "
-            f"samples, dither {self.dither:g}"
+            f"samples, {self.window_name} window, full scale {self.full_scale:g}, dither "
+            f"{self.dither:g}"
         )
 
     @fwd_default_precision(cast_inputs=torch.float32)
@@ -83,7 +101,7 @@ class KaldiFbank(nn.Module):
                 f"waveforms: {waveforms.shape[-1]} samples are shorter than a frame of "
                 f"{self.length} (at {self.sample_rate} Hz); leave such recordings out"
             )
-        frames = (waveforms * _SCALE).unfold(-1, self.length, self.shift)
+        frames = (waveforms * self.full_scale).unfold(-1, self.length, self.shift)
         if self.training and self.dither:
             frames = torch.randn_like(frames).mul_(self.dither).add_(frames)
         frames = frames - frames.mean(dim=-1, keepdim=True)

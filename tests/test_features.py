@@ -104,7 +104,7 @@ compute_features: !new:speechbrain_qmargin.features.KaldiFbank
 mean_var_norm: !new:speechbrain.processing.features.InputNormalization
     norm_type: sentence
     std_norm: False
-embedding_model: !new:speechbrain_qmargin.models.resnet.ResNet34
+embedding_model: !new:speechbrain_qmargin.models.resnet.ResNet
     input_size: 20
     channels: 4
     lin_neurons: 16

@@ -1,14 +1,14 @@
 """Score IJB-B or IJB-C 1:1 from the embeddings of its images, with intervals over subjects.
 
     python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --run results/face/full/...
-    python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --backbone r100.pth --depth 100
+    python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --backbone backbone.pth
     python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --embeddings images.npz
 
-The embeddings are those of a run of recipes/face/train.py, of a checkpoint that arcface_torch
-published, or an npz of `ids`, `embeddings` and `mirrored` (or the cache folder of an extraction).
-FOLDER holds meta/ and loose_crop/ as the official release does. The table, its figures as JSON, the
-unrounded scores and the ROC and DET plots go to the output folder: <run>/<target>, or beside the
-checkpoint or embeddings <name>_<target>. docs/face_evaluation.md has the protocol.
+The embeddings are those of a run of recipes/face/train.py, of a model that arcface_torch, AdaFace
+or CVLface published, or an npz of `ids`, `embeddings` and `mirrored` (or the cache folder of an
+extraction). FOLDER holds meta/ and loose_crop/ as the official release does. The table, its figures
+as JSON, the unrounded scores and the ROC and DET plots go to the output folder: <run>/<target>, or
+beside the checkpoint or embeddings <name>_<target>. docs/face_evaluation.md has the protocol.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from speechbrain_qmargin.faces.ijb import (
 )
 from speechbrain_qmargin.faces.pair_sets import FLIPS
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.models.iresnet import BLOCKS, IResNet, load_arcface_torch
+from speechbrain_qmargin.published import load_published
 
 SWITCH = argparse.BooleanOptionalAction
 
@@ -43,9 +43,10 @@ def load_model(args):
     if args.run:
         modules, settings = load_run(args.run, ["embedding_model"], args.trust)
         return modules["embedding_model"], settings["image_size"]
-    model = IResNet(args.depth)
-    load_arcface_torch(model, args.backbone)
-    return model, 112
+    published = load_published(args.backbone)
+    size = published.faces().image_size
+    print(published.summary())
+    return published.encoder, size
 
 
 def embed(ijb, args, cache):
@@ -88,8 +89,7 @@ def main(argv=None):
     source.add_argument("--embeddings", help="npz, or the cache of an extraction")
     source.add_argument("--run", help="output folder of recipes/face/train.py: embed the images")
     parser.add_argument("--trust", action="store_true", help="let the run's YAML run any code")
-    source.add_argument("--backbone", help="checkpoint of arcface_torch: embed the images")
-    parser.add_argument("--depth", default=100, type=int, choices=BLOCKS, help="of the backbone")
+    source.add_argument("--backbone", help="a published face model: embed the images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch_size", default=128, type=int)
     parser.add_argument("--flip", default="sum", choices=FLIPS, help="image and mirror image")

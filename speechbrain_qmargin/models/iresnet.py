@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import pickle
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-__all__ = ["IResNet", "load_arcface_torch"]
+__all__ = ["BLOCKS", "IResNet"]
 
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
+BLOCKS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 14, 3),
+    100: (3, 13, 30, 3),
+    200: (6, 26, 60, 6),
+}
 
 
 class _Block(nn.Module):
     """BN, convolution, BN, PReLU, convolution, BN, and the shortcut."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, plain_shortcuts: bool) -> None:
         super().__init__()
+        self.stride = stride
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
@@ -25,27 +29,31 @@ class _Block(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, stride, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
         self.downsample = None
-        if stride != 1 or inputs != outputs:
+        if inputs != outputs or (stride != 1 and not plain_shortcuts):
             self.downsample = nn.Sequential(
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
             )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x)))))
-        return self.bn3(y) + (x if self.downsample is None else self.downsample(x))
+        if self.downsample is not None:
+            x = self.downsample(x)
+        elif self.stride != 1:
+            x = x[..., :: self.stride, :: self.stride]
+        return self.bn3(y) + x
 
 
 class IResNet(nn.Module):
     """Aligned faces to embeddings, [B, 3, 112, 112] in [-1, 1] to [B, 1, 512].
 
-    Source: ``arcface_torch`` of InsightFace, whose checkpoints fit (:func:`load_arcface_torch`):
-    43.6 M parameters at depth 50, 65.2 M at depth 100. The last normalisation's weight is fixed at
+    Source: ``arcface_torch`` of InsightFace, whose parameters' names these are: 43.6 M of them at
+    depth 50, 65.2 M at 100, 119 M at 200. The last normalisation's weight is fixed at
     1: the embeddings' length is the network's, their scale is not a parameter.
 
     Parameters
     ----------
     depth : int
-        18, 34, 50 or 100.
+        18, 34, 50, 100 or 200.
     embedding_dim : int
     channels : int
         Of the first stage; they double in each of the other three. 64 in the published networks.
@@ -53,6 +61,9 @@ class IResNet(nn.Module):
         Before the linear layer.
     image_size : int
         Height and width; halved four times, rounding up.
+    plain_shortcuts : bool
+        A shortcut that halves the image and keeps the channels takes every other pixel, as in
+        AdaFace's and CVLface's networks; otherwise it is a convolution, as in arcface_torch's.
 
     Raises
     ------
@@ -78,6 +89,7 @@ class IResNet(nn.Module):
         channels: int = 64,
         dropout: float = 0.0,
         image_size: int = 112,
+        plain_shortcuts: bool = False,
     ) -> None:
         super().__init__()
         if depth not in BLOCKS:
@@ -89,7 +101,10 @@ class IResNet(nn.Module):
         for stage, blocks in enumerate(BLOCKS[depth]):
             outputs = channels * 2**stage
             sizes, strides = [inputs] + [outputs] * (blocks - 1), [2] + [1] * (blocks - 1)
-            layer = [_Block(size, outputs, step) for size, step in zip(sizes, strides, strict=True)]
+            layer = [
+                _Block(size, outputs, step, plain_shortcuts)
+                for size, step in zip(sizes, strides, strict=True)
+            ]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layer))
             inputs, side = outputs, (side + 1) // 2
         self.bn2 = nn.BatchNorm2d(inputs)
@@ -109,29 +124,3 @@ class IResNet(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # as arcface_torch
             y = self.fc(self.dropout(y.float()))
             return self.features(y).unsqueeze(1)
-
-
-def load_arcface_torch(model: IResNet, path: str | Path) -> None:
-    """Load a backbone that arcface_torch saved (``backbone.pth``, ``model.pt``); tensors only.
-
-    Raises
-    ------
-    ValueError
-        No such checkpoint, or one of another depth or width; the first parameters that differ are
-        named.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict_backbone", state.get("state_dict", state))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        raise ValueError(f"{path}: not a checkpoint of weights alone ({error})") from None
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    own = model.state_dict()
-    differing = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    differing += [key for key in state if key not in own]
-    if differing:
-        raise ValueError(
-            f"{path} is not of this network: {len(differing)} entries differ, the first are "
-            f"{', '.join(differing[:3])}; is its depth another (--depth)?"
-        )
-    model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""ResNet34 with temporal statistics pooling, as in WeSpeaker's VoxCeleb recipe."""
+"""ResNets with temporal statistics pooling, as in WeSpeaker's VoxCeleb recipes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ResNet34", "temporal_statistics"]
+__all__ = ["BLOCKS", "ResNet", "silence", "temporal_statistics"]
 
-BLOCKS = (3, 4, 6, 3)
+BLOCKS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    221: (6, 16, 48, 3),
+    293: (10, 20, 64, 3),
+}
+_BOTTLENECKS_FROM = 50
 _LEAST_VARIANCE = 1e-7
 
 
-def temporal_statistics(frames: Tensor, lengths: Tensor | None = None) -> Tensor:
+def temporal_statistics(
+    frames: Tensor, lengths: Tensor | None = None, least_variance: float = _LEAST_VARIANCE
+) -> Tensor:
     """Mean and standard deviation over time of every channel and frequency, in float32.
 
     Parameters
@@ -20,11 +31,13 @@ def temporal_statistics(frames: Tensor, lengths: Tensor | None = None) -> Tensor
     frames : Tensor, [B, C, F, T]
     lengths : Tensor, [B], optional
         Relative lengths in (0, 1]; frames beyond them do not count.
+    least_variance : float
+        Added to the variance. With 0 the gradient of a deviation of 0 is taken as 0.
 
     Returns
     -------
     Tensor, [B, 2 C F]
-        Means, then standard deviations (of the sample, with T - 1; 1e-7 is added to the variance).
+        Means, then standard deviations (of the sample, with T - 1).
 
     Examples
     --------
@@ -43,45 +56,76 @@ def temporal_statistics(frames: Tensor, lengths: Tensor | None = None) -> Tensor
     total = mask.sum(3)
     mean = (frames * mask).sum(3) / total
     squares = ((frames - mean.unsqueeze(3)) * mask).square().sum(3)
-    std = (squares / (total - 1).clamp(min=1) + _LEAST_VARIANCE).sqrt()
+    variance = squares / (total - 1).clamp(min=1) + least_variance
+    if least_variance == 0:  # the root has no gradient at 0
+        moving = variance > 0
+        std = variance.where(moving, torch.ones_like(variance)).sqrt() * moving
+    else:
+        std = variance.sqrt()
     return torch.cat((mean.flatten(1), std.flatten(1)), 1)
 
 
-def _silence(frames: Tensor, kept: Tensor | None) -> Tensor:
-    """Zeros beyond the first `kept` [B] frames of [B, C, F, T]: what a convolution pads with."""
+def silence(frames: Tensor, kept: Tensor | None) -> Tensor:
+    """Zeros beyond the first `kept` [B] frames of [B, ..., T]: what a convolution pads with."""
     if kept is None:
         return frames
-    beyond = torch.arange(frames.shape[3], device=frames.device) >= kept.unsqueeze(1)
-    return frames.masked_fill(beyond[:, None, None, :], 0.0)
+    beyond = torch.arange(frames.shape[-1], device=frames.device) >= kept.unsqueeze(1)
+    return frames.masked_fill(beyond.view(len(beyond), *[1] * (frames.ndim - 2), -1), 0.0)
 
 
 class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    expansion = 1
+
+    def __init__(self, inputs: int, channels: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+        self.conv1 = nn.Conv2d(inputs, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = _shortcut(inputs, channels, stride)
 
-    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        y = _silence(F.relu(self.bn1(self.conv1(x))), kept)
-        return _silence(F.relu(self.bn2(self.conv2(y)) + self.shortcut(x)), kept)
+    def forward(self, x: Tensor, before: Tensor | None = None, kept: Tensor | None = None):
+        y = silence(F.relu(self.bn1(self.conv1(x))), kept)
+        return silence(F.relu(self.bn2(self.conv2(y)) + self.shortcut(x)), kept)
 
 
-class ResNet34(nn.Module):
-    """Frames to embeddings: 6.63 M parameters with 80 bands, 32 channels, 256 dimensions.
+class _Bottleneck(nn.Module):
+    expansion = 4
 
-    Source: WeSpeaker (Wang et al. 2023), ``ResNet34`` with TSTP pooling and one embedding layer;
-    parameters have its names. Time and frequency are halved three times. In a padded batch the
-    frames beyond an item's length are zeroed before every convolution and do not enter the
-    statistics: in evaluation its embedding is that of the item alone, up to rounding. (In training
-    the batch normalisations still count the zeros.)
+    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+        super().__init__()
+        outputs = channels * self.expansion
+        self.stride = stride
+        self.conv1 = nn.Conv2d(inputs, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride)
+
+    def forward(self, x: Tensor, before: Tensor | None = None, kept: Tensor | None = None):
+        y = silence(F.relu(self.bn1(self.conv1(x))), before)
+        y = F.relu(self.bn2(self.conv2(y)))
+        return silence(F.relu(self.bn3(self.conv3(y)) + self.shortcut(x)), kept)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    if stride == 1 and inputs == outputs:
+        return nn.Sequential()
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+class ResNet(nn.Module):
+    """Frames to embeddings, with blocks of two or, from depth 50 on, of three convolutions.
+
+    Source: WeSpeaker (Wang et al. 2023), ``ResNet18`` to ``ResNet293`` with TSTP pooling and one
+    embedding layer; parameters have its names. With 80 bands, 32 channels and 256 dimensions depth
+    34 has 6.63 M parameters, 221 23.79 M, 293 28.63 M. Time and frequency are halved three times.
+    In a padded batch the frames beyond an item's length are zeroed before every convolution and do
+    not enter the statistics: in evaluation its embedding is that of the item alone, up to rounding.
+    (In training the batch normalisations still count the zeros.)
 
     Parameters
     ----------
@@ -91,10 +135,17 @@ class ResNet34(nn.Module):
         Of the first stage; they double in each of the other three.
     lin_neurons : int
         Dimensions of the embedding.
+    depth : int
+        18, 34, 50, 101, 152, 221 or 293.
+
+    Raises
+    ------
+    ValueError
+        Another depth.
 
     Examples
     --------
-    >>> model = ResNet34(input_size=16, channels=4, lin_neurons=8).eval()
+    >>> model = ResNet(input_size=16, channels=4, lin_neurons=8).eval()
     >>> model(torch.randn(2, 50, 16)).shape
     torch.Size([2, 1, 8])
     """
@@ -104,16 +155,23 @@ class ResNet34(nn.Module):
     layer3: nn.Sequential
     layer4: nn.Sequential
 
-    def __init__(self, input_size: int = 80, channels: int = 32, lin_neurons: int = 256) -> None:
+    def __init__(
+        self, input_size: int = 80, channels: int = 32, lin_neurons: int = 256, depth: int = 34
+    ) -> None:
         super().__init__()
+        if depth not in BLOCKS:
+            raise ValueError(f"depth: {depth}; choose {', '.join(map(str, BLOCKS))}")
+        self.input_size = input_size
+        block = _Bottleneck if depth >= _BOTTLENECKS_FROM else _Block
         self.conv1 = nn.Conv2d(1, channels, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         inputs, bands = channels, input_size
-        for stage, blocks in enumerate(BLOCKS):
-            outputs, stride = channels * 2**stage, 1 if stage == 0 else 2
+        for stage, blocks in enumerate(BLOCKS[depth]):
+            width, stride = channels * 2**stage, 1 if stage == 0 else 2
+            outputs = width * block.expansion
             strides = [stride] + [1] * (blocks - 1)
             sizes = [inputs] + [outputs] * (blocks - 1)
-            layer = [_Block(size, outputs, step) for size, step in zip(sizes, strides, strict=True)]
+            layer = [block(size, width, step) for size, step in zip(sizes, strides, strict=True)]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layer))
             inputs, bands = outputs, (bands - 1) // stride + 1
         self.seg_1 = nn.Linear(2 * inputs * bands, lin_neurons)
@@ -127,12 +185,13 @@ class ResNet34(nn.Module):
         kept = None
         if lengths is not None:
             kept = (lengths.to(y.device, torch.float32) * y.shape[3]).round().clamp(min=1)
-        y = _silence(F.relu(self.bn1(self.conv1(_silence(y, kept)))), kept)
+        y = silence(F.relu(self.bn1(self.conv1(silence(y, kept)))), kept)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:
+                before = kept
                 if kept is not None and block.stride == 2:
                     kept = (kept / 2).ceil()
-                y = block(y, kept)
+                y = block(y, before, kept)
         if kept is not None:
             lengths = kept / y.shape[3]
         return self.seg_1(temporal_statistics(y, lengths)).unsqueeze(1)

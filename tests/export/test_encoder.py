@@ -222,7 +222,7 @@ def test_learned_features_and_global_statistics_are_carried(tmp_path):
 def test_every_model_of_the_recipe_is_covered_by_its_own_yaml(tmp_path):
     pytest.importorskip("speechbrain_qmargin.models.resnet")
     resnet = """
-        !new:speechbrain_qmargin.models.resnet.ResNet34
+        !new:speechbrain_qmargin.models.resnet.ResNet
         input_size: 20
         channels: 4
         lin_neurons: 16

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from speechbrain_qmargin.models.iresnet import BLOCKS, IResNet, load_arcface_torch
+from speechbrain_qmargin.models.iresnet import BLOCKS, IResNet
 from speechbrain_qmargin.models.mobilefacenet import STAGES, MobileFaceNet
 
 
@@ -27,7 +27,7 @@ def published_iresnet(depth, dim=512):
 
 
 @pytest.mark.parametrize(
-    ("depth", "millions"), [(18, 24.02), (34, 34.14), (50, 43.59), (100, 65.15)]
+    ("depth", "millions"), [(18, 24.02), (34, 34.14), (50, 43.59), (100, 65.15), (200, 118.83)]
 )
 def test_iresnet_has_the_published_parameters(depth, millions):
     with torch.device("meta"):
@@ -151,22 +151,11 @@ def test_the_last_layer_is_outside_autocast(make, last):
     assert weight.grad.dtype == torch.float32
 
 
-def test_published_checkpoints_fit_by_name(tmp_path):
-    torch.manual_seed(0)
-    model, other = (IResNet(18, 8, channels=4, image_size=32) for _ in range(2))
-    file = tmp_path / "backbone.pth"
-    torch.save({f"module.{key}": value for key, value in other.state_dict().items()}, file)
-    load_arcface_torch(model, file)
-    assert torch.equal(model.fc.weight, other.fc.weight)
-    # names of the published definition
+def test_parameters_have_the_published_names():
+    model = IResNet(18, 8, channels=4, image_size=32)
     block = ["bn1", "conv1", "bn2", "prelu", "conv2", "bn3", "downsample.0", "downsample.1"]
     names = ["conv1", "bn1", "prelu", "bn2", "fc", "features"]
     names += [f"layer{stage}.0.{part}" for stage in (1, 2, 3, 4) for part in block]
     assert {f"{name}.weight" for name in names} <= set(model.state_dict())
-    with pytest.raises(ValueError, match=r"backbone\.pth is not of this network"):
-        load_arcface_torch(IResNet(34, 8, channels=4, image_size=32), file)
-    file.write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match=r"backbone\.pth: not a checkpoint"):
-        load_arcface_torch(model, file)
     with pytest.raises(ValueError, match="depth: 20; choose 18, 34, 50, 100"):
         IResNet(20)

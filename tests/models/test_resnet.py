@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speechbrain_qmargin.models.resnet import ResNet34, temporal_statistics
+from speechbrain_qmargin.models.resnet import ResNet, temporal_statistics
 
 
 def published_count(channels=32, bands=80, dim=256):
@@ -20,10 +20,10 @@ def published_count(channels=32, bands=80, dim=256):
 
 
 def test_parameters_are_the_published_ones():
-    count = sum(p.numel() for p in ResNet34().parameters())
+    count = sum(p.numel() for p in ResNet().parameters())
     assert count == published_count() == 6_634_336
     assert {"conv1.weight", "layer2.0.shortcut.0.weight", "seg_1.weight"} <= set(
-        ResNet34(channels=4).state_dict()
+        ResNet(channels=4).state_dict()
     )
 
 
@@ -48,7 +48,7 @@ def test_statistics_are_the_naive_ones_of_the_frames_that_count():
 
 def test_padding_does_not_move_an_embedding():
     torch.manual_seed(0)
-    model = ResNet34(input_size=16, channels=4, lin_neurons=8).eval()
+    model = ResNet(input_size=16, channels=4, lin_neurons=8).eval()
     short = torch.randn(1, 80, 16)
     padded = torch.cat((short, torch.zeros(1, 80, 16)), 1)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_padding_does_not_move_an_embedding():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_constant_recording_has_finite_gradients(dtype):
-    model = ResNet34(input_size=16, channels=4, lin_neurons=8)
+    model = ResNet(input_size=16, channels=4, lin_neurons=8)
     x = torch.zeros(2, 40, 16, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
         embeddings = model(x)
@@ -71,7 +71,7 @@ def test_a_constant_recording_has_finite_gradients(dtype):
 
 
 def test_evaluation_does_not_depend_on_the_batch():
-    model = ResNet34(input_size=16, channels=4, lin_neurons=8).eval()
+    model = ResNet(input_size=16, channels=4, lin_neurons=8).eval()
     x = torch.randn(3, 50, 16)
     with torch.no_grad():
         torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-5)

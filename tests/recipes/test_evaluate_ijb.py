@@ -1,7 +1,6 @@
 """The IJB recipe on a tiny tree in the official format."""
 
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from scripts import load
 
 from speechbrain_qmargin.faces.ijb import read_ijb, save_image_embeddings
 from speechbrain_qmargin.models.iresnet import IResNet
+from speechbrain_qmargin.published import load_published
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_the_whole_evaluation(folder, capsys):
     assert (folder / "out/roc.png").stat().st_size > 1000
 
 
-def test_a_published_checkpoint_is_evaluated_beside_itself(tmp_path, monkeypatch, capsys):
+def test_a_published_checkpoint_is_evaluated_beside_itself(tmp_path, capsys):
     write_ijb = load("tests/faces/test_ijb.py").write_ijb
     write_ijb(tmp_path / "IJBC", "IJBC", subjects=6)
     protocol = read_ijb(tmp_path, "IJBC")
@@ -52,10 +52,9 @@ def test_a_published_checkpoint_is_evaluated_beside_itself(tmp_path, monkeypatch
         Image.fromarray(rng.integers(0, 256, (120, 120, 3), dtype=np.uint8)).save(crops / name)
 
     recipe = load("recipes/face/evaluate_ijb.py")
-    monkeypatch.setattr(recipe, "IResNet", partial(IResNet, embedding_dim=8, channels=2))
     torch.manual_seed(0)
     for name in ("a", "b"):
-        state = recipe.IResNet(18).state_dict()
+        state = IResNet(18, embedding_dim=8, channels=2).state_dict()
         torch.save(
             {f"module.{key}": value for key, value in state.items()}, tmp_path / f"{name}.pth"
         )
@@ -64,16 +63,15 @@ def test_a_published_checkpoint_is_evaluated_beside_itself(tmp_path, monkeypatch
         arguments = ["--ijb", tmp_path, "--backbone", tmp_path / f"{name}.pth"]
         recipe.main([str(one) for one in (*arguments, "--device", "cpu", *options)])
 
-    with pytest.raises(ValueError, match=r"a\.pth is not of this network: .*--depth"):
-        evaluate("a")
-    evaluate("a", "--depth", 18)
-    assert "IJBC 1:1, N1 D1 F2" in capsys.readouterr().out
+    evaluate("a")
+    shown = capsys.readouterr().out
+    assert "a.pth: arcface_torch, IResNet-18, 2 channels" in shown
+    assert "IJBC 1:1, N1 D1 F2" in shown
     found = np.load(tmp_path / "a_IJBC/cache/embeddings.npy")
     assert found.shape == (len(protocol.names), 2, 8)
 
     # the first image, embedded by hand
-    model = recipe.IResNet(18).eval()
-    recipe.load_arcface_torch(model, tmp_path / "a.pth")
+    model = load_published(tmp_path / "a.pth").encoder
     from speechbrain_qmargin.data.align import align_face
 
     pixels = np.asarray(Image.open(crops / protocol.names[0]))
@@ -83,10 +81,10 @@ def test_a_published_checkpoint_is_evaluated_beside_itself(tmp_path, monkeypatch
         wanted = torch.cat([model(image), model(image.flip(3))])[:, 0]
     np.testing.assert_allclose(found[0], wanted, rtol=1e-3, atol=1e-3)
 
-    evaluate("b", "--depth", 18)
+    evaluate("b")
     assert (tmp_path / "b_IJBC/report.txt").is_file()
     with pytest.raises(ValueError, match=r"cache\.json: of the model .* \(--output_folder\)"):
-        evaluate("b", "--depth", 18, "--output_folder", tmp_path / "a_IJBC")
+        evaluate("b", "--output_folder", tmp_path / "a_IJBC")
 
 
 def test_results_of_a_model_go_where_no_other_model_writes(folder):

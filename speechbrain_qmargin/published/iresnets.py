@@ -1,0 +1,49 @@
+"""IResNets by the names of arcface_torch: sizes are read off the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from speechbrain_qmargin.models.iresnet import BLOCKS, IResNet
+from speechbrain_qmargin.published.source import fit
+
+__all__ = ["NAMES", "iresnet_of"]
+
+NAMES = ("conv1.weight", "prelu.weight", "layer1.0.bn1.weight", "layer4.0.prelu.weight",
+         "bn2.weight", "fc.weight", "features.running_mean")  # fmt: skip
+
+
+def iresnet_of(
+    state: Mapping[str, Tensor], path: Path, plain_shortcuts: bool = False
+) -> tuple[IResNet, str, dict[str, Any]]:
+    """The network that weights belong to, loaded; its name; a recipe's settings.
+
+    Raises
+    ------
+    ValueError
+        Weights of no IResNet, or of a depth that is not known.
+    """
+    missing = [name for name in NAMES if name not in state]
+    if missing:
+        raise ValueError(f"{path}: not the weights of an IResNet: {missing[0]} is missing")
+    counts = tuple(
+        len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")})
+        for stage in (1, 2, 3, 4)
+    )
+    depth = next((depth for depth, blocks in BLOCKS.items() if blocks == counts), None)
+    if depth is None:
+        raise ValueError(f"{path}: an IResNet with {counts} blocks; known are {BLOCKS}")
+    channels, (dim, inputs) = len(state["conv1.weight"]), state["fc.weight"].shape
+    side = math.isqrt(inputs // (8 * channels))
+    size = 16 * side
+    model = IResNet(depth, dim, channels=channels, image_size=size, plain_shortcuts=plain_shortcuts)
+    name = f"IResNet-{depth}" + (f", {channels} channels" if channels != 64 else "")
+    fit(model, state, path, name)
+    settings = {"model": "iresnet", "depth": depth, "width": channels, "embedding_dim": dim,
+                "image_size": size, "plain_shortcuts": plain_shortcuts}  # fmt: skip
+    return model, name, settings

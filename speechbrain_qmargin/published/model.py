@@ -1,0 +1,170 @@
+"""What a published model is, once it is loaded: its network and all that belongs to it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FaceInput", "Published", "SpeechInput"]
+
+
+@dataclass(frozen=True)
+class SpeechInput:
+    """From waveforms to what a speaker network takes.
+
+    Attributes
+    ----------
+    compute_features : Module
+        Waveforms [B, samples] in [-1, 1] to features [B, T, F].
+    mean_var_norm : Module
+        Their normalisation, SpeechBrain's ``InputNormalization``.
+    sample_rate : int
+        Hz.
+    about : str
+        The features in words.
+    """
+
+    compute_features: nn.Module
+    mean_var_norm: nn.Module
+    sample_rate: int
+    about: str
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        return f"{self.about}; {self.sample_rate} Hz"
+
+
+@dataclass(frozen=True)
+class FaceInput:
+    """From aligned photographs to what a face network takes.
+
+    The encoder itself always takes RGB in [-1, 1], ``(value - 127.5) / 127.5``: the first
+    convolution of a network that was trained on BGR has its channels exchanged when it is loaded.
+
+    Attributes
+    ----------
+    image_size : int
+        Height and width of the crop, aligned to ArcFace's five points.
+    channels : str
+        ``RGB`` or ``BGR``: what it was trained on, and what its own toolkit gives it.
+    flip : str
+        What its toolkit embeds in a test: ``sum`` of the image and its mirror image.
+    """
+
+    image_size: int = 112
+    channels: str = "RGB"
+    flip: str = "sum"
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        size = f"{self.image_size} x {self.image_size}"
+        turned = " (exchanged on loading: the encoder takes RGB)" if self.channels == "BGR" else ""
+        return f"aligned {size}, {self.channels} in [-1, 1]{turned}; tests add the mirror image's"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published encoder with its input.
+
+    Attributes
+    ----------
+    encoder : Module
+        In evaluation mode. Speech: an :class:`~speechbrain_qmargin.models.Encoder`. Faces: an
+        :class:`~speechbrain_qmargin.models.ImageEncoder`.
+    input : SpeechInput or FaceInput
+    embedding_dim : int
+    format, network : str
+        Such as ``WeSpeaker`` and ``ResNet34``.
+    path : Path
+        The file of weights.
+    settings : dict
+        The options of a recipe that build this network and its features.
+    notes : tuple of str
+        What a user should know: what was left out, what the toolkit does otherwise.
+    embedding_mean : Tensor [D] or None
+        The mean of training embeddings that was published beside the network (SpeechBrain's
+        ``mean_var_norm_emb``). It is not subtracted; neither does SpeechBrain when it verifies.
+    """
+
+    encoder: nn.Module
+    input: SpeechInput | FaceInput
+    embedding_dim: int
+    format: str
+    network: str
+    path: Path
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    embedding_mean: Tensor | None = None
+
+    @property
+    def is_speech(self) -> bool:
+        """Speech; else faces."""
+        return isinstance(self.input, SpeechInput)
+
+    def speech(self) -> SpeechInput:
+        """The input of a speaker network.
+
+        Raises
+        ------
+        ValueError
+            It is a face network.
+        """
+        if not isinstance(self.input, SpeechInput):
+            raise ValueError(f"{self.path}: {self.format}'s {self.network} is of faces, not speech")
+        return self.input
+
+    def faces(self) -> FaceInput:
+        """The input of a face network.
+
+        Raises
+        ------
+        ValueError
+            It is a speaker network.
+        """
+        if not isinstance(self.input, FaceInput):
+            raise ValueError(f"{self.path}: {self.format}'s {self.network} is of speech, not faces")
+        return self.input
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The encoder and what comes before it, by the names that a Brain gives them."""
+        modules = {"embedding_model": self.encoder}
+        if isinstance(self.input, SpeechInput):
+            modules["compute_features"] = self.input.compute_features
+            modules["mean_var_norm"] = self.input.mean_var_norm
+        return modules
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights and of what the input is; the same wherever the file lies."""
+        digest = hashlib.sha256(self.input.summary.encode())
+        for key, value in sorted(self.encoder.state_dict().items()):
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @property
+    def options(self) -> list[str]:
+        """The settings as a recipe's command line."""
+        return [f"--{key}={value}" for key, value in self.settings.items()]
+
+    def summary(self) -> str:
+        """What was loaded, for people: some lines."""
+        count = sum(p.numel() for p in self.encoder.parameters())
+        lines = [
+            f"{self.path}: {self.format}, {self.network}, {count / 1e6:.2f} M parameters, "
+            f"{self.embedding_dim} dimensions",
+            f"  input: {self.input.summary}",
+            f"  digest: {self.digest[:16]}",
+        ]
+        if self.settings:
+            lines.append(f"  in a recipe: {' '.join(self.options)}")
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
