@@ -1,20 +1,35 @@
-"""A cache of the tests' own; peace between hypothesis and SpeechBrain.
+"""One thread a process and a process a core; a cache of the tests' own; peace with SpeechBrain.
 
 Hypothesis reads the __file__ of every imported module, and SpeechBrain leaves lazy redirects for
 old module names in sys.modules, which raise ImportError when an attribute is read. Nothing here
 uses them.
 """
 
+import os
 import sys
+
+# Tensors are small here: a second thread takes more time than it saves, in subprocesses too, and
+# the other cores have tests of their own. Before torch is imported, which reads it
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import speechbrain  # noqa: F401
+import torch
 
 from speechbrain_qmargin.files import CACHE_VARIABLE
 
+torch.set_num_threads(1)
 for name, module in list(sys.modules.items()):
     if type(module).__name__ in ("LazyModule", "DeprecatedModuleRedirect"):
         del sys.modules[name]
+
+
+def pytest_xdist_auto_num_workers(config):
+    """``pytest`` shares its tests out, a process a core; tests that are named run in its own."""
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return 0
+    allowed = getattr(os, "sched_getaffinity", None)  # macOS and Windows have none
+    return min(len(allowed(0)) if allowed else os.cpu_count() or 1, 8)  # a process takes about 1 GB
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from speechbrain_qmargin.head import refusals as refusals  # kernels that name the remedy
 from speechbrain_qmargin.head import shards
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.optim import RowSparse

@@ -4,10 +4,12 @@ import copy
 import io
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from speechbrain import Brain
 from torch.optim.swa_utils import AveragedModel
 
 from speechbrain_qmargin import q_margin_loss
@@ -204,6 +206,22 @@ def test_an_optimiser_that_cannot_take_rows_is_told_the_remedy(name):
         optimizer.step()
 
 
+@pytest.mark.parametrize("who", ["foreach", "one by one", "SpeechBrain"])
+def test_clipping_by_value_and_speechbrains_check_are_told_the_remedy(who):
+    """They come between backward pass and step; a norm can be clipped."""
+    head = make(sparse_grad=True)
+    head(embeddings(), LABELS).backward()
+    torch.nn.utils.clip_grad_norm_(head.parameters(), 1e-3)
+    assert head.weight.grad.to_dense().norm() == pytest.approx(1e-3)
+    look = {
+        "foreach": lambda: torch.nn.utils.clip_grad_value_(head.parameters(), 1.0, foreach=True),
+        "one by one": lambda: torch.nn.utils.clip_grad_value_(head.parameters(), 1.0, False),
+        "SpeechBrain": lambda: Brain.check_gradients(SimpleNamespace(modules=head)),  # pyright: ignore
+    }[who]
+    with pytest.raises(NotImplementedError, match=r"row-sparse gradient.*sparse_grad=False"):
+        look()
+
+
 def test_plain_sgd_takes_rows():
     head = make(sparse_grad=True)
     optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
@@ -232,6 +250,10 @@ def test_second_derivatives_raise():
 
 
 def test_bad_input():
+    with pytest.raises(TypeError, match=r"no gradient by log_q: pass log_q\.detach\(\)"):
+        make()(embeddings()).q_margin_loss(
+            LABELS, *PARAMETERS, log_q=torch.zeros(CLASSES, requires_grad=True)
+        )
     head = make()
     with pytest.raises(TypeError, match=r"integer class labels, got torch\.float32"):
         head(embeddings(), LABELS.float())

@@ -207,6 +207,9 @@ def test_torch_compile_gives_the_same_loss_and_gradient(loss):
     assert math.isfinite(second.item())
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.7"), reason="2.7.1 for CUDA aborts without a GPU"
+)
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 3.0])
 def test_a_gpu_is_never_waited_for(alpha):
     """On fake CUDA tensors (shapes without values) a look at a value raises."""
