@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speechbrain_qmargin.loss.device import all_steps, host_decides
 from speechbrain_qmargin.loss.interface import Objective, Rows, Scores, prior_slope
 from speechbrain_qmargin.loss.solver import (
+    FEW_STEPS,
     FLOAT32_LOG_RANGE,
     Block,
     Measure,
@@ -27,6 +29,10 @@ __all__ = ["DenseScores", "check_labels"]
 # tau on a subset of the classes is a lower bound of tau. With many classes the steps start from its
 # value on the largest logits, which is mostly the answer and saves most of the full passes.
 _WARM_START_CLASSES, _WARM_START_SUBSET = 2048, 64
+_BEYOND = (
+    "log_q times alpha - 1 goes beyond what float32 holds (80); on a GPU, where looking would make "
+    "the host wait, such a measure takes float64 cosines"
+)
 
 
 class DenseScores:
@@ -178,10 +184,15 @@ class _FenchelYoung(torch.autograd.Function):
         cos_y = cosines.gather(1, index).squeeze(1) if moved is None else moved
         cos_y = cos_y.to(exact)
         prior = torch.zeros_like(cos_y) if target_log_q is None else target_log_q.to(exact)
-        if spread is None:
-            spread = spread_of(target_log_q, log_q) if alpha > 1 else 0.0
-        if log_q is not None and float((alpha - 1) * log_q.abs().amax()) > FLOAT32_LOG_RANGE:
-            dtype = exact
+        looks = host_decides(cosines.device)
+        if spread is None and alpha > 1 and (looks or all_steps()):
+            spread = spread_of(target_log_q, log_q)
+        if log_q is not None and dtype != exact:
+            beyond = (alpha - 1) * log_q.abs().amax() > FLOAT32_LOG_RANGE
+            if not looks:
+                torch._assert_async(~beyond, _BEYOND)  # pyright: ignore[reportPrivateImportUsage]
+            elif bool(beyond):
+                dtype = exact
         # Differences to one wrong cosine, taken before scaling: nearly exact where it matters. The
         # target leaves the matrix, so that its tiny prior meets no rounding.
         z = cosines.to(dtype, copy=True).scatter_(1, index, -math.inf)
@@ -208,13 +219,15 @@ class _FenchelYoung(torch.autograd.Function):
             peak = v.amax(1) / (alpha - 1)
             if lower is None:
                 lower = single_class_level(peak.to(exact), alpha)
-            # only where the steps stop by themselves is a better start worth a sort
-            if v.device.type == "cpu" and v.shape[1] >= _WARM_START_CLASSES:
-                values, place = v.topk(_WARM_START_SUBSET, 1, sorted=False)
-                top = Block(values, alpha, measure.of(place))
-                lower = solve(top.sums, z_y, measure, lower, peak, v.shape[1], spread)
+            few = None
+            # the safeguarded steps above alpha = 2 are as many from any start, if nobody looks
+            if v.shape[1] >= _WARM_START_CLASSES if looks else alpha <= 2:
+                values, place = v.topk(min(_WARM_START_SUBSET, v.shape[1]), 1, sorted=False)
+                top, few = Block(values, alpha, measure.of(place)), FEW_STEPS
+                rest = z_y, measure, lower, peak, v.shape[1], spread
+                lower = solve(top.sums, *rest, few=few, exact=False)
             block = Block(v, alpha, log_q)
-            level = solve(block.sums, z_y, measure, lower, peak, v.shape[1], spread)
+            level = solve(block.sums, z_y, measure, lower, peak, v.shape[1], spread, few=few)
             p = block.posterior(level)
             others = p.sum(1)
             gap = torch.linalg.vecdot(p, v.scatter_(1, index, 0)) / (alpha - 1)
@@ -287,7 +300,7 @@ def check_labels(targets: Tensor, num_classes: int) -> None:
         f"outside [0, {num_classes}): the outputs have {num_classes} classes. Set out_n_neurons "
         "(the classifier's number of classes) to the size of the label encoder"
     )
-    if targets.device.type != "cpu":
+    if not host_decides(targets.device):
         torch._assert_async(valid.all(), f"a target label is {message}")  # pyright: ignore[reportPrivateImportUsage]
     elif not bool(valid.all()):
         raise ValueError(f"target label {int(targets[~valid][0])} is {message}")
@@ -306,7 +319,7 @@ def _check_cosines(cosines: Tensor) -> None:
         "--classifier='!new:speechbrain.lobes.models.ECAPA_TDNN.Classifier "
         f"[512, cpu, 0, 192, {cosines.shape[1]}]', where 512 is the size of its embeddings"
     )
-    if cosines.device.type != "cpu":
+    if not host_decides(cosines.device):
         torch._assert_async(largest <= 1 + tolerance, f"outputs beyond 1 or not finite: {message}")  # pyright: ignore[reportPrivateImportUsage]
         return
     value = float(largest)

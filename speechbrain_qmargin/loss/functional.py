@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from speechbrain_qmargin.loss.dense import DenseScores, check_labels
+from speechbrain_qmargin.loss.device import host_decides
 from speechbrain_qmargin.loss.interface import Objective, QMarginStats
 from speechbrain_qmargin.loss.learnt_order import softargmax_of_orders
 from speechbrain_qmargin.loss.solver import (
@@ -340,7 +341,7 @@ def alpha_softmax_value(
 def check_loss_parameters(alpha: float, scale: float, margin: float | Tensor) -> None:
     """Refuse parameters outside the family; the message names the field and the value."""
     if isinstance(margin, Tensor) and margin.ndim:
-        if margin.device.type == "cpu" and not bool(margin.detach().isfinite().all()):
+        if host_decides(margin.device) and not bool(margin.detach().isfinite().all()):
             raise ValueError("margin is not finite for every sample")
         margin = 0.0
     check_alpha(alpha)
@@ -381,7 +382,7 @@ def q_margin_objective(
                 "log_q must be floating point and of shape [C], one for each class, got "
                 f"{log_q.dtype} {list(log_q.shape)}"
             )
-        looked_at = log_q.device.type == "cpu" and not torch.compiler.is_compiling()
+        looked_at = host_decides(log_q.device) and not torch.compiler.is_compiling()
         if looked_at and not bool(log_q.detach().isfinite().all()):
             raise ValueError("log_q is not finite everywhere: q must be positive")
         # a label beyond is refused where the number of classes is known

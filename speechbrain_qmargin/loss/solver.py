@@ -34,7 +34,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from speechbrain_qmargin.loss.device import STEPS_VARIABLE, all_steps, host_decides
+
 __all__ = [
+    "FEW_STEPS",
     "FLOAT32_LOG_RANGE",
     "Block",
     "Measure",
@@ -59,6 +62,9 @@ __all__ = [
 _LOG_DOMAIN_POWER = 8.0
 _MAX_STEPS_SAFEGUARDED = 128
 FLOAT32_LOG_RANGE = 80.0  # of q^(alpha-1): beyond, a Block is to be of float64
+# Enough from a good start: 6 were the most from the largest 64 of up to 17,982 logits at the
+# published settings, at scales down to 0.5 too, and 5 from a level of float32 less its rounding
+FEW_STEPS = 8
 
 
 class Measure(NamedTuple):
@@ -195,6 +201,9 @@ def target_powers(logit: Tensor, level: Tensor, measure: Measure) -> tuple[Tenso
     k = 1 / (alpha - 1)
     lead = (logit - level).mul_(alpha - 1)
     log_u = lead.clamp_(min=-1).log1p_() if _in_logs(alpha) else lead.clamp_(min=0).log_()
+    if k > 1:  # exp(-inf) is 0
+        p = (log_u * k).add_(measure.target).exp_()
+        return p, log_u.mul_(k - 1).add_(measure.target).exp_()
     inactive = log_u == -math.inf
     log_u.masked_fill_(inactive, 0)
     h = torch.exp(log_u * (k - 1) + measure.target).masked_fill_(inactive, 0)
@@ -354,11 +363,16 @@ def newton(
     alpha: float,
     steps: int,
     settled: Callable[[Tensor], bool] | None = None,
+    *,
+    few: int | None = None,
+    exact: bool = True,
 ) -> Tensor:
     """The levels at which the mass is 1.
 
-    The CPU stops as soon as every row has converged; elsewhere testing that would make the host
-    wait for the device, so all the steps are taken.
+    Where the host may look at values (:func:`~speechbrain_qmargin.loss.device.host_decides`) it
+    stops as soon as every row has converged. Elsewhere it would have to wait for the device, so a
+    number of steps is taken that is known before, and where fewer than proved are, that all rows
+    have converged is asserted on the device.
 
     Parameters
     ----------
@@ -372,14 +386,28 @@ def newton(
         At most so many where alpha <= 2, see :func:`newton_steps`.
     settled : callable, optional
         Whether to stop, from which rows have converged: for processes that must stop together.
+    few : int, optional
+        So many, from a good start, where the host does not look at values and alpha <= 2; mostly
+        :data:`FEW_STEPS`. None: all `steps`.
+    exact : bool
+        False: a lower bound of the level will do, and nothing is asserted.
+
+    Raises
+    ------
+    RuntimeError
+        On a GPU, and asynchronously: rows that have not converged after `few` steps.
     """
     safeguarded = alpha > 2
     level = lower
     eps = torch.finfo(level.dtype).eps
-    if settled is None:
-        settled = _all_on_cpu
+    looks = host_decides(level.device)
+    limit = _MAX_STEPS_SAFEGUARDED if safeguarded else steps
+    shortened = not (looks or safeguarded or all_steps()) and few is not None and few <= limit
+    if shortened:
+        assert few is not None
+        limit = few
     done = torch.zeros_like(lower, dtype=torch.bool)
-    for step in range(_MAX_STEPS_SAFEGUARDED if safeguarded else steps):
+    for step in range(limit):
         s, h = mass(level)
         eps_mass, s, h = torch.finfo(s.dtype).eps, s.to(level.dtype), h.to(level.dtype)
         # Newton on S^(1/k) - 1, written so that it becomes log(S) S / H as alpha -> 1.
@@ -395,17 +423,20 @@ def newton(
             usable = (proposed > lower) & (proposed < upper) & (step % 3 != 2)
             proposed = torch.where(usable, proposed, lower + 0.5 * (upper - lower))
         else:
-            # From the left every true step is forward; a step back is rounding, of S too.
-            done = done | ~(delta > noise + 4 * eps_mass * s / h)
+            # From the left every true step is forward; a step back is rounding, of S too. A row
+            # that is done stays where it is, and so is found done again.
+            done = ~(delta > torch.addcdiv(noise, s, h, value=4 * eps_mass))
             proposed = level + delta
         level = torch.where(done, level, proposed)
-        if settled(done):
+        if looks and (bool(done.all()) if settled is None else settled(done)):
             break
+    if shortened and exact:
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+            done.all(),
+            f"the normaliser has not converged in {limit} steps, which these logits would be the "
+            f"first to need; {STEPS_VARIABLE}=all takes the proved number",
+        )
     return level
-
-
-def _all_on_cpu(done: Tensor) -> bool:
-    return done.device.type == "cpu" and bool(done.all())
 
 
 def solve(
@@ -415,8 +446,11 @@ def solve(
     lower: Tensor,
     peak: Tensor,
     classes: int,
-    spread: float,
+    spread: float | None,
     settled: Callable[[Tensor], bool] | None = None,
+    *,
+    few: int | None = None,
+    exact: bool = True,
 ) -> Tensor:
     """The level [B] of targets and the other classes together, for alpha > 1.
 
@@ -434,9 +468,12 @@ def solve(
         The largest of the other classes' logits.
     classes : int
         How many there are in all, weights included.
-    spread : float
-        log(q_max / q_min) over classes and targets.
+    spread : float, optional
+        log(q_max / q_min) over classes and targets. None where it is not known without waiting:
+        then `few` is given.
     settled : callable, optional
+    few : int, optional
+    exact : bool
         As for :func:`newton`.
     """
 
@@ -450,8 +487,22 @@ def solve(
     upper = torch.maximum(peak, target)
     if _in_logs(alpha):
         upper = upper + 1 / (alpha - 1)
-    steps = newton_steps(alpha, classes, spread, peak.dtype)
-    return newton(mass, lower.to(target.dtype), upper.to(target.dtype), alpha, steps, settled)
+    if spread is None:
+        if few is None:
+            raise ValueError("the solver needs the spread of log q, or a number of steps")
+        steps = few
+    else:
+        steps = newton_steps(alpha, classes, spread, peak.dtype)
+    return newton(
+        mass,
+        lower.to(target.dtype),
+        upper.to(target.dtype),
+        alpha,
+        steps,
+        settled,
+        few=few,
+        exact=exact,
+    )
 
 
 # --------------------------------------------------------------------------- the loss

@@ -1,0 +1,95 @@
+"""What the flow of control may ask of a device, and whether Triton's kernels run on it.
+
+On a CPU a loop looks at its values and ends when it is done. On a GPU that would make the host wait
+for the device, so a number of steps is taken that is known before. Both ways are the same code,
+and :func:`control_flow` lets the one run on the other's device: the tests count a GPU's launches on
+a CPU with it.
+
+Two environment variables, read once:
+
+``QMARGIN_KERNELS=0``
+    The torch path instead of Triton's kernels.
+``QMARGIN_STEPS=all``
+    On a GPU without the kernels the proved number of Newton's steps instead of a few and an
+    assertion that they were enough.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["STEPS_VARIABLE", "all_steps", "control_flow", "host_decides", "kernels_run"]
+
+KERNELS_VARIABLE = "QMARGIN_KERNELS"
+STEPS_VARIABLE = "QMARGIN_STEPS"
+
+
+@dataclass
+class _Forced:
+    host: bool | None = None
+    kernels: bool | None = None
+
+
+_forced = _Forced()
+_wanted = os.environ.get(KERNELS_VARIABLE, "1") != "0"
+_all_steps = os.environ.get(STEPS_VARIABLE) == "all"
+_triton = importlib.util.find_spec("triton") is not None
+
+
+def host_decides(device: torch.device) -> bool:
+    """Whether the host may look at values of tensors there: on a CPU.
+
+    Examples
+    --------
+    >>> host_decides(torch.device("cpu")), host_decides(torch.device("cuda"))
+    (True, False)
+    >>> with control_flow(host=False):
+    ...     host_decides(torch.device("cpu"))
+    False
+    """
+    return device.type == "cpu" if _forced.host is None else _forced.host
+
+
+def kernels_run(device: torch.device) -> bool:
+    """Whether Triton's kernels take the place of the torch path: on CUDA, if Triton is installed.
+
+    Examples
+    --------
+    >>> kernels_run(torch.device("cpu"))
+    False
+    """
+    if _forced.kernels is not None:
+        return _forced.kernels
+    return _wanted and _triton and device.type == "cuda"
+
+
+def all_steps() -> bool:
+    """Whether the user wants the proved number of Newton's steps everywhere."""
+    return _all_steps
+
+
+@contextmanager
+def control_flow(*, host: bool | None = None, kernels: bool | None = None) -> Iterator[None]:
+    """Another device's flow of control within.
+
+    Parameters
+    ----------
+    host : bool, optional
+        What :func:`host_decides` answers: False is a GPU's flow.
+    kernels : bool, optional
+        What :func:`kernels_run` answers. On a CPU the kernels need Triton's interpreter
+        (``TRITON_INTERPRET=1`` in the environment before they are imported).
+    """
+    before = _forced.host, _forced.kernels
+    _forced.host = before[0] if host is None else host
+    _forced.kernels = before[1] if kernels is None else kernels
+    try:
+        yield
+    finally:
+        _forced.host, _forced.kernels = before
