@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from speechbrain_qmargin.loss.functional import margin_for as margin_for
     from speechbrain_qmargin.loss.functional import q_margin_loss as q_margin_loss
     from speechbrain_qmargin.loss.functional import solve_tau as solve_tau
+    from speechbrain_qmargin.loss.interface import BinaryObjective as BinaryObjective
     from speechbrain_qmargin.loss.interface import Objective as Objective
     from speechbrain_qmargin.loss.interface import QMarginStats as QMarginStats
     from speechbrain_qmargin.loss.interface import Scores as Scores
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from speechbrain_qmargin.loss.qmargin import QMarginLoss as QMarginLoss
     from speechbrain_qmargin.loss.registry import LOSSES as LOSSES
     from speechbrain_qmargin.loss.registry import make_loss as make_loss
+    from speechbrain_qmargin.loss.sphereface2 import SphereFace2Loss as SphereFace2Loss
+    from speechbrain_qmargin.loss.uniface import UniFaceLoss as UniFaceLoss
 
 __version__ = "0.1.0"
 
@@ -62,10 +65,12 @@ _NAMES = {
         "solve_tau",
     ),
     "loss.intertopk": ("InterTopKLoss",),
-    "loss.interface": ("Objective", "QMarginStats", "Scores"),
+    "loss.interface": ("BinaryObjective", "Objective", "QMarginStats", "Scores"),
     "loss.magface": ("MagFaceLoss",),
     "loss.qmargin": ("QMarginFaceLoss", "QMarginLoss"),
     "loss.registry": ("LOSSES", "make_loss"),
+    "loss.sphereface2": ("SphereFace2Loss",),
+    "loss.uniface": ("UniFaceLoss",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -73,6 +78,7 @@ __all__ = [
     "LOSSES",
     "AdaFaceLoss",
     "ArcFaceLoss",
+    "BinaryObjective",
     "CombinedMarginLoss",
     "CosFaceLoss",
     "CurricularFaceLoss",
@@ -92,6 +98,8 @@ __all__ = [
     "RowSparseSGD",
     "Scores",
     "SparsemaxLoss",
+    "SphereFace2Loss",
+    "UniFaceLoss",
     "alpha_softargmax",
     "alpha_softmax_value",
     "hard_margin",

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +19,46 @@ from torch.optim.optimizer import (
 
 from speechbrain_qmargin.head import refusals as refusals  # kernels that name the remedy
 from speechbrain_qmargin.head import shards
+from speechbrain_qmargin.head.binary import BinaryLoss
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.optim import RowSparse
 from speechbrain_qmargin.head.prototypes import Derived, Mark, Prototypes
 from speechbrain_qmargin.head.step import Evaluation, HeadLoss, Shard
 from speechbrain_qmargin.loss.functional import check_loss_parameters, q_margin_objective
-from speechbrain_qmargin.loss.interface import Objective, QMarginStats, Rows, attach, flat
+from speechbrain_qmargin.loss.interface import (
+    BinaryObjective,
+    Objective,
+    QMarginStats,
+    Rows,
+    attach,
+    flat,
+)
 
-__all__ = ["HeadOutput", "QMarginHead"]
+__all__ = ["HeadOutput", "LookedAt", "QMarginHead"]
 
 _BLOCK = 32768  # rows initialised from one seed
 _MOST_SUBCENTRES = 255
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class LookedAt(NamedTuple):
+    """What a step looks at.
+
+    Attributes
+    ----------
+    shard : Shard
+    weight : Tensor
+        Its rows, in the graph.
+    targets : Tensor, [b]
+        This rank's, among the classes of all shards.
+    classes : Tensor, [stop - start], or None
+        The classes' own names, where the shard has some of them only; None: all of them.
+    """
+
+    shard: Shard
+    weight: Tensor
+    targets: Tensor
+    classes: Tensor | None
 
 
 class QMarginHead(nn.Module):
@@ -200,13 +228,17 @@ class QMarginHead(nn.Module):
 
     def prototypes(self) -> Prototypes:
         """The rows with what is derived from them, up to date."""
+        self.in_use()
+        return self._derived.of(self.weight)
+
+    def in_use(self) -> None:
+        """Refuse prototypes of another type; from now on torch's optimisers are watched."""
         if self.weight.dtype != torch.float32:
             raise TypeError(
                 f"QMarginHead keeps float32 prototypes, found {self.weight.dtype}: use autocast "
                 "instead of converting the module"
             )
         _heads.add(self)
-        return self._derived.of(self.weight)
 
     def rows_changed(self, rows: Tensor, before: Mark) -> None:
         """The bound optimiser has changed `rows` of the weight, which it found at `before`."""
@@ -256,6 +288,29 @@ class QMarginHead(nn.Module):
         loss = output.q_margin_loss(labels, self.alpha, self.scale, self.margin)
         assert isinstance(loss, Tensor)
         return loss
+
+    def looked_at(self, targets: Tensor, sizes: list[int]) -> LookedAt:
+        """What a step on targets [b] of this rank looks at: all classes."""
+        shard = Shard(
+            self.prototypes(),
+            self.start,
+            self.stop,
+            self.num_classes,
+            self.comm,
+            self.gives_sparse_grad,
+            self.subcentres,
+        )
+        return LookedAt(shard, self.weight, targets, None)
+
+    def training_cosines(self, embeddings: Tensor) -> Tensor:
+        """[B, C] of embeddings [B, D], in the graph; TypeError where the classes are in shards."""
+        if self.comm.world > 1:
+            raise TypeError(
+                "this loss needs all cosines of a batch, and the classes are in shards: train it "
+                "with --head dense, or with one process"
+            )
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return self.all_cosines(F.normalize(embeddings.float(), dim=1))
 
     def all_cosines(self, unit: Tensor) -> Tensor:
         """[B, C] of unit embeddings [B, D] and the classes of this rank, in the graph."""
@@ -418,33 +473,39 @@ class HeadOutput:
         return self.head.num_classes
 
     def cosines(self) -> Tensor:
-        """[B, C], in the graph; TypeError where the classes are in shards."""
-        if self.head.comm.world > 1:
-            raise TypeError(
-                "this loss needs all cosines of a batch, and the classes are in shards: train it "
-                "with --head dense, or with one process"
-            )
-        with torch.autocast(self.embeddings.device.type, enabled=False):
-            unit = F.normalize(self.embeddings.float(), dim=1)
-            return self.head.all_cosines(unit)
+        """[B, C], in the graph; TypeError where they are not in one place."""
+        return self.head.training_cosines(self.embeddings)
 
-    def evaluate(self, targets: Tensor, objective: Objective, *, statistics: bool = False) -> Rows:
+    def evaluate(
+        self,
+        targets: Tensor,
+        objective: Objective | BinaryObjective,
+        *,
+        statistics: bool = False,
+    ) -> Rows:
         """See :meth:`speechbrain_qmargin.loss.interface.Scores.evaluate`; exact for all of them."""
         return self._rows(targets, lambda _: objective)
 
-    def _rows(self, targets: Tensor, ask: Callable[[Tensor], Objective]) -> Rows:
+    def _rows(self, targets: Tensor, ask: Callable[[Tensor], Objective | BinaryObjective]) -> Rows:
         head, embeddings, refused = self.head, self.embeddings, None
-        objective = Objective(scale=1.0)
+        objective: Objective | BinaryObjective = Objective(scale=1.0)
         try:
             targets = self._checked(targets)
             objective = ask(targets)
-            self._check_objective(objective)
+            if isinstance(objective, Objective):
+                self._check_objective(objective)
         except (ValueError, TypeError) as error:
             refused = error  # raised where all ranks hear of it
         head._check_not_broadcast()
         with torch.autocast(embeddings.device.type, enabled=False):
             unit = F.normalize(embeddings.float(), dim=1)
             sizes, finite = head._agreed_sizes(unit, targets, refused)
+            raw = embeddings.detach().float()
+            shard, weight, names, classes = head.looked_at(targets, sizes)
+            batch = (unit, weight, self.anchored, names, raw, finite, sizes, shard)
+            if isinstance(objective, BinaryObjective):
+                loss, posterior = BinaryLoss.apply(*batch, objective, *objective.parameters)
+                return Rows(loss, posterior, torch.full_like(posterior, shard.classes))
             log_q, target_log_q = objective.log_q, objective.target_log_q
             if target_log_q is None:
                 target_log_q = torch.zeros(len(unit), dtype=torch.float64)
@@ -453,22 +514,11 @@ class HeadOutput:
             spread = objective.spread
             if spread is None:
                 spread = _spread(target_log_q, log_q, head.comm)
-            shard = Shard(
-                head.prototypes(),
-                head.start,
-                head.stop,
-                head.num_classes,
-                head.comm,
-                head.gives_sparse_grad,
-                head.subcentres,
-            )
-            raw = embeddings.detach().float()
+            if classes is not None and log_q is not None:
+                own, log_q = log_q[classes], log_q.new_zeros(shard.classes)
+                log_q[shard.start : shard.stop] = own
             asked = replace(objective, log_q=log_q, target_log_q=target_log_q, spread=spread)
-            found = Evaluation(
-                *HeadLoss.apply(
-                    unit, head.weight, self.anchored, targets, raw, finite, sizes, shard, asked
-                )
-            )
+            found = Evaluation(*HeadLoss.apply(*batch, asked))
             rows = Rows(found.loss, found.target_posterior, found.support)
             return attach(rows, objective, found.target_cosines, found.residual)
 

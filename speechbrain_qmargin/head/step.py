@@ -23,7 +23,7 @@ from speechbrain_qmargin.head.search import (
 from speechbrain_qmargin.loss.interface import slope_of
 from speechbrain_qmargin.loss.solver import Block, Measure, fenchel_young
 
-__all__ = ["Evaluation", "HeadLoss", "Shard"]
+__all__ = ["ChunkGradients", "Evaluation", "HeadLoss", "Shard", "target_cosines"]
 
 _ROWS_AT_ONCE = 8192
 
@@ -98,14 +98,7 @@ class HeadLoss(torch.autograd.Function):
         here = (labels >= shard.start) & (labels < shard.stop)
         labels = torch.where(here, labels - shard.start, -1)
         mine = here.nonzero().squeeze(1)
-        cos_y = torch.zeros_like(exact[:, 0])
-        centres = torch.arange(shard.subcentres, device=raw.device)
-        centres = labels[mine].unsqueeze(1) * shard.subcentres + centres
-        each = mine.repeat_interleave(shard.subcentres)
-        near = exact_cosines(exact, each, centres.flatten(), prototypes).view_as(centres).max(1)
-        cos_y[mine] = near.values
-        target_rows = centres.gather(1, near.indices.unsqueeze(1)).squeeze(1)
-        cos_y = comm.sum(cos_y)
+        cos_y, target_rows = target_cosines(exact, mine, labels[mine], shard)
         own_cosines, slope = cos_y[own], 1.0
         if objective.move_target is not None:
             moved = torch.stack(slope_of(objective.move_target, own_cosines), 1)
@@ -189,6 +182,56 @@ class HeadLoss(torch.autograd.Function):
         return grad_unit, grad_weight, anchor, *[None] * 6
 
 
+def target_cosines(
+    exact: Tensor, mine: Tensor, labels: Tensor, shard: Shard
+) -> tuple[Tensor, Tensor]:
+    """(cosines [B] of all targets, the nearest rows [n] of those in this shard), in float64.
+
+    Parameters
+    ----------
+    exact : Tensor, [B, D], float64
+    mine, labels : Tensor, [n]
+        The samples whose targets are in this shard, and the targets among its classes.
+    shard : Shard
+    """
+    cosines = torch.zeros_like(exact[:, 0])
+    centres = torch.arange(shard.subcentres, device=exact.device)
+    rows = labels.unsqueeze(1) * shard.subcentres + centres
+    each = mine.repeat_interleave(shard.subcentres)
+    near = exact_cosines(exact, each, rows.flatten(), shard.prototypes).view_as(rows).max(1)
+    cosines[mine] = near.values
+    return shard.comm.sum(cosines), rows.gather(1, near.indices.unsqueeze(1)).squeeze(1)
+
+
+class ChunkGradients:
+    """Gradients by unit embeddings and by rows, from those by cosines, chunk by chunk.
+
+    Attributes
+    ----------
+    by_unit, by_weight : Tensor or None
+        The first of this shard's classes alone.
+    """
+
+    def __init__(self, unit: Tensor, shard: Shard, needed: tuple[bool, bool]) -> None:
+        self._unit, self._shard = unit, shard
+        self.by_unit = torch.zeros_like(unit) if needed[0] else None
+        self.by_weight = torch.empty_like(shard.prototypes.weight) if needed[1] else None
+
+    def add(self, classes: slice, g: Tensor, nearest: Tensor | None) -> None:
+        """g [B, chunk], of all of some classes; `nearest` as of ``chunked_cosines``."""
+        prototypes, centres = self._shard.prototypes, self._shard.subcentres
+        rows = slice(classes.start * centres, classes.stop * centres)
+        if nearest is not None:  # the other rows of a class have no gradient
+            each = g.new_zeros(*g.shape, centres)
+            g = each.scatter_(2, nearest.long().unsqueeze(2), g.unsqueeze(2)).flatten(1)
+        directions = prototypes.unit(rows)
+        if self.by_unit is not None:
+            self.by_unit.addmm_(g, directions)
+        if self.by_weight is not None:
+            chunk = torch.mm(g.T, self._unit, out=self.by_weight[rows])
+            _project(chunk, directions, prototypes.inverse_norm[rows])
+
+
 def _posterior(query: Query, found: Candidates, level: Tensor) -> tuple[Tensor, Tensor]:
     """Posteriors [B, K] of candidates, and their sum, gap and number [3, B]."""
     logits, alpha = found.cosines * query.scale, query.measure.alpha
@@ -253,10 +296,8 @@ def _project(grad: Tensor, unit: Tensor, inverse_norm: Tensor) -> None:
 
 def _dense_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
     unit, level, inverse_total, residual, _ = ctx.saved_tensors
-    prototypes, labels = ctx.shard.prototypes, ctx.everything.query.labels
-    centres = ctx.shard.subcentres
-    grad_unit = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
-    grad_weight = torch.empty_like(prototypes.weight) if ctx.needs_input_grad[1] else None
+    labels = ctx.everything.query.labels
+    gradients = ChunkGradients(unit, ctx.shard, ctx.needs_input_grad[:2])
     everyone = torch.arange(labels.numel(), device=labels.device)
     for classes, p, _, slopes, nearest in ctx.everything.posteriors(level, with_slopes=True):
         g = (p * inverse_total.unsqueeze(1)).float()
@@ -266,14 +307,5 @@ def _dense_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | No
         place = (labels - classes.start).clamp(0, g.shape[1] - 1)
         g[everyone, place] += torch.where(inside, residual, 0)
         g *= scale.unsqueeze(1)
-        rows = slice(classes.start * centres, classes.stop * centres)
-        if nearest is not None:  # the others of a class have no gradient
-            each = g.new_zeros(*g.shape, centres)
-            g = each.scatter_(2, nearest.long().unsqueeze(2), g.unsqueeze(2)).flatten(1)
-        directions = prototypes.unit(rows)
-        if grad_unit is not None:
-            grad_unit.addmm_(g, directions)
-        if grad_weight is not None:
-            chunk = torch.mm(g.T, unit, out=grad_weight[rows])
-            _project(chunk, directions, prototypes.inverse_norm[rows])
-    return grad_unit, grad_weight
+        gradients.add(classes, g, nearest)
+    return gradients.by_unit, gradients.by_weight

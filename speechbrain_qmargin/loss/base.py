@@ -13,7 +13,12 @@ A loss of one's own is one class in one file::
 
 It trains with ``--loss my_module:MyLoss`` in the recipes, as ``!new:my_module.MyLoss`` in any YAML,
 on the dense and on the sparse head. A cross-entropy says how cosines move; a Fenchel-Young loss
-gives alpha and log q; what is neither overrides :meth:`Loss.rows` and asks for all cosines.
+gives alpha and log q; one that decides about each class on its own gives a ``BinaryObjective``;
+what is none of these overrides :meth:`Loss.rows` and asks for all cosines.
+
+What a loss learns is an ``nn.Parameter`` of it, what it keeps a buffer. The recipes train the first
+with the encoder, the same in all processes, and save both with a checkpoint. In a recipe of
+SpeechBrain's, list such a loss in ``modules`` and in the checkpointer's ``recoverables``.
 """
 
 from __future__ import annotations
@@ -25,7 +30,14 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from speechbrain_qmargin.loss.dense import scores_of
-from speechbrain_qmargin.loss.interface import Objective, QMarginStats, Rows, Scores, flat
+from speechbrain_qmargin.loss.interface import (
+    BinaryObjective,
+    Objective,
+    QMarginStats,
+    Rows,
+    Scores,
+    flat,
+)
 
 __all__ = ["Loss", "value_of"]
 
@@ -118,7 +130,7 @@ class Loss(nn.Module):
             )
         return getattr(self, name)
 
-    def objective(self, scores: Scores, targets: Tensor) -> Objective:
+    def objective(self, scores: Scores, targets: Tensor) -> Objective | BinaryObjective:
         """What is to be evaluated for targets [B]."""
         raise NotImplementedError(f"{type(self).__name__} defines neither objective nor rows")
 

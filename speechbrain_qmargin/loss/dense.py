@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speechbrain_qmargin.loss.binary import binary_rows
 from speechbrain_qmargin.loss.device import all_steps, host_decides
-from speechbrain_qmargin.loss.interface import Objective, Rows, Scores, prior_slope
+from speechbrain_qmargin.loss.interface import (
+    BinaryObjective,
+    Objective,
+    Rows,
+    Scores,
+    prior_slope,
+)
 from speechbrain_qmargin.loss.solver import (
     FEW_STEPS,
     FLOAT32_LOG_RANGE,
@@ -88,7 +95,13 @@ class DenseScores:
         """[B, C], as they came."""
         return self._cosines
 
-    def evaluate(self, targets: Tensor, objective: Objective, *, statistics: bool = False) -> Rows:
+    def evaluate(
+        self,
+        targets: Tensor,
+        objective: Objective | BinaryObjective,
+        *,
+        statistics: bool = False,
+    ) -> Rows:
         """See :meth:`~speechbrain_qmargin.loss.interface.Scores.evaluate`.
 
         Differentiable as often as `move_target` is.
@@ -100,6 +113,8 @@ class DenseScores:
                 f"{tuple(cosines.shape)} and {tuple(targets.shape)}"
             )
         check_labels(targets, cosines.shape[1])
+        if isinstance(objective, BinaryObjective):
+            return binary_rows(cosines, targets.long(), objective)
         log_q = objective.log_q
         if log_q is not None and log_q.shape != (cosines.shape[1],):
             raise ValueError(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "BinaryObjective",
     "Objective",
     "QMarginStats",
     "Rows",
@@ -68,6 +69,32 @@ class Objective:
     spread: float | None = None
     move_target: Callable[[Tensor], Tensor] | None = None
     move_others: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class BinaryObjective:
+    r"""One batch's loss as a decision for each class on its own: is the sample of it, or not?
+
+    With logits a and b by which a class is the sample's,
+
+    .. math:: L = w_y \log(1 + e^{-a(\cos_y)}) + w_o \sum_{j \ne y} \log(1 + e^{b(\cos_j)}).
+
+    Attributes
+    ----------
+    target, others : callable
+        a, of cosines [B] float64, and b, of [B, K] of any K classes: element by element, by
+        differentiable operations, the same for the same cosines.
+    target_weight, others_weight : float
+        w_y and w_o.
+    parameters : tuple of Tensor
+        What both use and has a gradient: parameters of the loss, the same in all processes.
+    """
+
+    target: Callable[[Tensor], Tensor]
+    others: Callable[[Tensor], Tensor]
+    target_weight: float = 1.0
+    others_weight: float = 1.0
+    parameters: tuple[Tensor, ...] = ()
 
 
 class Rows(NamedTuple):
@@ -126,8 +153,10 @@ class Scores(Protocol):
     * `move_target` is called with the cosines of this process's targets alone, float64, in the
       order of the batch; in shards, what it returns is gathered, not what it takes. Slopes come
       from autograd: :func:`slope_of`.
-    * Gradients reach embeddings and prototypes, `target_log_q`, and the tensors that `move_target`
-      uses. Where the loss comes from a function of one's own, :func:`attach` adds the last two.
+    * Gradients reach embeddings and prototypes, `target_log_q`, the tensors that `move_target`
+      uses, and a BinaryObjective's `parameters`, in shards that of the processes' mean loss. Where
+      the loss comes from a function of one's own, :func:`attach` adds those of `target_log_q` and
+      `move_target`.
     """
 
     @property
@@ -140,7 +169,13 @@ class Scores(Protocol):
         """[B, D] as the encoder gave them, in the graph. None where only cosines are known."""
         ...
 
-    def evaluate(self, targets: Tensor, objective: Objective, *, statistics: bool = False) -> Rows:
+    def evaluate(
+        self,
+        targets: Tensor,
+        objective: Objective | BinaryObjective,
+        *,
+        statistics: bool = False,
+    ) -> Rows:
         """Losses of this process's samples; targets [B]. With `statistics`, supports as well."""
         ...
 

@@ -19,6 +19,8 @@ from speechbrain_qmargin.loss.entmax import EntmaxLoss, SparsemaxLoss
 from speechbrain_qmargin.loss.intertopk import InterTopKLoss
 from speechbrain_qmargin.loss.magface import MagFaceLoss
 from speechbrain_qmargin.loss.qmargin import QMarginFaceLoss, QMarginLoss
+from speechbrain_qmargin.loss.sphereface2 import SphereFace2Loss
+from speechbrain_qmargin.loss.uniface import UniFaceLoss
 
 __all__ = ["LOSSES", "loss_class", "make_loss"]
 
@@ -39,12 +41,14 @@ LOSSES: dict[str, type[Loss]] = {
     "elasticface": ElasticFaceLoss,
     "curricularface": CurricularFaceLoss,
     "intertopk": InterTopKLoss,
+    "sphereface2": SphereFace2Loss,
+    "uniface": UniFaceLoss,
 }
 # What is known as a loss and is the classifier's part, for any loss
 _ELSEWHERE = dict.fromkeys(
     ("subcenter", "subcentre", "subcenter_arcface"),
     "the classifier's: give --subcentres 3 with any loss, as --loss arcface",
-)
+) | {"partial_fc": "a head: give --head partial --sample_rate 0.1 with any loss"}
 
 
 def loss_class(name: str) -> type[Loss]:

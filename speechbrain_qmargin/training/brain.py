@@ -31,7 +31,7 @@ from speechbrain.utils.checkpoints import (
     register_checkpoint_hooks,
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from speechbrain_qmargin.extraction import EmbeddingParts, extract_into
@@ -213,8 +213,23 @@ class VerificationBrain(OpenBrain):
     def init_optimizers(self):
         """One optimiser, or two where the classifier is in shards: a rank steps its own shard.
 
-        SpeechBrain clips the first group of each optimiser's parameters.
+        What the loss learns is a group of its own. SpeechBrain clips the first group of each
+        optimiser's parameters.
         """
+        self._init_modules_optimizers()
+        learnt = self._learnt_by_the_loss()
+        if learnt:
+            self.optimizer.add_param_group({"params": list(learnt.values())})
+        if self._processes > 1:  # no wrapper sees them
+            for parameter in learnt.values():
+                parameter.register_post_accumulate_grad_hook(_average_gradient)
+
+    def _learnt_by_the_loss(self) -> dict[str, nn.Parameter]:
+        cost = getattr(self.hparams, "compute_cost", None)
+        named = cost.named_parameters(prefix="loss") if isinstance(cost, Loss) else ()
+        return {name: p for name, p in named if p.requires_grad}
+
+    def _init_modules_optimizers(self) -> None:
         if self._sharded_head is None and self.clipped_alone is None:
             super().init_optimizers()
             return
@@ -245,7 +260,8 @@ class VerificationBrain(OpenBrain):
 
     def check_gradients(self):
         """SpeechBrain's ``skip_nonfinite_grads``, which cannot read row-sparse gradients."""
-        for name, parameter in self.modules.named_parameters():
+        learnt = self._learnt_by_the_loss()
+        for name, parameter in (*self.modules.named_parameters(), *learnt.items()):
             grad = parameter.grad
             if grad is None:
                 continue
@@ -568,6 +584,13 @@ class FaceBrain(VerificationBrain):
         if stage != sb.Stage.TRAIN and self.hparams.test_flip:
             embeddings = embeddings + model(images.flip(-1))
         return embeddings
+
+
+def _average_gradient(parameter: nn.Parameter) -> None:
+    """Over the processes; where it is the same in all of them already, it stays."""
+    assert parameter.grad is not None
+    torch.distributed.all_reduce(parameter.grad)
+    parameter.grad /= torch.distributed.get_world_size()
 
 
 def _content_key(name: str, item: dict) -> str:

@@ -17,6 +17,8 @@ LOSSES = {
     "curricularface": lambda: make_loss("curricularface", scale=16, options={"momentum": 0.3}),
     "qmargin_norm": lambda: make_loss("qmargin_norm", options={"t_alpha": 0.25}),
     "prior": lambda: PriorQMarginLoss(torch.arange(1, CLASSES + 1)),
+    "sphereface2": lambda: make_loss("sphereface2", scale=8, options={"bias": 0.2}),
+    "uniface": lambda: make_loss("uniface", scale=8),
     "combined": lambda: make_loss("combined", scale=16),
 }
 
@@ -42,14 +44,14 @@ def compare(rank, rendezvous):
         parts = loss.rows(DenseScores(cosines, at), labels).loss.split(SIZES)
         means = [part.mean() for part in parts]
         (sum(means) / 2).backward()
-        wanted[name] = means[rank].detach(), at.grad.split(SIZES)[rank], w.grad, loss.state_dict()
+        wanted[name] = means[rank].detach(), at.grad.split(SIZES)[rank], w.grad, loss
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     head = QMarginHead(DIM, CLASSES)
     with torch.no_grad():
         head.weight.copy_(weight[head.start : head.stop])
     mine = x.split(SIZES)[rank].clone().requires_grad_()
     for name, make in LOSSES.items():
-        value, by_x, by_weight, state = wanted[name]
+        value, by_x, by_weight, alone = wanted[name]
         mine.grad = head.weight.grad = None
         loss = make()
         found = loss(head(mine), labels.split(SIZES)[rank])
@@ -60,7 +62,9 @@ def compare(rank, rendezvous):
         torch.testing.assert_close(found.detach(), value, **near)
         torch.testing.assert_close(mine.grad / 2, by_x, **near)
         torch.testing.assert_close(grad, by_weight[head.start : head.stop], **near)
-        for key, other in state.items():
+        for p, other in zip(loss.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, other.grad, **near)  # the mean's, in each rank
+        for key, other in alone.state_dict().items():
             torch.testing.assert_close(loss.state_dict()[key], other, rtol=1e-6, atol=1e-6)
     subcentres(rank)
     with pytest.raises(TypeError, match="needs all cosines"):

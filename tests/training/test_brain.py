@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,10 +183,16 @@ def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path, kill_at, head
 
 @pytest.mark.parametrize(
     ("loss", "head"),
-    [("adaface", "dense"), ("elasticface", "sparse"), ("curricularface", "sparse")],
+    [
+        ("adaface", "dense"),
+        ("elasticface", "sparse"),
+        ("curricularface", "sparse"),
+        ("sphereface2", "dense"),
+        ("uniface", "sparse"),
+    ],
 )
 def test_what_a_loss_keeps_is_in_the_checkpoint(folder, tmp_path, loss, head):
-    """Running norms, draws, the running mean of the targets' cosines."""
+    """Running norms, draws, the running mean of the targets' cosines; what is learnt."""
     settings = {"loss": loss, "head": head}
     if loss == "elasticface":
         settings["loss_options"] = "{sigma: 0.2}"
@@ -196,6 +203,25 @@ def test_what_a_loss_keeps_is_in_the_checkpoint(folder, tmp_path, loss, head):
     state = whole.hparams.compute_cost.state_dict()
     assert state
     assert state == second.hparams.compute_cost.state_dict()
+    for parameter in whole.hparams.compute_cost.parameters():
+        assert parameter.item() not in (0, math.log(10 * 4))  # it has moved
+        assert parameter in whole.optimizer.state
+
+
+def test_what_a_loss_learns_is_the_same_in_all_processes(folder, tmp_path, monkeypatch):
+    """The gradient of the others', here 3 larger, is averaged in."""
+    _, brain, _ = make_brain(folder, tmp_path, loss="sphereface2")
+    monkeypatch.setattr(type(brain), "_processes", 2)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda grad: grad.mul_(2).add_(3))
+    brain.init_optimizers()
+    bias = brain.hparams.compute_cost.bias
+    assert any(p is bias for group in brain.optimizer.param_groups for p in group["params"])
+    (2 * bias).backward()
+    assert bias.grad == 3.5
+    bias.grad.fill_(torch.nan)
+    brain.check_gradients()
+    assert bias.grad is None
 
 
 @pytest.mark.parametrize("head", ["dense", "sparse"])
