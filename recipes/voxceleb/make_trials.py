@@ -14,7 +14,6 @@ import argparse
 import sys
 from collections import defaultdict
 from glob import glob
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +21,8 @@ import numpy as np
 from speechbrain_qmargin.cli import status_of
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.trials import LabelledTrials, speaker_in, write_trials
-
-
-def session_in(name: str) -> str:
-    """What stands between an id's speaker and its file: "id1/a/b/1.wav" is of session "a/b"."""
-    return "/".join(name.split("/")[1:-1])
+from speechbrain_qmargin.scoring.pairing import every_pair, spread_over_sessions
+from speechbrain_qmargin.trials import speaker_in, write_trials
 
 
 def recordings_by_speaker(data_folder: Path) -> dict[str, list[str]]:
@@ -49,33 +44,6 @@ def recordings_by_speaker(data_folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def spread(names: list[str], count: int) -> list[str]:
-    """At most `count` recordings, a session after the other in turn."""
-    sessions = defaultdict(list)
-    for name in names:
-        sessions[session_in(name)].append(name)
-    turns = (
-        (turn, n, name) for n, s in enumerate(sessions.values()) for turn, name in enumerate(s)
-    )
-    return [name for *_, name in sorted(turns)[:count]]
-
-
-def trials_of(chosen: dict[str, list[str]]) -> LabelledTrials:
-    """Every pair, but of one speaker only across sessions where there are several."""
-    ids = [name for names in chosen.values() for name in names]
-    speaker = [one for one, names in chosen.items() for _ in names]
-    session = [session_in(name) for name in ids]
-    several = {one: len({session_in(name) for name in names}) > 1 for one, names in chosen.items()}
-    pairs = [
-        (a, b)
-        for a, b in combinations(range(len(ids)), 2)
-        if speaker[a] != speaker[b] or not several[speaker[a]] or session[a] != session[b]
-    ]
-    left, right = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-    same = np.array([speaker[a] == speaker[b] for a, b in pairs], dtype=bool)
-    return LabelledTrials(ids, left, right, same, speaker_of=speaker)
-
-
 def make_trials(data_folder, out_folder, dev_speakers, test_speakers, utterances=10, seed=0):
     """Write the two trial lists and the two lists of recordings; print what is in them."""
     data_folder, out_folder = Path(data_folder), Path(out_folder)
@@ -94,9 +62,11 @@ def make_trials(data_folder, out_folder, dev_speakers, test_speakers, utterances
         ("dev", drawn[:dev_speakers]),
         ("test", drawn[dev_speakers:][:test_speakers]),
     ):
-        chosen = {name: spread(found.pop(name), utterances) for name in sorted(speakers)}
+        chosen = {
+            name: spread_over_sessions(found.pop(name), utterances) for name in sorted(speakers)
+        }
         recordings["trial"] += [name for names in chosen.values() for name in names]
-        trials = trials_of(chosen)
+        trials = every_pair(chosen)
         targets = int(np.count_nonzero(trials.is_target))
         write_trials(out_folder / f"{part}.txt", trials)
         print(

@@ -2,8 +2,8 @@
 
 A module of this package that has subcommands defines ``configure(add)``, which calls
 ``add(name, run, help)`` once for each and adds the arguments to the parser that it returns;
-``run(args)`` does the work. :data:`GROUPS` names the modules; only the one that has the subcommand
-is imported, so that ``--help`` costs nothing.
+``run(args)`` does the work; what it returns, if anything, is the exit status. :data:`GROUPS` names
+the modules; only the one that has the subcommand is imported, so that ``--help`` costs nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "evaluate": {
         "breakdown": "error rates by groups: gender, language, duration, session",
         "fuse": "several systems' scores as one log-likelihood ratio",
-        "identify": "rank curve and watch lists: FPIR and FNIR",
+        "watchlist": "rank curve and watch lists: FPIR and FNIR",
         "bayes": "normalised Bayes error of log-likelihood ratios over priors",
         "quality": "a quality measure for calibration: the mean cohort score",
         "plda": "PLDA scores of a trial list",
@@ -41,6 +41,14 @@ GROUPS: dict[str, dict[str, str]] = {
     "encoder": {
         "extract": "embeddings of any recordings with a trained encoder",
         "export": "a trained encoder for SpeechBrain's inference classes and for ONNX",
+    },
+    "people": {
+        "threshold": "measure the threshold of an encoder on your own people",
+        "enrol": "enrol somebody from recordings or face images",
+        "verify": "accept or reject a claim to be somebody who is enrolled",
+        "identify": "find who is enrolled that a recording or image may be of",
+        "people": "list, export or erase those who are enrolled",
+        "serve": "enrol and verify over HTTP, with a page to try it",
     },
     "faces": {"align": "photographs of faces by five landmarks, as the networks are trained"},
 }
@@ -62,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0; 1 for an error of the input; argparse ends with 2 by itself.
+        Exit status: 0; 1 for an error of the input; argparse ends with 2 by itself; 3 of
+        subcommands that decide, where somebody is rejected.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
@@ -88,7 +97,9 @@ def main(argv: list[str] | None = None) -> int:
             for name, text in texts.items():
                 commands.add_parser(name, help=text)
     args = parser.parse_args(argv)
-    return status_of(f"qmargin {args.command}", lambda: args.run(args))
+    said: list[int | None] = []
+    status = status_of(f"qmargin {args.command}", lambda: said.append(args.run(args)))
+    return status or next(filter(None, said), 0)
 
 
 def status_of(program: str, work: Callable[[], Any]) -> int:

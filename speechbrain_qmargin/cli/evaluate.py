@@ -1,4 +1,4 @@
-"""Subcommands that evaluate further: breakdown, fuse, identify, bayes, quality, plda."""
+"""Subcommands that evaluate further: breakdown, fuse, watchlist, bayes, quality, plda."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _people(path: str) -> dict[str, str]:
     return read_map(path)
 
 
-def _identify(args) -> None:
+def _watchlist(args) -> None:
     from speechbrain_qmargin.scoring.identification import identify
 
     embeddings = load_embeddings(args.embeddings)
@@ -264,7 +264,7 @@ def configure(add) -> None:
     sub.add_argument("--p_target", type=float, default=0.01)
     add_scored(sub)
 
-    sub = add("identify", _identify)
+    sub = add("watchlist", _watchlist)
     sub.add_argument("embeddings", help="npz, npy, ark or scp")
     sub.add_argument("gallery", help="'recording identity' lines, several an identity")
     sub.add_argument("probes", help="'recording identity' lines")

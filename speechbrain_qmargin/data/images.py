@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from speechbrain_qmargin.extras import require
 
-__all__ = ["IMAGE_SUFFIXES", "check_images", "read_image", "read_pixels"]
+__all__ = ["IMAGE_SUFFIXES", "check_images", "image_size", "read_image", "read_pixels"]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp")
 
@@ -82,15 +83,41 @@ def read_pixels(source: str | Path | bytes, size: int | None = None) -> np.ndarr
     >>> read_pixels(b"P5 2 1 255 " + bytes([7, 9])).tolist()  # a PGM image
     [[[7, 7, 7], [9, 9, 9]]]
     """
+    with _opened(source) as image:
+        from PIL import Image, ImageOps
+
+        image = _rgb(ImageOps.exif_transpose(image), image.format)
+        if size is not None and image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        return np.array(image)
+
+
+def image_size(source: str | Path | bytes) -> tuple[int, int]:
+    """Width and height that an image's header says; nothing is decoded.
+
+    Raises
+    ------
+    OSError, ImportError
+        As :func:`read_pixels`.
+
+    Examples
+    --------
+    >>> image_size(b"P5 2 1 255 " + bytes([7, 9]))
+    (2, 1)
+    """
+    with _opened(source) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(source: str | Path | bytes):
+    """Pillow's image; whatever goes wrong with it is an OSError that names it."""
     require("PIL", why="images are read with pillow", extra="face")
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image = _rgb(ImageOps.exif_transpose(image), image.format)
-            if size is not None and image.size != (size, size):
-                image = image.resize((size, size), Image.Resampling.BICUBIC)
-            return np.array(image)
+            yield image
     except Exception as error:  # Pillow's decoders raise anything: DecompressionBombError, ...
         name = "" if isinstance(source, bytes) else f"{source}: "
         fault = f"{type(error).__name__}: {error}"

@@ -22,7 +22,13 @@ from speechbrain_qmargin.scoring.decision import OperatingPoint
 from speechbrain_qmargin.training.checkpoints import bare
 from speechbrain_qmargin.training.internals import has_statistics, statistics
 
-__all__ = ["DECISION_FILES", "export_for_inference", "export_run", "set_operating_point"]
+__all__ = [
+    "DECISION_FILES",
+    "export_for_inference",
+    "export_run",
+    "set_operating_point",
+    "set_plain_threshold",
+]
 
 MAX_CLASSES = 100_000
 POINT = "operating_point.json"
@@ -176,10 +182,20 @@ def _set_threshold(folder: Path, point: OperatingPoint, encoder: str) -> None:
             stacklevel=3,
         )
     point.save(folder / POINT)
-    yaml = folder / "hyperparams.yaml"
+    set_plain_threshold(folder, point.threshold)
+
+
+def set_plain_threshold(folder: str | Path, threshold: float | None) -> None:
+    """``threshold`` of an inference folder's YAML, for SpeechBrain's classes; None takes it out."""
+    yaml = Path(folder) / "hyperparams.yaml"
+    if not yaml.is_file():
+        return
     lines = yaml.read_text(encoding="utf-8").splitlines()
-    lines = [line for line in lines if not line.startswith("threshold:")]
-    write_text(yaml, "\n".join([*lines, f"threshold: {point.threshold!r}"]) + "\n")
+    kept = [line for line in lines if not line.startswith("threshold:")]
+    if threshold is not None:
+        kept.append(f"threshold: {threshold!r}")
+    if kept != lines:
+        write_text(yaml, "\n".join(kept) + "\n")
 
 
 def _keep_decision(old: Path, new: Path, encoder: str) -> None:

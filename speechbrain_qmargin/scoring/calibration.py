@@ -49,6 +49,8 @@ class Calibration:
         What the scores are that it was fitted on ("cosine", "as-norm", ...); empty if not known.
     speakers : list of str
         Digests of the development speakers (:func:`speaker_digests`).
+    encoder, cohort : str
+        Of the scores it was fitted on, as of an operating point; empty if not known.
     """
 
     qualities: list[str]
@@ -59,6 +61,8 @@ class Calibration:
     num_trials: int
     kind: str = ""
     speakers: list[str] = field(default_factory=list)
+    encoder: str = ""
+    cohort: str = ""
 
     def __post_init__(self) -> None:
         numbers = [*self.weights, self.offset, self.p_target]
@@ -222,6 +226,8 @@ def fit_calibration(
     *,
     p_target: float = 0.01,
     kind: str = "",
+    encoder: str = "",
+    cohort: str = "",
 ) -> Calibration:
     """Fit on development trials, of other speakers than those to be reported.
 
@@ -269,4 +275,6 @@ def fit_calibration(
         len(trials),
         kind,
         speaker_digests(trials),
+        encoder,
+        cohort,
     )

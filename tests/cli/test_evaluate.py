@@ -88,12 +88,12 @@ def test_fuse(files, capsys):
     assert "0.01: " in capsys.readouterr().out
 
 
-def test_identify(files, capsys):
+def test_watchlist(files, capsys):
     gallery = [f"test{i}/{j} person{i}\n" for i in range(8) for j in range(2)]
     probes = [f"test{i}/{j} person{i}\n" for i in range(12) for j in (2, 3)]
     (files / "gallery.txt").write_text("".join(gallery))
     (files / "probes.txt").write_text("".join(probes))
-    arguments = ["identify", files / "test_one.npz", files / "gallery.txt", files / "probes.txt"]
+    arguments = ["watchlist", files / "test_one.npz", files / "gallery.txt", files / "probes.txt"]
     options = ["--sizes=2,4", "--fpirs=0.2", "--ranks=1,2"]
     assert run(*arguments, *options, f"--output={files / 'found.json'}") == 0
     assert "8 identities of 16 templates; 16 mated probes, 8 of others" in capsys.readouterr().out

@@ -1,0 +1,327 @@
+"""Subcommands that decide: threshold, enrol, verify, identify, people, serve."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+__all__ = ["configure"]
+
+THRESHOLD = """
+ENCODER is a run's output folder or an inference folder. PEOPLE is a folder, <person>/<file> or
+<person>/<session>/<file>, with wav/ or images/ above the persons if you like, or a list of
+`person/... path` lines. Half of the people choose the threshold, the other half measure what it
+promises; nobody may be in both under two names. With --cohort, a folder of other people or their
+embeddings (`qmargin extract`), scores are normalised (AS-norm).
+
+The threshold is written beside the encoder with its error rates, their intervals, the calibration,
+the cohort and the score histogram, all bound to this encoder.
+"""
+ENROL = """
+Several recordings make a better template than one. They are refused, all together, if one is too
+short, too quiet, clipped or no speech (images: too small, blurred, badly exposed, no photograph).
+What is kept is an embedding of each, no recording and no file name.
+"""
+VERIFY = """
+The threshold is that of `qmargin threshold`, for this encoder. The exit status is 0 if every file
+is accepted, 3 if one is rejected, 1 if one cannot be decided on.
+"""
+IDENTIFY = """
+The more people are searched, the more strangers find somebody: a bound of that chance is printed.
+The exit status is 0 if somebody is found, 3 if nobody.
+"""
+PEOPLE = """
+What is the file of enrolments, or the encoder whose it is. Erasing leaves nothing of a person in
+the file; copies and backups of it are yours to erase.
+"""
+SERVE = """
+Needs the extra `serve`. It listens to this machine alone unless --host says otherwise. Whoever has
+the token can do everything; without --token_file one is made and printed with the page's address.
+"""
+
+
+def _say(args: argparse.Namespace, content: Any, text: str) -> None:
+    if args.json:
+        print(json.dumps(_plain(content), ensure_ascii=False, allow_nan=False))
+    else:
+        print(text)
+
+
+def _plain(value: Any) -> Any:
+    """Values as JSON has them: no infinity."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _verifier(args: argparse.Namespace):
+    from speechbrain_qmargin.verify.verifier import Verifier
+
+    return Verifier.load(
+        args.encoder,
+        args.people,
+        device=args.device,
+        trust=args.trust,
+        checked=not args.unchecked,
+    )
+
+
+# ---------------------------------------------------------------- threshold
+
+
+def _threshold(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from speechbrain_qmargin.embeddings import Embeddings, load_embeddings
+    from speechbrain_qmargin.verify import threshold as module
+    from speechbrain_qmargin.verify.verifier import load_reader, place_of
+
+    place = place_of(args.encoder)
+    reader = load_reader(args.encoder, args.device, args.trust, checked=not args.unchecked)
+    folders = []
+
+    def embedded(source: Path, part: str) -> Embeddings:
+        if source.suffix == ".npz":
+            found = load_embeddings(source)
+            if found.encoder != reader.digest:
+                raise ValueError(f"{source}: embeddings of another encoder, or of one not known")
+            return found
+        files = _files(source, reader.modality)
+        folders.append(place.with_name(f".{place.name}.{part}.parts"))
+        with tqdm(total=len(files), desc=part, unit="file", disable=args.quiet) as bar:
+            found, faults = module.embed_files(reader, files, folders[-1], bar.update)
+        for name in list(faults)[:3]:
+            print(f"{part}: left out: {faults[name]}")
+        if len(faults) > 3:
+            print(f"{part}: {len(faults)} of {len(files)} files are left out")
+        return found
+
+    cohort = None
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        people = embedded(Path(args.people), "people")
+        if args.cohort:
+            others = embedded(Path(args.cohort), "cohort")
+            cohort = module.cohort_of(others, args.method, args.top_n)
+    found = module.measure_threshold(
+        people,
+        reader.digest,
+        args.far,
+        cohort=cohort,
+        enrol_with=args.enrol_with,
+        utterances=args.utterances,
+        source=Path(args.people).name,
+    )
+    found.system.install(place)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    point = found.system.point
+    chosen, measured = found.people
+    others = f"chosen on {chosen} people, measured on {measured} others"
+    lines = [
+        f"threshold {point.threshold:.4f} for {point.kind} scores, EER {100 * found.eer:.2f} %",
+        "chosen and measured on the same people" if point.optimistic else others,
+        point.promise(),
+        *found.notes,
+        f"{place}: operating_point.json and what belongs to it",
+    ]
+    content = asdict(point) | {"eer": found.eer, "people": found.people, "notes": found.notes}
+    _say(args, content, "\n".join(lines))
+
+
+def _files(source: Path, modality: str) -> dict[str, Path]:
+    if modality == "speech":
+        from speechbrain_qmargin.export.recordings import find_recordings
+
+        if not source.exists():
+            raise FileNotFoundError(f"{source}: no such folder or list")
+        return find_recordings(source)
+    from speechbrain_qmargin.data.images import IMAGE_SUFFIXES
+
+    root = source / "images" if (source / "images").is_dir() else source
+    files = {
+        file.relative_to(root).as_posix(): file
+        for file in sorted(root.rglob("*"))
+        if file.suffix.lower() in IMAGE_SUFFIXES
+    }
+    if not files:
+        raise FileNotFoundError(f"{root}: no {', '.join(IMAGE_SUFFIXES)} file in it")
+    return files
+
+
+# ---------------------------------------------------------------- people
+
+
+def _enrol(args: argparse.Namespace) -> None:
+    verifier = _verifier(args)
+    qualities = verifier.enrol(args.name, args.files, replace=args.replace)
+    count = len(verifier.people.embeddings(args.name, verifier.reader.digest))
+    content = {
+        "name": args.name,
+        "recordings": count,
+        "added": [asdict(one) for one in qualities],
+        "file": str(verifier.people.path),
+    }
+    _say(args, content, f"{args.name}: {count} enrolled, in {verifier.people.path}")
+
+
+def _word(kind: str, score: float, llr: float | None) -> str:
+    ratio = "" if llr is None else f", log-likelihood ratio {llr:+.2f}"
+    return f"{kind} {score:.4f}{ratio}"
+
+
+def _verify(args: argparse.Namespace) -> int:
+    verifier = _verifier(args)
+    results = verifier.verify_many([(args.name, file) for file in args.files])
+    if len(results) == 1 and isinstance(results[0], Exception):
+        raise results[0]
+    content, lines = [], []
+    for file, found in zip(args.files, results, strict=True):
+        if isinstance(found, Exception):
+            content.append({"file": file, "error": str(found)})
+            lines.append(f"no decision: {found}")
+            continue
+        content.append({"file": file} | asdict(found))
+        word = "accept" if found.accept else "reject"
+        lines.append(
+            f"{word} {file} as {args.name}: {_word(found.kind, found.score, found.llr)}, threshold "
+            f"{found.threshold:.4f}"
+        )
+        lines += [f"  {note}" for note in found.notes]
+    _say(args, content, "\n".join([*lines, f"the threshold {verifier.system.point.promise()}"]))
+    decided = [one for one in results if not isinstance(one, Exception)]
+    return 1 if len(decided) < len(results) else 0 if all(one.accept for one in decided) else 3
+
+
+def _identify(args: argparse.Namespace) -> int:
+    verifier = _verifier(args)
+    found = verifier.identify(args.file, args.most)
+    lines = [
+        f"{found.name or 'nobody'} of {found.searched} people, threshold {found.threshold:.4f}"
+    ]
+    lines += [f"  {one.name}: {_word(found.kind, one.score, one.llr)}" for one in found.candidates]
+    lines.append(
+        f"a stranger finds somebody among {found.searched} with a chance of at most "
+        f"{100 * found.false_alarm:.3g} %"
+    )
+    if found.left_out:
+        lines.append(f"{found.left_out} people are enrolled with another encoder: left out")
+    _say(args, asdict(found), "\n".join(lines))
+    return 0 if found.name else 3
+
+
+def _people(args: argparse.Namespace) -> None:
+    from speechbrain_qmargin.files import write_text
+    from speechbrain_qmargin.verify.people import People
+    from speechbrain_qmargin.verify.verifier import people_file
+
+    path = Path(args.place)
+    path = people_file(path) if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: nobody is enrolled there")
+    if (args.action == "list") != (args.name is None):
+        raise ValueError(f"people {args.action}: " + ("no name" if args.name else "whom?"))
+    people = People(path)
+    if args.action == "list":
+        found = people.list()
+        lines = [f"{one.name}\t{one.recordings}\t{one.encoder[:16]}\t{one.added}" for one in found]
+        text = "\n".join(lines) or f"{path}: nobody is enrolled"
+        _say(args, [asdict(one) for one in found], text)
+    elif args.action == "export":
+        text = json.dumps(people.export(args.name), ensure_ascii=False, indent=2)
+        if args.output:
+            write_text(args.output, text + "\n")
+        else:
+            print(text)
+    else:
+        count = people.delete(args.name)
+        content = {"name": args.name, "recordings": count}
+        _say(args, content, f"{args.name}: {count} recordings erased from {path}")
+
+
+# ---------------------------------------------------------------- service
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from speechbrain_qmargin.extras import require
+
+    require("fastapi", "uvicorn", "python_multipart", why="the service", extra="serve")
+    from speechbrain_qmargin.verify.service import serve
+
+    serve(
+        _verifier(args),
+        host=args.host,
+        port=args.port,
+        token_file=args.token_file,
+        max_bytes=round(args.max_mb * 1e6),
+    )
+
+
+def configure(add) -> None:
+    """The subcommands that decide; see :mod:`speechbrain_qmargin.cli`."""
+
+    def sub_of(name: str, run, about: str, encoder: bool = True) -> argparse.ArgumentParser:
+        sub = add(name, run)
+        sub.formatter_class = argparse.RawDescriptionHelpFormatter
+        sub.description = f"{sub.description}\n{about}"
+        if encoder:
+            sub.add_argument("encoder", metavar="ENCODER", help="a run or an inference folder")
+            sub.add_argument("--device", default="cpu")
+            sub.add_argument("--trust", action="store_true", help="let its YAML run any code")
+            sub.add_argument(
+                "--unchecked", action="store_true", help="do not refuse what sounds or looks bad"
+            )
+        sub.add_argument("--json", action="store_true", help="print JSON")
+        return sub
+
+    def enrolled(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--people", metavar="FILE", help="of enrolments; beside the encoder by default"
+        )
+
+    sub = sub_of("threshold", _threshold, THRESHOLD)
+    sub.add_argument("people", metavar="PEOPLE", help="a folder of your people, or a list")
+    sub.add_argument("--far", type=float, default=0.01, help="share of impostors to let in")
+    sub.add_argument("--cohort", metavar="OTHERS", help="a folder or .npz of other people")
+    sub.add_argument("--method", default="as", choices=("as", "s", "z", "t"))
+    sub.add_argument("--top_n", type=int, help="of the cohort; a third of it, at most 300")
+    sub.add_argument("--enrol_with", type=int, default=1, help="recordings of an enrolment")
+    sub.add_argument("--utterances", type=int, default=10, help="of a person, at most")
+
+    sub = sub_of("enrol", _enrol, ENROL)
+    enrolled(sub)
+    sub.add_argument("name", metavar="NAME")
+    sub.add_argument("files", metavar="FILE", nargs="+")
+    sub.add_argument("--replace", action="store_true", help="in the place of what is enrolled")
+
+    sub = sub_of("verify", _verify, VERIFY)
+    enrolled(sub)
+    sub.add_argument("name", metavar="NAME")
+    sub.add_argument("files", metavar="FILE", nargs="+")
+
+    sub = sub_of("identify", _identify, IDENTIFY)
+    enrolled(sub)
+    sub.add_argument("file", metavar="FILE")
+    sub.add_argument("--most", type=int, default=5, help="candidates to print")
+
+    sub = sub_of("people", _people, PEOPLE, encoder=False)
+    sub.add_argument("action", choices=("list", "export", "delete"))
+    sub.add_argument("place", metavar="WHAT", help="file of enrolments, or ENCODER")
+    sub.add_argument("name", metavar="NAME", nargs="?")
+    sub.add_argument("--output", metavar="FILE", help="of export; printed by default")
+
+    sub = sub_of("serve", _serve, SERVE)
+    enrolled(sub)
+    sub.add_argument("--host", default="127.0.0.1")
+    sub.add_argument("--port", type=int, default=8000)
+    sub.add_argument("--token_file", metavar="FILE", help="its first line is the token")
+    sub.add_argument("--max_mb", type=float, default=20.0, help="of a request")

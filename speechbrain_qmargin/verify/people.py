@@ -1,0 +1,384 @@
+"""Enrolments in one SQLite file: whole or not at all, of one encoder each, and erased for good.
+
+A person has one embedding for each recording that was enrolled, with the digest of the encoder that
+made it and what was measured on the recording. No recording, file name or other trace of its origin
+is kept.
+
+An enrolment is one transaction, on the disk before :meth:`People.enrol` returns
+(``synchronous=EXTRA``, a rollback journal). What is deleted is overwritten (``secure_delete``), and
+the file is built anew (``VACUUM``), so that nothing of a person is left in it; copies of the file,
+backups and the blocks that a file system or a drive has freed are beyond this module.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import threading
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["NotEnrolled", "OtherEncoder", "People", "Person", "checked_name"]
+
+_FORMAT = 0x516D6567  # "Qmeg": SQLite's application_id
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE people (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    added TEXT NOT NULL
+);
+CREATE TABLE recordings (
+    id INTEGER PRIMARY KEY,
+    person INTEGER NOT NULL REFERENCES people(id) ON DELETE CASCADE,
+    encoder TEXT NOT NULL,
+    embedding BLOB NOT NULL,
+    quality TEXT NOT NULL,
+    added TEXT NOT NULL
+);
+CREATE INDEX recordings_of ON recordings(person);
+"""
+MAX_NAME = 200
+
+
+class NotEnrolled(ValueError):
+    """Nobody of that name."""
+
+
+class OtherEncoder(ValueError):
+    """Templates of another encoder than the one that is loaded."""
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody who is enrolled.
+
+    Attributes
+    ----------
+    name : str
+    recordings : int
+    encoder : str
+        The digest of the encoder of all of them.
+    added : str
+        When the person was enrolled first, UTC.
+    """
+
+    name: str
+    recordings: int
+    encoder: str
+    added: str
+
+
+def checked_name(name: str) -> str:
+    """A person's name in Unicode's normal form C, without space at its ends.
+
+    Raises
+    ------
+    ValueError
+        No text, longer than 200 characters, or with control characters.
+
+    Examples
+    --------
+    >>> checked_name(" Ann ")
+    'Ann'
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"a name is text, not {type(name).__name__}")
+    name = unicodedata.normalize("NFC", name).strip()
+    if not name or len(name) > MAX_NAME:
+        raise ValueError(f"a name has 1 to {MAX_NAME} characters; this has {len(name)}")
+    bad = [letter for letter in name if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")]
+    if bad:
+        raise ValueError(f"the name {name!r} has control characters")
+    return name
+
+
+class People:
+    """Who is enrolled. Calls from several threads and processes are safe.
+
+    Parameters
+    ----------
+    path : path
+        Made if it is not there, readable by its owner alone.
+
+    Raises
+    ------
+    ValueError
+        Another file, or one of a newer version.
+
+    Examples
+    --------
+    >>> people = People(getfixture("tmp_path") / "people.sqlite")
+    >>> people.enrol("Ann", np.eye(2, dtype=np.float32), "encoder 1")
+    >>> people.list()[0].recordings
+    2
+    >>> people.delete("Ann"), people.list()
+    (2, [])
+    >>> people.close()
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.RLock()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            self.path.touch(mode=0o600)
+        try:
+            self._db = sqlite3.connect(
+                self.path, timeout=30, isolation_level=None, check_same_thread=False
+            )
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.path}: no file of enrolments ({error})") from None
+
+    def _prepare(self) -> None:
+        run = self._db.execute
+        run("PRAGMA secure_delete=ON")
+        run("PRAGMA synchronous=EXTRA")
+        run("PRAGMA foreign_keys=ON")
+        run("PRAGMA temp_store=MEMORY")
+        with self._writing():
+            (kind,), (version,) = (
+                run(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
+            )
+            (tables,) = run("SELECT count(*) FROM sqlite_master").fetchone()
+            if not tables and not kind:
+                for statement in _SCHEMA.split(";"):
+                    run(statement)
+                run(f"PRAGMA application_id={_FORMAT}")
+                run(f"PRAGMA user_version={_VERSION}")
+            elif kind != _FORMAT:
+                raise ValueError(f"{self.path}: a database of something else, not of enrolments")
+            elif version != _VERSION:
+                raise ValueError(
+                    f"{self.path}: of version {version}, written by a newer release; this reads "
+                    f"{_VERSION}"
+                )
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, committed at the end or undone."""
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                except BaseException:
+                    self._db.execute("ROLLBACK")
+                    raise
+                self._db.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                raise OSError(f"{self.path}: {error}") from None
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+    # ---------------------------------------------------------------- in
+
+    def enrol(
+        self,
+        name: str,
+        embeddings: np.ndarray,
+        encoder: str,
+        qualities: Sequence[Any] | None = None,
+        replace: bool = False,
+    ) -> None:
+        """Add recordings to a person, who is made if not there: all of them or none.
+
+        Parameters
+        ----------
+        name : str
+        embeddings : float array [n, D]
+            Of the encoder, not of unit length.
+        encoder : str
+            Its digest.
+        qualities : sequence of dataclass, optional
+            What was measured on each recording.
+        replace : bool
+            Take the place of what was enrolled, whatever encoder that was of.
+
+        Raises
+        ------
+        ValueError
+            Values that are not finite, no recording, templates of another encoder or size, a name
+            that is none.
+        """
+        name = checked_name(name)
+        rows = np.ascontiguousarray(embeddings, dtype="<f4")
+        if rows.ndim != 2 or not len(rows):
+            raise ValueError(f"embeddings {rows.shape}; [recordings, D] is wanted, one at least")
+        if not np.isfinite(rows).all() or not rows.any(axis=1).all():
+            raise ValueError("an embedding is zero or not finite")
+        said = [json.dumps(_plain(asdict(one))) for one in qualities or []] or ["{}"] * len(rows)
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        with self._writing() as db:
+            db.execute("INSERT OR IGNORE INTO people(name, added) VALUES (?, ?)", (name, now))
+            (person,) = db.execute("SELECT id FROM people WHERE name = ?", (name,)).fetchone()
+            if replace:
+                db.execute("DELETE FROM recordings WHERE person = ?", (person,))
+            self._refuse_other(person, name, encoder, rows.shape[1])
+            db.executemany(
+                "INSERT INTO recordings(person, encoder, embedding, quality, added) "
+                "VALUES (?, ?, ?, ?, ?)",
+                [
+                    (person, encoder, row.tobytes(), quality, now)
+                    for row, quality in zip(rows, said, strict=True)
+                ],
+            )
+
+    def _refuse_other(self, person: int, name: str, encoder: str, size: int) -> None:
+        held = self._db.execute(
+            "SELECT encoder, length(embedding) / 4 FROM recordings WHERE person = ? LIMIT 1",
+            (person,),
+        ).fetchone()
+        if held and held[0] != encoder:
+            raise OtherEncoder(_other_encoder(name, held[0], encoder))
+        if held and held[1] != size:
+            raise ValueError(f"{name}: embeddings of {held[1]} values are there, these have {size}")
+
+    def delete(self, name: str) -> int:
+        """Erase a person; nothing of them is left in the file.
+
+        Returns
+        -------
+        int
+            How many recordings there were.
+
+        Raises
+        ------
+        NotEnrolled
+            Nobody of that name.
+        """
+        name = checked_name(name)
+        with self._lock:
+            with self._writing() as db:
+                person = self._person(name)
+                (count,) = db.execute(
+                    "SELECT count(*) FROM recordings WHERE person = ?", (person,)
+                ).fetchone()
+                db.execute("DELETE FROM people WHERE id = ?", (person,))
+            try:
+                self._db.execute("VACUUM")
+            except sqlite3.OperationalError as error:
+                raise OSError(
+                    f"{self.path}: {name} is deleted and overwritten, but the file could not be "
+                    f"built anew: {error}"
+                ) from None
+            return count
+
+    # ---------------------------------------------------------------- out
+
+    def _person(self, name: str) -> int:
+        found = self._db.execute("SELECT id FROM people WHERE name = ?", (name,)).fetchone()
+        if found is None:
+            raise NotEnrolled(f"nobody is enrolled as {name!r}")
+        return found[0]
+
+    def version(self) -> tuple[int, int]:
+        """What changes with every change of the file, by this connection or by another."""
+        with self._lock:
+            (others,) = self._db.execute("PRAGMA data_version").fetchone()
+            return others, self._db.total_changes
+
+    def __len__(self) -> int:
+        with self._lock:
+            return self._db.execute("SELECT count(*) FROM people").fetchone()[0]
+
+    def list(self) -> list[Person]:
+        """Everybody, by name."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT name, count(recordings.id), coalesce(max(encoder), ''), people.added "
+                "FROM people LEFT JOIN recordings ON person = people.id "
+                "GROUP BY people.id ORDER BY name"
+            ).fetchall()
+        return [Person(*row) for row in rows]
+
+    def embeddings(self, name: str, encoder: str) -> np.ndarray:
+        """A person's embeddings, float32 [recordings, D].
+
+        Raises
+        ------
+        NotEnrolled
+            Nobody of that name.
+        ValueError
+            They are of another encoder.
+        """
+        name = checked_name(name)
+        with self._lock:
+            person = self._person(name)
+            rows = self._db.execute(
+                "SELECT encoder, embedding FROM recordings WHERE person = ? ORDER BY id", (person,)
+            ).fetchall()
+        other = [held for held, _ in rows if held != encoder]
+        if other:
+            raise OtherEncoder(_other_encoder(name, other[0], encoder))
+        return np.stack([np.frombuffer(blob, dtype="<f4") for _, blob in rows])
+
+    def everybody(self, encoder: str) -> dict[str, np.ndarray]:
+        """The embeddings of all who are enrolled with an encoder, by name, float32 [n, D] each."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT name, embedding FROM recordings JOIN people ON person = people.id "
+                "WHERE encoder = ? ORDER BY name, recordings.id",
+                (encoder,),
+            ).fetchall()
+        found: dict[str, list[np.ndarray]] = {}
+        for name, blob in rows:
+            found.setdefault(name, []).append(np.frombuffer(blob, dtype="<f4"))
+        return {name: np.stack(rows) for name, rows in found.items()}
+
+    def export(self, name: str) -> dict[str, Any]:
+        """All that is held of a person, as plain values for JSON.
+
+        Raises
+        ------
+        NotEnrolled
+            Nobody of that name.
+        """
+        name = checked_name(name)
+        with self._lock:
+            person = self._person(name)
+            (added,) = self._db.execute(
+                "SELECT added FROM people WHERE id = ?", (person,)
+            ).fetchone()
+            rows = self._db.execute(
+                "SELECT encoder, embedding, quality, added FROM recordings WHERE person = ? "
+                "ORDER BY id",
+                (person,),
+            ).fetchall()
+        recordings = [
+            {
+                "encoder": encoder,
+                "embedding": np.frombuffer(blob, dtype="<f4").tolist(),
+                "quality": json.loads(quality),
+                "added": when,
+            }
+            for encoder, blob, quality, when in rows
+        ]
+        return {"name": name, "added": added, "recordings": recordings}
+
+
+def _other_encoder(name: str, held: str, encoder: str) -> str:
+    return (
+        f"{name} is enrolled with the encoder {held[:16]}, and this is {encoder[:16]}: their "
+        "embeddings cannot be compared. Enrol them anew with this one (--replace), or load that one"
+    )
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }

@@ -1,0 +1,423 @@
+"""The verifier over HTTP: JSON in OpenAPI, content in multipart forms, a token, one page.
+
+A client sends contents, never paths, and may be answered ``{"error": {"code", "message"}}``:
+
+====  ======================================================================
+401   no token, or another one
+404   nobody is enrolled under a name
+409   no threshold, or templates of another encoder
+413   a request larger than allowed
+422   a recording or image that is not fit or cannot be decoded; a form that lacks something
+====  ======================================================================
+"""
+
+from __future__ import annotations
+
+import hmac
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, File, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from speechbrain_qmargin import __version__
+from speechbrain_qmargin.verify.people import NotEnrolled, OtherEncoder
+from speechbrain_qmargin.verify.readers import Unfit
+from speechbrain_qmargin.verify.system import NoThreshold
+from speechbrain_qmargin.verify.verifier import Verifier
+
+__all__ = ["make_app", "serve"]
+
+MAX_BYTES = 20_000_000
+MAX_FILES = 20
+_PAGE = {
+    "index.html": "text/html",
+    "page.js": "text/javascript",
+    "recorder.js": "text/javascript",
+    "page.css": "text/css",
+}
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; media-src blob:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+
+
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+Upload = Annotated[UploadFile, File(description="the content of a file; its name is not used")]
+Uploads = Annotated[list[UploadFile], File(description="contents; their names are not used")]
+
+
+class Fault(BaseModel):
+    """Why a request was refused."""
+
+    code: str
+    message: str
+
+
+class Refused(BaseModel):
+    """Every answer that is not a success."""
+
+    error: Fault
+
+
+class Enrolled(BaseModel):
+    """Who was enrolled, from how many recordings altogether."""
+
+    name: str
+    recordings: int
+    added: list[dict[str, Any]]
+
+
+class PersonOut(BaseModel):
+    """Somebody who is enrolled."""
+
+    name: str
+    recordings: int
+    encoder: str
+    added: str
+
+
+class DecisionOut(BaseModel):
+    """Accept or reject, with what it rests on."""
+
+    score: float
+    llr: float | None
+    accept: bool
+    threshold: float
+    quality: dict[str, Any]
+    kind: str
+    notes: list[str]
+
+
+class CandidateOut(BaseModel):
+    """Somebody who was found."""
+
+    name: str
+    score: float
+    llr: float | None
+    accept: bool
+
+
+class FoundOut(BaseModel):
+    """Who a recording may be of."""
+
+    candidates: list[CandidateOut]
+    name: str | None
+    searched: int
+    left_out: int
+    false_alarm: float
+    threshold: float
+    quality: dict[str, Any]
+    kind: str
+
+
+class SystemOut(BaseModel):
+    """The encoder, its threshold, what that promises, and the scores it was measured on."""
+
+    modality: str
+    encoder: str
+    kind: str
+    threshold: float
+    promise: str
+    far: float
+    far_interval: tuple[float, float] | None
+    tar: float
+    tar_interval: tuple[float, float] | None
+    support: str
+    enrolled_from: int
+    histogram: dict[str, Any] | None
+
+
+class _Limit:
+    """Refuse a body that is larger than allowed while it comes, whatever its header says."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        said = headers.get(b"content-length", b"0")
+        if not said.isdigit() or int(said) > self.max_bytes:
+            await self._refuse(scope, receive, send)
+            return
+        seen, over = 0, False
+
+        async def counted() -> Message:
+            nonlocal seen, over
+            message = await receive()
+            seen += len(message.get("body", b""))
+            over = over or seen > self.max_bytes
+            return {"type": "http.disconnect"} if over else message
+
+        async def sent(message: Message) -> None:
+            if not over:  # or it would complain of a body that is cut off
+                await send(message)
+
+        try:
+            await self.app(scope, counted, sent)
+        except Exception:
+            if not over:
+                raise
+        if over:
+            await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        message = f"a request has at most {self.max_bytes:,} bytes"
+        await _refused(413, "too_large", message)(scope, receive, send)
+
+
+def _refused(status: int, code: str, message: str, **headers: str) -> JSONResponse:
+    content = {"error": {"code": code, "message": message}}
+    return JSONResponse(content, status, headers or None)
+
+
+def make_app(
+    verifier: Verifier,
+    token: str,
+    *,
+    max_bytes: int = MAX_BYTES,
+    hosts: tuple[str, ...] = LOOPBACK,
+) -> FastAPI:
+    """The service as an ASGI application.
+
+    Parameters
+    ----------
+    verifier : Verifier
+    token : str
+        What clients send as ``Authorization: Bearer <token>``; 16 characters at least.
+    max_bytes : int
+        Of a request's body.
+    hosts : tuple of str
+        What a request may name as host; with ``*`` anything. It keeps web pages that a user visits
+        from speaking to a service on the user's own machine.
+
+    Raises
+    ------
+    ValueError
+        A token that is too short, or not of printable ASCII.
+    """
+    if len(token) < 16 or not token.isascii() or not token.isprintable():
+        raise ValueError("the token wants 16 characters or more, of printable ASCII")
+    folder = files("speechbrain_qmargin.verify") / "page"
+    page = {name: (folder / name).read_text(encoding="utf-8") for name in _PAGE}
+
+    def authorised(given: Credentials) -> None:
+        sent = "" if given is None else given.credentials
+        if not hmac.compare_digest(sent.encode(), token.encode()):
+            raise HTTPException(401, "the token is wanted as `Authorization: Bearer <token>`")
+
+    app = FastAPI(
+        title="speechbrain_qmargin",
+        description="Enrol people, verify claims, find who somebody is.",
+        version=__version__,
+        docs_url=None,  # its pages are on a CDN
+        redoc_url=None,
+    )
+    app.add_middleware(_Limit, max_bytes=max_bytes)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    refused: dict[int | str, dict[str, Any]] = {
+        status: {"model": Refused} for status in (401, 404, 409, 413, 422)
+    }
+    api = APIRouter(prefix="/v1", dependencies=[Depends(authorised)], responses=refused)
+
+    @app.exception_handler(HTTPException)
+    def _(request: Request, error: HTTPException) -> JSONResponse:
+        headers = {"WWW-Authenticate": "Bearer"} if error.status_code == 401 else {}
+        codes = {401: "unauthorised", 404: "not_found", 405: "not_allowed", 413: "too_large"}
+        code = codes.get(error.status_code, "refused")
+        return _refused(error.status_code, code, str(error.detail), **headers)
+
+    @app.exception_handler(RequestValidationError)
+    def _(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(one) for one in first.get("loc", ()))
+        return _refused(422, "malformed", f"{where}: {first.get('msg', 'not as described')}")
+
+    @app.exception_handler(ValueError)
+    def _(request: Request, error: ValueError) -> JSONResponse:
+        for kind, status, code in (
+            (NotEnrolled, 404, "not_enrolled"),
+            (OtherEncoder, 409, "other_encoder"),
+            (NoThreshold, 409, "no_threshold"),
+            (Unfit, 422, "unfit"),
+        ):
+            if isinstance(error, kind):
+                return _refused(status, code, str(error))
+        return _refused(422, "invalid", str(error))
+
+    @app.exception_handler(OSError)
+    def _(request: Request, error: OSError) -> JSONResponse:
+        if error.errno is not None:  # of the disk
+            return _refused(503, "unavailable", error.strerror or "the storage failed")
+        return _refused(422, "undecodable", str(error))
+
+    # ---------------------------------------------------------------- people
+
+    @api.get("/people")
+    def list_people() -> list[PersonOut]:
+        """Everybody who is enrolled."""
+        return [PersonOut(**asdict(one)) for one in verifier.people.list()]
+
+    @api.post("/people/{name}", status_code=201)
+    def enrol(name: str, files: Uploads, replace: bool = False) -> Enrolled:
+        """Enrol somebody, or add recordings: all of them or none."""
+        if len(files) > MAX_FILES:
+            raise ValueError(f"at most {MAX_FILES} files at once")
+        qualities = verifier.enrol(name, [_content(one) for one in files], replace)
+        count = len(verifier.people.embeddings(name, verifier.reader.digest))
+        return Enrolled(name=name, recordings=count, added=[_plain(one) for one in qualities])
+
+    @api.get("/people/{name}")
+    def export_person(name: str) -> dict[str, Any]:
+        """All that is held of a person."""
+        return verifier.people.export(name)
+
+    @api.delete("/people/{name}")
+    def erase_person(name: str) -> dict[str, Any]:
+        """Erase a person from the file."""
+        return {"name": name, "recordings": verifier.people.delete(name)}
+
+    # ---------------------------------------------------------------- decisions
+
+    @api.post("/people/{name}/verify")
+    def verify(name: str, file: Upload) -> DecisionOut:
+        """Whether a recording is of the person."""
+        return DecisionOut(**_plain(verifier.verify(name, _content(file))))
+
+    @api.post("/compare")
+    def compare(one: Upload, other: Upload) -> DecisionOut:
+        """Whether two recordings are of one person; nothing is kept."""
+        return DecisionOut(**_plain(verifier.compare(_content(one), _content(other))))
+
+    @api.post("/identify")
+    def identify(file: Upload, most: int = 5) -> FoundOut:
+        """Who of those enrolled a recording may be of."""
+        return FoundOut(**_plain(verifier.identify(_content(file), min(most, 100))))
+
+    @api.get("/system")
+    def system() -> SystemOut:
+        """The threshold, what it promises, and the histogram of the scores it was measured on."""
+        found = verifier.system
+        point, histogram = found.point, found.histogram
+        return SystemOut(
+            modality=verifier.reader.modality,
+            encoder=verifier.reader.digest,
+            kind=found.kind,
+            threshold=point.threshold,
+            promise=point.promise(),
+            far=point.far,
+            far_interval=point.far_interval,
+            tar=point.tar,
+            tar_interval=point.tar_interval,
+            support=point.support,
+            enrolled_from=point.enrolled_from,
+            histogram=None if histogram is None else asdict(histogram),
+        )
+
+    app.include_router(api)
+
+    # ---------------------------------------------------------------- page
+
+    @app.get("/health", include_in_schema=False)
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    def served(name: str, kind: str) -> None:
+        headers = {
+            "Content-Security-Policy": _POLICY,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+        }
+
+        def send() -> HTMLResponse:
+            return HTMLResponse(page[name], headers=headers, media_type=kind)
+
+        path = "/" if name == "index.html" else f"/{name}"
+        app.get(path, include_in_schema=False, response_class=HTMLResponse)(send)
+
+    for name, kind in _PAGE.items():
+        served(name, kind)
+    return app
+
+
+def _content(upload: UploadFile) -> bytes:
+    """What was sent; its name is nobody's business."""
+    return upload.file.read()
+
+
+def _plain(value: Any) -> Any:
+    """A result as JSON has it: no dataclass, no infinity."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_token(path: str | Path) -> str:
+    """The first line of a file that others cannot read.
+
+    Raises
+    ------
+    ValueError
+        An empty file, or one that others may read.
+    """
+    path = Path(path)
+    if os.name == "posix" and path.stat().st_mode & 0o077:
+        raise ValueError(f"{path}: others may read it; chmod 600 {path}")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if not lines or not lines[0].strip():
+        raise ValueError(f"{path}: no token in its first line")
+    return lines[0].strip()
+
+
+def serve(
+    verifier: Verifier,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token_file: str | Path | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> None:
+    """Listen until interrupted.
+
+    Parameters
+    ----------
+    verifier : Verifier
+    host, port
+        By default this machine alone can reach it. There is no TLS: for others put it behind a
+        proxy that has.
+    token_file : path, optional
+        Without it a token is made and printed with the page's address.
+    max_bytes : int
+        Of a request's body.
+    """
+    import uvicorn
+
+    token = read_token(token_file) if token_file else secrets.token_urlsafe(24)
+    hosts = LOOPBACK if host in LOOPBACK else ("*",)
+    app = make_app(verifier, token, max_bytes=max_bytes, hosts=hosts)
+    place = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    print(f"{place}#token={token}" if not token_file else place, flush=True)
+    print(f"people: {verifier.people.path}", flush=True)
+    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False)

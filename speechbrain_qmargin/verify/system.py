@@ -1,0 +1,295 @@
+"""How an encoder's scores become decisions: what is kept in its folder, and how it is applied.
+
+The files lie beside the encoder and are bound to it and to each other by digests:
+
+* ``operating_point.json``, the threshold with what it promises;
+* ``cohort.npz``, where scores are normalised or centred;
+* ``calibration.json``, from scores to log-likelihood ratios;
+* ``score_histogram.json``, what the scores of the measured trials were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from speechbrain_qmargin.embeddings import Embeddings
+from speechbrain_qmargin.export.inference import DECISION_FILES, set_plain_threshold
+from speechbrain_qmargin.files import load_arrays, load_record, replacing, save_record
+from speechbrain_qmargin.scoring.calibration import Calibration
+from speechbrain_qmargin.scoring.decision import OperatingPoint
+from speechbrain_qmargin.scoring.lists import Cohort
+from speechbrain_qmargin.scoring.normalisation import cohort_statistics
+
+__all__ = ["Histogram", "NoThreshold", "System", "Vectors", "cohort_digest"]
+
+_POINT, _CALIBRATION, _COHORT, _HISTOGRAM = DECISION_FILES
+_NORMALISED = ("as", "s", "z", "t")
+
+
+class NoThreshold(ValueError):
+    """No threshold was measured for an encoder, or the one that is there is not of it."""
+
+
+class Vectors(NamedTuple):
+    """What scores are made of: unit embeddings, and their scores against the cohort."""
+
+    unit: np.ndarray
+    """float32 [N, D]"""
+    centre: np.ndarray
+    """float64 [N]; zeros without a normalisation."""
+    spread: np.ndarray
+    """float64 [N]; ones without."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Scores of target and impostor trials, counted.
+
+    Attributes
+    ----------
+    edges : list of float
+        One more than there are counts.
+    targets, impostors : list of int
+    kind, encoder : str
+        Of the scores.
+    """
+
+    edges: list[float]
+    targets: list[int]
+    impostors: list[int]
+    kind: str
+    encoder: str
+
+    def __post_init__(self) -> None:
+        if not len(self.edges) - 1 == len(self.targets) == len(self.impostors):
+            raise ValueError("its edges and counts disagree")
+
+    @classmethod
+    def of(
+        cls, scores: np.ndarray, is_target: np.ndarray, kind: str, encoder: str, bins: int = 60
+    ) -> Histogram:
+        """Count scores in bins of one width.
+
+        Examples
+        --------
+        >>> found = Histogram.of(np.array([0.0, 1, 1]), np.array([False, True, True]), "", "", 2)
+        >>> found.edges, found.targets, found.impostors
+        ([0.0, 0.5, 1.0], [0, 2], [1, 0])
+        """
+        edges = np.histogram_bin_edges(scores, bins)
+        counts = [np.histogram(scores[chosen], edges)[0] for chosen in (is_target, ~is_target)]
+        return cls(edges.tolist(), counts[0].tolist(), counts[1].tolist(), kind, encoder)
+
+
+def cohort_digest(cohort: Cohort | None) -> str:
+    """SHA-256 of all that a cohort does to scores; empty for none."""
+    if cohort is None:
+        return ""
+    digest = hashlib.sha256(
+        f"{cohort.method} {cohort.top_n} {cohort.entries.matrix.shape}".encode()
+    )
+    for array in (cohort.entries.matrix, cohort.mean):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class System:
+    """An encoder's scores and decisions.
+
+    Attributes
+    ----------
+    point : OperatingPoint
+        Its kind, ``cosine``, ``centred cosine`` or ``<method>-norm``, says how scores are made;
+        ``llr`` that the decision is on the calibrated ones.
+    cohort : Cohort or None
+    calibration : Calibration or None
+    histogram : Histogram or None
+
+    Raises
+    ------
+    ValueError
+        Parts that are of different encoders, cohorts or scores; a kind that is not known.
+    """
+
+    point: OperatingPoint
+    cohort: Cohort | None = None
+    calibration: Calibration | None = None
+    histogram: Histogram | None = None
+
+    def __post_init__(self) -> None:
+        normalised = [f"{method}-norm" for method in _NORMALISED]
+        if self.kind not in ("cosine", "centred cosine", *normalised):
+            raise ValueError(
+                f"the threshold is for {self.kind or 'unknown'} scores; cosine, centred cosine and "
+                f"{', '.join(normalised)} are verified with"
+            )
+        if self.kind != "cosine" and self.cohort is None:
+            raise ValueError(f"the threshold is for {self.kind} scores, and there is no cohort")
+        if self.kind in normalised:
+            assert self.cohort is not None
+            if self.cohort.kind != self.kind:
+                raise ValueError(f"the threshold is for {self.kind}, the cohort {self.cohort.kind}")
+        if self.cohort is not None:
+            self.point.refuse_other(cohort=cohort_digest(self.cohort))
+        if self.calibration is not None:
+            if self.calibration.qualities:
+                raise ValueError("the calibration wants quality measures; fit one without")
+            if self.calibration.kind != self.kind or self.calibration.cohort != self.point.cohort:
+                raise ValueError("the calibration is of other scores than the threshold")
+            self.point.refuse_other(encoder=self.calibration.encoder)
+        if self.histogram is not None and self.histogram.kind != self.kind:
+            raise ValueError("the histogram is of other scores than the threshold")
+
+    @property
+    def kind(self) -> str:
+        """What the scores are, before they are calibrated."""
+        if self.point.kind == "llr":
+            return self.calibration.kind if self.calibration else ""
+        return self.point.kind
+
+    # ---------------------------------------------------------------- scores
+
+    def vectors(self, people: Sequence[np.ndarray]) -> Vectors:
+        """What stands for each person's, or each recording's, embeddings [n, D].
+
+        As in scoring: the mean of the embeddings of unit length, itself of unit length.
+
+        Raises
+        ------
+        ValueError
+            An embedding that is zero or not finite.
+        """
+        mean = self.cohort.mean if self.cohort is not None and self.kind != "cosine" else None
+        unit = np.empty((len(people), people[0].shape[1]), dtype=np.float32)
+        for row, embeddings in enumerate(people):
+            ids = [str(n) for n in range(len(embeddings))]
+            each = Embeddings(ids, embeddings).unit(ids, mean)
+            unit[row] = Embeddings(["0"], each.mean(axis=0, keepdims=True)).unit(["0"])[0]
+        if not self.kind.endswith("-norm"):
+            return Vectors(unit, np.zeros(len(unit)), np.ones(len(unit)))
+        assert self.cohort is not None
+        top = self.cohort.top_n if self.cohort.method == "as" else None
+        return Vectors(unit, *cohort_statistics(unit, self.cohort.entries.matrix, top))
+
+    def scores(self, enrolled: Vectors, tests: Vectors) -> np.ndarray:
+        """Every enrolment's score with every test: float64 [N, M]."""
+        raw = (enrolled.unit @ tests.unit.T).astype(np.float64)
+        if not self.kind.endswith("-norm"):
+            return raw
+        assert self.cohort is not None
+        ours = (raw - enrolled.centre[:, None]) / enrolled.spread[:, None]
+        theirs = (raw - tests.centre) / tests.spread
+        return {"z": ours, "t": theirs}.get(self.cohort.method, (ours + theirs) / 2)
+
+    def llr(self, score: float) -> float | None:
+        """The natural log-likelihood ratio of a score; None without a calibration."""
+        if self.calibration is None:
+            return None
+        return float(self.calibration.weights[0] * score + self.calibration.offset)
+
+    def accepts(self, score: float) -> bool:
+        """The decision on a score."""
+        if self.point.kind == "llr":
+            decided = self.llr(score)
+            assert decided is not None  # there is a calibration, or the kind were not known
+            return self.point.accepts(decided, "llr")
+        return self.point.accepts(score, self.kind)
+
+    # ---------------------------------------------------------------- files
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files into an encoder's folder, the threshold last."""
+        folder = Path(folder)
+        for name in (_CALIBRATION, _COHORT, _HISTOGRAM):
+            (folder / name).unlink(missing_ok=True)
+        if self.cohort is not None:
+            _save_cohort(folder / _COHORT, self.cohort)
+        if self.calibration is not None:
+            self.calibration.save(folder / _CALIBRATION)
+        if self.histogram is not None:
+            save_record(folder / _HISTOGRAM, "score histogram", asdict(self.histogram))
+        self.point.save(folder / _POINT)
+
+    def install(self, folder: str | Path) -> None:
+        """As :meth:`save`; SpeechBrain's ``threshold`` in the folder is set, or taken out.
+
+        Its classes give plain cosines, so only a threshold for these is theirs.
+        """
+        self.save(folder)
+        set_plain_threshold(folder, self.point.threshold if self.point.kind == "cosine" else None)
+
+    @classmethod
+    def load(cls, folder: str | Path, encoder: str) -> System:
+        """The system of an encoder's folder.
+
+        Parameters
+        ----------
+        folder : path
+        encoder : str
+            The digest of the encoder that is there.
+
+        Raises
+        ------
+        NoThreshold
+            No file; damaged files, of another encoder, or not of each other; with what to do.
+        """
+        folder = Path(folder)
+        shown = folder.parent if folder.name == "inference" else folder
+        shown = str(shown).removesuffix(".verifier")
+        remedy = f"measure one on your own people: qmargin threshold {shown} PEOPLE"
+        if not (folder / _POINT).is_file():
+            raise NoThreshold(f"{folder}: no threshold in it (no {_POINT}); {remedy}")
+        point = OperatingPoint.load(folder / _POINT)
+        try:
+            if not point.encoder:
+                raise ValueError("the threshold does not say of which encoder it is")
+            point.refuse_other(encoder=encoder)
+            cohort = _load_cohort(folder / _COHORT) if (folder / _COHORT).is_file() else None
+            loaded: list[Any] = [
+                make(folder / name) if (folder / name).is_file() else None
+                for name, make in ((_CALIBRATION, Calibration.load), (_HISTOGRAM, _load_histogram))
+            ]
+            return cls(point, cohort, *loaded)
+        except ValueError as error:
+            where = "" if str(error).startswith(str(folder)) else f"{folder / _POINT}: "
+            raise NoThreshold(f"{where}{error}; {remedy}") from None
+
+
+def _load_histogram(path: Path) -> Histogram:
+    return load_record(path, "score histogram", Histogram)
+
+
+def _save_cohort(path: Path, cohort: Cohort) -> None:
+    arrays: dict[str, Any] = {
+        "embeddings": cohort.entries.matrix.astype(np.float32),
+        "settings": np.asarray([cohort.method, str(cohort.top_n)], dtype=np.str_),
+    }
+    if cohort.mean is not None:
+        arrays["mean"] = np.asarray(cohort.mean, dtype=np.float32)
+    with replacing(path) as partial, partial.open("wb") as stream:
+        np.savez(stream, **arrays)
+
+
+def _load_cohort(path: Path) -> Cohort:
+    found = load_arrays(path, "a cohort", ("embeddings", "settings", "mean"))
+    try:
+        if not isinstance(found, dict):
+            raise KeyError("embeddings")
+        matrix, mean = found["embeddings"], found.get("mean")
+        method, top_n = found["settings"].tolist()
+        if matrix.dtype != np.float32 or not np.isfinite(matrix).all():
+            raise ValueError("its embeddings are not finite float32")
+        if mean is not None and mean.shape != matrix.shape[1:]:
+            raise ValueError("its mean is not of its embeddings")
+        entries = Embeddings([str(n) for n in range(len(matrix))], matrix)  # nobody is named
+        return Cohort(entries, mean, method, int(top_n))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, or not a cohort ({error})") from None

@@ -1,0 +1,261 @@
+"""A threshold on one's own people: from folders of their recordings or images to a system.
+
+The people are divided into two halves by their names' digests. The threshold is chosen on the pairs
+of one half, and what it promises is measured on the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from speechbrain_qmargin.embeddings import Embeddings, cosine_scores
+from speechbrain_qmargin.extraction import EmbeddingParts, extract_into
+from speechbrain_qmargin.scoring.calibration import Calibration, digest, fit_calibration
+from speechbrain_qmargin.scoring.decision import choose_operating_point
+from speechbrain_qmargin.scoring.influence import TrialStructure
+from speechbrain_qmargin.scoring.lists import Cohort
+from speechbrain_qmargin.scoring.metrics import OperatingPoints, eer, operating_points
+from speechbrain_qmargin.scoring.pairing import every_model, every_pair, spread_over_sessions
+from speechbrain_qmargin.scoring.separation import name_digest
+from speechbrain_qmargin.scoring.uncertainty import Spread
+from speechbrain_qmargin.trials import LabelledTrials, speaker_in
+from speechbrain_qmargin.verify.readers import Reader, Sample, Unfit
+from speechbrain_qmargin.verify.system import Histogram, System, cohort_digest
+
+__all__ = ["Measured", "cohort_of", "embed_files", "measure_threshold"]
+
+FEWEST_PEOPLE = 8  # of both halves together; with fewer there is one half
+_MOST = 4000  # recordings of a half: 8 million pairs
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What :func:`measure_threshold` found.
+
+    Attributes
+    ----------
+    system : System
+    eer : float
+        Of the half that it was measured on.
+    people : (int, int)
+        On which it was chosen and measured.
+    notes : tuple of str
+    """
+
+    system: System
+    eer: float
+    people: tuple[int, int]
+    notes: tuple[str, ...]
+
+
+def embed_files(
+    reader: Reader,
+    files: Mapping[str, Path],
+    folder: str | Path,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[Embeddings, dict[str, str]]:
+    """Embed files that are fit, as :class:`~speechbrain_qmargin.verify.verifier.Verifier` would.
+
+    Parameters
+    ----------
+    reader : Reader
+    files : mapping from id to path
+    folder : path
+        Where embeddings are kept on their way; interrupted, it goes on there.
+    progress : callable, optional
+        Called with how many were done since the last call.
+
+    Returns
+    -------
+    Embeddings, and what is wrong with the others by id.
+
+    Raises
+    ------
+    ValueError
+        None is fit.
+    """
+    parts, faults = EmbeddingParts(folder, f"{reader.digest} verified"), {}
+    todo = [(name, path) for name, path in files.items() if name not in parts.done]
+    if progress:
+        progress(len(files) - len(todo))
+
+    def read(item: tuple[str, Path]) -> Sample | str:
+        try:
+            return reader.read(item[1])
+        except (OSError, Unfit) as error:
+            return str(error)
+
+    def batches() -> Iterator[tuple[list[str], list[Sample]]]:
+        with ThreadPoolExecutor(4) as pool:
+            for start in range(0, len(todo), _AT_ONCE):
+                part = todo[start : start + _AT_ONCE]
+                found = dict(zip([name for name, _ in part], pool.map(read, part), strict=True))
+                good = {name: one for name, one in found.items() if isinstance(one, Sample)}
+                faults.update({name: x for name, x in found.items() if isinstance(x, str)})
+                if good:
+                    yield list(good), list(good.values())
+                if progress:
+                    progress(len(part))
+
+    extract_into(parts, batches(), reader.embed, faults)
+    merged = parts.merged(files)
+    if not merged:
+        raise ValueError(f"none of {len(files)} files is fit: {next(iter(faults.values()), '')}")
+    return Embeddings.of(merged), faults
+
+
+def cohort_of(
+    embeddings: Embeddings, method: str = "as", top_n: int | None = None, centre: bool = True
+) -> Cohort:
+    """The cohort of other people's embeddings, whose ids begin with the person and a slash.
+
+    Parameters
+    ----------
+    embeddings : Embeddings
+    method : {"as", "s", "z", "t"}
+    top_n : int, optional
+        By default a third of the people, from 2 to 300.
+    centre : bool
+        Whether their mean is subtracted from everything.
+    """
+    people = {name: speaker_in(name) for name in embeddings.ids}
+    count = len(set(people.values()))
+    if count < 2:
+        raise ValueError(f"the cohort has {count} people; dozens at least are wanted")
+    top = min(300, max(2, count // 3)) if top_n is None else top_n
+    if not 2 <= top <= count:
+        raise ValueError(f"top_n is {top}; from 2 to the cohort's {count} people")
+    return Cohort.of(embeddings, people, method, top, centre=centre)
+
+
+def measure_threshold(
+    embeddings: Embeddings,
+    encoder: str,
+    far: float = 0.01,
+    *,
+    cohort: Cohort | None = None,
+    enrol_with: int = 1,
+    utterances: int = 10,
+    source: str = "people",
+    p_target: float = 0.01,
+) -> Measured:
+    """Choose a threshold on one half of the people, and measure it on the other.
+
+    Parameters
+    ----------
+    embeddings : Embeddings
+        Ids are ``<person>/...``; folders between the person and the file are sessions.
+    encoder : str
+        The digest of the encoder that made them.
+    far : float
+        The share of impostors that may be accepted.
+    cohort : Cohort, optional
+        Of other people; scores are then normalised.
+    enrol_with : int
+        Recordings of an enrolment.
+    utterances : int
+        Of a person, at most.
+    source : str
+        What the people are called.
+    p_target : float
+        Of the calibration.
+
+    Raises
+    ------
+    ValueError
+        Fewer than 2 people with enough recordings; people of the cohort among them.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> ids = [f"{person}/{take}" for person in range(40) for take in range(4)]
+    >>> voices = np.repeat(rng.normal(size=(40, 8)), 4, 0) + 0.7 * rng.normal(size=(160, 8))
+    >>> found = measure_threshold(Embeddings(ids, voices.astype("f")), "encoder 1", 0.05)
+    >>> found.people, found.system.point.kind, found.system.point.optimistic
+    ((20, 20), 'cosine', False)
+    """
+    if enrol_with < 1:
+        raise ValueError(f"enrol_with is {enrol_with}; a recording at least")
+    recordings = defaultdict(list)
+    for name in embeddings.ids:
+        if "/" not in name:
+            raise ValueError(
+                f"{name}: its id names no person; files lie in a folder of each person"
+            )
+        recordings[speaker_in(name)].append(name)
+    able = sorted(
+        (one for one, names in recordings.items() if len(names) > enrol_with), key=name_digest
+    )
+    if len(able) < 2:
+        raise ValueError(
+            f"{source}: {len(able)} people have more than {enrol_with} usable recordings; 2 at "
+            "least, dozens for a threshold to rely on"
+        )
+    if cohort is not None:
+        cohort.refuse_speakers_of([every_pair({one: recordings[one][:1] for one in able})])
+    apart = len(able) >= FEWEST_PEOPLE
+    halves = (able[::2], able[1::2]) if apart else (able, able)
+    most = max(2, min(utterances, _MOST // len(halves[0])))
+    lists = []
+    for names, part in zip(halves, ("chosen", "measured"), strict=True):
+        chosen = {one: sorted(spread_over_sessions(recordings[one], most)) for one in sorted(names)}
+        trials = every_pair(chosen) if enrol_with == 1 else every_model(chosen, enrol_with)
+        if not trials.is_target.any() or trials.is_target.all():
+            raise ValueError(f"{source}: no pairs of one person, or none of two")
+        about = f"{part}: {len(names)} people of {source}, sha256:{digest(trials)[:16]}"
+        lists.append(replace(trials, source=about))
+    kind = "cosine" if cohort is None else cohort.kind
+    held = cohort_digest(cohort)
+    scores = [_scores(embeddings, trials, cohort) for trials in lists]
+    points = [operating_points(s, t.is_target) for s, t in zip(scores, lists, strict=True)]
+    structure = TrialStructure.of(lists[1])
+    point = choose_operating_point(
+        "verifier",
+        points[1],
+        far,
+        development=points[0] if apart else None,
+        measured_on=lists[1].source,
+        chosen_on=lists[0].source,
+        speakers=structure.contributing,
+        kind=kind,
+        scores=f"sha256:{hashlib.sha256(scores[0].tobytes()).hexdigest()}",
+        encoder=encoder,
+        cohort=held,
+        enrolled_from=enrol_with,
+        spread=Spread(scores[1], lists[1], points[1], structure),
+    )
+    notes = _asked(far, points[0], len(halves[0]))
+    calibration: Calibration | None = None
+    try:
+        calibration = fit_calibration(
+            scores[0], lists[0], p_target=p_target, kind=kind, encoder=encoder, cohort=held
+        )
+    except (ValueError, ImportError) as error:
+        notes.append(f"no calibration, hence no likelihood ratios: {error}")
+    histogram = Histogram.of(scores[1], lists[1].is_target, kind, encoder)
+    system = System(point, cohort, calibration, histogram)
+    return Measured(system, eer(points[1]), (len(halves[0]), len(halves[1])), tuple(notes))
+
+
+def _asked(far: float, points: OperatingPoints, people: int) -> list[str]:
+    wanted = 30 / far
+    if points.num_impostors >= wanted:
+        return []
+    return [
+        f"it is chosen on {points.num_impostors:,} impostor pairs of {people} people; a "
+        f"false-accept rate of {far:g} wants {wanted:,.0f} (30 errors)"
+    ]
+
+
+def _scores(embeddings: Embeddings, trials: LabelledTrials, cohort: Cohort | None) -> np.ndarray:
+    if cohort is None:
+        return cosine_scores(embeddings, trials).astype(np.float64)
+    return cohort.scores(embeddings, trials, quiet=True)

@@ -1,0 +1,445 @@
+"""Enrol people, verify who somebody claims to be, find who somebody is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from speechbrain_qmargin.export.encoder import SpeakerEncoder, is_run, load_encoder
+from speechbrain_qmargin.published import load_published
+from speechbrain_qmargin.verify.people import People
+from speechbrain_qmargin.verify.readers import Quality, Reader, Sample, Source, SpeechReader, Unfit
+from speechbrain_qmargin.verify.system import System, Vectors
+
+__all__ = [
+    "Candidate",
+    "Decision",
+    "Found",
+    "Verifier",
+    "is_exported",
+    "load_reader",
+    "people_file",
+    "place_of",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether two are taken to be one person.
+
+    Attributes
+    ----------
+    score : float
+        Of the system's kind.
+    llr : float or None
+        Its natural log-likelihood ratio; None without a calibration.
+    accept : bool
+        ``score >= threshold``.
+    threshold : float
+    quality : SpeechQuality or FaceQuality
+        Of the recording that was verified.
+    kind : str
+        What the score is.
+    notes : tuple of str
+        What makes the promise of the threshold doubtful here.
+    """
+
+    score: float
+    llr: float | None
+    accept: bool
+    threshold: float
+    quality: Quality
+    kind: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Somebody who is enrolled, with the score of a recording."""
+
+    name: str
+    score: float
+    llr: float | None
+    accept: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """Who somebody may be.
+
+    Attributes
+    ----------
+    candidates : list of Candidate
+        The nearest, best first.
+    name : str or None
+        The first, if accepted.
+    searched : int
+        People who were compared with.
+    left_out : int
+        People enrolled with another encoder.
+    false_alarm : float
+        The chance that a stranger finds somebody is at most this: the threshold's false-accept
+        rate times the people searched (Boole's inequality).
+    threshold : float
+    quality : SpeechQuality or FaceQuality
+    kind : str
+    """
+
+    candidates: list[Candidate]
+    name: str | None
+    searched: int
+    left_out: int
+    false_alarm: float
+    threshold: float
+    quality: Quality
+    kind: str
+
+
+class Verifier:
+    """An encoder with its threshold and the people who are enrolled. Safe in several threads.
+
+    Parameters
+    ----------
+    reader : Reader
+    people : People
+    system : System or callable
+        Callable: gives it, or raises what is to be said, when a decision is asked for; people can
+        be enrolled before.
+    """
+
+    def __init__(
+        self, reader: Reader, people: People, system: System | Callable[[], System]
+    ) -> None:
+        self.reader, self.people = reader, people
+        self._system = system if isinstance(system, System) else None
+        self._find_system = system
+        self._lock = threading.Lock()
+        self._templates: dict[str, tuple[Any, Vectors]] = {}
+        self._gallery: tuple[Any, list[str], Vectors] | None = None
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        people: str | Path | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        trust: bool | Collection[str] = False,
+        **options: Any,
+    ) -> Verifier:
+        """The verifier of an encoder's folder.
+
+        Parameters
+        ----------
+        folder : path
+            A run's output folder, an inference folder or a published model.
+        people : path, optional
+            The file of enrolments; by default ``<inference folder>.people.sqlite`` beside the
+            folder, so that neither a copy nor a new export of the encoder touches it.
+        device : str or torch.device
+        trust : bool or collection of str
+            As of :func:`~speechbrain_qmargin.export.encoder.load_encoder`.
+        **options
+            Of the reader: ``limits``, ``checked``, of speech ``window``.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError, OSError
+            As :func:`~speechbrain_qmargin.export.encoder.load_encoder` and
+            :class:`~speechbrain_qmargin.verify.people.People`. A threshold that is missing or not
+            of this encoder is an error when a decision is asked for.
+        """
+        place = place_of(folder)
+        reader = load_reader(folder, device, trust, **options)
+        file = people_file(folder) if people is None else people
+        return cls(reader, People(file), lambda: System.load(place, reader.digest))
+
+    @property
+    def system(self) -> System:
+        """How scores are made and decided; raises if no threshold was measured."""
+        with self._lock:
+            if self._system is None:
+                assert not isinstance(self._find_system, System)
+                self._system = self._find_system()
+            return self._system
+
+    # ---------------------------------------------------------------- reading
+
+    def _samples(self, sources: Sequence[Source]) -> list[Sample | Exception]:
+        """Read in threads; what cannot be read or is not fit stands in its place."""
+
+        def read(source: Source) -> Sample | Exception:
+            try:
+                return self.reader.read(source)
+            except (OSError, Unfit) as error:
+                return error
+
+        if len(sources) == 1:
+            return [read(sources[0])]
+        with ThreadPoolExecutor(min(4, len(sources) or 1)) as pool:
+            return list(pool.map(read, sources))
+
+    def _tests(self, samples: Sequence[Sample]) -> list[Vectors]:
+        """One by one, so that no score rounds otherwise for what else is in a batch."""
+        return [self.system.vectors([row[None]]) for row in self.reader.embed(samples)]
+
+    # ---------------------------------------------------------------- enrolment
+
+    def enrol(
+        self, name: str, recordings: Source | Iterable[Source], replace: bool = False
+    ) -> list[Quality]:
+        """Enrol somebody, or add recordings to those enrolled: all of them or none.
+
+        Parameters
+        ----------
+        name : str
+        recordings : path, bytes, or several
+            Files, or the contents of files.
+        replace : bool
+            In the place of what was enrolled, whatever encoder that was of.
+
+        Returns
+        -------
+        list of SpeechQuality or FaceQuality
+
+        Raises
+        ------
+        Unfit
+            A recording that is too short, too quiet, clipped, no speech, ...; every one that is, by
+            name, in one error.
+        OSError, ValueError
+            One that cannot be decoded; a name that is none; templates of another encoder.
+        """
+        given = [recordings] if isinstance(recordings, str | Path | bytes) else list(recordings)
+        if not given:
+            raise ValueError(f"no recordings to enrol {name!r} from")
+        found = self._samples(given)
+        bad = [one for one in found if isinstance(one, Exception)]
+        if len(bad) > 1:
+            number = f"{len(bad)} of {len(given)} recordings"
+            raise Unfit(f"{number} cannot be enrolled", [str(one) for one in bad])
+        if bad:
+            raise bad[0]
+        samples = [one for one in found if isinstance(one, Sample)]
+        qualities = [one.quality for one in samples]
+        embeddings = self.reader.embed(samples)
+        self.people.enrol(name, embeddings, self.reader.digest, qualities, replace)
+        return qualities
+
+    def _template(self, name: str) -> tuple[Vectors, int]:
+        """A person's, as of now, and from how many recordings."""
+        version = self.people.version()
+        held = self._templates.get(name)
+        if held is None or held[0][0] != version:
+            embeddings = self.people.embeddings(name, self.reader.digest)
+            held = (version, len(embeddings)), self.system.vectors([embeddings])
+            if len(self._templates) > 10_000:
+                self._templates.clear()
+            self._templates[name] = held
+        return held[1], held[0][1]
+
+    def _everybody(self) -> tuple[list[str], Vectors | None]:
+        version = self.people.version()
+        held = self._gallery
+        if held is None or held[0] != version:
+            found = self.people.everybody(self.reader.digest)
+            if not found:
+                return [], None
+            held = version, list(found), self.system.vectors(list(found.values()))
+            self._gallery = held
+        return held[1], held[2]
+
+    # ---------------------------------------------------------------- decisions
+
+    def verify(self, name: str, recording: Source) -> Decision:
+        """Whether a recording is of the person that is enrolled as `name`.
+
+        Raises
+        ------
+        NotEnrolled
+            Nobody is enrolled as `name`.
+        Unfit, OSError
+            The recording is not fit, or cannot be decoded.
+        NoThreshold, OtherEncoder
+            No threshold, or one of another encoder or score; templates of another encoder.
+        """
+        template, count = self._template(name)
+        return _or_raise(self._decide_all([(template, count)], self._samples([recording]))[0])
+
+    def verify_many(
+        self, claims: Sequence[tuple[str, Source]]
+    ) -> list[Decision | OSError | ValueError]:
+        """Decisions on many claims, in their order; what cannot be decided is the error itself."""
+        self.system  # noqa: B018 - without a threshold nothing is read
+        templates: list[Any] = []
+        for name, _ in claims:
+            try:
+                templates.append(self._template(name))
+            except ValueError as error:
+                templates.append(error)
+        results: list[Any] = []
+        for start in range(0, len(claims), 64):  # what is held in memory at once
+            part = slice(start, start + 64)
+            samples = self._samples([source for _, source in claims[part]])
+            results += self._decide_all(templates[part], samples)
+        return results
+
+    def compare(self, one: Source, other: Source) -> Decision:
+        """Whether two recordings are of one person, whoever that is; `quality` is the second's.
+
+        Raises
+        ------
+        Unfit, OSError, NoThreshold
+            As :meth:`verify`.
+        """
+        first, second = (_or_raise(sample) for sample in self._samples([one, other]))
+        (template,) = self._tests([first])
+        return _or_raise(self._decide_all([(template, 1)], [second])[0])
+
+    def _decide_all(self, templates: Sequence[Any], samples: Sequence[Any]) -> list[Any]:
+        """A decision for each, or the error that stands for its template or its sample."""
+        results = [
+            first if isinstance(first, Exception) else second
+            for first, second in zip(templates, samples, strict=True)
+        ]
+        open_ = [n for n, one in enumerate(results) if isinstance(one, Sample)]
+        if not open_:
+            return results
+        system, tests = self.system, self._tests([samples[n] for n in open_])
+        for test, n in zip(tests, open_, strict=True):
+            template, count = templates[n]
+            score = float(system.scores(template, test)[0, 0])
+            results[n] = Decision(
+                score=score,
+                llr=system.llr(score),
+                accept=system.accepts(score),
+                threshold=system.point.threshold,
+                quality=samples[n].quality,
+                kind=system.kind,
+                notes=_notes(system, count),
+            )
+        return results
+
+    def identify(self, recording: Source, most: int = 5) -> Found:
+        """Who of those enrolled with this encoder a recording may be of.
+
+        Parameters
+        ----------
+        recording : path or bytes
+        most : int
+            Candidates to be named.
+
+        Raises
+        ------
+        Unfit, OSError, NoThreshold, ValueError
+            As :meth:`verify`; nobody is enrolled.
+        """
+        names, gallery = self._everybody()
+        if gallery is None:
+            raise ValueError(f"{self.people.path}: nobody is enrolled with this encoder")
+        sample = _or_raise(self._samples([recording])[0])
+        system = self.system
+        scores = system.scores(gallery, self._tests([sample])[0])[:, 0]
+        best = np.argsort(-scores, kind="stable")[: max(1, most)]
+        candidates = [
+            Candidate(names[n], score, system.llr(score), system.accepts(score))
+            for n, score in zip(best.tolist(), scores[best].tolist(), strict=True)
+        ]
+        far = system.point.far_interval[1] if system.point.far_interval else system.point.far
+        return Found(
+            candidates=candidates,
+            name=candidates[0].name if candidates[0].accept else None,
+            searched=len(names),
+            left_out=len(self.people) - len(names),
+            false_alarm=min(1.0, len(names) * far),
+            threshold=system.point.threshold,
+            quality=sample.quality,
+            kind=system.kind,
+        )
+
+
+def _or_raise(found: T | Exception) -> T:
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _notes(system: System, count: int) -> tuple[str, ...]:
+    notes, point = [], system.point
+    if point.enrolled_from and point.enrolled_from != count:
+        notes.append(
+            f"the threshold was measured with {point.enrolled_from} recordings an enrolment; this "
+            f"has {count}"
+        )
+    if point.optimistic:
+        notes.append("the threshold was measured on the people that it was chosen on")
+    if point.support == "unsupported":
+        notes.append("the threshold's error rates rest on too few people or errors")
+    return tuple(notes)
+
+
+def is_exported(folder: str | Path) -> bool:
+    """Whether a folder is a run of ours or an inference folder, and not somebody's publication."""
+    folder = Path(folder)
+    file = folder / "hyperparams.yaml"
+    if is_run(folder):
+        return True
+    if not file.is_file():
+        return folder.is_dir() and not any(folder.iterdir())  # it is said what is missing
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(line.startswith(("sample_rate:", "image_size:")) for line in lines)
+
+
+def place_of(encoder: str | Path) -> Path:
+    """Where an encoder's threshold lies.
+
+    A run's ``inference/``, or the inference folder itself; of a published model, which is left as
+    it is, ``<file or folder>.verifier`` beside it.
+    """
+    encoder = Path(encoder)
+    if is_run(encoder):
+        return encoder / "inference"
+    return encoder if is_exported(encoder) else encoder.with_name(f"{encoder.name}.verifier")
+
+
+def people_file(encoder: str | Path) -> Path:
+    """The file of enrolments that belongs to an encoder: beside where its threshold is."""
+    place = place_of(encoder)
+    return place.with_name(f"{place.name}.people.sqlite")
+
+
+def load_reader(
+    encoder: str | Path,
+    device: str | torch.device = "cpu",
+    trust: bool | Collection[str] = False,
+    **options: Any,
+) -> Reader:
+    """The reader of an encoder, of speech or of faces.
+
+    Parameters
+    ----------
+    encoder : path
+        A run's output folder, an inference folder, or a published model
+        (:func:`~speechbrain_qmargin.published.load_published`).
+    device : str or torch.device
+    trust : bool or collection of str
+        As of :func:`~speechbrain_qmargin.export.encoder.load_encoder`.
+    **options
+        Of the reader.
+    """
+    if is_exported(encoder):
+        return SpeechReader(load_encoder(encoder, device, trust), **options)
+    found = load_published(encoder)
+    speech = found.speech()
+    definition = f"{found.format} {found.network}; {speech.summary}"
+    loaded = SpeakerEncoder(found.modules, speech.sample_rate, definition)
+    return SpeechReader(loaded.to(device), **options)

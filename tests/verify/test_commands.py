@@ -1,0 +1,173 @@
+"""The commands from a run to a decision, on synthetic voices and an encoder of random weights."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.checkpoints import Checkpointer
+
+from speechbrain_qmargin.cli import main
+from speechbrain_qmargin.embeddings import load_embeddings, save_embeddings
+from speechbrain_qmargin.scoring.decision import OperatingPoint
+from speechbrain_qmargin.verify.verifier import Verifier
+
+YAML = """
+sample_rate: 16000
+compute_features: !new:speechbrain.lobes.features.Fbank
+    n_mels: 20
+mean_var_norm: !new:speechbrain.processing.features.InputNormalization
+    norm_type: sentence
+embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN
+    input_size: 20
+    channels: [8, 8, 8, 8, 24]
+    attention_channels: 8
+    lin_neurons: 16
+modules:
+    compute_features: !ref <compute_features>
+    mean_var_norm: !ref <mean_var_norm>
+    embedding_model: !ref <embedding_model>
+"""
+
+
+def make_run(folder):
+    """A run's output folder, with random weights."""
+    (folder / "save").mkdir(parents=True)
+    (folder / "hyperparams.yaml").write_text(YAML)
+    torch.manual_seed(0)
+    model = load_hyperpyyaml(YAML)["embedding_model"]
+    checkpointer = Checkpointer(folder / "save", {"embedding_model": model})
+    checkpointer.save_checkpoint(end_of_epoch=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def voices_folder(voices):
+    return next(iter(voices.values()))[0].parents[3]  # .../wav/<speaker>/<session>/<file>
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory, voices_folder):
+    """A run with a threshold, measured by the command."""
+    run = make_run(tmp_path_factory.mktemp("encoder") / "run")
+    assert main(["--quiet", "export", str(run)]) == 0
+    arguments = ["--quiet", "threshold", str(run), str(voices_folder), "--far=0.2"]
+    assert main(arguments) == 0
+    return run
+
+
+def called(capsys, *arguments):
+    """Status, what was printed, and the error."""
+    capsys.readouterr()
+    status = main(["--quiet", *map(str, arguments)])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_a_threshold_by_one_command(encoder, capsys, voices_folder):
+    point = OperatingPoint.load(encoder / "inference" / "operating_point.json")
+    assert point.kind == "cosine"
+    assert point.num_targets == 4 * 4
+    assert point.far_interval is not None
+    text = (encoder / "inference" / "hyperparams.yaml").read_text()
+    assert f"threshold: {point.threshold!r}" in text
+    assert not list((encoder).glob(".inference*.parts"))
+    assert main(["--quiet", "export", str(encoder)]) == 0  # does not take it away
+    assert OperatingPoint.load(encoder / "inference" / "operating_point.json") == point
+    status, out, _ = called(capsys, "threshold", encoder, voices_folder, "--far=0.2", "--json")
+    assert (status, json.loads(out)["threshold"]) == (0, point.threshold)
+
+
+def test_enrol_verify_identify_erase(encoder, capsys, voices, tmp_path):
+    (ann, bob), people = [voices[one] for one in ("mv20001", "mv20002")], ["--json"]
+    for name, files in (("Ann", ann), ("Bob Ray", bob)):
+        status, out, _ = called(capsys, "enrol", encoder, name, *files[:2], *people)
+        assert (status, json.loads(out)["recordings"]) == (0, 2)
+    file = encoder / "inference.people.sqlite"
+    assert file.is_file()
+    verifier = Verifier.load(encoder)
+    status, out, _ = called(capsys, "verify", encoder, "Ann", ann[2], "--json")
+    found, expected = json.loads(out)[0], verifier.verify("Ann", ann[2])
+    assert (found["score"], found["accept"]) == (expected.score, expected.accept)
+    assert status == (0 if expected.accept else 3)
+    status, out, _ = called(capsys, "verify", encoder, "Ann", ann[2], bob[2])
+    assert out.count("as Ann: cosine") == 2
+    assert status == (3 if "reject " in out else 0)
+    content = tmp_path / "no.wav"
+    content.write_text("no audio")
+    status, out, _ = called(capsys, "verify", encoder, "Ann", ann[2], content)
+    assert (status, "no decision: " in out) == (1, True)
+    assert "the threshold accepts" in out
+    status, out, _ = called(capsys, "identify", encoder, bob[3])
+    assert "of 2 people" in out
+    assert "chance of at most" in out
+    assert main(["--quiet", "export", str(encoder)]) == 0  # nor the people
+    status, out, _ = called(capsys, "people", "list", encoder)
+    assert [line.split("\t")[:2] for line in out.splitlines()] == [["Ann", "2"], ["Bob Ray", "2"]]
+    status, out, _ = called(capsys, "people", "export", file, "Ann")
+    assert len(json.loads(out)["recordings"]) == 2
+    status, out, _ = called(capsys, "people", "delete", encoder, "Ann")
+    assert out.startswith("Ann: 2 recordings erased from")
+    assert b"Ann" not in file.read_bytes()
+
+
+def test_a_cohort_normalises_and_plain_cosines_lose_their_threshold(
+    encoder, capsys, voices_folder, tmp_path
+):
+    encoder = shutil.copytree(encoder, tmp_path / "run")
+    rng = np.random.default_rng(0)
+    raw = load_embeddings_of(encoder, voices_folder, tmp_path)
+    others = {f"other{n}/{t}": raw[n] + 0.1 * rng.normal(size=len(raw[n])).astype("f")
+              for n in range(6) for t in range(2)}  # fmt: skip
+    save_embeddings(tmp_path / "others.npz", others)
+    arguments = ["threshold", encoder, voices_folder, "--far=0.2", "--cohort"]
+    status, _, error = called(capsys, *arguments, tmp_path / "others.npz")
+    assert (status, "of another encoder, or of one not known" in error) == (1, True)
+    digest = load_embeddings(tmp_path / "own.npz").encoder
+    save_embeddings(tmp_path / "others.npz", others, digest)
+    status, out, _ = called(capsys, *arguments, tmp_path / "others.npz", "--top_n=4")
+    assert (status, "for as-norm scores" in out) == (0, True)
+    assert "threshold:" not in (encoder / "inference" / "hyperparams.yaml").read_text()
+    assert Verifier.load(encoder).system.cohort.top_n == 4
+
+
+def load_embeddings_of(encoder, folder, tmp_path):
+    assert main(["--quiet", "extract", str(encoder), str(folder), str(tmp_path / "own.npz")]) == 0
+    return load_embeddings(tmp_path / "own.npz").matrix
+
+
+def test_errors_are_one_line(encoder, capsys, tmp_path, voices):
+    noise = tmp_path / "noise.wav"
+    soundfile.write(noise, 0.1 * np.random.default_rng(0).standard_normal(32000), 16000)
+    soundfile.write(tmp_path / "short.wav", 0.1 * np.ones(80), 16000)
+    good = voices["mv20001"][0]
+    fresh = make_run(tmp_path / "fresh")
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (["enrol", encoder, "Eve", noise], "noise.wav: no speech"),
+        (["enrol", encoder, "Eve", tmp_path / "short.wav"], "too short: 0.005 s"),
+        (["enrol", encoder, "Eve", tmp_path / "none.wav"], "none.wav: no such file"),
+        (["enrol", encoder, " ", good], "a name has 1 to 200 characters"),
+        (["verify", encoder, "Nobody", good], "nobody is enrolled as 'Nobody'"),
+        (["identify", fresh, good], "nobody is enrolled with this encoder"),
+        (["verify", fresh, "Ann", good], "fresh PEOPLE"),
+        (["people", "list", tmp_path / "empty"], "nobody is enrolled there"),
+        (["people", "delete", encoder], "people delete: whom?"),
+        (["people", "list", encoder, "Ann"], "people list: no name"),
+        (["threshold", encoder, tmp_path / "empty"], "no .wav"),
+        (["threshold", encoder, tmp_path / "nowhere"], "no such folder or list"),
+        (["threshold", tmp_path / "empty", tmp_path], "hyperparams.yaml: no such file"),
+        (["serve", encoder, "--token_file", noise], "others may read it"),
+    ]
+    for arguments, fault in cases:
+        status, _, error = called(capsys, *arguments)
+        assert (status, error.count("\n")) == (1, 1), (arguments, error)
+        assert error.startswith(f"qmargin {arguments[0]}: ")
+        assert fault in error
+    called(capsys, "enrol", fresh, "Ann", good)
+    status, _, error = called(capsys, "verify", fresh, "Ann", good)
+    assert (status, "no threshold in it" in error) == (1, True)
+    assert "qmargin threshold" in error

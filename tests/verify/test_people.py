@@ -1,0 +1,173 @@
+"""The file of enrolments: atomic, of one encoder a person, and forgetful."""
+
+import json
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from speechbrain_qmargin.verify.people import NotEnrolled, People, checked_name
+from speechbrain_qmargin.verify.speech_quality import SpeechQuality
+
+QUALITY = SpeechQuality(2.0, 1.5, -float("inf"), 0.0, 20.0, 0.8, 8.0)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "people.sqlite"
+
+
+def rows(seed, count=3, size=192):
+    return np.random.default_rng(seed).normal(size=(count, size)).astype(np.float32)
+
+
+def test_what_is_enrolled_comes_back_exactly_also_in_another_process(file):
+    people = People(file)
+    people.enrol("Ann", rows(0), "e1", [QUALITY] * 3)
+    people.enrol("Ann", rows(1, 1), "e1")
+    people.enrol("Bob", rows(2), "e2")
+    assert file.stat().st_mode & 0o077 == 0  # readable by its owner alone
+    other = People(file)
+    np.testing.assert_array_equal(
+        other.embeddings("Ann", "e1"), np.concatenate([rows(0), rows(1, 1)])
+    )
+    assert [(one.name, one.recordings, one.encoder) for one in other.list()] == [
+        ("Ann", 4, "e1"),
+        ("Bob", 3, "e2"),
+    ]
+    assert list(other.everybody("e2")) == ["Bob"]
+    held = json.loads(json.dumps(other.export("Ann"), allow_nan=False))
+    assert held["recordings"][0]["quality"]["voiced"] == 0.8
+    assert held["recordings"][0]["quality"]["level"] is None
+    np.testing.assert_array_equal(np.float32(held["recordings"][3]["embedding"]), rows(1, 1)[0])
+
+
+def test_templates_of_another_encoder_are_refused_with_what_to_do(file):
+    people = People(file)
+    people.enrol("Ann", rows(0), "e1")
+    for use in (lambda: people.embeddings("Ann", "e2"), lambda: people.enrol("Ann", rows(1), "e2")):
+        with pytest.raises(ValueError, match=r"enrolled with the encoder e1, and this is e2.*anew"):
+            use()
+    with pytest.raises(ValueError, match="embeddings of 192 values are there, these have 8"):
+        people.enrol("Ann", rows(1, 2, 8), "e1")
+    assert len(people.embeddings("Ann", "e1")) == 3
+    people.enrol("Ann", rows(1), "e2", replace=True)
+    np.testing.assert_array_equal(people.embeddings("Ann", "e2"), rows(1))
+
+
+def test_an_enrolment_is_whole_or_not_at_all(file):
+    people = People(file)
+    people.enrol("Ann", rows(0), "e1")
+    bad = rows(1)
+    bad[2, 5] = np.nan
+    for embeddings in (bad, np.zeros((1, 192)), rows(0)[:0], rows(0)[0]):
+        with pytest.raises(ValueError, match="embedding"):
+            people.enrol("Bob", embeddings, "e1")
+    with pytest.raises(ValueError, match="zip"):  # a quality for every recording
+        people.enrol("Bob", rows(1), "e1", [QUALITY], replace=True)
+    assert [one.name for one in people.list()] == ["Ann"]
+
+
+def test_killed_in_the_middle_of_an_enrolment_nothing_of_it_is_there(file):
+    People(file).enrol("Ann", rows(0), "e1")
+    script = """
+        import os, sys, sqlite3
+        db = sqlite3.connect(sys.argv[1], isolation_level=None)
+        db.execute("PRAGMA cache_size=1")  # pages go to the file before the transaction ends
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("INSERT INTO people(name, added) VALUES ('Bob', '')")
+        db.executemany("INSERT INTO recordings(person, encoder, embedding, quality, added) "
+                       "VALUES (2, 'e1', ?, '', '')", [(os.urandom(4096),)] * 500)
+        os.kill(os.getpid(), 9)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(file)], check=False)
+    assert done.returncode == -9
+    assert file.with_name(f"{file.name}-journal").stat().st_size > 0  # it was under way
+    people = People(file)
+    assert [one.name for one in people.list()] == ["Ann"]
+    np.testing.assert_array_equal(people.embeddings("Ann", "e1"), rows(0))
+
+
+def test_an_erased_person_leaves_nothing_in_any_byte(file):
+    people = People(file)
+    secret, kept = rows(7, 40), rows(8, 40)
+    for take in range(40):  # in turn, so that they share pages
+        people.enrol("Zacharias Grepable", secret[take : take + 1], "e1", [QUALITY])
+        people.enrol("Ann", kept[take : take + 1], "e1", [replace(QUALITY, seconds=4.0)])
+
+    def bytes_of_all():
+        return b"".join(one.read_bytes() for one in file.parent.iterdir())  # -wal, -journal too
+
+    pieces = [b"Grepable", *(row[:16].tobytes() for row in secret)]
+    assert all(piece in bytes_of_all() for piece in pieces)
+    before = file.stat().st_size
+    assert people.delete("Zacharias Grepable") == 40
+    left = bytes_of_all()
+    assert not any(piece in left for piece in pieces)
+    assert file.stat().st_size < 0.7 * before
+    np.testing.assert_array_equal(people.embeddings("Ann", "e1"), kept)
+    with pytest.raises(NotEnrolled, match="nobody is enrolled as 'Zacharias"):
+        people.delete("Zacharias Grepable")
+    people.enrol("Ann", kept[:1], "e1", replace=True)  # replaced is overwritten
+    assert kept[30, :16].tobytes() not in bytes_of_all()
+
+
+def test_many_threads_and_connections_lose_nothing(file):
+    shared = People(file)
+
+    def enrol(number):
+        own = shared if number % 2 else People(file)
+        for take in range(5):
+            own.enrol(f"person {number}", rows(10 * number + take, 1), "e1")
+
+    threads = [threading.Thread(target=enrol, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = People(file).everybody("e1")
+    for number in range(6):
+        expected = np.concatenate([rows(10 * number + take, 1) for take in range(5)])
+        np.testing.assert_array_equal(found[f"person {number}"], expected)
+
+
+def test_a_change_by_another_connection_is_seen(file):
+    one, other = People(file), People(file)
+    before = one.version()
+    assert one.version() == before
+    other.enrol("Ann", rows(0), "e1")
+    assert one.version() != before
+
+
+def test_another_file_is_refused(file):
+    file.write_text("no database, but long enough to be looked at " * 40)
+    with pytest.raises(ValueError, match="no file of enrolments"):
+        People(file)
+    file.unlink()
+    with sqlite3.connect(file) as db:
+        db.execute("CREATE TABLE recipes(x)")
+    with pytest.raises(ValueError, match="a database of something else"):
+        People(file)
+    file.unlink()
+    People(file).close()
+    with sqlite3.connect(file) as db:
+        db.execute("PRAGMA user_version=7")
+    with pytest.raises(ValueError, match="of version 7, written by a newer release"):
+        People(file)
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a\nb", "x" * 201, "a\x00", None, 3])
+def test_a_name_is_a_line_of_text(name):
+    with pytest.raises(ValueError, match="name"):
+        checked_name(name)
+
+
+def test_one_name_however_it_was_typed(file):
+    people = People(file)
+    people.enrol("Zoe\u0308", rows(0), "e1")
+    assert len(people.embeddings("Zo\u00eb ", "e1")) == 3

@@ -1,0 +1,289 @@
+"""Enrol, verify, identify: the scores are those of the lists, in one thread or many."""
+
+import shutil
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from verify.stub import DIGEST, Stub
+
+from speechbrain_qmargin.embeddings import Embeddings, cosine_scores
+from speechbrain_qmargin.scoring.calibration import Calibration
+from speechbrain_qmargin.scoring.normalisation import normalize
+from speechbrain_qmargin.scoring.pairing import every_model
+from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.verify.people import NotEnrolled, People
+from speechbrain_qmargin.verify.readers import Unfit
+from speechbrain_qmargin.verify.system import Histogram, NoThreshold, System, cohort_digest
+from speechbrain_qmargin.verify.threshold import cohort_of, measure_threshold
+from speechbrain_qmargin.verify.verifier import Verifier
+
+READER = Stub()
+PEOPLE = [f"person{n}" for n in range(24)]
+OTHERS = [f"other{n}" for n in range(20)]
+CORPUS = Embeddings(*READER.embeddings(PEOPLE, 3))
+COHORT = Embeddings(*READER.embeddings(OTHERS, 2))
+
+
+def system_of(method="", **options):
+    cohort = cohort_of(COHORT, method, 6) if method else None
+    return measure_threshold(CORPUS, DIGEST, 0.05, cohort=cohort, **options).system
+
+
+@pytest.fixture
+def verifier(tmp_path):
+    return Verifier(READER, People(tmp_path / "people.sqlite"), system_of("as"))
+
+
+def said(person, *takes):
+    return [f"{person} {take}".encode() for take in takes]
+
+
+@pytest.mark.parametrize("method", ["", "as", "s", "z", "t"])
+def test_scores_are_those_of_lists(tmp_path, method):
+    """A person's template of three against two recordings, as models of a trial list."""
+    system = system_of(method)
+    verifier = Verifier(READER, People(tmp_path / "people.sqlite"), system)
+    verifier.enrol("Ann", said("ann", 1, 2, 3))
+    rows = {f"{who} {n}": READER.vector(f"{who} {n}") for who in ("ann", "bob") for n in range(5)}
+    trials = Trials(["Ann", "ann 4", "bob 0"], np.array([0, 0]), np.array([1, 2]))
+    trials = trials.with_models({"Ann": ("ann 1", "ann 2", "ann 3")})
+    if method:
+        cohort = system.cohort
+        expected = normalize(rows, trials, cohort.entries, method=method, top_n=6, mean=cohort.mean)
+    else:
+        expected = cosine_scores(rows, trials)
+    found = [verifier.verify("Ann", said(*one)[0]) for one in (("ann", 4), ("bob", 0))]
+    np.testing.assert_allclose([one.score for one in found], expected, rtol=1e-5, atol=1e-6)
+    assert [one.accept for one in found] == [True, False]
+    assert found[0].accept == (found[0].score >= found[0].threshold)
+    assert found[0].kind == (f"{method}-norm" if method else "cosine")
+    weights = system.calibration
+    assert found[0].llr == pytest.approx(weights.weights[0] * found[0].score + weights.offset)
+
+
+def test_the_system_is_the_same_after_a_file(tmp_path):
+    for method in ("as", ""):
+        system = system_of(method)
+        system.save(tmp_path)
+        loaded = System.load(tmp_path, DIGEST)
+        assert loaded.point == system.point
+        assert loaded.calibration == system.calibration
+        assert loaded.histogram == system.histogram
+        assert cohort_digest(loaded.cohort) == cohort_digest(system.cohort)
+    assert not (tmp_path / "cohort.npz").exists()  # of the system before
+
+
+def test_what_is_not_of_one_another_is_refused(tmp_path):
+    system = system_of("as")
+    system.save(tmp_path)
+    with pytest.raises(ValueError, match=r"operating_point\.json: the threshold is of the encoder "
+                       r"abab.* this is 0000.* qmargin threshold"):  # fmt: skip
+        System.load(tmp_path, "0" * 64)
+    with pytest.raises(NoThreshold, match=r"no threshold in it .*qmargin threshold"):
+        System.load(tmp_path / "elsewhere", DIGEST)
+    replace(system.point, encoder="").save(tmp_path / "operating_point.json")
+    with pytest.raises(ValueError, match="does not say of which encoder"):
+        System.load(tmp_path, DIGEST)
+    shutil.copy(tmp_path / "calibration.json", tmp_path / "kept")
+    cases = {
+        "is of the cohort": {"cohort": replace(system.cohort, top_n=5)},
+        "is for as-norm, the cohort z-norm": {"cohort": replace(system.cohort, method="z")},
+        "is for as-norm scores, and there is no cohort": {"cohort": None},
+        "is for unknown scores": {"point": replace(system.point, kind="")},
+        "is for plda scores": {"point": replace(system.point, kind="plda")},
+        "calibration is of other scores": {"calibration": replace(system.calibration, kind="z")},
+        "wants quality measures": {
+            "calibration": replace(system.calibration, qualities=["d"], weights=[1.0, 0, 0])
+        },
+        "histogram is of other scores": {"histogram": replace(system.histogram, kind="cosine")},
+    }
+    for fault, change in cases.items():
+        with pytest.raises(ValueError, match=fault):
+            replace(system, **change)
+    (tmp_path / "cohort.npz").write_bytes(b"PK\x03\x04 damaged")
+    system.point.save(tmp_path / "operating_point.json")
+    with pytest.raises(ValueError, match=r"cohort\.npz: damaged"):
+        System.load(tmp_path, DIGEST)
+
+
+def test_a_calibrated_threshold_decides_on_ratios(tmp_path):
+    system = system_of()
+    point = replace(system.point, kind="llr", threshold=0.0)
+    calibration = Calibration([], [10.0], -4.0, 0.01, "", 9, "cosine", [], DIGEST)
+    system = System(point, None, calibration)
+    assert system.kind == "cosine"
+    assert [system.accepts(score) for score in (0.41, 0.39)] == [True, False]
+    with pytest.raises(ValueError, match="the score is nan"):
+        system.accepts(float("nan"))
+
+
+def test_identification_names_the_nearest_and_what_a_search_costs(verifier):
+    for name in ("ann", "bob", "cyd"):
+        verifier.enrol(name, said(name, 1, 2))
+    found = verifier.identify(said("bob", 7)[0], most=2)
+    assert found.name == "bob"
+    assert found.candidates[0].name == "bob"
+    assert len(found.candidates) == 2
+    assert found.candidates[0].score == pytest.approx(verifier.verify("bob", b"bob 7").score)
+    far = verifier.system.point.far_interval[1]
+    assert found.false_alarm == pytest.approx(min(1, 3 * far))
+    assert verifier.identify(b"stranger 1").name is None
+    verifier.people.enrol("old", np.eye(1, 32, dtype="f"), "another encoder")
+    found = verifier.identify(b"bob 7")
+    assert (found.searched, found.left_out) == (3, 1)
+    verifier.people.delete("bob")
+    assert verifier.identify(b"bob 7").name is None
+
+
+def test_one_that_is_not_fit_spoils_an_enrolment_and_no_batch(verifier):
+    with pytest.raises(Unfit, match="the content: no speech"):
+        verifier.enrol("ann", [b"ann 1", b"noise"])
+    with pytest.raises(
+        Unfit, match=r"2 of 3 recordings cannot be enrolled: .*; the content cannot"
+    ):
+        verifier.enrol("ann", [b"noise", b"broken", b"ann 1"])
+    with pytest.raises(ValueError, match="no recordings to enrol 'ann' from"):
+        verifier.enrol("ann", [])
+    assert verifier.people.list() == []
+    verifier.enrol("ann", b"ann 1")
+    claims = [("ann", b"ann 2"), ("ann", b"noise"), ("bob", b"bob 1"), ("ann", b"broken")]
+    results = verifier.verify_many([*claims, ("ann", b"cyd 1")] * 20)
+    kinds = [type(one).__name__ for one in results[-5:]]
+    assert kinds == ["Decision", "Unfit", "NotEnrolled", "OSError", "Decision"]
+    assert results[-5] == results[0] == verifier.verify("ann", b"ann 2")
+    assert [one.accept for one in (results[0], results[4])] == [True, False]
+    with pytest.raises(NotEnrolled, match="nobody is enrolled as 'bob'"):
+        verifier.verify("bob", b"bob 1")
+    with pytest.raises(Unfit):
+        verifier.compare(b"ann 1", b"noise")
+    assert verifier.compare(b"ann 1", b"ann 2").score == pytest.approx(results[0].score)
+
+
+def test_a_decision_says_where_the_threshold_was_not_measured_like_this(verifier):
+    verifier.enrol("ann", said("ann", 1, 2, 3))
+    assert verifier.verify("ann", b"ann 4").notes == (
+        "the threshold was measured with 1 recordings an enrolment; this has 3",
+    )
+    verifier.enrol("ann", said("ann", 1), replace=True)
+    assert verifier.verify("ann", b"ann 4").notes == ()
+
+
+def test_without_a_threshold_people_can_be_enrolled_and_nothing_is_decided(tmp_path):
+    verifier = Verifier(
+        READER, People(tmp_path / "p.sqlite"), lambda: System.load(tmp_path, DIGEST)
+    )
+    verifier.enrol("ann", b"ann 1")
+    with pytest.raises(NoThreshold, match="no threshold"):
+        verifier.verify("ann", b"ann 2")
+    system_of().save(tmp_path)  # measured meanwhile
+    assert verifier.verify("ann", b"ann 2").accept
+
+
+def test_templates_of_another_encoder_are_refused(tmp_path):
+    people = People(tmp_path / "p.sqlite")
+    Verifier(Stub(digest="cd" * 32), people, system_of()).enrol("ann", b"ann 1")
+    verifier = Verifier(READER, people, system_of())
+    for use in (lambda: verifier.verify("ann", b"ann 2"), lambda: verifier.enrol("ann", b"ann 2")):
+        with pytest.raises(ValueError, match=r"enrolled with the encoder cdcd.*, and this is abab"):
+            use()
+    with pytest.raises(ValueError, match="nobody is enrolled with this encoder"):
+        verifier.identify(b"ann 2")
+
+
+def test_threads_get_what_one_thread_gets(verifier):
+    for name in PEOPLE[:6]:
+        verifier.enrol(name, said(name, 8, 9))
+    claims = [(name, f"{other} 11".encode()) for name in PEOPLE[:6] for other in PEOPLE[:8]]
+    expected, found = [verifier.verify(*claim) for claim in claims], {}
+
+    def work(own):
+        for n in range(own, len(claims), 8):
+            found[n] = verifier.verify(*claims[n])
+            verifier.identify(claims[n][1])
+            if n == 9:
+                verifier.enrol("more", b"more 1")  # templates are looked up anew
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[n] for n in range(len(claims))] == expected
+
+
+# ---------------------------------------------------------------- thresholds
+
+
+def test_a_threshold_is_chosen_on_one_half_and_measured_on_the_other():
+    found = measure_threshold(CORPUS, DIGEST, 0.05, source="mine")
+    point = found.system.point
+    assert found.people == (12, 12)
+    assert (point.kind, point.encoder, point.enrolled_from) == ("cosine", DIGEST, 1)
+    assert point.num_targets == 12 * 9  # across sessions alone
+    assert point.num_impostors == 12 * 11 // 2 * 36
+    assert point.far_interval[0] <= point.far <= point.far_interval[1]
+    assert point.tar_interval[0] <= point.tar <= point.tar_interval[1]
+    assert not point.optimistic
+    assert point.chosen_on.startswith("chosen: 12 people of mine, sha256:")
+    assert "person1" not in point.chosen_on + point.measured_on
+    counts = found.system.histogram
+    assert (sum(counts.targets), sum(counts.impostors)) == (point.num_targets, point.num_impostors)
+
+
+def test_few_people_are_marked():
+    few = Embeddings(*READER.embeddings(PEOPLE[:5], 3))
+    found = measure_threshold(few, DIGEST, 0.05)
+    assert found.system.point.optimistic
+    assert found.people == (5, 5)
+    assert any("wants 600" in note for note in found.notes)
+    with pytest.raises(ValueError, match="1 people have more than 1 usable recordings"):
+        measure_threshold(Embeddings(*READER.embeddings(["x"], 3)), DIGEST)
+    with pytest.raises(ValueError, match="its id names no person"):
+        measure_threshold(Embeddings(["a", "b"], np.eye(2)), DIGEST)
+
+
+def test_people_of_the_cohort_are_refused():
+    with pytest.raises(ValueError, match="24 speakers are in the cohort and in the trials"):
+        measure_threshold(CORPUS, DIGEST, cohort=cohort_of(CORPUS))
+
+
+def test_enrolments_of_several_recordings_are_measured_as_they_are_used():
+    found = measure_threshold(CORPUS, DIGEST, 0.05, enrol_with=3)
+    point = found.system.point
+    assert point.enrolled_from == 3
+    assert point.num_targets == 12 * 2 * 3  # two enrolments, three recordings of the other session
+    assert point.num_impostors == 12 * 2 * 11 * 6
+
+
+def test_every_model_naively():
+    chosen = {"x": [f"x/{s}/{n}" for s in "ab" for n in range(3)], "y": ["y/a/0", "y/a/1", "y/a/2"]}
+    trials = every_model(chosen, 2)
+    seen = set()
+    for n in range(len(trials)):
+        model, test = (trials.ids[side[n]] for side in (trials.enrolment, trials.test))
+        own = trials.models[model]
+        assert test not in own
+        assert trials.is_target[n] == (own[0][0] == test[0])
+        if trials.is_target[n] and test.startswith("x") and model != "x#2":  # x#2 has both sessions
+            assert test.split("/")[1] not in {one.split("/")[1] for one in own}
+        seen.add((model, test))
+    assert len(seen) == len(trials)
+    assert {one for model in trials.models.values() for one in model} >= set(chosen["x"])
+
+
+def test_scores_that_separate_have_no_calibration():
+    clear = Stub(spread=0.01)
+    found = measure_threshold(Embeddings(*clear.embeddings(PEOPLE, 2)), DIGEST, 0.05)
+    assert found.system.calibration is None
+    assert any("no calibration" in note for note in found.notes)
+    assert found.system.llr(0.5) is None
+
+
+def test_histograms_count_everything():
+    scores = np.array([-1.0, -1, 0, 2, 2, 2])
+    found = Histogram.of(scores, scores > 1, "cosine", "e", 3)
+    assert (found.targets, found.impostors) == ([0, 0, 3], [2, 1, 0])
+    with pytest.raises(ValueError, match="edges and counts disagree"):
+        replace(found, edges=[0.0])
