@@ -58,7 +58,7 @@ SYSTEMS: dict[str, tuple[str, list[dict]]] = {
     "published": ("qmargin", points((1.5, 10, 0.2))),
     "auto": ("qmargin_auto", [{}]),
     "adaface": ("adaface", grid(scale=[16, 32], margin=[0.2, 0.4, 0.6])),
-    "subcenter": ("subcenter", COSINES),
+    "subcenter": ("arcface --subcentres=3", COSINES),
     "qmargin_norm": ("qmargin_norm", QMARGIN),
     "entmax": ("entmax", grid(alpha=[1.1, 1.25, 1.5], scale=[10, 20])),
     "sparsemax": ("sparsemax", grid(scale=[2.5, 5, 10, 15, 20, 32])),
@@ -68,8 +68,10 @@ PRIMARY = "qmargin"
 
 
 def options(system: str, setting: dict) -> list[str]:
+    loss, *more = SYSTEMS[system][0].split()
     return [
-        f"--loss={SYSTEMS[system][0]}",
+        f"--loss={loss}",
+        *more,
         *(f"--{key}={value}" for key, value in setting.items()),
     ]
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from speechbrain_qmargin.loss.adaptive import ElasticQMarginLoss as ElasticQMarginLoss
     from speechbrain_qmargin.loss.adaptive import NormQMarginLoss as NormQMarginLoss
     from speechbrain_qmargin.loss.adaptive import PriorQMarginLoss as PriorQMarginLoss
+    from speechbrain_qmargin.loss.angular_sparsemax import (
+        AngularSparsemaxLoss as AngularSparsemaxLoss,
+    )
     from speechbrain_qmargin.loss.arcface import ArcFaceLoss as ArcFaceLoss
     from speechbrain_qmargin.loss.base import Loss as Loss
     from speechbrain_qmargin.loss.combined import CombinedMarginLoss as CombinedMarginLoss
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from speechbrain_qmargin.loss.interface import QMarginStats as QMarginStats
     from speechbrain_qmargin.loss.interface import Scores as Scores
     from speechbrain_qmargin.loss.intertopk import InterTopKLoss as InterTopKLoss
+    from speechbrain_qmargin.loss.kappaface import KappaFaceLoss as KappaFaceLoss
     from speechbrain_qmargin.loss.magface import MagFaceLoss as MagFaceLoss
     from speechbrain_qmargin.loss.qmargin import QMarginFaceLoss as QMarginFaceLoss
     from speechbrain_qmargin.loss.qmargin import QMarginLoss as QMarginLoss
@@ -49,6 +53,7 @@ _NAMES = {
     "head": ("QMarginHead", "RowSparseSGD"),
     "loss.adaface": ("AdaFaceLoss",),
     "loss.adaptive": ("ElasticQMarginLoss", "NormQMarginLoss", "PriorQMarginLoss"),
+    "loss.angular_sparsemax": ("AngularSparsemaxLoss",),
     "loss.arcface": ("ArcFaceLoss",),
     "loss.base": ("Loss",),
     "loss.combined": ("CombinedMarginLoss",),
@@ -66,6 +71,7 @@ _NAMES = {
     ),
     "loss.intertopk": ("InterTopKLoss",),
     "loss.interface": ("BinaryObjective", "Objective", "QMarginStats", "Scores"),
+    "loss.kappaface": ("KappaFaceLoss",),
     "loss.magface": ("MagFaceLoss",),
     "loss.qmargin": ("QMarginFaceLoss", "QMarginLoss"),
     "loss.registry": ("LOSSES", "make_loss"),
@@ -77,6 +83,7 @@ _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names
 __all__ = [
     "LOSSES",
     "AdaFaceLoss",
+    "AngularSparsemaxLoss",
     "ArcFaceLoss",
     "BinaryObjective",
     "CombinedMarginLoss",
@@ -86,6 +93,7 @@ __all__ = [
     "ElasticQMarginLoss",
     "EntmaxLoss",
     "InterTopKLoss",
+    "KappaFaceLoss",
     "Loss",
     "MagFaceLoss",
     "NormQMarginLoss",

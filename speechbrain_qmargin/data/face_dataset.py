@@ -75,6 +75,10 @@ class FaceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.manifest)
 
+    def class_counts(self) -> np.ndarray:
+        """Images of each identity."""
+        return np.bincount(self._label_of[self.manifest.labels])
+
     def __getitem__(self, row: int) -> dict[str, Any]:
         item = self.manifest[row]
         image = self._readable(row, item)

@@ -101,6 +101,9 @@ class FaceRecords(StoredFaces):
     def name(self, row: int) -> str:
         return f"{self.path.name}: record {self._keys[row]}"
 
+    def labels(self) -> np.ndarray:
+        return self._labels
+
     def image(self, row: int) -> tuple[bytes, int]:
         stream = self.stream(self.path)
         stream.seek(int(self._offsets[row]))

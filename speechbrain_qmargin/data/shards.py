@@ -104,6 +104,9 @@ class FaceShards(StoredFaces):
         shard = self.shards[int(self._index["shard"][row])].name
         return f"{shard}: the image at byte {self._index['offset'][row]}"
 
+    def labels(self) -> np.ndarray:
+        return self._index["label"]
+
     def image(self, row: int) -> tuple[bytes, int]:
         at = {key: int(column[row]) for key, column in self._index.items()}
         stream = self.stream(self.shards[at["shard"]])

@@ -106,6 +106,13 @@ class SpeechDataset(Dataset):
     def __len__(self) -> int:
         return len(self.manifest)
 
+    def class_counts(self) -> np.ndarray:
+        """Items of each class [classes]; the copies at other speeds count as their speaker does."""
+        if self._label_of is None:
+            raise ValueError("labels: this dataset has none")
+        own = np.bincount(self._label_of[self.manifest.labels], minlength=self._classes)
+        return np.tile(own / len(self.speeds), len(self.speeds))
+
     def describe(self, row: int) -> Mapping[str, Any]:
         """What the embedding of an item depends on; values that are files may change."""
         item = self.manifest[row]

@@ -65,6 +65,15 @@ class StoredFaces(Dataset):
     def __len__(self) -> int:
         raise NotImplementedError
 
+    def class_counts(self) -> np.ndarray | None:
+        """Images of each identity; None where the labels are read with the images."""
+        labels = self.labels()
+        return np.bincount(labels, minlength=self.num_classes) if len(labels) else None
+
+    def labels(self) -> np.ndarray:
+        """Of all images, [N] or, where they are read with the images, [0]."""
+        raise NotImplementedError
+
     def _check_labels(self, what: str) -> None:
         """Refuse more classes than the images can be of: one flipped bit asks for a terabyte."""
         most = 10 * len(self) + 1000

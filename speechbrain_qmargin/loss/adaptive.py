@@ -125,7 +125,8 @@ class PriorQMarginLoss(QMarginLoss):
 
     Parameters
     ----------
-    counts : sequence of numbers > 0, or Tensor, [C]
+    counts : sequence of numbers > 0, or Tensor, [C], optional
+        The recipes give those of their training data.
     alpha, scale, margin : float
     temperature : float
         t; 0 is plain Q-Margin.
@@ -138,12 +139,13 @@ class PriorQMarginLoss(QMarginLoss):
     """
 
     settings = ("alpha", "scale", "margin", "temperature")
+    needs_counts = True
     temperature: float
-    log_counts: Tensor
+    log_counts: Tensor | None
 
     def __init__(
         self,
-        counts: Sequence[float] | Tensor,
+        counts: Sequence[float] | Tensor | None = None,
         alpha: float = 1.5,
         scale: float = 10.0,
         margin: float = 0.2,
@@ -152,11 +154,18 @@ class PriorQMarginLoss(QMarginLoss):
         super(QMarginLoss, self).__init__(
             alpha=alpha, scale=scale, margin=margin, temperature=temperature
         )
+        self.register_buffer("log_counts", None, persistent=False)
+        if counts is not None:
+            self.count_classes(counts)
+
+    def count_classes(
+        self, counts: Sequence[float] | Tensor, embedding_dim: int | None = None
+    ) -> None:
         found = torch.as_tensor(counts, dtype=torch.float64)
         if found.ndim != 1 or not bool((found > 0).all()):
             raise ValueError("counts must be one number > 0 for each class")
         logs = found.log()
-        self.register_buffer("log_counts", (logs - logs.mean()).float(), persistent=False)
+        self.log_counts = (logs - logs.mean()).float()
 
     def check(self, **values: float) -> None:
         values.pop("temperature")
@@ -165,6 +174,11 @@ class PriorQMarginLoss(QMarginLoss):
     @property
     def log_q(self) -> Tensor:
         """[C]."""
+        if self.log_counts is None:
+            raise ValueError(
+                "PriorQMarginLoss: counts: the number of items of each class is not known; give "
+                "it, or train in the recipes, which count"
+            )
         return self.temperature * self.log_counts
 
     def objective(self, scores: Scores, targets: Tensor) -> Objective:

@@ -24,7 +24,7 @@ SpeechBrain's, list such a loss in ``modules`` and in the checkpointer's ``recov
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -58,11 +58,14 @@ class Loss(nn.Module):
     needs_embeddings : bool
         Whether it looks at embeddings, which the dense classifier of an unmodified SpeechBrain
         recipe does not hand on.
+    needs_counts : bool
+        Whether it wants :meth:`count_classes` called, as the recipes do.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("scale", "margin")
     fixed: ClassVar[Mapping[str, float]] = {}
     needs_embeddings: ClassVar[bool] = False
+    needs_counts: ClassVar[bool] = False
 
     def __init__(self, **values: float) -> None:
         super().__init__()
@@ -115,6 +118,9 @@ class Loss(nn.Module):
     def warning(self) -> str | None:
         """What a user should know of these settings before training; None: nothing."""
         return None
+
+    def count_classes(self, counts: Sequence[float] | Tensor, embedding_dim: int) -> None:
+        """Hear, before training, how many items each class has, and the embeddings' size."""
 
     def value(self, name: str) -> float:
         """A setting by name.

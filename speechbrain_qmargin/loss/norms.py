@@ -9,25 +9,46 @@ from torch import Tensor, nn
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.interface import Scores
 
-__all__ = ["RunningNorms", "norms_of"]
+__all__ = ["RunningNorms", "embeddings_of", "norms_of", "of_all_processes"]
 
 _LEAST, _MOST = 1e-3, 100.0  # norms are clipped to these, as in AdaFace's code
 
 
-def norms_of(loss: Loss, scores: Scores) -> Tensor:
-    """Norms [B], float64, in the graph.
+def embeddings_of(loss: Loss, scores: Scores, what: str = "embeddings") -> Tensor:
+    """Embeddings [B, D], in the graph.
 
     Raises
     ------
     TypeError
-        Where the classifier shows cosines only.
+        Where the classifier shows cosines only; `what` is what the loss looks at.
     """
     if scores.embeddings is None:
         raise TypeError(
-            f"{type(loss).__name__} looks at the embeddings' norms, which cosines have not: use it "
+            f"{type(loss).__name__} looks at the {what}, which cosines have not: use it "
             "in the recipes of speechbrain_qmargin, or with its QMarginHead as the classifier"
         )
-    return torch.linalg.vector_norm(scores.embeddings.double(), dim=1)
+    return scores.embeddings
+
+
+def norms_of(loss: Loss, scores: Scores) -> Tensor:
+    """Norms [B], float64, in the graph; TypeError as of :func:`embeddings_of`."""
+    embeddings = embeddings_of(loss, scores, "embeddings' norms")
+    return torch.linalg.vector_norm(embeddings.double(), dim=1)
+
+
+def of_all_processes(tensor: Tensor) -> Tensor:
+    """[n, ...] of every process, one below the other; they may have different n."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor
+    sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device)] * dist.get_world_size()
+    sizes = [size.clone() for size in sizes]
+    dist.all_gather(sizes, torch.tensor([len(tensor)], device=tensor.device))
+    most = max(int(size) for size in sizes)
+    padded = tensor.new_zeros(most, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
 
 
 class RunningNorms(nn.Module):

@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from speechbrain_qmargin.loss.adaface import AdaFaceLoss
-from speechbrain_qmargin.loss.adaptive import ElasticQMarginLoss, NormQMarginLoss
+from speechbrain_qmargin.loss.adaptive import (
+    ElasticQMarginLoss,
+    NormQMarginLoss,
+    PriorQMarginLoss,
+)
+from speechbrain_qmargin.loss.angular_sparsemax import AngularSparsemaxLoss
 from speechbrain_qmargin.loss.arcface import ArcFaceLoss
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.combined import CombinedMarginLoss
@@ -17,6 +22,7 @@ from speechbrain_qmargin.loss.curricularface import CurricularFaceLoss
 from speechbrain_qmargin.loss.elasticface import ElasticFaceLoss
 from speechbrain_qmargin.loss.entmax import EntmaxLoss, SparsemaxLoss
 from speechbrain_qmargin.loss.intertopk import InterTopKLoss
+from speechbrain_qmargin.loss.kappaface import KappaFaceLoss
 from speechbrain_qmargin.loss.magface import MagFaceLoss
 from speechbrain_qmargin.loss.qmargin import QMarginFaceLoss, QMarginLoss
 from speechbrain_qmargin.loss.sphereface2 import SphereFace2Loss
@@ -34,12 +40,15 @@ LOSSES: dict[str, type[Loss]] = {
     "sparsemax": SparsemaxLoss,
     "qmargin_norm": NormQMarginLoss,
     "qmargin_elastic": ElasticQMarginLoss,
+    "qmargin_prior": PriorQMarginLoss,
+    "angular_sparsemax": AngularSparsemaxLoss,
     "arcface": ArcFaceLoss,
     "combined": CombinedMarginLoss,
     "adaface": AdaFaceLoss,
     "magface": MagFaceLoss,
     "elasticface": ElasticFaceLoss,
     "curricularface": CurricularFaceLoss,
+    "kappaface": KappaFaceLoss,
     "intertopk": InterTopKLoss,
     "sphereface2": SphereFace2Loss,
     "uniface": UniFaceLoss,

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_qmargin.export.inference import export_run
 from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.scoring.lists import Cohort
 from speechbrain_qmargin.training.brain import VerificationBrain
 from speechbrain_qmargin.training.checkpoints import load_pretrained
@@ -36,7 +38,8 @@ class Datasets:
 
     Attributes
     ----------
-    train : dataset with ``id`` and the Brain's ``label_key``
+    train : dataset with ``id`` and the Brain's ``label_key``; for losses with counts its
+        `class_counts` gives the number of items of each class, or None where it is not known
     test, valid, cohort : datasets with `ids` and `describe`, as
         :class:`~speechbrain_qmargin.data.speech_dataset.SpeechDataset`: the recordings
         of the trials, of the validation trials (None: no validation), and those of
@@ -119,6 +122,27 @@ def train_verifier(
     return experiment
 
 
+def count_classes(hparams: dict, train: Any) -> None:
+    """Tell a loss that wants it how many training items each class has.
+
+    Raises
+    ------
+    ValueError
+        The labels are in the images, which are not read before training.
+    """
+    cost = hparams.get("compute_cost")
+    if not isinstance(cost, Loss) or not cost.needs_counts or "counts" in hparams["loss_options"]:
+        return
+    counts = train.class_counts()
+    if counts is None:
+        raise ValueError(
+            f"loss: {hparams['loss']} wants the number of images of each identity, which these "
+            "records do not list: give --loss_options='{counts: [...]}'"
+        )
+    counts = np.where(counts > 0, counts, 1)  # numbers without images
+    cost.count_classes(torch.from_numpy(counts), hparams["embedding_dim"])
+
+
 def _train_and_verify(
     folder: RunFolder, brain_class: type[VerificationBrain], prepare: Callable[[dict], Task]
 ) -> bool:
@@ -135,6 +159,7 @@ def _train_and_verify(
     folder.check(out_n_neurons=task.num_classes)
     hparams = experiment.load(out_n_neurons=task.num_classes)
     data = main_process_first(lambda: task.datasets(hparams))
+    count_classes(hparams, data.train)
     folder.begin()
     load_pretrained(hparams)
 

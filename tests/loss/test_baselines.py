@@ -2,11 +2,13 @@
 
 import math
 
+import entmax
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_metric_learning import losses as pml
 
-from speechbrain_qmargin import QMarginHead, make_loss, q_margin_loss
+from speechbrain_qmargin import KappaFaceLoss, QMarginHead, make_loss, q_margin_loss
 from speechbrain_qmargin.loss.adaptive import PriorQMarginLoss
 from speechbrain_qmargin.loss.combined import combined_margin
 from speechbrain_qmargin.loss.dense import DenseScores
@@ -224,6 +226,109 @@ def test_intertopk():
     assert make_loss("intertopk")(scores, torch.tensor([0])) > 0  # fewer classes than k
     with pytest.raises(ValueError, match=r"label 2 is outside \[0, 2\)"):
         make_loss("intertopk")(scores, torch.tensor([2]))
+
+
+def test_angular_sparsemax():
+    def naive(cosines, norms, labels):
+        own = target(cosines, labels)
+        angle = torch.acos(own)
+        moved = torch.where(
+            angle < math.pi - 0.3, torch.cos(angle + 0.3), own - 0.3 * math.sin(0.3)
+        )
+        one_hot = F.one_hot(labels, cosines.shape[1]).double()
+        z = 8 * torch.where(one_hot.bool(), moved.unsqueeze(1), cosines)
+        p = entmax.sparsemax(z, 1)
+        # Martins and Astudillo's loss by the projection onto the simplex
+        return 0.5 * (z - one_hot).square().sum(1) - 0.5 * (z - p).square().sum(1)
+
+    check(lambda: make_loss("angular_sparsemax", scale=8, margin=0.3), naive)
+
+
+def test_kappaface():
+    x, weight, labels = batch()
+    counts = torch.arange(1.0, 41)
+    counts *= 12 / counts.sum()  # two batches
+    x2, _, labels2 = batch(seed=1)
+    labels2[:3] = labels[:3]
+
+    def naive(cosines, norms, labels, factors=None):
+        own = target(cosines, labels)
+        m = 0.5 * (torch.ones(40) if factors is None else factors)[labels]
+        angle = torch.acos(own)
+        moved = torch.where(angle < math.pi - m, torch.cos(angle + m), own - m * torch.sin(m))
+        return margin_softmax(cosines, labels, moved, 16)
+
+    def make():
+        return KappaFaceLoss(counts, 8, scale=16, margin=0.5)
+
+    check(make, naive)  # in the beginning
+    loss = make()
+    value = loss(DenseScores(cosines_of(x, weight), x), labels)
+    assert (loss.psi == 1).all()
+    resumed = make()
+    resumed.load_state_dict(loss.state_dict())
+    for each in (loss, resumed):
+        assert each(DenseScores(cosines_of(x2, weight), x2), labels2) > 0
+    everything, names = torch.cat((x, x2)).double(), torch.cat((labels, labels2))
+    kappa = torch.zeros(40, dtype=DOUBLE)
+    for c in names.unique():
+        z = F.normalize(everything[names == c], dim=1)
+        r = z.mean(0).norm()
+        kappa[c] = r * (8 - r**2) / (1 - r**2) if len(z) > 1 else math.inf
+    kappa[kappa.isinf()] = kappa[kappa.isfinite()].max()
+    scattered = 1 - torch.sigmoid(0.4 * (kappa - kappa.mean()) / kappa.std())
+    rare = (torch.cos(math.pi * counts / (1.05 * counts.max())) + 1) / 2
+    factors = 0.7 * scattered + 0.3 * rare
+    torch.testing.assert_close(loss.psi, factors, rtol=1e-4, atol=1e-5)
+    assert torch.equal(loss.psi, resumed.psi)
+    assert not loss.seen.any()
+    value = loss.eval()(DenseScores(cosines_of(x, weight), x), labels)
+    wanted = naive(cosines_of(x.double(), weight.double()), None, labels, factors).mean()
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert not loss.seen.any()  # evaluation changes nothing
+
+
+@pytest.mark.parametrize("name", ["kappaface", "qmargin_prior"])
+def test_counts_that_are_not_known_are_asked_for(name):
+    x, weight, labels = batch()
+    scores = DenseScores(cosines_of(x, weight), x)
+    with pytest.raises(ValueError, match="counts: the number of items of each class is not known"):
+        make_loss(name)(scores, labels)
+    loss = make_loss(name)
+    with pytest.raises(ValueError, match="one number > 0 for each class"):
+        loss.count_classes([0, 1], 8)
+    loss.count_classes([1, 2], 8)
+    with pytest.raises(ValueError, match=r"40 classes|for 40"):
+        loss(scores, labels)
+
+
+@pytest.mark.parametrize("unit", [0, 1])
+def test_it_is_pytorch_metric_learnings(unit):
+    """ArcFace, CosFace, and SphereFace, whose logits are times the embedding's norm there."""
+    x, weight, labels = batch(rows=9)
+    x = F.normalize(x, dim=1) if unit else x
+    sizes = {"num_classes": 40, "embedding_size": 8, "scale": 16}
+    pairs = {
+        "arcface": (pml.ArcFaceLoss(**sizes, margin=math.degrees(0.3)), {"margin": 0.3}),
+        "cosface": (pml.CosFaceLoss(**sizes, margin=0.3), {"margin": 0.3}),
+        "combined": (
+            pml.SphereFaceLoss(**sizes, margin=4),
+            {"options": {"m1": 4, "m2": 0, "m3": 0}},
+        ),
+    }
+    for name, (theirs, settings) in pairs.items():
+        if name == "combined" and not unit:
+            continue
+        with torch.no_grad():
+            theirs.W.copy_(weight.T)
+        at = x.clone().requires_grad_()
+        value = theirs(at, labels)
+        value.backward()
+        found = evaluate(make_loss(name, scale=16, **settings), x, weight, labels, "dense")
+        if name == "combined":  # theirs has a gradient by the norm as well
+            at.grad -= (at.grad * x).sum(1, keepdim=True) * x
+        for a, b in zip(found, (value.detach(), at.grad, theirs.W.grad.T), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_a_margin_by_the_norm_in_the_reference_measure():

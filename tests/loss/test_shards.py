@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from speechbrain_qmargin import QMarginHead, make_loss
+from speechbrain_qmargin import KappaFaceLoss, QMarginHead, make_loss
 from speechbrain_qmargin.loss.adaptive import PriorQMarginLoss
 from speechbrain_qmargin.loss.dense import DenseScores
 
@@ -19,6 +19,7 @@ LOSSES = {
     "prior": lambda: PriorQMarginLoss(torch.arange(1, CLASSES + 1)),
     "sphereface2": lambda: make_loss("sphereface2", scale=8, options={"bias": 0.2}),
     "uniface": lambda: make_loss("uniface", scale=8),
+    "kappaface": lambda: KappaFaceLoss(torch.full((CLASSES,), 0.1), DIM, scale=16),
     "combined": lambda: make_loss("combined", scale=16),
 }
 
