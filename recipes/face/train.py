@@ -58,6 +58,7 @@ def prepare(settings):
             raise ValueError(f"{folder} has no names to test on: give --test_sets '[lfw.bin]'")
         return Task(
             stored.num_classes,
+            len(stored),
             partial(stored_datasets, stored, sets),
             {},
             pair_sets,
@@ -84,6 +85,7 @@ def prepare(settings):
         check_images({one.id: one.file for part in (corpus.valid, corpus.test) for one in part})
     return Task(
         num_classes=len(corpus.identities),
+        num_items=len(corpus.train),
         datasets=partial(folder_datasets, corpus, sets),
         test_trials=corpus.test_trials,
         pair_sets=pair_sets,

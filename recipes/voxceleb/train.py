@@ -62,6 +62,7 @@ def prepare(settings):
     )
     return Task(
         num_classes=len(settings["speeds"]) * len(corpus.speakers),
+        num_items=len(corpus.train),
         datasets=partial(datasets, corpus),
         test_trials=corpus.test_trials,
         valid_trials=corpus.valid_trials,

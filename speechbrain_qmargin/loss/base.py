@@ -60,12 +60,17 @@ class Loss(nn.Module):
         recipe does not hand on.
     needs_counts : bool
         Whether it wants :meth:`count_classes` called, as the recipes do.
+    sized_by_task : bool
+        Whether its constructor takes `num_classes`, `embedding_dim` and `samples` (training samples
+        over all epochs, or None), which the recipes know and
+        :func:`~speechbrain_qmargin.make_loss` hands on.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("scale", "margin")
     fixed: ClassVar[Mapping[str, float]] = {}
     needs_embeddings: ClassVar[bool] = False
     needs_counts: ClassVar[bool] = False
+    sized_by_task: ClassVar[bool] = False
 
     def __init__(self, **values: float) -> None:
         super().__init__()
@@ -122,6 +127,14 @@ class Loss(nn.Module):
     def count_classes(self, counts: Sequence[float] | Tensor, embedding_dim: int) -> None:
         """Hear, before training, how many items each class has, and the embeddings' size."""
 
+    def resting_lead(self) -> float | None:
+        """The lead in cosine at which a sample is at zero loss; None where there is none."""
+        return None
+
+    def describe(self) -> str:
+        """What a log says of it before training."""
+        return repr(self)
+
     def value(self, name: str) -> float:
         """A setting by name.
 
@@ -135,6 +148,10 @@ class Loss(nn.Module):
                 f"{type(self).__name__} has no {name}; it has {', '.join(self.settings)}"
             )
         return getattr(self, name)
+
+    def values(self) -> dict[str, float]:
+        """All settings by name."""
+        return {name: getattr(self, name) for name in self.settings}
 
     def objective(self, scores: Scores, targets: Tensor) -> Objective | BinaryObjective:
         """What is to be evaluated for targets [B]."""
@@ -168,7 +185,11 @@ class Loss(nn.Module):
     def with_stats(self, outputs: Tensor | Scores, targets: Tensor) -> tuple[Tensor, QMarginStats]:
         """:meth:`forward` and the batch's :class:`QMarginStats`."""
         rows = self.rows(scores_of(outputs), flat(targets), statistics=True)
-        return rows.loss.mean(), QMarginStats.of(rows, getattr(self, "alpha", 1.0))
+        return rows.loss.mean(), self.statistics(rows)
+
+    def statistics(self, rows: Rows) -> QMarginStats:
+        """Of :meth:`rows` that were asked for their support."""
+        return QMarginStats.of(rows, getattr(self, "alpha", 1.0))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"

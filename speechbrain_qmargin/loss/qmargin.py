@@ -91,6 +91,9 @@ class QMarginLoss(Loss):
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
         return q_margin_objective(targets, self.alpha, self.scale, self.margin)
 
+    def resting_lead(self) -> float | None:
+        return None if self.alpha == 1 else hard_margin(self.alpha, self.scale, self.margin)
+
     def large_margin(self) -> float:
         """The margin of large-margin fine-tuning: whose hard margin is 0.9; 0.5 at alpha = 1."""
         if self.alpha == 1 or "margin" in self.fixed:

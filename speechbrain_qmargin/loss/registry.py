@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from speechbrain_qmargin.loss.a3m import A3MLoss
 from speechbrain_qmargin.loss.adaface import AdaFaceLoss
 from speechbrain_qmargin.loss.adaptive import (
     ElasticQMarginLoss,
@@ -15,12 +16,14 @@ from speechbrain_qmargin.loss.adaptive import (
 )
 from speechbrain_qmargin.loss.angular_sparsemax import AngularSparsemaxLoss
 from speechbrain_qmargin.loss.arcface import ArcFaceLoss
+from speechbrain_qmargin.loss.auto import QMarginAutoLoss
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.combined import CombinedMarginLoss
 from speechbrain_qmargin.loss.cosface import CosFaceLoss
 from speechbrain_qmargin.loss.curricularface import CurricularFaceLoss
 from speechbrain_qmargin.loss.elasticface import ElasticFaceLoss
 from speechbrain_qmargin.loss.entmax import EntmaxLoss, SparsemaxLoss
+from speechbrain_qmargin.loss.fdivergence import FDivergenceLoss
 from speechbrain_qmargin.loss.intertopk import InterTopKLoss
 from speechbrain_qmargin.loss.kappaface import KappaFaceLoss
 from speechbrain_qmargin.loss.magface import MagFaceLoss
@@ -35,7 +38,10 @@ logger = logging.getLogger(__name__)
 LOSSES: dict[str, type[Loss]] = {
     "qmargin": QMarginLoss,
     "qmargin_face": QMarginFaceLoss,
+    "qmargin_auto": QMarginAutoLoss,
     "cosface": CosFaceLoss,
+    "qmargin_f": FDivergenceLoss,
+    "a3m": A3MLoss,
     "entmax": EntmaxLoss,
     "sparsemax": SparsemaxLoss,
     "qmargin_norm": NormQMarginLoss,
@@ -100,6 +106,10 @@ def make_loss(
     scale: float | None = None,
     margin: float | str | None = None,
     options: Mapping[str, Any] | None = None,
+    *,
+    num_classes: int | None = None,
+    embedding_dim: int | None = None,
+    samples: int | None = None,
 ) -> Loss:
     """A loss by name; None keeps that loss's own default.
 
@@ -112,6 +122,9 @@ def make_loss(
         Q-Margin the one whose hard margin is 0.9 in cosine; none for the members without a margin.
     options : mapping, optional
         Further arguments of the loss.
+    num_classes, embedding_dim, samples : int, optional
+        The classifier's classes, the embeddings' size, and the training samples over all epochs (0:
+        not known), for losses that choose their numbers by them, as ``qmargin_auto`` does.
 
     Raises
     ------
@@ -138,6 +151,13 @@ def make_loss(
             raise ValueError(
                 f"loss: {name} is {key} = {cls.fixed[key]:g}, got {value}; use qmargin for others"
             )
+    if cls.sized_by_task:
+        if not num_classes and "num_classes" not in (options or {}):
+            raise ValueError(
+                f"loss: {name} wants num_classes, which the recipes know once the data are read"
+            )
+        known = {"num_classes": num_classes, "embedding_dim": embedding_dim, "samples": samples}
+        given |= {key: value for key, value in known.items() if value}
     given |= options or {}
     try:
         if given.get("margin") == "large":

@@ -38,9 +38,12 @@ from speechbrain_qmargin.extraction import EmbeddingParts, extract_into
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.loss.base import Loss, value_of
 from speechbrain_qmargin.loss.dense import scores_of
+from speechbrain_qmargin.loss.diagnosis import Progress, advice
+from speechbrain_qmargin.loss.interface import flat
 from speechbrain_qmargin.models import Encoder, ImageEncoder, check_embeddings
 from speechbrain_qmargin.training.checkpoints import bare, ends_an_epoch, load_average
 from speechbrain_qmargin.training.internals import OpenBrain, skip_to
+from speechbrain_qmargin.training.prototype_reset import PrototypeReset
 
 __all__ = ["FaceBrain", "SpeakerBrain", "VerificationBrain"]
 
@@ -99,11 +102,12 @@ class VerificationBrain(OpenBrain):
         self._sharded_head = head if hasattr(head, "save_shards") else None
         schedule = getattr(self.hparams, "loss_schedule", None) or {}
         cost = getattr(self.hparams, "compute_cost", None)  # a Brain that only embeds has none
-        full = {name: value_of(cost, name) for name in schedule}
+        self._full = full = {name: value_of(cost, name) for name in schedule}
         if isinstance(cost, Loss) and cost.state_dict():  # running values, counters
             cost.to(self.device)
             if self.checkpointer is not None:
                 self.checkpointer.add_recoverable("loss", cost)
+        self._reset = self._prototype_reset()
         self._loss_at = lambda epoch: {
             name: change(epoch, full[name]) for name, change in schedule.items()
         }
@@ -135,8 +139,11 @@ class VerificationBrain(OpenBrain):
         labels = self.labels(batch)
         cost = self.hparams.compute_cost
         if isinstance(cost, Loss):
-            loss, stats = cost.with_stats(predictions, labels)
+            rows = cost.rows(predictions, flat(labels), statistics=True)
+            loss, stats = rows.loss.mean(), cost.statistics(rows)
             self._stats.append(torch.stack([value.detach() for value in stats]))
+            if self._reset is not None and self._resets_now:
+                self._reset.observe(predictions.embeddings, flat(labels), rows.target_posterior)
         else:
             loss = cost(predictions, labels, None)
         return loss
@@ -144,6 +151,36 @@ class VerificationBrain(OpenBrain):
     def labels(self, batch) -> Tensor:
         """Labels [B, 1] of a training batch."""
         return getattr(batch, self.label_key).data.to(self.device)
+
+    # ---------------------------------------------------------------- prototypes
+
+    def _prototype_reset(self) -> PrototypeReset | None:
+        epochs = getattr(self.hparams, "reset_after_epochs", None)
+        if not epochs:
+            return None
+        head, cost = self.modules["classifier"], self.hparams.compute_cost
+        if self.distributed_launch or getattr(head, "subcentres", 1) > 1:
+            raise ValueError("reset_after_epochs: one process and one prototype a class are wanted")
+        if not isinstance(cost, Loss):
+            raise ValueError("reset_after_epochs: for a loss of speechbrain_qmargin, as a3m")
+        shape = head.weight.shape[0], head.weight.shape[1]
+        reset = PrototypeReset(shape, epochs, self.hparams.reset_prototypes).to(self.device)
+        self.checkpointer.add_recoverable("prototype_reset", reset)
+        return reset
+
+    @property
+    def _resets_now(self) -> bool:
+        assert self._reset is not None
+        return self.hparams.epoch_counter.current in self._reset.after_epochs
+
+    def _reset_prototypes(self) -> None:
+        if self._reset is None or not self._resets_now:
+            return
+        head = self.modules["classifier"]
+        *_, optimizer = self.optimizers_dict.values()  # a head in shards has the last one
+        found = self._reset.apply_to(head.weight, optimizer)
+        logger.info(f"prototypes set to the mean of their samples: {found} of {len(head.weight)}")
+        self._record["prototypes_reset"] = found
 
     # ---------------------------------------------------------------- learning rate
 
@@ -169,7 +206,8 @@ class VerificationBrain(OpenBrain):
         self._share_out_anew()
         batch = self._items_at_once * self.grad_accumulation_factor
         self._lr_scale = batch / self.hparams.lr_reference_batch
-        logger.info(f"loss: {self.hparams.compute_cost}")
+        cost = self.hparams.compute_cost
+        logger.info(f"loss: {cost.describe() if isinstance(cost, Loss) else cost}")
         logger.info(
             f"learning rate x {self._lr_scale:g}: {self._processes} processes x batch "
             f"{self.hparams.batch_size} x accumulation {self.grad_accumulation_factor} / "
@@ -311,6 +349,8 @@ class VerificationBrain(OpenBrain):
             self._stats = []
             if self.step == 0:
                 self._earlier = _NOTHING
+                if self._reset is not None:
+                    self._reset.begin()
             self._follow_schedules()
         else:
             self.embeddings = {}
@@ -342,6 +382,8 @@ class VerificationBrain(OpenBrain):
                     "zero_loss": mean[3],
                     "target_posterior": mean[4],
                 }
+                self._advise(mean[3])
+            self._reset_prototypes()
             # as after the epoch, for its checkpoint
             self.step, self.avg_train_loss, self._stats = 0, 0.0, []
             self._earlier = _NOTHING
@@ -349,6 +391,28 @@ class VerificationBrain(OpenBrain):
                 self._end_epoch({})
         elif stage == sb.Stage.VALID and self.validate is not None:
             self._end_epoch(self.validate(self.embeddings))
+
+    def _advise(self, zero_loss: float) -> None:
+        """Once a run, what the epoch says of the loss's settings: in the log and in the history."""
+        numbers = vars(self.hparams)
+        if self._loss_now != self._full or not numbers.get("out_n_neurons"):
+            return  # on the way to its settings, or a recipe of one's own
+        if any("advice" in earlier for earlier in self.history()):
+            return
+        epochs = self.hparams.epoch_counter
+        said = advice(
+            self.hparams.compute_cost,
+            Progress(
+                zero_loss,
+                done=epochs.current / epochs.limit,
+                num_classes=numbers["out_n_neurons"],
+                embedding_dim=numbers["embedding_dim"],
+                samples=numbers.get("training_samples"),
+            ),
+        )
+        if said is not None:
+            logger.warning(f"{self.hparams.loss} is {said}")
+            self._record["advice"] = said
 
     def _over_processes(self, rows: Tensor) -> Tensor:
         """Rows [n, ...] of every process, one below the other."""
@@ -364,7 +428,7 @@ class VerificationBrain(OpenBrain):
         epoch = self._record["epoch"]
         record = self._record | {f"valid_{key}": value for key, value in valid_stats.items()}
         meta = {key: record[key] for key in ("epoch", "lr")}
-        train = {key: record[key] for key in self._record if key not in meta}
+        train = {key: record[key] for key in self._record if key not in {*meta, "advice"}}
         steps = getattr(self.hparams.train_logger, "global_step", None)
         if steps is not None:  # TensorBoard's curves go on where they ended
             steps["meta"] = epoch - 1

@@ -46,13 +46,15 @@ def verify(
     cohort: Cohort | None = None,
     pair_sets: Mapping[str, np.ndarray] | None = None,
     units: str = "speakers",
+    loss: Mapping[str, float] | None = None,
 ) -> dict[str, dict[str, Report]]:
     """Score the test lists; write and print the results of a run.
 
     In the output folder: ``embeddings.npz``, ``scores/<list>/`` with every system's unrounded
     scores and ``det.png``, ``results.txt`` (the printed tables) and, last, ``results.json``, which
     marks the run as done. Its ``figures`` are the first list's, by cosine. `pair_sets` are
-    measured over ten folds, as faces are; their scores and DET stand beside the lists'.
+    measured over ten folds, as faces are; their scores and DET stand beside the lists'. `loss` are
+    the numbers that the loss had, those that it chose itself included.
     """
     experiment = run_folder.experiment
     folder, settings = run_folder.path, experiment.settings
@@ -78,6 +80,7 @@ def verify(
             f"at most {last['support_max']}; {100 * last['zero_loss']:.0f} % of the samples at "
             "zero loss"
         )
+    lines += [f"{name} is {one['advice']}" for one in history if "advice" in one]
     pictures = [f"scores/{name}/det.png" for name in [*lists, *folds]]
     files = ", ".join([*pictures, "scores", "embeddings.npz", "history.jsonl"])
     lines.append(f"files: {folder}/ {files}")
@@ -86,10 +89,12 @@ def verify(
     used = {key: getattr(experiment.run_opts, key, None) for key in ("precision", "device")}
     results = {
         "settings": settings,
+        "loss": dict(loss or {}),
         "run_opts": used,
         "note": note,
         "seconds": seconds,
         "last_epoch": last,
+        "advice": [one["advice"] for one in history if "advice" in one],
         **(next(iter(reports.values()))["cosine"].to_dict() if reports else {}),
         "pair_sets": {name: [asdict(one) for one in figures] for name, figures in folds.items()},
         "lists": {

@@ -63,6 +63,8 @@ class Task:
     Attributes
     ----------
     num_classes : int
+    num_items : int
+        Training items of an epoch.
     datasets : callable
         From the loaded hyperparameters to :class:`Datasets`.
     test_trials : dict from name to Trials
@@ -77,6 +79,7 @@ class Task:
     """
 
     num_classes: int
+    num_items: int
     datasets: Callable[[dict], Datasets]
     test_trials: Mapping[str, LabelledTrials]
     pair_sets: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -157,7 +160,10 @@ def _train_and_verify(
     if task.note and if_main_process():
         print(f"Training on {task.note}.", flush=True)
     folder.check(out_n_neurons=task.num_classes)
-    hparams = experiment.load(out_n_neurons=task.num_classes)
+    # of the first start, or of the run that this one fine-tunes
+    known = folder.saved_setting("training_samples") or experiment.settings.get("training_samples")
+    samples = known or task.num_items * experiment.settings["number_of_epochs"]
+    hparams = experiment.load(out_n_neurons=task.num_classes, training_samples=samples)
     data = main_process_first(lambda: task.datasets(hparams))
     count_classes(hparams, data.train)
     folder.begin()
@@ -198,6 +204,7 @@ def _train_and_verify(
         classes = {name: data.cohort_classes[name] for name in cohort_embeddings}
         top_n = min(hparams["top_n"], len(set(classes.values())))
         cohort = Cohort.of(cohort_embeddings, classes, top_n=top_n)
+    cost = hparams["compute_cost"]
     verify(
         folder,
         embeddings,
@@ -207,5 +214,6 @@ def _train_and_verify(
         cohort=cohort,
         pair_sets=task.pair_sets,
         units=task.units,
+        loss=cost.values() if isinstance(cost, Loss) else None,
     )
     return brain.epochs_trained > 0

@@ -35,6 +35,7 @@ MAY_CHANGE = {
     "out_n_neurons",  # known only after the data are prepared; check() compares it
     "rir_folder",
     "train_speakers",
+    "training_samples",  # those of the first start
     "valid_file",
 }
 # Settings with which a finished run is scored anew. Other classes in another folder are noticed by
@@ -89,6 +90,13 @@ class RunFolder:
             if self.results_file.is_file():
                 self.results_file.replace(self.path / "results.previous.json")
         sb.core.create_experiment_directory(str(self.path), str(saved))
+
+    def saved_setting(self, key: str) -> Any:
+        """A plain setting as the folder's run began with it; None where there is none."""
+        saved = self.path / SAVED
+        if not saved.is_file():
+            return None
+        return plain_settings(resolved(saved.read_text(encoding="utf-8"))).get(key)
 
     def announce_finished(self) -> bool:
         """Whether a run with these settings has ended here; if so, say so and show its table."""

@@ -17,6 +17,7 @@ LOSSES = {
     "curricularface": lambda: make_loss("curricularface", scale=16, options={"momentum": 0.3}),
     "qmargin_norm": lambda: make_loss("qmargin_norm", options={"t_alpha": 0.25}),
     "prior": lambda: PriorQMarginLoss(torch.arange(1, CLASSES + 1)),
+    "a3m": lambda: make_loss("a3m"),
     "sphereface2": lambda: make_loss("sphereface2", scale=8, options={"bias": 0.2}),
     "uniface": lambda: make_loss("uniface", scale=8),
     "kappaface": lambda: KappaFaceLoss(torch.full((CLASSES,), 0.1), DIM, scale=16),

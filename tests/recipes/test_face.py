@@ -50,13 +50,23 @@ def test_the_main_job_ends_with_its_results_and_says_when_it_is_done(
     assert "This run is done" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option", ["--loss=arcface", "--head=sparse", "--model=mobilefacenet"])
+@pytest.mark.parametrize(
+    "option", ["--loss=qmargin_auto", "--head=sparse", "--model=mobilefacenet"]
+)
 def test_loss_head_and_model_are_one_flag_each(corpus, tmp_path, option):
     output = tmp_path / "out"
     tiny = TINY if "model" not in option else TINY[2:]  # depth and width are IResNet's
     given = [f"--data_folder={corpus.folder}", f"--verification_file={corpus.trials_test}"]
     run("--size=small", *given, option, f"--output_folder={output}", tiny=tiny)
-    assert (output / "results.json").is_file()
+    results = json.loads((output / "results.json").read_text())
+    settings = results["settings"]
+    assert (
+        settings["training_samples"] == settings["number_of_epochs"] * 4 * settings["out_n_neurons"]
+    )
+    if "auto" in option:
+        log = (output / "log.txt").read_text()
+        assert results["loss"] == {"alpha": 1.25, "scale": 20, "margin": 0.2}
+        assert "alpha 1.25, scale 20, margin 0.2 for 8 classes in 16 dimensions" in log
 
 
 def test_bad_input_is_named_before_anything_is_trained(corpus, tmp_path):

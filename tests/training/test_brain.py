@@ -224,6 +224,33 @@ def test_what_a_loss_learns_is_the_same_in_all_processes(folder, tmp_path, monke
     assert bias.grad is None
 
 
+def test_prototypes_are_set_anew_also_by_a_run_that_was_killed(folder, tmp_path):
+    """A margin beyond reach leaves every target outside the support: all classes collapse."""
+    settings = {"loss": "a3m", "margin": 1.5, "alpha": 2, "reset_after_epochs": [2]}
+    settings |= {"lr": 1e-9, "final_lr": 1e-9}
+    whole = record(folder, tmp_path / "whole", **settings)
+    first = record(folder, tmp_path / "killed", (2, 3), **settings)
+    second = record(folder, tmp_path / "killed", **settings)
+    assert_same(whole, first, second)
+    assert [one.get("prototypes_reset") for one in whole.history()] == [None, 4, None]
+    assert "prototypes set to the mean" in (tmp_path / "whole" / "log.txt").read_text()
+
+
+def test_settings_out_of_reach_are_named_once(folder, tmp_path):
+    fit, brain, _ = make_brain(folder, tmp_path, margin=1, number_of_epochs=2, training_samples=32)
+    fit()
+    first, second = brain.history()
+    assert first["advice"].startswith("out of reach: no sample can be at zero loss")
+    assert "--alpha 1.25 --scale 20 --margin 0.2" in first["advice"]
+    assert "advice" not in second
+    assert (tmp_path / "log.txt").read_text().count("qmargin is out of reach") == 1
+
+
+def test_a_reset_that_cannot_be_is_named(folder, tmp_path):
+    with pytest.raises(ValueError, match="one prototype a class"):
+        make_brain(folder, tmp_path, loss="a3m", reset_after_epochs=[1], subcentres=2)
+
+
 @pytest.mark.parametrize("head", ["dense", "sparse"])
 def test_autocast_learns_and_resumes(folder, tmp_path, head):
     settings = {"head": head, "run_opts": {"precision": "bf16"}}

@@ -1,0 +1,72 @@
+"""A3M (arXiv 2511.13621): the alpha-divergence's loss with the margin in the target's logit."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from speechbrain_qmargin.loss.arcface import angular_margin
+from speechbrain_qmargin.loss.base import Loss
+from speechbrain_qmargin.loss.functional import check_loss_parameters
+from speechbrain_qmargin.loss.interface import Objective, Scores
+
+__all__ = ["A3MLoss"]
+
+
+class A3MLoss(Loss):
+    r"""A3M, alpha-additive-angular margin: the first preprint of Q-Margin's authors.
+
+    Q-Margin moves the target's reference measure, A3M its logit, to :math:`s \cos(\theta_y + m)`,
+    with q = 1: the alpha-entmax loss of ArcFace's logits. alpha = 1 is ArcFace. As every moved
+    target, it is exact on the sparse head and in shards.
+
+    Early in training nearly every target's posterior is 0: its logit begins :math:`s \sin m` below
+    the others, which a sparse posterior leaves out. The gradient there is that of the logits, and
+    does not depend on how far behind the target is. The preprint repairs prototypes that training
+    left behind by setting them to their samples' embeddings ("A3M-I"): `reset_after_epochs` in the
+    recipes, see :class:`~speechbrain_qmargin.training.prototype_reset.PrototypeReset`.
+
+    Parameters
+    ----------
+    alpha : float, >= 1
+    scale : float, > 0
+    margin : float
+        In radians, at most pi.
+
+    Notes
+    -----
+    arXiv 2511.13621, "Alpha Divergence Losses for Biometric Verification". That its margin is
+    ArcFace's is read from its name; where an angle passes pi - m, the line of
+    :func:`~speechbrain_qmargin.loss.arcface.angular_margin` goes on, which the preprint need not
+    have. The defaults are Q-Margin's.
+
+    Examples
+    --------
+    >>> import torch
+    >>> loss = A3MLoss()
+    >>> loss
+    A3MLoss(alpha=1.5, scale=10, margin=0.2)
+    >>> loss(torch.tensor([[[0.9, 0.1, 0.0]], [[0.2, 0.5, 0.4]]]), torch.tensor([[0], [1]]))
+    tensor(0.4585)
+    """
+
+    settings = ("alpha", "scale", "margin")
+    alpha: float
+    scale: float
+    margin: float
+
+    def __init__(self, alpha: float = 1.5, scale: float = 10.0, margin: float = 0.2) -> None:
+        super().__init__(alpha=alpha, scale=scale, margin=margin)
+
+    def check(self, **values: float) -> None:
+        check_loss_parameters(**values)
+        if values["margin"] > math.pi:
+            raise ValueError(f"margin is an angle in radians, at most pi, got {values['margin']}")
+
+    def objective(self, scores: Scores, targets: Tensor) -> Objective:
+        return Objective(
+            scale=self.scale,
+            alpha=self.alpha,
+            move_target=lambda cosines: angular_margin(cosines, self.margin),
+        )

@@ -1,0 +1,93 @@
+"""What the statistics of training say against a loss's settings, and which would be better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from speechbrain_qmargin.loss.base import Loss
+from speechbrain_qmargin.loss.functional import margin_for
+from speechbrain_qmargin.loss.parameters import ClassStatistics, suggest_parameters
+
+__all__ = ["ASLEEP", "EARLY", "Progress", "advice"]
+
+ASLEEP, EARLY = 0.9, 0.5  # that share of the samples at zero loss, within that part of training
+_AWAKE = 0.9  # the hard margin of large-margin fine-tuning
+
+
+@dataclass(frozen=True)
+class Progress:
+    """An epoch of a training.
+
+    Attributes
+    ----------
+    zero_loss : float
+        Mean share of samples at zero loss, of :class:`~speechbrain_qmargin.QMarginStats`.
+    done : float
+        Epochs trained over all epochs, in (0, 1].
+    num_classes, embedding_dim : int
+    samples : int or None
+        Training samples over all epochs.
+    """
+
+    zero_loss: float
+    done: float
+    num_classes: int
+    embedding_dim: int
+    samples: int | None = None
+
+
+def advice(loss: Loss, epoch: Progress) -> str | None:
+    """One sentence on settings that are asleep or out of reach, and what to change; None: neither.
+
+    Asleep: nine samples in ten rest before the training is half over, and what follows is learnt
+    from the tenth. Out of reach: no sample rested, and the hard margin with the largest wrong
+    cosine of evenly spread classes asks for more than a target's cosine of 1.
+
+    Parameters
+    ----------
+    loss : Loss
+        At its full settings: an epoch on the way to them says nothing.
+    epoch : Progress
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin import QMarginLoss
+    >>> print(advice(QMarginLoss(2.0, 5.0, 0.0), Progress(0.95, 0.2, 30, 192)))
+    asleep: 95 % of the samples are at zero loss with 20 % of the training done, and only the \
+others train. The hard margin is 0.2 in cosine; try --loss qmargin --alpha 1.5 --scale 10 \
+--margin 0.2 (0.54)
+    """
+    lead = loss.resting_lead()
+    size = {"embedding_dim": epoch.embedding_dim, "samples": epoch.samples or None}
+    if epoch.zero_loss >= ASLEEP and epoch.done <= EARLY:
+        text = (
+            f"asleep: {100 * epoch.zero_loss:.0f} % of the samples are at zero loss with "
+            f"{100 * epoch.done:.0f} % of the training done, and only the others train. "
+        )
+        if lead is None:
+            return text + "Try a larger margin, or a cross-entropy: --loss arcface"
+        text += f"The hard margin is {lead:.2g} in cosine; try "
+        found = suggest_parameters(epoch.num_classes, **size)
+        if lead < 0.95 * found.hard_margin:
+            return text + _flags(found.alpha, found.scale, found.margin, found.hard_margin)
+        if "alpha" in loss.settings and lead < 0.95 * _AWAKE:
+            alpha, scale = loss.value("alpha"), loss.value("scale")
+            margin = margin_for(alpha, scale, _AWAKE)
+            return text + _flags(alpha, scale, margin, _AWAKE) + ", or --loss arcface"
+        return text + "fewer epochs, or --loss arcface"
+    if lead is not None and epoch.zero_loss == 0:
+        nearest = ClassStatistics.trained(epoch.num_classes, epoch.embedding_dim, 1.0)
+        largest = nearest.largest(epoch.num_classes)
+        if lead + largest > 1:
+            found = suggest_parameters(epoch.num_classes, **size)
+            return (
+                f"out of reach: no sample can be at zero loss, for the hard margin of {lead:.3g} "
+                f"in cosine and wrong cosines of {largest:.2f} ask for a target's cosine of "
+                f"{lead + largest:.3g}; try "
+                + _flags(found.alpha, found.scale, found.margin, found.hard_margin)
+            )
+    return None
+
+
+def _flags(alpha: float, scale: float, margin: float, lead: float) -> str:
+    return f"--loss qmargin --alpha {alpha:g} --scale {scale:g} --margin {margin:.3g} ({lead:.2g})"

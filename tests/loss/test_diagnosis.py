@@ -1,0 +1,68 @@
+"""Settings that are asleep or out of reach, and what is advised instead."""
+
+import re
+
+import pytest
+
+from speechbrain_qmargin import QMarginLoss, hard_margin, make_loss
+from speechbrain_qmargin.loss.diagnosis import Progress, advice
+
+
+def flags(text):
+    """(alpha, scale, margin) of an advice, and the hard margin that it names."""
+    pattern = r"--alpha (\S+) --scale (\S+) --margin (\S+) \((\S+)\)"
+    alpha, scale, margin, lead = map(float, re.search(pattern, text).groups())
+    assert hard_margin(alpha, scale, margin) == pytest.approx(lead, abs=0.006)
+    return alpha, scale, margin
+
+
+@pytest.mark.parametrize("name", ["entmax", "sparsemax"])
+def test_without_a_margin_the_suggested_one(name):
+    text = advice(make_loss(name), Progress(0.94, 0.3, 30, 192))
+    assert text.startswith("asleep: 94 % of the samples are at zero loss with 30 %")
+    assert flags(text) == (1.5, 10, 0.2)
+
+
+def test_with_the_suggested_one_a_larger():
+    text = advice(QMarginLoss(), Progress(0.94, 0.3, 20, 192))
+    assert flags(text) == (1.5, 10, 0.301)
+    assert "--loss arcface" in text
+    text = advice(QMarginLoss(1.5, 10, 0.4), Progress(0.94, 0.3, 20, 192))
+    assert "fewer epochs" in text
+    wide = make_loss("qmargin_f", scale=5)  # Le Cam, which has no alpha
+    assert "fewer epochs" in advice(wide, Progress(0.94, 0.3, 20, 192))
+
+
+def test_a_loss_without_a_known_lead_is_told_as_well():
+    assert "a larger margin, or a cross-entropy" in advice(
+        make_loss("a3m"), Progress(0.95, 0.1, 30, 192)
+    )
+
+
+def test_a_hard_margin_beyond_any_cosine():
+    """The issue's kind, and one that two cosines allow but a hundred thousand classes do not."""
+    text = advice(QMarginLoss(1.25, 32, 0.5), Progress(0.0, 0.1, 438, 192, samples=12 * 2341))
+    assert text.startswith(
+        "out of reach: no sample can be at zero loss, for the hard margin of 6.8"
+    )
+    assert flags(text) == (1.25, 20, 0.2)
+    text = advice(QMarginLoss(1.5, 10, 0.2), Progress(0.0, 0.9, 100_000, 64))
+    assert "ask for a target's cosine of 1.0" in text
+    assert flags(text)[2] < 0.15
+
+
+@pytest.mark.parametrize(
+    ("loss", "epoch"),
+    [
+        (QMarginLoss(), Progress(0.69, 0.3, 30, 192)),
+        (QMarginLoss(), Progress(0.94, 0.9, 30, 192)),  # at the end they may rest
+        (QMarginLoss(), Progress(0.0, 0.5, 438, 192)),
+        (QMarginLoss(1.25, 32, 0.2), Progress(0.0, 0.5, 2_060_000, 512)),
+        (make_loss("arcface"), Progress(0.0, 0.1, 438, 192)),
+        (make_loss("cosface"), Progress(0.0, 0.1, 438, 192)),
+        (make_loss("a3m"), Progress(0.0, 0.1, 438, 192)),
+        (QMarginLoss(), Progress(0.0, 0.1, 1, 192)),
+    ],
+)
+def test_nothing_is_said_of_what_is_in_order(loss, epoch):
+    assert advice(loss, epoch) is None
