@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -15,9 +18,18 @@ import numpy as np
 from speechbrain_qmargin.embeddings import Embeddings, load_embeddings, save_embeddings
 from speechbrain_qmargin.files import write_text
 
-__all__ = ["PART_SECONDS", "EmbeddingParts", "Sink", "extract_into"]
+__all__ = [
+    "PART_SECONDS",
+    "EmbeddingParts",
+    "Sink",
+    "extract_into",
+    "extract_items",
+    "read_ahead",
+]
 
 logger = logging.getLogger(__name__)
+
+Key, Item, Read = TypeVar("Key"), TypeVar("Item"), TypeVar("Read")
 
 PART_SECONDS, PART_SIZE = 60, 5000  # what an interruption may cost; what is held in memory
 
@@ -173,6 +185,109 @@ def extract_into(
         parts.flush()
         parts.note_faults(found)
     return found
+
+
+def read_ahead(
+    items: Iterable[tuple[Key, Item]],
+    read: Callable[[Item], Read],
+    workers: int = 4,
+    ahead: int = 0,
+) -> Generator[tuple[Key, Future[Read]], None, None]:
+    """Every item in order with what is read of it, by threads that are some items ahead.
+
+    Parameters
+    ----------
+    items : iterable of (key, item)
+    read : callable
+        Of an item; what it raises, the future's ``result()`` raises.
+    workers : int
+        Threads.
+    ahead : int
+        Items that are read or waiting at once; at least two a thread.
+
+    Examples
+    --------
+    >>> [(key, future.result()) for key, future in read_ahead([("a", 1), ("b", 2)], str)]
+    [('a', '1'), ('b', '2')]
+    """
+    pool, rest = ThreadPoolExecutor(workers), iter(items)
+    waiting: deque[tuple[Key, Future[Read]]] = deque()
+    try:
+        while True:
+            for key, item in islice(rest, max(ahead, 2 * workers) - len(waiting)):
+                waiting.append((key, pool.submit(read, item)))
+            if not waiting:
+                return
+            yield waiting.popleft()
+    finally:
+        for _, future in waiting:  # those that were given out are still wanted
+            future.cancel()
+        pool.shutdown()
+
+
+def extract_items(
+    parts: EmbeddingParts,
+    items: Mapping[str, Item],
+    read: Callable[[Item], Read],
+    embed: Callable[[list[Read]], Any],
+    *,
+    batch_size: int = 1,
+    workers: int = 4,
+    progress: Callable[[int], Any] | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Embed files, whatever they are; interrupted, it goes on.
+
+    Parameters
+    ----------
+    parts : EmbeddingParts
+        What it has already is not embedded again.
+    items : mapping from id to item
+    read : callable
+        Of an item, called by threads; OSError and ValueError mean that the item cannot be used.
+    embed : callable
+        From what was read of up to `batch_size` items to their embeddings [B, D].
+    batch_size, workers : int
+    progress : callable, optional
+        Called with how many items were done since the last call.
+
+    Returns
+    -------
+    embeddings : dict from id to float32 [D]
+        In the order of the items.
+    faults : dict from id to str
+        What could not be embedded, and why.
+
+    Examples
+    --------
+    >>> parts = EmbeddingParts(getfixture("tmp_path") / "parts", "model 1")
+    >>> extract_items(parts, {"a": "1", "b": "x"}, int, lambda batch: [[n] for n in batch])
+    ({'a': array([1.], dtype=float32)}, {'b': "invalid literal for int() with base 10: 'x'"})
+    """
+    todo = {name: item for name, item in items.items() if name not in parts.done}
+    progress = progress or (lambda count: None)
+    progress(len(items) - len(todo))
+    faults: dict[str, str] = {}
+
+    def batches() -> Iterator[tuple[list[str], list[Read]]]:
+        names: list[str] = []
+        inputs: list[Read] = []
+        for name, future in read_ahead(todo.items(), read, workers, 2 * batch_size):
+            try:
+                inputs.append(future.result())
+                names.append(name)
+            except (OSError, ValueError) as error:
+                faults[name] = str(error)
+                progress(1)
+            if len(names) == batch_size:
+                yield names, inputs
+                progress(len(names))
+                names, inputs = [], []
+        if names:
+            yield names, inputs
+            progress(len(names))
+
+    extract_into(parts, batches(), embed, faults)
+    return parts.merged(items), faults
 
 
 def _model_of(about: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -21,6 +22,7 @@ __all__ = [
     "load_record",
     "refuse_overwriting",
     "replacing",
+    "replacing_folder",
     "save_record",
     "to_disk",
     "write_text",
@@ -63,6 +65,38 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """An empty folder beside `folder` to write into; it takes its place if the block ends well.
+
+    Its files are on the disk before it does.
+
+    Examples
+    --------
+    >>> parent = getfixture("tmp_path")
+    >>> with replacing_folder(parent / "model") as partial:
+    ...     _ = (partial / "weights").write_text("1")
+    >>> [path.relative_to(parent).as_posix() for path in parent.rglob("*")]
+    ['model', 'model/weights']
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        old = partial.with_suffix(".old")
+        if folder.exists():
+            folder.rename(old)
+        for file in partial.iterdir():
+            to_disk(file)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def refuse_overwriting(outputs: Iterable[str | Path], inputs: Iterable[str | Path | None]) -> None:

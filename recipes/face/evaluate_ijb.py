@@ -12,7 +12,6 @@ beside the checkpoint or embeddings <name>_<target>. docs/face_evaluation.md has
 """
 
 import argparse
-import hashlib
 import itertools
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from speechbrain_qmargin.cli import status_of
-from speechbrain_qmargin.export.encoder import load_run
+from speechbrain_qmargin.export.face_encoder import FaceEncoder, load_face_encoder
 from speechbrain_qmargin.faces.ijb import (
     IJBOptions,
     evaluate_ijb,
@@ -39,27 +38,21 @@ SWITCH = argparse.BooleanOptionalAction
 
 
 def load_model(args):
-    """A run's network or a published one, and the height of its images."""
+    """A run's encoder or a published network; mirror images are the protocol's matter."""
     if args.run:
-        modules, settings = load_run(args.run, ["embedding_model"], args.trust)
-        return modules["embedding_model"], settings["image_size"]
+        return load_face_encoder(args.run, trust=args.trust, flip="none")
     published = load_published(args.backbone)
-    size = published.faces().image_size
     print(published.summary())
-    return published.encoder, size
+    return FaceEncoder.of(published, flip="none")
 
 
 def embed(ijb, args, cache):
     """The images of FOLDER/loose_crop by the model; interrupted, it goes on."""
-    model, image_size = load_model(args)
-    model = model.to(args.device).eval()
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
+    encoder = load_model(args).to(args.device)
 
     @torch.inference_mode()
     def forward(images):
-        return model(images.to(args.device)).flatten(1).float().cpu()
+        return encoder.embed(images.to(args.device)).float().cpu()
 
     places = Path(args.ijb) / "loose_crop", Path(args.ijb) / args.target / "loose_crop"
     return extract_ijb(
@@ -68,8 +61,8 @@ def embed(ijb, args, cache):
         ijb,
         cache,
         args.batch_size,
-        model=digest.hexdigest(),
-        image_size=image_size,
+        model=encoder.digest(),
+        image_size=encoder.image_size,
     )
 
 

@@ -39,8 +39,9 @@ GROUPS: dict[str, dict[str, str]] = {
         "plda": "PLDA scores of a trial list",
     },
     "encoder": {
-        "extract": "embeddings of any recordings with a trained encoder",
-        "export": "a trained encoder for SpeechBrain's inference classes and for ONNX",
+        "extract": "embeddings of any recordings or face images with a trained encoder",
+        "export": "a trained encoder as a folder (SpeechBrain's inference classes) and as ONNX",
+        "pairs": "pairs of faces, InsightFace's .bin sets too: accuracy over ten folds, TAR@FAR",
     },
     "people": {
         "threshold": "measure the threshold of an encoder on your own people",

@@ -1,26 +1,41 @@
-"""The subcommands of a trained encoder: extract, export."""
+"""The subcommands of a trained encoder: extract, export, pairs."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 __all__ = ["configure"]
 
 EXTRACT = """
-RUN is a run's output folder or an inference folder. AUDIO is a folder or a text file: a path a
-line, or an id and a path. A folder in a layout of VoxCeleb (wav/<speaker>/..., dev/aac/<speaker>/
-..., vox1_test_wav/wav/<speaker>/...) names its recordings as trial lists do, from the speaker on;
-any other folder by their path below it; which of the two is said. OUT ends in .npz, or in .ark or
-.scp for Kaldi's pair.
+RUN is a run's output folder, an inference folder or a published model (a file of weights or its
+folder). OUT ends in .npz, or in .ark or .scp for Kaldi's pair.
 
-Every recording is embedded whole and on its own. What cannot be is listed in OUT.skipped.tsv. An
-interrupted extraction, started again, goes on where it was.
+Of speech, SOURCE is a folder or a text file: a path a line, or an id and a path. A folder in a
+layout of VoxCeleb (wav/<speaker>/..., dev/aac/<speaker>/..., vox1_test_wav/wav/<speaker>/...)
+names its recordings as trial lists do, from the speaker on; any other folder by their path below
+it; which of the two is said. Every recording is embedded whole and on its own.
+
+Of faces, SOURCE is a folder of aligned images (named by their path below it, or below its images/),
+a text file as above, a .rec or a folder of .tar shards (<identity>/<key>), or a .bin set.
+
+What cannot be embedded is listed in OUT.skipped.tsv. An interrupted extraction, started again, goes
+on where it was.
 """
 EXPORT = """
 Writes RUN/inference/ anew from the run's checkpoints. A FILE of `qmargin report` whose scores are
-plain cosines becomes the folder's threshold.
+plain cosines becomes the folder's threshold. Of a published model --onnx alone is written.
+"""
+PAIRS = """
+Ten-fold accuracy and TAR@FAR=1e-3 of pair sets by an encoder of faces. SET is InsightFace's .bin,
+or a text list of pairs, `label image image`, of images below --images. OUTPUT gets a folder a set:
+the unrounded scores and the DET plot; and pairs.json. An interrupted extraction, started again,
+goes on where it was.
 """
 TRUST = """
 A run's folder executes nothing: its YAML may name networks, features, losses, optimisers and
@@ -32,56 +47,169 @@ network of your own wants --trust; with it the folder can run any code, as a pro
 def _extract(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from speechbrain_qmargin.export import recordings as module
-    from speechbrain_qmargin.export.encoder import load_encoder
+    from speechbrain_qmargin.export.encoder import SpeakerEncoder
+    from speechbrain_qmargin.export.loading import load_any_encoder
+    from speechbrain_qmargin.export.sources import check_output, write_embeddings
     from speechbrain_qmargin.files import refuse_overwriting, write_text
 
-    audio, out = Path(args.audio), Path(args.out)
-    refuse_overwriting([out], [audio])
-    recordings = module.find_recordings(audio)
-    module.check_output(out, recordings)
-    encoder = load_encoder(args.run_folder, args.device or _device(), args.trust)
-    parts = out.with_name(out.name + ".parts")
-    with tqdm(
-        total=len(recordings), desc="embeddings", unit=" recordings", disable=args.quiet
-    ) as bar:
-        embeddings, faults = module.extract_recordings(
-            encoder, recordings, parts, str(audio.resolve()), args.num_workers, bar.update
-        )
+    source, out = Path(args.source), Path(args.out)
+    refuse_overwriting([out], [source])
+    encoder = load_any_encoder(
+        args.run_folder, args.device or _device(), args.trust, args.flip, print
+    )
+    parts, about = out.with_name(out.name + ".parts"), str(source.resolve())
+    with tqdm(desc="embeddings", disable=args.quiet, unit="") as bar:
+
+        def begin(items: Iterable[str]) -> None:
+            names = list(items)
+            check_output(out, names)
+            bar.reset(len(names))
+
+        if isinstance(encoder, SpeakerEncoder):
+            from speechbrain_qmargin.export import recordings as speech
+
+            what, recordings = "recording", speech.find_recordings(source)
+            begin(recordings)
+            embeddings, faults = speech.extract_recordings(
+                encoder, recordings, parts, about, args.num_workers, bar.update
+            )
+        else:
+            from speechbrain_qmargin.export.images import extract_images, find_images
+
+            what, images = "image", find_images(source)
+            begin(images.items)
+            embeddings, faults = extract_images(
+                encoder,
+                images,
+                parts,
+                about,
+                batch_size=args.batch_size,
+                workers=args.num_workers,
+                progress=bar.update,
+            )
+            print(f"{source}: images are named {images.named}; flip {encoder.flip}")
     if not embeddings:
-        raise OSError(f"{audio}: no recording could be embedded: {next(iter(faults.values()))}")
+        raise OSError(f"{source}: no {what} could be embedded: {next(iter(faults.values()))}")
     if faults:
         listing = out.with_name(out.name + ".skipped.tsv")
         write_text(listing, "".join(f"{name}\t{fault}\n" for name, fault in faults.items()))
         print(
-            f"{len(faults):,} recordings skipped, listed in {listing}; the first: "
+            f"{len(faults):,} {what}s skipped, listed in {listing}; the first: "
             f"{next(iter(faults.values()))}"
         )
-    module.write_embeddings(out, embeddings, encoder.digest())
+    write_embeddings(out, embeddings, encoder.digest())
     shutil.rmtree(parts)
     dim = len(next(iter(embeddings.values())))
     print(f"{out}: {len(embeddings):,} embeddings of {dim} values")
 
 
 def _export(args: argparse.Namespace) -> None:
-    from speechbrain_qmargin.export.encoder import load_encoder
+    from speechbrain_qmargin.export.encoder import is_run
     from speechbrain_qmargin.export.inference import export_run
+    from speechbrain_qmargin.export.loading import load_any_encoder
     from speechbrain_qmargin.export.onnx import export_onnx
     from speechbrain_qmargin.files import refuse_overwriting
     from speechbrain_qmargin.scoring.decision import OperatingPoint
 
     refuse_overwriting([args.onnx] if args.onnx else [], [args.operating_point])
-    point = OperatingPoint.load(args.operating_point) if args.operating_point else None
-    folder = export_run(args.run_folder, operating_point=point, trust=args.trust)
-    threshold = f", threshold {point.threshold:.4f}" if point else ""
-    print(f"{folder}: for speechbrain.inference{threshold}")
+    place = Path(args.run_folder)
+    if is_run(place) or not args.onnx or args.operating_point:
+        point = OperatingPoint.load(args.operating_point) if args.operating_point else None
+        place = export_run(place, operating_point=point, trust=args.trust)
+        threshold = f", threshold {point.threshold:.4f}" if point else ""
+        print(f"{place}: the encoder alone{threshold}")
     if args.onnx:
-        encoder = load_encoder(folder, trust=args.trust)
+        encoder = load_any_encoder(place, trust=args.trust, flip=args.flip, say=print)
         differences = export_onnx(encoder, args.onnx, from_waveform=not args.from_features)
         print(
             f"{args.onnx}: at most {max(differences.values()):.1e} of an embedding's length "
-            f"from PyTorch, at {', '.join(differences)} (batch x length)"
+            f"from PyTorch, at {', '.join(differences)} (batch x size)"
         )
+
+
+def _pairs(args: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from speechbrain_qmargin.export.face_encoder import FaceEncoder
+    from speechbrain_qmargin.export.loading import load_any_encoder
+    from speechbrain_qmargin.faces.pair_sets import pair_set_figures
+    from speechbrain_qmargin.files import write_text
+
+    output = Path(args.output)
+    sets = {}
+    for path in map(Path, args.sets):
+        if path.stem in sets:
+            raise ValueError(f"two sets are called {path.stem}; their results would be one folder")
+        sets[path.stem] = _read_pairs(path, args.images)
+    encoder = load_any_encoder(
+        args.run_folder, args.device or _device(), args.trust, args.flip, print
+    )
+    if not isinstance(encoder, FaceEncoder):
+        raise ValueError(f"{args.run_folder}: an encoder of speech")
+    results, lines = {}, []
+    for name, (images, pairs, same, about) in sets.items():
+        found = _embed_all(encoder, images, output / name / "parts", about, args)
+        rows = np.stack([found[image] for image in pairs])
+        figures = pair_set_figures(output / name, name, pairs, rows, same)
+        lines += [f"{name}: {one}" for one in figures]
+        results[name] = [asdict(one) for one in figures]
+    written = {"encoder": encoder.digest(), "flip": encoder.flip, "sets": results}
+    write_text(
+        output / "pairs.json", json.dumps(written, indent=2, default=np.ndarray.tolist) + "\n"
+    )
+    print("\n".join([f"flip {encoder.flip}", *lines, f"files: {output}/"]))
+
+
+def _read_pairs(path: Path, folder: str | None) -> tuple[Any, list[str], np.ndarray, str]:
+    """Images, their ids two a pair, which pairs are of one person, what the images are."""
+    from speechbrain_qmargin.data.images import check_images
+    from speechbrain_qmargin.data.pickled import read_bin
+    from speechbrain_qmargin.export.images import find_images, select_images
+    from speechbrain_qmargin.faces.pair_sets import check_folds
+    from speechbrain_qmargin.tables import file_source
+    from speechbrain_qmargin.trials import read_trials
+
+    if path.suffix == ".bin":
+        images, same = find_images(path), read_bin(path)[1]
+        ids = list(images.items)
+    else:
+        if folder is None:
+            raise ValueError(f"{path}: a list of pairs; say where its images are (--images FOLDER)")
+        trials = read_trials(path)
+        same = trials.is_target
+        sides = np.stack((trials.enrolment, trials.test), axis=1).reshape(-1)
+        ids = [trials.ids[row] for row in sides]
+        images = select_images(find_images(folder), trials.ids, path)
+    try:
+        check_folds(same)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    check_images({name: images.content(item) for name, item in images.items.items()})
+    return images, ids, same, file_source(path)
+
+
+def _embed_all(
+    encoder, images, parts: Path, about: str, args: argparse.Namespace
+) -> Mapping[str, np.ndarray]:
+    from tqdm import tqdm
+
+    from speechbrain_qmargin.export.images import extract_images
+
+    with tqdm(total=len(images.items), desc=parts.parent.name, disable=args.quiet) as bar:
+        embeddings, faults = extract_images(
+            encoder,
+            images,
+            parts,
+            about,
+            batch_size=args.batch_size,
+            workers=args.num_workers,
+            progress=bar.update,
+        )
+    if faults:
+        name, fault = next(iter(faults.items()))
+        raise OSError(f"{len(faults)} images have no embedding, the first is {name}: {fault}")
+    return embeddings
 
 
 def _device() -> str:
@@ -97,21 +225,38 @@ def configure(add) -> None:
         sub = add(name, run)
         sub.formatter_class = argparse.RawDescriptionHelpFormatter
         sub.description = f"{sub.description}\n{about}{TRUST}"
-        sub.add_argument("run_folder", metavar="RUN", help="a run's output folder")
+        sub.add_argument("run_folder", metavar="RUN", help="a run, or another encoder")
         sub.add_argument("--trust", action="store_true", help="let the folder's YAML run any code")
         return sub
 
+    def flips(sub: argparse.ArgumentParser) -> None:
+        choices = ("none", "sum", "concat")
+        sub.add_argument("--flip", choices=choices, help="of faces: image and mirror image; by "
+                         "default as the run was tested")  # fmt: skip
+
+    def embeds(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--device", help="cuda where there is a GPU, else cpu")
+        sub.add_argument("--num_workers", type=int, default=4, help="threads that read files")
+        sub.add_argument("--batch_size", type=int, default=64, help="images at once")
+        flips(sub)
+
     sub = loads("extract", _extract, EXTRACT)
-    sub.add_argument("audio", metavar="AUDIO", help="a folder or a list")
+    sub.add_argument("source", metavar="SOURCE", help="a folder, a list, records")
     sub.add_argument("out", metavar="OUT", help=".npz, .ark or .scp")
-    sub.add_argument("--device", help="cuda where there is a GPU, else cpu")
-    sub.add_argument("--num_workers", type=int, default=4, help="threads that read audio")
+    embeds(sub)
+
+    sub = loads("pairs", _pairs, PAIRS)
+    sub.add_argument("sets", metavar="SET", nargs="+", help=".bin, or a list of pairs")
+    sub.add_argument("--images", metavar="FOLDER", help="the images of lists of pairs")
+    sub.add_argument("--output", default="pairs", help="folder to write")
+    embeds(sub)
 
     sub = loads("export", _export, EXPORT)
     sub.add_argument(
         "--operating_point", metavar="FILE", help="operating_point.json, chosen on cosines"
     )
     sub.add_argument("--onnx", metavar="OUT", help="file to write")
+    flips(sub)
     sub.add_argument(
         "--from_features", action="store_true", help="ONNX that takes features, not waveforms"
     )

@@ -1,4 +1,4 @@
-"""Audio files below a folder."""
+"""Audio files and images below a folder."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES
 
-__all__ = ["AudioFile", "audio_files"]
+__all__ = ["FoundFile", "audio_files", "files_below"]
 
 
-class AudioFile(NamedTuple):
-    """An audio file.
+class FoundFile(NamedTuple):
+    """A file below a folder.
 
     Attributes
     ----------
@@ -29,8 +29,13 @@ class AudioFile(NamedTuple):
     fault: str = ""
 
 
-def audio_files(folder: str | Path) -> Iterator[AudioFile]:
-    """Every audio file below a folder, in no order; hidden ones are left out.
+def audio_files(folder: str | Path) -> Iterator[FoundFile]:
+    """Every audio file below a folder, see :func:`files_below`."""
+    return files_below(folder, AUDIO_SUFFIXES)
+
+
+def files_below(folder: str | Path, suffixes: tuple[str, ...]) -> Iterator[FoundFile]:
+    """Every file of some suffixes below a folder, in no order; hidden ones are left out.
 
     Links to files and to folders are followed, but not those that lead back to a folder that they
     lie in.
@@ -41,7 +46,7 @@ def audio_files(folder: str | Path) -> Iterator[AudioFile]:
     >>> (folder / "ann").mkdir()
     >>> (folder / "ann/1.wav").touch()
     >>> (folder / "ann/again").symlink_to(folder)
-    >>> [file.name for file in audio_files(folder)]
+    >>> [file.name for file in files_below(folder, (".wav",))]
     ['ann/1.wav']
     """
     stack = [(os.fspath(folder), "")]
@@ -54,8 +59,8 @@ def audio_files(folder: str | Path) -> Iterator[AudioFile]:
                 if entry.is_dir():
                     if not (entry.is_symlink() and _leads_back(entry.path, parent)):
                         stack.append((entry.path, f"{prefix}{entry.name}/"))
-                elif entry.name.lower().endswith(AUDIO_SUFFIXES):
-                    yield _audio_file(prefix + entry.name, entry.path)
+                elif entry.name.lower().endswith(suffixes):
+                    yield _found(prefix + entry.name, entry.path)
 
 
 def _leads_back(link: str, parent: str) -> bool:
@@ -63,12 +68,12 @@ def _leads_back(link: str, parent: str) -> bool:
     return here == target or here.startswith(target.rstrip(os.sep) + os.sep)
 
 
-def _audio_file(name: str, path: str) -> AudioFile:
+def _found(name: str, path: str) -> FoundFile:
     try:
         name.encode()
     except UnicodeEncodeError:
         name = os.fsencode(name).decode("utf-8", "backslashreplace")
-        return AudioFile(name, path, "its name is not UTF-8: rename it")
+        return FoundFile(name, path, "its name is not UTF-8: rename it")
     if any(character in name for character in "\t\n\r"):
-        return AudioFile(repr(name)[1:-1], path, "its name has a tab or a line break: rename it")
-    return AudioFile(name, path)
+        return FoundFile(repr(name)[1:-1], path, "its name has a tab or a line break: rename it")
+    return FoundFile(name, path)

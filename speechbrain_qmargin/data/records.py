@@ -104,6 +104,15 @@ class FaceRecords(StoredFaces):
     def labels(self) -> np.ndarray:
         return self._labels
 
+    def key(self, row: int) -> int:
+        return int(self._keys[row])
+
+    def identities(self) -> np.ndarray:
+        if len(self._labels):
+            return self._labels
+        labels, _ = _read_labels(self.path, self._offsets, False)
+        return labels
+
     def image(self, row: int) -> tuple[bytes, int]:
         stream = self.stream(self.path)
         stream.seek(int(self._offsets[row]))

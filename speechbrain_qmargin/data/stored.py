@@ -62,6 +62,14 @@ class StoredFaces(Dataset):
         """What messages call an image."""
         raise NotImplementedError
 
+    def key(self, row: int) -> int:
+        """What tells an image from the others of its identity."""
+        return row
+
+    def identities(self) -> np.ndarray:
+        """The label of every image, int [len(self)]; below 0 where it cannot be read."""
+        return self.labels()
+
     def __len__(self) -> int:
         raise NotImplementedError
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_qmargin.export.definitions import build, canonical, hyperparams_tree
+from speechbrain_qmargin.published import Published
 from speechbrain_qmargin.training.checkpoints import (
     AtomicCheckpointer,
     bare,
@@ -23,7 +24,7 @@ from speechbrain_qmargin.training.checkpoints import (
     load_module,
 )
 
-__all__ = ["PARTS", "SpeakerEncoder", "is_run", "load_encoder", "load_run"]
+__all__ = ["PARTS", "SpeakerEncoder", "digest_of", "is_run", "load_encoder", "load_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,17 @@ class SpeakerEncoder(nn.Module):
         self.sample_rate, self.definition = sample_rate, definition
         self.eval()
 
+    @classmethod
+    def of(cls, published: Published) -> SpeakerEncoder:
+        """A published network with its features as an encoder.
+
+        Raises
+        ------
+        ValueError
+            A network of faces.
+        """
+        return cls(published.modules, published.speech().sample_rate, published.digest)
+
     def forward(self, waveforms: Tensor) -> Tensor:
         """Embeddings [B, D] of waveforms [B, samples] of one length: nothing is padded."""
         return self.embed(self.compute_features(waveforms))
@@ -92,14 +104,19 @@ class SpeakerEncoder(nn.Module):
         Of a run and of its inference folder it is the same. It names the encoder in embeddings,
         thresholds and enrolments.
         """
-        digest = hashlib.sha256((self.definition or repr(self)).encode())
         state = self.state_dict()
         if hasattr(self.mean_var_norm, "glob_mean"):  # InputNormalization keeps no state_dict
             state |= {name: getattr(self.mean_var_norm, name) for name in ("glob_mean", "glob_std")}
-        for key, value in sorted(state.items()):
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return digest_of(self.definition or repr(self), state)
+
+
+def digest_of(definition: str, state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what an encoder is and of its tensors by name."""
+    digest = hashlib.sha256(definition.encode())
+    for key, value in sorted(state.items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_encoder(

@@ -1,8 +1,7 @@
-"""A trained speaker encoder as the folder that SpeechBrain's inference classes load."""
+"""A trained encoder as a folder; of speech, as SpeechBrain's inference classes load it."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Collection, Mapping
@@ -16,14 +15,17 @@ from torch import Tensor, nn
 
 from speechbrain_qmargin.export.definitions import canonical, definitions, hyperparams_tree
 from speechbrain_qmargin.export.encoder import PARTS, SpeakerEncoder, is_run, load_encoder, load_run
-from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe
-from speechbrain_qmargin.files import to_disk, write_text
+from speechbrain_qmargin.export.face_encoder import FaceEncoder, has_faces, load_face_encoder
+from speechbrain_qmargin.export.loading import load_any_encoder
+from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe, probe_images
+from speechbrain_qmargin.files import replacing_folder, write_text
 from speechbrain_qmargin.scoring.decision import OperatingPoint
 from speechbrain_qmargin.training.checkpoints import bare
 from speechbrain_qmargin.training.internals import has_statistics, statistics
 
 __all__ = [
     "DECISION_FILES",
+    "export_faces",
     "export_for_inference",
     "export_run",
     "set_operating_point",
@@ -97,11 +99,7 @@ def export_for_inference(
     if not if_main_process():
         return folder
 
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with replacing_folder(folder) as partial:
         encoder = SpeakerEncoder(modules, tree["sample_rate"], canonical(tree, PARTS))
         saved = {name for name in PARTS if _save(getattr(encoder, name), partial / f"{name}.ckpt")}
         if prototypes is not None:
@@ -113,34 +111,84 @@ def export_for_inference(
             _set_threshold(partial, operating_point, encoder.digest())
         else:
             _keep_decision(folder, partial, encoder.digest())
-        _check_same(encoder, load_encoder(partial, encoder.device, trust), hyperparams)
-        old = partial.with_suffix(".old")
-        if folder.exists():
-            folder.rename(old)
-        for file in partial.iterdir():
-            to_disk(file)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        loaded = load_encoder(partial, encoder.device, trust)
+        noise = probe(encoder, True, 2, encoder.sample_rate).to(encoder.device)
+        _refuse_another(encoder, loaded, noise, hyperparams)
+    return folder
+
+
+def export_faces(
+    hyperparams: str | Path,
+    embedding_model: nn.Module,
+    folder: str | Path,
+    *,
+    operating_point: OperatingPoint | None = None,
+    trust: bool | Collection[str] = False,
+) -> Path:
+    """Write a folder that :func:`~speechbrain_qmargin.export.face_encoder.load_face_encoder` loads.
+
+    It may be moved, appears whole or not at all, and keeps the :data:`DECISION_FILES`, as that of
+    :func:`export_for_inference`. Its YAML holds the network, `image_size` and `test_flip`.
+
+    Raises
+    ------
+    ValueError
+        The YAML does not describe `embedding_model`, or is of no encoder of faces; an operating
+        point of other scores than this encoder's cosines.
+    """
+    tree = hyperparams_tree(hyperparams, ("modules", "image_size"), trust)
+    folder = Path(folder)
+    if not if_main_process():
+        return folder
+    flip = bool(tree.get("test_flip", False))
+    with replacing_folder(folder) as partial:
+        encoder = FaceEncoder(
+            embedding_model,
+            tree["image_size"],
+            "sum" if flip else "none",
+            canonical(tree, ["embedding_model"]),
+        )
+        _save(encoder.embedding_model, partial / "embedding_model.ckpt")
+        text = [
+            "# A face encoder: aligned RGB images in [-1, 1], image_size pixels high and wide.",
+            "# load_face_encoder of speechbrain_qmargin.export.face_encoder reads this folder.",
+            f"image_size: {tree['image_size']}",
+            f"test_flip: {flip}  # an embedding is the image's plus its mirror image's",
+            definitions(tree, ["embedding_model"]).strip(),
+            "modules:",
+            "  embedding_model: !ref <embedding_model>",
+        ]
+        write_text(partial / "hyperparams.yaml", "\n".join(text) + "\n")
+        if operating_point is not None:
+            _set_threshold(partial, operating_point, encoder.digest())
+        else:
+            _keep_decision(folder, partial, encoder.digest())
+        loaded = load_face_encoder(partial, encoder.device, trust)
+        noise = probe_images(2, encoder.image_size).to(encoder.device)
+        _refuse_another(encoder, loaded, noise, hyperparams)
     return folder
 
 
 def export_run(run_folder: str | Path, **options: Any) -> Path:
     """Write ``inference/`` into a run's output folder, from its checkpoints.
 
-    `options` are those of :func:`export_for_inference`.
+    `options` are those of :func:`export_for_inference`, or of a run of faces
+    those of :func:`export_faces`.
     """
     run_folder = Path(run_folder)
     if not is_run(run_folder):
         raise FileNotFoundError(f"{run_folder}: not a run's output folder (no save/)")
+    hyperparams, folder = run_folder / "hyperparams.yaml", run_folder / "inference"
+    trust = options.get("trust", False)
+    if has_faces(hyperparams_tree(hyperparams, ("modules",), trust)):
+        modules, _ = load_run(run_folder, ["embedding_model"], trust)
+        return export_faces(hyperparams, modules["embedding_model"], folder, **options)
     labels = run_folder / "save" / "label_encoder.txt"
     options = {"label_encoder": labels if labels.is_file() else None, **options}
     count = _labels(options["label_encoder"])
     few = count is not None and count <= options.get("max_classes", MAX_CLASSES)
     names = (*PARTS, "classifier") if few else PARTS
-    modules, _ = load_run(run_folder, names, options.get("trust", False))
-    hyperparams, folder = run_folder / "hyperparams.yaml", run_folder / "inference"
+    modules, _ = load_run(run_folder, names, trust)
     return export_for_inference(hyperparams, modules, folder, **options)
 
 
@@ -161,7 +209,7 @@ def set_operating_point(
         not known is warned of.
     """
     folder = Path(folder)
-    _set_threshold(folder, point, load_encoder(folder, trust=trust).digest())
+    _set_threshold(folder, point, load_any_encoder(folder, trust=trust).digest())
     for name in DECISION_FILES:
         if name != POINT:
             (folder / name).unlink(missing_ok=True)
@@ -215,8 +263,8 @@ def _keep_decision(old: Path, new: Path, encoder: str) -> None:
         _set_threshold(new, point, encoder)
 
 
-def _check_same(encoder: SpeakerEncoder, loaded: SpeakerEncoder, hyperparams) -> None:
-    noise = probe(encoder, True, 2, encoder.sample_rate).to(encoder.device)
+def _refuse_another(encoder: nn.Module, loaded: nn.Module, noise: Tensor, hyperparams) -> None:
+    """Refuse a YAML that makes something else of the same weights."""
     with torch.no_grad():
         found = difference(encoder(noise), loaded(noise))
     if not found <= TOLERANCE:

@@ -1,19 +1,21 @@
-"""A trained speaker encoder for runtimes without PyTorch."""
+"""A trained encoder for runtimes without PyTorch."""
 
 from __future__ import annotations
 
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechbrain_qmargin.export.encoder import SpeakerEncoder
-from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe
+from speechbrain_qmargin.export.face_encoder import FaceEncoder
+from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe, probe_images
 from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import replacing
 
@@ -21,19 +23,23 @@ __all__ = ["export_onnx"]
 
 
 def export_onnx(
-    encoder: SpeakerEncoder, path: str | Path, *, from_waveform: bool = True
+    encoder: SpeakerEncoder | FaceEncoder, path: str | Path, *, from_waveform: bool = True
 ) -> dict[str, float]:
     """Write the encoder as one ONNX file, checked against PyTorch in onnxruntime.
 
-    Input ``waveform`` [batch, samples], or ``features`` [batch, frames, n_mels] as
-    ``compute_features`` gives them; output ``embedding`` [batch, D]. Batch and length are dynamic;
-    the recordings of one batch have one length. The encoder must be on the CPU.
+    Of speech: input ``waveform`` [batch, samples], or ``features`` [batch, frames, n_mels] as
+    ``compute_features`` gives them. Batch and length are dynamic; the recordings of one batch have
+    one length. Of faces: input ``image`` [batch, 3, image_size, image_size], RGB in [-1, 1]; the
+    batch is dynamic, mirror images are made inside where the encoder adds them. Output
+    ``embedding`` [batch, D]. The file's metadata say what the input is: ``sample_rate``, or
+    ``image_size``, ``channels``, ``normalisation``, ``alignment`` and ``flip``; and ``encoder``,
+    the encoder's digest. The encoder must be on the CPU.
 
     Returns
     -------
     dict
-        ``"batch x length"`` to the largest difference between the two runtimes' embeddings,
-        relative to the embedding's length.
+        The input's size, as ``"batch x length"``, to the largest difference between the two
+        runtimes' embeddings, relative to the embedding's length.
 
     Raises
     ------
@@ -42,15 +48,55 @@ def export_onnx(
     ValueError
         Some embedding differs by more than 1e-4 of its length; no file is left.
     """
-    require("onnxruntime", "onnxscript", why="ONNX export", extra="onnx")
+    require("onnx", "onnxruntime", "onnxscript", why="ONNX export", extra="onnx")
+    about = {"encoder": encoder.digest()}
+    if isinstance(encoder, FaceEncoder):
+        size = encoder.image_size
+        about |= {
+            "image_size": str(size),
+            "channels": "RGB",
+            "normalisation": "(value - 127.5) / 127.5, of values 0 to 255",
+            "alignment": f"ArcFace's five points, scaled to {size} x {size}",
+            "flip": encoder.flip,
+        }
+        inputs = {f"{batch} x {size} x {size}": probe_images(batch, size) for batch in (1, 2, 5)}
+        given = _Given("image", {0: "batch"}, probe_images(3, size), inputs)
+        return _write(copy.deepcopy(encoder), encoder, given, about, path)
+    rate = encoder.sample_rate
+    about |= {"sample_rate": str(rate)}
+    name, axis = ("waveform", "samples") if from_waveform else ("features", "frames")
+    inputs = {}
+    for batch, seconds in ((1, 0.3), (3, 1.37), (2, 5.0), (1, 12.0)):
+        noise = probe(encoder, from_waveform, batch, round(seconds * rate))
+        inputs[f"{batch} x {noise.shape[1]}"] = noise
+    example = probe(encoder, from_waveform, 2, rate)
+    given = _Given(name, {0: "batch", 1: axis}, example, inputs)
+    ours = encoder.forward if from_waveform else encoder.embed
+    return _write(_Graph(encoder, from_waveform).eval(), ours, given, about, path)
+
+
+class _Given(NamedTuple):
+    """What an ONNX file takes."""
+
+    name: str
+    axes: dict[int, str]  # that are dynamic
+    example: Tensor
+    compared: dict[str, Tensor]
+
+
+def _write(
+    graph: nn.Module,
+    ours: Callable[[Tensor], Tensor],
+    given: _Given,
+    about: dict[str, str],
+    path: str | Path,
+) -> dict[str, float]:
+    import onnx
     import onnxruntime
 
-    rate = encoder.sample_rate
-    graph = _Graph(encoder, from_waveform).eval()
-    name, axis = ("waveform", "samples") if from_waveform else ("features", "frames")
     with replacing(path) as partial, torch.no_grad():
-        dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
-        example = (probe(encoder, from_waveform, 2, rate),)
+        dynamic = (dict.fromkeys(given.axes, torch.export.Dim.DYNAMIC),)
+        example = (given.example,)
         graph(*example)  # SpeechBrain wraps some functions when they are first called
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tracing's own
@@ -59,25 +105,25 @@ def export_onnx(
                 example,
                 partial,
                 dynamo=True,
-                input_names=[name],
+                input_names=[given.name],
                 output_names=["embedding"],
-                dynamic_shapes=({0: "batch", 1: axis},),
+                dynamic_shapes=(given.axes,),
                 external_data=False,
                 verbose=False,
             )
         session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
         differences = {}
-        for batch, seconds in ((1, 0.3), (3, 1.37), (2, 5.0), (1, 12.0)):
-            noise = probe(encoder, from_waveform, batch, round(seconds * rate))
-            ours = encoder(noise) if from_waveform else encoder.embed(noise)
-            theirs = torch.from_numpy(session.run(None, {name: noise.numpy()})[0])
-            size = f"{batch} x {noise.shape[1]}"
-            differences[size] = difference(ours, theirs)
+        for size, noise in given.compared.items():
+            theirs = torch.from_numpy(session.run(None, {given.name: noise.numpy()})[0])
+            differences[size] = difference(ours(noise), theirs)
             if not differences[size] <= TOLERANCE:
                 raise ValueError(
                     f"{path}: onnxruntime's embeddings differ from PyTorch's by "
-                    f"{differences[size]:.1e} of their length at {size} ({name}); not written"
+                    f"{differences[size]:.1e} of their length at {size} ({given.name}); not written"
                 )
+        model = onnx.load(str(partial))
+        onnx.helper.set_model_props(model, about)
+        onnx.save(model, str(partial))
     return differences
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from speechbrain_qmargin.export.encoder import SpeakerEncoder
 
-__all__ = ["TOLERANCE", "difference", "probe"]
+__all__ = ["TOLERANCE", "difference", "probe", "probe_images"]
 
 TOLERANCE = 1e-4  # of an embedding's length; float32 rounding through the networks is near 1e-6
 
@@ -18,6 +18,13 @@ def probe(encoder: SpeakerEncoder, from_waveform: bool, batch: int, samples: int
     noise = torch.randn(batch, samples, generator=generator).cumsum(1).mul(0.01).sin()
     noise = noise * torch.linspace(0.02, 0.5, samples)
     return noise if from_waveform else encoder.compute_features(noise)
+
+
+def probe_images(batch: int, size: int) -> Tensor:
+    """Images [batch, 3, size, size] in [-1, 1], none like its mirror image, no channel another."""
+    generator = torch.Generator().manual_seed(batch)
+    coarse = torch.rand(batch, 3, 8, 8, generator=generator).mul(2).sub(1)
+    return torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
 
 
 def difference(a: Tensor, b: Tensor) -> float:

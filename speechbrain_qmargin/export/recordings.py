@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +13,18 @@ from torch import Tensor
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, MIN_SECONDS, read_audio
 from speechbrain_qmargin.data.folders import audio_files
 from speechbrain_qmargin.data.voxceleb import audio_roots
-from speechbrain_qmargin.embeddings import save_embeddings
 from speechbrain_qmargin.export.encoder import SpeakerEncoder
-from speechbrain_qmargin.extraction import EmbeddingParts, extract_into
-from speechbrain_qmargin.extras import require
-from speechbrain_qmargin.files import replacing
+from speechbrain_qmargin.export.sources import read_list
+from speechbrain_qmargin.extraction import EmbeddingParts, extract_items
 
-__all__ = ["check_output", "extract_recordings", "find_recordings", "write_embeddings"]
+__all__ = ["extract_recordings", "find_recordings"]
 
 
 def find_recordings(audio: Path) -> dict[str, Path]:
     """Id to file, of a folder or of a list."""
     if audio.is_dir():
         return _recordings_in(audio)
-    found = {}
-    for number, line in enumerate(audio.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        if line.rstrip().endswith("|"):
-            raise ValueError(f"{audio}:{number}: {line!r} is a command; only files are read")
-        name, _, path = line.strip().partition("\t" if "\t" in line else " ")
-        if not path or Path(line.strip()).is_file():  # a path alone, perhaps with spaces in it
-            name = path = line.strip()
-        if name in found:
-            raise ValueError(f"{audio}:{number}: {name} is there twice")
-        found[name] = Path(path.strip())
-    if not found:
-        raise ValueError(f"{audio}: no recordings in it")
-    return found
+    return read_list(audio, "recordings")
 
 
 def _recordings_in(folder: Path) -> dict[str, Path]:
@@ -105,75 +86,17 @@ def extract_recordings(
         What could not be embedded, and why.
     """
     parts = EmbeddingParts(folder, f"{encoder.digest()} on {about}")
-    todo = {name: path for name, path in recordings.items() if name not in parts.done}
-    progress = progress or (lambda count: None)
-    progress(len(recordings) - len(todo))
-    faults: dict[str, str] = {}
 
-    def batches() -> Iterator[tuple[list[str], Tensor]]:
-        for name, signal, fault in _decoded(todo, encoder.sample_rate, workers):
-            if fault:
-                faults[name] = fault
-            else:
-                yield [name], signal
-            progress(1)
+    def read(path: Path) -> Tensor:
+        signal = read_audio(path, encoder.sample_rate)
+        if len(signal) < MIN_SECONDS * encoder.sample_rate:
+            raise ValueError(f"{path}: shorter than {MIN_SECONDS} s")
+        if signal.min() == signal.max():
+            raise ValueError(f"{path}: silent, all samples are equal")
+        return signal
 
-    def embed(signal: Tensor) -> Tensor:
-        return encoder(signal[None].to(encoder.device))
+    def embed(signals: list[Tensor]) -> Tensor:
+        return encoder(signals[0][None].to(encoder.device))
 
     with torch.inference_mode():
-        extract_into(parts, batches(), embed, faults)
-    return parts.merged(recordings), faults
-
-
-def _decoded(
-    recordings: Mapping[str, Path], sample_rate: int, workers: int
-) -> Iterator[tuple[str, Any, str]]:
-    """(id, samples, what is wrong) of every recording in order, read ahead by threads."""
-
-    def read(path: Path) -> tuple[Any, str]:
-        try:
-            signal = read_audio(path, sample_rate)
-        except OSError as error:
-            return None, str(error)
-        if len(signal) < MIN_SECONDS * sample_rate:
-            return None, f"{path}: shorter than {MIN_SECONDS} s"
-        if signal.min() == signal.max():
-            return None, f"{path}: silent, all samples are equal"
-        return signal, ""
-
-    with ThreadPoolExecutor(workers) as pool:
-        items = iter(recordings.items())
-        ahead = deque((name, pool.submit(read, path)) for name, path in islice(items, 2 * workers))
-        while ahead:
-            name, future = ahead.popleft()
-            for next_name, path in islice(items, 1):
-                ahead.append((next_name, pool.submit(read, path)))
-            yield name, *future.result()
-
-
-def write_embeddings(out: Path, embeddings: Mapping[str, np.ndarray], encoder: str = "") -> None:
-    """Write ``.npz``, with the encoder's digest, or Kaldi's pair of ``.ark`` and ``.scp``."""
-    if out.suffix == ".npz":
-        save_embeddings(out, embeddings, encoder)
-        return
-    import kaldiio
-
-    ark, scp = out.with_suffix(".ark"), out.with_suffix(".scp")
-    with replacing(ark) as partial, replacing(scp) as index:
-        kaldiio.save_ark(str(partial), embeddings, scp=str(index))
-        text = index.read_text(encoding="utf-8")
-        index.write_text(text.replace(str(partial), str(ark.resolve())), encoding="utf-8")
-
-
-def check_output(out: Path, recordings: Mapping[str, Path]) -> None:
-    """Refuse, before anything is computed, a file that could not be written, or is there."""
-    if out.suffix not in (".npz", ".ark", ".scp"):
-        raise ValueError(f"{out}: embeddings are written as .npz, .ark or .scp")
-    if out.exists():
-        raise FileExistsError(f"{out} is there already; delete it, or give another OUT")
-    if out.suffix != ".npz":
-        require("kaldiio", why=f"{out}: Kaldi's files", extra="kaldi")
-        spaced = [name for name in recordings if len(name.split()) != 1]
-        if spaced:
-            raise ValueError(f"{out}: Kaldi's ids have no spaces, as {spaced[0]!r} has; use .npz")
+        return extract_items(parts, recordings, read, embed, workers=workers, progress=progress)

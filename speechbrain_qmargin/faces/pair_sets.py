@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -21,14 +23,19 @@ from speechbrain_qmargin.scoring.metrics import (
     operating_points,
     tar_at_far,
 )
+from speechbrain_qmargin.scoring.plots import plot_det
+from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval
+from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = [
     "FLIPS",
     "FoldFigure",
     "check_folds",
     "flip_fusion",
+    "pair_ids",
     "pair_scores",
+    "pair_set_figures",
     "ten_fold_accuracy",
     "ten_fold_tar",
 ]
@@ -280,6 +287,54 @@ def pair_scores(
         raise ValueError(f"{len(bad)} embeddings are zero or not finite, the first is row {bad[0]}")
     rows = np.arange(len(fused))
     return pair_products(fused / norms[:, None], rows[0::2], rows[1::2])
+
+
+def pair_ids(name: str, count: int) -> list[str]:
+    """The ids of a pair set's images, two a pair.
+
+    Examples
+    --------
+    >>> pair_ids("lfw", 1)
+    ['lfw/000000', 'lfw/000001']
+    """
+    return [f"{name}/{number:06d}" for number in range(2 * count)]
+
+
+def pair_set_figures(
+    folder: str | Path,
+    name: str,
+    ids: Sequence[str],
+    embeddings: np.ndarray,
+    same: np.ndarray,
+    note: str = "",
+) -> tuple[FoldFigure, FoldFigure]:
+    """Accuracy and TAR@FAR=1e-3 over ten folds; ``cosine.tsv`` and ``det.png`` go into a folder.
+
+    Parameters
+    ----------
+    folder : path
+    name : str
+        Of the set.
+    ids : sequence of str [2 N]
+    embeddings : float array [2 N, D]
+        With their mirror images' added, where they are to be; rows 2 n and 2 n + 1 are pair n.
+    same : bool array [N]
+    note : str
+        Said in the picture's title.
+
+    Raises
+    ------
+    ValueError
+        As :func:`pair_scores` and :func:`ten_fold_tar`.
+    """
+    folder = Path(folder)
+    scores = pair_scores(embeddings, flip="none")
+    place = {one: row for row, one in enumerate(dict.fromkeys(ids))}
+    rows = np.array([place[one] for one in ids])
+    trials = LabelledTrials([*place], rows[0::2], rows[1::2], same)
+    write_scores(folder / "cosine.tsv", trials, scores, {"kind": "cosine"})
+    plot_det({"cosine": (scores, same)}, folder / "det.png", f"{name}. {note}" if note else name)
+    return ten_fold_accuracy(scores, same), ten_fold_tar(scores, same)
 
 
 def _checked(scores, is_same, folds: int) -> tuple[np.ndarray, np.ndarray]:

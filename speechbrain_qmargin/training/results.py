@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 
 from speechbrain_qmargin.embeddings import cosine_scores, save_embeddings
-from speechbrain_qmargin.faces.pair_sets import pair_scores, ten_fold_accuracy, ten_fold_tar
+from speechbrain_qmargin.faces.pair_sets import pair_ids, pair_set_figures
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.lists import Cohort, score_lists
 from speechbrain_qmargin.scoring.metrics import eer, operating_points, tar_at_far
-from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import Report
-from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.training.run_folder import RunFolder
 from speechbrain_qmargin.trials import LabelledTrials
 
-__all__ = ["pair_ids", "validation", "verify"]
+__all__ = ["validation", "verify"]
 
 
 def validation(
@@ -67,10 +64,11 @@ def verify(
     name = settings["loss"]
     lines = [f"{name}, {settings['model']}, {len(history)} epochs, seed {settings['seed']}"]
     lines += [note] if note else []
-    folds = {
-        name: _pair_set(folder / "scores" / name, name, embeddings, same, note)
-        for name, same in (pair_sets or {}).items()
-    }
+    folds = {}
+    for name, same in (pair_sets or {}).items():
+        ids = pair_ids(name, len(same))
+        rows = np.stack([embeddings[one] for one in ids])  # the Brain has added mirror images
+        folds[name] = pair_set_figures(folder / "scores" / name, name, ids, rows, same, note)
     lines += ["", *(f"{name}: {one}" for name, figures in folds.items() for one in figures)]
     lines += [tables.rstrip(), f"training took {seconds / 60:.1f} minutes"]
     last = history[-1] if history else {}
@@ -106,27 +104,3 @@ def verify(
     write_text(run_folder.results_file, text + "\n")
     print("\n" + table)
     return reports
-
-
-def pair_ids(name: str, count: int) -> list[str]:
-    """The ids of a pair set's images, two a pair.
-
-    Examples
-    --------
-    >>> pair_ids("lfw", 1)
-    ['lfw/000000', 'lfw/000001']
-    """
-    return [f"{name}/{number:06d}" for number in range(2 * count)]
-
-
-def _pair_set(
-    folder: Path, name: str, embeddings: Mapping[str, np.ndarray], same: np.ndarray, title: str
-) -> tuple:
-    """The figures over ten folds; the scores and the DET go into the folder."""
-    ids = pair_ids(name, len(same))
-    rows = np.stack([embeddings[one] for one in ids])
-    scores = pair_scores(rows, flip="none")  # the Brain has added the mirror images already
-    trials = LabelledTrials(ids, np.arange(0, len(ids), 2), np.arange(1, len(ids), 2), same)
-    write_scores(folder / "cosine.tsv", trials, scores)
-    plot_det({"cosine": (scores, same)}, folder / "det.png", f"{name}. {title}" if title else name)
-    return ten_fold_accuracy(scores, same), ten_fold_tar(scores, same)

@@ -70,7 +70,7 @@ class Task:
     test_trials : dict from name to Trials
     pair_sets : dict from name to bool array [N]
         Pairs without identities, measured over ten folds: whether pair n is one identity. Its
-        images are in the test dataset by :func:`~speechbrain_qmargin.training.results.pair_ids`.
+        images are in the test dataset by :func:`~speechbrain_qmargin.faces.pair_sets.pair_ids`.
     valid_trials : Trials, optional
     note : str
         Said before training and in the results; synthetic data are called so.
@@ -104,7 +104,8 @@ def train_verifier(
     prepare : callable
         From the experiment's settings to a :class:`Task`; called on the main process first.
     export : bool
-        Once the results are there, write ``inference/`` for SpeechBrain's inference classes.
+        Once the results are there, write ``inference/``: the encoder alone; of speech, for
+        SpeechBrain's inference classes.
 
     Returns
     -------

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from speechbrain_qmargin.data.align import align_face
+from speechbrain_qmargin.data.images import read_pixels
 from speechbrain_qmargin.faces.ijb import (
     IJBOptions,
     ImageEmbeddings,
@@ -24,7 +26,6 @@ from speechbrain_qmargin.faces.ijb import (
     save_image_embeddings,
     template_embeddings,
 )
-from speechbrain_qmargin.faces.ijb import images as image_module
 from speechbrain_qmargin.faces.ijb import templates as template_module
 from speechbrain_qmargin.scoring.metrics import operating_points, tar_at_far
 from speechbrain_qmargin.trials import LabelledTrials
@@ -523,7 +524,6 @@ def pictures(tmp_path, monkeypatch):
 
 def test_alignment_is_that_of_the_training_data(tmp_path):
     """Landmarks already at ArcFace's template: the image comes back, RGB."""
-    pytest.importorskip("speechbrain_qmargin.data.align")
     from PIL import Image
 
     template = [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366],
@@ -531,7 +531,8 @@ def test_alignment_is_that_of_the_training_data(tmp_path):
     x, y = np.meshgrid(np.arange(112), np.arange(112))
     pixels = np.stack([x, 2 * y, 255 - x - y], axis=2).clip(0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "1.png")
-    found = image_module._aligned(tmp_path / "1.png", np.asarray(template, dtype=np.float32), 112)
+    image = read_pixels(tmp_path / "1.png")
+    found = align_face(image, np.asarray(template, dtype=np.float32), 112)
     assert (found.shape, found.dtype) == ((112, 112, 3), np.uint8)
     inner = slice(2, -2)
     assert np.abs(found.astype(int) - pixels)[inner, inner].max() <= 2

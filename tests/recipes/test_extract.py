@@ -203,7 +203,7 @@ def test_bad_input_is_named(run, audio, tmp_path, capsys):
     assert "no .wav" in error(run, tmp_path / "empty", tmp_path / "out.npz")
     assert "out.txt" in error(run, audio, tmp_path / "out.txt")
     assert "nowhere" in error(run, tmp_path / "nowhere", tmp_path / "out.npz")
-    assert "hyperparams.yaml" in error(tmp_path, audio, tmp_path / "out.npz")
+    assert "of no known format" in error(tmp_path, audio, tmp_path / "out.npz")
     (tmp_path / "there.npz").touch()
     assert "there already" in error(run, audio, tmp_path / "there.npz")
     (tmp_path / "list.txt").write_text("a x.wav\na y.wav\n")

@@ -6,14 +6,14 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from speechbrain_qmargin.extraction import PART_SECONDS, extract_into
+from speechbrain_qmargin.extraction import PART_SECONDS, extract_into, read_ahead
 from speechbrain_qmargin.faces.ijb.protocol import IJB
 from speechbrain_qmargin.faces.pair_sets import flip_fusion
 from speechbrain_qmargin.files import load_arrays, replacing, write_text
@@ -197,6 +197,9 @@ def extract_ijb(
     import torch
     from tqdm import tqdm
 
+    from speechbrain_qmargin.data.align import align_face
+    from speechbrain_qmargin.data.images import read_pixels
+
     cache, images_folder = Path(cache), Path(images_folder)
     state = _cache_state(cache, ijb, model) or {
         "images": ijb.fingerprint, "model": model, "done": 0
@@ -209,23 +212,18 @@ def extract_ijb(
 
     def batches() -> Generator[tuple[Sequence[str], Tensor], None, None]:
         """Images from the first that is not done on, decoded and aligned ahead by threads."""
-        pool = ThreadPoolExecutor(workers)
-
-        def faces(start: int) -> list[Future]:
-            rows = range(start, min(start + batch_size, total))
-            places = ((images_folder / ijb.names[i], ijb.landmarks[i]) for i in rows)
-            return [pool.submit(_aligned, *place, image_size) for place in places]
-
-        try:
-            coming = faces(done)
-            for start in range(done, total, batch_size):
-                batch = np.stack([face.result() for face in coming])
-                coming = faces(start + len(batch))
-                images = torch.from_numpy(batch).permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
-                yield ijb.names[start : start + len(batch)], images
+        rows = ((row, row) for row in range(done, total))
+        faces = read_ahead(rows, aligned, workers, 2 * batch_size)
+        with contextlib.closing(faces):
+            while batch := list(islice(faces, batch_size)):
+                pixels = np.stack([face.result() for _, face in batch])
+                images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+                yield [ijb.names[row] for row, _ in batch], images.sub_(127.5).div_(127.5)
                 progress.update(len(batch))
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+    def aligned(row: int) -> np.ndarray:
+        place = images_folder / ijb.names[row]
+        return np.asarray(align_face(read_pixels(place), ijb.landmarks[row], image_size))
 
     def both(images: Tensor) -> np.ndarray:
         """Embeddings of images and of their mirror images, side by side: [B, 2 D]."""
@@ -290,11 +288,3 @@ def _refuse_missing(folder: Path, names: Sequence[str]) -> None:
             f"{folder}: {len(missing):,} images of the protocol are missing, the first is "
             f"{missing[0]}"
         )
-
-
-def _aligned(path: Path, landmarks: np.ndarray, size: int) -> np.ndarray:
-    """An image, aligned: uint8 [size, size, 3], RGB."""
-    from speechbrain_qmargin.data.align import align_face
-    from speechbrain_qmargin.data.images import read_pixels
-
-    return np.asarray(align_face(read_pixels(path), landmarks, size))

@@ -1,0 +1,170 @@
+"""Embeddings of any face images with a trained encoder: whatever holds them in, one file out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speechbrain_qmargin.data.folders import files_below
+from speechbrain_qmargin.data.images import IMAGE_SUFFIXES, read_image
+from speechbrain_qmargin.data.pickled import read_bin
+from speechbrain_qmargin.data.shards import stored_faces
+from speechbrain_qmargin.data.stored import StoredFaces
+from speechbrain_qmargin.export.face_encoder import FaceEncoder
+from speechbrain_qmargin.export.sources import read_list
+from speechbrain_qmargin.extraction import EmbeddingParts, extract_items
+from speechbrain_qmargin.faces.pair_sets import pair_ids
+
+__all__ = ["FaceImages", "extract_images", "find_images", "select_images"]
+
+
+@dataclass(frozen=True)
+class FaceImages:
+    """Images by id.
+
+    Attributes
+    ----------
+    items : mapping from id to whatever `content` takes
+    content : callable
+        From an item to the image's file or its bytes; threads may call it.
+    faults : dict from id to str
+        What cannot be used, found without decoding.
+    named : str
+        What the ids are, for people.
+    """
+
+    items: Mapping[str, Any]
+    content: Callable[[Any], str | Path | bytes]
+    faults: dict[str, str] = field(default_factory=dict)
+    named: str = ""
+
+
+def find_images(source: str | Path) -> FaceImages:
+    """What a path holds, with ids as trial lists write them.
+
+    Parameters
+    ----------
+    source : path
+        A folder of images, at any depth: an id is the path below it, or below its ``images/``. A
+        text file: a path a line, or an id and a path. A ``.rec`` or the folder of one, or of
+        webdataset shards: ``<identity>/<key of the record>``. A ``.bin`` set: ``<set>/000000`` and
+        ``<set>/000001`` are its first pair.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        Nothing there, no images in it, a list that does not fit; named.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such folder or file of images")
+    if source.suffix == ".bin":
+        contents, same = read_bin(source)
+        items = dict(zip(pair_ids(source.stem, len(same)), contents, strict=True))
+        return FaceImages(items, bytes, named="<set>/<number of the image>")
+    stored = stored_faces(source) if source.is_dir() or source.suffix == ".rec" else None
+    if stored is not None:
+        return _stored(stored)
+    if source.is_dir():
+        return _below(source / "images" if (source / "images").is_dir() else source)
+    if source.suffix.lower() in IMAGE_SUFFIXES:
+        raise ValueError(f"{source}: an image; give its folder, or a list of images")
+    return FaceImages(read_list(source, "images"), Path, named="as the list names them")
+
+
+def select_images(images: FaceImages, ids: Sequence[str], what: str | Path) -> FaceImages:
+    """Those images alone, in the order of some ids.
+
+    Raises
+    ------
+    FileNotFoundError
+        Some are not there; named, beside one that is.
+    """
+    missing = [name for name in ids if name not in images.items]
+    if missing:
+        raise FileNotFoundError(
+            f"{what}: {len(missing)} of the images it names are not there, the first: "
+            f"{', '.join(missing[:5])} (there is {next(iter(images.items))})"
+        )
+    return replace(images, items={name: images.items[name] for name in ids}, faults={})
+
+
+def _below(root: Path) -> FaceImages:
+    found = sorted(files_below(root, IMAGE_SUFFIXES))
+    if not found:
+        raise FileNotFoundError(f"{root}: no {', '.join(IMAGE_SUFFIXES)} file in it")
+    items = {one.name: Path(one.path) for one in found if not one.fault}
+    faults = {one.name: one.fault for one in found if one.fault}
+    return FaceImages(items, Path, faults, f"by their path below {root}")
+
+
+def _stored(stored: StoredFaces) -> FaceImages:
+    labels, lock = stored.identities(), threading.Lock()
+
+    def content(row: int) -> bytes:
+        with lock:  # one position in the file for all
+            return stored.image(row)[0]
+
+    items = {f"{label}/{stored.key(row)}": row for row, label in enumerate(labels) if label >= 0}
+    faults = {stored.name(int(row)): "its label is broken" for row in np.flatnonzero(labels < 0)}
+    return FaceImages(items, content, faults, "<identity>/<key>")
+
+
+def extract_images(
+    encoder: FaceEncoder,
+    images: FaceImages,
+    folder: str | Path,
+    about: str = "",
+    *,
+    batch_size: int = 64,
+    workers: int = 4,
+    progress: Callable[[int], Any] | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Embed images; interrupted, it goes on.
+
+    Parameters
+    ----------
+    encoder : FaceEncoder
+    images : FaceImages
+    folder : path
+        Where embeddings are kept on their way.
+    about : str
+        What tells the images from others of the same ids.
+    batch_size, workers : int
+        Images at once; threads that decode.
+    progress : callable, optional
+        Called with how many images were done since the last call.
+
+    Returns
+    -------
+    embeddings : dict from id to float32 [D]
+        In the order of the images.
+    faults : dict from id to str
+        What could not be embedded, and why.
+    """
+    parts = EmbeddingParts(folder, f"{encoder.digest()} on {about}")
+
+    def read(item: Any) -> Tensor:
+        return read_image(images.content(item), encoder.image_size)
+
+    def embed(batch: list[Tensor]) -> Tensor:
+        return encoder(torch.stack(batch).to(encoder.device))
+
+    with torch.inference_mode():
+        found, faults = extract_items(
+            parts,
+            images.items,
+            read,
+            embed,
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+        )
+    return found, images.faults | faults

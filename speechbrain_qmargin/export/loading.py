@@ -1,0 +1,72 @@
+"""The encoder at a path, whatever it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speechbrain_qmargin.export.definitions import hyperparams_tree
+from speechbrain_qmargin.export.encoder import SpeakerEncoder, is_run, load_encoder
+from speechbrain_qmargin.export.face_encoder import FaceEncoder, has_faces, load_face_encoder
+from speechbrain_qmargin.published import load_published
+
+__all__ = ["load_any_encoder"]
+
+
+def load_any_encoder(
+    place: str | Path,
+    device: str | torch.device = "cpu",
+    trust: bool | Collection[str] = False,
+    flip: str | None = None,
+    say: Callable[[str], Any] | None = None,
+) -> SpeakerEncoder | FaceEncoder:
+    """The encoder of a run's output folder, of an inference folder or of a published model.
+
+    Parameters
+    ----------
+    place : path
+        What is none of ours is taken for published, see
+        :func:`~speechbrain_qmargin.published.load_published`.
+    device : str or torch.device
+    trust : bool or collection of str
+        Of our folders, see :func:`~speechbrain_qmargin.export.encoder.load_encoder`.
+    flip : str, optional
+        Of :class:`~speechbrain_qmargin.export.face_encoder.FaceEncoder`.
+    say : callable, optional
+        Gets the summary of a published model.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, OSError
+        As those functions; a `flip` for speech.
+    """
+    folder = Path(place)
+    if _is_ours(folder):
+        tree = hyperparams_tree(folder / "hyperparams.yaml", ("modules",), trust)
+        if has_faces(tree):
+            return load_face_encoder(folder, device, trust, flip)
+        encoder = load_encoder(folder, device, trust)
+    else:
+        published = load_published(place)
+        if say is not None:
+            say(published.summary())
+        if not published.is_speech:
+            return FaceEncoder.of(published, flip).to(device)
+        encoder = SpeakerEncoder.of(published).to(device)
+    if flip is not None:
+        raise ValueError(f"flip: {place} is an encoder of speech, which has no mirror image")
+    return encoder
+
+
+def _is_ours(folder: Path) -> bool:
+    """A run, or the inference folder of one: it says its input, as SpeechBrain's do not."""
+    if is_run(folder):
+        return True
+    yaml = folder / "hyperparams.yaml"
+    if not yaml.is_file():
+        return False
+    lines = yaml.read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(line.startswith(("sample_rate:", "image_size:")) for line in lines)

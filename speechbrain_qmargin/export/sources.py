@@ -1,0 +1,67 @@
+"""What an extraction reads and writes, of speech and of faces: lists in, embeddings out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from speechbrain_qmargin.embeddings import save_embeddings
+from speechbrain_qmargin.extras import require
+from speechbrain_qmargin.files import replacing
+from speechbrain_qmargin.tables import read_lines
+
+__all__ = ["check_output", "read_list", "write_embeddings"]
+
+
+def read_list(path: str | Path, what: str) -> dict[str, Path]:
+    """Id to file, of a text file: a path a line, or an id and a path.
+
+    Raises
+    ------
+    ValueError
+        A line that is a command, an id twice, an empty list: with file and line.
+    """
+    found: dict[str, Path] = {}
+    for number, line in enumerate(read_lines(path)[0], 1):
+        if not line.strip():
+            continue
+        if line.rstrip().endswith("|"):
+            raise ValueError(f"{path}:{number}: {line!r} is a command; only files are read")
+        name, _, file = line.strip().partition("\t" if "\t" in line else " ")
+        if not file or Path(line.strip()).is_file():  # a path alone, perhaps with spaces in it
+            name = file = line.strip()
+        if name in found:
+            raise ValueError(f"{path}:{number}: {name} is there twice")
+        found[name] = Path(file.strip())
+    if not found:
+        raise ValueError(f"{path}: no {what} in it")
+    return found
+
+
+def write_embeddings(out: Path, embeddings: Mapping[str, np.ndarray], encoder: str = "") -> None:
+    """Write ``.npz``, with the encoder's digest, or Kaldi's pair of ``.ark`` and ``.scp``."""
+    if out.suffix == ".npz":
+        save_embeddings(out, embeddings, encoder)
+        return
+    import kaldiio
+
+    ark, scp = out.with_suffix(".ark"), out.with_suffix(".scp")
+    with replacing(ark) as partial, replacing(scp) as index:
+        kaldiio.save_ark(str(partial), embeddings, scp=str(index))
+        text = index.read_text(encoding="utf-8")
+        index.write_text(text.replace(str(partial), str(ark.resolve())), encoding="utf-8")
+
+
+def check_output(out: Path, items: Iterable[str]) -> None:
+    """Refuse, before anything is computed, a file that could not be written, or is there."""
+    if out.suffix not in (".npz", ".ark", ".scp"):
+        raise ValueError(f"{out}: embeddings are written as .npz, .ark or .scp")
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; delete it, or give another OUT")
+    if out.suffix != ".npz":
+        require("kaldiio", why=f"{out}: Kaldi's files", extra="kaldi")
+        spaced = [name for name in items if len(name.split()) != 1]
+        if spaced:
+            raise ValueError(f"{out}: Kaldi's ids have no spaces, as {spaced[0]!r} has; use .npz")
