@@ -29,7 +29,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Key, Item, Read = TypeVar("Key"), TypeVar("Item"), TypeVar("Read")
+Key = TypeVar("Key")
+Item = TypeVar("Item")
+Read = TypeVar("Read")
 
 PART_SECONDS, PART_SIZE = 60, 5000  # what an interruption may cost; what is held in memory
 

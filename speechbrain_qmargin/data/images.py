@@ -17,7 +17,9 @@ from speechbrain_qmargin.extras import require
 
 __all__ = ["IMAGE_SUFFIXES", "check_images", "image_size", "read_image", "read_pixels"]
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+_BITS, _MEANS = 258, 262  # TIFF's tags of a value's bits and of what 0 means: 0 is white, 1 black
 
 
 def check_images(images: Mapping[str, str | Path | bytes]) -> None:
@@ -59,7 +61,7 @@ def check_images(images: Mapping[str, str | Path | bytes]) -> None:
 def read_pixels(source: str | Path | bytes, size: int | None = None) -> np.ndarray:
     """An image as uint8 [H, W, 3], RGB, the right way up.
 
-    Grey images get three equal channels. Those of 16 bits (12 bits in PGM) are scaled, so that
+    Grey images get three equal channels. Those of 16 bits (12 in PGM and TIFF) are scaled, so that
     their white is white. What is transparent is put on black. A camera's note of how it was held
     (EXIF orientation) is followed.
 
@@ -74,7 +76,8 @@ def read_pixels(source: str | Path | bytes, size: int | None = None) -> np.ndarr
     ------
     OSError
         The image cannot be decoded, or its values have no known range (32-bit integers of a TIFF,
-        floating point); the message names its file.
+        floating point, 16 bits of which only the lowest 12 are used); the message names its file,
+        and the mode.
     ImportError
         Pillow is not installed.
 
@@ -86,7 +89,8 @@ def read_pixels(source: str | Path | bytes, size: int | None = None) -> np.ndarr
     with _opened(source) as image:
         from PIL import Image, ImageOps
 
-        image = _rgb(ImageOps.exif_transpose(image), image.format)
+        tags = dict(getattr(image, "tag_v2", {}))
+        image = _rgb(ImageOps.exif_transpose(image), image.format, tags)
         if size is not None and image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         return np.array(image)
@@ -126,7 +130,7 @@ def _opened(source: str | Path | bytes):
         raise OSError(f"{name}cannot be decoded ({fault})") from error
 
 
-def _rgb(image, kind: str | None):
+def _rgb(image, kind: str | None, tags: dict):
     """Pillow's image of any mode as RGB."""
     from PIL import Image
 
@@ -138,6 +142,15 @@ def _rgb(image, kind: str | None):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its values are beyond 16 bits")
+        if tags.get(_BITS) == (12,):  # Pillow gives them as they are
+            values = (values * 65535 + 2047) // 4095
+        elif values.min() < values.max() <= 4095:
+            raise ValueError(
+                f"mode {image.mode}: 16 bits, of which the brightest pixel, {values.max()}, uses "
+                "12 or fewer; write it scaled to 65535"
+            )
+        if tags.get(_MEANS) == 0:
+            values = 65535 - values
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("mode F: floating point, of which no range is known")

@@ -110,7 +110,7 @@ class SpeakerEncoder(nn.Module):
         return digest_of(self.definition or repr(self), state)
 
 
-def digest_of(definition: str, state: Mapping[str, Tensor]) -> str:
+def digest_of(definition: str, state: Mapping[str, Any]) -> str:
     """SHA-256 of what an encoder is and of its tensors by name."""
     digest = hashlib.sha256(definition.encode())
     for key, value in sorted(state.items()):
