@@ -13,7 +13,7 @@ from speechbrain_qmargin.export.encoder import SpeakerEncoder, is_run, load_enco
 from speechbrain_qmargin.export.face_encoder import FaceEncoder, has_faces, load_face_encoder
 from speechbrain_qmargin.published import load_published
 
-__all__ = ["load_any_encoder"]
+__all__ = ["is_exported", "load_any_encoder"]
 
 
 def load_any_encoder(
@@ -44,7 +44,7 @@ def load_any_encoder(
         As those functions; a `flip` for speech.
     """
     folder = Path(place)
-    if _is_ours(folder):
+    if is_exported(folder):
         tree = hyperparams_tree(folder / "hyperparams.yaml", ("modules",), trust)
         if has_faces(tree):
             return load_face_encoder(folder, device, trust, flip)
@@ -61,12 +61,16 @@ def load_any_encoder(
     return encoder
 
 
-def _is_ours(folder: Path) -> bool:
-    """A run, or the inference folder of one: it says its input, as SpeechBrain's do not."""
+def is_exported(folder: str | Path) -> bool:
+    """Whether a folder is a run of ours or an inference folder, and not somebody's publication.
+
+    An inference folder says what it takes, as those that SpeechBrain publishes do not.
+    """
+    folder = Path(folder)
+    file = folder / "hyperparams.yaml"
     if is_run(folder):
         return True
-    yaml = folder / "hyperparams.yaml"
-    if not yaml.is_file():
-        return False
-    lines = yaml.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not file.is_file():
+        return folder.is_dir() and not any(folder.iterdir())  # it is said what is missing
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     return any(line.startswith(("sample_rate:", "image_size:")) for line in lines)

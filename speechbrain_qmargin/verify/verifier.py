@@ -12,10 +12,18 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from speechbrain_qmargin.export.encoder import SpeakerEncoder, is_run, load_encoder
-from speechbrain_qmargin.published import load_published
+from speechbrain_qmargin.export.encoder import SpeakerEncoder, is_run
+from speechbrain_qmargin.export.loading import is_exported, load_any_encoder
 from speechbrain_qmargin.verify.people import People
-from speechbrain_qmargin.verify.readers import Quality, Reader, Sample, Source, SpeechReader, Unfit
+from speechbrain_qmargin.verify.readers import (
+    FaceReader,
+    Quality,
+    Reader,
+    Sample,
+    Source,
+    SpeechReader,
+    Unfit,
+)
 from speechbrain_qmargin.verify.system import System, Vectors
 
 __all__ = [
@@ -23,7 +31,6 @@ __all__ = [
     "Decision",
     "Found",
     "Verifier",
-    "is_exported",
     "load_reader",
     "people_file",
     "place_of",
@@ -387,18 +394,6 @@ def _notes(system: System, count: int) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def is_exported(folder: str | Path) -> bool:
-    """Whether a folder is a run of ours or an inference folder, and not somebody's publication."""
-    folder = Path(folder)
-    file = folder / "hyperparams.yaml"
-    if is_run(folder):
-        return True
-    if not file.is_file():
-        return folder.is_dir() and not any(folder.iterdir())  # it is said what is missing
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    return any(line.startswith(("sample_rate:", "image_size:")) for line in lines)
-
-
 def place_of(encoder: str | Path) -> Path:
     """Where an encoder's threshold lies.
 
@@ -436,10 +431,7 @@ def load_reader(
     **options
         Of the reader.
     """
-    if is_exported(encoder):
-        return SpeechReader(load_encoder(encoder, device, trust), **options)
-    found = load_published(encoder)
-    speech = found.speech()
-    definition = f"{found.format} {found.network}; {speech.summary}"
-    loaded = SpeakerEncoder(found.modules, speech.sample_rate, definition)
-    return SpeechReader(loaded.to(device), **options)
+    loaded = load_any_encoder(encoder, device, trust)
+    if isinstance(loaded, SpeakerEncoder):
+        return SpeechReader(loaded, **options)
+    return FaceReader(loaded, **options)
