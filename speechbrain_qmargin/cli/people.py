@@ -254,7 +254,7 @@ def _people(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from speechbrain_qmargin.extras import require
 
-    require("fastapi", "uvicorn", "python_multipart", why="the service", extra="serve")
+    require("fastapi", "python_multipart", "uvicorn", why="the service", extra="serve")
     from speechbrain_qmargin.verify.service import serve
 
     serve(

@@ -11,28 +11,19 @@ A client sends contents, never paths, and may be answered ``{"error": {"code", "
 ====  ======================================================================
 """
 
-from __future__ import annotations
-
+# no `from __future__ import annotations`: FastAPI reads those of functions that are made in one
 import hmac
 import math
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, File, Request, UploadFile
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel
-from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from speechbrain_qmargin import __version__
+from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.verify.people import NotEnrolled, OtherEncoder
 from speechbrain_qmargin.verify.readers import Unfit
 from speechbrain_qmargin.verify.system import NoThreshold
@@ -56,25 +47,23 @@ _POLICY = (
 )
 
 
-Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
-Upload = Annotated[UploadFile, File(description="the content of a file; its name is not used")]
-Uploads = Annotated[list[UploadFile], File(description="contents; their names are not used")]
-
-
-class Fault(BaseModel):
+@dataclass
+class Fault:
     """Why a request was refused."""
 
     code: str
     message: str
 
 
-class Refused(BaseModel):
+@dataclass
+class Refused:
     """Every answer that is not a success."""
 
     error: Fault
 
 
-class Enrolled(BaseModel):
+@dataclass
+class Enrolled:
     """Who was enrolled, from how many recordings altogether."""
 
     name: str
@@ -82,7 +71,8 @@ class Enrolled(BaseModel):
     added: list[dict[str, Any]]
 
 
-class PersonOut(BaseModel):
+@dataclass
+class PersonOut:
     """Somebody who is enrolled."""
 
     name: str
@@ -91,7 +81,8 @@ class PersonOut(BaseModel):
     added: str
 
 
-class DecisionOut(BaseModel):
+@dataclass
+class DecisionOut:
     """Accept or reject, with what it rests on."""
 
     score: float
@@ -103,7 +94,8 @@ class DecisionOut(BaseModel):
     notes: list[str]
 
 
-class CandidateOut(BaseModel):
+@dataclass
+class CandidateOut:
     """Somebody who was found."""
 
     name: str
@@ -112,7 +104,8 @@ class CandidateOut(BaseModel):
     accept: bool
 
 
-class FoundOut(BaseModel):
+@dataclass
+class FoundOut:
     """Who a recording may be of."""
 
     candidates: list[CandidateOut]
@@ -125,7 +118,8 @@ class FoundOut(BaseModel):
     kind: str
 
 
-class SystemOut(BaseModel):
+@dataclass
+class SystemOut:
     """The encoder, its threshold, what that promises, and the scores it was measured on."""
 
     modality: str
@@ -145,10 +139,10 @@ class SystemOut(BaseModel):
 class _Limit:
     """Refuse a body that is larger than allowed while it comes, whatever its header says."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: Any, max_bytes: int) -> None:
         self.app, self.max_bytes = app, max_bytes
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -159,14 +153,14 @@ class _Limit:
             return
         seen, over = 0, False
 
-        async def counted() -> Message:
+        async def counted() -> Any:
             nonlocal seen, over
             message = await receive()
             seen += len(message.get("body", b""))
             over = over or seen > self.max_bytes
             return {"type": "http.disconnect"} if over else message
 
-        async def sent(message: Message) -> None:
+        async def sent(message: Any) -> None:
             if not over:  # or it would complain of a body that is cut off
                 await send(message)
 
@@ -178,12 +172,14 @@ class _Limit:
         if over:
             await self._refuse(scope, receive, send)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
         message = f"a request has at most {self.max_bytes:,} bytes"
         await _refused(413, "too_large", message)(scope, receive, send)
 
 
-def _refused(status: int, code: str, message: str, **headers: str) -> JSONResponse:
+def _refused(status: int, code: str, message: str, **headers: str) -> Any:
+    from starlette.responses import JSONResponse
+
     content = {"error": {"code": code, "message": message}}
     return JSONResponse(content, status, headers or None)
 
@@ -194,7 +190,7 @@ def make_app(
     *,
     max_bytes: int = MAX_BYTES,
     hosts: tuple[str, ...] = LOOPBACK,
-) -> FastAPI:
+) -> Any:
     """The service as an ASGI application.
 
     Parameters
@@ -210,9 +206,23 @@ def make_app(
 
     Raises
     ------
+    ImportError
+        The extra ``serve`` is not installed.
     ValueError
         A token that is too short, or not of printable ASCII.
     """
+    require("fastapi", "python_multipart", why="the service", extra="serve")
+    from fastapi import APIRouter, Depends, FastAPI, File, Request, UploadFile
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import HTMLResponse, JSONResponse
+    from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+    from starlette.exceptions import HTTPException
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    bearer = Depends(HTTPBearer(auto_error=False))
+    Credentials = Annotated[HTTPAuthorizationCredentials | None, bearer]
+    Upload = Annotated[UploadFile, File(description="a file's content; its name is not used")]
+    Uploads = Annotated[list[UploadFile], File(description="contents; names are not used")]
     if len(token) < 16 or not token.isascii() or not token.isprintable():
         raise ValueError("the token wants 16 characters or more, of printable ASCII")
     folder = files("speechbrain_qmargin.verify") / "page"
@@ -296,20 +306,20 @@ def make_app(
 
     # ---------------------------------------------------------------- decisions
 
-    @api.post("/people/{name}/verify")
-    def verify(name: str, file: Upload) -> DecisionOut:
+    @api.post("/people/{name}/verify", response_model=DecisionOut)
+    def verify(name: str, file: Upload) -> Any:
         """Whether a recording is of the person."""
-        return DecisionOut(**_plain(verifier.verify(name, _content(file))))
+        return _plain(verifier.verify(name, _content(file)))
 
-    @api.post("/compare")
-    def compare(one: Upload, other: Upload) -> DecisionOut:
+    @api.post("/compare", response_model=DecisionOut)
+    def compare(one: Upload, other: Upload) -> Any:
         """Whether two recordings are of one person; nothing is kept."""
-        return DecisionOut(**_plain(verifier.compare(_content(one), _content(other))))
+        return _plain(verifier.compare(_content(one), _content(other)))
 
-    @api.post("/identify")
-    def identify(file: Upload, most: int = 5) -> FoundOut:
+    @api.post("/identify", response_model=FoundOut)
+    def identify(file: Upload, most: int = 5) -> Any:
         """Who of those enrolled a recording may be of."""
-        return FoundOut(**_plain(verifier.identify(_content(file), min(most, 100))))
+        return _plain(verifier.identify(_content(file), min(most, 100)))
 
     @api.get("/system")
     def system() -> SystemOut:
@@ -358,7 +368,7 @@ def make_app(
     return app
 
 
-def _content(upload: UploadFile) -> bytes:
+def _content(upload: Any) -> bytes:
     """What was sent; its name is nobody's business."""
     return upload.file.read()
 
@@ -412,6 +422,7 @@ def serve(
     max_bytes : int
         Of a request's body.
     """
+    require("uvicorn", why="the service", extra="serve")
     import uvicorn
 
     token = read_token(token_file) if token_file else secrets.token_urlsafe(24)

@@ -3,15 +3,15 @@ r"""Whether a recording is one to decide on: length, level, clipping, and whethe
 An encoder gives an embedding for anything, and two recordings of one noise are alike: white noise
 against white noise scores 0.999. What is no speech must be refused before it is scored. The
 measures are of frames of 32 ms, every 16 ms, at the encoder's sample rate. The active frames are
-those within 30 dB of the loud ones (the 95th percentile of the levels).
+those within 30 dB of the 95th percentile of the levels, the loud ones those within 20 dB.
 
 * *modulation*: the spread of the frames' levels in dB, the 90th less the 10th percentile. Syllables
   and pauses make tens of dB; a steady noise, hum or tone makes about one.
 * *voiced*: the share of active frames with a period of 2.5 to 16 ms (60 to 400 Hz), the normalised
-  autocorrelation above 0.5. Noise has none, however it is switched on and off.
-* *variation*: how much the shape of the spectrum changes between active frames, in dB: 20 bands,
-  each frame's mean taken out, half the distance of the 16th and 84th percentiles over frames,
-  averaged over bands. A tone that is switched on and off keeps its shape.
+  autocorrelation above 0.4 after pre-emphasis, which takes the slope out of coloured noise.
+* *variation*: how much the shape of the spectrum changes between loud frames, in dB: 20 bands, each
+  frame's mean taken out, half the distance of the 16th and 84th percentiles over frames, averaged
+  over bands. A tone that is switched on and off keeps its shape.
 
 Music, and a voice that is played or synthesised, pass: nothing here detects them.
 """
@@ -19,7 +19,7 @@ Music, and a voice that is played or synthesised, pass: nothing here detects the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,8 @@ import numpy as np
 __all__ = ["SpeechLimits", "SpeechQuality", "frames_of", "measure_speech"]
 
 _FRAME, _HOP = 0.032, 0.016  # seconds
-_ACTIVE = 30.0  # dB below the loud frames
+_ACTIVE, _LOUD = 30.0, 20.0  # dB below the 95th percentile
+_PERIODIC, _PRE_EMPHASIS = 0.4, 0.97
 _BANDS, _LOW, _HIGH = 20, 100.0, 7000.0  # Hz
 _PERIODS = 60.0, 400.0  # Hz
 _FLOOR = 1e-10  # of power: -100 dBFS
@@ -84,7 +85,7 @@ class SpeechLimits:
     clipped: float = 0.02
     modulation: float = 6.0
     voiced: float = 0.1
-    variation: float = 3.3
+    variation: float = 3.5
 
     def faults(self, found: SpeechQuality) -> tuple[str, ...]:
         """What is wrong, in words, each with its figure and what is wanted."""
@@ -152,10 +153,12 @@ def measure_speech(signal: np.ndarray, sample_rate: int) -> SpeechQuality:
     frames = frames_of(signal, sample_rate)
     power = np.einsum("ns,ns->n", frames, frames, dtype=np.float64) / frames.shape[1]
     levels = 10 * np.log10(power + _FLOOR)
-    active = levels > np.percentile(levels, 95) - _ACTIVE
-    spectra = _spectra(frames[active], sample_rate)
-    heights = 10 * np.log10(np.stack(spectra[0]) + _FLOOR)
+    top = np.percentile(levels, 95)
+    active, loud = levels > top - _ACTIVE, levels > top - _LOUD
+    heights = 10 * np.log10(_bands(frames[loud], sample_rate) + _FLOOR)
     shapes = heights - heights.mean(axis=1, keepdims=True)
+    emphasised = np.append(signal[:1], signal[1:] - np.float32(_PRE_EMPHASIS) * signal[:-1])
+    voices = frames_of(emphasised, sample_rate)
     low, high = np.percentile(levels, (10, 90))
     lower, upper = np.percentile(shapes, (16, 84), axis=0)
     return SpeechQuality(
@@ -164,29 +167,45 @@ def measure_speech(signal: np.ndarray, sample_rate: int) -> SpeechQuality:
         level=float(10 * np.log10(power[active].mean() + 1e-20)),
         clipped=_clipped(signal),
         modulation=float(high - low),
-        voiced=float(np.mean(np.concatenate(spectra[1]) > 0.5)),
+        voiced=float(np.mean(_periodicity(voices[active], sample_rate) > _PERIODIC)),
         variation=float((upper - lower).mean() / 2),
     )
 
 
-def _spectra(frames: np.ndarray, sample_rate: int) -> tuple[list, list]:
-    """Power in bands, [bands] a frame, and periodicity, of frames in blocks."""
+def _bands(frames: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Power in bands of equal ratio [N, bands]."""
     size = frames.shape[1]
-    window = np.hanning(size).astype(np.float32)
     length = 2 ** math.ceil(math.log2(2 * size))
-    shortest, longest = (round(sample_rate / f) for f in reversed(_PERIODS))
-    own = np.fft.irfft(np.abs(np.fft.rfft(window, length)) ** 2, length)[: longest + 1]
     edges = np.geomspace(_LOW, min(_HIGH, 0.45 * sample_rate), _BANDS + 1)
     bins = np.unique(np.round(edges * length / sample_rate).astype(int))
-    bands, periodicity = [], []
-    for start in range(0, len(frames), 512):
-        spectrum = np.abs(np.fft.rfft(frames[start : start + 512] * window, length)) ** 2
-        sums = np.add.reduceat(spectrum, bins, axis=1)[:, :-1] / np.diff(bins)
-        bands.extend(sums / size)
+    return np.concatenate(
+        [
+            np.add.reduceat(spectrum, bins, axis=1)[:, :-1] / np.diff(bins) / size
+            for spectrum in _spectra(frames, length)
+        ]
+    )
+
+
+def _periodicity(frames: np.ndarray, sample_rate: int) -> np.ndarray:
+    """The largest autocorrelation [N] over the periods of a voice, relative to that at zero."""
+    size = frames.shape[1]
+    length = 2 ** math.ceil(math.log2(2 * size))
+    shortest, longest = (round(sample_rate / f) for f in reversed(_PERIODS))
+    window = np.hanning(size)
+    own = np.fft.irfft(np.abs(np.fft.rfft(window, length)) ** 2, length)[: longest + 1]
+    found = []
+    for spectrum in _spectra(frames, length):
         correlation = np.fft.irfft(spectrum, length)[:, : longest + 1]
         relative = correlation / (correlation[:, :1] + 1e-20) * (own[0] / own)
-        periodicity.append(relative[:, shortest:].max(axis=1))
-    return bands, periodicity
+        found.append(relative[:, shortest:].max(axis=1))
+    return np.concatenate(found)
+
+
+def _spectra(frames: np.ndarray, length: int) -> Iterator[np.ndarray]:
+    """Power spectra of windowed frames, in blocks."""
+    window = np.hanning(frames.shape[1]).astype(np.float32)
+    for start in range(0, len(frames), 512):
+        yield np.abs(np.fft.rfft(frames[start : start + 512] * window, length)) ** 2
 
 
 def _clipped(signal: np.ndarray) -> float:
