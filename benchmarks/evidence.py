@@ -49,31 +49,26 @@ QMARGIN = points(
 )
 COSINES = grid(scale=[16, 32], margin=[0.1, 0.2, 0.35])
 
-# The systems in the order of the plan: the loss's name and the settings that are tried for it;
-# one setting is not tuned.
-SYSTEMS: dict[str, tuple[str, list[dict]]] = {
-    "arcface": ("arcface", COSINES),
-    "cosface": ("cosface", COSINES),
-    "qmargin": ("qmargin", QMARGIN),
-    "published": ("qmargin", points((1.5, 10, 0.2))),
-    "auto": ("qmargin_auto", [{}]),
-    "adaface": ("adaface", grid(scale=[16, 32], margin=[0.2, 0.4, 0.6])),
-    "subcenter": ("arcface --subcentres=3", COSINES),
-    "qmargin_norm": ("qmargin_norm", QMARGIN),
-    "entmax": ("entmax", grid(alpha=[1.1, 1.25, 1.5], scale=[10, 20])),
-    "sparsemax": ("sparsemax", grid(scale=[2.5, 5, 10, 15, 20, 32])),
-    "a3m": ("a3m", QMARGIN),
+# The systems in the order of the plan: the recipe's options and the settings that are tried with
+# them; one setting is not tuned.
+SYSTEMS: dict[str, tuple[list[str], list[dict]]] = {
+    "arcface": (["--loss=arcface"], COSINES),
+    "cosface": (["--loss=cosface"], COSINES),
+    "qmargin": (["--loss=qmargin"], QMARGIN),
+    "published": (["--loss=qmargin"], points((1.5, 10, 0.2))),
+    "auto": (["--loss=qmargin_auto"], [{}]),
+    "adaface": (["--loss=adaface"], grid(scale=[16, 32], margin=[0.2, 0.4, 0.6])),
+    "subcenter": (["--loss=arcface", "--subcentres=3"], COSINES),
+    "qmargin_norm": (["--loss=qmargin_norm"], QMARGIN),
+    "entmax": (["--loss=entmax"], grid(alpha=[1.1, 1.25, 1.5], scale=[10, 20])),
+    "sparsemax": (["--loss=sparsemax"], grid(scale=[2.5, 5, 10, 15, 20, 32])),
+    "a3m": (["--loss=a3m"], QMARGIN),
 }
 PRIMARY = "qmargin"
 
 
 def options(system: str, setting: dict) -> list[str]:
-    loss, *more = SYSTEMS[system][0].split()
-    return [
-        f"--loss={loss}",
-        *more,
-        *(f"--{key}={value}" for key, value in setting.items()),
-    ]
+    return [*SYSTEMS[system][0], *(f"--{key}={value}" for key, value in setting.items())]
 
 
 # -- the lists ---------------------------------------------------------------

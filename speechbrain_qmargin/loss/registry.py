@@ -63,7 +63,7 @@ LOSSES: dict[str, type[Loss]] = {
 _ELSEWHERE = dict.fromkeys(
     ("subcenter", "subcentre", "subcenter_arcface"),
     "the classifier's: give --subcentres 3 with any loss, as --loss arcface",
-) | {"partial_fc": "a head: give --head partial --sample_rate 0.1 with any loss"}
+) | {"partial_fc": "a head: give --head partial --class_sample_rate 0.1 with any loss"}
 
 
 def loss_class(name: str) -> type[Loss]:

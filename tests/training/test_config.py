@@ -193,3 +193,10 @@ def test_a_yaml_of_ones_own_chooses_within_what_it_extends(yaml, tmp_path):
     _, hparams = load(str(own), "--size=mini", f"--output_folder={tmp_path / 'out'}")
     assert (hparams["layer"].in_features, hparams["layer"].out_features) == (8, 5)
     assert hparams["seed"] == 3
+
+
+@pytest.mark.parametrize("recipe", ["qmargin.yaml", "face_qmargin.yaml"])
+def test_the_partial_head_takes_its_own_rate_not_the_audios(recipe, tmp_path):
+    folder = f"--output_folder={tmp_path}"
+    experiment = load_experiment([str(HPARAMS / recipe), "--size=small", "--head=partial", folder])
+    assert experiment.load(out_n_neurons=10)["classifier"].sample_rate == 0.1
