@@ -10,16 +10,16 @@ ICML 2025),
 Where :math:`f'(0)` is finite a class with :math:`\theta_j - \tau \le f'(0)` has posterior 0: the
 posterior is sparse. Where it is minus infinity every class is active.
 
-==================== ====================================== =================== =======
-name                 f(u)                                   f'(0)               f(0)
-==================== ====================================== =================== =======
-``kl``               u log u - u + 1                        minus infinity      1
-``chi_square``       (u - 1)^2 / 2                          -1: sparse          1/2
-``le_cam``           (u - 1)^2 / (u + 1)                    -3: sparse          1
-``jensen_shannon``   2 u log u - 2 (1 + u) log((1 + u) / 2) minus infinity      2 log 2
-``squared_hellinger`` 2 (sqrt(u) - 1)^2                     minus infinity      2
-``reverse_kl``       u - 1 - log u                          minus infinity      infinite
-==================== ====================================== =================== =======
+===================== ====================================== ============== ========
+name                  f(u)                                   f'(0)          f(0)
+===================== ====================================== ============== ========
+``kl``                u log u - u + 1                        minus infinity 1
+``chi_square``        (u - 1)^2 / 2                          -1: sparse     1/2
+``le_cam``            (u - 1)^2 / (u + 1)                    -3: sparse     1
+``jensen_shannon``    2 u log u - 2 (1 + u) log((1 + u) / 2) minus infinity 2 log 2
+``squared_hellinger`` 2 (sqrt(u) - 1)^2                      minus infinity 2
+``reverse_kl``        u - 1 - log u                          minus infinity infinite
+===================== ====================================== ============== ========
 
 With :math:`f(0)` infinite the divergence of a one-hot label from q is infinite, and so is the loss:
 ``reverse_kl`` has a softargmax and no loss. ``chi_square`` is the alpha-divergence of order 2,
@@ -71,7 +71,7 @@ class Generator:
     pole : float
         v_sup, or 0 where (f*)' has no pole.
     log_ratio : callable
-        log of u = (f*)'(pole - w) at depths w below :attr:`edge`.
+        log of u = (f*)'(pole - w) at depths w below `edge`.
     slope : callable
         (f*)''(pole - w) there.
     depth : callable
