@@ -13,8 +13,12 @@ import sys
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import speechbrain  # noqa: F401
 import torch
+
+if not torch.cuda.is_available():  # Triton reads it when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import speechbrain  # noqa: F401
 
 from speechbrain_qmargin.files import CACHE_VARIABLE
 
@@ -22,6 +26,18 @@ torch.set_num_threads(1)
 for name, module in list(sys.modules.items()):
     if type(module).__name__ in ("LazyModule", "DeprecatedModuleRedirect"):
         del sys.modules[name]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default="cpu", help="where the tests that take `device` run: cpu or cuda"
+    )
+
+
+@pytest.fixture
+def device(request):
+    """Of the tests that say the same of a GPU; on a CPU Triton's kernels are interpreted."""
+    return torch.device(request.config.getoption("--device"))
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from speechbrain_qmargin.loss.binary import binary_rows
-from speechbrain_qmargin.loss.device import all_steps, host_decides
+from speechbrain_qmargin.loss.device import all_steps, host_decides, kernels_run
 from speechbrain_qmargin.loss.interface import (
     BinaryObjective,
     Objective,
@@ -78,10 +78,17 @@ class DenseScores:
             raise TypeError(f"cosines must be floating point, got {cosines.dtype}")
         if cosines.numel() == 0:
             raise ValueError(f"an empty batch: cosines have shape {tuple(cosines.shape)}")
-        _check_cosines(cosines)
         if embeddings is not None:
             embeddings = embeddings.reshape(len(cosines), -1)
         self._cosines, self._embeddings = cosines, embeddings
+        self._checked = False
+        if not kernels_run(cosines.device):  # which look at every value anyhow
+            self._check()
+
+    def _check(self) -> None:
+        if not self._checked:
+            _check_cosines(self._cosines)
+        self._checked = True
 
     @property
     def num_classes(self) -> int:
@@ -93,6 +100,7 @@ class DenseScores:
 
     def cosines(self) -> Tensor:
         """[B, C], as they came."""
+        self._check()
         return self._cosines
 
     def evaluate(
@@ -114,6 +122,7 @@ class DenseScores:
             )
         check_labels(targets, cosines.shape[1])
         if isinstance(objective, BinaryObjective):
+            self._check()
             return binary_rows(cosines, targets.long(), objective)
         log_q = objective.log_q
         if log_q is not None and log_q.shape != (cosines.shape[1],):
@@ -129,6 +138,7 @@ class DenseScores:
             if objective.move_others is not None:
                 if objective.alpha != 1:
                     raise ValueError("move_others is for cross-entropies: alpha = 1")
+                self._check()
                 if moved is None:
                     moved = cosines.gather(1, targets.unsqueeze(1)).squeeze(1)
                     moved = moved.to(row_dtype(cosines))
@@ -136,18 +146,16 @@ class DenseScores:
                     cosines.to(compute_dtype(cosines)),
                     moved.detach().to(compute_dtype(cosines)).unsqueeze(1),
                 )
-            loss, target_posterior, support, _ = _FenchelYoung.apply(
-                cosines,
-                moved,
-                objective.target_log_q,
-                objective.log_q,
-                targets,
-                objective.alpha,
-                objective.scale,
-                objective.spread,
-                statistics,
-            )
-        return Rows(loss, target_posterior, support)
+            tensors = cosines, moved, objective.target_log_q, log_q, targets
+            numbers = objective.alpha, float(objective.scale), statistics
+            if kernels_run(cosines.device):
+                loss, posterior, support = _OneLaunch.apply(*tensors, *numbers, not self._checked)
+                self._checked = True
+            else:
+                loss, posterior, support, _ = _FenchelYoung.apply(
+                    *tensors, *numbers, objective.spread
+                )
+        return Rows(loss, posterior, support)
 
 
 def scores_of(outputs: Tensor | Scores, embeddings: Tensor | None = None) -> Scores:
@@ -186,8 +194,8 @@ class _FenchelYoung(torch.autograd.Function):
         targets: Tensor,
         alpha: float,
         scale: float,
-        spread: float | None,
         count_support: bool,
+        spread: float | None,
     ):
         """Loss, target posterior and support size, all [B], and p - e_y [B, C].
 
@@ -202,12 +210,8 @@ class _FenchelYoung(torch.autograd.Function):
         looks = host_decides(cosines.device)
         if spread is None and alpha > 1 and (looks or all_steps()):
             spread = spread_of(target_log_q, log_q)
-        if log_q is not None and dtype != exact:
-            beyond = (alpha - 1) * log_q.abs().amax() > FLOAT32_LOG_RANGE
-            if not looks:
-                torch._assert_async(~beyond, _BEYOND)  # pyright: ignore[reportPrivateImportUsage]
-            elif bool(beyond):
-                dtype = exact
+        if log_q is not None and dtype != exact and not _float32_holds(log_q, alpha):
+            dtype = exact
         # Differences to one wrong cosine, taken before scaling: nearly exact where it matters. The
         # target leaves the matrix, so that its tiny prior meets no rounding.
         z = cosines.to(dtype, copy=True).scatter_(1, index, -math.inf)
@@ -272,12 +276,7 @@ class _FenchelYoung(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 by_prior = prior_slope(target_log_q.to(own.dtype), own, alpha) * grad_loss
             if ctx.needs_input_grad[3]:
-                # p_j u_j / alpha where j is not the target
-                others = excess.scatter(1, index, 0)
-                there = others > 0
-                log_p = torch.where(there, others, 1).log()
-                tilted = torch.exp(alpha * log_p + (1 - alpha) * log_q.to(log_p.dtype))
-                by_log_q = torch.where(there, tilted, 0) * (grad_loss / alpha).unsqueeze(1)
+                by_log_q = _measure_slope(excess.scatter(1, index, 0), log_q, alpha, grad_loss)
         if grad_excess is not None:  # of the gradient itself
             p = excess.scatter_add(1, index, torch.ones_like(index, dtype=excess.dtype))
             full = torch.zeros_like(p) if log_q is None else log_q.to(p.dtype).expand_as(p)
@@ -304,6 +303,106 @@ class _FenchelYoung(torch.autograd.Function):
         return by_cosine, by_moved, by_prior, by_log_q, *[None] * 5
 
 
+class _OneLaunch(torch.autograd.Function):
+    """What :class:`_FenchelYoung` gives, by Triton's kernels: one launch each way.
+
+    The row is read again in the backward pass, so that nothing of size B x C is kept but the
+    cosines.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cosines: Tensor,
+        moved: Tensor | None,
+        target_log_q: Tensor | None,
+        log_q: Tensor | None,
+        targets: Tensor,
+        alpha: float,
+        scale: float,
+        count_support: bool,
+        check: bool,
+    ):
+        from speechbrain_qmargin.loss.kernels import solve_rows  # needs Triton
+
+        if cosines.stride(1) != 1:
+            cosines = cosines.contiguous()
+        if log_q is not None and compute_dtype(cosines) == torch.float32:
+            _float32_holds(log_q, alpha)
+        solved = solve_rows(
+            cosines,
+            targets,
+            alpha,
+            scale,
+            moved=moved,
+            prior=target_log_q,
+            log_q=log_q,
+            limit=1 + _tolerance(cosines.dtype) if check else None,
+            support=count_support,
+        )
+        if check:
+            _assert_async((solved.counts[1] == 0).all(), _beyond_one(cosines.shape[1]))
+        ctx.save_for_backward(cosines, targets, solved.kept, moved, target_log_q, log_q)
+        ctx.alpha, ctx.scale = alpha, scale
+        support = solved.counts[0] if count_support else None
+        ctx.mark_non_differentiable(solved.posterior, *([] if support is None else [support]))
+        ctx.set_materialize_grads(False)
+        return solved.loss, solved.posterior, support
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None):
+        from speechbrain_qmargin.loss.kernels import gradient
+
+        grad_loss = gradients[0]
+        if grad_loss is None:
+            return (None,) * 9
+        cosines, targets, kept, moved, target_log_q, log_q = ctx.saved_tensors
+        alpha, scale = ctx.alpha, ctx.scale
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # second derivatives
+            inputs = cosines, moved, target_log_q, log_q
+            loss, *_ = _FenchelYoung.apply(*inputs, targets, alpha, scale, False, None)
+            wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), *(
+                [None] * 5
+            )
+        by_cosine = by_moved = by_prior = by_log_q = None
+        same = {"moved": moved is not None, "log_q": log_q}
+        if ctx.needs_input_grad[0]:
+            by_cosine = gradient(cosines, targets, kept, grad_loss * scale, alpha, scale, **same)
+        if moved is not None and ctx.needs_input_grad[1]:
+            by_moved = (kept[0] * (grad_loss * scale)).to(moved.dtype)
+        if target_log_q is not None and ctx.needs_input_grad[2]:
+            by_prior = prior_slope(target_log_q, kept[0], alpha) * grad_loss
+            by_prior = by_prior.to(target_log_q.dtype)
+        if log_q is not None and ctx.needs_input_grad[3]:
+            same |= {"moved": True, "dtype": grad_loss.dtype}
+            p = gradient(cosines, targets, kept, torch.ones_like(grad_loss), alpha, scale, **same)
+            by_log_q = _measure_slope(p, log_q, alpha, grad_loss).sum(0).to(log_q.dtype)
+        return by_cosine, by_moved, by_prior, by_log_q, *[None] * 5
+
+
+def _measure_slope(others: Tensor, log_q: Tensor, alpha: float, grad_loss: Tensor) -> Tensor:
+    """Gradient by log q of the other classes, p_j u_j / alpha, from their posteriors [B, C]."""
+    there = others > 0
+    log_p = torch.where(there, others, 1).log()
+    tilted = torch.exp(alpha * log_p + (1 - alpha) * log_q.to(log_p.dtype))
+    return torch.where(there, tilted, 0) * (grad_loss / alpha).unsqueeze(1)
+
+
+def _float32_holds(log_q: Tensor, alpha: float) -> bool:
+    """Whether factors q^(alpha-1) are far from float32's ends; on a GPU it is asserted."""
+    beyond = (alpha - 1) * log_q.abs().amax() > FLOAT32_LOG_RANGE
+    if host_decides(log_q.device):
+        return not bool(beyond)
+    _assert_async(~beyond, _BEYOND)
+    return True
+
+
+def _assert_async(condition: Tensor, message: str) -> None:
+    torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def check_labels(targets: Tensor, num_classes: int) -> None:
     """Refuse labels outside [0, num_classes). On CUDA the check is asynchronous: no host wait."""
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
@@ -316,32 +415,43 @@ def check_labels(targets: Tensor, num_classes: int) -> None:
         "(the classifier's number of classes) to the size of the label encoder"
     )
     if not host_decides(targets.device):
-        torch._assert_async(valid.all(), f"a target label is {message}")  # pyright: ignore[reportPrivateImportUsage]
+        _assert_async(valid.all(), f"a target label is {message}")
     elif not bool(valid.all()):
         raise ValueError(f"target label {int(targets[~valid][0])} is {message}")
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Half-precision products of half-precision unit vectors overshoot 1 by a few of their eps."""
+    return max(1e-3, 4 * torch.finfo(dtype).eps)
+
+
+def _advice(classes: int) -> str:
+    return (
+        "the loss takes cosines (unit embeddings times unit prototypes), not logits, and has the "
+        "scale in itself. SpeechBrain's ECAPA recipes give cosines; for train_x_vectors add "
+        "--classifier='!new:speechbrain.lobes.models.ECAPA_TDNN.Classifier "
+        f"[512, cpu, 0, 192, {classes}]', where 512 is the size of its embeddings"
+    )
+
+
+def _beyond_one(classes: int) -> str:
+    return f"outputs beyond 1 or not finite: {_advice(classes)}"
 
 
 def _check_cosines(cosines: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
-    # half-precision products of half-precision unit vectors overshoot one by a few of their eps
-    tolerance = max(1e-3, 4 * torch.finfo(cosines.dtype).eps)
     low, high = torch.aminmax(cosines.detach())
     largest = torch.maximum(-low, high)  # NaN propagates
-    message = (
-        "the loss takes cosines (unit embeddings times unit prototypes), not logits, and has the "
-        "scale in itself. SpeechBrain's ECAPA recipes give cosines; for train_x_vectors add "
-        "--classifier='!new:speechbrain.lobes.models.ECAPA_TDNN.Classifier "
-        f"[512, cpu, 0, 192, {cosines.shape[1]}]', where 512 is the size of its embeddings"
-    )
+    tolerance, classes = _tolerance(cosines.dtype), cosines.shape[1]
     if not host_decides(cosines.device):
-        torch._assert_async(largest <= 1 + tolerance, f"outputs beyond 1 or not finite: {message}")  # pyright: ignore[reportPrivateImportUsage]
+        _assert_async(largest <= 1 + tolerance, _beyond_one(classes))
         return
     value = float(largest)
     if not math.isfinite(value):
         raise ValueError(
             "outputs are not finite (NaN or inf). Look for a diverged model, a silent or empty "
-            f"recording, or fp16 overflow; {message}"
+            f"recording, or fp16 overflow; {_advice(classes)}"
         )
     if value > 1 + tolerance:
-        raise ValueError(f"outputs reach |{value:.4g}| > 1: {message}")
+        raise ValueError(f"outputs reach |{value:.4g}| > 1: {_advice(classes)}")

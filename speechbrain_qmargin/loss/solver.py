@@ -46,6 +46,7 @@ __all__ = [
     "compute_dtype",
     "edge",
     "fenchel_young",
+    "in_logs",
     "jacobian",
     "newton",
     "newton_steps",
@@ -144,7 +145,8 @@ def check_alpha(alpha: float) -> None:
 # --------------------------------------------------------------------------- levels
 
 
-def _in_logs(alpha: float) -> bool:
+def in_logs(alpha: float) -> bool:
+    """Whether levels are tau and powers exp(k log1p(.)): where k > 8."""
     return (alpha - 1) * _LOG_DOMAIN_POWER < 1
 
 
@@ -156,7 +158,7 @@ def edge(level: Tensor, alpha: float) -> Tensor:
     >>> edge(torch.tensor(0.5), 1.05), edge(torch.tensor(0.5), 2.0)     # a tau, an edge
     (tensor(-19.5000), tensor(0.5000))
     """
-    return level - 1 / (alpha - 1) if _in_logs(alpha) else level
+    return level - 1 / (alpha - 1) if in_logs(alpha) else level
 
 
 def tau_of(level: Tensor, alpha: float) -> Tensor:
@@ -167,7 +169,7 @@ def tau_of(level: Tensor, alpha: float) -> Tensor:
     >>> tau_of(torch.tensor(0.5), 1.05), tau_of(torch.tensor(0.5), 2.0)
     (tensor(0.5000), tensor(1.5000))
     """
-    return level if _in_logs(alpha) else level + 1 / (alpha - 1)
+    return level if in_logs(alpha) else level + 1 / (alpha - 1)
 
 
 def single_class_level(logits: Tensor, alpha: float, log_q: Tensor | None = None) -> Tensor:
@@ -179,7 +181,7 @@ def single_class_level(logits: Tensor, alpha: float, log_q: Tensor | None = None
     alpha : float
     log_q : Tensor broadcastable to `logits`, or None for q = 1
     """
-    if _in_logs(alpha):
+    if in_logs(alpha):
         if log_q is None:
             return logits
         if alpha == 1:
@@ -200,7 +202,7 @@ def target_powers(logit: Tensor, level: Tensor, measure: Measure) -> tuple[Tenso
     alpha = measure.alpha
     k = 1 / (alpha - 1)
     lead = (logit - level).mul_(alpha - 1)
-    log_u = lead.clamp_(min=-1).log1p_() if _in_logs(alpha) else lead.clamp_(min=0).log_()
+    log_u = lead.clamp_(min=-1).log1p_() if in_logs(alpha) else lead.clamp_(min=0).log_()
     if k > 1:  # exp(-inf) is 0
         p = (log_u * k).add_(measure.target).exp_()
         return p, log_u.mul_(k - 1).add_(measure.target).exp_()
@@ -289,15 +291,14 @@ class Block:
         self._factor: Tensor | None = None
         if log_q is not None:
             # q u^k = (q^(1/k) u)^k: neither factor is far from 1 where q and u^k are
-            in_logs = _in_logs(self.alpha)
-            factor = log_q if in_logs else torch.exp(log_q * (self.alpha - 1))
+            factor = log_q if in_logs(self.alpha) else torch.exp(log_q * (self.alpha - 1))
             self._factor = factor.to(self.v).expand_as(self.v)
 
     def sums(self, level: Tensor) -> tuple[Tensor, Tensor]:
         r"""S = sum_j p_j and H = sum_j q_j u_j^(k-1) = -dS/dtau at levels [...], both [...]."""
         h = self._powers(level)
         s = torch.linalg.vecdot(h, self._u)
-        if self._factor is None or _in_logs(self.alpha):
+        if self._factor is None or in_logs(self.alpha):
             slope = h.sum(-1)
         else:
             slope = torch.linalg.vecdot(h, self._factor)
@@ -316,7 +317,7 @@ class Block:
         alpha, u, h = self.alpha, self._u, self._h
         k = 1 / (alpha - 1)
         torch.sub(self.v, ((alpha - 1) * level).to(self.v.dtype).unsqueeze(-1), out=u)
-        if _in_logs(alpha):
+        if in_logs(alpha):
             torch.log1p(u.clamp_(min=-1), out=h).mul_(k - 1)
             if self._factor is not None:
                 h.add_(self._factor)
@@ -485,7 +486,7 @@ def solve(
     alpha = measure.alpha
     lower = torch.maximum(lower, single_class_level(target, alpha, measure.target))
     upper = torch.maximum(peak, target)
-    if _in_logs(alpha):
+    if in_logs(alpha):
         upper = upper + 1 / (alpha - 1)
     if spread is None:
         if few is None:
