@@ -394,14 +394,16 @@ class VerificationBrain(OpenBrain):
 
     def _advise(self, zero_loss: float) -> None:
         """Once a run, what the epoch says of the loss's settings: in the log and in the history."""
-        numbers = vars(self.hparams)
-        if self._loss_now != self._full or not numbers.get("out_n_neurons"):
-            return  # on the way to its settings, or a recipe of one's own
+        numbers, cost = vars(self.hparams), self.hparams.compute_cost
+        if not (numbers.get("out_n_neurons") and numbers.get("embedding_dim")):
+            return  # a recipe of one's own
+        if self._loss_now != self._full:
+            return  # on the way to its settings
         if any("advice" in earlier for earlier in self.history()):
             return
         epochs = self.hparams.epoch_counter
         said = advice(
-            self.hparams.compute_cost,
+            cost,
             Progress(
                 zero_loss,
                 done=epochs.current / epochs.limit,
@@ -411,7 +413,7 @@ class VerificationBrain(OpenBrain):
             ),
         )
         if said is not None:
-            logger.warning(f"{self.hparams.loss} is {said}")
+            logger.warning(f"{numbers.get('loss', type(cost).__name__)} is {said}")
             self._record["advice"] = said
 
     def _over_processes(self, rows: Tensor) -> Tensor:

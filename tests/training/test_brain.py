@@ -246,6 +246,12 @@ def test_settings_out_of_reach_are_named_once(folder, tmp_path):
     assert (tmp_path / "log.txt").read_text().count("qmargin is out of reach") == 1
 
 
+def test_a_recipe_with_other_names_gets_no_advice():
+    brain = VerificationBrain.__new__(VerificationBrain)
+    brain.hparams = SimpleNamespace(compute_cost=None, out_n_neurons=5, lin_neurons=192)
+    assert brain._advise(0.0) is None
+
+
 def test_a_reset_that_cannot_be_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="one prototype a class"):
         make_brain(folder, tmp_path, loss="a3m", reset_after_epochs=[1], subcentres=2)
