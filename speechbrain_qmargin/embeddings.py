@@ -296,7 +296,14 @@ def load_mean(path: str | Path) -> np.ndarray:
             if not np.isfinite(vector).all():
                 raise ValueError(f"{path}: the mean is not finite")
             return vector
-    mean = load_embeddings(path).matrix.mean(axis=0, dtype=np.float64).astype(np.float32)
+    embeddings = load_embeddings(path)
+    if not any("/" in name for name in embeddings.ids):
+        warnings.warn(
+            f"{path}: its ids, such as {embeddings.ids[0]}, are perhaps speakers; the mean of "
+            "speakers' means is not that of their utterances: give that (mean_vec.npy)",
+            stacklevel=2,
+        )
+    mean = embeddings.matrix.mean(axis=0, dtype=np.float64).astype(np.float32)
     if not np.isfinite(mean).all():
         raise ValueError(f"{path}: the mean of its embeddings is not finite")
     return mean

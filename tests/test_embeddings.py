@@ -173,7 +173,10 @@ def test_means_of_files(tmp_path):
     np.save(tmp_path / "mean_vec.npy", np.float64([1, 2, 3]))
     assert load_mean(tmp_path / "mean_vec.npy").tolist() == [1, 2, 3]
     save_embeddings(tmp_path / "e.npz", {"a": np.ones(2), "b": np.array([3.0, 5])})
-    assert load_mean(tmp_path / "e.npz").tolist() == [2, 3]
+    with pytest.warns(UserWarning, match=r"such as a, are perhaps speakers; .* \(mean_vec\.npy\)"):
+        assert load_mean(tmp_path / "e.npz").tolist() == [2, 3]
+    save_embeddings(tmp_path / "u.npz", {"a/1": np.ones(2), "a/2": np.array([3.0, 5])})
+    assert load_mean(tmp_path / "u.npz").tolist() == [2, 3]
     np.save(tmp_path / "mean_vec.npy", np.float64([1, np.nan]))
     with pytest.raises(ValueError, match=r"mean_vec\.npy: the mean is not finite"):
         load_mean(tmp_path / "mean_vec.npy")

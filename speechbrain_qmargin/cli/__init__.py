@@ -51,6 +51,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "people": "list, export or erase those who are enrolled",
         "serve": "enrol and verify over HTTP, with a page to try it",
     },
+    "trials": {"trials": "trial lists of your own people: every pair, or a list of yours"},
     "faces": {"align": "photographs of faces by five landmarks, as the networks are trained"},
 }
 

@@ -423,6 +423,7 @@ def standard_figures(
     c_fa: float = 1.0,
     all_eers: bool = False,
     llr: bool = False,
+    eers: Sequence[str] = metrics.EER_METHODS[:1],
 ) -> list[Measure]:
     """What a report holds unless told otherwise, in its order.
 
@@ -436,13 +437,15 @@ def standard_figures(
         Also the ``step`` and ``nist`` variants of the EER, and minCllr.
     llr : bool
         The scores are log-likelihood ratios: actDCF and Cllr too.
+    eers : sequence of str
+        The variants of the EER, unless it is all of them.
 
     Examples
     --------
     >>> [measure.name for measure in standard_figures([0.01])]
     ['EER', 'minDCF(p=0.01)', 'TAR@FAR=0.01']
     """
-    methods = metrics.EER_METHODS if all_eers else metrics.EER_METHODS[:1]
+    methods = metrics.EER_METHODS if all_eers else eers
     measures: list[Measure] = [EqualErrorRate(method) for method in methods]
     for prior in np.atleast_1d(p_target).tolist():
         measures.append(MinDCF(prior, c_miss, c_fa))

@@ -241,6 +241,7 @@ def score_lists(
                 p_target=p_target,
                 c_miss=c_miss,
                 c_fa=c_fa,
+                eers=("rocch", "nist"),
                 llr=system == "calibrated",
                 structure=structure,
                 confidence=confidence,

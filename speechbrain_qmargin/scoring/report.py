@@ -109,10 +109,12 @@ class Report:
                 )
             )
         lines = _columns(rows)
+        nist = any(figure.key == ("eer", "nist") for figure in self.figures)
         lines.append(
             f"{self.num_targets:,} target and {self.num_impostors:,} impostor trials of "
-            f"{self.num_speakers} {self.units}; EER by the ROC's convex hull, DCF over the better "
-            "of accepting and rejecting all"
+            f"{self.num_speakers} {self.units}; EER by the ROC's convex hull"
+            + (" (nist: by the ROC, as most papers)" if nist else "")
+            + ", DCF over the better of accepting and rejecting all"
         )
         if self.source:
             lines.append(f"trials: {self.source}")
@@ -148,6 +150,7 @@ def evaluate(
     c_miss: float = 1.0,
     c_fa: float = 1.0,
     all_eers: bool = False,
+    eers: Sequence[str] = ("rocch",),
     llr: bool = False,
     figures: Sequence[Measure] | None = None,
     structure: TrialStructure | None = None,
@@ -168,6 +171,8 @@ def evaluate(
         Costs of minDCF.
     all_eers : bool
         Also the ``step`` and ``nist`` variants of the EER, and minCllr.
+    eers : sequence of str
+        The variants of the EER, unless it is all of them; papers print ``nist``.
     llr : bool
         The scores are log-likelihood ratios: report actDCF and Cllr too.
     figures : sequence of Measure, optional
@@ -210,7 +215,7 @@ def evaluate(
     spread = Spread(scores, trials, points, structure)
     if figures is None:
         figures = standard_figures(
-            fars, p_target, c_miss=c_miss, c_fa=c_fa, all_eers=all_eers, llr=llr
+            fars, p_target, c_miss=c_miss, c_fa=c_fa, all_eers=all_eers, eers=eers, llr=llr
         )
         figures += registered()
     influences = [measure.influence(spread) for measure in figures]

@@ -248,7 +248,7 @@ def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
         "test"
     ]
     assert make_trials([str(tmp_path), str(tmp_path), "--dev_speakers=9"]) == 1
-    assert "6 speakers have two recordings" in capsys.readouterr().err
+    assert "6 of 7 people have two files or more" in capsys.readouterr().err
     (tmp_path / "wav" / "g" / "1 2.wav").touch()
     spaced = ["--dev_speakers=3", "--test_speakers=4"]
     assert make_trials([str(tmp_path), str(tmp_path / "spaced"), *spaced]) == 0
@@ -256,7 +256,7 @@ def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
     assert "g/1 2.wav" in ids[0] + ids[1]
     (tmp_path / "wav" / "g" / "3\t4.wav").touch()
     assert make_trials([str(tmp_path), str(tmp_path)]) == 1
-    assert "rename it; a list cannot hold tabs" in capsys.readouterr().err
+    assert "its name has a tab or a line break: rename it" in capsys.readouterr().err
 
 
 def test_a_run_is_exported_with_its_threshold(tmp_path, capsys):

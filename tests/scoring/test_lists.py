@@ -7,6 +7,7 @@ import pytest
 
 from speechbrain_qmargin.embeddings import cosine_scores, save_embeddings
 from speechbrain_qmargin.scoring.lists import Cohort, score_files
+from speechbrain_qmargin.scoring.metrics import eer, operating_points
 from speechbrain_qmargin.trials import LabelledTrials, write_trials
 
 
@@ -87,6 +88,11 @@ def test_a_list_read_from_a_file_is_scored_as_in_memory(tmp_path):
     points = reports["list"]["cosine"].points
     scores = cosine_scores({name: v.astype(np.float32) for name, v in raw.items()}, trials)
     assert np.array_equal(points.targets, np.sort(scores[same]))
+    for method in ("rocch", "nist"):  # both stand in the table
+        value = eer(operating_points(scores, same), method)
+        assert reports["list"]["cosine"]["eer", method].value == value
+    assert "EER(nist)" in said[0]
+    assert "(nist: by the ROC, as most papers)" in said[0]
     assert "trials: list.txt sha256:" in said[0]
     with pytest.raises(ValueError, match="the output is an input too"):
         score_files(

@@ -1,0 +1,139 @@
+"""The subcommand that makes trial lists of one's own people: trials."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["configure", "divided_trials"]
+
+TRIALS = """
+SOURCE is a folder, <person>/<file> or <person>/<session>/<file>, itself or below its wav/ or
+images/; or a table with a header, of a column of files (file, image, wav) and one of people
+(person, identity, speaker), perhaps one of sessions.
+
+OUT gets dev.txt, on which to choose a threshold, test.txt, on which to measure it, of people that
+share nobody, and the files of both (trial_files.txt) and of all others (train_files.txt), for
+`qmargin extract`; train_people.txt names those others. Every pair is a trial, but two of one person
+only if they are of different sessions, wherever there are several.
+
+With --all everybody is in one list, trials.txt. With --pairs your own list of pairs, two names a
+line, gets its labels: trials.txt. A pair may be named by id or by file.
+"""
+
+
+def divided_trials(
+    source: str | Path,
+    out: str | Path,
+    counts: dict[str, int],
+    most: int,
+    seed: int = 0,
+    names: tuple[str, str] = ("people", "files"),
+) -> None:
+    """Write a trial list for each part of the people, and lists of the files.
+
+    Parameters
+    ----------
+    source, out : path
+        See :func:`~speechbrain_qmargin.data.people.read_people`; a folder.
+    counts : dict from part to its number of people
+    most : int
+        Files of a person in trials.
+    seed : int
+    names : (str, str)
+        What people and their files are called.
+    """
+    from speechbrain_qmargin.data.people import draw_parts, read_people
+    from speechbrain_qmargin.files import write_text
+    from speechbrain_qmargin.scoring.pairing import every_pair, spread_over_sessions
+    from speechbrain_qmargin.trials import write_trials
+
+    out, people = Path(out), read_people(source)
+    parts, rest = draw_parts(people.ids, counts, seed)
+    units, files = names
+    listed: dict[str, list[str]] = {"trial": [], "train": []}
+    drawn = [one for each in parts.values() for one in each]
+    for part, chosen in parts.items():
+        ids = {one: spread_over_sessions(people.ids[one], most) for one in chosen}
+        listed["trial"] += [name for each in ids.values() for name in each]
+        trials = every_pair(ids)
+        write_trials(out / f"{part}.txt", trials)
+        print(f"{out / part}.txt: {len(chosen)} {units}, {_counted(trials)}")
+    listed["train"] = [name for one in rest for name in people.ids[one]]
+    for part, ids in listed.items():
+        file = out / f"{part}_{files}.txt"
+        write_text(file, people.listed(ids))
+        print(f"{file}: {len(ids):,} {files} of {len(drawn if part == 'trial' else rest)} {units}")
+    write_text(out / f"train_{units}.txt", "".join(f"{one}\n" for one in sorted(rest)))
+
+
+def _counted(trials) -> str:
+    targets = int(np.count_nonzero(trials.is_target))
+    return f"{targets:,} target and {len(trials) - targets:,} impostor trials"
+
+
+def _trials(args: argparse.Namespace) -> None:
+    from speechbrain_qmargin.data.people import read_people
+    from speechbrain_qmargin.files import refuse_overwriting, write_text
+    from speechbrain_qmargin.scoring.pairing import every_pair, spread_over_sessions
+    from speechbrain_qmargin.trials import write_trials
+
+    out = Path(args.out)
+    refuse_overwriting([out / "trials.txt"], [args.source, args.pairs])
+    if not (args.all or args.pairs):
+        divided_trials(args.source, out, {"dev": args.dev, "test": args.test}, args.most, args.seed)
+        return
+    people = read_people(args.source)
+    if args.pairs:
+        trials = _labelled(args.pairs, people)
+    else:
+        chosen = {one: spread_over_sessions(ids, args.most) for one, ids in people.ids.items()}
+        trials = every_pair(chosen)
+    write_trials(out / "trials.txt", trials)
+    write_text(out / "trial_files.txt", people.listed(trials.ids))
+    print(f"{out / 'trials.txt'}: {_counted(trials)}")
+
+
+def _labelled(pairs: str, people):
+    """A list of two names a line, with ids in their place and the labels that the people say."""
+    from speechbrain_qmargin.tables import some
+    from speechbrain_qmargin.trials import read_unlabelled, speaker_in
+
+    trials = read_unlabelled(pairs)
+    by_file = {str(path): name for name, path in people.files.items()}
+    ids: Sequence[str] = [
+        name if name in people.files else by_file.get(name, "") for name in trials.ids
+    ]
+    lost = [name for name, found in zip(trials.ids, ids, strict=True) if not found]
+    if lost:
+        raise ValueError(
+            f"{pairs}: {len(lost)} of the names are of no file: {some(lost)} (there is "
+            f"{next(iter(people.files))})"
+        )
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{pairs}: it names a file in two ways")
+    who = np.unique([speaker_in(name) for name in ids], return_inverse=True)[1]
+    same = who[trials.enrolment] == who[trials.test]
+    if trials.is_target is not None and (trials.is_target != same).any():
+        at = int(np.argmax(trials.is_target != same))
+        raise ValueError(f"{pairs}: the label of {trials.pair(at)} is not what the people say")
+    return replace(trials, ids=list(ids), is_target=same).labelled()
+
+
+def configure(add) -> None:
+    """The subcommand that makes trial lists; see :mod:`speechbrain_qmargin.cli`."""
+    sub = add("trials", _trials)
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    sub.description = f"{sub.description}\n{TRIALS}"
+    sub.add_argument("source", metavar="SOURCE", help="a folder or a table of people")
+    sub.add_argument("out", metavar="OUT", help="folder to write")
+    sub.add_argument("--dev", type=int, default=20, help="people to choose a threshold on")
+    sub.add_argument("--test", type=int, default=20, help="people to measure it on")
+    sub.add_argument("--most", type=int, default=10, help="files of a person, at most")
+    sub.add_argument("--seed", type=int, default=0, help="of the draw")
+    sub.add_argument("--all", action="store_true", help="everybody in one list")
+    sub.add_argument("--pairs", metavar="FILE", help="your own list of pairs, to be labelled")
