@@ -56,7 +56,7 @@ def test_a_table_everybody_and_sessions(tmp_path):
     assert found.files["ann/mon/1.jpg"] == tmp_path / "x/1.jpg"
     assert trials(table, tmp_path / "lists", "--all") == 0
     made = read_trials(tmp_path / "lists/trials.txt")
-    pairs = [sorted(made.pair(n).split()) for n in np.flatnonzero(made.is_target)]
+    pairs = [sorted(made.pair(n).split()) for n in np.flatnonzero(made.is_target).tolist()]
     assert sorted(pairs) == [[f"ann/mon/{n}.jpg", "ann/tue/3.jpg"] for n in (1, 2)]
     assert len(made) == 5
 
