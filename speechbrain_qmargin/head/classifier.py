@@ -17,13 +17,14 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from speechbrain_qmargin.head import fused, shards
 from speechbrain_qmargin.head import refusals as refusals  # kernels that name the remedy
-from speechbrain_qmargin.head import shards
 from speechbrain_qmargin.head.binary import BinaryLoss
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.optim import RowSparse
 from speechbrain_qmargin.head.prototypes import Derived, Mark, Prototypes
-from speechbrain_qmargin.head.step import Evaluation, HeadLoss, Shard
+from speechbrain_qmargin.head.sizes import Sizes
+from speechbrain_qmargin.head.step import Evaluation, HeadLoss, Shard, refuse_labels
 from speechbrain_qmargin.loss.functional import check_loss_parameters, q_margin_objective
 from speechbrain_qmargin.loss.interface import (
     BinaryObjective,
@@ -92,6 +93,9 @@ class QMarginHead(nn.Module):
     seed : int, optional
         Of the initial prototypes, which do not depend on the number of ranks. None: drawn from
         torch's generator, on the first rank.
+    sizes : Sizes, optional
+        How much is looked at at a time, and with which kernels. None: what suits the device of
+        `weight`.
 
     Attributes
     ----------
@@ -151,10 +155,11 @@ class QMarginHead(nn.Module):
         sparse_grad: bool | None = None,
         group: Any = None,
         seed: int | None = None,
+        sizes: Sizes | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"embedding_dim": embedding_dim, "num_classes": num_classes}
-        for name, value in (sizes | {"subcentres": subcentres}).items():
+        numbers = {"embedding_dim": embedding_dim, "num_classes": num_classes}
+        for name, value in (numbers | {"subcentres": subcentres}).items():
             if int(value) != value or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value}")
         if subcentres > _MOST_SUBCENTRES:
@@ -166,12 +171,12 @@ class QMarginHead(nn.Module):
         self.comm = comm = Communicator(group)
         if num_classes < comm.world:
             raise ValueError(f"{num_classes} classes cannot be shared by {comm.world} ranks")
-        sizes = torch.tensor([embedding_dim, num_classes, subcentres], device=comm.device())
-        for rank, other in enumerate(comm.gather_rows(sizes)):
-            if not torch.equal(sizes, other):
+        shape = torch.tensor([embedding_dim, num_classes, subcentres], device=comm.device())
+        for rank, other in enumerate(comm.gather_rows(shape)):
+            if not torch.equal(shape, other):
                 raise ValueError(
                     "shards disagree: (embedding_dim, num_classes, subcentres) is "
-                    f"{tuple(sizes.tolist())} on rank {comm.rank} and {tuple(other.tolist())} on "
+                    f"{tuple(shape.tolist())} on rank {comm.rank} and {tuple(other.tolist())} on "
                     f"rank {rank}"
                 )
         self.start, self.stop = comm.shard_of(self.num_classes)
@@ -181,7 +186,7 @@ class QMarginHead(nn.Module):
         self.anchor = nn.Parameter(torch.zeros(())) if distributed else None
         # what DDP reads of the module it wraps: its names for gradients and for broadcasts
         self._ddp_params_and_buffers_to_ignore = [".weight", "weight"]
-        self._derived = Derived()
+        self._derived, self._room = Derived(sizes), fused.Room()
         self._optimizer: weakref.ref | None = None
         self._checked_against_ddp = False
         self.reset_parameters(seed)
@@ -219,6 +224,11 @@ class QMarginHead(nn.Module):
 
     def is_bound_to(self, optimizer: torch.optim.Optimizer) -> bool:
         return self._optimizer is not None and self._optimizer() is optimizer
+
+    @property
+    def may_fuse(self) -> bool:
+        """Whether ``fused`` knows such a head: all classes here, each of one row."""
+        return self.comm.world == 1 and self.subcentres == 1
 
     @property
     def gives_sparse_grad(self) -> bool:
@@ -498,6 +508,10 @@ class HeadOutput:
             refused = error  # raised where all ranks hear of it
         head._check_not_broadcast()
         with torch.autocast(embeddings.device.type, enabled=False):
+            if refused is None and isinstance(objective, Objective) and head.may_fuse:
+                rows = self._fused(targets, objective)
+                if rows is not None:
+                    return rows
             unit = F.normalize(embeddings.float(), dim=1)
             sizes, finite = head._agreed_sizes(unit, targets, refused)
             raw = embeddings.detach().float()
@@ -521,6 +535,30 @@ class HeadOutput:
             found = Evaluation(*HeadLoss.apply(*batch, asked))
             rows = Rows(found.loss, found.target_posterior, found.support)
             return attach(rows, objective, found.target_cosines, found.residual)
+
+    def _fused(self, targets: Tensor, objective: Objective) -> Rows | None:
+        """By a few kernels, where that is the way."""
+        head, prototypes = self.head, self.head.prototypes()
+        if not fused.takes(prototypes, objective):
+            return None
+        raw, target_log_q = self.embeddings.float().contiguous(), objective.target_log_q
+        if target_log_q is None:
+            target_log_q = torch.zeros(len(raw), dtype=torch.float64, device=raw.device)
+        log_q = objective.log_q
+        asked = replace(
+            objective,
+            target_log_q=target_log_q.detach().to(raw.device, torch.float64).contiguous(),
+            log_q=None if log_q is None else log_q.to(raw.device).contiguous(),
+        )
+        step = fused.evaluate(raw.detach(), targets, asked, prototypes, head._room)
+        if step is None:
+            return None
+        sparse_grad = head.gives_sparse_grad
+        found = Evaluation(
+            *fused.FusedLoss.apply(raw, head.weight, self.anchored, step, prototypes, sparse_grad)
+        )
+        rows = Rows(found.loss, found.target_posterior, found.support)
+        return attach(rows, objective, found.target_cosines, found.residual)
 
     def _checked(self, targets: Tensor) -> Tensor:
         batch = len(self.embeddings)
@@ -560,15 +598,12 @@ def _spread(target_log_q: Tensor, log_q: Tensor | None, comm: Communicator) -> f
 
 
 def _check_range(labels: Tensor, wrong: Tensor, num_classes: int) -> None:
-    message = (
-        f"outside [0, {num_classes}): the outputs have {num_classes} classes. Set out_n_neurons "
-        "(the classifier's number of classes) to the size of the label encoder"
-    )
     if labels.device.type != "cpu":
-        torch._assert_async(wrong == 0, f"a target label is {message}")  # pyright: ignore
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+            wrong == 0, f"a target label is outside [0, {num_classes}), the number of classes"
+        )
     elif int(wrong):
-        valid = (labels >= 0) & (labels < num_classes)
-        raise ValueError(f"target label {int(labels[~valid][0])} is {message}")
+        refuse_labels(labels, num_classes)
 
 
 # ---------------------------------------------------------------- other optimisers

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_qmargin.head.prototypes import Mark, mark
+from speechbrain_qmargin.head.sizes import constants
 
 __all__ = ["RowOwner", "RowSparse", "RowSparseAdam", "RowSparseSGD"]
 
@@ -177,10 +178,11 @@ class RowSparse(torch.optim.Optimizer):
             state["idle_since"] = torch.zeros(p.shape[0], dtype=torch.int32, device=p.device)
         assert p.grad is not None
         rows, values = _rows_and_values(p.grad)
-        for start in range(0, rows.numel(), _ROWS_AT_ONCE):
-            part = rows[start : start + _ROWS_AT_ONCE]
+        at_once = _at_once(p)
+        for start in range(0, rows.numel(), at_once):
+            part = rows[start : start + at_once]
             w, moments = self._caught_up(p, state, group, part)
-            self._visit(w, values[start : start + _ROWS_AT_ONCE], moments, group, state)
+            self._visit(w, values[start : start + at_once], moments, group, state)
             p.index_copy_(0, part, w)
             for name, moment in zip(self._moments, moments, strict=False):
                 state[name].index_copy_(0, part, moment)
@@ -225,7 +227,7 @@ class RowSparse(torch.optim.Optimizer):
                     self._drop(p, group)
                 elif len(state["idle"]) > 1:
                     everything = torch.arange(p.shape[0], device=p.device)
-                    for part in everything.split(_ROWS_AT_ONCE):
+                    for part in everything.split(_at_once(p)):
                         w, moments = self._caught_up(p, state, group, part)
                         p.index_copy_(0, part, w)
                         for name, moment in zip(self._moments, moments, strict=False):
@@ -248,7 +250,7 @@ class RowSparse(torch.optim.Optimizer):
         """
         state = self.state[p]
         if len(state["idle"]) > 1:
-            for part in torch.arange(p.shape[0], device=p.device).split(_ROWS_AT_ONCE):
+            for part in torch.arange(p.shape[0], device=p.device).split(_at_once(p)):
                 moments = [state[n].index_select(0, part) for n in self._moments if n in state]
                 self._fade(moments, self._lines(p, state, part))
                 for name, moment in zip(self._moments, moments, strict=False):
@@ -520,6 +522,10 @@ class RowSparseAdam(RowSparse, torch.optim.AdamW):
         m.lerp_(d, 1 - b1)
         v.mul_(b2).addcmul_(d, d, value=1 - b2)
         w.addcdiv_(m, v.sqrt().div_(math.sqrt(c2)).add_(group["eps"]), value=-lr / c1)
+
+
+def _at_once(p: Tensor) -> int:
+    return constants(p.device).fit(_ROWS_AT_ONCE, 32 * p.shape[1])
 
 
 def _corrections(group: dict, state: dict) -> tuple[float, float]:

@@ -60,6 +60,10 @@ class PartialHead(QMarginHead):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sample_rate={self.sample_rate:g}"
 
+    @property
+    def may_fuse(self) -> bool:
+        return False
+
     def sample(self, targets: Tensor) -> Tensor:
         """Classes of this rank, counted from its first, sorted; its `targets` are among them."""
         here = targets[(targets >= self.start) & (targets < self.stop)] - self.start

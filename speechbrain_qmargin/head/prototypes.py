@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from speechbrain_qmargin.head.sizes import Sizes, constants
+from speechbrain_qmargin.loss.device import host_decides
+
 __all__ = [
     "Derived",
     "Mark",
@@ -19,9 +22,6 @@ __all__ = [
     "to_int8",
 ]
 
-ROWS_AT_ONCE = 8192
-# Below this many classes a float32 product costs less than finding out what to skip
-SCREEN_FROM = 32768
 _SAMPLED = 64  # rows whose content is looked at
 
 
@@ -50,7 +50,7 @@ def mark(weight: Tensor) -> Mark:
     False
     """
     content = 0
-    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+    if host_decides(weight.device) and weight.dtype == torch.float32:
         rows = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED)]
         content = int(rows.view(torch.int32).sum(dtype=torch.int64))
     return Mark(weight.data_ptr(), weight.device, weight._version, content)
@@ -76,11 +76,13 @@ class Screen(NamedTuple):
 
 
 class Prototypes(NamedTuple):
-    """What a search reads: rows [C, D] float32, 1/norm [C], and from 32,768 classes on a screen."""
+    """What a search reads: rows [C, D] float32, 1/norm [C], and from 32,768 classes on a screen;
+    and how much of them at a time."""
 
     weight: Tensor
     inverse_norm: Tensor
     screen: Screen | None
+    sizes: Sizes = Sizes()
 
     def unit(self, rows: Tensor | slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows of unit length."""
@@ -97,15 +99,16 @@ class Prototypes(NamedTuple):
 class Derived:
     """The :class:`Prototypes` of a weight, rebuilt when it was written, refreshed row by row."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sizes | None = None) -> None:
+        self.sizes = sizes
         self._kept: Prototypes | None = None
         self._mark: Mark | None = None
 
     def __getstate__(self) -> dict:
-        return {}  # a copy of the weight has its own
+        return {"sizes": self.sizes}  # a copy of the weight has its own
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__()
+        self.__init__(state["sizes"])
 
     def forget(self) -> None:
         """All is built anew when it is next needed."""
@@ -119,10 +122,13 @@ class Derived:
             with torch.inference_mode(False), torch.no_grad():
                 rows = weight.detach()
                 norms = rows.new_empty(rows.shape[0])
-                screen = _empty_screen(rows, norms) if len(rows) >= SCREEN_FROM else None
-                self._kept = Prototypes(rows, norms, screen)
-                for start in range(0, rows.shape[0], ROWS_AT_ONCE):
-                    _derive(self._kept, slice(start, start + ROWS_AT_ONCE))
+                sizes = self.sizes or constants(weight.device)
+                screened = len(rows) >= sizes.screen_from
+                screen = _empty_screen(rows, norms, sizes.screen) if screened else None
+                self._kept = Prototypes(rows, norms, screen, sizes)
+                step = sizes.fit(sizes.rows, 16 * rows.shape[1])
+                for start in range(0, rows.shape[0], step):
+                    _derive(self._kept, slice(start, start + step))
             self._mark = found
         return self._kept
 
@@ -130,7 +136,8 @@ class Derived:
         """`rows` were just changed, by one who found the weight at `before`."""
         if self._kept is not None and self._mark == before:
             with torch.inference_mode(False), torch.no_grad():
-                for part in rows.split(ROWS_AT_ONCE):
+                sizes = self._kept.sizes
+                for part in rows.split(sizes.fit(sizes.rows, 16 * weight.shape[1])):
                     _derive(self._kept, part)
             self._mark = mark(weight)
 
@@ -163,8 +170,8 @@ def _int8_is_exact() -> bool:
     return bool((int8_product(ones, ones) == 64 * 127 * 127).all())
 
 
-def _empty_screen(rows: Tensor, inverse_norm: Tensor) -> Screen:
-    dtype, residual = screen_dtype(rows.device), rows.new_zeros(())
+def _empty_screen(rows: Tensor, inverse_norm: Tensor, dtype: torch.dtype | None) -> Screen:
+    dtype, residual = dtype or screen_dtype(rows.device), rows.new_zeros(())
     if dtype == torch.float32 or rows.shape[1] == 1:  # torch 2.14's int8 product is wrong there
         return Screen(rows, inverse_norm, residual)
     factor = torch.empty_like(inverse_norm) if dtype == torch.int8 else None
@@ -185,7 +192,7 @@ def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _derive(kept: Prototypes, rows: slice | Tensor) -> None:
-    weight, inverse_norm, screen = kept
+    weight, inverse_norm, screen, _ = kept
     values = weight[rows]
     inverse = values.norm(dim=1).clamp_(min=1e-12).reciprocal_()
     inverse_norm[rows] = inverse

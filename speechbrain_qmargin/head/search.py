@@ -59,21 +59,12 @@ __all__ = [
     "chunked_cosines",
     "exact_cosines",
     "nearest_rows",
+    "parts_of",
     "refined",
     "rounding",
     "screening_slack",
     "search",
 ]
-
-_CHUNK = 8192  # rows scored at a time where all are
-_OUTPUT_BYTES = (256 * 2**20, 2**20)  # of a screening product: on a CPU it stays in the cache
-_PARTS = (1 / 16, 3 / 16, 7 / 16)  # of the classes, after which the floors rise
-_BLOCK = 32768  # surviving rows scored in float32 at a time
-_SAMPLE = 16384  # rows the first floors come from
-_SAMPLE_TOP = 64
-_MOST = 0.1  # of the classes, above which none is skipped
-_MAX_CANDIDATES = 4_000_000  # padded candidates of a batch: 16 MB a buffer
-_EXACT_AT_ONCE = 4096  # rows computed again in float64
 
 
 class Query(NamedTuple):
@@ -224,7 +215,7 @@ class Screening:
         """Rows of a part of the classes, sorted."""
         batch, device = self._columns.shape[1], self._columns.device
         size = 2 if self._kind == torch.bfloat16 else 4
-        chunk = max(64, _OUTPUT_BYTES[device.type == "cpu"] // (batch * size))
+        chunk = max(64, self._prototypes.sizes.output_bytes // (batch * size))
         hit = torch.empty(part.stop - part.start, dtype=torch.bool, device=device)
         out = torch.empty(0, device=device)
         for start in range(part.start, part.stop, chunk):
@@ -277,8 +268,9 @@ def _scored(
     query: Query, rows: Tensor, floor: Tensor, prototypes: Prototypes, room: int
 ) -> list[Candidates] | None:
     """Those of `rows`, sorted, at or above the floors [B], in cosine; None if more than `room`."""
-    found = []
-    for block in rows.split(_BLOCK) if rows.numel() else ():
+    found, sizes = [], prototypes.sizes
+    at_once = sizes.fit(sizes.block, 4 * (2 * query.unit.shape[1] + 3 * len(query.unit)))
+    for block in rows.split(at_once) if rows.numel() else ():
         cosines = product(query.unit, prototypes.unit(block))
         for targets in query.target_rows():
             place = torch.searchsorted(block, targets).clamp_(max=block.numel() - 1)
@@ -370,14 +362,17 @@ def _sampled_level(query: Query, prototypes: Prototypes) -> tuple[Tensor, float]
     The level is a lower bound; the share, that of the classes above its edge.
     """
     # with sub-centres the first of each class: at most its cosine, so the bound stands
-    stride = max(1, len(prototypes.weight) // query.subcentres // _SAMPLE) * query.subcentres
+    stride = (
+        max(1, len(prototypes.weight) // query.subcentres // prototypes.sizes.sample)
+        * query.subcentres
+    )
     scores = product(query.unit, prototypes.unit(slice(None, None, stride)))
     targets = query.labels * query.subcentres
     place = (targets // stride).clamp(0, scores.shape[1] - 1).unsqueeze(1)
     is_target = place.squeeze(1) * stride == targets  # it is no competitor of itself
     own = scores.gather(1, place).masked_fill(is_target.unsqueeze(1), -math.inf)
     scores.scatter_(1, place, own)
-    top, names = scores.topk(min(_SAMPLE_TOP, scores.shape[1]), 1, sorted=False)
+    top, names = scores.topk(min(prototypes.sizes.sample_top, scores.shape[1]), 1, sorted=False)
     level = candidate_level(query, Candidates(top, names * stride), Communicator.alone())
     floor = ((edge(level, query.measure.alpha) - rounding(query, level)) / query.scale).float()
     return level, float((scores >= floor.unsqueeze(1)).float().mean())
@@ -420,14 +415,17 @@ def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
         return ((edge(level, alpha) - rounding(query, level)) / query.scale).float()
 
     level, share = _sampled_level(query, prototypes)
-    level, room = comm.max(level), _MAX_CANDIDATES
+    sizes = prototypes.sizes
+    level, room = comm.max(level), sizes.max_candidates
     found: list[Candidates] | None = []
     screened = prototypes.screen is not None
-    most = comm.any(screened and share > _MOST)
+    most = comm.any(screened and share > sizes.most)
     if most or comm.any(screened and share * len(level) * len(prototypes.weight) > 2 * room):
         return Found(None, level, most)
     bound = level
-    for number, part in enumerate(_parts(len(prototypes.weight), screened)):
+    for number, part in enumerate(
+        parts_of(len(prototypes.weight), sizes.parts if screened else ())
+    ):
         if number:
             level = candidate_level(query, nearest_rows(query, _joined(found, query)), alone, level)
         floor = floor_of(level)
@@ -449,9 +447,9 @@ def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
     return Found(whole, level, False)
 
 
-def _parts(classes: int, screened: bool) -> list[slice]:
+def parts_of(classes: int, shares: tuple[float, ...]) -> list[slice]:
     """All classes in a few parts, the first ones smaller: what is found raises the floor."""
-    ends = [0, *(int(classes * share) for share in _PARTS if screened), classes]
+    ends = [0, *(int(classes * share) for share in shares), classes]
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
@@ -478,7 +476,9 @@ def chunked_cosines(
         Rows of each class.
     """
     classes, nearest = prototypes.weight.shape[0] // subcentres, None
-    chunk = max(1, _CHUNK // subcentres)
+    sizes, each = prototypes.sizes, embeddings.element_size()
+    chunk = sizes.fit(sizes.chunk, each * (embeddings.shape[1] + 4 * len(embeddings)))
+    chunk = max(1, chunk // subcentres)
     for start in range(0, classes, chunk):
         part = slice(start, min(start + chunk, classes))
         rows = slice(part.start * subcentres, part.stop * subcentres)
@@ -523,8 +523,9 @@ def refined(
 def exact_cosines(exact: Tensor, samples: Tensor, rows: Tensor, prototypes: Prototypes) -> Tensor:
     """cos(exact[samples], prototypes[rows]) in float64, a few megabytes at a time."""
     cosines = exact.new_empty(samples.numel())
-    for start in range(0, samples.numel(), _EXACT_AT_ONCE):
-        part = slice(start, start + _EXACT_AT_ONCE)
+    at_once = prototypes.sizes.fit(prototypes.sizes.exact, 32 * exact.shape[1])
+    for start in range(0, samples.numel(), at_once):
+        part = slice(start, start + at_once)
         unit = prototypes.unit(rows[part], exact.dtype)
         cosines[part] = torch.linalg.vecdot(exact[samples[part]], unit)
     return cosines

@@ -23,9 +23,16 @@ from speechbrain_qmargin.head.search import (
 from speechbrain_qmargin.loss.interface import slope_of
 from speechbrain_qmargin.loss.solver import Block, Measure, fenchel_young
 
-__all__ = ["ChunkGradients", "Evaluation", "HeadLoss", "Shard", "target_cosines"]
-
-_ROWS_AT_ONCE = 8192
+__all__ = [
+    "ChunkGradients",
+    "Evaluation",
+    "HeadLoss",
+    "Shard",
+    "check_backward",
+    "of_rows",
+    "refuse_labels",
+    "target_cosines",
+]
 
 
 class Shard(NamedTuple):
@@ -159,15 +166,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "QMarginHead has no second derivatives (create_graph=True): use QMarginLoss on "
-                "all cosines, as the dense classifier gives them"
-            )
-        if ctx.weight._version != ctx.version:
-            raise RuntimeError(
-                "the prototypes were changed between the forward and the backward of QMarginHead"
-            )
+        check_backward(ctx)
         comm = ctx.shard.comm
         upstream = comm.gather(gradients[0], ctx.sizes) * ctx.scale
         upstream = torch.where(ctx.saved_tensors[-1], upstream, 0)
@@ -232,6 +231,38 @@ class ChunkGradients:
             _project(chunk, directions, prototypes.inverse_norm[rows])
 
 
+def check_backward(ctx: Any) -> None:
+    """Refuse second derivatives, and prototypes that were changed since the forward pass."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "QMarginHead has no second derivatives (create_graph=True): use QMarginLoss on "
+            "all cosines, as the dense classifier gives them"
+        )
+    if ctx.weight._version != ctx.version:
+        raise RuntimeError(
+            "the prototypes were changed between the forward and the backward of QMarginHead"
+        )
+
+
+def refuse_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise for labels, of which one at least is outside [0, num_classes)."""
+    valid = (labels >= 0) & (labels < num_classes)
+    raise ValueError(
+        f"target label {int(labels[~valid][0])} is outside [0, {num_classes}): the outputs have "
+        f"{num_classes} classes. Set out_n_neurons (the classifier's number of classes) to the "
+        "size of the label encoder"
+    )
+
+
+def of_rows(rows: Tensor, values: Tensor, like: Tensor, sparse: bool) -> Tensor:
+    """A gradient like a weight, from its rows [R], in order, and their values [R, D]."""
+    if sparse:
+        return torch.sparse_coo_tensor(
+            rows.unsqueeze(0), values, like.shape, is_coalesced=True, check_invariants=False
+        )
+    return torch.zeros_like(like).index_copy_(0, rows, values)
+
+
 def _posterior(query: Query, found: Candidates, level: Tensor) -> tuple[Tensor, Tensor]:
     """Posteriors [B, K] of candidates, and their sum, gap and number [3, B]."""
     logits, alpha = found.cosines * query.scale, query.measure.alpha
@@ -265,27 +296,32 @@ def _sparse_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | N
     keep = (g != 0).nonzero().squeeze(1)
     samples, entries, g = samples[keep], entries[keep], g[keep]
     grad_unit = grad_weight = None
+    at_once = prototypes.sizes.fit(prototypes.sizes.rows, 8 * unit.shape[1])
+    parts = torch.arange(keep.numel(), device=unit.device).split(at_once)
     if ctx.needs_input_grad[0]:
         grad_unit = torch.zeros_like(unit)
-        for part in torch.arange(keep.numel(), device=unit.device).split(_ROWS_AT_ONCE):
+        for part in parts:
             rows = weight.index_select(0, entries[part])
             rows.mul_((g[part] * inverse_norm[entries[part]]).unsqueeze(1))
-            grad_unit.index_add_(0, samples[part], rows)
+            _add_rows(grad_unit, samples[part], rows)
     if ctx.needs_input_grad[1]:
         rows, slot = torch.unique(entries, return_inverse=True)
         values = unit.new_zeros(rows.numel(), unit.shape[1])
-        for part in torch.arange(keep.numel(), device=unit.device).split(_ROWS_AT_ONCE):
-            values.index_add_(0, slot[part], unit[samples[part]] * g[part].unsqueeze(1))
-        for start in range(0, rows.numel(), _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
+        for part in parts:
+            _add_rows(values, slot[part], unit[samples[part]] * g[part].unsqueeze(1))
+        for start in range(0, rows.numel(), at_once):
+            part = slice(start, start + at_once)
             _project(values[part], prototypes.unit(rows[part]), inverse_norm[rows[part]])
-        if ctx.shard.sparse_grad:
-            grad_weight = torch.sparse_coo_tensor(
-                rows.unsqueeze(0), values, weight.shape, is_coalesced=True, check_invariants=False
-            )
-        else:
-            grad_weight = torch.zeros_like(weight).index_copy_(0, rows, values)
+        grad_weight = of_rows(rows, values, weight, ctx.shard.sparse_grad)
     return grad_unit, grad_weight
+
+
+def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """In an order that does not change: index_add_ on a GPU adds as its threads come."""
+    if total.device.type == "cuda":
+        total.index_put_((index,), rows, accumulate=True)  # which sorts
+    else:
+        total.index_add_(0, index, rows)
 
 
 def _project(grad: Tensor, unit: Tensor, inverse_norm: Tensor) -> None:

@@ -1,8 +1,11 @@
 """The sparse head against a dense float64 evaluation of the definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from brute_force import brute_force
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
@@ -10,6 +13,7 @@ from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
 from speechbrain_qmargin import QMarginLoss
 from speechbrain_qmargin.head import QMarginHead, prototypes, search
 from speechbrain_qmargin.head.precision import product_roundoff
+from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.loss.arcface import ArcFaceLoss
 
 
@@ -82,22 +86,17 @@ PARAMETERS = [(1.0, 32.0, 0.2), (1.25, 32.0, 0.2), (1.5, 10.0, 0.2), (1.75, 5.0,
 KINDS = [torch.bfloat16, torch.int8, torch.float32]
 
 
-def small(patch, kind, screen_from=1, chunk=512, block=300, sample=256):
-    """Screening for small sizes too, of a kind, in several chunks and blocks."""
-    patch.setattr(prototypes, "SCREEN_FROM", screen_from)
-    patch.setattr(prototypes, "screen_dtype", lambda device: kind)
-    patch.setattr(search, "_OUTPUT_BYTES", (4 * chunk, 4 * chunk))
-    patch.setattr(search, "_CHUNK", chunk)
-    patch.setattr(search, "_BLOCK", block)
-    patch.setattr(search, "_SAMPLE", sample)
-    patch.setattr(search, "_MOST", 2.0)  # nor is it given up
+def small(kind, screen_from=1, chunk=512, block=300, sample=256, **others):
+    """Screening for small sizes too, of a kind, in several chunks and blocks; never given up."""
+    others = {"most": 2.0, **others}
+    return Sizes(screen_from, kind, 4 * chunk, chunk=chunk, block=block, sample=sample, **others)
 
 
 @pytest.fixture(params=KINDS, ids=str)
-def screened(request, monkeypatch):
+def screened(request):
     if request.param == torch.int8 and not prototypes._int8_is_exact():
         pytest.skip("int8 products saturate on this processor")
-    small(monkeypatch, request.param)
+    return small(request.param)
 
 
 def near(head, labels, noise, seed=1):
@@ -109,7 +108,7 @@ def near(head, labels, noise, seed=1):
 @pytest.mark.parametrize("noise", [0.05, 0.5, 100])
 def test_equals_the_dense_loss_and_gradients(screened, parameters, noise):
     torch.manual_seed(0)
-    head = QMarginHead(24, 3000)
+    head = QMarginHead(24, 3000, sizes=screened)
     with torch.no_grad():
         head.weight *= torch.rand(3000, 1) * 3 + 0.1  # the length of a prototype is no direction
     labels = torch.randint(3000, (16,))
@@ -120,7 +119,7 @@ def test_equals_the_dense_loss_and_gradients(screened, parameters, noise):
 
 def test_support_is_the_dense_one(screened):
     torch.manual_seed(0)
-    head = QMarginHead(24, 3000, sparse_grad=True)
+    head = QMarginHead(24, 3000, sparse_grad=True, sizes=screened)
     labels = torch.randint(3000, (16,))
     x = near(head, labels, 0.4).requires_grad_()
     head(x).q_margin_loss(labels, 1.5, 10, 0.2, reduction="sum").backward()
@@ -142,15 +141,14 @@ def test_support_is_the_dense_one(screened):
     seed=st.integers(0, 1000),
 )
 def test_any_shape_with_ties(classes, batch, dim, parameters, noise, twins, kind, seed):
-    with pytest.MonkeyPatch.context() as patch:
-        small(patch, kind, screen_from=64, chunk=100, block=77, sample=50)
-        torch.manual_seed(seed)
-        head = QMarginHead(dim, classes)
-        if twins:
-            with torch.no_grad():
-                head.weight[classes // 2 :] = head.weight[0].clone()
-        labels = torch.randint(classes, (batch,))
-        check(head, near(head, labels, noise, seed), labels, *parameters, 3e-5)
+    torch.manual_seed(seed)
+    sizes = small(kind, screen_from=64, chunk=100, block=77, sample=50)
+    head = QMarginHead(dim, classes, sizes=sizes)
+    if twins:
+        with torch.no_grad():
+            head.weight[classes // 2 :] = head.weight[0].clone()
+    labels = torch.randint(classes, (batch,))
+    check(head, near(head, labels, noise, seed), labels, *parameters, 3e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -172,16 +170,15 @@ def test_any_reference_measure(classes, parameters, decades, per_class, per_samp
     def draw(size):
         return spread * (torch.rand(size, generator=generator, dtype=torch.float64) - 0.5)
 
-    with pytest.MonkeyPatch.context() as patch:
-        small(patch, kind, screen_from=64, chunk=100, block=77, sample=50)
-        head = QMarginHead(8, classes, seed=seed, sparse_grad=True)
-        labels = torch.randint(classes, (batch,), generator=generator)
-        noise = torch.randn(batch, 8, generator=generator)
-        x = (head.weight.detach()[labels] + 0.3 * noise).requires_grad_()
-        margin = 0.5 * torch.rand(batch, generator=generator).double() if per_sample else 0.2
-        log_q = draw(classes) if per_class else None
-        loss = head(x).q_margin_loss(labels, alpha, scale, margin, log_q=log_q, reduction="none")
-        loss.sum().backward()
+    sizes = small(kind, screen_from=64, chunk=100, block=77, sample=50)
+    head = QMarginHead(8, classes, seed=seed, sparse_grad=True, sizes=sizes)
+    labels = torch.randint(classes, (batch,), generator=generator)
+    noise = torch.randn(batch, 8, generator=generator)
+    x = (head.weight.detach()[labels] + 0.3 * noise).requires_grad_()
+    margin = 0.5 * torch.rand(batch, generator=generator).double() if per_sample else 0.2
+    log_q = draw(classes) if per_class else None
+    loss = head(x).q_margin_loss(labels, alpha, scale, margin, log_q=log_q, reduction="none")
+    loss.sum().backward()
     whole = x.detach().double().requires_grad_()
     weight = head.weight.detach().double().requires_grad_()
     cosines = F.normalize(whole, dim=1) @ F.normalize(weight, dim=1).T
@@ -198,36 +195,11 @@ def test_any_reference_measure(classes, parameters, decades, per_class, per_samp
     close(head.weight.grad.to_dense(), weight.grad, 1e-5, 64 * EPS * scale)
 
 
-def brute_force(theta, log_q, labels, alpha):
-    """Posterior and loss by bisection on the edge of the support, in float64."""
-    k = 1 / (alpha - 1)
-    low = (theta - torch.exp(log_q * (1 - alpha)) * k).amax(1, keepdim=True)
-    high = theta.amax(1, keepdim=True)
-
-    def posterior(edge):
-        log_u = ((theta - edge) / k).clamp(min=0).log()
-        return torch.exp(log_q + k * log_u)
-
-    for _ in range(200):
-        middle = (low + high) / 2
-        above = posterior(middle).sum(1, keepdim=True) > 1
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    p = posterior(low)
-    p = p / p.sum(1, keepdim=True)
-    own = torch.arange(len(labels)), labels
-    ratio = torch.where(p > 0, (alpha - 1) * (p.log() - log_q), 0.0).exp()  # (p / q)^(alpha - 1)
-    alone = torch.exp(log_q[own] * (1 - alpha))
-    loss = (p * (theta - theta[own][:, None])).sum(1)
-    loss += (alone - torch.where(p > 0, p * ratio, 0.0).sum(1)) / (alpha * (alpha - 1))
-    return p, loss
-
-
 @pytest.mark.parametrize("alpha", [1.25, 2.0])
-def test_too_many_candidates_for_memory(screened, monkeypatch, alpha):
+def test_too_many_candidates_for_memory(screened, alpha):
     """All classes alike and all active: float32 passes with recomputation, nothing stored."""
-    monkeypatch.setattr(search, "_MAX_CANDIDATES", 2000)
     torch.manual_seed(0)
-    head = QMarginHead(16, 2500)
+    head = QMarginHead(16, 2500, sizes=replace(screened, max_candidates=2000))
     labels = torch.randint(2500, (5,))
     check(head, torch.randn(5, 16), labels, alpha, 0.3, 0.2)
     with torch.no_grad():
@@ -238,7 +210,7 @@ def test_too_many_candidates_for_memory(screened, monkeypatch, alpha):
 def test_nothing_is_looked_at_twice(screened, monkeypatch):
     """One pass over the classes, whatever the batch."""
     torch.manual_seed(0)
-    head = QMarginHead(24, 3000)
+    head = QMarginHead(24, 3000, sizes=screened)
     seen = []
     survivors = search.Screening.survivors
 
@@ -257,7 +229,7 @@ def test_nothing_is_looked_at_twice(screened, monkeypatch):
 def test_a_coarser_product_loses_no_class(screened, monkeypatch):
     """As on a GPU with TF32, or a CPU with bf16 products in the place of float32's."""
     torch.manual_seed(0)
-    head = QMarginHead(32, 5000, sparse_grad=True)
+    head = QMarginHead(32, 5000, sparse_grad=True, sizes=screened)
     labels = torch.randint(5000, (64,))
     x = near(head, labels, 0.25)
 
@@ -283,10 +255,9 @@ def test_a_coarser_product_loses_no_class(screened, monkeypatch):
 @pytest.mark.parametrize("noise", [0.3, 100.0])
 def test_most_classes_active(screened, monkeypatch, noise):
     """The dense way, chosen by the sample."""
-    monkeypatch.setattr(search, "_MOST", 0.1)
     monkeypatch.setattr(search.Screening, "survivors", None)
     torch.manual_seed(0)
-    head = QMarginHead(24, 3000)
+    head = QMarginHead(24, 3000, sizes=replace(screened, most=0.1))
     labels = torch.randint(3000, (16,))
     check(head, near(head, labels, noise), labels, 1.05, 16.0, 0.2)
 
@@ -301,20 +272,18 @@ def test_most_classes_active(screened, monkeypatch, noise):
 def test_screening_keeps_whatever_is_above_a_floor(dim, seed, floors, kind):
     """Rows of many lengths, a floor right below each sample's largest cosine or a random one."""
     torch.manual_seed(seed)
-    with pytest.MonkeyPatch.context() as patch:
-        small(patch, kind)
-        head = QMarginHead(dim, 300)
-        with torch.no_grad():
-            head.weight *= torch.rand(300, 1) * 3 + 0.01
-        own = head.prototypes()
-        x = F.normalize(head.weight.detach()[:7] / own.inverse_norm[:7, None] + 0.2, dim=1)
-        cosines = x.double() @ F.normalize(head.weight.detach().double(), dim=1).T
-        floor = torch.empty(7).uniform_(*floors)
-        best = cosines.amax(1).float()
-        floor = torch.where((best > floor[0]) & (torch.rand(7) < 0.5), best - 1e-6, floor)
-        wanted = (cosines >= floor.unsqueeze(1)).any(0).nonzero().squeeze(1)
-        found = search.Screening(x, floor, own).survivors(slice(0, 300))
-        assert set(wanted.tolist()) <= set(found.tolist())
+    head = QMarginHead(dim, 300, sizes=small(kind))
+    with torch.no_grad():
+        head.weight *= torch.rand(300, 1) * 3 + 0.01
+    own = head.prototypes()
+    x = F.normalize(head.weight.detach()[:7] / own.inverse_norm[:7, None] + 0.2, dim=1)
+    cosines = x.double() @ F.normalize(head.weight.detach().double(), dim=1).T
+    floor = torch.empty(7).uniform_(*floors)
+    best = cosines.amax(1).float()
+    floor = torch.where((best > floor[0]) & (torch.rand(7) < 0.5), best - 1e-6, floor)
+    wanted = (cosines >= floor.unsqueeze(1)).any(0).nonzero().squeeze(1)
+    found = search.Screening(x, floor, own).survivors(slice(0, 300))
+    assert set(wanted.tolist()) <= set(found.tolist())
 
 
 @settings(max_examples=50, deadline=None)
@@ -341,7 +310,7 @@ def test_screening_bound(dim, seed, scale, aligned):
 
 def test_the_cache_follows_every_change_of_the_weight(screened):
     torch.manual_seed(0)
-    head = QMarginHead(24, 3000)
+    head = QMarginHead(24, 3000, sizes=screened)
     labels = torch.randint(3000, (16,))
     for change in (
         lambda: head.load_state_dict(QMarginHead(24, 3000).state_dict()),
@@ -398,11 +367,10 @@ def test_errors():
     "parameters", [(1.0, 32.0, 0.2), (1.25, 32.0, 0.2), (1.5, 10.0, 0.2), (2.0, 5.0, 0.2)]
 )
 def test_near_zero_each_loss_and_gradient_is_exact_relative_to_itself(
-    screened, monkeypatch, parameters, candidates
+    screened, parameters, candidates
 ):
-    monkeypatch.setattr(search, "_MAX_CANDIDATES", candidates)
     torch.manual_seed(0)
-    head = QMarginHead(256, 3000)
+    head = QMarginHead(256, 3000, sizes=replace(screened, max_candidates=candidates))
     labels = torch.randint(3000, (256,))
     # where the lead is the hard margin
     edge = {1.0: 0.01, 1.25: 0.040, 1.5: 0.053, 2.0: 0.053}[parameters[0]]
@@ -428,7 +396,7 @@ def test_near_zero_each_loss_and_gradient_is_exact_relative_to_itself(
 
 def test_ties_above_alpha_2_share_the_gradient(screened):
     torch.manual_seed(0)
-    head = QMarginHead(16, 400)
+    head = QMarginHead(16, 400, sizes=screened)
     with torch.no_grad():
         head.weight[:40] = head.weight[0]  # forty equal prototypes
     labels = torch.full((8,), 100)

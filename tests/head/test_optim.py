@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_qmargin.head import QMarginHead, RowSparseAdam, RowSparseSGD, optim, prototypes
+from speechbrain_qmargin.head import QMarginHead, RowSparseAdam, RowSparseSGD, optim
+from speechbrain_qmargin.head.sizes import Sizes
 
 
 class Rows:
@@ -202,12 +203,10 @@ def test_unbound_optimisers_raise():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_training_the_head(momentum, monkeypatch):
+def test_training_the_head(momentum):
     """Without momentum the trajectory is dense SGD's; with it, it learns as well."""
-    monkeypatch.setattr(prototypes, "SCREEN_FROM", 1)
     torch.manual_seed(0)
-    head = QMarginHead(8, 400)
-    twin = QMarginHead(8, 400)
+    head, twin = (QMarginHead(8, 400, sizes=Sizes(screen_from=1)) for _ in range(2))
     twin.load_state_dict(head.state_dict())
     options = dict(lr=0.2 * (1 - momentum), momentum=momentum, weight_decay=1e-3)
     encoder, encoder_twin = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
@@ -236,10 +235,9 @@ def test_training_the_head(momentum, monkeypatch):
     assert abs(loss.item() - loss_twin.item()) < 0.2 * loss_twin.item()
 
 
-def test_rows_are_refreshed(monkeypatch):
-    monkeypatch.setattr(prototypes, "SCREEN_FROM", 1)
+def test_rows_are_refreshed():
     torch.manual_seed(0)
-    head = QMarginHead(8, 3000)
+    head = QMarginHead(8, 3000, sizes=Sizes(screen_from=1))
     optimizer = RowSparseSGD(head.parameters(), lr=0.5, momentum=0.9, head=head)
     for _ in range(3):
         optimizer.zero_grad()
@@ -248,7 +246,7 @@ def test_rows_are_refreshed(monkeypatch):
         optimizer.step()
         kept = head.prototypes()
         assert kept is built  # no step rebuilds all the rows
-        fresh = QMarginHead(8, 3000)
+        fresh = QMarginHead(8, 3000, sizes=Sizes(screen_from=1))
         fresh.weight.data.copy_(head.weight.data)
         torch.testing.assert_close(kept.inverse_norm, fresh.prototypes().inverse_norm)
         screen, made = kept.screen, fresh.prototypes().screen

@@ -13,22 +13,18 @@ from speechbrain import Brain
 from torch.optim.swa_utils import AveragedModel
 
 from speechbrain_qmargin import q_margin_loss
-from speechbrain_qmargin.head import QMarginHead, RowSparseAdam, RowSparseSGD, prototypes
+from speechbrain_qmargin.head import QMarginHead, RowSparseAdam, RowSparseSGD
+from speechbrain_qmargin.head.sizes import Sizes
 
 CLASSES, DIM = 600, 8
 LABELS = torch.arange(12)
 PARAMETERS = (1.5, 10.0, 0.2)
 
 
-@pytest.fixture(autouse=True)
-def screened(monkeypatch):
-    """With a bf16 copy, whose staleness would lose classes."""
-    monkeypatch.setattr(prototypes, "SCREEN_FROM", 1)
-
-
 def make(**options):
     torch.manual_seed(0)
-    return QMarginHead(DIM, CLASSES, *PARAMETERS, **options)
+    # with a copy in few bits, whose staleness would lose classes
+    return QMarginHead(DIM, CLASSES, *PARAMETERS, sizes=Sizes(screen_from=1), **options)
 
 
 def embeddings(seed=1):

@@ -9,7 +9,8 @@ from pytorch_metric_learning.losses import SubCenterArcFaceLoss
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 
 from speechbrain_qmargin import QMarginHead, make_loss, q_margin_loss
-from speechbrain_qmargin.head import RowSparseSGD, prototypes, search
+from speechbrain_qmargin.head import RowSparseSGD, search
+from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.models.classifier import CosineClassifier
 
 DIM, K = 8, 3
@@ -62,14 +63,12 @@ def assert_near(found, want, tolerance=2e-5):
         ("sparsemax", {}),
     ],
 )
-def test_the_sparse_head_is_exact(name, settings, screened, monkeypatch):
-    if screened:
-        monkeypatch.setattr(prototypes, "SCREEN_FROM", 1)
+def test_the_sparse_head_is_exact(name, settings, screened):
+    sizes = Sizes(screen_from=1) if screened else None
     for classes in (1, 2, 50, 601):
         x, weight, labels = batch(classes)
-        found = of_head(
-            QMarginHead(DIM, classes, subcentres=K), x, weight, labels, make_loss(name, **settings)
-        )
+        head = QMarginHead(DIM, classes, subcentres=K, sizes=sizes)
+        found = of_head(head, x, weight, labels, make_loss(name, **settings))
         assert_near(found, wanted(x, weight, labels, make_loss(name, **settings)))
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from speechbrain_qmargin.head import QMarginHead, RowSparseSGD, prototypes, search
+from speechbrain_qmargin.head import QMarginHead, RowSparseSGD, search
+from speechbrain_qmargin.head.sizes import Sizes
 
-CLASSES, DIM, BATCH, STEPS = prototypes.SCREEN_FROM + 5, 8, 8, 30
+CLASSES, DIM, BATCH, STEPS = Sizes().screen_from + 5, 8, 8, 30
 
 
 class Dense:

@@ -1,0 +1,254 @@
+r"""The exact step in a few launches: what ``search`` and ``step`` do, for a GPU.
+
+1. **Sample**: tau of the targets and of 16,384 evenly spaced classes gives the first floors.
+2. **Screen** the classes in three parts, in bf16. What may exceed its floor is put into a sample's
+   room in a buffer of fixed size, with its product, by a counter on the device. After each part
+   tau of what is there raises the floors, and what is at or below them is dropped.
+3. **Refine**: the few classes left are sorted, so that nothing depends on the order in which they
+   were found; their cosines are computed in float64, and from them all Newton steps, the
+   posteriors, the loss.
+4. **Gradients**: the entries are sorted by class and summed class by class, in order.
+
+Why nothing is lost: with s a product of rounded vectors and :math:`\sigma` the bound of
+``search.screening_slack``, a cosine is in :math:`[s - \sigma, s + \sigma]`. tau increases with
+every logit, so tau of the lower ends, on any subset of the classes, is a lower bound of tau; a
+class whose upper end does not exceed its edge is inactive. Such a bound is found by bisection: a
+level counts only where the mass there, summed in fixed point and rounded down, exceeds 1 by more
+than the rounding of its terms.
+
+Everything is checked once, in the only wait for the device: labels, embeddings that are not finite,
+whether all was found that has to be (if not, the room grows, and the step is done again), whether
+Newton's method converged, and how many rows have a gradient. Where the support is too wide for any
+room, the step is that of ``step``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from speechbrain_qmargin.head.prototypes import Prototypes
+from speechbrain_qmargin.head.search import parts_of
+from speechbrain_qmargin.head.step import check_backward, of_rows, refuse_labels
+from speechbrain_qmargin.loss.interface import Objective, slope_of
+
+__all__ = ["FusedLoss", "Room", "Step", "bytes_of_a_step", "evaluate", "ones", "takes"]
+
+
+@dataclass
+class Room:
+    """How many classes a sample may have in the two buffers; it grows where it was too small.
+
+    At least what the sizes say. Results do not depend on it.
+    """
+
+    screened: int = 0
+    kept: int = 0
+
+
+def takes(prototypes: Prototypes, objective: Objective) -> bool:
+    """Whether this way is open: alpha > 1, prototypes with a screen in bf16, and kernels."""
+    screen = prototypes.screen
+    return (
+        prototypes.sizes.fused
+        and objective.alpha > 1
+        and screen is not None
+        and screen.rows.dtype == torch.bfloat16
+    )
+
+
+class Step(NamedTuple):
+    """A step whose losses are known.
+
+    Attributes
+    ----------
+    batch, solved
+        See ``kernels``.
+    order, rows, starts : Tensor
+        Entries in the order of their classes, the classes with a gradient, and where each begins.
+    """
+
+    batch: Any
+    solved: Any
+    order: Tensor
+    rows: Tensor
+    starts: Tensor
+
+
+def evaluate(
+    raw: Tensor, labels: Tensor, objective: Objective, prototypes: Prototypes, room: Room
+) -> Step | None:
+    """All that can be computed without the losses' gradient; None where no room is enough.
+
+    Parameters
+    ----------
+    raw : Tensor, [B, D], float32
+    labels : Tensor, [B], int64
+        Rows of the prototypes.
+    objective : Objective
+        With `target_log_q`; alpha > 1.
+    prototypes : Prototypes
+        See :func:`takes`.
+    room : Room
+
+    Raises
+    ------
+    ValueError
+        Labels that are none.
+    """
+    most = prototypes.sizes.max_candidates // len(raw)
+    room.screened = max(room.screened, prototypes.sizes.screened)
+    room.kept = max(room.kept, prototypes.sizes.kept)
+    while True:
+        step, (found, kept, bad_label, _, failed, rows) = _attempt(
+            raw, labels, objective, prototypes, room
+        )
+        if bad_label:
+            refuse_labels(labels, len(prototypes.weight))
+        if failed:
+            return None
+        if found <= room.screened and kept <= room.kept:
+            return step._replace(rows=step.rows[:rows], starts=step.starts[: rows + 1])
+        if found > most or kept > most // 2:
+            return None
+        room.screened = max(room.screened, _power_of_2_above(found))
+        room.kept = max(room.kept, _power_of_2_above(kept))
+
+
+def bytes_of_a_step(batch: int, dim: int, sample: int, screened: int, kept: int) -> int:
+    """The most that a step allocates at a time, beside the gradient of the prototypes' rows.
+
+    Parameters
+    ----------
+    batch, dim : int
+    sample : int
+        Classes the first floors come from.
+    screened, kept : int
+        As in :class:`Room`.
+
+    Examples
+    --------
+    >>> bytes_of_a_step(batch=1024, dim=512, sample=16394, screened=4096, kept=2048) // 10**6
+    164
+    """
+    embeddings = batch * (2 * dim + 8 * 4 + 4 + 3 * 4 + 100)  # rounded, numbers, what is returned
+    first = 4 * sample * batch
+    searching = batch * (8 * screened + 4 * kept)
+    refining = batch * (4 + 4 + 8 + 8) * kept  # classes twice, their order, cosines
+    entries = batch * (kept + 1)
+    # shares and classes; then in order, the order, marks and their sums, rows, where they begin
+    gradients = entries * (4 + 4 + 4 + 8 + 4 + 4 + 8 + 8)
+    gradients += 2 * entries * (4 + 8)  # what a GPU's sort takes besides
+    by_embeddings = 2 * 4 * dim * batch
+    peak = max(first, searching, refining, refining - 16 * batch * kept + gradients)
+    return embeddings + peak + by_embeddings + 4096
+
+
+def _power_of_2_above(size: int) -> int:
+    return 1 << (size * 5 // 4).bit_length()
+
+
+def _attempt(
+    raw: Tensor, labels: Tensor, objective: Objective, prototypes: Prototypes, room: Room
+) -> tuple[Step, list[int]]:
+    from speechbrain_qmargin.head import kernels
+
+    assert objective.target_log_q is not None
+    sizes, classes, device = prototypes.sizes, len(prototypes.weight), raw.device
+    with record_function("qmargin::search"):
+        batch = kernels.prepare(
+            raw, labels, objective.target_log_q, objective.log_q, objective.alpha,
+            objective.scale, prototypes,
+        )  # fmt: skip
+        slope = ones(len(raw), device)
+        if objective.move_target is not None:
+            moved, slope = slope_of(objective.move_target, batch.cosine)
+            unmoved, batch = batch.cosine, batch._replace(cosine=moved)
+        else:
+            unmoved = batch.cosine
+        stride = max(1, classes // sizes.sample)
+        kernels.sample_floors(batch, kernels.sample_scores(batch, prototypes, stride), stride)
+        found = torch.empty(len(raw), room.screened, dtype=torch.int64, device=device)
+        kept = torch.empty(len(raw), room.kept, dtype=torch.int32, device=device)
+        parts = parts_of(classes, sizes.parts)
+        for part in parts:
+            kernels.screen(batch, prototypes, part, found)
+            kernels.raise_floors(batch, found, kept if part is parts[-1] else None)
+        del found
+        kept = kept.sort(1).values
+        cosines = kernels.exact_cosines(batch, prototypes, kept)
+    with record_function("qmargin::solve"):
+        solved = kernels.solve(batch, kept, cosines, slope)
+        del cosines, kept
+        ordered, order = solved.entries.view(-1).sort(stable=True)
+        numbered = kernels.mark_segments(ordered).cumsum(0, dtype=torch.int32)
+        rows, starts = kernels.write_segments(ordered, numbered)
+        facts = kernels.report(batch, numbered).tolist()  # the host waits
+    return Step(batch._replace(cosine=unmoved), solved, order, rows, starts), facts
+
+
+_KEPT_ONES: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def ones(size: int, device: torch.device) -> Tensor:
+    """[size], float64; kept, as batches are alike."""
+    key = (size, device)
+    if key not in _KEPT_ONES:
+        if len(_KEPT_ONES) > 16:
+            _KEPT_ONES.clear()
+        _KEPT_ONES[key] = torch.ones(size, dtype=torch.float64, device=device)
+    return _KEPT_ONES[key]
+
+
+class FusedLoss(torch.autograd.Function):
+    """Like :class:`~speechbrain_qmargin.head.step.HeadLoss`, of what :func:`evaluate` gave."""
+
+    @staticmethod
+    def forward(ctx: Any, raw, weight, anchor, step, prototypes, sparse_grad):
+        """
+        Parameters
+        ----------
+        raw : Tensor, [B, D], float32
+            The embeddings, in the graph.
+        weight, anchor : Parameter
+            As there.
+        step : Step
+        prototypes : Prototypes
+        sparse_grad : bool
+        """
+        ctx.set_materialize_grads(False)
+        solved = step.solved
+        # not the loss, whose graph this is
+        ctx.entries = step.batch, solved.entries, solved.shares, step.order, step.rows, step.starts
+        ctx.prototypes, ctx.sparse_grad, ctx.anchored = prototypes, sparse_grad, anchor is not None
+        ctx.weight, ctx.version = weight, weight._version
+        outputs = (
+            solved.loss, solved.posterior, solved.support, solved.residual, step.batch.cosine,
+        )  # fmt: skip
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor):
+        from speechbrain_qmargin.head import kernels
+
+        check_backward(ctx)
+        (batch, entries, shares, order, rows, starts), prototypes = ctx.entries, ctx.prototypes
+        upstream = gradients[0]
+        if upstream is None:
+            return (None,) * 6
+        grad_raw = grad_weight = None
+        with record_function("qmargin::backward"):
+            if ctx.needs_input_grad[0]:
+                grad_raw = kernels.embedding_gradient(batch, prototypes, entries, shares, upstream)
+            if ctx.needs_input_grad[1]:
+                values = kernels.weight_gradient(
+                    batch, prototypes, order, shares, rows, starts, upstream, 1.0
+                )
+                grad_weight = of_rows(rows, values, prototypes.weight, ctx.sparse_grad)
+        anchor = torch.zeros((), device=upstream.device) if ctx.anchored else None
+        return grad_raw, grad_weight, anchor, None, None, None

@@ -1,0 +1,894 @@
+# Triton's types are not those of the code inside its kernels
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
+r"""The kernels of ``fused``, written in Triton; alpha > 1.
+
+Each function is one launch, and none makes the host wait. What they compute, and why it is exact,
+is said there. Whatever decides or is returned is summed in an order that does not depend on which
+thread comes first: atomic additions only count places in a buffer, and its content is summed in
+fixed point, where the order does not matter, or after it was sorted.
+
+A loss's numbers come in a tensor of float64 (:func:`numbers`): as arguments Triton would round them
+to float32. With ``TRITON_INTERPRET=1`` in the environment before Triton is imported the kernels run
+on a CPU, slowly: so they are tested.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from speechbrain_qmargin.head.prototypes import Prototypes
+from speechbrain_qmargin.loss.solver import edge
+
+__all__ = [
+    "ABSENT",
+    "BAD_LABEL",
+    "KERNELS",
+    "NOT_CONVERGED",
+    "NOT_FINITE",
+    "embedding_gradient",
+    "exact_cosines",
+    "mark_segments",
+    "numbers",
+    "prepare",
+    "raise_floors",
+    "report",
+    "sample_floors",
+    "sample_scores",
+    "screen",
+    "solve",
+    "weight_gradient",
+    "write_segments",
+]
+
+ABSENT = torch.iinfo(torch.int32).max  # in the place of a class; it sorts behind all of them
+BAD_LABEL, NOT_FINITE, NOT_CONVERGED = 1, 2, 4  # of a sample's state
+_ABSENT = tl.constexpr(ABSENT)
+_BAD_LABEL, _NOT_FINITE, _NOT_CONVERGED = (tl.constexpr(2**bit) for bit in range(3))
+_FIXED = tl.constexpr(float(2**40))  # of fixed point: a mass is at most 1, a room below 2**23
+_REACHED = tl.constexpr(2**40 + 2**30)  # whatever float32 rounded, the mass is at least 1
+_MOST_STEPS = tl.constexpr(128)  # of Newton's method
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+_BISECTIONS = tl.constexpr(8 if triton.knobs.runtime.interpret else 20)  # for a bound
+_INF = tl.constexpr(float("inf"))
+
+
+@lru_cache(maxsize=64)
+def numbers(alpha: float, scale: float, device: torch.device) -> Tensor:
+    """[4], float64: alpha - 1, k, scale, and by how much a level is above its edge."""
+    above = -float(edge(torch.zeros((), dtype=torch.float64), alpha))
+    values = [alpha - 1, 1 / (alpha - 1), scale, above]
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+@lru_cache(maxsize=64)
+def _kind(alpha: float) -> dict:
+    """What kernels are compiled for: whether levels are tau, and k where it is 1, 2, 3 or 4."""
+    k = 1 / (alpha - 1)
+    whole = round(k) if abs(k - round(k)) < 1e-12 and 1 <= round(k) <= 4 else 0
+    return {"IN_LOGS": float(edge(torch.zeros(()), alpha)) != 0, "POWER": whole}
+
+
+# --------------------------------------------------------------------------- shared by kernels
+
+
+@triton.jit
+def _log1p(x):
+    # exact for small x, by a rounding that cancels
+    one = 1.0 + x
+    safe = tl.where(one == 1.0, 2.0, one)
+    return tl.where(one == 1.0, x, tl.log(safe) * (x / (safe - 1.0)))
+
+
+@triton.jit
+def _expm1(x):
+    e = tl.exp(x)
+    safe = tl.where((e == 1.0) | (e <= 0.0), 2.0, e)
+    value = (e - 1.0) * (x / tl.log(safe))
+    return tl.where(e == 1.0, x, tl.where(e - 1.0 == -1.0, -1.0, value))
+
+
+@triton.jit
+def _alone(logit, log_q, gamma, k, IN_LOGS: tl.constexpr):
+    """The level at which a class alone holds mass 1."""
+    if IN_LOGS:
+        return logit - k * _expm1(-gamma * log_q)
+    return logit - k * tl.exp(-gamma * log_q)
+
+
+@triton.jit
+def _powers(lead, log_q, k, IN_LOGS: tl.constexpr):
+    """p and q u^(k - 1), of lead = (alpha - 1) (logit - level)."""
+    active = lead > (-1.0 if IN_LOGS else 0.0)
+    safe = tl.where(active, lead, 0.0 if IN_LOGS else 1.0)
+    log_u = _log1p(safe) if IN_LOGS else tl.log(safe)
+    p = tl.where(active, tl.exp(k * log_u + log_q), 0.0)
+    return p, tl.where(active, tl.exp((k - 1.0) * log_u + log_q), 0.0)
+
+
+@triton.jit
+def _rough_mass(lead, log_q, k, IN_LOGS: tl.constexpr, POWER: tl.constexpr, HAS_Q: tl.constexpr):
+    """p in fixed point, rounded down, within 2**-12 of itself."""
+    if (POWER > 0) and not HAS_Q:
+        u = tl.maximum(lead, 0.0).to(tl.float32)
+        p = u
+        for _ in tl.static_range(POWER - 1):
+            p = p * u
+        return (p.to(tl.float64) * _FIXED).to(tl.int64)
+    p, _ = _powers(lead, log_q, k, IN_LOGS)
+    return (p * _FIXED).to(tl.int64)
+
+
+# --------------------------------------------------------------------------- embeddings
+
+
+@triton.jit
+def _prepare(
+    raw, labels, prior, weight, residual, rounded, length, slack, cosine, state, counts, peaks,
+    classes, dim, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < dim
+    x = tl.load(raw + b * dim + d, mask=inside, other=0.0).to(tl.float64)
+    finite = tl.abs(x) < _INF
+    unfit = tl.sum((~finite).to(tl.int32), 0) > 0
+    x = tl.where(finite, x, 0.0)
+    norm = tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-12)
+    unit = x / norm
+    few = unit.to(tl.float32).to(tl.bfloat16)
+    tl.store(rounded + b * dim + d, few, mask=inside)
+    few = few.to(tl.float64)
+    lacking, known = unit - few, tl.load(residual).to(tl.float64)
+    lacking = tl.sqrt(tl.sum(lacking * lacking, 0))
+    length_few = tl.sqrt(tl.sum(few * few, 0))
+    # as search.screening_slack; what float32 norms of the rows lack besides
+    allowance = (lacking + length_few * known) * (1 + 2.0**-20) + dim * 2.0**-22 * 1.01 + 1e-6
+    label = tl.load(labels + b)
+    good = (label >= 0) & (label < classes)
+    row = tl.where(good, label, 0)
+    w = tl.load(weight + row * dim + d, mask=inside, other=0.0).to(tl.float64)
+    length_w = tl.maximum(tl.sqrt(tl.sum(w * w, 0)), 1e-12)
+    flag = tl.where(good, 0, _BAD_LABEL) + tl.where(unfit, _NOT_FINITE, 0)
+    flag += tl.where(tl.abs(tl.load(prior + b)) < _INF, 0, _NOT_CONVERGED)
+    tl.store(length + b, norm)
+    tl.store(slack + b, allowance)
+    tl.store(cosine + b, tl.where(good, tl.sum(unit * (w / length_w), 0), 0.0))
+    tl.store(state + b, flag)
+    tl.store(counts + b, 0)
+    tl.store(peaks + b, 0)
+
+
+# --------------------------------------------------------------------------- the first floors
+
+
+@triton.jit
+def _tile(
+    rows, columns, first, stride, last, sample, batch, dim,
+    BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Products [BLOCK_C, BLOCK_B] of rows first, first + stride, ... below last."""
+    c = first + tl.arange(0, BLOCK_C).to(tl.int64) * stride
+    b = sample + tl.arange(0, BLOCK_B)
+    d = tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_C, BLOCK_B), tl.float32)
+    for start in range(0, dim, BLOCK_D):
+        inside = start + d < dim
+        w = tl.load(
+            rows + c[:, None] * dim + (start + d)[None, :],
+            mask=(c < last)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        x = tl.load(
+            columns + b[None, :] * dim + (start + d)[:, None],
+            mask=(b < batch)[None, :] & inside[:, None],
+            other=0.0,
+        )
+        if _INTERPRETED:  # its bf16 products are wrong
+            total += tl.dot(w.to(tl.float32), x.to(tl.float32), input_precision="ieee")
+        else:
+            total = tl.dot(w, x, total)
+    return total
+
+
+@triton.jit
+def _sample_scores(
+    rows, columns, out, stride, classes, size, batch, dim,
+    BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    groups = tl.cdiv(batch, BLOCK_B)  # those of one piece of the rows follow each other
+    place = (tl.program_id(0) // groups).to(tl.int64) * BLOCK_C
+    sample = tl.program_id(0) % groups * BLOCK_B
+    s = _tile(
+        rows, columns, place * stride, stride, classes, sample, batch, dim,
+        BLOCK_C, BLOCK_B, BLOCK_D,
+    )  # fmt: skip
+    i = place + tl.arange(0, BLOCK_C)
+    b = sample + tl.arange(0, BLOCK_B)
+    mask = (i < size)[:, None] & (b < batch)[None, :]
+    tl.store(out + b.to(tl.int64)[None, :] * size + i[:, None], s, mask=mask)
+
+
+@triton.jit
+def _write_floor(b, level, scale, above, k, slack, levels, cuts, IN_LOGS: tl.constexpr):
+    """A level, less what arithmetic may have added, and which products may reach its edge."""
+    tau = level if IN_LOGS else level + k
+    level -= 2.0**-30 * (1.0 + tl.abs(tau))
+    tl.store(levels + b, level)
+    cut = (level - above) / scale
+    tl.store(cuts + b, (cut - slack - 2.0**-22 * (1.0 + tl.abs(cut))).to(tl.float32))
+
+
+@triton.jit
+def _sample_floors(
+    sampled, labels, cosine, prior, slack, log_q, values, levels, cuts,
+    stride, size,
+    CHUNK: tl.constexpr, IN_LOGS: tl.constexpr, POWER: tl.constexpr, HAS_Q: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    gamma, k = tl.load(values), tl.load(values + 1)
+    scale, above = tl.load(values + 2), tl.load(values + 3)
+    label, allowance = tl.load(labels + b), tl.load(slack + b)
+    own, q_own = tl.load(cosine + b) * scale, tl.load(prior + b)
+    low, high = _alone(own, q_own, gamma, k, IN_LOGS), own
+    offset = tl.arange(0, CHUNK).to(tl.int64)
+    for start in range(0, size, CHUNK):
+        i = start + offset
+        there = (i < size) & (i * stride != label)
+        s = tl.load(sampled + b * size + i, mask=there, other=0.0).to(tl.float64)
+        logit = tl.where(there, (s - allowance) * scale, -_INF)
+        prior_i = 0.0
+        if HAS_Q:
+            prior_i = tl.load(log_q + i * stride, mask=there, other=0.0).to(tl.float64)
+        low = tl.maximum(low, tl.max(_alone(logit, prior_i, gamma, k, IN_LOGS), 0))
+        high = tl.maximum(high, tl.max(logit, 0))
+    high = tl.maximum(high + above, low)
+    for _ in range(_BISECTIONS):
+        level = 0.5 * (low + high)
+        mass = _rough_mass(gamma * (own - level), q_own, k, IN_LOGS, 0, True)
+        for start in range(0, size, CHUNK):
+            i = start + offset
+            there = (i < size) & (i * stride != label)
+            s = tl.load(sampled + b * size + i, mask=there, other=0.0).to(tl.float64)
+            lead = tl.where(there, gamma * ((s - allowance) * scale - level), -_INF)
+            prior_i = 0.0
+            if HAS_Q:
+                prior_i = tl.load(log_q + i * stride, mask=there, other=0.0).to(tl.float64)
+            mass += tl.sum(_rough_mass(lead, prior_i, k, IN_LOGS, POWER, HAS_Q), 0)
+        reached = mass >= _REACHED
+        low = tl.where(reached, level, low)
+        high = tl.where(reached, high, level)
+    _write_floor(b, low, scale, above, k, allowance, levels, cuts, IN_LOGS)
+
+
+# --------------------------------------------------------------------------- screening
+
+
+@triton.jit
+def _screen(
+    rows, columns, labels, cuts, found, counts, start, stop, batch, dim, room,
+    BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    groups = tl.cdiv(batch, BLOCK_B)
+    first = start + (tl.program_id(0) // groups).to(tl.int64) * BLOCK_C
+    sample = tl.program_id(0) % groups * BLOCK_B
+    s = _tile(
+        rows, columns, first, 1, stop, sample, batch, dim, BLOCK_C, BLOCK_B, BLOCK_D
+    )  # fmt: skip
+    c = first + tl.arange(0, BLOCK_C)
+    b = sample + tl.arange(0, BLOCK_B)
+    here = b < batch
+    cut = tl.load(cuts + b, mask=here, other=_INF)
+    label = tl.load(labels + b, mask=here, other=-1)
+    keep = (s >= cut[None, :]) & (c < stop)[:, None] & (c[:, None] != label[None, :])
+    keep = (keep & here[None, :]).to(tl.int32)
+    many = tl.sum(keep, 0)
+    if tl.sum(many, 0) > 0:
+        base = tl.atomic_add(counts + b, many, mask=many > 0)
+        place = base[None, :] + tl.cumsum(keep, 0) - 1
+        bits = s.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        key = (c[:, None] << 32) | bits
+        where = found + b.to(tl.int64)[None, :] * room + place
+        tl.store(where, key, mask=(keep > 0) & (place < room))
+
+
+@triton.jit
+def _raise_floors(
+    found, counts, peaks, cosine, prior, slack, log_q, values, levels, cuts, kept, room, width,
+    CHUNK: tl.constexpr, FINAL: tl.constexpr,
+    IN_LOGS: tl.constexpr, POWER: tl.constexpr, HAS_Q: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    gamma, k = tl.load(values), tl.load(values + 1)
+    scale, above = tl.load(values + 2), tl.load(values + 3)
+    allowance = tl.load(slack + b)
+    own, q_own = tl.load(cosine + b) * scale, tl.load(prior + b)
+    total = tl.load(counts + b)
+    n = tl.minimum(total, room)
+    tl.store(peaks + b, tl.maximum(tl.load(peaks + b), total))
+    low, high = tl.load(levels + b), own
+    low = tl.maximum(low, _alone(own, q_own, gamma, k, IN_LOGS))
+    offset = tl.arange(0, CHUNK)
+    row = found + b * room
+    for start in range(0, n, CHUNK):
+        there = start + offset < n
+        key = tl.load(row + start + offset, mask=there, other=0)
+        s = (key & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+        logit = (s.to(tl.float64) - allowance) * scale
+        logit = tl.where(there, logit, -_INF)
+        prior_i = 0.0
+        if HAS_Q:
+            prior_i = tl.load(log_q + (key >> 32), mask=there, other=0.0).to(tl.float64)
+        low = tl.maximum(low, tl.max(_alone(logit, prior_i, gamma, k, IN_LOGS), 0))
+        high = tl.maximum(high, tl.max(logit, 0))
+    high = tl.maximum(high + above, low)
+    for _ in range(_BISECTIONS):
+        level = 0.5 * (low + high)
+        mass = _rough_mass(gamma * (own - level), q_own, k, IN_LOGS, 0, True)
+        for start in range(0, n, CHUNK):
+            there = start + offset < n
+            key = tl.load(row + start + offset, mask=there, other=0)
+            logit = (
+                (key & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
+                - allowance
+            ) * scale
+            lead = tl.where(there, gamma * (logit - level), -_INF)
+            prior_i = 0.0
+            if HAS_Q:
+                prior_i = tl.load(log_q + (key >> 32), mask=there, other=0.0).to(tl.float64)
+            mass += tl.sum(_rough_mass(lead, prior_i, k, IN_LOGS, POWER, HAS_Q), 0)
+        reached = mass >= _REACHED
+        low = tl.where(reached, level, low)
+        high = tl.where(reached, high, level)
+    _write_floor(b, low, scale, above, k, allowance, levels, cuts, IN_LOGS)
+    tl.debug_barrier()
+    cut = tl.load(cuts + b)
+    many = 0
+    for start in range(0, n, CHUNK):
+        there = start + offset < n
+        key = tl.load(row + start + offset, mask=there, other=0)
+        s = (key & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+        keep = there & (s >= cut)
+        place = many + tl.cumsum(keep.to(tl.int32), 0) - 1
+        if FINAL:
+            out = kept + b * width + place
+            tl.store(out, (key >> 32).to(tl.int32), mask=keep & (place < width))
+        else:
+            tl.debug_barrier()
+            tl.store(row + place, key, mask=keep)
+            tl.debug_barrier()
+        many += tl.sum(keep.to(tl.int32), 0)
+    tl.store(counts + b, many)
+    if FINAL:
+        for start in range(many, width, CHUNK):
+            i = start + offset
+            tl.store(kept + b * width + i, tl.full((CHUNK,), _ABSENT, tl.int32), mask=i < width)
+
+
+# --------------------------------------------------------------------------- what may be active
+
+
+@triton.jit
+def _exact_cosines(
+    raw, length, weight, kept, counts, out, dim, width,
+    BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK_I
+    if start < tl.load(counts + b):
+        i = start + tl.arange(0, BLOCK_I)
+        d = tl.arange(0, BLOCK_D)
+        inside = d < dim
+        c = tl.load(kept + b * width + i, mask=i < width, other=_ABSENT).to(tl.int64)
+        there = c != _ABSENT
+        x = tl.load(raw + b * dim + d, mask=inside, other=0.0).to(tl.float64)
+        x = tl.where(tl.abs(x) < _INF, x, 0.0) / tl.load(length + b)
+        mask = there[:, None] & inside[None, :]
+        w = tl.load(weight + c[:, None] * dim + d[None, :], mask=mask, other=0.0).to(tl.float64)
+        norm = tl.maximum(tl.sqrt(tl.sum(w * w, 1)), 1e-12)
+        cosine = tl.sum((w / norm[:, None]) * x[None, :], 1)
+        tl.store(out + b * width + i, cosine, mask=there)
+
+
+@triton.jit
+def _newton_step(level, s, h, gamma):
+    log_s = tl.log(s)
+    return _expm1(gamma * log_s) / gamma * tl.exp((1.0 - gamma) * log_s) / h
+
+
+@triton.jit
+def _solve(
+    kept, counts, cosines, labels, cosine, slope, prior, state, log_q, values, levels,
+    entries, shares, loss, posterior, support, residual,
+    batch, width,
+    CHUNK: tl.constexpr, BLOCK_B: tl.constexpr, SAFEGUARDED: tl.constexpr,
+    IN_LOGS: tl.constexpr, HAS_Q: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    gamma, k = tl.load(values), tl.load(values + 1)
+    scale, above = tl.load(values + 2), tl.load(values + 3)
+    own, q_own = tl.load(cosine + b) * scale, tl.load(prior + b)
+    n = tl.minimum(tl.load(counts + b), width)
+    alone = _alone(own, q_own, gamma, k, IN_LOGS)
+    offset = tl.arange(0, CHUNK)
+    low, high = tl.maximum(tl.load(levels + b), alone), own
+    for start in range(0, n, CHUNK):
+        there = start + offset < n
+        c = tl.load(kept + b * width + start + offset, mask=there, other=0)
+        at = cosines + b * width + start + offset
+        logit = tl.where(there, tl.load(at, mask=there, other=0.0) * scale, -_INF)
+        prior_i = 0.0
+        if HAS_Q:
+            prior_i = tl.load(log_q + c, mask=there, other=0.0).to(tl.float64)
+        low = tl.maximum(low, tl.max(_alone(logit, prior_i, gamma, k, IN_LOGS), 0))
+        high = tl.maximum(high, tl.max(logit, 0))
+    high = tl.maximum(high + above, low)
+    level, step, going = low, 0, 1
+    while going != 0:
+        s, h = _powers(gamma * (own - level), q_own, k, IN_LOGS)
+        for start in range(0, n, CHUNK):
+            there = start + offset < n
+            c = tl.load(kept + b * width + start + offset, mask=there, other=0)
+            at = cosines + b * width + start + offset
+            logit = tl.where(there, tl.load(at, mask=there, other=0.0) * scale, -_INF)
+            prior_i = 0.0
+            if HAS_Q:
+                prior_i = tl.load(log_q + c, mask=there, other=0.0).to(tl.float64)
+            p, slope_i = _powers(gamma * (logit - level), prior_i, k, IN_LOGS)
+            s += tl.sum(p, 0)
+            h += tl.sum(slope_i, 0)
+        delta = _newton_step(level, s, h, gamma)
+        noise = 4 * 2.0**-52 * tl.abs(level)
+        if SAFEGUARDED:
+            low = tl.where(s >= 1.0, level, low)
+            high = tl.where(s >= 1.0, high, level)
+            ended = (high - low <= noise) | (tl.abs(s - 1.0) <= 4 * 2.0**-52)
+            proposed = level + delta
+            usable = (proposed > low) & (proposed < high) & (step % 3 != 2)
+            proposed = tl.where(usable, proposed, low + 0.5 * (high - low))
+        else:
+            # from the left every true step is forward; a step back is rounding
+            ended = ~(delta > noise + 4 * 2.0**-52 * s / h)
+            proposed = level + delta
+        level = tl.where(ended, level, proposed)
+        step += 1
+        going = tl.where(ended | (step >= _MOST_STEPS), 0, 1)
+    failed = (step >= _MOST_STEPS) | ~(tl.abs(level) < _INF)
+
+    # the loss as loss.solver.fenchel_young has it
+    p_own, _ = _powers(gamma * (own - level), q_own, k, IN_LOGS)
+    others, gap = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
+    many = 0
+    for start in range(0, n, CHUNK):
+        there = start + offset < n
+        c = tl.load(kept + b * width + start + offset, mask=there, other=0)
+        at = cosines + b * width + start + offset
+        logit = tl.where(there, tl.load(at, mask=there, other=0.0) * scale, -_INF)
+        prior_i = 0.0
+        if HAS_Q:
+            prior_i = tl.load(log_q + c, mask=there, other=0.0).to(tl.float64)
+        p, _ = _powers(gamma * (logit - level), prior_i, k, IN_LOGS)
+        others += tl.sum(p, 0)
+        gap += tl.sum(tl.where(p > 0.0, p * (logit - own), 0.0), 0)
+        many += tl.sum((p > 0.0).to(tl.int32), 0)
+    excess = others + p_own - 1.0
+    inverse = 1.0 / (1.0 + excess)
+    tau = level if IN_LOGS else level + k
+    gap += excess * (own - tau)
+    value = gamma / (1.0 + gamma) * gap + (level - alone + excess) / (1.0 + gamma)
+    value = tl.where(others == 0.0, 0.0, tl.maximum(value, 0.0))
+    # a sample that is not finite spoils the batch
+    each = tl.arange(0, BLOCK_B)
+    states = tl.load(state + each, mask=each < batch, other=0)
+    valid = tl.sum(((states & _NOT_FINITE) != 0).to(tl.int32), 0) == 0
+    p_own = (p_own * inverse).to(tl.float32)
+    rest = 0.0 - others * inverse
+    tl.store(loss + b, tl.where(valid, value, float("nan")).to(tl.float32))
+    tl.store(posterior + b, p_own)
+    tl.store(support + b, (many + (p_own > 0.0).to(tl.int32)).to(tl.float32))
+    tl.store(residual + b, rest)
+    flag = tl.load(state + b)
+    tl.store(state + b, flag | tl.where(failed, _NOT_CONVERGED, 0))
+
+    # entries of the gradient: the target, then the active ones
+    base = b * (width + 1)
+    share = (rest * tl.load(slope + b)).to(tl.float32)
+    good = valid & (share != 0.0)
+    tl.store(shares + base, tl.where(good, share, 0.0))
+    label = tl.load(labels + b).to(tl.int32)
+    tl.store(entries + base, tl.where(good, label, _ABSENT))
+    for start in range(0, width, CHUNK):
+        i = start + offset
+        there = i < n
+        c = tl.load(kept + b * width + i, mask=there, other=0)
+        logit = tl.load(cosines + b * width + i, mask=there, other=0.0) * scale
+        prior_i = 0.0
+        if HAS_Q:
+            prior_i = tl.load(log_q + c, mask=there, other=0.0).to(tl.float64)
+        lead_i = tl.where(there, gamma * (logit - level), -_INF)
+        p, _ = _powers(lead_i, prior_i, k, IN_LOGS)
+        share_i = (p * inverse).to(tl.float32)
+        good_i = valid & there & (share_i != 0.0)
+        tl.store(shares + base + 1 + i, tl.where(good_i, share_i, 0.0), mask=i < width)
+        tl.store(entries + base + 1 + i, tl.where(good_i, c, _ABSENT), mask=i < width)
+
+
+# --------------------------------------------------------------------------- segments
+
+
+@triton.jit
+def _mark_segments(ordered, flags, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = i < size
+    c = tl.load(ordered + i, mask=there, other=_ABSENT)
+    before = tl.load(ordered + i - 1, mask=there & (i > 0), other=-1)
+    tl.store(flags + i, ((c != before) & (c != _ABSENT)).to(tl.int32), mask=there)
+
+
+@triton.jit
+def _write_segments(ordered, numbered, rows, starts, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = i < size
+    c = tl.load(ordered + i, mask=there, other=_ABSENT)
+    before = tl.load(ordered + i - 1, mask=there & (i > 0), other=-1)
+    after = tl.load(ordered + i + 1, mask=i + 1 < size, other=_ABSENT)
+    number = tl.load(numbered + i, mask=there, other=0).to(tl.int64)
+    first = there & (c != before) & (c != _ABSENT)
+    tl.store(rows + number - 1, c.to(tl.int64), mask=first)
+    tl.store(starts + number - 1, i, mask=first)
+    final = there & (c != _ABSENT) & (after == _ABSENT)
+    tl.store(starts + number, i + 1, mask=final)
+
+
+@triton.jit
+def _report(peaks, counts, state, numbered, out, batch, size, BLOCK_B: tl.constexpr):
+    b = tl.arange(0, BLOCK_B)
+    there = b < batch
+    states = tl.load(state + b, mask=there, other=0)
+    tl.store(out, tl.max(tl.load(peaks + b, mask=there, other=0), 0).to(tl.int64))
+    tl.store(out + 1, tl.max(tl.load(counts + b, mask=there, other=0), 0).to(tl.int64))
+    for bit in tl.static_range(3):
+        tl.store(out + 2 + bit, tl.max((states >> bit) & 1, 0).to(tl.int64))
+    tl.store(out + 5, tl.load(numbered + size - 1).to(tl.int64))
+
+
+# --------------------------------------------------------------------------- gradients
+
+
+@triton.jit
+def _embedding_gradient(
+    raw, length, weight, inverse_norm, entries, shares, counts, upstream, values, out, dim, width,
+    upstream_stride, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < dim
+    n = tl.minimum(tl.load(counts + b), width) + 1
+    base = b * (width + 1)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, n, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        c = tl.load(entries + base + i, mask=i < n, other=_ABSENT).to(tl.int64)
+        there = c != _ABSENT
+        g = tl.load(shares + base + i, mask=there, other=0.0)
+        g = g * tl.load(inverse_norm + c, mask=there, other=0.0)
+        mask = there[:, None] & inside[None, :]
+        w = tl.load(weight + c[:, None] * dim + d[None, :], mask=mask, other=0.0)
+        total += tl.sum(w * g[:, None], 0)
+    norm = tl.load(length + b)
+    x = tl.load(raw + b * dim + d, mask=inside, other=0.0).to(tl.float64)
+    unit = tl.where(tl.abs(x) < _INF, x, 0.0) / norm
+    wide = total.to(tl.float64)
+    radial = tl.where(norm > 1e-12, tl.sum(wide * unit, 0), 0.0)
+    factor = tl.load(upstream + b * upstream_stride).to(tl.float64) * tl.load(values + 2) / norm
+    # zero, not NaN, where there is no gradient
+    factor = tl.where(tl.sum(tl.abs(total), 0) > 0.0, factor, 0.0)
+    tl.store(out + b * dim + d, ((wide - unit * radial) * factor).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _weight_gradient(
+    raw, length, weight, inverse_norm, order, shares, rows, starts, upstream, values, out,
+    dim, width, upstream_stride, factor, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < dim
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    scale = tl.load(values + 2).to(tl.float32) * factor
+    for i in range(tl.load(starts + r), tl.load(starts + r + 1)):
+        entry = tl.load(order + i)
+        b = entry // (width + 1)
+        g = tl.load(shares + entry) * (tl.load(upstream + b * upstream_stride) * scale)
+        x = tl.load(raw + b * dim + d, mask=inside, other=0.0)
+        unit = (x.to(tl.float64) / tl.load(length + b)).to(tl.float32)
+        total += g * unit
+    c = tl.load(rows + r)
+    inverse = tl.load(inverse_norm + c)
+    w = tl.load(weight + c * dim + d, mask=inside, other=0.0) * inverse
+    radial = tl.sum(total * w, 0)
+    tl.store(out + r * dim + d, (total - w * radial) * inverse, mask=inside)
+
+
+# --------------------------------------------------------------------------- launches
+
+KERNELS = (
+    _prepare, _sample_scores, _sample_floors, _screen, _raise_floors, _exact_cosines, _solve,
+    _mark_segments, _write_segments, _report, _embedding_gradient, _weight_gradient,
+)  # fmt: skip
+
+
+class Batch(NamedTuple):
+    """A batch as kernels read and write it; of B samples in float64 unless said.
+
+    Attributes
+    ----------
+    raw : Tensor, [B, D], float32
+        Embeddings of any length.
+    labels : Tensor, [B], int64
+        Rows of the prototypes. Others are noted in `state`.
+    prior : Tensor, [B]
+        log q of the targets.
+    log_q : Tensor, [C], or None
+    values : Tensor
+        See :func:`numbers`.
+    rounded : Tensor, [B, D], bf16
+        Of unit length but for rounding.
+    length, slack, cosine : Tensor, [B]
+        Of the embeddings; by how much a product with a row of the screen may differ from the
+        cosine; of the targets.
+    levels, cuts : Tensor, [B]
+        A lower bound of the level; in float32, below which product a class is proved inactive.
+    state, counts, peaks : Tensor, [B], int32
+        Flags; classes found, and the most there were at a time.
+    """
+
+    raw: Tensor
+    labels: Tensor
+    prior: Tensor
+    log_q: Tensor | None
+    values: Tensor
+    alpha: float
+    rounded: Tensor
+    length: Tensor
+    slack: Tensor
+    cosine: Tensor
+    levels: Tensor
+    cuts: Tensor
+    state: Tensor
+    counts: Tensor
+    peaks: Tensor
+
+    def measure(self) -> tuple[Tensor, dict]:
+        """log q of the classes, or anything, and what kernels are compiled for."""
+        kind = {**_kind(self.alpha), "HAS_Q": self.log_q is not None}
+        return self.values if self.log_q is None else self.log_q, kind
+
+
+def _power_of_2(size: int, least: int = 16, most: int = 2**20) -> int:
+    return min(most, max(least, triton.next_power_of_2(size)))
+
+
+def _tiles(batch: int, dim: int) -> dict:
+    return {
+        "BLOCK_C": 128,
+        "BLOCK_B": _power_of_2(batch, most=128),
+        "BLOCK_D": _power_of_2(dim, most=64),
+    }
+
+
+def prepare(
+    raw: Tensor, labels: Tensor, prior: Tensor, log_q: Tensor | None, alpha: float, scale: float,
+    prototypes: Prototypes,
+) -> Batch:  # fmt: skip
+    """A batch with its targets' cosines and what the screening is to allow for."""
+    assert prototypes.screen is not None
+    (batch, dim), device = raw.shape, raw.device
+    doubles = torch.empty(4, batch, dtype=torch.float64, device=device)
+    integers = torch.empty(3, batch, dtype=torch.int32, device=device)
+    made = Batch(
+        raw, labels, prior, log_q, numbers(alpha, scale, device), alpha,
+        torch.empty(batch, dim, dtype=torch.bfloat16, device=device),
+        *doubles, torch.empty(batch, device=device), *integers,
+    )  # fmt: skip
+    _prepare[(batch,)](
+        raw, labels, prior, prototypes.weight, prototypes.screen.residual, made.rounded,
+        made.length, made.slack, made.cosine, made.state, made.counts, made.peaks,
+        len(prototypes.weight), dim, BLOCK_D=_power_of_2(dim),
+    )  # fmt: skip
+    return made
+
+
+def sample_scores(batch: Batch, prototypes: Prototypes, stride: int) -> Tensor:
+    """Products [B, S] with every `stride`-th row of the screen."""
+    assert prototypes.screen is not None
+    (samples, dim), classes = batch.raw.shape, len(prototypes.weight)
+    size = triton.cdiv(classes, stride)
+    out = torch.empty(samples, size, device=batch.raw.device)
+    tiles = _tiles(samples, dim)
+    grid = triton.cdiv(size, tiles["BLOCK_C"]) * triton.cdiv(samples, tiles["BLOCK_B"])
+    _sample_scores[(grid,)](
+        prototypes.screen.rows, batch.rounded, out, stride, classes, size, samples, dim, **tiles
+    )
+    return out
+
+
+def sample_floors(batch: Batch, sampled: Tensor, stride: int) -> None:
+    """Levels and cuts of the targets and every `stride`-th class."""
+    log_q, kind = batch.measure()
+    _sample_floors[(len(sampled),)](
+        sampled, batch.labels, batch.cosine, batch.prior, batch.slack, log_q, batch.values,
+        batch.levels, batch.cuts, stride, sampled.shape[1], CHUNK=1024, **kind,
+    )  # fmt: skip
+
+
+def screen(batch: Batch, prototypes: Prototypes, part: slice, found: Tensor) -> None:
+    """Adds the classes of a part that may be active to `found` [B, room], int64, in any order.
+
+    The upper half of a number is the class, the lower its product's bits. Beyond the room they are
+    counted only.
+    """
+    assert prototypes.screen is not None
+    samples, dim = batch.raw.shape
+    tiles = _tiles(samples, dim)
+    pieces = triton.cdiv(part.stop - part.start, tiles["BLOCK_C"])
+    _screen[(pieces * triton.cdiv(samples, tiles["BLOCK_B"]),)](
+        prototypes.screen.rows, batch.rounded, batch.labels, batch.cuts, found, batch.counts,
+        part.start, part.stop, samples, dim, found.shape[1], **tiles, num_warps=8,
+    )  # fmt: skip
+
+
+def raise_floors(batch: Batch, found: Tensor, kept: Tensor | None = None) -> None:
+    """Levels and cuts of what was found, which is thinned out; at last into `kept`.
+
+    That is [B, width], int32, in any order and filled up with ABSENT; `batch.counts` may exceed it.
+    """
+    log_q, kind = batch.measure()
+    _raise_floors[(len(found),)](
+        found, batch.counts, batch.peaks, batch.cosine, batch.prior, batch.slack, log_q,
+        batch.values, batch.levels, batch.cuts, found if kept is None else kept, found.shape[1],
+        found.shape[1] if kept is None else kept.shape[1], CHUNK=1024, FINAL=kept is not None,
+        **kind,
+    )  # fmt: skip
+
+
+def exact_cosines(batch: Batch, prototypes: Prototypes, kept: Tensor) -> Tensor:
+    """[B, width], float64, where there is a class."""
+    out = torch.empty(kept.shape, dtype=torch.float64, device=kept.device)
+    dim, width = batch.raw.shape[1], kept.shape[1]
+    block = _power_of_2(dim)
+    pairs = max(1, min(16, 8192 // block))
+    _exact_cosines[(len(kept), triton.cdiv(width, pairs))](
+        batch.raw, batch.length, prototypes.weight, kept, batch.counts, out, dim, width,
+        BLOCK_I=pairs, BLOCK_D=block,
+    )  # fmt: skip
+    return out
+
+
+class Solved(NamedTuple):
+    """What :func:`solve` gives.
+
+    Attributes
+    ----------
+    loss, posterior, support : Tensor, [B], float32
+        The posterior is the target's.
+    residual : Tensor, [B], float64
+        The target's posterior less one.
+    entries : Tensor, [B, width + 1], int32
+        Classes with a gradient, the target first; ABSENT elsewhere.
+    shares : Tensor, [B, width + 1], float32
+        The gradient by their logits.
+    """
+
+    loss: Tensor
+    posterior: Tensor
+    support: Tensor
+    residual: Tensor
+    entries: Tensor
+    shares: Tensor
+
+
+def solve(batch: Batch, kept: Tensor, cosines: Tensor, slope: Tensor) -> Solved:
+    """Level, posteriors and loss, all of a sample in one program.
+
+    Parameters
+    ----------
+    kept, cosines : Tensor, [B, width]
+    slope : Tensor, [B], float64
+        Of the targets' cosines, by what they were before they moved.
+    """
+    log_q, kind = batch.measure()
+    kind.pop("POWER")
+    samples, width = kept.shape
+    floats = torch.empty(3, samples, device=kept.device)
+    made = Solved(
+        *floats,
+        torch.empty(samples, dtype=torch.float64, device=kept.device),
+        torch.empty(samples, width + 1, dtype=torch.int32, device=kept.device),
+        torch.empty(samples, width + 1, device=kept.device),
+    )
+    _solve[(samples,)](
+        kept, batch.counts, cosines, batch.labels, batch.cosine, slope, batch.prior, batch.state,
+        log_q, batch.values, batch.levels, made.entries, made.shares, made.loss, made.posterior,
+        made.support, made.residual, samples, width,
+        CHUNK=1024, BLOCK_B=_power_of_2(samples), SAFEGUARDED=batch.alpha > 2, **kind,
+    )  # fmt: skip
+    return made
+
+
+def mark_segments(ordered: Tensor) -> Tensor:
+    """1 where another class begins, else 0, of classes [N] in order; 0 where it is ABSENT."""
+    flags = torch.empty_like(ordered)
+    _mark_segments[(triton.cdiv(len(ordered), 1024),)](ordered, flags, len(ordered), BLOCK=1024)
+    return flags
+
+
+def write_segments(ordered: Tensor, numbered: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes, and where each begins and the last one ends; [N] and [N + 1], int64.
+
+    Parameters
+    ----------
+    ordered, numbered : Tensor, [N]
+        Classes, and the cumulative sum of their marks, the number of which is filled.
+    """
+    size = len(ordered)
+    rows = torch.empty(size, dtype=torch.int64, device=ordered.device)
+    starts = torch.empty(size + 1, dtype=torch.int64, device=ordered.device)
+    _write_segments[(triton.cdiv(size, 1024),)](ordered, numbered, rows, starts, size, BLOCK=1024)
+    return rows, starts
+
+
+def report(batch: Batch, numbered: Tensor) -> Tensor:
+    """[6], int64: the largest of `peaks` and `counts`, three flags, the number of segments."""
+    out = torch.empty(6, dtype=torch.int64, device=numbered.device)
+    _report[(1,)](
+        batch.peaks, batch.counts, batch.state, numbered, out, len(batch.state), len(numbered),
+        BLOCK_B=_power_of_2(len(batch.state)),
+    )  # fmt: skip
+    return out
+
+
+def embedding_gradient(
+    batch: Batch, prototypes: Prototypes, entries: Tensor, shares: Tensor, upstream: Tensor
+) -> Tensor:
+    """[B, D], by the embeddings as they were given; upstream [B] is that of the losses."""
+    out = torch.empty_like(batch.raw)
+    (samples, dim), width = batch.raw.shape, entries.shape[1] - 1
+    block = _power_of_2(dim)
+    _embedding_gradient[(samples,)](
+        batch.raw, batch.length, prototypes.weight, prototypes.inverse_norm, entries, shares,
+        batch.counts, upstream, batch.values, out, dim, width, upstream.stride(0),
+        BLOCK_I=max(1, min(32, 8192 // block)), BLOCK_D=block,
+    )  # fmt: skip
+    return out
+
+
+def weight_gradient(
+    batch: Batch, prototypes: Prototypes, order: Tensor, shares: Tensor, rows: Tensor,
+    starts: Tensor, upstream: Tensor, factor: float,
+) -> Tensor:  # fmt: skip
+    """[R, D], by the prototypes `rows` [R], of entries in the order of their classes; times factor.
+
+    Parameters
+    ----------
+    order : Tensor, [N], int64
+        Where the entries are in `shares`, class by class.
+    starts : Tensor, [R + 1]
+        Where each class begins.
+    """
+    dim = batch.raw.shape[1]
+    out = torch.empty(len(rows), dim, device=batch.raw.device)
+    if len(rows):
+        _weight_gradient[(len(rows),)](
+            batch.raw, batch.length, prototypes.weight, prototypes.inverse_norm, order, shares,
+            rows, starts, upstream, batch.values, out, dim, shares.shape[1] - 1,
+            upstream.stride(0), factor, BLOCK_D=_power_of_2(dim),
+        )  # fmt: skip
+    return out

@@ -1,0 +1,94 @@
+"""How much of the classes is looked at at a time, by the kind of processor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from speechbrain_qmargin.loss.device import kernels_run
+
+__all__ = ["Sizes", "constants"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the head's step takes in one piece, and from where on it goes which way.
+
+    Results do not depend on them beyond rounding. On a CPU a piece is to stay in the cache; on a
+    GPU every piece costs launches, so it is as large as `at_once` allows.
+
+    Attributes
+    ----------
+    screen_from : int
+        Below this many classes all are scored in float32.
+    screen : torch.dtype or None
+        bf16, int8 or float32, in which classes are screened. None: what the processor multiplies
+        fast, see :func:`~speechbrain_qmargin.head.prototypes.screen_dtype`.
+    output_bytes : int
+        Of a screening product.
+    at_once : int or None
+        Bytes that one piece of anything else may take. None: the numbers of rows below.
+    chunk, block, exact, rows : int
+        Rows scored where all are; surviving rows scored in float32; pairs computed again in
+        float64; rows of derived values and gradients.
+    parts : tuple of float
+        Shares of the classes after which the floors rise.
+    sample, sample_top : int
+        Classes the first floors come from, and how many of them count.
+    most : float
+        Share of the classes above which none is skipped.
+    max_candidates : int
+        Padded candidates of a batch.
+    fused : bool
+        Whether the step is that of ``fused``: a few kernels, written in Triton.
+    screened, kept : int
+        Room for a sample's classes there: above a floor of the screening pass, and near the
+        support. It grows where it was too small.
+    """
+
+    screen_from: int = 32768
+    screen: torch.dtype | None = None
+    output_bytes: int = 2**20
+    at_once: int | None = None
+    chunk: int = 8192
+    block: int = 32768
+    exact: int = 4096
+    rows: int = 8192
+    parts: tuple[float, ...] = (1 / 16, 3 / 16, 7 / 16)
+    sample: int = 16384
+    sample_top: int = 64
+    most: float = 0.1
+    max_candidates: int = 4_000_000
+    fused: bool = False
+    screened: int = 4096
+    kept: int = 2048
+
+    def fit(self, rows: int, bytes_each: int) -> int:
+        """`rows`, one of the numbers above, or as many of `bytes_each` as `at_once` holds.
+
+        Examples
+        --------
+        >>> constants(torch.device("cpu")).fit(8192, 512), Sizes(at_once=2**20).fit(8192, 512)
+        (8192, 2048)
+        """
+        return rows if self.at_once is None else max(256, self.at_once // bytes_each)
+
+
+def constants(device: torch.device) -> Sizes:
+    """The sizes for a device.
+
+    Examples
+    --------
+    >>> constants(torch.device("cpu")).output_bytes, constants(torch.device("cuda")).output_bytes
+    (1048576, 67108864)
+    """
+    if device.type == "cpu":
+        return Sizes()
+    return Sizes(
+        output_bytes=64 * 2**20,
+        at_once=64 * 2**20,
+        parts=(1 / 16, 1 / 4),
+        max_candidates=8_000_000,
+        fused=kernels_run(device),
+    )

@@ -1,0 +1,253 @@
+"""The GPU's step, its kernels in Triton's interpreter, against the definition in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from brute_force import brute_force
+from launches import Counted, interpreted
+
+from speechbrain_qmargin.head import QMarginHead, RowSparseSGD, fused
+from speechbrain_qmargin.head.sizes import Sizes, constants
+from speechbrain_qmargin.loss.device import control_flow
+
+kernels = pytest.importorskip("speechbrain_qmargin.head.kernels", exc_type=ImportError)
+
+EPS = 2.0**-23
+# as on a GPU, for few classes
+SIZES = Sizes(
+    screen_from=1,
+    screen=torch.bfloat16,
+    parts=constants(torch.device("cuda")).parts,
+    sample=40,
+    max_candidates=2**20,
+    fused=True,
+    screened=512,
+    kept=256,
+)
+
+
+@pytest.fixture(autouse=True)
+def in_the_interpreter():
+    with interpreted(kernels), control_flow(host=False):
+        yield
+
+
+@pytest.fixture
+def only_fused(monkeypatch):
+    """The torch path would hide what the kernels miss."""
+    from speechbrain_qmargin.head import classifier
+
+    monkeypatch.setattr(classifier.HeadLoss, "apply", None)
+
+
+def problem(classes, dim, batch, noise=0.3, seed=0, **options):
+    torch.manual_seed(seed)
+    head = QMarginHead(dim, classes, sparse_grad=True, sizes=options.pop("sizes", SIZES), **options)
+    with torch.no_grad():
+        head.weight.mul_(torch.rand(classes, 1) * 3 + 0.1)
+    labels = torch.randint(classes, (batch,))
+    x = F.normalize(head.weight.detach()[labels], dim=1) + noise * torch.randn(batch, dim)
+    return head, x.requires_grad_(), labels
+
+
+def evaluated(head, x, labels, alpha, scale, margin, log_q=None):
+    """Losses, supports, and the gradients of their sum."""
+    head.weight.grad, x.grad = None, None
+    rows = head.train()(x)._rows(
+        labels,
+        lambda flat: fused_objective(flat, alpha, scale, margin, log_q),
+    )
+    rows.loss.sum().backward()
+    return rows, x.grad, head.weight.grad
+
+
+def fused_objective(labels, alpha, scale, margin, log_q):
+    from speechbrain_qmargin.loss.functional import q_margin_objective
+
+    return q_margin_objective(labels, alpha, scale, margin, log_q)
+
+
+def check(head, x, labels, alpha, scale, margin, log_q=None):
+    rows, grad_x, grad_w = evaluated(head, x, labels, alpha, scale, margin, log_q)
+    whole = x.detach().double().requires_grad_()
+    weight = head.weight.detach().double().requires_grad_()
+    cosines = F.normalize(whole, dim=1) @ F.normalize(weight, dim=1).T
+    own = torch.arange(len(labels)), labels
+    prior = torch.zeros(cosines.shape, dtype=torch.float64)
+    prior = prior if log_q is None else prior + log_q
+    prior[own] -= scale * torch.as_tensor(margin, dtype=torch.float64)
+    p, wanted = brute_force(scale * cosines.detach(), prior, labels, alpha)
+    support = (p > 0).sum(1)
+    p[own] -= 1
+    cosines.backward(p * scale)
+    torch.testing.assert_close(rows.loss.double(), wanted, rtol=1e-6, atol=1e-6)
+    assert (rows.support - support).abs().max() <= 1  # a posterior at rounding level
+    rounding = 16 * EPS * scale
+    shortest = float(head.weight.detach().norm(dim=1).min())
+    for found, exact, short in (
+        (grad_x, whole.grad, float(x.detach().norm(dim=1).min())),
+        (grad_w.to_dense(), weight.grad, shortest),
+    ):
+        error = float((found.double() - exact).norm())
+        assert error <= 1e-5 * float(exact.norm()) + rounding / short
+    return grad_w
+
+
+FAMILY = [
+    (1.1, 40.0, 0.2),
+    (1.25, 32.0, 0.2),
+    (1.5, 10.0, 0.2),
+    (1.75, 5.0, 0.1),
+    (2.0, 5.0, 0.0),
+    (3.0, 4.0, 0.1),
+]
+
+
+@pytest.mark.parametrize(("alpha", "scale", "margin"), FAMILY)
+def test_loss_support_and_gradients_are_exact(alpha, scale, margin, only_fused):
+    check(*problem(150, 24, 2), alpha, scale, margin)
+
+
+def test_a_margin_for_each_sample_and_a_prior_for_each_class(only_fused):
+    head, x, labels = problem(100, 12, 2)
+    generator = torch.Generator().manual_seed(1)
+    log_q = 6 * torch.rand(100, generator=generator, dtype=torch.float64) - 3
+    margin = 0.5 * torch.rand(2, generator=generator, dtype=torch.float64)
+    check(head, x, labels, 1.5, 10.0, margin, log_q)
+
+
+def test_ties_share_the_posterior(only_fused):
+    head, x, labels = problem(120, 16, 2)
+    with torch.no_grad():
+        head.weight[40:80] = head.weight[39]
+    labels[0] = 39  # one of the equal ones is the target
+    grad = check(head, x, labels, 1.5, 10.0, 0.2)
+    rows = grad._indices()[0]
+    assert bool((rows[1:] > rows[:-1]).all())
+
+
+def test_where_the_loss_is_zero_there_is_no_gradient(only_fused):
+    head, x, labels = problem(50, 64, 3, noise=0.001)
+    rows, grad_x, grad_w = evaluated(head, x, labels, 1.5, 10.0, 0.0)
+    assert not rows.loss.any()
+    assert not grad_x.any()
+    assert grad_w._nnz() == 0
+
+
+def test_a_room_too_small_grows_and_changes_nothing(only_fused):
+    head, x, labels = problem(150, 12, 2)
+    wanted = evaluated(head, x, labels, 1.25, 12.0, 0.2)
+    small = QMarginHead(12, 150, sparse_grad=True, sizes=replace(SIZES, screened=4, kept=2))
+    small.load_state_dict(head.state_dict())
+    found = evaluated(small, x.detach().clone().requires_grad_(), labels, 1.25, 12.0, 0.2)
+    assert small._room.kept >= wanted[0].support.max() > 2
+    for a, b in zip((*wanted[0], *wanted[1:]), (*found[0], *found[1:]), strict=True):
+        assert torch.equal(a.to_dense(), b.to_dense())  # to the last bit
+
+
+def test_without_any_room_it_is_the_torch_path():
+    head, x, labels = problem(40, 8, 2)
+    wanted = evaluated(head, x, labels, 1.5, 0.5, 0.2)  # everything is active
+    tight = QMarginHead(8, 40, sparse_grad=True, sizes=replace(SIZES, max_candidates=40))
+    tight.load_state_dict(head.state_dict())
+    with control_flow(host=True):
+        found = evaluated(tight, x.detach().clone().requires_grad_(), labels, 1.5, 0.5, 0.2)
+    torch.testing.assert_close(found[0].loss, wanted[0].loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[2].to_dense(), wanted[2].to_dense(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_order_in_which_classes_are_found_does_not_matter():
+    """On a GPU it changes from run to run; levels and what is kept do not, to the last bit."""
+    head, x, labels = problem(300, 12, 2)
+    own, raw = head.prototypes(), x.detach()
+    prior = torch.full((2,), -2.0, dtype=torch.float64)
+    outcomes = []
+    for shuffled in (False, True):
+        batch = kernels.prepare(raw, labels, prior, None, 1.25, 12.0, own)
+        kernels.sample_floors(batch, kernels.sample_scores(batch, own, 7), 7)
+        found = torch.empty(2, 512, dtype=torch.int64)
+        kept = torch.empty(2, 256, dtype=torch.int32)
+        kernels.screen(batch, own, slice(0, 300), found)
+        for row, count in enumerate(batch.counts.tolist() if shuffled else ()):
+            found[row, :count] = found[row, :count].flip(0)
+        kernels.raise_floors(batch, found, kept)
+        outcomes.append((batch.levels, kept.sort(1).values, batch.counts))
+    for a, b in zip(*outcomes, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_bound_of_the_screen_loses_no_class():
+    """The kept classes contain all above the edge of tau, which their levels are below."""
+    head, x, labels = problem(200, 33, 2, noise=0.2)
+    objective = fused_objective(labels, 1.25, 16.0, 0.2, None)
+    step, _ = fused._attempt(x.detach(), labels, objective, head.prototypes(), fused.Room(512, 256))
+    cosines = F.normalize(x.detach().double()) @ F.normalize(head.weight.detach().double()).T
+    prior = torch.zeros_like(cosines)
+    own = torch.arange(2), labels
+    prior[own] = -16.0 * 0.2
+    p, _ = brute_force(16.0 * cosines, prior, labels, 1.25)
+    for sample in range(2):
+        entries = set(step.solved.entries[sample].tolist())
+        active = set((p[sample] > 1e-14).nonzero().squeeze(1).tolist())
+        assert active <= entries | {int(labels[sample])}
+
+
+def test_bad_labels_and_embeddings_that_are_not_finite(only_fused):
+    head, x, labels = problem(30, 8, 3)
+    with pytest.raises(ValueError, match=r"target label 30 is outside \[0, 30\)"):
+        head(x, torch.tensor([0, 1, 30]))
+    with torch.no_grad():
+        x[1, 2] = torch.nan
+    rows, grad_x, grad_w = evaluated(head, x, labels, 1.5, 10.0, 0.2)
+    assert rows.loss.isnan().all()
+    assert not grad_x.any()
+    assert not grad_w.to_dense().any()
+
+
+def test_launches_and_waits_do_not_grow_with_the_classes(only_fused):
+    """Forward and backward: at most 25 launches and 2 waits, whatever the number of classes."""
+    found = []
+    for classes in (100, 700):
+        head, x, labels = problem(classes, 8, 2, noise=0.1, alpha=1.25, scale=32.0, margin=0.2)
+        head.prototypes()
+        kernels.numbers(1.25, 32.0, x.device)  # which are brought to the device once
+        fused.ones(2, x.device)
+        with Counted(kernels.KERNELS) as counted:
+            head(x, labels).backward()
+        assert counted.launches <= 25, counted.names
+        # the report is the one tensor whose values the host reads
+        assert counted.names.count("_report") + counted.waits == 1
+        found.append(counted.names)
+    assert found[0] == found[1]
+
+
+def test_memory_beyond_weights_at_2_million_classes(only_fused):
+    """What a step allocates, counted at a small size, is what the formula says of a large one."""
+    head, x, labels = problem(300, 8, 2, alpha=1.25, scale=12.0, margin=0.2)
+    head.prototypes()
+    with Counted(kernels.KERNELS) as counted:
+        head(x, labels).backward()
+    rows = head.weight.grad._nnz()
+    sample = 43  # of 300 classes, every 7th
+    formula = fused.bytes_of_a_step(2, 8, sample, SIZES.screened, SIZES.kept) + rows * 8 * 4
+    assert 0.4 * formula < counted.peak <= formula
+    own = constants(torch.device("cuda"))
+    sample = -(-2_000_000 // (2_000_000 // own.sample))
+    step = fused.bytes_of_a_step(1024, 512, sample, own.screened, own.kept)
+    assert step <= 300e6
+
+
+def test_a_training_is_that_of_the_torch_path():
+    """With the optimiser of rows, whose bf16 copy follows; both ways from the same start."""
+    weights = []
+    for sizes in (SIZES, Sizes()):
+        head, x, labels = problem(80, 8, 2, sizes=sizes, alpha=1.5, scale=10.0, margin=0.2)
+        optimizer = RowSparseSGD(head.parameters(), lr=0.1, momentum=0.9, head=head)
+        for step in range(3):
+            optimizer.zero_grad()
+            head(x.detach() + 0.1 * step, labels).backward()
+            optimizer.step()
+        weights.append(head.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)

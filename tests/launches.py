@@ -1,0 +1,104 @@
+"""Counts of what a GPU would be asked to do, on a CPU."""
+
+import weakref
+from contextlib import contextmanager
+from importlib import import_module
+
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+FREE = {"view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "t", "transpose", "select"}
+FREE |= {"slice", "detach", "alias", "as_strided", "empty", "empty_like", "empty_strided"}
+FREE |= {"_reshape_alias", "permute", "new_empty", "reshape", "lift_fresh", "split", "unbind"}
+FREE |= {"_sparse_coo_tensor_with_dims_and_tensors", "_local_scalar_dense", "unfold"}
+FREE |= {"_values", "_indices", "values", "indices", "is_coalesced", "_nnz", "sparse_dim"}
+FREE |= {"dense_dim", "_coalesced_", "_record_function_enter_new", "_record_function_exit"}
+WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_unique2", "unique_dim"}
+WAITS |= {"masked_select", "bincount", "unique_consecutive", "repeat_interleave"}
+
+
+class Counted(TorchDispatchMode):
+    """Ops that launch a kernel, Triton's kernels, waits of the host, and bytes at the peak.
+
+    An op counts once, though a sort is several kernels. A read of values (`tolist`, `item`) is one
+    wait, and so is whatever has an output whose size depends on values.
+    """
+
+    def __init__(self, kernels=()):
+        super().__init__()
+        self.launches, self.waits, self.names = 0, 0, []
+        self.bytes, self.peak = 0, 0
+        self._kernels, self._known = kernels, set()
+
+    def __enter__(self):
+        for kernel in self._kernels:
+            kernel.add_pre_run_hook(self._launched(kernel.fn.__name__))
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        for kernel in self._kernels:
+            kernel.pre_run_hooks.pop()
+        return super().__exit__(*raised)
+
+    def _launched(self, name):
+        def hook(*_, **__):
+            self.launches += 1
+            self.names.append(name)
+
+        return hook
+
+    def _freed(self, key, size):
+        self._known.discard(key)
+        self.bytes -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        self.waits += name in WAITS
+        if name not in FREE:
+            self.launches += 1
+            self.names.append(name)
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if hasattr(tensor, "untyped_storage") and not tensor.is_sparse:
+                storage = tensor.untyped_storage()
+                key = storage.data_ptr()
+                if key and key not in self._known:
+                    size = storage.nbytes()
+                    self._known.add(key)
+                    self.bytes += size
+                    self.peak = max(self.peak, self.bytes)
+                    weakref.finalize(storage, self._freed, key, size)
+        return out
+
+
+@contextmanager
+def interpreted(module):
+    """Triton's kernels of a module in its interpreter: quicker, and unseen by :class:`Counted`.
+
+    The interpreter patches Triton anew for each call of a function within a kernel, which is most
+    of its time. Once for each kernel is enough for functions of the kernel's own module.
+    """
+    interpreter = import_module("triton.runtime.interpreter")
+    function, executor = interpreter.InterpretedFunction, interpreter.GridExecutor
+    call, run = function.__call__, executor.__call__
+
+    def quick_call(self, *args, **kwargs):
+        if self.fn.__module__ == module.__name__:
+            return self.rewrite()(*args, **kwargs)
+        return call(self, *args, **kwargs)
+
+    def unseen_run(self, *args, **kwargs):
+        for hook in self.pre_run_hooks:
+            hook(*args, **kwargs)
+        hooks, self.pre_run_hooks = self.pre_run_hooks, []
+        try:
+            with _disable_current_modes():
+                return run(self, *args, **kwargs)
+        finally:
+            self.pre_run_hooks = hooks
+
+    function.__call__, executor.__call__ = quick_call, unseen_run
+    try:
+        yield
+    finally:
+        function.__call__, executor.__call__ = call, run
