@@ -184,7 +184,9 @@ def _read_pairs(path: Path, folder: str | None) -> tuple[Any, list[str], np.ndar
     try:
         check_folds(same)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(
+            f"{path}: {error}; a list that is not in folds is for `qmargin cosine` and `report`"
+        ) from None
     check_images({name: images.content(item) for name, item in images.items.items()})
     return images, ids, same, file_source(path)
 

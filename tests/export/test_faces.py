@@ -206,6 +206,11 @@ def test_pair_sets_by_any_encoder(run, folder, tmp_path, capsys):
     trials = read_trials(tmp_path / "own.txt")
     wanted = cosine_scores(load_embeddings(tmp_path / "e.npz"), trials)
     assert read_score_file(output / "own/cosine.tsv").scores == pytest.approx(wanted, abs=1e-5)
+    (tmp_path / "own.txt").write_text("".join(sorted("".join(own).splitlines(keepends=True))))
+    assert qmargin(*given) == 1
+    assert (
+        "a fold of one kind only: no rate; a list that is not in folds" in capsys.readouterr().err
+    )
     (tmp_path / "own.txt").write_text("".join(own).replace("person3/2.png", "person3/9.png"))
     assert qmargin(*given) == 1
     assert (

@@ -126,6 +126,18 @@ def test_other_ids_are_warned_of(tmp_path):
         read_scores(write(path, "x y 0.5\n"), trials)
 
 
+def test_ids_cut_at_their_first_dot_are_matched_unless_two_become_one(tmp_path):
+    trials = read_trials(write(tmp_path / "list", "1 a/1.x.wav a/2.x.wav\n0 a/1.x.wav b/1.x.wav\n"))
+    path = write(tmp_path / "scores", "a/1 a/2 1 0.9\na/1 b/1 0 0.25\n")
+    with pytest.warns(UserWarning, match="ids are those of list up to their first dot"):
+        assert read_scores(path, trials)[1].tolist() == [0.9, 0.25]
+    trials = read_trials(write(tmp_path / "list", "1 a/1.x.wav a/1.y.wav\n0 a/1.x.wav b/1.x.wav\n"))
+    with pytest.raises(
+        ValueError, match=r"2 of 2 trials have no score, .*\(there is one of a/1 a/2"
+    ):
+        read_scores(path, trials)
+
+
 def test_a_file_says_what_its_scores_are(tmp_path):
     trials = read_trials(write(tmp_path / "list", TRIALS))
     about = {"kind": "as-norm", "embeddings": "é sha256:1"}
