@@ -76,7 +76,6 @@ def _help(about: str, words: list[str]) -> None:
 
 
 def _print_config(words: list[str]) -> None:
-    from speechbrain_qmargin.training.config import CommandLine, compose
+    from speechbrain_qmargin.training.config import CommandLine, composed
 
-    given = CommandLine.of(words)
-    print(compose(given.hparams_file, given.overrides, trust=given.trust), end="")
+    print(composed(CommandLine.of(words)), end="")

@@ -6,7 +6,6 @@ builds them with the weights of a run or of an inference folder.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_qmargin.export.definitions import build, canonical, hyperparams_tree
+from speechbrain_qmargin.models.digest import digest_of
 from speechbrain_qmargin.published import Published
 from speechbrain_qmargin.training.checkpoints import (
     AtomicCheckpointer,
@@ -24,7 +24,7 @@ from speechbrain_qmargin.training.checkpoints import (
     load_module,
 )
 
-__all__ = ["PARTS", "SpeakerEncoder", "digest_of", "is_run", "load_encoder", "load_run"]
+__all__ = ["PARTS", "SpeakerEncoder", "is_run", "load_encoder", "load_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class SpeakerEncoder(nn.Module):
         ValueError
             A network of faces.
         """
-        return cls(published.modules, published.speech().sample_rate, published.digest)
+        return cls(published.modules, published.speech().sample_rate, published.definition)
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """Embeddings [B, D] of waveforms [B, samples] of one length: nothing is padded."""
@@ -108,15 +108,6 @@ class SpeakerEncoder(nn.Module):
         if hasattr(self.mean_var_norm, "glob_mean"):  # InputNormalization keeps no state_dict
             state |= {name: getattr(self.mean_var_norm, name) for name in ("glob_mean", "glob_std")}
         return digest_of(self.definition or repr(self), state)
-
-
-def digest_of(definition: str, state: Mapping[str, Any]) -> str:
-    """SHA-256 of what an encoder is and of its tensors by name."""
-    digest = hashlib.sha256(definition.encode())
-    for key, value in sorted(state.items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def load_encoder(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_qmargin.export.definitions import build, canonical, hyperparams_tree
-from speechbrain_qmargin.export.encoder import digest_of, is_run, load_run
+from speechbrain_qmargin.export.encoder import is_run, load_run
 from speechbrain_qmargin.faces.pair_sets import FLIPS
+from speechbrain_qmargin.models.digest import digest_of
 from speechbrain_qmargin.published import Published
 from speechbrain_qmargin.training.checkpoints import bare, load_module
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from speechbrain_qmargin.models.digest import digest_of
 
 __all__ = ["FaceInput", "Published", "SpeechInput"]
 
@@ -144,12 +144,25 @@ class Published:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the weights and of what the input is; the same wherever the file lies."""
-        digest = hashlib.sha256(self.input.summary.encode())
-        for key, value in sorted(self.encoder.state_dict().items()):
-            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        """SHA-256 of the weights and of what the input is; the same wherever the file lies.
+
+        It is a speaker encoder's in embeddings, thresholds and enrolments; a face encoder's says
+        beside it how mirror images are joined.
+        """
+        state = {
+            f"{name}.{key}": value
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
+        }
+        norm = self.modules.get("mean_var_norm")
+        if norm is not None:  # SpeechBrain's keeps no state_dict
+            state |= {name: getattr(norm, name) for name in ("glob_mean", "glob_std")}
+        return digest_of(self.definition, state)
+
+    @property
+    def definition(self) -> str:
+        """Network and input in words, for the digest."""
+        return f"{self.network}: {self.input.summary}"
 
     @property
     def options(self) -> list[str]:

@@ -42,6 +42,7 @@ from speechbrain_qmargin.loss.diagnosis import Progress, advice
 from speechbrain_qmargin.loss.interface import flat
 from speechbrain_qmargin.models import Encoder, ImageEncoder, check_embeddings
 from speechbrain_qmargin.training.checkpoints import bare, ends_an_epoch, load_average
+from speechbrain_qmargin.training.freezing import Freezing
 from speechbrain_qmargin.training.internals import OpenBrain, skip_to
 from speechbrain_qmargin.training.prototype_reset import PrototypeReset
 
@@ -75,6 +76,11 @@ class VerificationBrain(OpenBrain):
     max_grad_norm : float
         To which the gradient is clipped: that of all modules in one, or of `clipped_alone`. A
         classifier in shards is never clipped: its norm would depend on the number of processes.
+    freeze, freeze_epochs : str, int, optional
+        As of :class:`~speechbrain_qmargin.training.freezing.Freezing`.
+    encoder_lr : float, optional
+        The encoder's learning rate, relative to the others'. Where it is not 1, the gradient that
+        is clipped is the encoder's alone.
     epoch_counter, train_logger : SpeechBrain objects
     output_folder : str
         Where ``history.jsonl`` is written: one record an epoch.
@@ -108,6 +114,9 @@ class VerificationBrain(OpenBrain):
             if self.checkpointer is not None:
                 self.checkpointer.add_recoverable("loss", cost)
         self._reset = self._prototype_reset()
+        encoder = self.modules["embedding_model"]
+        self._freezing = Freezing.of(encoder, self.hparams)
+        self._freezing.begin(1, self._processes)  # before it is wrapped for several processes
         self._loss_at = lambda epoch: {
             name: change(epoch, full[name]) for name, change in schedule.items()
         }
@@ -203,6 +212,7 @@ class VerificationBrain(OpenBrain):
 
     def on_fit_start(self):
         super().on_fit_start()
+        self._freezing.follow(bare(self.modules["embedding_model"]))
         self._share_out_anew()
         batch = self._items_at_once * self.grad_accumulation_factor
         self._lr_scale = batch / self.hparams.lr_reference_batch
@@ -213,10 +223,21 @@ class VerificationBrain(OpenBrain):
             f"{self.hparams.batch_size} x accumulation {self.grad_accumulation_factor} / "
             f"{self.hparams.lr_reference_batch}"
         )
+        if self._encoder_lr != 1:
+            logger.info(f"the encoder's learning rate is {self._encoder_lr:g} of the classifier's")
+        if str(self._freezing):
+            logger.info(str(self._freezing))
 
     @property
     def _processes(self) -> int:
         return torch.distributed.get_world_size() if self.distributed_launch else 1
+
+    @property
+    def _encoder_lr(self) -> float:
+        factor = getattr(self.hparams, "encoder_lr", 1.0)
+        if not isinstance(factor, (int, float)) or not factor > 0:
+            raise ValueError(f"encoder_lr: {factor}; a number above 0, 1 for the others' rate")
+        return float(factor)
 
     @property
     def _items_at_once(self) -> int:
@@ -246,7 +267,7 @@ class VerificationBrain(OpenBrain):
         self._lr = self._lr_scale * self.hparams.lr_schedule(self._time)
         for optimizer in self.optimizers_dict.values():
             for group in optimizer.param_groups:
-                group["lr"] = self._lr
+                group["lr"] = self._lr * group.get("lr_factor", 1.0)
 
     def init_optimizers(self):
         """One optimiser, or two where the classifier is in shards: a rank steps its own shard.
@@ -268,20 +289,26 @@ class VerificationBrain(OpenBrain):
         return {name: p for name, p in named if p.requires_grad}
 
     def _init_modules_optimizers(self) -> None:
-        if self._sharded_head is None and self.clipped_alone is None:
+        alone, factor = self.clipped_alone, self._encoder_lr
+        if factor != 1:
+            alone = "embedding_model"
+        if self._sharded_head is None and alone is None:
             super().init_optimizers()
             return
         if self.remove_vector_weight_decay:
-            raise ValueError("--remove_vector_weight_decay: not with faces or the sparse head")
-        head, clipped = self._sharded_head, self.modules
-        if self.clipped_alone is not None:
-            clipped = self.modules[self.clipped_alone]
+            raise ValueError(
+                "--remove_vector_weight_decay: not with faces, the sparse head or --encoder_lr"
+            )
+        head = self._sharded_head
+        clipped = self.modules if alone is None else self.modules[alone]
         # all of the head's: over several processes it has a parameter more, which never moves
         seen = {id(p) for p in head.parameters()} if head is not None else set()
         first = [p for p in clipped.parameters() if id(p) not in seen]
         seen |= {id(p) for p in first}
         others = [p for p in self.modules.parameters() if id(p) not in seen]
-        groups = [{"params": part} for part in (first, others) if part]
+        groups: list[dict[str, Any]] = [{"params": part} for part in (first, others) if part]
+        if factor != 1:
+            groups[0]["lr_factor"] = factor
         self.optimizer = self.opt_class(groups)
         self.optimizers_dict = {"opt_class": self.optimizer}
         self.checkpointer.add_recoverable("optimizer", self.optimizer)
@@ -295,6 +322,10 @@ class VerificationBrain(OpenBrain):
             custom_save_hook=lambda head, path: head.save_shards(path, head_optimizer),
             custom_load_hook=lambda head, path, _: head.load_shards(path, head_optimizer),
         )
+
+    def optimizers_step(self):
+        self._freezing.drop_gradients()
+        super().optimizers_step()
 
     def check_gradients(self):
         """SpeechBrain's ``skip_nonfinite_grads``, which cannot read row-sparse gradients."""
@@ -317,6 +348,7 @@ class VerificationBrain(OpenBrain):
         random.seed(seed)
         torch.manual_seed(seed)
         self._follow_schedules()
+        self._freezing.hold()
 
     def may_save_within_epoch(self) -> bool:
         # between two steps there are gradients that no checkpoint holds
@@ -347,6 +379,7 @@ class VerificationBrain(OpenBrain):
         self._started = time.perf_counter()
         if stage == sb.Stage.TRAIN:
             self._stats = []
+            self._freezing.begin(epoch or 1, self._processes)
             if self.step == 0:
                 self._earlier = _NOTHING
                 if self._reset is not None:

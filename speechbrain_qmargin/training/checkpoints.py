@@ -38,7 +38,6 @@ __all__ = [
     "ends_an_epoch",
     "load_average",
     "load_module",
-    "load_pretrained",
 ]
 
 logger = logging.getLogger(__name__)
@@ -294,49 +293,3 @@ def load_module(module: Any, path: str | Path, first_rows: bool = False) -> None
             key: value[: sizes[key]] if key in sizes else value for key, value in state.items()
         }
     module.load_state_dict(state)
-
-
-def load_pretrained(hparams: dict) -> None:
-    """Start from the weights of the finished run in ``pretrained``, its epochs averaged.
-
-    ``pretrained_classes`` says what becomes of its prototypes: ``keep``, for the same classes;
-    ``first``, for as many as there are now (the copies of speakers at other speeds come last and
-    are dropped); ``none``, a new classifier. A run that has checkpoints of its own ignores this.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        No finished epoch there; another model or other classes there than here.
-    """
-    source, classes = hparams["pretrained"], hparams["pretrained_classes"]
-    if source is None or hparams["checkpointer"].list_checkpoints():
-        return
-    if classes not in ("keep", "first", "none"):
-        raise ValueError(f"pretrained_classes: {classes!r}; choose keep, first or none")
-    save = Path(source) / "save"
-    names = ["embedding_model"] + ["classifier"] * (classes != "none")
-    modules = {name: hparams[name] for name in names}
-    if not save.is_dir():
-        raise FileNotFoundError(f"pretrained: {source} is no run's output folder (no save/ in it)")
-    if classes != "none":
-        there, here = (
-            Path(folder, "label_encoder.txt") for folder in (save, hparams["save_folder"])
-        )
-        labels = [path.read_text() if path.is_file() else None for path in (there, here)]
-        if labels[0] != labels[1]:
-            raise ValueError(
-                f"{source} was trained on other classes than these ({there} and {here} differ); "
-                "give --pretrained_classes none for a new classifier"
-            )
-    if not Path(source, "results.json").is_file():
-        logger.warning(f"pretrained: {source} is not finished; its last epochs so far are taken")
-    checkpointer = AtomicCheckpointer(save)
-    try:
-        number = len(checkpointer.list_checkpoints())
-        averaged = load_average(modules, checkpointer, number, classes == "first")
-    except RuntimeError as error:
-        raise ValueError(
-            f"pretrained: {source} was trained with another model or other sizes (--model, --size, "
-            f"--channels, ...) than this run; see its experiment.yaml. {str(error)[:300]}"
-        ) from error
-    logger.info(f"starting from {source}: {', '.join(names)}, {len(averaged)} epochs averaged")

@@ -38,6 +38,7 @@ __all__ = [
     "CommandLine",
     "Experiment",
     "compose",
+    "composed",
     "load_experiment",
     "plain_settings",
     "resolved",
@@ -105,9 +106,27 @@ def load_experiment(argv: list[str]) -> Experiment:
         A missing YAML, an unknown choice, an override that names no key of the experiment.
     """
     given = CommandLine.of(argv)
-    text = compose(given.hparams_file, given.overrides, trust=given.trust)
+    text = composed(given)
     settings = plain_settings(resolved(text))
     return Experiment(given.hparams_file, given.run_opts(), text, settings)
+
+
+def composed(given: CommandLine) -> str:
+    """The document of a command line: :func:`compose`, and what a published model asks for.
+
+    Where ``pretrained`` is a published model, its network and its features are the experiment's,
+    as if the command line had named them.
+    """
+    from speechbrain_qmargin.training.pretrained import published_overrides
+
+    text = compose(given.hparams_file, given.overrides, trust=given.trust)
+    settings = plain_settings(resolved(text))
+    if settings.get("pretrained") is None:
+        return text
+    asked = published_overrides(settings, given.overrides)
+    if not asked:
+        return text
+    return compose(given.hparams_file, {**given.overrides, **asked}, trust=given.trust)
 
 
 def compose(hparams_file: str | Path, overrides: dict[str, str], trust: bool = False) -> str:

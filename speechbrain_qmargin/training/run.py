@@ -20,8 +20,8 @@ from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.scoring.lists import Cohort
 from speechbrain_qmargin.training.brain import VerificationBrain
-from speechbrain_qmargin.training.checkpoints import load_pretrained
 from speechbrain_qmargin.training.config import Experiment, load_experiment
+from speechbrain_qmargin.training.pretrained import load_pretrained
 from speechbrain_qmargin.training.processes import main_process_first, processes
 from speechbrain_qmargin.training.results import validation, verify
 from speechbrain_qmargin.training.run_folder import RunFolder

@@ -20,8 +20,8 @@ from speechbrain_qmargin.data.speech_dataset import SpeechDataset
 from speechbrain_qmargin.head import QMarginHead
 from speechbrain_qmargin.training import brain as brain_module
 from speechbrain_qmargin.training.brain import SpeakerBrain, VerificationBrain
-from speechbrain_qmargin.training.checkpoints import load_pretrained
 from speechbrain_qmargin.training.config import load_experiment
+from speechbrain_qmargin.training.pretrained import load_pretrained
 from speechbrain_qmargin.training.run_folder import RunFolder
 
 RECIPE = Path(__file__).parents[2] / "hparams" / "qmargin.yaml"

@@ -1,0 +1,169 @@
+"""What a run starts from: the weights of another run, or those that somebody published."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speechbrain_qmargin.published import Published, load_published
+from speechbrain_qmargin.training.checkpoints import AtomicCheckpointer, load_average
+from speechbrain_qmargin.training.internals import has_statistics, load_statistics, statistics
+
+__all__ = ["load_pretrained", "published_overrides"]
+
+logger = logging.getLogger(__name__)
+
+_SAME = 1e-3  # of the features' norm
+
+
+def published_overrides(settings: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
+    """The settings that build a published network and its features, as a command line has them.
+
+    Parameters
+    ----------
+    settings : mapping
+        Of the experiment: ``pretrained`` names a file or folder, a run, or nothing.
+    given : mapping from str to str
+        What the command line says, as YAML.
+
+    Returns
+    -------
+    dict from str to str
+        Empty where nothing published is named.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As of :func:`~speechbrain_qmargin.published.load_published`: it is loaded once, so that
+        what is wrong with it is said before the data are prepared. A network of faces for a
+        recipe of speech, or the other way; a setting on the command line that is not the model's.
+    """
+    source = settings.get("pretrained")
+    if source is None or _is_run(source):
+        return {}
+    try:
+        published = load_published(source)
+    except ValueError as error:
+        raise ValueError(f"pretrained: no run (no save/ in it), and {error}") from None
+    if "n_mels" in settings:
+        published.speech()
+    else:
+        published.faces()
+    for key, value in published.settings.items():
+        if key in given and given[key].strip() not in (_text(value), str(value)):
+            raise ValueError(
+                f"--{key} {given[key]}: {source} is {published.format}'s {published.network}, with "
+                f"{key} {_text(value)}; leave --{key} out"
+            )
+    return {key: _text(value) for key, value in published.settings.items()}
+
+
+def load_pretrained(hparams: dict) -> None:
+    """Start from ``pretrained``: a finished run, its epochs averaged, or a published model.
+
+    ``pretrained_classes`` says what becomes of a run's prototypes: ``keep``, for the same classes;
+    ``first``, for as many as there are now (the copies of speakers at other speeds come last and
+    are dropped); ``none``, a new classifier. A run that has checkpoints of its own ignores this.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No finished epoch there; another model, other features or other classes there than here.
+    """
+    source, classes = hparams["pretrained"], hparams["pretrained_classes"]
+    if source is None or hparams["checkpointer"].list_checkpoints():
+        return
+    if classes not in ("keep", "first", "none"):
+        raise ValueError(f"pretrained_classes: {classes!r}; choose keep, first or none")
+    if _is_run(source):
+        _load_run(hparams, Path(source), classes)
+    elif classes != "none":
+        raise ValueError(
+            f"pretrained: {source} is no run (no save/ in it), and a published model has no "
+            "prototypes of these classes; give --pretrained_classes none"
+        )
+    else:
+        _load_published(hparams, load_published(source))
+
+
+def _is_run(source: str | Path) -> bool:
+    return (Path(source) / "save").is_dir()
+
+
+def _text(value: Any) -> str:
+    """A value as YAML on one line."""
+    return value if isinstance(value, str) and value.isidentifier() else json.dumps(value)
+
+
+def _load_published(hparams: dict, published: Published) -> None:
+    model = hparams["embedding_model"]
+    there, here = published.encoder.state_dict(), model.state_dict()
+    differing = [key for key in {**here, **there} if _shape(here, key) != _shape(there, key)]
+    if differing:
+        raise ValueError(
+            f"pretrained: {published.path} is {published.format}'s {published.network}, and this "
+            f"run's embedding_model is another network: {len(differing)} entries differ, the first "
+            f"is {differing[0]}. Leave the network to it, or set {' '.join(published.options)}"
+        )
+    if published.is_speech:
+        _check_features(hparams, published)
+        norm = published.speech().mean_var_norm
+        if has_statistics(norm):
+            load_statistics(hparams["mean_var_norm"], statistics(norm))
+    model.load_state_dict(there)
+    logger.info(f"starting from {published.summary()}")
+
+
+def _shape(state: Mapping[str, Any], key: str) -> Any:
+    return state[key].shape if key in state else None
+
+
+def _check_features(hparams: dict, published: Published) -> None:
+    """Refuse features that are not those the network was trained on, whatever builds them."""
+    features = hparams["compute_features"]
+    speech, training = published.speech(), features.training
+    rate = speech.sample_rate
+    wave = torch.randn(1, rate, generator=torch.Generator().manual_seed(0)).mul_(0.1)
+    with torch.no_grad():
+        features.eval()
+        ours, theirs = features(wave), speech.compute_features(wave)
+        features.train(training)
+    same = hparams["sample_rate"] == rate and ours.shape == theirs.shape
+    if not same or (ours - theirs).norm() > _SAME * theirs.norm():
+        raise ValueError(
+            f"pretrained: {published.path} takes {speech.summary}; the features of this run are "
+            f"others. Leave them to the model, or set {' '.join(published.options)}"
+        )
+
+
+def _load_run(hparams: dict, source: Path, classes: str) -> None:
+    save = source / "save"
+    names = ["embedding_model"] + ["classifier"] * (classes != "none")
+    modules = {name: hparams[name] for name in names}
+    if classes != "none":
+        there, here = (
+            Path(folder, "label_encoder.txt") for folder in (save, hparams["save_folder"])
+        )
+        labels = [path.read_text() if path.is_file() else None for path in (there, here)]
+        if labels[0] != labels[1]:
+            raise ValueError(
+                f"{source} was trained on other classes than these ({there} and {here} differ); "
+                "give --pretrained_classes none for a new classifier"
+            )
+    if not (source / "results.json").is_file():
+        logger.warning(f"pretrained: {source} is not finished; its last epochs so far are taken")
+    checkpointer = AtomicCheckpointer(save)
+    try:
+        number = len(checkpointer.list_checkpoints())
+        averaged = load_average(modules, checkpointer, number, classes == "first")
+    except RuntimeError as error:
+        raise ValueError(
+            f"pretrained: {source} was trained with another model or other sizes (--model, --size, "
+            f"--channels, ...) than this run; see its experiment.yaml. {str(error)[:300]}"
+        ) from error
+    logger.info(f"starting from {source}: {', '.join(names)}, {len(averaged)} epochs averaged")
