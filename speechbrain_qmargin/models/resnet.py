@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BLOCKS", "ResNet", "silence", "temporal_statistics"]
+__all__ = ["BLOCKS", "ResNet", "silence", "temporal_statistics", "widened"]
 
 BLOCKS = {
     18: (2, 2, 2, 2),
@@ -24,7 +24,7 @@ _LEAST_VARIANCE = 1e-7
 def temporal_statistics(
     frames: Tensor, lengths: Tensor | None = None, least_variance: float = _LEAST_VARIANCE
 ) -> Tensor:
-    """Mean and standard deviation over time of every channel and frequency, in float32.
+    """Mean and standard deviation over time of every channel and frequency, in float32 or wider.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def temporal_statistics(
     >>> temporal_statistics(frames, torch.tensor([2 / 3]))
     tensor([[2.0000, 1.4142]])
     """
-    frames = frames.float()
+    frames = widened(frames)
     count = frames.shape[3]
     if lengths is None:
         mask = frames.new_ones(1, 1, 1, count)
@@ -63,6 +63,11 @@ def temporal_statistics(
     else:
         std = variance.sqrt()
     return torch.cat((mean.flatten(1), std.flatten(1)), 1)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half precision as float32; what is wider as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def silence(frames: Tensor, kept: Tensor | None) -> Tensor:

@@ -4,10 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from published_layouts import randomised, save
+from scripts import ROOT
 
 from speechbrain_qmargin.models.iresnet import IResNet
+from speechbrain_qmargin.models.mbf import MBF
 from speechbrain_qmargin.published import load_published
 from speechbrain_qmargin.published.source import Source
+from speechbrain_qmargin.training.config import load_experiment
 
 PARTS = {"bn1": "res_layer.0", "conv1": "res_layer.1", "bn2": "res_layer.2", "prelu": "res_layer.3",
          "conv2": "res_layer.4", "bn3": "res_layer.5", "downsample.0": "shortcut_layer.0",
@@ -93,6 +96,19 @@ def test_arcface_torchs_files_wrapped_prefixed_and_halved(tmp_path):
     torch.testing.assert_close(output(half, x), output(plain, x), rtol=0.02, atol=0.02)
     with pytest.raises(ValueError, match="is of faces, not speech"):
         plain.speech()
+
+
+def test_arcface_torchs_mobilefacenet_is_known_by_its_names(tmp_path):
+    model = randomised(MBF(8, 1, (2, 1, 3, 1), 32))
+    one = load_published(save(model.state_dict(), tmp_path / "backbone.pth"))
+    assert (one.network, one.faces().image_size) == ("MobileFaceNet (mbf)", 32)
+    assert one.settings["blocks"] == [2, 1, 3, 1]
+    x = images()
+    with torch.no_grad():
+        assert torch.equal(output(one, x), model(x)[:, 0])
+    argv = [str(ROOT / "hparams/face_qmargin.yaml"), "--size=full", f"--pretrained={one.path}"]
+    built = load_experiment(argv).load(out_n_neurons=2)["embedding_model"]
+    built.load_state_dict(one.encoder.state_dict())
 
 
 def test_adafaces_checkpoint_takes_rgb_here_and_gives_its_own_output(tmp_path):

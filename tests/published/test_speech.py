@@ -3,13 +3,18 @@
 import pytest
 import torch
 from published_layouts import ECAPA_YAML, huggingface, randomised, save, wespeaker
+from scripts import ROOT
 from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 from speechbrain.processing.features import InputNormalization
 from torchaudio.compliance import kaldi
 
+from speechbrain_qmargin.models.campplus import CAMPPlus
+from speechbrain_qmargin.models.ecapa import WeSpeakerEcapa
+from speechbrain_qmargin.models.eres2net import ERes2Net, ERes2NetV2
 from speechbrain_qmargin.models.resnet import ResNet
 from speechbrain_qmargin.published import load_published
+from speechbrain_qmargin.training.config import load_experiment
 
 
 def noise(samples=16000, seed=0):
@@ -158,6 +163,61 @@ def test_what_is_wrong_with_a_file_of_wespeakers_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"of no known format\. The folder holds nothing"):
         load_published(tmp_path / "empty")
+
+
+def campplus(floor=1e-7):
+    torch.manual_seed(0)
+    return randomised(
+        CAMPPlus(16, 8, growth=4, channels=16, layers=(1, 2, 1), least_variance=floor)
+    )
+
+
+OTHERS = {
+    "CAMPPlus": campplus,
+    "ECAPA_TDNN_GLOB_c8": lambda: randomised(WeSpeakerEcapa(16, 8, 8, pooled=16)),
+    "ERes2Net34_Base": lambda: randomised(ERes2Net(16, 8, 8)),
+    "ERes2NetV2": lambda: randomised(ERes2NetV2(16, 8, 8)),
+    "ResNet293": lambda: randomised(ResNet(16, 2, 8, 293)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_recipe_builds_each_network_from_what_it_says_of_itself(tmp_path, name):
+    model = OTHERS[name]()
+    if name == "ERes2NetV2":
+        path = save(model.state_dict(), tmp_path / "pretrained_eres2netv2.ckpt")
+    else:
+        path = wespeaker(tmp_path / "exp", name, model, 8, bands=16)
+    one = load_published(path)
+    assert one.network.startswith(name.removesuffix("_Base"))
+    x = torch.randn(2, 40, 16)
+    with torch.no_grad():
+        assert torch.equal(one.encoder(x), model(x))
+    argv = [str(ROOT / "hparams/qmargin.yaml"), "--size=small", f"--pretrained={path}"]
+    hparams = load_experiment(argv).load(out_n_neurons=2)
+    built = hparams["embedding_model"]
+    built.load_state_dict(one.encoder.state_dict())
+    assert torch.equal(built.eval()(x), model(x))
+    ours, theirs = hparams["compute_features"].eval(), one.speech().compute_features
+    assert torch.equal(ours(noise()), theirs(noise()))
+
+
+def test_weights_that_two_toolkits_have_are_told_apart_or_asked_about(tmp_path):
+    file = save(campplus().state_dict(), tmp_path / "campplus_voxceleb.bin")
+    one = load_published(file)
+    assert (one.format, one.encoder.least_variance) == ("3D-Speaker", 0.0)
+    assert "povey window" in one.summary()
+    other = load_published(wespeaker(tmp_path / "exp", "CAMPPlus", campplus(), 8, bands=16))
+    assert (other.format, other.encoder.least_variance) == ("WeSpeaker", 1e-7)
+    assert "hamming window" in other.summary()
+    assert "three_d_speaker:" in other.summary()
+    unknown = save(campplus().state_dict(), tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match="say which, three_d_speaker:PATH or wespeaker:PATH"):
+        load_published(unknown)
+    assert load_published(f"wespeaker:{unknown}").digest == other.digest
+    assert load_published(f"three_d_speaker:{unknown}").digest == one.digest
+    again = load_published(f"three_d_speaker:{tmp_path / 'exp/avg_model.pt'}")
+    assert again.digest == one.digest
 
 
 def test_3d_speakers_ecapa_is_speechbrains_with_kaldis_features(tmp_path):

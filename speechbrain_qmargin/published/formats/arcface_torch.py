@@ -1,16 +1,27 @@
 """InsightFace's arcface_torch: ``backbone.pth``, ``model.pt``, ``checkpoint_gpu_0.pt``.
 
-Source: deepinsight/insightface, recognition/arcface_torch: ``inference.py`` reads RGB and takes
-``(value / 255 - 0.5) / 0.5``; ``eval/verification.py`` adds the mirror image's embedding.
+Its IResNets and MobileFaceNets. Source: deepinsight/insightface, recognition/arcface_torch:
+``inference.py`` reads RGB and takes ``(value / 255 - 0.5) / 0.5``; ``eval/verification.py`` adds
+the mirror image's embedding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from speechbrain_qmargin.models.mbf import MBF
 from speechbrain_qmargin.published.iresnets import NAMES, iresnet_of
 from speechbrain_qmargin.published.model import FaceInput, Published
-from speechbrain_qmargin.published.source import Source
+from speechbrain_qmargin.published.source import Source, fit
 
 NAME, KEYS = "arcface_torch", NAMES
+MBF_KEYS = ("layers.0.layers.0.weight", "layers.7.layers.0.layers.0.layers.0.weight",
+            "conv_sep.layers.0.weight", "features.layers.0.layers.0.weight",
+            "features.layers.2.weight")  # fmt: skip
 FILES = ("backbone.pth", "model.pt", "checkpoint_gpu_0.pt")
 
 
@@ -19,7 +30,8 @@ def recognise(source: Source) -> bool:
     path = source.weights(*FILES)
     if path is None or (source.path.is_dir() and source.file("config.yaml", "model.yaml")):
         return False
-    return all(name in source.state_of(path) for name in KEYS)
+    state = source.state_of(path)
+    return any(all(name in state for name in names) for names in (KEYS, MBF_KEYS))
 
 
 def load(source: Source) -> Published:
@@ -27,7 +39,9 @@ def load(source: Source) -> Published:
     path = source.weights(*FILES)
     if path is None:
         raise ValueError(f"{source.path}: none of {', '.join(FILES)} in it")
-    model, name, settings = iresnet_of(source.state_of(path), path)
+    state = source.state_of(path)
+    mobile = all(name in state for name in MBF_KEYS)
+    model, name, settings = (_mbf_of if mobile else iresnet_of)(state, path)
     return Published(
         model,
         FaceInput(settings["image_size"]),
@@ -37,3 +51,21 @@ def load(source: Source) -> Published:
         path,
         settings,
     )
+
+
+def _mbf_of(state: Mapping[str, Tensor], path: Path) -> tuple[MBF, str, dict[str, Any]]:
+    def count(layer: int) -> int:
+        below = f"layers.{layer}.layers."
+        return len(
+            {key.removeprefix(below).split(".")[0] for key in state if key.startswith(below)}
+        )
+
+    scale = len(state["layers.0.layers.0.weight"]) // 64
+    first = 1 if "layers.1.layers.0.weight" in state else count(1)
+    blocks = [first, count(3), count(5), count(7)]
+    dim, size = len(state["features.layers.2.weight"]), 16 * state[MBF_KEYS[3]].shape[-1]
+    model = MBF(dim, scale, blocks, size)
+    fit(model, state, path, f"MobileFaceNet, scale {scale}, blocks {blocks}")
+    settings = {"model": "mbf", "width_factor": scale, "blocks": blocks, "embedding_dim": dim,
+                "image_size": size}  # fmt: skip
+    return model, "MobileFaceNet (mbf)", settings

@@ -8,6 +8,7 @@ among the names below, and nothing else of the file is built.
 
 from __future__ import annotations
 
+import inspect
 import re
 from importlib import import_module
 from pathlib import Path
@@ -25,13 +26,34 @@ KEYS = ("blocks.0.conv.conv.weight", "blocks.1.tdnn1.conv.conv.weight", "mfa.con
         "asp.tdnn.conv.conv.weight", "asp_bn.norm.weight", "fc.conv.weight")  # fmt: skip
 YAML_FILE, WEIGHTS = "hyperparams.yaml", "embedding_model.ckpt"
 
-# Networks with the names of their arguments for bands and dimensions, and the model that has them
-NETWORKS = {
-    "speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN": ("input_size", "lin_neurons", "ecapa"),
-    "speechbrain.lobes.models.ResNet.ResNet": ("input_size", "lin_neurons", "speechbrain_resnet"),
-    "speechbrain.lobes.models.Xvector.Xvector": ("in_channels", "lin_neurons", "xvector"),
-    "speechbrain_qmargin.models.resnet.ResNet": ("input_size", "lin_neurons", "resnet34"),
-}
+OWN = "speechbrain_qmargin.models"
+# Networks, the recipe's model that has them, and which of its settings their arguments are
+NETWORKS: dict[str, tuple[str, dict[str, str]]] = {
+    "speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN": (
+        "ecapa", {"attention_channels": "attention_channels"},
+    ),
+    "speechbrain.lobes.models.ResNet.ResNet": ("speechbrain_resnet", {}),
+    "speechbrain.lobes.models.Xvector.Xvector": ("xvector", {}),
+    f"{OWN}.resnet.ResNet": ("resnet34", {"channels": "width", "depth": "depth"}),
+    f"{OWN}.campplus.CAMPPlus": (
+        "campplus",
+        {"growth": "growth", "channels": "tdnn_channels", "layers": "layers",
+         "least_variance": "least_variance"},
+    ),
+    f"{OWN}.ecapa.WeSpeakerEcapa": (
+        "wespeaker_ecapa",
+        {"channels": "channels", "context": "global_context", "pooled": "pooled_channels"},
+    ),
+    f"{OWN}.eres2net.ERes2Net": (
+        "eres2net",
+        {"channels": "width", "base": "base_width", "scale": "groups", "expansion": "expansion"},
+    ),
+    f"{OWN}.eres2net.ERes2NetV2": (
+        "eres2netv2",
+        {"channels": "width", "base": "base_width", "scale": "groups", "expansion": "expansion"},
+    ),
+}  # fmt: skip
+BANDS, DIMENSIONS = ("input_size", "in_channels"), "lin_neurons"
 FBANK = "speechbrain.lobes.features.Fbank"
 KALDI = "speechbrain_qmargin.features.KaldiFbank"
 NORM = "speechbrain.processing.features.InputNormalization"
@@ -69,7 +91,6 @@ def load(source: Source) -> Published:
     network = document.built(name, arguments)
     network_name = name.rsplit(".", 1)[1]
     fit(network, source.state_of(weights), weights, f"the {network_name} of {YAML_FILE}")
-    bands, dimensions, model = NETWORKS[name]
     features_name, features_arguments = document.definition("compute_features", {FBANK, KALDI})
     features = document.built(features_name, features_arguments)
     norm_name, norm_arguments = document.definition("mean_var_norm", {NORM})
@@ -91,10 +112,10 @@ def load(source: Source) -> Published:
                 "mean_var_norm_emb is kept but not subtracted, as when SpeechBrain verifies"
             )
     settings: dict[str, Any] = {
-        "model": model,
-        "embedding_dim": network_dim(network, arguments, dimensions),
+        "model": NETWORKS[name][0],
+        "embedding_dim": _dim(network, arguments),
     }
-    settings |= _architecture(name, arguments, bands, dimensions)
+    settings |= _architecture(name, arguments)
     settings |= _features(features_name, features_arguments, rate)
     if norm_arguments.get("norm_type", "global") != "sentence" or norm_arguments.get(
         "std_norm", True
@@ -118,12 +139,10 @@ def load(source: Source) -> Published:
     )
 
 
-def network_dim(network: nn.Module, arguments: dict[str, Any], name: str) -> int:
+def _dim(network: nn.Module, arguments: dict[str, Any]) -> int:
     """Dimensions of the embedding: as the YAML says, or the network's own default."""
-    import inspect
-
-    default = inspect.signature(type(network)).parameters[name].default
-    return int(arguments.get(name, default))
+    default = inspect.signature(type(network)).parameters[DIMENSIONS].default
+    return int(arguments.get(DIMENSIONS, default))
 
 
 def _statistics(norm: Any, file: Path | None) -> None:
@@ -136,20 +155,17 @@ def _statistics(norm: Any, file: Path | None) -> None:
         )
 
 
-def _architecture(name: str, arguments: dict, bands: str, dimensions: str) -> dict[str, Any]:
+def _architecture(name: str, arguments: dict) -> dict[str, Any]:
     """Settings of the recipe's YAML of a network; what it has none for is set inside it."""
-    rest = {key: value for key, value in arguments.items() if key not in (bands, dimensions)}
-    settings: dict[str, Any] = {}
+    named = NETWORKS[name][1]
+    rest = {key: value for key, value in arguments.items() if key not in (*BANDS, DIMENSIONS)}
+    settings: dict[str, Any] = {named[key]: rest.pop(key) for key in [*rest] if key in named}
     if name.endswith(".ECAPA_TDNN"):
         channels = rest.get("channels", [])
         if len(channels) == 5 and channels == [channels[0]] * 4 + [3 * channels[0]]:
             settings["channels"] = rest.pop("channels")[0]
-        if "attention_channels" in rest:
-            settings["attention_channels"] = rest.pop("attention_channels")
         usual = {"kernel_sizes": [5, 3, 3, 3, 1], "dilations": [1, 2, 3, 4, 1], "groups": [1] * 5}
         rest = {key: value for key, value in rest.items() if usual.get(key) != value}
-    elif name.endswith("qmargin.models.resnet.ResNet"):
-        settings["width"], settings["depth"] = rest.pop("channels", 32), rest.pop("depth", 34)
     rest = {key: value for key, value in rest.items() if not isinstance(value, type)}
     return settings | ({"embedding_model": rest} if rest else {})
 

@@ -2,29 +2,43 @@
 
 Source: modelscope/3D-Speaker, ``speakerlab/bin/infer_sv.py``: 80 Kaldi filterbanks of samples in
 [-1, 1], Kaldi's own (Povey) window, no dither, mean removed; 16 kHz. ECAPA-TDNN has SpeechBrain's
-names.
+names, CAM++ WeSpeaker's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
-from torch import Tensor, nn
-
+from speechbrain_qmargin.published import speaker_networks as networks
 from speechbrain_qmargin.published.kaldi_input import kaldi_input
 from speechbrain_qmargin.published.model import Published
-from speechbrain_qmargin.published.source import Source, fit
+from speechbrain_qmargin.published.source import Source, first_keys
+from speechbrain_qmargin.published.speaker_networks import Known, network_of
 
 NAME = "3D-Speaker"
-KEYS = ("blocks.0.conv.conv.weight", "mfa.conv.conv.weight", "asp.tdnn.conv.conv.weight",
-        "fc.conv.weight")  # fmt: skip
-FILES = ("ecapa-tdnn.ckpt", "ecapa_tdnn.bin")
+KEYS = ("layer3_ds.weight", "fuse34.local_att.0.weight", "layer1.0.convs.0.weight",
+        "layer4.0.fuse_models.0.local_att.0.weight", "seg_1.weight")  # fmt: skip
+FILES = (*networks.THREE_D_SPEAKER_FILES, "avg_model.pt")
 
-Found = tuple[nn.Module, str, dict[str, Any], int]
+NETWORKS = {
+    "CAM++": Known(
+        partial(networks.load_campplus, least_variance=0.0),
+        ("head.conv1.weight", "xvector.tdnn.linear.weight", "xvector.dense.linear.weight",
+         "xvector.block1.tdnnd1.cam_layer.linear_local.weight"),
+    ),
+    "ERes2NetV2": Known(
+        partial(networks.load_eres2net, second=True),
+        ("layer3_ds.weight", "fuse34.local_att.0.weight", "seg_1.weight", "layer1.0.conv3.weight",
+         "layer1.0.convs.0.weight", "layer4.0.convs.0.weight"),
+    ),
+    "ECAPA-TDNN": Known(
+        networks.load_speechbrain_ecapa,
+        ("blocks.0.conv.conv.weight", "mfa.conv.conv.weight", "asp.tdnn.conv.conv.weight",
+         "fc.conv.weight"),
+    ),
+}  # fmt: skip
 
 
 def recognise(source: Source) -> bool:
@@ -32,9 +46,10 @@ def recognise(source: Source) -> bool:
     path = _weights(source)
     if path is None or source.file("hyperparams.yaml", "config.yaml"):
         return False
-    if path.name == "avg_model.pt":  # WeSpeaker's
-        return False
-    return _network_of(source.state_of(path)) is not None
+    state = source.state_of(path)
+    if path.name == "avg_model.pt" or any(key.startswith("projection.") for key in state):
+        return False  # WeSpeaker's
+    return network_of(state, NETWORKS) is not None
 
 
 def load(source: Source) -> Published:
@@ -42,14 +57,18 @@ def load(source: Source) -> Published:
     path = _weights(source)
     if path is None:
         raise ValueError(f"{source.path}: none of {', '.join(FILES)} in it")
-    state = source.state_of(path)
-    network = _network_of(state)
+    state = {
+        key: value
+        for key, value in source.state_of(path).items()
+        if not key.startswith("projection.")
+    }
+    network = network_of(state, NETWORKS)
     if network is None:
         raise ValueError(
             f"{path}: not a network that is here; of 3D-Speaker's there are {', '.join(NETWORKS)}. "
-            f"Its entries begin with {', '.join([*state][:3])}"
+            f"Its entries begin with {first_keys(state)}"
         )
-    model, name, settings, bands = NETWORKS[network](state, path)
+    model, name, bands, settings = NETWORKS[network].load(state, path)
     speech, features = kaldi_input(bands, window="povey", full_scale=1.0, dither=0.0)
     return Published(
         model, speech, settings["embedding_dim"], NAME, name, path, {**settings, **features}
@@ -63,30 +82,8 @@ def _weights(source: Source) -> Path | None:
     if named is not None:
         try:
             file = json.loads(named.read_text(encoding="utf-8"))["model"]["pretrained_model"]
-            return source.file(str(file))
         except (ValueError, KeyError, TypeError):
-            pass
+            file = None
+        if isinstance(file, str) and (found := source.file(Path(file).name)):
+            return found
     return source.file(*FILES)
-
-
-# ---------------------------------------------------------------- networks
-
-
-def _ecapa(state: Mapping[str, Tensor], path: Path) -> Found:
-    channels, bands = state["blocks.0.conv.conv.weight"].shape[:2]
-    attention = len(state["asp.tdnn.conv.conv.weight"])
-    dim = len(state["fc.conv.weight"])
-    widths = [channels] * 4 + [3 * channels]
-    model = ECAPA_TDNN(bands, lin_neurons=dim, channels=widths, attention_channels=attention)
-    fit(model, state, path, f"ECAPA-TDNN with {channels} channels")
-    settings = {"model": "ecapa", "channels": channels, "attention_channels": attention,
-                "embedding_dim": dim}  # fmt: skip
-    return model, f"ECAPA-TDNN {channels}", settings, bands
-
-
-NETWORKS: dict[str, Callable[[Mapping[str, Tensor], Path], Found]] = {"ECAPA-TDNN": _ecapa}
-MARKS = {"ECAPA-TDNN": KEYS}
-
-
-def _network_of(state: Mapping[str, Tensor]) -> str | None:
-    return next((name for name, keys in MARKS.items() if all(key in state for key in keys)), None)

@@ -7,16 +7,16 @@ Hamming window, no dither in a test, mean removed. ``config.yaml`` has ``model``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
-from speechbrain_qmargin.models.resnet import BLOCKS, ResNet
+from speechbrain_qmargin.published import speaker_networks as networks
 from speechbrain_qmargin.published.kaldi_input import kaldi_input
 from speechbrain_qmargin.published.model import Published
-from speechbrain_qmargin.published.source import Source, fit
+from speechbrain_qmargin.published.source import Source, first_keys
+from speechbrain_qmargin.published.speaker_networks import Known, network_of
 
 NAME = "WeSpeaker"
 KEYS = ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.shortcut.0.weight",
@@ -24,7 +24,27 @@ KEYS = ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.shortcu
 FILES = ("avg_model.pt", "models/avg_model.pt")
 HEAD = "projection."
 
-Found = tuple[nn.Module, str, dict[str, Any]]
+NETWORKS = {
+    "ResNet": Known(
+        networks.load_resnet, ("layer4.0.conv1.weight", "seg_1.weight"), ("convs.", "fuse")
+    ),
+    "CAMPPlus": Known(
+        partial(networks.load_campplus, least_variance=1e-7),
+        ("head.conv1.weight", "xvector.tdnn.linear.weight", "xvector.dense.linear.weight",
+         "xvector.block1.tdnnd1.cam_layer.linear_local.weight"),
+    ),
+    "ECAPA_TDNN": Known(
+        networks.load_wespeaker_ecapa,
+        ("layer1.conv.weight", "layer2.se_res2block.0.conv.weight", "pool.linear1.weight",
+         "conv.weight", "linear.weight"),
+    ),
+    "ERes2Net": Known(
+        partial(networks.load_eres2net, second=False),
+        ("layer3.0.conv2_1.weight", "fuse_mode1234.local_att.0.weight", "seg_1.weight",
+         "layer1.0.conv3.weight", "layer1.0.convs.0.weight", "layer4.0.convs.0.weight"),
+    ),
+}  # fmt: skip
+_OF_ALIBABA = ("CAMPPlus", "ERes2Net34")
 
 
 def recognise(source: Source) -> bool:
@@ -34,7 +54,9 @@ def recognise(source: Source) -> bool:
         return False
     if _config(source):
         return True
-    return source.path.is_file() and _network_of(source.state_of(path)) is not None
+    if not source.path.is_file() or path.name in networks.THREE_D_SPEAKER_FILES:
+        return False
+    return network_of(source.state_of(path), NETWORKS) is not None
 
 
 def load(source: Source) -> Published:
@@ -52,14 +74,14 @@ def load(source: Source) -> Published:
     state = source.state_of(path)
     head = [key for key in state if key.startswith(HEAD)]
     state = {key: value for key, value in state.items() if key not in head}
-    network = _network_of(state)
+    network = network_of(state, NETWORKS)
     if network is None:
         named = f"{config['model']}, " if config else ""
         raise ValueError(
             f"{path}: {named}a network that is not here, or not with this pooling; of WeSpeaker's "
-            f"there are {', '.join(NETWORKS)}. Its entries begin with {', '.join([*state][:3])}"
+            f"there are {', '.join(NETWORKS)}. Its entries begin with {first_keys(state)}"
         )
-    model, name, settings = NETWORKS[network](state, path)
+    model, name, bands, settings = NETWORKS[network].load(state, path)
     if config:
         _check(config, name, path)
     data = config.get("dataset_args", {})
@@ -69,13 +91,17 @@ def load(source: Source) -> Published:
     fbank = data.get("fbank_args", {})
     if (fbank.get("frame_length", 25), fbank.get("frame_shift", 10)) != (25, 10):
         raise ValueError(f"{path}: frames of {fbank}; 25 ms every 10 ms are here")
-    bands = _bands(model)
     speech, features = kaldi_input(
         bands, data.get("resample_rate", 16000), dither=float(fbank.get("dither", 1.0))
     )
     notes = [f"the head of the training is left out ({head[0]})"] if head else []
     if not config:
         notes.append("no config.yaml beside it: 16 kHz is assumed, as of all of WeSpeaker's")
+    if name in _OF_ALIBABA:
+        notes.append(
+            "if it is WeSpeaker's campplus or eres2net of 200,000 Chinese speakers, its features "
+            f"are 3D-Speaker's, as `wespeaker --campplus` sets them: three_d_speaker:{path}"
+        )
     return Published(
         model,
         speech,
@@ -89,52 +115,13 @@ def load(source: Source) -> Published:
 
 
 def _config(source: Source) -> dict:
-    found = source.yaml("config.yaml") or source.yaml("../config.yaml")
+    found = source.yaml("config.yaml")
+    if found is None and source.path.is_file():  # an experiment's exp/.../models/avg_model.pt
+        found = source.yaml("../config.yaml")
     return found[1] if found and {"model", "model_args"} <= set(found[1]) else {}
 
 
 def _check(config: Mapping[str, Any], name: str, path: Path) -> None:
-    if str(config["model"]).replace("_", "") != name.replace("_", ""):
-        raise ValueError(f"{path}: config.yaml says {config['model']}, the weights are of {name}")
-
-
-def _bands(model: Any) -> int:
-    return model.input_size
-
-
-# ---------------------------------------------------------------- networks
-
-
-def _resnet(state: Mapping[str, Tensor], path: Path) -> Found:
-    counts = tuple(
-        len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")})
-        for stage in (1, 2, 3, 4)
-    )
-    bottlenecks = "layer1.0.conv3.weight" in state
-    depths = [d for d, blocks in BLOCKS.items() if blocks == counts and (d >= 50) == bottlenecks]
-    if not depths:
-        raise ValueError(f"{path}: a ResNet with {counts} blocks; known are {BLOCKS}")
-    if "seg_2.weight" in state:
-        raise ValueError(f"{path}: two embedding layers (two_emb_layer), which are not here")
-    channels = len(state["conv1.weight"])
-    dim, inputs = state["seg_1.weight"].shape
-    bands = 8 * inputs // (2 * 8 * channels * (4 if bottlenecks else 1))
-    model = ResNet(bands, channels, dim, depths[0])
-    fit(model, state, path, f"ResNet{depths[0]} with {bands} bands")
-    settings = {"model": "resnet34" if depths[0] < 152 else f"resnet{depths[0]}", "width": channels,
-                "embedding_dim": dim}  # fmt: skip
-    if depths[0] < 152 and depths[0] != 34:
-        settings["depth"] = depths[0]
-    return model, f"ResNet{depths[0]}", settings
-
-
-# A name of a parameter that only this network of WeSpeaker's has
-NETWORKS: dict[str, Callable[[Mapping[str, Tensor], Path], Found]] = {"ResNet": _resnet}
-MARKS = {"ResNet": ("layer4.0.conv1.weight", "seg_1.weight")}
-NOT_OF = ("convs.", "fuse")  # Res2Net, ERes2Net
-
-
-def _network_of(state: Mapping[str, Tensor]) -> str | None:
-    if any(part in key for key in state for part in NOT_OF):
-        return None
-    return next((name for name, keys in MARKS.items() if all(key in state for key in keys)), None)
+    named = str(config["model"])
+    if named != name and not (name == "ERes2Net34" and named.startswith(name)):
+        raise ValueError(f"{path}: config.yaml says {named}, the weights are of {name}")
