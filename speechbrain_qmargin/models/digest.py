@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+
 
 __all__ = ["digest_of"]
 
 
-def digest_of(definition: str, state: Mapping[str, Tensor]) -> str:
+def digest_of(definition: str, state: Mapping[str, Any]) -> str:
     """SHA-256 of a definition in words and of every entry's name and bytes.
 
     Examples
