@@ -6,6 +6,11 @@
 
 Every run is the recipe with ``--size small`` (options after ``--`` go to it) and another model,
 loss or seed; nothing else changes. Finished runs are kept: started again, it continues.
+
+A loss is a name of docs/losses.md or module:Class, with what the recipe is to be told beside it:
+
+    --losses qmargin adaface 'arcface --subcentres=3' 'cosface --head=partial --sample_rate=0.3' \
+        "elasticface --loss_options='{kind: cos, margin: 0.35}'"
 """
 
 import argparse
@@ -14,6 +19,8 @@ import itertools
 import json
 import operator
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,7 +32,7 @@ from tqdm import tqdm
 
 from speechbrain_qmargin.faces.pair_sets import ten_fold_accuracy
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.loss.registry import LOSSES
+from speechbrain_qmargin.loss.registry import loss_class
 from speechbrain_qmargin.scoring.figures import EqualErrorRate, TarAtFar
 from speechbrain_qmargin.scoring.influence import Influence
 from speechbrain_qmargin.scoring.metrics import operating_points
@@ -43,6 +50,34 @@ RECIPES = {
 COMPARED = ["arcface", "cosface", "entmax", "sparsemax", "qmargin"]
 ACCURACY = "accuracy of balanced pairs"
 FIGURES = {"EER": EqualErrorRate(), "TAR@1e-2": TarAtFar(1e-2), "TAR@1e-3": TarAtFar(1e-3)}
+
+
+def loss_options(system: str) -> list[str]:
+    """The recipe's options for a loss as it is given on the command line.
+
+    >>> loss_options("arcface --subcentres=3")
+    ['--loss=arcface', '--subcentres=3']
+    """
+    name, *options = shlex.split(system)
+    return [f"--loss={name}", *options]
+
+
+def checked_loss(system: str) -> str:
+    """`system` itself, once its loss is found."""
+    try:
+        loss_class(shlex.split(system)[0])
+    except (ValueError, IndexError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return system
+
+
+def folder_name(system: str) -> str:
+    """Of its runs.
+
+    >>> folder_name("arcface --subcentres=3"), folder_name("qmargin")
+    ('arcface_subcentres=3', 'qmargin')
+    """
+    return re.sub(r"[^\w.=-]+-*", "_", system).strip("_")
 
 
 def train(recipe: str, options: list[str], folder: Path) -> dict:
@@ -177,8 +212,8 @@ def differences(args, found: dict) -> str:
 def compare(args) -> None:
     runs = {}
     for seed, model, loss in itertools.product(range(args.seeds), args.models, args.losses):
-        options = [f"--model={model}", f"--loss={loss}", f"--seed={seed}"]
-        runs[model, loss, seed] = (options, args.output / f"{model}_{loss}_{seed}")
+        options = [f"--model={model}", *loss_options(loss), f"--seed={seed}"]
+        runs[model, loss, seed] = (options, args.output / f"{model}_{folder_name(loss)}_{seed}")
     results = train_all(args.recipe, runs, args.options, args.jobs)
     folders = {key: folder for key, (_, folder) in runs.items()}
     systems = list(systems_of(next(iter(results.values()))))
@@ -214,7 +249,7 @@ def main() -> None:
     )
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--losses", nargs="+", choices=sorted(LOSSES), default=COMPARED)
+    parser.add_argument("--losses", nargs="+", type=checked_loss, default=COMPARED)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")

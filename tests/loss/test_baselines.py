@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from pytorch_metric_learning import losses as pml
 
-from speechbrain_qmargin import KappaFaceLoss, QMarginHead, make_loss, q_margin_loss
+from speechbrain_qmargin import LOSSES, KappaFaceLoss, QMarginHead, make_loss, q_margin_loss
+from speechbrain_qmargin.head import PartialHead
 from speechbrain_qmargin.loss.adaptive import PriorQMarginLoss
 from speechbrain_qmargin.loss.combined import combined_margin
 from speechbrain_qmargin.loss.dense import DenseScores
@@ -366,6 +367,41 @@ def test_a_prior_of_the_classes():
         torch.testing.assert_close(found[0], wanted, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="one number > 0 for each class"):
         PriorQMarginLoss([1, 0])
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_every_name_on_every_head(name):
+    """The same on the dense and the sparse head, with sub-centres too; or what works is named."""
+    x, weight, labels = batch()
+    cls = LOSSES[name]
+    rows = torch.cat((weight, weight.flip(1)), 1).view(-1, weight.shape[1])
+
+    def make():
+        sizes = {"num_classes": 40, "embedding_dim": 8} if hasattr(cls, "sized_by_task") else {}
+        loss = make_loss(name, **sizes)
+        if cls.needs_counts:
+            loss.count_classes(torch.arange(1, 41), 8)
+        return loss.eval()
+
+    head = QMarginHead(8, 40, subcentres=2)
+    with torch.no_grad():
+        head.weight.copy_(rows)
+    found = []
+    for outputs in (
+        DenseScores(cosines_of(x, rows).unflatten(1, (-1, 2)).amax(2), x),
+        head(x),
+    ):
+        found.append(make()(outputs, labels))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    partial = PartialHead(8, 40, 1.0)
+    with torch.no_grad():
+        partial.weight.copy_(weight)
+    if name == "intertopk":
+        with pytest.raises(TypeError, match=r"train it with --head dense"):
+            make()(partial(x), labels)
+        return
+    wanted = make()(DenseScores(cosines_of(x, weight), x), labels)
+    torch.testing.assert_close(make()(partial(x), labels), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
