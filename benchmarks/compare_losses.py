@@ -9,7 +9,8 @@ loss or seed; nothing else changes. Finished runs are kept: started again, it co
 
 A loss is a name of docs/losses.md or module:Class, with what the recipe is to be told beside it:
 
-    --losses qmargin adaface 'arcface --subcentres=3' 'cosface --head=partial --sample_rate=0.3' \
+    --losses qmargin adaface 'arcface --subcentres=3' \
+        'cosface --head=partial --class_sample_rate=0.3' \
         "elasticface --loss_options='{kind: cos, margin: 0.35}'"
 """
 

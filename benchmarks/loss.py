@@ -1,6 +1,7 @@
 """What a step of each loss costs: forward and backward on given cosines, side by side in one run.
 
     python benchmarks/loss.py [--repetitions 15] [--cpu_time]
+    python benchmarks/loss.py --family --batch 128 --classes 5994       every loss beside ArcFace
 
 Contenders take turns, so a drift of the machine's speed meets all of them; medians are printed.
 "Near" embeddings lie about their prototype (a trained network), "far" ones are independent of it
@@ -16,14 +17,41 @@ import torch
 import torch.nn.functional as F
 from entmax import entmax_bisect_loss
 from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
+from torch import Tensor
 
-from speechbrain_qmargin import QMarginLoss, make_loss
+from speechbrain_qmargin import LOSSES, Loss, QMarginLoss, make_loss
+from speechbrain_qmargin.loss.dense import DenseScores
 
 # alpha: scale, as the paper pairs them
 SCALES = {1.0: 32.0, 1.25: 32.0, 1.5: 10.0, 1.75: 5.0, 2.0: 5.0}
 
 
-def contenders() -> dict:
+def family(classes: int) -> dict:
+    """Every loss of the registry, with embeddings for those that look at them."""
+    embeddings: dict[int, Tensor] = {}
+
+    def step(loss: Loss):
+        def value(cosines: Tensor, labels: Tensor) -> Tensor:
+            batch = len(labels)
+            if batch not in embeddings:
+                embeddings[batch] = 20 * F.normalize(torch.randn(batch, 192), dim=1)
+            return loss(DenseScores(cosines, embeddings[batch]), labels)
+
+        return value
+
+    steps = {}
+    for name, cls in LOSSES.items():
+        sizes = {"num_classes": classes, "embedding_dim": 192} if cls.sized_by_task else {}
+        loss = make_loss(name, **sizes)
+        if cls.needs_counts:
+            loss.count_classes(torch.full((classes,), 100.0), 192)
+        steps[name] = step(loss)
+    return steps
+
+
+def contenders(classes: int, everyone: bool) -> dict:
+    if everyone:
+        return family(classes)
     losses = {f"Q-Margin, alpha {alpha:g}": QMarginLoss(alpha, s) for alpha, s in SCALES.items()}
     for alpha in (1.25, 1.5, 1.75, 2.0):
         losses[f"entmax_bisect_loss, alpha {alpha:g}"] = lambda cosines, labels, alpha=alpha: (
@@ -39,7 +67,12 @@ def contenders() -> dict:
 
 
 def measure(
-    batch: int, classes: int, noise: float | None, repetitions: int, clock=time.perf_counter
+    batch: int,
+    classes: int,
+    noise: float | None,
+    repetitions: int,
+    clock=time.perf_counter,
+    everyone: bool = False,
 ) -> dict[str, float]:
     """Median milliseconds of a step of each contender."""
     torch.manual_seed(0)
@@ -49,9 +82,10 @@ def measure(
     if noise is not None:
         embeddings = prototypes[labels[:, 0]] + noise * embeddings
     cosines = (F.normalize(embeddings, dim=1) @ prototypes.T).unsqueeze(1).requires_grad_()
-    times: dict[str, list[float]] = {name: [] for name in contenders()}
+    compared = contenders(classes, everyone)
+    times: dict[str, list[float]] = {name: [] for name in compared}
     for repetition in range(repetitions + 1):
-        for name, loss in contenders().items():
+        for name, loss in compared.items():
             cosines.grad = None
             start = clock()
             loss(cosines, labels).backward()
@@ -65,6 +99,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--classes", type=int, nargs="+", default=[5994, 17982])
     parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--family", action="store_true", help="every loss of the registry")
     parser.add_argument("--cpu_time", action="store_true", help="processor time of one thread")
     args = parser.parse_args()
     clock = time.process_time if args.cpu_time else time.perf_counter
@@ -75,14 +110,18 @@ def main() -> None:
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, B = {args.batch}"
     )
     settings = [(c, noise) for c in args.classes for noise in (0.05, None)]
-    columns = [measure(args.batch, c, noise, args.repetitions, clock) for c, noise in settings]
+    columns = [
+        measure(args.batch, c, noise, args.repetitions, clock, args.family) for c, noise in settings
+    ]
     heads = [f"C = {c:,}, {'far' if noise is None else 'near'}" for c, noise in settings]
-    print("| ms a step (over AAM; over entmax at the same alpha) | " + " | ".join(heads) + " |")
+    unit = "arcface" if args.family else "SpeechBrain AdditiveAngularMargin"
+    against = "arcface" if args.family else "AAM; over entmax at the same alpha"
+    print(f"| ms a step (over {against}) | " + " | ".join(heads) + " |")
     print("|---|" + "---|" * len(heads))
-    for name in contenders():
+    for name in columns[0]:
         cells = []
         for column in columns:
-            ratios = [f"{column[name] / column['SpeechBrain AdditiveAngularMargin']:.2f}"]
+            ratios = [f"{column[name] / column[unit]:.2f}"]
             rival = f"entmax_bisect_loss,{name.partition(',')[2]}"
             if name.startswith("Q-Margin") and rival in column:
                 ratios.append(f"{column[name] / column[rival]:.3f}")
