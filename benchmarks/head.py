@@ -78,10 +78,10 @@ class QMargin:
         measure = Measure(alpha, torch.full_like(target, -scale * margin))
         spread, classes = scale * margin, len(own.weight)
         query = Query(unit, exact, labels, target, measure, scale, spread, classes)
-        candidates, level, _ = search(query, own, head.comm)
+        candidates, level, *_ = search(query, own, head.comm)
         assert candidates is not None
         candidates, lower = refined(query, candidates, level, own)
-        level = candidate_level(query, candidates, head.comm, lower)
+        level = candidate_level(query, candidates, lower)
         active = candidates.cosines * scale > edge(level, alpha).unsqueeze(1)
         counts = active.sum(1)
         rows = torch.stack((counts.argmin(), counts.argmax(), *torch.arange(2)))

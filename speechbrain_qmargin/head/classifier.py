@@ -88,7 +88,7 @@ class QMarginHead(nn.Module):
         None: when an optimiser of rows is bound (:class:`~speechbrain_qmargin.head.RowSparseSGD`,
         :class:`~speechbrain_qmargin.head.RowSparseAdam`), and dense, for any other optimiser,
         otherwise.
-    group : ProcessGroup, optional
+    group : ProcessGroup or Communicator, optional
         The ranks that share the classes. None: all.
     seed : int, optional
         Of the initial prototypes, which do not depend on the number of ranks. None: drawn from
@@ -168,7 +168,7 @@ class QMarginHead(nn.Module):
         self.alpha, self.scale, self.margin = float(alpha), float(scale), float(margin)
         self.num_classes, self.sparse_grad = int(num_classes), sparse_grad
         self.subcentres = int(subcentres)
-        self.comm = comm = Communicator(group)
+        self.comm = comm = group if isinstance(group, Communicator) else Communicator(group)
         if num_classes < comm.world:
             raise ValueError(f"{num_classes} classes cannot be shared by {comm.world} ranks")
         shape = torch.tensor([embedding_dim, num_classes, subcentres], device=comm.device())

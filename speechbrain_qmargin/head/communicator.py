@@ -24,8 +24,8 @@ class Communicator:
     Attributes
     ----------
     world, rank : int
-    bytes : int
-        What this rank has sent so far.
+    bytes, calls : int
+        What this rank has sent so far, and in how many collectives.
 
     Examples
     --------
@@ -35,7 +35,7 @@ class Communicator:
     """
 
     def __init__(self, group: Any = None) -> None:
-        self.group, self.bytes = group, 0
+        self.group, self.bytes, self.calls = group, 0, 0
         self.world, self.rank = 1, 0
         if dist.is_available() and dist.is_initialized():
             self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
@@ -44,7 +44,7 @@ class Communicator:
     def alone(cls) -> Communicator:
         """Of one rank, whatever there is."""
         comm = cls.__new__(cls)
-        comm.group, comm.bytes, comm.world, comm.rank = None, 0, 1, 0
+        comm.group, comm.bytes, comm.calls, comm.world, comm.rank = None, 0, 0, 1, 0
         return comm
 
     def __deepcopy__(self, memo: dict) -> Communicator:
@@ -72,6 +72,14 @@ class Communicator:
         """Over the ranks, elementwise; exact, so the same everywhere."""
         return self._reduced(tensor, dist.ReduceOp.MAX) if self.world > 1 else tensor
 
+    def max_and_flags(self, tensor: Tensor, *flags: bool) -> tuple[Tensor, list[bool]]:
+        """The maximum [B], float64, and whether a flag is set on some rank, in one exchange."""
+        if self.world == 1:
+            return tensor, list(flags)
+        packed = torch.cat([tensor, tensor.new_tensor(flags)])
+        packed = self.max(packed)
+        return packed[: len(tensor)], [bool(flag) for flag in packed[len(tensor) :].tolist()]
+
     def any(self, flag: bool) -> bool:
         """Whether it is so on some rank."""
         if self.world == 1:
@@ -79,12 +87,7 @@ class Communicator:
         return bool(self.max(torch.tensor(float(flag), device=self.device())))
 
     def settled(self, done: Tensor) -> bool:
-        """Whether the first rank finds all `done`: a loop's end is decided once.
-
-        Alone on a GPU the question is not asked, since the host would wait: never.
-        """
-        if self.world == 1:
-            return done.device.type == "cpu" and bool(done.all())
+        """Whether the first rank finds all `done`: a loop's end is decided once."""
         return bool(self.from_first(done.all()))
 
     def from_first(self, tensor: Tensor) -> Tensor:
@@ -92,6 +95,7 @@ class Communicator:
         if self.world == 1:
             return tensor
         whole = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.clone()
+        self.calls += 1
         if self.rank == 0:
             self.bytes += whole.numel() * whole.element_size()
         first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
@@ -113,9 +117,30 @@ class Communicator:
             return [tensor]
         tensor = tensor.contiguous()
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        self.calls += 1
         self.bytes += tensor.numel() * tensor.element_size()
         dist.all_gather(parts, tensor, group=self.group)
         return parts
+
+    def sum_of_own(self, tensor: Tensor, sizes: list[int]) -> Tensor:
+        """This rank's rows of the sum of [sum(sizes), ...] over the ranks.
+
+        Each rank gets its part alone where the backend has that (NCCL).
+        """
+        if self.world == 1:
+            return tensor
+        offset = sum(sizes[: self.rank])
+        if dist.get_backend(self.group) != "nccl":
+            return self.sum(tensor)[offset : offset + sizes[self.rank]]
+        most = max(sizes)
+        padded = tensor.new_zeros((self.world, most, *tensor.shape[1:]))
+        for part, rows in zip(padded, tensor.split(sizes), strict=True):
+            part[: len(rows)] = rows
+        own = torch.empty_like(padded[0])
+        self.calls += 1
+        self.bytes += padded.numel() * padded.element_size()
+        dist.reduce_scatter_tensor(own, padded.flatten(0, 1), group=self.group)
+        return own[: sizes[self.rank]]
 
     def device(self) -> torch.device:
         """Where the group's backend wants its tensors."""
@@ -129,6 +154,7 @@ class Communicator:
 
     def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
         tensor = tensor.contiguous().clone()
+        self.calls += 1
         self.bytes += tensor.numel() * tensor.element_size()
         dist.all_reduce(tensor, op=op, group=self.group)
         return tensor

@@ -525,7 +525,7 @@ class RowSparseAdam(RowSparse, torch.optim.AdamW):
 
 
 def _at_once(p: Tensor) -> int:
-    return constants(p.device).fit(_ROWS_AT_ONCE, 32 * p.shape[1])
+    return constants(p.device).fit(_ROWS_AT_ONCE, 8 * p.shape[1])
 
 
 def _corrections(group: dict, state: dict) -> tuple[float, float]:

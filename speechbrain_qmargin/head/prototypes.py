@@ -126,7 +126,7 @@ class Derived:
                 screened = len(rows) >= sizes.screen_from
                 screen = _empty_screen(rows, norms, sizes.screen) if screened else None
                 self._kept = Prototypes(rows, norms, screen, sizes)
-                step = sizes.fit(sizes.rows, 16 * rows.shape[1])
+                step = sizes.fit(sizes.rows, 8 * rows.shape[1])
                 for start in range(0, rows.shape[0], step):
                     _derive(self._kept, slice(start, start + step))
             self._mark = found
@@ -137,7 +137,7 @@ class Derived:
         if self._kept is not None and self._mark == before:
             with torch.inference_mode(False), torch.no_grad():
                 sizes = self._kept.sizes
-                for part in rows.split(sizes.fit(sizes.rows, 16 * weight.shape[1])):
+                for part in rows.split(sizes.fit(sizes.rows, 8 * weight.shape[1])):
                     _derive(self._kept, part)
             self._mark = mark(weight)
 

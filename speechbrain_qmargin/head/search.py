@@ -35,12 +35,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.precision import product_roundoff
 from speechbrain_qmargin.head.prototypes import Prototypes, int8_product
 from speechbrain_qmargin.loss.solver import (
+    FEW_STEPS,
     Block,
     Measure,
     edge,
@@ -50,11 +52,13 @@ from speechbrain_qmargin.loss.solver import (
 )
 
 __all__ = [
+    "Agreed",
     "Candidates",
     "Found",
     "Query",
     "Screening",
     "agreed_level",
+    "agreed_solution",
     "candidate_level",
     "chunked_cosines",
     "exact_cosines",
@@ -65,6 +69,8 @@ __all__ = [
     "screening_slack",
     "search",
 ]
+
+_SHARED = 128  # of a sample's logits, which shards show each other
 
 
 class Query(NamedTuple):
@@ -313,9 +319,9 @@ def nearest_rows(query: Query, found: Candidates) -> Candidates:
 
 
 def candidate_level(
-    query: Query, found: Candidates, comm: Communicator, lower: Tensor | None = None
+    query: Query, found: Candidates, lower: Tensor | None = None, *, bound: bool = False
 ) -> Tensor:
-    """The level [B], float64, of candidates of all shards and the targets, the same on all ranks.
+    """The level [B], float64, of the candidates of one process and the targets.
 
     Parameters
     ----------
@@ -324,18 +330,100 @@ def candidate_level(
         float32 or float64, one row of a class; the level is as exact as they are.
     lower : Tensor, [B], optional
         A lower bound of the level, where one is known.
+    bound : bool
+        Whether a lower bound will do.
     """
-    measure = query.measure
-    logits, log_q = found.cosines * query.scale, query.log_q(found.rows)
+    logits = found.cosines * query.scale
+    return _level_of(query, logits, query.log_q(found.rows), lower, bound)
+
+
+def _level_of(
+    query: Query, logits: Tensor, log_q: Tensor | None, lower: Tensor | None, bound: bool
+) -> Tensor:
+    """As :func:`candidate_level`, from logits [B, K], which are overwritten, and their log q."""
+    measure, peak = query.measure, logits.amax(1)
     own = single_class_level(logits, measure.alpha, log_q).amax(1).double()
     own = own if lower is None else torch.maximum(lower, own)
-    own, peak = comm.max(torch.stack((own, logits.amax(1).double())))
     block = Block(logits.mul_(measure.alpha - 1), measure.alpha, log_q)
-    return agreed_level(query, block.sums, own, peak.to(logits.dtype), comm)
+    few = FEW_STEPS if bound or lower is not None else None
+    return solve(
+        block.sums,
+        query.target,
+        measure,
+        own,
+        peak,
+        query.classes,
+        query.spread,
+        few=few,
+        exact=not bound,
+    )
+
+
+class Agreed(NamedTuple):
+    """A level that shards have found together, and what their candidates amount to there.
+
+    Attributes
+    ----------
+    level : Tensor, [B], float64
+        Of all candidates and the targets.
+    moments : Tensor, [3, B], float64
+        Sums over the candidates of all shards: p, p times (logit - target's), active ones.
+    """
+
+    level: Tensor
+    moments: Tensor
+
+
+def agreed_solution(
+    query: Query, found: Candidates, lower: Tensor, peak: Tensor, comm: Communicator
+) -> Agreed:
+    """The level of candidates in shards, by one exchange a step of Newton's method.
+
+    Every exchange carries the moments and whether the first rank was done before it: the last one
+    is at the level that is returned, and all ranks end alike, whatever their processors' rounding.
+
+    Parameters
+    ----------
+    query : Query
+    found : Candidates
+        In float64, one row of a class.
+    lower, peak : Tensor, [B], float64
+        A lower bound of the level, and an upper one of all logits.
+    comm : Communicator
+    """
+    logits = found.cosines * query.scale
+    lead = logits - query.target.unsqueeze(1)
+    lead.masked_fill_(lead == -math.inf, 0)
+    block = Block(
+        logits.mul_(query.measure.alpha - 1), query.measure.alpha, query.log_q(found.rows)
+    )
+    done, ended, last = torch.zeros_like(lower, dtype=torch.bool), False, Agreed(lower, lower)
+
+    def sums(level: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal ended, last
+        s, h = block.sums(level)
+        p = block.posterior(level)
+        mine = torch.stack((s, h, torch.linalg.vecdot(p, lead), (p > 0).sum(1).to(s), done.to(s)))
+        parts = comm.gather_rows(mine)
+        ended = bool(parts[0][4].all())
+        s, h, gap, many = torch.stack([part[:4] for part in parts]).sum(0)
+        last = Agreed(level, torch.stack((s, gap, many)))
+        return s, h
+
+    def settled(found: Tensor) -> bool:
+        nonlocal done
+        done = found
+        return ended
+
+    solve(sums, query.target, query.measure, lower, peak, query.classes, query.spread, settled)
+    return last
 
 
 def agreed_level(query: Query, sums, lower: Tensor, peak: Tensor, comm: Communicator) -> Tensor:
-    """The level [B] from the sums of each shard; loop counts and result are the first rank's."""
+    """The level [B] from the sums of each shard; loop counts and result are the first rank's.
+
+    For sums that cost a pass over the classes.
+    """
 
     def of_all(level: Tensor) -> tuple[Tensor, Tensor]:
         if comm.world == 1:
@@ -351,7 +439,7 @@ def agreed_level(query: Query, sums, lower: Tensor, peak: Tensor, comm: Communic
         peak,
         query.classes,
         query.spread,
-        settled=comm.settled,
+        settled=comm.settled if comm.world > 1 else None,
     )
     return comm.from_first(level)
 
@@ -373,7 +461,7 @@ def _sampled_level(query: Query, prototypes: Prototypes) -> tuple[Tensor, float]
     own = scores.gather(1, place).masked_fill(is_target.unsqueeze(1), -math.inf)
     scores.scatter_(1, place, own)
     top, names = scores.topk(min(prototypes.sizes.sample_top, scores.shape[1]), 1, sorted=False)
-    level = candidate_level(query, Candidates(top, names * stride), Communicator.alone())
+    level = candidate_level(query, Candidates(top, names * stride), bound=True)
     floor = ((edge(level, query.measure.alpha) - rounding(query, level)) / query.scale).float()
     return level, float((scores >= floor.unsqueeze(1)).float().mean())
 
@@ -397,11 +485,14 @@ class Found(NamedTuple):
     most : bool
         Whether so many classes are active that looking at all of them is cheaper than finding out
         what to skip.
+    peak : Tensor, [B], float64, or None
+        In shards, an upper bound of the logits of the candidates of all of them.
     """
 
     candidates: Candidates | None
     level: Tensor
     most: bool
+    peak: Tensor | None = None
 
 
 def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
@@ -409,25 +500,26 @@ def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
 
     All ranks go the same way.
     """
-    alpha, alone = query.measure.alpha, Communicator.alone()
+    alpha = query.measure.alpha
 
     def floor_of(level: Tensor) -> Tensor:
         return ((edge(level, alpha) - rounding(query, level)) / query.scale).float()
 
     level, share = _sampled_level(query, prototypes)
     sizes = prototypes.sizes
-    level, room = comm.max(level), sizes.max_candidates
+    room, screened = sizes.max_candidates, prototypes.screen is not None
     found: list[Candidates] | None = []
-    screened = prototypes.screen is not None
-    most = comm.any(screened and share > sizes.most)
-    if most or comm.any(screened and share * len(level) * len(prototypes.weight) > 2 * room):
+    wide = screened and share * len(level) * len(prototypes.weight) > 2 * room
+    level, (most, wide) = comm.max_and_flags(level, screened and share > sizes.most, wide)
+    if most or wide:
         return Found(None, level, most)
     bound = level
     for number, part in enumerate(
         parts_of(len(prototypes.weight), sizes.parts if screened else ())
     ):
         if number:
-            level = candidate_level(query, nearest_rows(query, _joined(found, query)), alone, level)
+            nearest = nearest_rows(query, _joined(found, query))
+            level = candidate_level(query, nearest, level, bound=True)
         floor = floor_of(level)
         if prototypes.screen is None:
             rows = torch.arange(part.start, part.stop, device=query.unit.device)
@@ -439,12 +531,40 @@ def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
             break
         found += more
         room -= sum(each.cosines.numel() for each in more)
-    if comm.any(found is None):
-        return Found(None, bound, False)
-    assert found is not None
-    whole = _joined(found, query)
-    level = candidate_level(query, nearest_rows(query, whole), comm, level)
-    return Found(whole, level, False)
+    whole = _joined(found, query) if found is not None else _joined([], query)
+    nearest = nearest_rows(query, whole)
+    if comm.world == 1:
+        if found is None:
+            return Found(None, bound, False)
+        return Found(whole, candidate_level(query, nearest, level, bound=True), False)
+    shared = _shared_bound(query, nearest, found is None, level, comm)
+    return shared._replace(candidates=whole) if shared is not None else Found(None, bound, False)
+
+
+def _shared_bound(
+    query: Query, found: Candidates, failed: bool, level: Tensor, comm: Communicator
+) -> Found | None:
+    """A lower bound of the level from the largest logits of each shard; None if one has failed.
+
+    They hold nearly all mass, so that from their level Newton's method needs few steps.
+    """
+    width = min(_SHARED, found.cosines.shape[1])
+    top, place = found.cosines.topk(width, 1, sorted=False)
+    log_q = query.log_q(found.rows.gather(1, place))
+    logits = query.exact.new_full((len(level), _SHARED), -math.inf)
+    logits[:, :width] = top.double() * query.scale
+    mine = [logits, level.unsqueeze(1), torch.full_like(level, float(failed)).unsqueeze(1)]
+    if log_q is not None:
+        mine.append(F.pad(log_q.double(), (0, _SHARED - width)))
+    parts = torch.stack(comm.gather_rows(torch.cat(mine, 1)))
+    if bool(parts[:, :, _SHARED + 1].any()):
+        return None
+    logits = parts[:, :, :_SHARED].transpose(0, 1).flatten(1)
+    log_q = parts[:, :, _SHARED + 2 :].transpose(0, 1).flatten(1) if log_q is not None else None
+    level, peak = parts[:, :, _SHARED].amax(0), logits.amax(1)
+    slack = rounding(query, level)
+    level = torch.maximum(level, _level_of(query, logits - slack.unsqueeze(1), log_q, None, True))
+    return Found(None, level, False, peak + slack)
 
 
 def parts_of(classes: int, shares: tuple[float, ...]) -> list[slice]:

@@ -15,6 +15,7 @@ from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.head.search import (
     Candidates,
     Query,
+    agreed_solution,
     candidate_level,
     exact_cosines,
     refined,
@@ -98,9 +99,11 @@ class HeadLoss(torch.autograd.Function):
         offset = sum(sizes[: comm.rank])
         own = slice(offset, offset + sizes[comm.rank])
         raw = torch.where(valid, raw, 0)
-        names = torch.stack((labels.double(), objective.target_log_q))
-        raw, names = comm.gather(raw, sizes), comm.gather(names.T, sizes).T
-        labels, target_log_q = names[0].long(), names[1]
+        # in one exchange: two numbers of float64 as four of float32
+        names = torch.stack((labels.double(), objective.target_log_q), 1)
+        both = comm.gather(torch.cat((raw, names.view(torch.float32)), 1), sizes)
+        raw, names = both[:, :-4].contiguous(), both[:, -4:].contiguous().view(torch.float64)
+        labels, target_log_q = names[:, 0].long(), names[:, 1]
         exact = F.normalize(raw.double(), dim=1)
         here = (labels >= shard.start) & (labels < shard.stop)
         labels = torch.where(here, labels - shard.start, -1)
@@ -128,19 +131,23 @@ class HeadLoss(torch.autograd.Function):
             shard.subcentres,
         )
         everything = candidates = p = None
-        bound, most = None, False
+        bound, most, peak = None, False, None
         with exact_accumulation(raw.device):
             if objective.alpha > 1:
-                candidates, bound, most = search(query, prototypes, comm)
+                candidates, bound, most, peak = search(query, prototypes, comm)
             if candidates is None or bound is None:
                 everything = AllClasses(query, prototypes, objective.move_others, rounded=most)
                 level = everything.level(comm, bound)
-                moments = _all_moments(everything, level)
+                moments = comm.sum(_all_moments(everything, level))
             else:
                 candidates, lower = refined(query, candidates, bound, prototypes)
-                level = candidate_level(query, candidates, comm, lower)
-                p, moments = _posterior(query, candidates, level)
-        others, gap, support = comm.sum(moments)
+                if peak is None:
+                    level = candidate_level(query, candidates, lower)
+                    p, moments = _posterior(query, candidates, level)
+                else:
+                    level, moments = agreed_solution(query, candidates, lower, peak, comm)
+                    p, _ = _posterior(query, candidates, level)
+        others, gap, support = moments
         solution = fenchel_young(measure, query.target, level, others, gap)
         residual = (solution.residual * slope).float()
         p_y = solution.target_posterior.float()
@@ -174,7 +181,7 @@ class HeadLoss(torch.autograd.Function):
             way = _sparse_backward if ctx.entries is not None else _dense_backward
             grad_unit, grad_weight = way(ctx, upstream)
         if grad_unit is not None:
-            grad_unit = comm.sum(grad_unit)[ctx.own]
+            grad_unit = comm.sum_of_own(grad_unit, ctx.sizes)
         if grad_weight is not None and comm.world > 1:
             (grad_weight._values() if grad_weight.is_sparse else grad_weight).div_(comm.world)
         anchor = torch.zeros((), device=upstream.device) if ctx.anchored else None

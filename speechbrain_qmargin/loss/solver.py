@@ -401,7 +401,7 @@ def newton(
     safeguarded = alpha > 2
     level = lower
     eps = torch.finfo(level.dtype).eps
-    looks = host_decides(level.device)
+    looks = settled is not None or host_decides(level.device)
     limit = _MAX_STEPS_SAFEGUARDED if safeguarded else steps
     shortened = not (looks or safeguarded or all_steps()) and few is not None and few <= limit
     if shortened:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+
 __all__ = ["digest_of"]
 
 

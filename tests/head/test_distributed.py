@@ -245,7 +245,7 @@ def test_a_killed_rank_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_another_size_is_refused(tmp_path):
     QMarginHead(DIM, 50).save_shards(tmp_path)
-    with pytest.raises(ValueError, match=r"\(16, 50\), this head \(16, 51\)"):
+    with pytest.raises(ValueError, match=r"\(16, 1, 50\), this head \(16, 1, 51\)"):
         QMarginHead(DIM, 51).load_shards(tmp_path)
 
 
