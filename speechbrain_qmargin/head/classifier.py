@@ -218,6 +218,14 @@ class QMarginHead(nn.Module):
 
     # ---------------------------------------------------------------- optimiser and prototypes
 
+    def own_parameters(self) -> list[nn.Parameter]:
+        """What an optimiser of the head's own steps, on each rank its part.
+
+        The others of ``parameters()`` never move and belong to no optimiser, so that its state is
+        the same for any number of ranks.
+        """
+        return [self.weight]
+
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """`optimizer` steps the rows from now on; its constructor calls this."""
         self._optimizer = weakref.ref(optimizer)

@@ -1,8 +1,9 @@
-"""What torch cannot do with a row-sparse gradient, said with the way out.
+"""What torch cannot do with a row-sparse gradient, done or said with the way out.
 
 ``clip_grad_value_`` and SpeechBrain's ``skip_nonfinite_grads`` meet the gradients between the
 backward pass and the optimiser's step, where no hook of a head is called. They fail in operators
-that torch has for no sparse tensor; these are given kernels here, which raise.
+that torch has for no sparse tensor; these are given kernels here, which raise. The norm that
+``clip_grad_norm_`` takes is one of them in torch 2.7, and gets a kernel that computes it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 __all__: list[str] = []
 
@@ -34,3 +36,14 @@ for _operator, _who in {
 }.items():
     for _backend in ("SparseCPU", "SparseCUDA"):
         _library.impl(_operator, _refusing(_operator, _who), _backend)
+
+
+def _norm(grad: Tensor, order: float = 2, *_args: object, dtype: torch.dtype | None = None):
+    return torch.linalg.vector_norm(grad.coalesce().values(), order, dtype=dtype)
+
+
+try:
+    torch.linalg.vector_norm(torch.zeros(1).to_sparse())
+except NotImplementedError:
+    for _backend in ("SparseCPU", "SparseCUDA"):
+        _library.impl("linalg_vector_norm", _norm, _backend)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-
 __all__ = ["digest_of"]
 
 

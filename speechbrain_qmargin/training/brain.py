@@ -301,7 +301,7 @@ class VerificationBrain(OpenBrain):
             )
         head = self._sharded_head
         clipped = self.modules if alone is None else self.modules[alone]
-        # all of the head's: over several processes it has a parameter more, which never moves
+        # of the head's, its own optimiser steps its own, and the others never move
         seen = {id(p) for p in head.parameters()} if head is not None else set()
         first = [p for p in clipped.parameters() if id(p) not in seen]
         seen |= {id(p) for p in first}
@@ -314,7 +314,8 @@ class VerificationBrain(OpenBrain):
         self.checkpointer.add_recoverable("optimizer", self.optimizer)
         if head is None:
             return
-        head_optimizer = self.hparams.head_opt_class([{"params": []}, {"params": [head.weight]}])
+        groups = [{"params": []}, {"params": head.own_parameters()}]
+        head_optimizer = self.hparams.head_opt_class(groups)
         self.optimizers_dict["head_opt_class"] = head_optimizer
         self.checkpointer.add_recoverable(
             "classifier",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import speechbrain as sb
 from filelock import FileLock, Timeout
+from hyperpyyaml import resolve_references
 from ruamel.yaml.error import YAMLError
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.core import DEFAULT_LOG_CONFIG
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.logger import get_environment_description, setup_logging
+from speechbrain.utils.quirks import log_applied_quirks
 
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.training.config import (
@@ -23,6 +29,8 @@ from speechbrain_qmargin.training.config import (
 )
 
 __all__ = ["RunFolder"]
+
+logger = logging.getLogger(__name__)
 
 # Settings that may change between two starts of one run.
 MAY_CHANGE = {
@@ -54,15 +62,25 @@ SCORING = {
 }
 # Where the run lies: it may be moved, and be named by another path
 LIES = {"output_folder", "save_folder"}
-SAVED, LOCK = "experiment.yaml", ".lock"
+# SpeechBrain's options that change what is trained, or what the embeddings are
+OPTIONS = (
+    "precision",
+    "eval_precision",
+    "auto_mix_prec",
+    "bfloat16_mix_prec",
+    "max_grad_norm",
+    "skip_nonfinite_grads",
+    "remove_vector_weight_decay",
+)
+SAVED, SAVED_OPTIONS, LOCK = "experiment.yaml", "run_options.json", ".lock"
 
 
 class RunFolder:
     """The output folder of an experiment.
 
-    It holds ``experiment.yaml`` (the experiment as one document, for another to extend; what the
-    run is compared by), SpeechBrain's ``hyperparams.yaml`` and log, and, once the run is done,
-    ``results.json``.
+    It holds ``experiment.yaml`` (the experiment as one document, for another to extend) and
+    ``run_options.json`` (what SpeechBrain's options came to), by which a run is compared,
+    SpeechBrain's ``hyperparams.yaml`` and log, and, once the run is done, ``results.json``.
 
     Parameters
     ----------
@@ -84,12 +102,32 @@ class RunFolder:
         Results of a scoring before become ``results.previous.json``: until there are new ones the
         run is not done.
         """
-        saved = self.path / SAVED
         if if_main_process():
-            write_text(saved, self.experiment.text)
+            text = self.experiment.text
+            write_text(self.path / SAVED, text)
+            write_text(self.path / SAVED_OPTIONS, json.dumps(self._options(), indent=2) + "\n")
             if self.results_file.is_file():
                 self.results_file.replace(self.path / "results.previous.json")
-        sb.core.create_experiment_directory(str(self.path), str(saved))
+            # as SpeechBrain's create_experiment_directory, which also copies the file that calls it
+            plain = resolve_references(text).read()
+            write_text(self.path / "hyperparams.yaml", f"# {SAVED}, resolved\n{plain}")
+            log = {"handlers": {"file_handler": {"filename": str(self.path / "log.txt")}}}
+            setup_logging(DEFAULT_LOG_CONFIG, log)
+            sys.excepthook = _log_exception
+            log_applied_quirks()
+            logger.info(f"Experiment folder: {self.path}")
+            write_text(self.path / "env.log", _environment())
+        ddp_barrier()
+
+    def _options(self) -> dict[str, Any]:
+        """What decides: the command line, then the YAML, then SpeechBrain's default."""
+        given, settings = self.experiment.run_opts, self.experiment.settings
+        return {
+            name: settings[name]
+            if name in settings and name not in given.overridden_args
+            else given[name]
+            for name in OPTIONS
+        }
 
     def saved_setting(self, key: str) -> Any:
         """A plain setting as the folder's run began with it; None where there is none."""
@@ -173,6 +211,7 @@ class RunFolder:
         }
         if (pretrained := found.get("pretrained")) and self._same_place(before, now, *pretrained):
             del found["pretrained"]
+        found |= self._other_options()
         if found:
             top = {path: values for path, values in found.items() if "." not in path}
             others = {path: one for path, one in found.items() if one not in top.values()}
@@ -184,6 +223,19 @@ class RunFolder:
                 f"{self.path} holds a run of another experiment ({shown}). Give a new "
                 "--output_folder, delete that one, or repeat its settings to continue it"
             )
+
+    def _other_options(self) -> dict[str, tuple[Any, Any]]:
+        """SpeechBrain's options that differ, there and now."""
+        saved, now = self.path / SAVED_OPTIONS, self._options()
+        if not saved.is_file():
+            return {}
+        try:
+            then = json.loads(saved.read_text(encoding="utf-8"))
+            return {f"--{n}": (then[n], now[n]) for n in OPTIONS if then[n] != now[n]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{saved}: damaged ({error!r}); delete it if the run's options were today's"
+            ) from None
 
     @staticmethod
     def _same_place(before: Any, now: Any, then: str, today: str) -> bool:
@@ -225,6 +277,17 @@ class RunFolder:
                 (self.path / LOCK).unlink()
                 self.path.rmdir()
             lock.release()
+
+
+@functools.cache
+def _environment() -> str:
+    """Once a process: it asks pip, which takes a second."""
+    return get_environment_description()
+
+
+def _log_exception(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    """Into the run's log as well."""
+    logger.error("Exception:", exc_info=(kind, error, traceback))
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_qmargin.training.config import load_experiment
 from speechbrain_qmargin.training.run_folder import RunFolder
@@ -39,6 +40,9 @@ def check(folder, *options, **known_now):
         ("--head=sparse", "head: dense there, sparse now"),
         ("--speeds=[1.0, 0.9]", r"speeds: \[1.0\] there, \[1.0, 0.9\] now"),
         ("--modules={other: 3}", "modules.other: nothing there, 3 now"),
+        ("--precision=bf16", "--precision: fp32 there, bf16 now"),
+        ("--eval_precision=fp16", "--eval_precision: fp32 there, fp16 now"),
+        ("--max_grad_norm=1", r"--max_grad_norm: 5.0 there, 1.0 now"),
     ],
 )
 def test_everything_that_was_resolved_is_compared(tmp_path, option, named):
@@ -51,9 +55,21 @@ def test_what_may_change_may_change_in_objects_too(tmp_path):
     begun(tmp_path)
     check(tmp_path)
     check(tmp_path, "--batch_size=8", "--num_workers=2", "--logger=tensorboard", out_n_neurons=12)
+    check(tmp_path, "--precision=fp32", "--max_grad_norm=5", "--device=cuda:0", "--noprogressbar")
     check(tmp_path, "--verification_file=[a.txt, b.txt]", "--trials_folder=there", "--top_n=3")
     with pytest.raises(ValueError, match="out_n_neurons = 12; these data give 13"):
         check(tmp_path, out_n_neurons=13)
+
+
+def test_what_a_folder_holds_when_a_run_begins(tmp_path):
+    begun(tmp_path)
+    files = {"experiment.yaml", "run_options.json", "hyperparams.yaml", "log.txt", "env.log"}
+    assert {file.name for file in tmp_path.iterdir()} == files
+    plain = load_hyperpyyaml((tmp_path / "hyperparams.yaml").read_text())
+    assert plain["out_n_neurons"] == 12
+    (tmp_path / "run_options.json").write_text('{"precision": "bf16"}')
+    with pytest.raises(ValueError, match=r"run_options\.json: damaged"):
+        check(tmp_path)
 
 
 def test_a_run_that_was_moved_or_is_named_otherwise_is_the_same(tmp_path, monkeypatch):
