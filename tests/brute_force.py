@@ -13,7 +13,7 @@ def brute_force(theta, log_q, labels, alpha):
         log_u = ((theta - edge) / k).clamp(min=0).log()
         return torch.exp(log_q + k * log_u)
 
-    for _ in range(200):
+    for _ in range(90):
         middle = (low + high) / 2
         above = posterior(middle).sum(1, keepdim=True) > 1
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)

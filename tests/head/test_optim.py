@@ -74,7 +74,7 @@ EVENTS = dict(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     momentum=st.sampled_from([0.0, 0.5, 0.9]),
     decay=st.sampled_from([0.0, 1e-4, 0.1]),
@@ -87,7 +87,7 @@ def test_equals_dense_sgd(momentum, decay, nesterov, **events):
     compare(RowSparseSGD, torch.optim.SGD, options, **events)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     betas=st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.5, 0.5)]),
     decay=st.sampled_from([0.0, 0.01]),
@@ -202,13 +202,12 @@ def test_unbound_optimisers_raise():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_training_the_head(momentum):
-    """Without momentum the trajectory is dense SGD's; with it, it learns as well."""
+def test_training_the_head_with_momentum_learns_as_the_dense_optimiser_does():
+    """That the trajectory is the one of the docstring: test_training.py."""
     torch.manual_seed(0)
     head, twin = (QMarginHead(8, 400, sizes=Sizes(screen_from=1)) for _ in range(2))
     twin.load_state_dict(head.state_dict())
-    options = dict(lr=0.2 * (1 - momentum), momentum=momentum, weight_decay=1e-3)
+    options = dict(lr=0.02, momentum=0.9, weight_decay=1e-3)
     encoder, encoder_twin = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
     encoder_twin.load_state_dict(encoder.state_dict())
     mine = RowSparseSGD([*encoder.parameters(), *head.parameters()], **options, head=head)
@@ -227,10 +226,6 @@ def test_training_the_head(momentum):
         mine.step()
         theirs.step()
         first = loss.item() if first is None else first
-    if momentum == 0:
-        torch.testing.assert_close(loss, loss_twin, rtol=1e-3, atol=1e-4)
-        mine.catch_up()
-        torch.testing.assert_close(head.weight, twin.weight, rtol=1e-2, atol=1e-3)
     assert loss.item() < 0.8 * first
     assert abs(loss.item() - loss_twin.item()) < 0.2 * loss_twin.item()
 

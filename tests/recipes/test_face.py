@@ -190,18 +190,20 @@ def test_faults_of_test_images_are_found_before_training(corpus, records, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_processes_that_load_data_may_be_started_in_any_way(corpus, records, tmp_path, method):
-    tests = write_bin(tmp_path / "lfw.bin")
-    data = {
+@pytest.mark.parametrize(("data", "method"), [("folder", "spawn"), ("records", "forkserver")])
+def test_processes_that_load_data_may_be_started_in_any_way(
+    corpus, records, tmp_path, data, method
+):
+    """That every dataset is the same in any process is in tests/data/test_processes.py."""
+    options = {
         "folder": [f"--data_folder={corpus.folder}", f"--verification_file={corpus.trials_test}"],
-        "records": [f"--data_folder={records}", f"--test_sets={tests}"],
-    }
-    for name, options in data.items():
-        losses = []
-        for number, more in enumerate(((), loaded_by(method))):
-            output = tmp_path / f"{name}{number}"
-            run("--size=small", *options, *more, f"--output_folder={output}")
-            lines = (output / "history.jsonl").read_text().splitlines()
-            losses.append([json.loads(line)["loss"] for line in lines])
-        assert losses[0] == losses[1]
+        "records": [f"--data_folder={records}", f"--test_sets={write_bin(tmp_path / 'lfw.bin')}"],
+    }[data]
+    losses = []
+    for number, more in enumerate(((), loaded_by(method))):
+        output = tmp_path / str(number)
+        once = ["--size=small", "--number_of_epochs=1", f"--output_folder={output}"]
+        run(*options, *once, *more, tiny=TINY[:-1])
+        lines = (output / "history.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == losses[1]
