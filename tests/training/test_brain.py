@@ -208,6 +208,17 @@ def test_what_a_loss_keeps_is_in_the_checkpoint(folder, tmp_path, loss, head):
         assert parameter in whole.optimizer.state
 
 
+@pytest.mark.slow
+def test_partial_fc_with_sub_centres_resumes_to_the_same_losses(folder, tmp_path):
+    """What is drawn is a function of the seed and the step."""
+    settings = {"head": "partial", "class_sample_rate": 0.5, "subcentres": 2, "loss": "arcface"}
+    whole = record(folder, tmp_path / "whole", **settings)
+    first = record(folder, tmp_path / "killed", (2, 3), **settings)
+    second = record(folder, tmp_path / "killed", **settings)
+    assert_same(whole, first, second)
+    assert len(whole.modules.classifier.weight) == 2 * 4
+
+
 def test_what_a_loss_learns_is_the_same_in_all_processes(folder, tmp_path, monkeypatch):
     """The gradient of the others', here 3 larger, is averaged in."""
     _, brain, _ = make_brain(folder, tmp_path, loss="sphereface2")
