@@ -108,12 +108,14 @@ def _export(args: argparse.Namespace) -> None:
     from speechbrain_qmargin.export.inference import export_run
     from speechbrain_qmargin.export.loading import load_any_encoder
     from speechbrain_qmargin.export.onnx import export_onnx
+    from speechbrain_qmargin.export.toolkits import export_arcface_torch, export_wespeaker
     from speechbrain_qmargin.files import refuse_overwriting
     from speechbrain_qmargin.scoring.decision import OperatingPoint
 
-    refuse_overwriting([args.onnx] if args.onnx else [], [args.operating_point])
+    outputs = [one for one in (args.onnx, args.wespeaker, args.arcface_torch) if one]
+    refuse_overwriting(outputs, [args.operating_point])
     place = Path(args.run_folder)
-    if is_run(place) or not args.onnx or args.operating_point:
+    if is_run(place) or not outputs or args.operating_point:
         point = OperatingPoint.load(args.operating_point) if args.operating_point else None
         place = export_run(place, operating_point=point, trust=args.trust)
         threshold = f", threshold {point.threshold:.4f}" if point else ""
@@ -125,6 +127,11 @@ def _export(args: argparse.Namespace) -> None:
             f"{args.onnx}: at most {max(differences.values()):.1e} of an embedding's length "
             f"from PyTorch, at {', '.join(differences)} (batch x size)"
         )
+    toolkits = ((args.wespeaker, export_wespeaker), (args.arcface_torch, export_arcface_torch))
+    for output, write in toolkits:
+        if output:
+            encoder = load_any_encoder(place, trust=args.trust, say=print)
+            print(f"{output}: {write(encoder, output)}")
 
 
 def _pairs(args: argparse.Namespace) -> None:
@@ -258,6 +265,8 @@ def configure(add) -> None:
         "--operating_point", metavar="FILE", help="operating_point.json, chosen on cosines"
     )
     sub.add_argument("--onnx", metavar="OUT", help="file to write")
+    sub.add_argument("--wespeaker", metavar="OUT", help="folder: avg_model.pt and config.yaml")
+    sub.add_argument("--arcface_torch", metavar="OUT", help="file: weights of a face backbone")
     flips(sub)
     sub.add_argument(
         "--from_features", action="store_true", help="ONNX that takes features, not waveforms"

@@ -94,6 +94,7 @@ class IResNet(nn.Module):
         super().__init__()
         if depth not in BLOCKS:
             raise ValueError(f"depth: {depth}; choose {', '.join(map(str, BLOCKS))}")
+        self.plain_shortcuts = plain_shortcuts
         self.conv1 = nn.Conv2d(3, channels, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.prelu = nn.PReLU(channels)

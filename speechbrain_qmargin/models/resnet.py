@@ -166,7 +166,7 @@ class ResNet(nn.Module):
         super().__init__()
         if depth not in BLOCKS:
             raise ValueError(f"depth: {depth}; choose {', '.join(map(str, BLOCKS))}")
-        self.input_size = input_size
+        self.input_size, self.depth = input_size, depth
         block = _Bottleneck if depth >= _BOTTLENECKS_FROM else _Block
         self.conv1 = nn.Conv2d(1, channels, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
