@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 __all__ = ["configure"]
 
 THRESHOLD = """
-ENCODER is a run's output folder or an inference folder. PEOPLE is a folder, <person>/<file> or
-<person>/<session>/<file>, with wav/ or images/ above the persons if you like, or a list of
-`person/... path` lines. Half of the people choose the threshold, the other half measure what it
-promises; nobody may be in both under two names. With --cohort, a folder of other people or their
-embeddings (`qmargin extract`), scores are normalised (AS-norm).
+ENCODER is a run's output folder, an inference folder or a published model. PEOPLE is a folder,
+<person>/<file> or <person>/<session>/<file>, with wav/ or images/ above the persons if you like, or
+a list of `person/... path` lines; of faces also a .rec or a folder of shards. Half of the people
+choose the threshold, the other half measure what it promises; nobody may be in both under two
+names. With --cohort, a folder of other people or their embeddings (`qmargin extract`), scores are
+normalised (AS-norm).
 
 The threshold is written beside the encoder with its error rates, their intervals, the calibration,
 the cohort and the score histogram, all bound to this encoder.
@@ -96,10 +97,10 @@ def _threshold(args: argparse.Namespace) -> None:
             if found.encoder != reader.digest:
                 raise ValueError(f"{source}: embeddings of another encoder, or of one not known")
             return found
-        files = _files(source, reader.modality)
+        files, content = _files(source, reader.modality)
         folders.append(place.with_name(f".{place.name}.{part}.parts"))
         with tqdm(total=len(files), desc=part, unit="file", disable=args.quiet) as bar:
-            found, faults = module.embed_files(reader, files, folders[-1], bar.update)
+            found, faults = module.embed_files(reader, files, folders[-1], bar.update, content)
         for name in list(faults)[:3]:
             print(f"{part}: left out: {faults[name]}")
         if len(faults) > 3:
@@ -138,24 +139,18 @@ def _threshold(args: argparse.Namespace) -> None:
     _say(args, content, "\n".join(lines))
 
 
-def _files(source: Path, modality: str) -> dict[str, Path]:
+def _files(source: Path, modality: str) -> tuple[Mapping[str, Any], Callable[[Any], Any]]:
+    """What a source holds by id, and how its content is had."""
     if modality == "speech":
         from speechbrain_qmargin.export.recordings import find_recordings
 
         if not source.exists():
             raise FileNotFoundError(f"{source}: no such folder or list")
-        return find_recordings(source)
-    from speechbrain_qmargin.data.images import IMAGE_SUFFIXES
+        return find_recordings(source), Path
+    from speechbrain_qmargin.export.images import find_images
 
-    root = source / "images" if (source / "images").is_dir() else source
-    files = {
-        file.relative_to(root).as_posix(): file
-        for file in sorted(root.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    }
-    if not files:
-        raise FileNotFoundError(f"{root}: no {', '.join(IMAGE_SUFFIXES)} file in it")
-    return files
+    images = find_images(source)
+    return images.items, images.content
 
 
 # ---------------------------------------------------------------- people
@@ -274,7 +269,9 @@ def configure(add) -> None:
         sub.formatter_class = argparse.RawDescriptionHelpFormatter
         sub.description = f"{sub.description}\n{about}"
         if encoder:
-            sub.add_argument("encoder", metavar="ENCODER", help="a run or an inference folder")
+            sub.add_argument(
+                "encoder", metavar="ENCODER", help="a run, an inference folder or a published model"
+            )
             sub.add_argument("--device", default="cpu")
             sub.add_argument("--trust", action="store_true", help="let its YAML run any code")
             sub.add_argument(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from speechbrain_qmargin.scoring.pairing import every_model, every_pair, spread_
 from speechbrain_qmargin.scoring.separation import name_digest
 from speechbrain_qmargin.scoring.uncertainty import Spread
 from speechbrain_qmargin.trials import LabelledTrials, speaker_in
-from speechbrain_qmargin.verify.readers import Reader, Sample, Unfit
+from speechbrain_qmargin.verify.readers import Reader, Sample, Source, Unfit
 from speechbrain_qmargin.verify.system import Histogram, System, cohort_digest
 
 __all__ = ["Measured", "cohort_of", "embed_files", "measure_threshold"]
@@ -58,20 +59,23 @@ class Measured:
 
 def embed_files(
     reader: Reader,
-    files: Mapping[str, Path],
+    files: Mapping[str, Any],
     folder: str | Path,
     progress: Callable[[int], object] | None = None,
+    content: Callable[[Any], Source] = Path,
 ) -> tuple[Embeddings, dict[str, str]]:
     """Embed files that are fit, as :class:`~speechbrain_qmargin.verify.verifier.Verifier` would.
 
     Parameters
     ----------
     reader : Reader
-    files : mapping from id to path
+    files : mapping from id to path, or to whatever `content` takes
     folder : path
         Where embeddings are kept on their way; interrupted, it goes on there.
     progress : callable, optional
         Called with how many were done since the last call.
+    content : callable
+        From what `files` has to a path or bytes; threads call it.
 
     Returns
     -------
@@ -87,9 +91,9 @@ def embed_files(
     if progress:
         progress(len(files) - len(todo))
 
-    def read(item: tuple[str, Path]) -> Sample | str:
+    def read(item: tuple[str, Any]) -> Sample | str:
         try:
-            return reader.read(item[1])
+            return reader.read(content(item[1]))
         except (OSError, Unfit) as error:
             return str(error)
 

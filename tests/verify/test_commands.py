@@ -8,11 +8,13 @@ import pytest
 import soundfile
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from PIL import Image
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_qmargin.cli import main
 from speechbrain_qmargin.embeddings import load_embeddings, save_embeddings
 from speechbrain_qmargin.scoring.decision import OperatingPoint
+from speechbrain_qmargin.synthetic.faces import draw_face
 from speechbrain_qmargin.verify.verifier import Verifier
 
 YAML = """
@@ -137,6 +139,48 @@ def test_a_cohort_normalises_and_plain_cosines_lose_their_threshold(
 def load_embeddings_of(encoder, folder, tmp_path):
     assert main(["--quiet", "extract", str(encoder), str(folder), str(tmp_path / "own.npz")]) == 0
     return load_embeddings(tmp_path / "own.npz").matrix
+
+
+FACES = """
+image_size: 32
+test_flip: True
+embedding_model: &id001 !new:speechbrain_qmargin.models.mobilefacenet.MobileFaceNet
+    embedding_dim: 16
+    image_size: 32
+modules:
+    embedding_model: *id001
+"""
+
+
+def test_faces_by_the_same_commands(tmp_path, capsys):
+    """Synthetic faces and a network of random weights, with statistics of some images."""
+    (tmp_path / "run" / "save").mkdir(parents=True)
+    (tmp_path / "run" / "hyperparams.yaml").write_text(FACES)
+    torch.manual_seed(0)
+    model = load_hyperpyyaml(FACES)["embedding_model"]
+    with torch.no_grad():
+        model.train()(torch.rand(16, 3, 32, 32) * 2 - 1)
+    checkpointer = Checkpointer(tmp_path / "run" / "save", {"embedding_model": model})
+    checkpointer.save_checkpoint(end_of_epoch=True)
+    for who in range(8):
+        for number in range(4):
+            file = tmp_path / "faces" / "images" / f"p{who}" / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.asarray(draw_face((who, 1), number, 64))).save(file)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    faces = tmp_path / "faces" / "images"
+    status, out, _ = called(capsys, "threshold", tmp_path / "run", tmp_path / "faces", "--far=0.2")
+    assert (status, "for cosine scores" in out) == (0, True)
+    status, _, _ = called(capsys, "enrol", tmp_path / "run", "P1", faces / "p1/0.png")
+    assert status == 0
+    status, out, _ = called(capsys, "verify", tmp_path / "run", "P1", faces / "p1/1.png", "--json")
+    (found,) = json.loads(out)
+    assert found["quality"]["height"] == 64
+    expected = Verifier.load(tmp_path / "run").verify("P1", faces / "p1/1.png")
+    assert (found["score"], status) == (expected.score, 0 if expected.accept else 3)
+    status, _, error = called(capsys, "enrol", tmp_path / "run", "P2", tmp_path / "noise.png")
+    assert (status, "noise.png: no photograph" in error) == (1, True)
 
 
 def test_errors_are_one_line(encoder, capsys, tmp_path, voices):
