@@ -13,12 +13,14 @@ One function, :func:`load_published`, knows the formats; each is a module of
     The :class:`Published`.
 
 A module that is put there is a format. Nothing in a published file or folder is executed: weights
-are read as tensors alone, a YAML as data in which the names of known networks are looked up.
+are read as tensors alone (what else is in a checkpoint is never imported), a YAML as data in which
+the names of known networks are looked up.
 """
 
 from __future__ import annotations
 
 import pkgutil
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
@@ -83,17 +85,25 @@ def load_published(path: str | Path) -> Published:
     known = known_formats()
     chosen, _, rest = str(path).partition(":")
     if rest and chosen in known and not Path(path).exists():
-        return known[chosen].load(Source(rest))
+        return _loaded(known[chosen], Source(rest))
     source = Source(path)
     found = {name: one for name, one in known.items() if one.recognise(source)}
     if len(found) == 1:
-        return next(iter(found.values())).load(source)
+        return _loaded(next(iter(found.values())), source)
     if found:
         raise ValueError(
             f"{source.path}: {' and '.join(one.NAME for one in found.values())} have such weights, "
             f"with other features or channels; say which, {' or '.join(f'{n}:PATH' for n in found)}"
         )
     raise ValueError(f"{source.path}: of no known format. {_nearest(source, known)}")
+
+
+def _loaded(one: Format, source: Source) -> Published:
+    published = one.load(source)
+    if not source.left_out:
+        return published
+    note = f"objects in the file were not made: {first_keys(source.left_out)}"
+    return replace(published, notes=(*published.notes, note))
 
 
 def _nearest(source: Source, known: dict[str, Format]) -> str:

@@ -12,6 +12,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from speechbrain_qmargin.published.inert import read_without_objects
+
 __all__ = ["Source", "fit", "read_tensors", "without_prefix"]
 
 # What training scripts wrap a state in, and what wrappers put before its keys
@@ -68,6 +70,7 @@ class Source:
 
     def __init__(self, path: str | Path) -> None:
         self.path = _snapshot(Path(path))
+        self.left_out: list[str] = []  # objects in checkpoints that hold more than weights
         self._states: dict[Path, dict[str, Tensor]] = {}
         if not self.path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
@@ -118,12 +121,19 @@ class Source:
             No weights in it, or weights that are not finite.
         """
         if path not in self._states:
-            self._states[path] = _state_of(path)
+            try:
+                found = read_tensors(path)
+            except ValueError as refused:
+                try:
+                    found, objects = read_without_objects(path)
+                except Exception:  # damaged in one of many ways
+                    raise refused from None
+                self.left_out += objects
+            self._states[path] = _state_of(path, found)
         return self._states[path]
 
 
-def _state_of(path: Path) -> dict[str, Tensor]:
-    found: Mapping[str, Any] = read_tensors(path)
+def _state_of(path: Path, found: Mapping[str, Any]) -> dict[str, Tensor]:
     for name in _WRAPPERS:
         if isinstance(inner := found.get(name), dict) and any(map(torch.is_tensor, inner.values())):
             found = inner

@@ -1,5 +1,7 @@
 """Published face networks: true layouts and names, random weights; outputs recomputed."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,13 @@ PARTS = {"bn1": "res_layer.0", "conv1": "res_layer.1", "bn2": "res_layer.2", "pr
          "downsample.1": "shortcut_layer.1"}  # fmt: skip
 TOP = {"conv1": "input_layer.0", "bn1": "input_layer.1", "prelu": "input_layer.2",
        "bn2": "output_layer.0", "fc": "output_layer.3", "features": "output_layer.4"}  # fmt: skip
+
+
+class Trap:
+    place = ""
+
+    def __reduce__(self):
+        return (exec, (f"open({self.place!r}, 'w')",))
 
 
 def images(size=32):
@@ -169,13 +178,19 @@ def test_cvlface_says_its_channels_in_a_yaml_and_is_refused_without(tmp_path):
         assert torch.equal(output(load_published(tmp_path), x), insightface(x)[:, 0])
 
 
-def test_a_checkpoint_executes_nothing(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (exec, (f"open({str(tmp_path / 'touched')!r}, 'w')",))
-
-    file = save({"state_dict": {}, "x": Trap()}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"model\.pt: not a checkpoint of weights alone"):
+def test_a_checkpoint_executes_nothing_and_gives_its_weights(tmp_path):
+    Trap.place = str(tmp_path / "touched")
+    # Lightning before 1.5 names the classes of its callbacks in the file
+    state = {f"model.{key}": value for key, value in backbone().items()}
+    checkpoint = {"state_dict": state, "callbacks": {Trap: {"best": 1}, "x": [Trap(), Fraction(1)]}}
+    one = load_published(save(checkpoint, tmp_path / "adaface_ir18_casia.ckpt"))
+    assert not (tmp_path / "touched").exists()
+    assert "objects in the file were not made: " in one.summary()
+    assert "builtins.exec" in one.summary() or "fractions.Fraction" in one.summary()
+    plain = load_published(save({"state_dict": state}, tmp_path / "plain.ckpt"))
+    assert plain.digest == one.digest
+    file = save({"state_dict": {}, "x": Trap()}, tmp_path / "nothing.ckpt")
+    with pytest.raises(ValueError, match="no weights in it"):
         load_published(file)
     assert not (tmp_path / "touched").exists()
 
