@@ -220,15 +220,14 @@ def make_app(
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     bearer = Depends(HTTPBearer(auto_error=False))
-    Credentials = Annotated[HTTPAuthorizationCredentials | None, bearer]
-    Upload = Annotated[UploadFile, File(description="a file's content; its name is not used")]
-    Uploads = Annotated[list[UploadFile], File(description="contents; names are not used")]
+    content = File(description="a file's content; its name is not used")
+    contents = File(description="contents; their names are not used")
     if len(token) < 16 or not token.isascii() or not token.isprintable():
         raise ValueError("the token wants 16 characters or more, of printable ASCII")
     folder = files("speechbrain_qmargin.verify") / "page"
     page = {name: (folder / name).read_text(encoding="utf-8") for name in _PAGE}
 
-    def authorised(given: Credentials) -> None:
+    def authorised(given: Annotated[HTTPAuthorizationCredentials | None, bearer]) -> None:
         sent = "" if given is None else given.credentials
         if not hmac.compare_digest(sent.encode(), token.encode()):
             raise HTTPException(401, "the token is wanted as `Authorization: Bearer <token>`")
@@ -286,7 +285,9 @@ def make_app(
         return [PersonOut(**asdict(one)) for one in verifier.people.list()]
 
     @api.post("/people/{name}", status_code=201)
-    def enrol(name: str, files: Uploads, replace: bool = False) -> Enrolled:
+    def enrol(
+        name: str, files: Annotated[list[UploadFile], contents], replace: bool = False
+    ) -> Enrolled:
         """Enrol somebody, or add recordings: all of them or none."""
         if len(files) > MAX_FILES:
             raise ValueError(f"at most {MAX_FILES} files at once")
@@ -307,17 +308,17 @@ def make_app(
     # ---------------------------------------------------------------- decisions
 
     @api.post("/people/{name}/verify", response_model=DecisionOut)
-    def verify(name: str, file: Upload) -> Any:
+    def verify(name: str, file: Annotated[UploadFile, content]) -> Any:
         """Whether a recording is of the person."""
         return _plain(verifier.verify(name, _content(file)))
 
     @api.post("/compare", response_model=DecisionOut)
-    def compare(one: Upload, other: Upload) -> Any:
+    def compare(one: Annotated[UploadFile, content], other: Annotated[UploadFile, content]) -> Any:
         """Whether two recordings are of one person; nothing is kept."""
         return _plain(verifier.compare(_content(one), _content(other)))
 
     @api.post("/identify", response_model=FoundOut)
-    def identify(file: Upload, most: int = 5) -> Any:
+    def identify(file: Annotated[UploadFile, content], most: int = 5) -> Any:
         """Who of those enrolled a recording may be of."""
         return _plain(verifier.identify(_content(file), min(most, 100)))
 
