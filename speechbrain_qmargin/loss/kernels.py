@@ -9,7 +9,8 @@ numbers are:
 * A longer row is solved on its first tile. That level is a lower bound, so every class at or below
   its edge is inactive, and in one pass the places of the others are written down; the steps then
   look at them alone. Where they are more than a quarter of the classes, at all.
-* The backward pass reads the row again and writes the gradient. Nothing of size B x C is kept.
+* The backward pass reads the row again, unless its loss is zero, and writes the gradient. Nothing
+  of size B x C is kept.
 
 Sums are of float32 (float64 for float64 logits) within a tile, of float64 over tiles; what there is
 one of in a row is float64. Each program owns its row and there are no atomics, so results do not
@@ -458,21 +459,35 @@ def _solve_kernel(
             lower = tl.maximum(lower, level + shift)
             peak = (highest - origin).to(tl.float64) * scale
             upper = tl.maximum(tl.where(best > float("-inf"), peak, float("-inf")), z_y)
-            level, steps = _level_of_list(
-                cosines, log_q, places, count, listed, label, origin, factor,
-                z_y, log_q_y, lower, upper, rate, eps_mass,
-                DTYPE, BLOCK, POWER, IN_LOGS, SAFE, Q,
-            )  # fmt: skip
-            for start in range(0, count, BLOCK):
-                i, there = _listed(places, start, count, listed, BLOCK)
+            if count <= BLOCK:  # once more in registers
+                i, there = _listed(places, 0, count, listed, BLOCK)
                 v, more_q = _scores(cosines, log_q, i, there, label, origin, factor, DTYPE, Q)
                 f = _factor(more_q, rate, IN_LOGS) if Q else more_q
+                level = _level_of_tile(
+                    v, f, z_y, log_q_y, lower, upper, rate, eps_mass, POWER, IN_LOGS, SAFE, Q
+                )
                 w, h = _powers(v, f, level, rate, POWER, IN_LOGS, Q)
                 p = h * w
                 others += tl.sum(p, 0).to(tl.float64)
                 gap += tl.sum(tl.where(p > 0, p * v, 0.0), 0).to(tl.float64)
                 support += tl.sum((p > 0).to(tl.int32), 0)
-            read += count * (steps + 1)
+                read += count
+            else:
+                level, steps = _level_of_list(
+                    cosines, log_q, places, count, listed, label, origin, factor,
+                    z_y, log_q_y, lower, upper, rate, eps_mass,
+                    DTYPE, BLOCK, POWER, IN_LOGS, SAFE, Q,
+                )  # fmt: skip
+                for start in range(0, count, BLOCK):
+                    i, there = _listed(places, start, count, listed, BLOCK)
+                    v, more_q = _scores(cosines, log_q, i, there, label, origin, factor, DTYPE, Q)
+                    f = _factor(more_q, rate, IN_LOGS) if Q else more_q
+                    w, h = _powers(v, f, level, rate, POWER, IN_LOGS, Q)
+                    p = h * w
+                    others += tl.sum(p, 0).to(tl.float64)
+                    gap += tl.sum(tl.where(p > 0, p * v, 0.0), 0).to(tl.float64)
+                    support += tl.sum((p > 0).to(tl.int32), 0)
+                read += count * (steps + 1)
         alone = _alone(z_y, log_q_y, rate, IN_LOGS)
         p_y, _ = _target_powers(z_y, level, log_q_y, rate, IN_LOGS)
         tau = level if IN_LOGS else level + 1 / rate
@@ -512,7 +527,8 @@ def _gradient_kernel(
     level = tl.load(kept + 2 * rows + number)
     origin = tl.load(kept + 3 * rows + number).to(DTYPE)
     there = i < classes
-    use = there & (i != label)
+    # a row without other active classes is not read
+    use = (i < tl.where(tl.abs(residual) > 0, classes, 0)) & (i != label)
     c = tl.load(cosines + i, mask=use, other=0.0).to(DTYPE)
     lq = c
     if Q:
@@ -562,8 +578,8 @@ class Solved(NamedTuple):
 
 
 def resident_classes(dtype: torch.dtype) -> int:
-    """Up to so many classes a row stays in registers."""
-    return 8192 if dtype == torch.float64 else 32768
+    """Up to so many classes a row stays in registers; twice as many would not fit."""
+    return 8192 if dtype == torch.float64 else 16384
 
 
 def _bits(value: float) -> int:
@@ -571,7 +587,7 @@ def _bits(value: float) -> int:
 
 
 def _warps(block: int) -> int:
-    return min(32, max(4, block // 512))
+    return min(16, max(4, block // 512))
 
 
 def _power(alpha: float) -> int:

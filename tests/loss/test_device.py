@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
-from torch.utils._python_dispatch import TorchDispatchMode
+from launches import Counted
 
 from speechbrain_qmargin.loss.device import control_flow
 from speechbrain_qmargin.loss.functional import q_margin_loss, solve_tau
@@ -50,28 +50,6 @@ def loss_and_gradient(cosines, targets, *arguments, **options):
     cosines = cosines.clone().requires_grad_()
     loss = q_margin_loss(cosines, targets, *arguments, reduction="none", **options)
     return loss.detach(), *torch.autograd.grad(loss.sum(), cosines)
-
-
-FREE = {"view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "t", "transpose", "select"}
-FREE |= {"slice", "detach", "alias", "as_strided", "empty", "empty_like", "empty_strided"}
-FREE |= {"_reshape_alias", "permute", "new_empty", "reshape", "lift_fresh", "split"}
-WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_unique2", "unique_dim"}
-
-
-class Counted(TorchDispatchMode):
-    """Ops by name; a GPU would launch a kernel or more for all but the free ones."""
-
-    def __init__(self):
-        super().__init__()
-        self.launches, self.waits, self.names = 0, 0, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split("::")[1]
-        self.waits += name in WAITS
-        if name not in FREE:
-            self.launches += 1
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("alpha", "scale", "margin"), FAMILY)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from launches import Counted
 from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechbrain_qmargin import CosFaceLoss, QMarginLoss, make_loss
 from speechbrain_qmargin.loss.device import control_flow
@@ -109,9 +109,11 @@ def test_loss_and_gradient_are_the_definition(device, alpha, scale, margin):
 @pytest.mark.parametrize(("alpha", "scale", "margin"), FAMILY)
 def test_a_longer_row_goes_tile_by_tile(device, longer_rows, alpha, scale, margin):
     check(*batch(150, device), alpha, scale, margin)
+    label = torch.tensor([3], device=device)
+    check(torch.full((1, 150), 0.3, device=device), label, alpha, scale, margin)  # all are active
     few = torch.full((1, 150), -0.9, device=device)  # most are not written down
     few[0, 70], few[0, 149] = 0.9, 0.85
-    check(few, torch.tensor([3], device=device), alpha, scale, margin)
+    check(few, label, alpha, scale, margin)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -197,52 +199,6 @@ def test_outputs_that_are_no_cosines_are_asserted(device):
         q_margin_loss(cosines, targets + 9)
 
 
-FREE = {"view", "unsqueeze", "squeeze", "expand", "select", "detach", "alias", "as_strided"}
-FREE |= {"empty", "empty_like", "new_empty", "_unsafe_view", "slice", "lift_fresh"}
-FREE |= {"_local_scalar_dense"}
-
-
-@pytest.mark.slow
-def test_an_encoder_and_the_loss_are_one_graph(device):
-    torch.manual_seed(0)
-    encoder = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
-    prototypes = torch.nn.Parameter(torch.randn(9, 4, device=device))
-    encoder.to(device)
-    loss, labels = QMarginLoss(), torch.tensor([[0], [8]], device=device)
-    inputs = torch.randn(2, 6, device=device)
-
-    def step(inputs, labels):
-        embeddings = F.normalize(encoder(inputs), dim=1)
-        return loss((embeddings @ F.normalize(prototypes, dim=1).T).unsqueeze(1), labels)
-
-    torch.compiler.reset()
-    found = []
-    for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
-        value = run(inputs, labels)
-        found.append((value, *torch.autograd.grad(value, [prototypes, *encoder.parameters()])))
-    torch.testing.assert_close(*found)
-
-
-class Counted(TorchDispatchMode):
-    """Launches, waits, and bytes of what they return."""
-
-    def __init__(self):
-        super().__init__()
-        self.launches, self.waits, self.bytes, self.names = 0, 0, 0, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name.split("::")[1]
-        self.waits += name in ("_local_scalar_dense", "nonzero", "is_nonzero")
-        if name not in FREE:
-            self.launches += 1
-            self.names.append(name)
-            for each in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(each, torch.Tensor):
-                    self.bytes += each.numel() * each.element_size()
-        return out
-
-
 def counted(loss, cosines, targets):
     x, saved = cosines.clone().requires_grad_(), {}
 
@@ -257,7 +213,7 @@ def counted(loss, cosines, targets):
 
 @pytest.mark.parametrize("loss", [QMarginLoss(1.25, 32.0), CosFaceLoss()])
 def test_launches_passes_and_memory_at_the_size_of_voxceleb(device, loss):
-    """At most 60 launches and 3 passes, and no more memory than SpeechBrain's AAM.
+    """At most 60 launches and about 3 passes, and no more memory than SpeechBrain's AAM.
 
     The numbers of launches do not depend on the number of rows; interpreted rows are slow.
     """
@@ -269,8 +225,9 @@ def test_launches_passes_and_memory_at_the_size_of_voxceleb(device, loss):
     aam = LogSoftmaxWrapper(AdditiveAngularMargin(0.2, 30))
     theirs, theirs_kept = counted(aam, cosines.unsqueeze(1), targets)
     assert (ours.launches <= 60, ours.waits) == (True, 0)
-    assert ours.bytes + kept <= theirs.bytes + theirs_kept
+    assert ours.peak <= theirs.peak
+    assert kept <= theirs_kept
     assert kept <= 1.01 * cosines.nbytes
     solved = kernels.solve_rows(cosines, targets[:, 0], 1.25, 32.0)
     read = solved.counts[2].float().mean() / cosines.shape[1]
-    assert read + 2 <= 3.02  # the backward pass reads once and writes once
+    assert read <= 1.02  # the backward pass reads once at most, and writes once
