@@ -63,7 +63,7 @@ _INF = tl.constexpr(float("inf"))
 @lru_cache(maxsize=64)
 def numbers(alpha: float, scale: float, device: torch.device) -> Tensor:
     """[4], float64: alpha - 1, k, scale, and by how much a level is above its edge."""
-    above = -float(edge(torch.zeros((), dtype=torch.float64), alpha))
+    above = -edge(0.0, alpha)
     values = [alpha - 1, 1 / (alpha - 1), scale, above]
     return torch.tensor(values, dtype=torch.float64, device=device)
 
@@ -73,7 +73,7 @@ def _kind(alpha: float) -> dict:
     """What kernels are compiled for: whether levels are tau, and k where it is 1, 2, 3 or 4."""
     k = 1 / (alpha - 1)
     whole = round(k) if abs(k - round(k)) < 1e-12 and 1 <= round(k) <= 4 else 0
-    return {"IN_LOGS": float(edge(torch.zeros(()), alpha)) != 0, "POWER": whole}
+    return {"IN_LOGS": edge(0.0, alpha) != 0, "POWER": whole}
 
 
 # --------------------------------------------------------------------------- shared by kernels
@@ -463,7 +463,7 @@ def _solve(
     failed = (step >= _MOST_STEPS) | ~(tl.abs(level) < _INF)
 
     # the loss as loss.solver.fenchel_young has it
-    p_own, _ = _powers(gamma * (own - level), q_own, k, IN_LOGS)
+    p_own, _h_own = _powers(gamma * (own - level), q_own, k, IN_LOGS)
     others, gap = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
     many = 0
     for start in range(0, n, CHUNK):
@@ -474,7 +474,7 @@ def _solve(
         prior_i = 0.0
         if HAS_Q:
             prior_i = tl.load(log_q + c, mask=there, other=0.0).to(tl.float64)
-        p, _ = _powers(gamma * (logit - level), prior_i, k, IN_LOGS)
+        p, _h_i = _powers(gamma * (logit - level), prior_i, k, IN_LOGS)
         others += tl.sum(p, 0)
         gap += tl.sum(tl.where(p > 0.0, p * (logit - own), 0.0), 0)
         many += tl.sum((p > 0.0).to(tl.int32), 0)
@@ -513,7 +513,7 @@ def _solve(
         if HAS_Q:
             prior_i = tl.load(log_q + c, mask=there, other=0.0).to(tl.float64)
         lead_i = tl.where(there, gamma * (logit - level), -_INF)
-        p, _ = _powers(lead_i, prior_i, k, IN_LOGS)
+        p, _h_i = _powers(lead_i, prior_i, k, IN_LOGS)
         share_i = (p * inverse).to(tl.float32)
         good_i = valid & there & (share_i != 0.0)
         tl.store(shares + base + 1 + i, tl.where(good_i, share_i, 0.0), mask=i < width)

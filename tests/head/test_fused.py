@@ -1,6 +1,10 @@
 """The GPU's step, its kernels in Triton's interpreter, against the definition in float64."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,3 +255,16 @@ def test_a_training_is_that_of_the_torch_path():
             optimizer.step()
         weights.append(head.weight.detach())
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+def test_the_kernels_compile_for_a_gpu():
+    """For an H100, without one: the interpreter takes programs that the compiler refuses."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parents[1] / "compiled_kernels.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [kernel.fn.__name__ for kernel in kernels.KERNELS]

@@ -1,0 +1,41 @@
+"""Compiles the head's Triton kernels for an H100, for which no GPU is needed; prints their names.
+
+In a process of its own: where Triton's interpreter is on, nothing can be compiled.
+"""
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from speechbrain_qmargin.head.kernels import KERNELS
+
+DOUBLES = ["prior", "length", "slack", "cosine", "log_q", "values", "levels", "cosines", "slope"]
+INTEGERS = ["state", "counts", "peaks", "kept", "entries", "ordered", "flags", "numbered"]
+LONGS = ["labels", "found", "starts", "order"]
+FLOATS = ["raw", "weight", "residual", "out", "sampled", "cuts", "shares", "loss", "posterior"]
+FLOATS += ["support", "inverse_norm"]
+TYPES = dict.fromkeys(DOUBLES, "*fp64") | dict.fromkeys(INTEGERS, "*i32")
+TYPES |= dict.fromkeys(LONGS, "*i64") | dict.fromkeys([*FLOATS, "upstream"], "*fp32")
+TYPES |= {"rounded": "*bf16", "rows": "*bf16", "columns": "*bf16", "factor": "fp32"}
+# arguments of one name and several types
+OTHERS = {
+    "_solve": {"residual": "*fp64"},
+    "_exact_cosines": {"out": "*fp64"},
+    "_write_segments": {"rows": "*i64"},
+    "_report": {"out": "*i64"},
+    "_weight_gradient": {"rows": "*i64"},
+}
+CONSTANTS = {"BLOCK_B": 128, "BLOCK_C": 128, "BLOCK_D": 64, "BLOCK_I": 16, "BLOCK": 1024}
+CONSTANTS |= {"CHUNK": 1024, "POWER": 4, "HAS_Q": False, "IN_LOGS": False}
+CONSTANTS |= {"FINAL": True, "SAFEGUARDED": False}
+
+for kernel in KERNELS:
+    name = kernel.fn.__name__
+    types = TYPES | OTHERS.get(name, {})
+    constants = {p.name: CONSTANTS[p.name] for p in kernel.params if p.is_constexpr}
+    signature = {
+        p.name: "constexpr" if p.is_constexpr else types.get(p.name, "i32") for p in kernel.params
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    print(name)
