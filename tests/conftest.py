@@ -5,6 +5,7 @@ old module names in sys.modules, which raise ImportError when an attribute is re
 uses them.
 """
 
+import logging
 import os
 import sys
 
@@ -54,3 +55,15 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def log_of_its_own():
+    """A run sets up the log of its process: the next test's messages are not to go there."""
+    root = logging.getLogger()
+    level, before = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in [one for one in root.handlers if one not in before]:
+        if type(handler).__module__.startswith("logging"):  # pytest's are its own matter
+            root.removeHandler(handler)

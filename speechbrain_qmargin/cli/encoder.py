@@ -57,7 +57,7 @@ def _extract(args: argparse.Namespace) -> None:
     encoder = load_any_encoder(
         args.run_folder, args.device or _device(), args.trust, args.flip, print
     )
-    parts, about = out.with_name(out.name + ".parts"), str(source.resolve())
+    parts, about, said = out.with_name(out.name + ".parts"), str(source.resolve()), ""
     with tqdm(desc="embeddings", disable=args.quiet, unit="") as bar:
 
         def begin(items: Iterable[str]) -> None:
@@ -77,6 +77,7 @@ def _extract(args: argparse.Namespace) -> None:
             from speechbrain_qmargin.export.images import extract_images, find_images
 
             what, images = "image", find_images(source)
+            said = f"{source}: images are named {images.named}; flip {encoder.flip}"
             begin(images.items)
             embeddings, faults = extract_images(
                 encoder,
@@ -87,7 +88,8 @@ def _extract(args: argparse.Namespace) -> None:
                 workers=args.num_workers,
                 progress=bar.update,
             )
-            print(f"{source}: images are named {images.named}; flip {encoder.flip}")
+    if said:
+        print(said)
     if not embeddings:
         raise OSError(f"{source}: no {what} could be embedded: {next(iter(faults.values()))}")
     if faults:
