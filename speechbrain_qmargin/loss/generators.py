@@ -58,6 +58,7 @@ __all__ = [
 ]
 
 _STEPS = 200  # of bisection at worst; float64 has 64 bits, and the bracket may be wide
+_ROUNDING, _DIGIT = 4e-15, 2.0**-52  # of a sum of a million terms; of a level
 _LARGEST_LOG = 600.0  # of 1 / q in float64
 
 
@@ -254,30 +255,33 @@ def _solved(f: Generator, logits: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor
 
     tau lies between that of the class that alone reaches highest, and that of all the measure at
     the largest logit. The mass is convex and falling in tau, so that Newton's steps from the left
-    stay there; each that leaves the bracket, and every third, halves it.
+    stay there. One that leaves the bracket, or is more than half of the step before, gives way to
+    the bracket's middle. A row is done where its mass is 1 up to the rounding of a long sum, or
+    where the next step is below the level's last digit.
     """
     gaps = logits.amax(-1, keepdim=True) - logits  # inf: an absent class
     low = (f.depth(-log_q) - gaps).amax(-1, keepdim=True)
     high = f.depth(-torch.logsumexp(log_q, -1, keepdim=True))
     high = torch.maximum(high, low)
-    level = low
-    for step in range(_STEPS):
+    level, previous = low, high - low
+    for _ in range(_STEPS):
         p, h = _masses(f, level + gaps, log_q)
         mass = p.sum(-1, keepdim=True)
         low = torch.where(mass >= 1, level, low)
         high = torch.where(mass >= 1, high, level)
-        moved = level + (mass - 1) / h.sum(-1, keepdim=True)
-        middle = low + (high - low) / 2
-        if step % 3 == 2:
-            # where the bracket spans decades above zero, halve the decades
-            wide = (low > 0) & (high > 4 * low)
-            moved = torch.where(wide, (low * high).sqrt(), middle)
-        inside = (moved >= low) & (moved <= high)
-        moved = torch.where(inside, moved, middle)
-        done = ((mass - 1).abs() <= 1e-15) | (moved == level)
-        level = torch.where(done, level, moved)
+        step = (mass - 1) / h.sum(-1, keepdim=True)
+        done = ((mass - 1).abs() <= _ROUNDING) | (step.abs() <= _DIGIT * level.abs())
+        done |= high - low <= _DIGIT * high.abs()
         if bool(done.all()):
             break
+        # where the bracket spans decades above zero, halve the decades
+        wide = (low > 0) & (high > 4 * low)
+        middle = torch.where(wide, (low * high).sqrt(), low + (high - low) / 2)
+        newton = level + step
+        quick = (newton >= low) & (newton <= high) & (step.abs() <= previous / 2)
+        moved = torch.where(quick, newton, middle)
+        previous = (moved - level).abs()
+        level = torch.where(done, level, moved)
     p, _ = _masses(f, level + gaps, log_q)
     return level + gaps, p / p.sum(-1, keepdim=True)
 

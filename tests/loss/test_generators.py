@@ -1,5 +1,6 @@
 """f-divergences: against scipy's optimiser, against the alpha-divergences, and by gradcheck."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -226,3 +227,17 @@ def test_where_it_runs_and_where_not():
         f_softargmax(torch.zeros(2), "kl", torch.tensor([0.0, -700.0]))
     asleep = advice(make_loss("qmargin_f"), Progress(0.95, 0.1, 30, 192))
     assert "--loss qmargin --alpha 1.5" in asleep
+
+
+@pytest.mark.parametrize("name", sorted(GENERATORS))
+@pytest.mark.parametrize("lead", [0, 22], ids=["far", "near"])
+def test_thousands_of_classes_take_few_evaluations(name, lead):
+    calls = []
+    found = GENERATORS[name]
+    counted = dataclasses.replace(found, log_ratio=lambda w: calls.append(1) or found.log_ratio(w))
+    logits = 2.2 * torch.randn(8, 6000, generator=torch.Generator().manual_seed(0))
+    logits[:, 0] += lead
+    log_q = torch.zeros(6000).index_fill(0, torch.tensor(0), -6.4)
+    p = f_softargmax(logits.double(), counted, log_q)
+    torch.testing.assert_close(p.sum(1), torch.ones(8, dtype=torch.float64), rtol=0, atol=1e-14)
+    assert len(calls) <= 25
