@@ -102,7 +102,9 @@ class HeadLoss(torch.autograd.Function):
         # in one exchange: two numbers of float64 as four of float32
         names = torch.stack((labels.double(), objective.target_log_q), 1)
         both = comm.gather(torch.cat((raw, names.view(torch.float32)), 1), sizes)
-        raw, names = both[:, :-4].contiguous(), both[:, -4:].contiguous().view(torch.float64)
+        # a copy: a view of eight bytes wants strides and a beginning at multiples of eight
+        raw, names = both[:, :-4].contiguous(), both[:, -4:].flatten().clone()
+        names = names.view(torch.float64).view(-1, 2)
         labels, target_log_q = names[:, 0].long(), names[:, 1]
         exact = F.normalize(raw.double(), dim=1)
         here = (labels >= shard.start) & (labels < shard.stop)

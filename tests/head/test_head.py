@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import brute_force
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
 
@@ -141,6 +141,7 @@ def test_support_is_the_dense_one(screened):
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 1000),
 )
+@example(1, 1, 1, PARAMETERS[0], 0.0, False, KINDS[0], 0)
 def test_any_shape_with_ties(classes, batch, dim, parameters, noise, twins, kind, seed):
     torch.manual_seed(seed)
     sizes = small(kind, screen_from=64, chunk=100, block=77, sample=50)
