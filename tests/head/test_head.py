@@ -65,7 +65,8 @@ def close(got, wanted, tolerance=1e-5, rounding=0.0):
     assert float((got - wanted).norm()) <= tolerance * float(wanted.norm()) + rounding + 1e-9
 
 
-def check(head, embeddings, labels, alpha, scale, margin, tolerance=1e-5):
+def check(head, embeddings, labels, alpha, scale, margin, tolerance=1e-5, alike=0):
+    """`alike`: how many terms of a sum may be equal, whose roundings in float32 add up."""
     head.weight.grad = None
     x = embeddings.clone().requires_grad_()
     loss, stats = head.train()(x).q_margin_loss(
@@ -73,7 +74,8 @@ def check(head, embeddings, labels, alpha, scale, margin, tolerance=1e-5):
     )
     loss.mean().backward()
     wanted, p, grad_x, grad_w = dense_reference(x, head.weight, labels, alpha, scale, margin)
-    rounding = 16 * EPS * scale  # of the float32 terms that cancel in a gradient
+    # of the float32 terms that cancel in a gradient
+    rounding = (16 + alike / 2) * EPS * scale
     close(loss, wanted, tolerance)
     close(x.grad, grad_x, tolerance, rounding * float((1 / x.detach().norm(dim=1)).mean()))
     shortest = float(head.weight.detach().norm(dim=1).min())
@@ -142,6 +144,7 @@ def test_support_is_the_dense_one(screened):
     seed=st.integers(0, 1000),
 )
 @example(1, 1, 1, PARAMETERS[0], 0.0, False, KINDS[0], 0)
+@example(700, 1, 4, (1.5, 10.0, 0.2), 0.0, True, KINDS[0], 5)
 def test_any_shape_with_ties(classes, batch, dim, parameters, noise, twins, kind, seed):
     torch.manual_seed(seed)
     sizes = small(kind, screen_from=64, chunk=100, block=77, sample=50)
@@ -150,7 +153,8 @@ def test_any_shape_with_ties(classes, batch, dim, parameters, noise, twins, kind
         with torch.no_grad():
             head.weight[classes // 2 :] = head.weight[0].clone()
     labels = torch.randint(classes, (batch,))
-    check(head, near(head, labels, noise, seed), labels, *parameters, 3e-5)
+    alike = classes - classes // 2 if twins else 0
+    check(head, near(head, labels, noise, seed), labels, *parameters, 3e-5, alike)
 
 
 @settings(max_examples=25, deadline=None)
@@ -163,6 +167,7 @@ def test_any_shape_with_ties(classes, batch, dim, parameters, noise, twins, kind
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 1000),
 )
+@example(88, (3.0, 4.0), 12.0, True, True, torch.bfloat16, 1)
 def test_any_reference_measure(classes, parameters, decades, per_class, per_sample, kind, seed):
     """A margin a sample and a prior a class, over many orders of magnitude, against float64."""
     (alpha, scale), batch = parameters, 5
@@ -189,12 +194,16 @@ def test_any_reference_measure(classes, parameters, decades, per_class, per_samp
     prior = prior if log_q is None else prior + log_q
     prior[own] -= scale * torch.as_tensor(margin, dtype=torch.float64)
     p, wanted = brute_force(scale * cosines.detach(), prior, labels, alpha)
+    # dp / dtheta = q^(alpha - 1) p^(2 - alpha) at the edge of the support has no bound above
+    # alpha = 2: there a logit's own rounding in float64 is seen, in the reference as well
+    slope = torch.where(p > 0, ((alpha - 1) * prior).exp() * p ** (2 - alpha), 0)
+    steep = 2.0**-49 * scale * float(slope.max())
     p[own] -= 1
     cosines.backward(p * scale)
     close(loss, wanted, 1e-5, 1e-6)
-    rounding = 64 * EPS * scale * float((1 / x.detach().norm(dim=1)).max())
-    close(x.grad, whole.grad, 1e-5, rounding)
-    close(head.weight.grad.to_dense(), weight.grad, 1e-5, 64 * EPS * scale)
+    rounding = (64 * EPS + steep) * scale
+    close(x.grad, whole.grad, 1e-5, rounding * float((1 / x.detach().norm(dim=1)).max()))
+    close(head.weight.grad.to_dense(), weight.grad, 1e-5, rounding)
 
 
 @pytest.mark.parametrize("alpha", [1.25, 2.0])
