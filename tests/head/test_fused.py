@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,8 +34,10 @@ SIZES = Sizes(
 
 
 @pytest.fixture(autouse=True)
-def in_the_interpreter():
-    with interpreted(kernels), control_flow(host=False):
+def on_the_device(device):
+    """On a CPU in the interpreter; with ``--device cuda`` compiled, and tensors are made there."""
+    kind = interpreted(kernels) if device.type == "cpu" else nullcontext()
+    with kind, control_flow(host=False), device:
         yield
 
 
@@ -47,13 +50,16 @@ def only_fused(monkeypatch):
 
 
 def problem(classes, dim, batch, noise=0.3, seed=0, **options):
+    """A head, embeddings and labels, the same on every device."""
     torch.manual_seed(seed)
-    head = QMarginHead(dim, classes, sparse_grad=True, sizes=options.pop("sizes", SIZES), **options)
-    with torch.no_grad():
-        head.weight.mul_(torch.rand(classes, 1) * 3 + 0.1)
-    labels = torch.randint(classes, (batch,))
-    x = F.normalize(head.weight.detach()[labels], dim=1) + noise * torch.randn(batch, dim)
-    return head, x.requires_grad_(), labels
+    device, sizes = torch.get_default_device(), options.pop("sizes", SIZES)
+    with torch.device("cpu"):
+        head = QMarginHead(dim, classes, sparse_grad=True, sizes=sizes, **options)
+        with torch.no_grad():
+            head.weight.mul_(torch.rand(classes, 1) * 3 + 0.1)
+        labels = torch.randint(classes, (batch,))
+        x = F.normalize(head.weight.detach()[labels], dim=1) + noise * torch.randn(batch, dim)
+    return head.to(device), x.to(device).requires_grad_(), labels.to(device)
 
 
 def evaluated(head, x, labels, alpha, scale, margin, log_q=None):
@@ -116,9 +122,8 @@ def test_loss_support_and_gradients_are_exact(alpha, scale, margin, only_fused):
 
 def test_a_margin_for_each_sample_and_a_prior_for_each_class(only_fused):
     head, x, labels = problem(100, 12, 2)
-    generator = torch.Generator().manual_seed(1)
-    log_q = 6 * torch.rand(100, generator=generator, dtype=torch.float64) - 3
-    margin = 0.5 * torch.rand(2, generator=generator, dtype=torch.float64)
+    log_q = 6 * torch.rand(100, dtype=torch.float64) - 3
+    margin = 0.5 * torch.rand(2, dtype=torch.float64)
     check(head, x, labels, 1.5, 10.0, margin, log_q)
 
 
@@ -143,7 +148,8 @@ def test_where_the_loss_is_zero_there_is_no_gradient(only_fused):
 def test_a_room_too_small_grows_and_changes_nothing(only_fused):
     head, x, labels = problem(150, 12, 2)
     wanted = evaluated(head, x, labels, 1.25, 12.0, 0.2)
-    small = QMarginHead(12, 150, sparse_grad=True, sizes=replace(SIZES, screened=4, kept=2))
+    sizes = replace(SIZES, screened=4, kept=2)
+    small, *_ = problem(150, 12, 2, sizes=sizes)
     small.load_state_dict(head.state_dict())
     found = evaluated(small, x.detach().clone().requires_grad_(), labels, 1.25, 12.0, 0.2)
     assert small._room.kept >= wanted[0].support.max() > 2
@@ -154,7 +160,7 @@ def test_a_room_too_small_grows_and_changes_nothing(only_fused):
 def test_without_any_room_it_is_the_torch_path():
     head, x, labels = problem(40, 8, 2)
     wanted = evaluated(head, x, labels, 1.5, 0.5, 0.2)  # everything is active
-    tight = QMarginHead(8, 40, sparse_grad=True, sizes=replace(SIZES, max_candidates=40))
+    tight, *_ = problem(40, 8, 2, sizes=replace(SIZES, max_candidates=40))
     tight.load_state_dict(head.state_dict())
     with control_flow(host=True):
         found = evaluated(tight, x.detach().clone().requires_grad_(), labels, 1.5, 0.5, 0.2)
