@@ -23,6 +23,8 @@ import speechbrain  # noqa: F401
 
 from speechbrain_qmargin.files import CACHE_VARIABLE
 
+collect_ignore = ["compiled_kernels.py"]  # a script, which runs without the interpreter
+
 torch.set_num_threads(1)
 for name, module in list(sys.modules.items()):
     if type(module).__name__ in ("LazyModule", "DeprecatedModuleRedirect"):

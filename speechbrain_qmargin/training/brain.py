@@ -276,17 +276,12 @@ class VerificationBrain(OpenBrain):
         optimiser's parameters.
         """
         self._init_modules_optimizers()
-        learnt = self._learnt_by_the_loss()
+        learnt = _learnt_by(getattr(self.hparams, "compute_cost", None))
         if learnt:
             self.optimizer.add_param_group({"params": list(learnt.values())})
         if self._processes > 1:  # no wrapper sees them
             for parameter in learnt.values():
                 parameter.register_post_accumulate_grad_hook(_average_gradient)
-
-    def _learnt_by_the_loss(self) -> dict[str, nn.Parameter]:
-        cost = getattr(self.hparams, "compute_cost", None)
-        named = cost.named_parameters(prefix="loss") if isinstance(cost, Loss) else ()
-        return {name: p for name, p in named if p.requires_grad}
 
     def _init_modules_optimizers(self) -> None:
         alone, factor = self.clipped_alone, self._encoder_lr
@@ -330,7 +325,7 @@ class VerificationBrain(OpenBrain):
 
     def check_gradients(self):
         """SpeechBrain's ``skip_nonfinite_grads``, which cannot read row-sparse gradients."""
-        learnt = self._learnt_by_the_loss()
+        learnt = _learnt_by(getattr(self.hparams, "compute_cost", None))
         for name, parameter in (*self.modules.named_parameters(), *learnt.items()):
             grad = parameter.grad
             if grad is None:
@@ -684,6 +679,12 @@ class FaceBrain(VerificationBrain):
         if stage != sb.Stage.TRAIN and self.hparams.test_flip:
             embeddings = embeddings + model(images.flip(-1))
         return embeddings
+
+
+def _learnt_by(loss: Any) -> dict[str, nn.Parameter]:
+    """What a loss of ours learns itself; SpeechBrain's learn nothing."""
+    named = loss.named_parameters(prefix="loss") if isinstance(loss, Loss) else ()
+    return {name: p for name, p in named if p.requires_grad}
 
 
 def _average_gradient(parameter: nn.Parameter) -> None:

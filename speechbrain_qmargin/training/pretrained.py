@@ -49,7 +49,9 @@ def published_overrides(settings: Mapping[str, Any], given: Mapping[str, str]) -
     try:
         published = load_published(source)
     except ValueError as error:
-        raise ValueError(f"pretrained: no run (no save/ in it), and {error}") from None
+        raise ValueError(
+            f"pretrained: no run (no experiment.yaml or save/ in it), and {error}"
+        ) from None
     if "n_mels" in settings:
         published.speech()
     else:
@@ -92,7 +94,7 @@ def load_pretrained(hparams: dict) -> None:
 
 
 def _is_run(source: str | Path) -> bool:
-    return (Path(source) / "save").is_dir()
+    return any((Path(source) / name).exists() for name in ("experiment.yaml", "save"))
 
 
 def _text(value: Any) -> str:

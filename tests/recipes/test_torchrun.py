@@ -104,14 +104,14 @@ def test_two_processes_are_one_with_the_whole_batch_and_one_goes_on_for_two(corp
 
 @pytest.mark.slow
 def test_webface_in_small_trains_in_shards_resumes_and_is_scored_on_ijb(tmp_path, capsys):
-    """The YAML of 2 M identities with 1/1000 of them: records, shards over two ranks, .bin, IJB."""
+    """The YAML of 2 M identities with 1/4000 of them: records, shards over two ranks, .bin, IJB."""
 
     def png(face):
         stream = io.BytesIO()
         face.save(stream, format="PNG")
         return stream.getvalue()
 
-    identities = 2060
+    identities = 515
     faces = [png(mini_faces.draw_face((0, i), j, 32)) for i in range(identities) for j in range(2)]
     write_records(tmp_path / "train.rec", faces, [i // 2 for i in range(len(faces))])
     same = [True, False] * 10

@@ -80,7 +80,7 @@ def test_what_the_command_line_says_against_the_model_is_refused_before_the_data
         load_experiment([FACES, "--pretrained", str(exp)])
     with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
         load_experiment([SPEECH, "--pretrained", "nowhere"])
-    with pytest.raises(ValueError, match=r"no run \(no save/ in it\), and .*no known format"):
+    with pytest.raises(ValueError, match=r"no run \(no experiment.*no known format"):
         load_experiment([SPEECH, "--pretrained", str(tmp_path)])
     file = save(IResNet(18, 8, channels=2, image_size=32).state_dict(), tmp_path / "backbone.pth")
     found = load_experiment([FACES, "--size", "small", "--pretrained", str(file)]).settings
