@@ -72,18 +72,19 @@ class Counted(TorchDispatchMode):
 
 
 @contextmanager
-def interpreted(module):
-    """Triton's kernels of a module in its interpreter: quicker, and unseen by :class:`Counted`.
+def interpreted(*modules):
+    """Triton's kernels of some modules in its interpreter: quicker, and unseen by :class:`Counted`.
 
     The interpreter patches Triton anew for each call of a function within a kernel, which is most
-    of its time. Once for each kernel is enough for functions of the kernel's own module.
+    of its time. Once for each kernel is enough for functions of these modules.
     """
+    names = {module.__name__ for module in modules}
     interpreter = import_module("triton.runtime.interpreter")
     function, executor = interpreter.InterpretedFunction, interpreter.GridExecutor
     call, run = function.__call__, executor.__call__
 
     def quick_call(self, *args, **kwargs):
-        if self.fn.__module__ == module.__name__:
+        if self.fn.__module__ in names:
             return self.rewrite()(*args, **kwargs)
         return call(self, *args, **kwargs)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.loss.solver import edge
+from speechbrain_qmargin.loss.triton_numbers import level_alone, moved_on, powers_of
 
 __all__ = [
     "ABSENT",
@@ -80,40 +81,6 @@ def _kind(alpha: float) -> dict:
 
 
 @triton.jit
-def _log1p(x):
-    # exact for small x, by a rounding that cancels
-    one = 1.0 + x
-    safe = tl.where(one == 1.0, 2.0, one)
-    return tl.where(one == 1.0, x, tl.log(safe) * (x / (safe - 1.0)))
-
-
-@triton.jit
-def _expm1(x):
-    e = tl.exp(x)
-    safe = tl.where((e == 1.0) | (e <= 0.0), 2.0, e)
-    value = (e - 1.0) * (x / tl.log(safe))
-    return tl.where(e == 1.0, x, tl.where(e - 1.0 == -1.0, -1.0, value))
-
-
-@triton.jit
-def _alone(logit, log_q, gamma, k, IN_LOGS: tl.constexpr):
-    """The level at which a class alone holds mass 1."""
-    if IN_LOGS:
-        return logit - k * _expm1(-gamma * log_q)
-    return logit - k * tl.exp(-gamma * log_q)
-
-
-@triton.jit
-def _powers(lead, log_q, k, IN_LOGS: tl.constexpr):
-    """p and q u^(k - 1), of lead = (alpha - 1) (logit - level)."""
-    active = lead > (-1.0 if IN_LOGS else 0.0)
-    safe = tl.where(active, lead, 0.0 if IN_LOGS else 1.0)
-    log_u = _log1p(safe) if IN_LOGS else tl.log(safe)
-    p = tl.where(active, tl.exp(k * log_u + log_q), 0.0)
-    return p, tl.where(active, tl.exp((k - 1.0) * log_u + log_q), 0.0)
-
-
-@triton.jit
 def _rough_mass(lead, log_q, k, IN_LOGS: tl.constexpr, POWER: tl.constexpr, HAS_Q: tl.constexpr):
     """p in fixed point, rounded down, within 2**-12 of itself."""
     if (POWER > 0) and not HAS_Q:
@@ -122,7 +89,7 @@ def _rough_mass(lead, log_q, k, IN_LOGS: tl.constexpr, POWER: tl.constexpr, HAS_
         for _ in tl.static_range(POWER - 1):
             p = p * u
         return (p.to(tl.float64) * _FIXED).to(tl.int64)
-    p, _ = _powers(lead, log_q, k, IN_LOGS)
+    p, _ = powers_of(lead, log_q, k, IN_LOGS)
     return (p * _FIXED).to(tl.int64)
 
 
@@ -237,7 +204,7 @@ def _sample_floors(
     scale, above = tl.load(values + 2), tl.load(values + 3)
     label, allowance = tl.load(labels + b), tl.load(slack + b)
     own, q_own = tl.load(cosine + b) * scale, tl.load(prior + b)
-    low, high = _alone(own, q_own, gamma, k, IN_LOGS), own
+    low, high = level_alone(own, q_own, gamma, IN_LOGS), own
     offset = tl.arange(0, CHUNK).to(tl.int64)
     for start in range(0, size, CHUNK):
         i = start + offset
@@ -247,7 +214,7 @@ def _sample_floors(
         prior_i = 0.0
         if HAS_Q:
             prior_i = tl.load(log_q + i * stride, mask=there, other=0.0).to(tl.float64)
-        low = tl.maximum(low, tl.max(_alone(logit, prior_i, gamma, k, IN_LOGS), 0))
+        low = tl.maximum(low, tl.max(level_alone(logit, prior_i, gamma, IN_LOGS), 0))
         high = tl.maximum(high, tl.max(logit, 0))
     high = tl.maximum(high + above, low)
     for _ in range(_BISECTIONS):
@@ -300,6 +267,12 @@ def _screen(
 
 
 @triton.jit
+def _product_of(key):
+    """The float32 in the lower half of what `_screen` wrote."""
+    return (key & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _raise_floors(
     found, counts, peaks, cosine, prior, slack, log_q, values, levels, cuts, kept, room, width,
     CHUNK: tl.constexpr, FINAL: tl.constexpr,
@@ -314,19 +287,18 @@ def _raise_floors(
     n = tl.minimum(total, room)
     tl.store(peaks + b, tl.maximum(tl.load(peaks + b), total))
     low, high = tl.load(levels + b), own
-    low = tl.maximum(low, _alone(own, q_own, gamma, k, IN_LOGS))
+    low = tl.maximum(low, level_alone(own, q_own, gamma, IN_LOGS))
     offset = tl.arange(0, CHUNK)
     row = found + b * room
     for start in range(0, n, CHUNK):
         there = start + offset < n
         key = tl.load(row + start + offset, mask=there, other=0)
-        s = (key & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
-        logit = (s.to(tl.float64) - allowance) * scale
+        logit = (_product_of(key).to(tl.float64) - allowance) * scale
         logit = tl.where(there, logit, -_INF)
         prior_i = 0.0
         if HAS_Q:
             prior_i = tl.load(log_q + (key >> 32), mask=there, other=0.0).to(tl.float64)
-        low = tl.maximum(low, tl.max(_alone(logit, prior_i, gamma, k, IN_LOGS), 0))
+        low = tl.maximum(low, tl.max(level_alone(logit, prior_i, gamma, IN_LOGS), 0))
         high = tl.maximum(high, tl.max(logit, 0))
     high = tl.maximum(high + above, low)
     for _ in range(_BISECTIONS):
@@ -335,10 +307,7 @@ def _raise_floors(
         for start in range(0, n, CHUNK):
             there = start + offset < n
             key = tl.load(row + start + offset, mask=there, other=0)
-            logit = (
-                (key & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
-                - allowance
-            ) * scale
+            logit = (_product_of(key).to(tl.float64) - allowance) * scale
             lead = tl.where(there, gamma * (logit - level), -_INF)
             prior_i = 0.0
             if HAS_Q:
@@ -354,8 +323,7 @@ def _raise_floors(
     for start in range(0, n, CHUNK):
         there = start + offset < n
         key = tl.load(row + start + offset, mask=there, other=0)
-        s = (key & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
-        keep = there & (s >= cut)
+        keep = there & (_product_of(key) >= cut)
         place = many + tl.cumsum(keep.to(tl.int32), 0) - 1
         if FINAL:
             out = kept + b * width + place
@@ -398,9 +366,18 @@ def _exact_cosines(
 
 
 @triton.jit
-def _newton_step(level, s, h, gamma):
-    log_s = tl.log(s)
-    return _expm1(gamma * log_s) / gamma * tl.exp((1.0 - gamma) * log_s) / h
+def _candidates(
+    kept, cosines, log_q, row, start, n, scale, CHUNK: tl.constexpr, HAS_Q: tl.constexpr
+):
+    """Classes, logits (-inf where there is none) and log q of a chunk of a sample's candidates."""
+    i = start + tl.arange(0, CHUNK)
+    there = i < n
+    c = tl.load(kept + row + i, mask=there, other=0)
+    logit = tl.where(there, tl.load(cosines + row + i, mask=there, other=0.0) * scale, -_INF)
+    prior = tl.zeros((CHUNK,), tl.float64)
+    if HAS_Q:
+        prior = tl.load(log_q + c, mask=there, other=0.0).to(tl.float64)
+    return c, logit, prior
 
 
 @triton.jit
@@ -416,65 +393,42 @@ def _solve(
     scale, above = tl.load(values + 2), tl.load(values + 3)
     own, q_own = tl.load(cosine + b) * scale, tl.load(prior + b)
     n = tl.minimum(tl.load(counts + b), width)
-    alone = _alone(own, q_own, gamma, k, IN_LOGS)
+    alone = level_alone(own, q_own, gamma, IN_LOGS)
     offset = tl.arange(0, CHUNK)
     low, high = tl.maximum(tl.load(levels + b), alone), own
     for start in range(0, n, CHUNK):
-        there = start + offset < n
-        c = tl.load(kept + b * width + start + offset, mask=there, other=0)
-        at = cosines + b * width + start + offset
-        logit = tl.where(there, tl.load(at, mask=there, other=0.0) * scale, -_INF)
-        prior_i = 0.0
-        if HAS_Q:
-            prior_i = tl.load(log_q + c, mask=there, other=0.0).to(tl.float64)
-        low = tl.maximum(low, tl.max(_alone(logit, prior_i, gamma, k, IN_LOGS), 0))
+        _, logit, prior_i = _candidates(
+            kept, cosines, log_q, b * width, start, n, scale, CHUNK, HAS_Q
+        )
+        low = tl.maximum(low, tl.max(level_alone(logit, prior_i, gamma, IN_LOGS), 0))
         high = tl.maximum(high, tl.max(logit, 0))
     high = tl.maximum(high + above, low)
     level, step, going = low, 0, 1
     while going != 0:
-        s, h = _powers(gamma * (own - level), q_own, k, IN_LOGS)
+        s, h = powers_of(gamma * (own - level), q_own, k, IN_LOGS)
         for start in range(0, n, CHUNK):
-            there = start + offset < n
-            c = tl.load(kept + b * width + start + offset, mask=there, other=0)
-            at = cosines + b * width + start + offset
-            logit = tl.where(there, tl.load(at, mask=there, other=0.0) * scale, -_INF)
-            prior_i = 0.0
-            if HAS_Q:
-                prior_i = tl.load(log_q + c, mask=there, other=0.0).to(tl.float64)
-            p, slope_i = _powers(gamma * (logit - level), prior_i, k, IN_LOGS)
+            _, logit, prior_i = _candidates(
+                kept, cosines, log_q, b * width, start, n, scale, CHUNK, HAS_Q
+            )
+            p, slope_i = powers_of(gamma * (logit - level), prior_i, k, IN_LOGS)
             s += tl.sum(p, 0)
             h += tl.sum(slope_i, 0)
-        delta = _newton_step(level, s, h, gamma)
-        noise = 4 * 2.0**-52 * tl.abs(level)
-        if SAFEGUARDED:
-            low = tl.where(s >= 1.0, level, low)
-            high = tl.where(s >= 1.0, high, level)
-            ended = (high - low <= noise) | (tl.abs(s - 1.0) <= 4 * 2.0**-52)
-            proposed = level + delta
-            usable = (proposed > low) & (proposed < high) & (step % 3 != 2)
-            proposed = tl.where(usable, proposed, low + 0.5 * (high - low))
-        else:
-            # from the left every true step is forward; a step back is rounding
-            ended = ~(delta > noise + 4 * 2.0**-52 * s / h)
-            proposed = level + delta
-        level = tl.where(ended, level, proposed)
+        level, low, high, ended = moved_on(
+            level, low, high, s, h, gamma, step, 2.0**-52, SAFEGUARDED
+        )
         step += 1
         going = tl.where(ended | (step >= _MOST_STEPS), 0, 1)
     failed = (step >= _MOST_STEPS) | ~(tl.abs(level) < _INF)
 
     # the loss as loss.solver.fenchel_young has it
-    p_own, _h_own = _powers(gamma * (own - level), q_own, k, IN_LOGS)
+    p_own, _h_own = powers_of(gamma * (own - level), q_own, k, IN_LOGS)
     others, gap = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
     many = 0
     for start in range(0, n, CHUNK):
-        there = start + offset < n
-        c = tl.load(kept + b * width + start + offset, mask=there, other=0)
-        at = cosines + b * width + start + offset
-        logit = tl.where(there, tl.load(at, mask=there, other=0.0) * scale, -_INF)
-        prior_i = 0.0
-        if HAS_Q:
-            prior_i = tl.load(log_q + c, mask=there, other=0.0).to(tl.float64)
-        p, _h_i = _powers(gamma * (logit - level), prior_i, k, IN_LOGS)
+        _, logit, prior_i = _candidates(
+            kept, cosines, log_q, b * width, start, n, scale, CHUNK, HAS_Q
+        )
+        p, _h_i = powers_of(gamma * (logit - level), prior_i, k, IN_LOGS)
         others += tl.sum(p, 0)
         gap += tl.sum(tl.where(p > 0.0, p * (logit - own), 0.0), 0)
         many += tl.sum((p > 0.0).to(tl.int32), 0)
@@ -506,16 +460,12 @@ def _solve(
     tl.store(entries + base, tl.where(good, label, _ABSENT))
     for start in range(0, width, CHUNK):
         i = start + offset
-        there = i < n
-        c = tl.load(kept + b * width + i, mask=there, other=0)
-        logit = tl.load(cosines + b * width + i, mask=there, other=0.0) * scale
-        prior_i = 0.0
-        if HAS_Q:
-            prior_i = tl.load(log_q + c, mask=there, other=0.0).to(tl.float64)
-        lead_i = tl.where(there, gamma * (logit - level), -_INF)
-        p, _h_i = _powers(lead_i, prior_i, k, IN_LOGS)
+        c, logit, prior_i = _candidates(
+            kept, cosines, log_q, b * width, start, n, scale, CHUNK, HAS_Q
+        )
+        p, _h_i = powers_of(gamma * (logit - level), prior_i, k, IN_LOGS)
         share_i = (p * inverse).to(tl.float32)
-        good_i = valid & there & (share_i != 0.0)
+        good_i = valid & (i < n) & (share_i != 0.0)
         tl.store(shares + base + 1 + i, tl.where(good_i, share_i, 0.0), mask=i < width)
         tl.store(entries + base + 1 + i, tl.where(good_i, c, _ABSENT), mask=i < width)
 

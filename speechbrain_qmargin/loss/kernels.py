@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from speechbrain_qmargin.loss.solver import compute_dtype, in_logs
+from speechbrain_qmargin.loss.triton_numbers import level_alone, log1p, moved_on, powers_of
 
 __all__ = ["Solved", "gradient", "resident_classes", "solve_rows"]
 
@@ -54,46 +55,8 @@ def _double(bits):
 
 
 @triton.jit
-def _expm1(x):
-    u = tl.exp(x)
-    lead = u - 1
-    near = lead == 0
-    low = lead == -1
-    beyond = u == float("inf")
-    safe = tl.where(near | low | beyond, 2.0, u)
-    exact = tl.where(near | low | beyond, 0.0, lead) * x / tl.log(safe)
-    return tl.where(near, x, tl.where(low | beyond, lead, exact))
-
-
-@triton.jit
-def _log1p(x):
-    u = 1 + x
-    lead = u - 1
-    near = lead == 0
-    return tl.where(near, x, tl.log(u) * x / tl.where(near, 1.0, lead))
-
-
-@triton.jit
-def _alone(logit, log_q, rate, IN_LOGS: tl.constexpr):
-    """single_class_level of float64 logits."""
-    if IN_LOGS:
-        return logit - _expm1(-log_q * rate) / rate
-    else:
-        return logit - tl.exp(-log_q * rate) / rate
-
-
-@triton.jit
 def _target_powers(logit, level, log_q, rate, IN_LOGS: tl.constexpr):
-    k = 1 / rate
-    lead = (logit - level) * rate
-    if IN_LOGS:
-        there = lead > -1
-        log_u = _log1p(tl.where(there, lead, 0.0))
-    else:
-        there = lead > 0
-        log_u = tl.log(tl.where(there, lead, 1.0))
-    p = tl.where(there, tl.exp(log_u * k + log_q), 0.0)
-    return p, tl.where(there, tl.exp(log_u * (k - 1) + log_q), 0.0)
+    return powers_of((logit - level) * rate, log_q, 1 / rate, IN_LOGS)
 
 
 # --------------------------------------------------------------------------- of a tile
@@ -115,7 +78,7 @@ def _powers(v, factor, level, rate, POWER: tl.constexpr, IN_LOGS: tl.constexpr, 
     k1 = (1 / rate - 1).to(v.dtype)
     if IN_LOGS:
         there = x > -1
-        log_h = _log1p(tl.where(there, x, 0.0)) * k1
+        log_h = log1p(tl.where(there, x, 0.0)) * k1
         if Q:
             log_h += factor
         w = tl.where(there, x + 1, 0.0)
@@ -211,24 +174,6 @@ def _list_sums(
 
 
 @triton.jit
-def _moved_on(level, lower, upper, s, h, rate, step, eps_mass, SAFE: tl.constexpr):
-    """One step of solver.newton: the next level and bracket, and whether the row is done."""
-    log_s = tl.log(s)
-    delta = _expm1(log_s * rate) / rate * tl.exp(log_s * (1 - rate)) / h
-    noise = tl.abs(level) * 8.8817841970012523e-16
-    proposed = level + delta
-    if SAFE:
-        lower = tl.where(s >= 1, level, lower)
-        upper = tl.where(s >= 1, upper, level)
-        done = (upper - lower <= noise) | (tl.abs(s - 1) <= 4 * eps_mass)
-        usable = (proposed > lower) & (proposed < upper) & (step % 3 != 2)
-        proposed = tl.where(usable, proposed, lower + 0.5 * (upper - lower))
-    else:
-        done = (delta > noise + 4 * eps_mass * s / h) == 0
-    return tl.where(done, level, proposed), lower, upper, done
-
-
-@triton.jit
 def _level_of_tile(
     v, factor, z_y, prior, lower, upper, rate, eps_mass,
     POWER: tl.constexpr, IN_LOGS: tl.constexpr, SAFE: tl.constexpr, Q: tl.constexpr,
@@ -239,7 +184,7 @@ def _level_of_tile(
     while going > 0:
         s, h = _sums(v, factor, level, rate, POWER, IN_LOGS, Q)
         p_y, h_y = _target_powers(z_y, level, prior, rate, IN_LOGS)
-        level, lower, upper, done = _moved_on(
+        level, lower, upper, done = moved_on(
             level, lower, upper, s + p_y, h + h_y, rate, step, eps_mass, SAFE
         )
         step += 1
@@ -263,7 +208,7 @@ def _level_of_list(
             DTYPE, BLOCK, POWER, IN_LOGS, Q,
         )  # fmt: skip
         p_y, h_y = _target_powers(z_y, level, prior, rate, IN_LOGS)
-        level, lower, upper, done = _moved_on(
+        level, lower, upper, done = moved_on(
             level, lower, upper, s + p_y, h + h_y, rate, step, eps_mass, SAFE
         )
         step += 1
@@ -283,7 +228,7 @@ def _best(c, log_q, there, scale, rate, DTYPE: tl.constexpr, SOFTMAX: tl.constex
         exact = log_q.to(tl.float64)
         own = exact
         if not SOFTMAX:
-            own = _alone(tl.zeros_like(exact), exact, rate, IN_LOGS)
+            own = level_alone(tl.zeros_like(exact), exact, rate, IN_LOGS)
         score = tl.where(there, own.to(DTYPE) + scale.to(DTYPE) * c, none)
         place = tl.argmax(score, 0)
         at = tl.arange(0, c.shape[0]) == place
@@ -295,7 +240,7 @@ def _best(c, log_q, there, scale, rate, DTYPE: tl.constexpr, SOFTMAX: tl.constex
         if SOFTMAX:
             return best, best, zero
         else:
-            return best, best, _alone(zero, zero, rate, IN_LOGS)
+            return best, best, level_alone(zero, zero, rate, IN_LOGS)
 
 
 @triton.jit
@@ -403,14 +348,14 @@ def _solve_kernel(
                     z += tl.load(log_q + i, mask=use, other=0.0).to(DTYPE)
                 support += tl.sum((use & (tl.exp(z) > 0)).to(tl.int32), 0)
         p_y = tl.exp(alone - level)
-        value = tl.where(p_y > 0.5, _log1p(others / tl.where(p_y > 0.5, p_y, 1.0)), level - alone)
+        value = tl.where(p_y > 0.5, log1p(others / tl.where(p_y > 0.5, p_y, 1.0)), level - alone)
         inverse_total = 1 / (others + p_y)
     else:
         f = v
         if Q:
             f = _factor(lq, rate, IN_LOGS)
         z_y = (cos_y - origin.to(tl.float64)) * scale
-        lower = tl.maximum(own, _alone(z_y, log_q_y, rate, IN_LOGS))
+        lower = tl.maximum(own, level_alone(z_y, log_q_y, rate, IN_LOGS))
         peak = (highest - origin).to(tl.float64) * scale
         upper = tl.maximum(tl.where(has, peak, float("-inf")), z_y)
         level = _level_of_tile(
@@ -455,7 +400,7 @@ def _solve_kernel(
             count = tl.where(listed, count, classes)
             shift = (first.to(tl.float64) - origin.to(tl.float64)) * scale
             z_y = (cos_y - origin.to(tl.float64)) * scale
-            lower = tl.maximum(own, _alone(z_y, log_q_y, rate, IN_LOGS))
+            lower = tl.maximum(own, level_alone(z_y, log_q_y, rate, IN_LOGS))
             lower = tl.maximum(lower, level + shift)
             peak = (highest - origin).to(tl.float64) * scale
             upper = tl.maximum(tl.where(best > float("-inf"), peak, float("-inf")), z_y)
@@ -488,7 +433,7 @@ def _solve_kernel(
                     gap += tl.sum(tl.where(p > 0, p * v, 0.0), 0).to(tl.float64)
                     support += tl.sum((p > 0).to(tl.int32), 0)
                 read += count * (steps + 1)
-        alone = _alone(z_y, log_q_y, rate, IN_LOGS)
+        alone = level_alone(z_y, log_q_y, rate, IN_LOGS)
         p_y, _ = _target_powers(z_y, level, log_q_y, rate, IN_LOGS)
         tau = level if IN_LOGS else level + 1 / rate
         excess = others + p_y - 1

@@ -18,6 +18,7 @@ from speechbrain_qmargin.head.sizes import Sizes, constants
 from speechbrain_qmargin.loss.device import control_flow
 
 kernels = pytest.importorskip("speechbrain_qmargin.head.kernels", exc_type=ImportError)
+numbers = pytest.importorskip("speechbrain_qmargin.loss.triton_numbers", exc_type=ImportError)
 
 EPS = 2.0**-23
 # as on a GPU, for few classes
@@ -36,7 +37,7 @@ SIZES = Sizes(
 @pytest.fixture(autouse=True)
 def on_the_device(device):
     """On a CPU in the interpreter; with ``--device cuda`` compiled, and tensors are made there."""
-    kind = interpreted(kernels) if device.type == "cpu" else nullcontext()
+    kind = interpreted(kernels, numbers) if device.type == "cpu" else nullcontext()
     with kind, control_flow(host=False), device:
         yield
 
