@@ -15,7 +15,7 @@ from torch import Tensor
 
 from speechbrain_qmargin.head.precision import exact_accumulation
 from speechbrain_qmargin.head.search import chunked_cosines
-from speechbrain_qmargin.head.step import ChunkGradients, target_cosines
+from speechbrain_qmargin.head.step import ChunkGradients, check_backward, target_cosines
 
 __all__ = ["BinaryLoss"]
 
@@ -54,7 +54,7 @@ class BinaryLoss(torch.autograd.Function):
                 total += terms.masked_fill_(absent, 0).sum(1)
         loss = of_target.detach() + objective.others_weight * comm.sum(total)[own]
         ctx.save_for_backward(unit, labels, cos_y[own], slope, valid)
-        ctx.shard, ctx.objective, ctx.sizes, ctx.own = shard, objective, sizes, own
+        ctx.shard, ctx.objective, ctx.sizes = shard, objective, sizes
         ctx.parameters, ctx.anchored = parameters, anchor is not None
         ctx.weight, ctx.version = weight, weight._version
         posterior = logits.detach().sigmoid().float()
@@ -63,15 +63,7 @@ class BinaryLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "QMarginHead has no second derivatives (create_graph=True): use the loss on all "
-                "cosines, as the dense classifier gives them"
-            )
-        if ctx.weight._version != ctx.version:
-            raise RuntimeError(
-                "the prototypes were changed between the forward and the backward of QMarginHead"
-            )
+        check_backward(ctx)
         unit, labels, own_cosines, slope, valid = ctx.saved_tensors
         shard, objective, parameters = ctx.shard, ctx.objective, ctx.parameters
         comm = shard.comm
@@ -101,7 +93,7 @@ class BinaryLoss(torch.autograd.Function):
                 _add(of_parameters, _gradients((terms * mine).sum(), parameters))
         by_unit, by_weight = found.by_unit, found.by_weight
         if by_unit is not None:
-            by_unit = comm.sum(by_unit)[ctx.own]
+            by_unit = comm.sum_of_own(by_unit, ctx.sizes)
         if by_weight is not None:
             by_weight = by_weight.div_(comm.world)
         of_parameters = [comm.sum(grad) / comm.world for grad in of_parameters]

@@ -167,7 +167,7 @@ class HeadLoss(torch.autograd.Function):
             )
         ctx.save_for_backward(query.unit, level, solution.inverse_total, residual, valid)
         ctx.everything, ctx.shard, ctx.scale = everything, shard, objective.scale
-        ctx.sizes, ctx.own, ctx.anchored = sizes, own, anchor is not None
+        ctx.sizes, ctx.anchored = sizes, anchor is not None
         ctx.weight, ctx.version = weight, weight._version
         outputs = loss[own], p_y[own], support[own], solution.residual[own], own_cosines
         ctx.mark_non_differentiable(*outputs[1:])
@@ -244,7 +244,7 @@ def check_backward(ctx: Any) -> None:
     """Refuse second derivatives, and prototypes that were changed since the forward pass."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "QMarginHead has no second derivatives (create_graph=True): use QMarginLoss on "
+            "QMarginHead has no second derivatives (create_graph=True): use the loss on "
             "all cosines, as the dense classifier gives them"
         )
     if ctx.weight._version != ctx.version:
