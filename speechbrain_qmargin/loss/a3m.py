@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from speechbrain_qmargin.loss.arcface import angular_margin
+from speechbrain_qmargin.loss.arcface import angular_margin, check_angle
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.functional import check_loss_parameters
 from speechbrain_qmargin.loss.interface import Objective, Scores
@@ -61,8 +59,7 @@ class A3MLoss(Loss):
 
     def check(self, **values: float) -> None:
         check_loss_parameters(**values)
-        if values["margin"] > math.pi:
-            raise ValueError(f"margin is an angle in radians, at most pi, got {values['margin']}")
+        check_angle(values["margin"])
 
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
         return Objective(

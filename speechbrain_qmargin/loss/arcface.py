@@ -10,7 +10,7 @@ from torch import Tensor
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.interface import Objective, Scores
 
-__all__ = ["ArcFaceLoss", "angular_margin"]
+__all__ = ["ArcFaceLoss", "angular_margin", "check_angle"]
 
 
 def angular_margin(cosines: Tensor, margin: float | Tensor, easy: bool = False) -> Tensor:
@@ -37,6 +37,12 @@ def angular_margin(cosines: Tensor, margin: float | Tensor, easy: bool = False) 
     if easy:
         return torch.where(cosines > 0, moved, cosines)
     return torch.where(cosines > -m.cos(), moved, cosines - m * m.sin())
+
+
+def check_angle(margin: float) -> None:
+    """Refuse a margin that is no angle; what is wrong with it otherwise is the loss's to say."""
+    if margin > math.pi:
+        raise ValueError(f"margin is an angle in radians, at most pi, got {margin}")
 
 
 class ArcFaceLoss(Loss):
@@ -71,8 +77,7 @@ class ArcFaceLoss(Loss):
 
     def check(self, **values: float) -> None:
         super().check(**values)
-        if values["margin"] > math.pi:
-            raise ValueError(f"margin is an angle in radians, at most pi, got {values['margin']}")
+        check_angle(values["margin"])
 
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
         return Objective(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speechbrain_qmargin.loss.arcface import angular_margin
+from speechbrain_qmargin.loss.arcface import angular_margin, check_angle
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.interface import Objective, Scores
 from speechbrain_qmargin.loss.norms import embeddings_of, of_all_processes
@@ -108,8 +108,7 @@ class KappaFaceLoss(Loss):
 
     def check(self, **values: float) -> None:
         super().check(**values)
-        if values["margin"] > math.pi:
-            raise ValueError(f"margin is an angle in radians, at most pi, got {values['margin']}")
+        check_angle(values["margin"])
         if not 0 <= values["gamma"] <= 1:
             raise ValueError(f"gamma must be in [0, 1], got {values['gamma']}")
 
