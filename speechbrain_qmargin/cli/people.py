@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -50,19 +49,12 @@ the token can do everything; without --token_file one is made and printed with t
 
 
 def _say(args: argparse.Namespace, content: Any, text: str) -> None:
+    from speechbrain_qmargin.files import json_values
+
     if args.json:
-        print(json.dumps(_plain(content), ensure_ascii=False, allow_nan=False))
+        print(json.dumps(json_values(content), ensure_ascii=False, allow_nan=False))
     else:
         print(text)
-
-
-def _plain(value: Any) -> Any:
-    """Values as JSON has them: no infinity."""
-    if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _verifier(args: argparse.Namespace):

@@ -13,18 +13,19 @@ backups and the blocks that a file system or a drive has freed are beyond this m
 from __future__ import annotations
 
 import json
-import math
 import sqlite3
 import threading
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from speechbrain_qmargin.files import json_values
 
 __all__ = ["NotEnrolled", "OtherEncoder", "People", "Person", "checked_name"]
 
@@ -219,7 +220,7 @@ class People:
             raise ValueError(f"embeddings {rows.shape}; [recordings, D] is wanted, one at least")
         if not np.isfinite(rows).all() or not rows.any(axis=1).all():
             raise ValueError("an embedding is zero or not finite")
-        said = [json.dumps(_plain(asdict(one))) for one in qualities or []] or ["{}"] * len(rows)
+        said = [json.dumps(json_values(one)) for one in qualities or []] or ["{}"] * len(rows)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         with self._writing() as db:
             db.execute("INSERT OR IGNORE INTO people(name, added) VALUES (?, ?)", (name, now))
@@ -374,11 +375,3 @@ def _other_encoder(name: str, held: str, encoder: str) -> str:
         f"{name} is enrolled with the encoder {held[:16]}, and this is {encoder[:16]}: their "
         "embeddings cannot be compared. Enrol them anew with this one (--replace), or load that one"
     )
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in values.items()
-    }

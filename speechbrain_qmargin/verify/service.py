@@ -13,17 +13,16 @@ A client sends contents, never paths, and may be answered ``{"error": {"code", "
 
 # no `from __future__ import annotations`: FastAPI reads those of functions that are made in one
 import hmac
-import math
 import os
 import secrets
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 from speechbrain_qmargin import __version__
 from speechbrain_qmargin.extras import require
+from speechbrain_qmargin.files import json_values
 from speechbrain_qmargin.verify.people import NotEnrolled, OtherEncoder
 from speechbrain_qmargin.verify.readers import Unfit
 from speechbrain_qmargin.verify.system import NoThreshold
@@ -293,7 +292,7 @@ def make_app(
             raise ValueError(f"at most {MAX_FILES} files at once")
         qualities = verifier.enrol(name, [_content(one) for one in files], replace)
         count = len(verifier.people.embeddings(name, verifier.reader.digest))
-        return Enrolled(name=name, recordings=count, added=[_plain(one) for one in qualities])
+        return Enrolled(name=name, recordings=count, added=[json_values(one) for one in qualities])
 
     @api.get("/people/{name}")
     def export_person(name: str) -> dict[str, Any]:
@@ -310,17 +309,17 @@ def make_app(
     @api.post("/people/{name}/verify", response_model=DecisionOut)
     def verify(name: str, file: Annotated[UploadFile, content]) -> Any:
         """Whether a recording is of the person."""
-        return _plain(verifier.verify(name, _content(file)))
+        return json_values(verifier.verify(name, _content(file)))
 
     @api.post("/compare", response_model=DecisionOut)
     def compare(one: Annotated[UploadFile, content], other: Annotated[UploadFile, content]) -> Any:
         """Whether two recordings are of one person; nothing is kept."""
-        return _plain(verifier.compare(_content(one), _content(other)))
+        return json_values(verifier.compare(_content(one), _content(other)))
 
     @api.post("/identify", response_model=FoundOut)
     def identify(file: Annotated[UploadFile, content], most: int = 5) -> Any:
         """Who of those enrolled a recording may be of."""
-        return _plain(verifier.identify(_content(file), min(most, 100)))
+        return json_values(verifier.identify(_content(file), min(most, 100)))
 
     @api.get("/system")
     def system() -> SystemOut:
@@ -372,17 +371,6 @@ def make_app(
 def _content(upload: Any) -> bytes:
     """What was sent; its name is nobody's business."""
     return upload.file.read()
-
-
-def _plain(value: Any) -> Any:
-    """A result as JSON has it: no dataclass, no infinity."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_token(path: str | Path) -> str:
