@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_qmargin.export.definitions import build, canonical, hyperparams_tree
-from speechbrain_qmargin.models.digest import digest_of
+from speechbrain_qmargin.models.digest import digest_of_modules
 from speechbrain_qmargin.published import Published
 from speechbrain_qmargin.training.checkpoints import (
     AtomicCheckpointer,
@@ -104,10 +104,7 @@ class SpeakerEncoder(nn.Module):
         Of a run and of its inference folder it is the same. It names the encoder in embeddings,
         thresholds and enrolments.
         """
-        state = self.state_dict()
-        if hasattr(self.mean_var_norm, "glob_mean"):  # InputNormalization keeps no state_dict
-            state |= {name: getattr(self.mean_var_norm, name) for name in ("glob_mean", "glob_std")}
-        return digest_of(self.definition or repr(self), state)
+        return digest_of_modules(self.definition or repr(self), dict(self.named_children()))
 
 
 def load_encoder(

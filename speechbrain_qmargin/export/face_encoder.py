@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from speechbrain_qmargin.export.definitions import build, canonical, hyperparams_tree
 from speechbrain_qmargin.export.encoder import is_run, load_run
 from speechbrain_qmargin.faces.pair_sets import FLIPS
-from speechbrain_qmargin.models.digest import digest_of
+from speechbrain_qmargin.models.digest import digest_of_modules
 from speechbrain_qmargin.published import Published
 from speechbrain_qmargin.training.checkpoints import bare, load_module
 
@@ -97,7 +97,7 @@ class FaceEncoder(nn.Module):
         """
         network = self.definition or repr(self.embedding_model)
         definition = f"{network} image_size {self.image_size} flip {self.flip}"
-        return digest_of(definition, self.state_dict())
+        return digest_of_modules(definition, {"embedding_model": self.embedding_model})
 
 
 def has_faces(tree: Any) -> bool:

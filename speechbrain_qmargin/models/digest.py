@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["digest_of"]
+__all__ = ["digest_of", "digest_of_modules"]
 
 
 def digest_of(definition: str, state: Mapping[str, Any]) -> str:
@@ -24,3 +25,14 @@ def digest_of(definition: str, state: Mapping[str, Any]) -> str:
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def digest_of_modules(definition: str, modules: Mapping[str, nn.Module]) -> str:
+    """:func:`digest_of` the weights of some modules by name, with what SpeechBrain's
+    ``InputNormalization`` has learnt, which is in no ``state_dict``."""
+    state: dict[str, Any] = {}
+    for name, module in modules.items():
+        state |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        if hasattr(module, "glob_mean"):
+            state |= {key: getattr(module, key) for key in ("glob_mean", "glob_std")}
+    return digest_of(definition, state)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from speechbrain_qmargin.models.digest import digest_of
+from speechbrain_qmargin.models.digest import digest_of_modules
 
 __all__ = ["FaceInput", "Published", "SpeechInput"]
 
@@ -149,15 +149,7 @@ class Published:
         It is a speaker encoder's in embeddings, thresholds and enrolments; a face encoder's says
         beside it how mirror images are joined.
         """
-        state = {
-            f"{name}.{key}": value
-            for name, module in self.modules.items()
-            for key, value in module.state_dict().items()
-        }
-        norm = self.modules.get("mean_var_norm")
-        if norm is not None:  # SpeechBrain's keeps no state_dict
-            state |= {name: getattr(norm, name) for name in ("glob_mean", "glob_std")}
-        return digest_of(self.definition, state)
+        return digest_of_modules(self.definition, self.modules)
 
     @property
     def definition(self) -> str:
