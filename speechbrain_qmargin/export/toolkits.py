@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch import nn
 
 from speechbrain_qmargin.export.encoder import SpeakerEncoder
 from speechbrain_qmargin.export.face_encoder import FaceEncoder
-from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe
+from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe, probe_images
 from speechbrain_qmargin.features import KaldiFbank
-from speechbrain_qmargin.files import replacing, write_text
+from speechbrain_qmargin.files import replacing, replacing_folder, write_text
 from speechbrain_qmargin.models.campplus import CAMPPlus
 from speechbrain_qmargin.models.ecapa import WeSpeakerEcapa
 from speechbrain_qmargin.models.eres2net import ERes2Net
@@ -65,18 +64,12 @@ def export_wespeaker(encoder: SpeakerEncoder | FaceEncoder, folder: str | Path) 
             "fbank_args": settings | {"num_mel_bins": bands, "dither": float(fbank.dither)},
         },
     }
-    try:
-        folder.mkdir(parents=True)
-        torch.save(_weights(encoder.embedding_model), folder / "avg_model.pt")
-        write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        again = SpeakerEncoder.of(load_published(folder))
+    with replacing_folder(folder) as partial, torch.no_grad():
+        torch.save(_weights(encoder.embedding_model), partial / "avg_model.pt")
+        write_text(partial / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        again = SpeakerEncoder.of(load_published(partial))
         noise = probe(encoder, True, 2, rate)
-        with torch.no_grad():
-            found = difference(encoder(noise.to(encoder.device)).cpu(), again(noise))
-        _check(found, folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        _check(difference(encoder(noise.to(encoder.device)).cpu(), again(noise)), folder)
     return name + ("" if usual else " of a size that WeSpeaker's own functions do not build")
 
 
@@ -148,7 +141,7 @@ def export_arcface_torch(encoder: SpeakerEncoder | FaceEncoder, file: str | Path
     with replacing(file) as partial:
         torch.save(_weights(model), partial)
         again = FaceEncoder.of(load_published(f"arcface_torch:{partial}"), "none")
-        noise = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        noise = probe_images(2, size)
         with torch.no_grad():
             _check(difference(encoder.embed(noise.to(encoder.device)).cpu(), again(noise)), file)
     usual = usual and size == 112

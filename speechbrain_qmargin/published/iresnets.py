@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from speechbrain_qmargin.models.iresnet import BLOCKS, IResNet
-from speechbrain_qmargin.published.source import fit
+from speechbrain_qmargin.published.source import fit, parts_below
 
 __all__ = ["NAMES", "iresnet_of"]
 
@@ -31,10 +31,7 @@ def iresnet_of(
     missing = [name for name in NAMES if name not in state]
     if missing:
         raise ValueError(f"{path}: not the weights of an IResNet: {missing[0]} is missing")
-    counts = tuple(
-        len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")})
-        for stage in (1, 2, 3, 4)
-    )
+    counts = tuple(parts_below(state, f"layer{stage}.") for stage in (1, 2, 3, 4))
     depth = next((depth for depth, blocks in BLOCKS.items() if blocks == counts), None)
     if depth is None:
         raise ValueError(f"{path}: an IResNet with {counts} blocks; known are {BLOCKS}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from speechbrain_qmargin.published.inert import read_without_objects
 
-__all__ = ["Source", "fit", "read_tensors", "without_prefix"]
+__all__ = ["Source", "first_keys", "fit", "parts_below", "read_tensors", "without_prefix"]
 
 # What training scripts wrap a state in, and what wrappers put before its keys
 _WRAPPERS = ("state_dict_backbone", "state_dict", "model_state_dict", "model")
@@ -160,6 +160,17 @@ def without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
     return {
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
     }
+
+
+def parts_below(state: Iterable[str], prefix: str) -> int:
+    """How many numbered or named parts there are below a prefix.
+
+    Examples
+    --------
+    >>> parts_below(["layer1.0.weight", "layer1.0.bias", "layer1.1.weight", "fc.weight"], "layer1.")
+    2
+    """
+    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
 
 def fit(module: nn.Module, state: Mapping[str, Tensor], path: Path, network: str) -> None:

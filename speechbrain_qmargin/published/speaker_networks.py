@@ -13,7 +13,7 @@ from speechbrain_qmargin.models.campplus import CAMPPlus
 from speechbrain_qmargin.models.ecapa import WeSpeakerEcapa
 from speechbrain_qmargin.models.eres2net import ERes2Net, ERes2NetV2
 from speechbrain_qmargin.models.resnet import BLOCKS, ResNet
-from speechbrain_qmargin.published.source import fit
+from speechbrain_qmargin.published.source import fit, parts_below
 
 __all__ = ["THREE_D_SPEAKER_FILES", "Known", "Loaded", "network_of"]
 
@@ -53,14 +53,9 @@ def network_of(state: State, known: Mapping[str, Known]) -> str | None:
     return None
 
 
-def _children(state: State, prefix: str) -> int:
-    """How many numbered or named parts there are below a prefix."""
-    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
-
-
 def load_resnet(state: State, path: Path) -> Loaded:
     """WeSpeaker's ResNet18 to ResNet293."""
-    counts = tuple(_children(state, f"layer{stage}.") for stage in (1, 2, 3, 4))
+    counts = tuple(parts_below(state, f"layer{stage}.") for stage in (1, 2, 3, 4))
     bottlenecks = "layer1.0.conv3.weight" in state
     depths = [d for d, blocks in BLOCKS.items() if blocks == counts and (d >= 50) == bottlenecks]
     if not depths:
@@ -84,7 +79,7 @@ def load_campplus(state: State, path: Path, least_variance: float) -> Loaded:
     bands = 8 * inputs // len(state["head.conv1.weight"])
     dim = len(state["xvector.dense.linear.weight"])
     growth = len(state["xvector.block1.tdnnd1.cam_layer.linear_local.weight"])
-    layers = tuple(_children(state, f"xvector.block{number}.") for number in (1, 2, 3))
+    layers = tuple(parts_below(state, f"xvector.block{number}.") for number in (1, 2, 3))
     model = CAMPPlus(bands, dim, growth, channels, layers, least_variance)
     fit(model, state, path, f"CAM++ with {layers} layers")
     settings: dict[str, Any] = {"model": "campplus", "embedding_dim": dim}
@@ -116,7 +111,7 @@ def load_eres2net(state: State, path: Path, second: bool) -> Loaded:
     """WeSpeaker's ERes2Net, or the second version, which is 3D-Speaker's."""
     channels = len(state["conv1.weight"])
     expansion = len(state["layer1.0.conv3.weight"]) // channels
-    scale = _children(state, "layer1.0.convs.")
+    scale = parts_below(state, "layer1.0.convs.")
     base = -(-len(state["layer4.0.convs.0.weight"]) * 8 // channels)
     dim, inputs = state["seg_1.weight"].shape
     bands = 8 * inputs // (2 * 8 * channels * expansion)

@@ -16,7 +16,7 @@ from torch import Tensor
 from speechbrain_qmargin.models.mbf import MBF
 from speechbrain_qmargin.published.iresnets import NAMES, iresnet_of
 from speechbrain_qmargin.published.model import FaceInput, Published
-from speechbrain_qmargin.published.source import Source, fit
+from speechbrain_qmargin.published.source import Source, fit, parts_below
 
 NAME, KEYS = "arcface_torch", NAMES
 MBF_KEYS = ("layers.0.layers.0.weight", "layers.7.layers.0.layers.0.layers.0.weight",
@@ -54,15 +54,10 @@ def load(source: Source) -> Published:
 
 
 def _mbf_of(state: Mapping[str, Tensor], path: Path) -> tuple[MBF, str, dict[str, Any]]:
-    def count(layer: int) -> int:
-        below = f"layers.{layer}.layers."
-        return len(
-            {key.removeprefix(below).split(".")[0] for key in state if key.startswith(below)}
-        )
-
     scale = len(state["layers.0.layers.0.weight"]) // 64
-    first = 1 if "layers.1.layers.0.weight" in state else count(1)
-    blocks = [first, count(3), count(5), count(7)]
+    blocks = [parts_below(state, f"layers.{layer}.layers.") for layer in (1, 3, 5, 7)]
+    if "layers.1.layers.0.weight" in state:  # one block alone stands there itself
+        blocks[0] = 1
     dim, size = len(state["features.layers.2.weight"]), 16 * state[MBF_KEYS[3]].shape[-1]
     model = MBF(dim, scale, blocks, size)
     fit(model, state, path, f"MobileFaceNet, scale {scale}, blocks {blocks}")
