@@ -86,8 +86,8 @@ def load_pretrained(hparams: dict) -> None:
         _load_run(hparams, Path(source), classes)
     elif classes != "none":
         raise ValueError(
-            f"pretrained: {source} is no run (no save/ in it), and a published model has no "
-            "prototypes of these classes; give --pretrained_classes none"
+            f"pretrained: {source} is no run (no experiment.yaml or save/ in it), and a published "
+            "model has no prototypes of these classes; give --pretrained_classes none"
         )
     else:
         _load_published(hparams, load_published(source))
@@ -145,6 +145,8 @@ def _check_features(hparams: dict, published: Published) -> None:
 
 def _load_run(hparams: dict, source: Path, classes: str) -> None:
     save = source / "save"
+    if not save.is_dir():
+        raise FileNotFoundError(f"{save} holds no checkpoint of a finished epoch")
     names = ["embedding_model"] + ["classifier"] * (classes != "none")
     modules = {name: hparams[name] for name in names}
     if classes != "none":
