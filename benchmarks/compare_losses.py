@@ -24,7 +24,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -141,14 +141,17 @@ def balanced_accuracy(file: Path) -> float:
     return ten_fold_accuracy(scores[pairs], trials.is_target[pairs]).mean
 
 
+def figures_of(file: Path) -> tuple[np.ndarray, Sequence[Influence]]:
+    """Values [3] of FIGURES and influences of speakers or identities [3] of a file of scores."""
+    trials, scores = scored(file)
+    report = evaluate(scores, trials, figures=list(FIGURES.values()))
+    return np.array([figure.value for figure in report.figures]), report.influences
+
+
 def measured(args, folders: dict, system: str) -> dict:
-    """(values [3], influences of speakers or identities [3]) of every (model, loss, seed)."""
-    found = {}
-    for key in tqdm(itertools.product(args.models, args.losses, range(args.seeds)), system):
-        trials, scores = scored(scores_file(folders[key], system))
-        report = evaluate(scores, trials, figures=list(FIGURES.values()))
-        found[key] = np.array([figure.value for figure in report.figures]), report.influences
-    return found
+    """:func:`figures_of` every (model, loss, seed)."""
+    keys = itertools.product(args.models, args.losses, range(args.seeds))
+    return {key: figures_of(scores_file(folders[key], system)) for key in tqdm([*keys], system)}
 
 
 def mean(influences: Sequence[Influence]) -> Influence:
@@ -162,18 +165,43 @@ def interval(influence: Influence, value: float, sign: str = "") -> str:
     return f"{100 * found[0]:{sign}.2f} to {100 * found[1]:{sign}.2f}"
 
 
+def figure_cells(found: Sequence[tuple]) -> list[str]:
+    """Of some seeds' :func:`figures_of`: mean, deviation and the speakers' interval of each."""
+    values, influences = zip(*found, strict=True)
+    return [
+        f"{spread(value)} ({interval(mean(moved).on('logit'), value.mean())})"
+        for value, moved in zip(np.array(values).T, zip(*influences, strict=True), strict=True)
+    ]
+
+
+def difference_cells(pairs: Sequence[tuple]) -> list[str]:
+    """Of some seeds' two :func:`figures_of`: the mean of first minus second, paired over speakers.
+
+    The interval is of the speakers' sampling; the seeds' own spread stands beside it.
+    """
+    cells = []
+    for at, value in enumerate(np.array([ours[0] - theirs[0] for ours, theirs in pairs]).T):
+        moved = mean([ours[1][at] - theirs[1][at] for ours, theirs in pairs])
+        seeds = f"; seeds ± {100 * value.std(ddof=1):.2f}" if len(value) > 1 else ""
+        cells.append(f"{100 * value.mean():+.2f} ({interval(moved, value.mean(), '+')}{seeds})")
+    return cells
+
+
+def markdown(heads: list[str], lines: Iterable[list[str]]) -> str:
+    """A table."""
+    made = ["| " + " | ".join(cells) + " |" for cells in (heads, *lines)]
+    return "\n".join([made[0], "|" + "---|" * len(heads), *made[1:]]) + "\n"
+
+
 def table(args, results: dict, folders: dict, found: dict) -> str:
     """A row for every model, loss and treatment of the scores."""
     heads = ["model", "loss", "scores", *(f"{name}, %" for name in FIGURES)]
     heads += [f"{ACCURACY}, %"] if args.recipe == "face" else []
     heads += ["support", "at zero loss, %", "minutes"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = []
     for model, loss, system in itertools.product(args.models, args.losses, found):
         keys = [(model, loss, seed) for seed in range(args.seeds)]
-        values, influences = zip(*(found[system][key] for key in keys), strict=True)
-        cells = [model, loss, system]
-        for value, moved in zip(np.array(values).T, zip(*influences, strict=True), strict=True):
-            cells.append(f"{spread(value)} ({interval(mean(moved).on('logit'), value.mean())})")
+        cells = [model, loss, system, *figure_cells([found[system][key] for key in keys])]
         if args.recipe == "face":
             files = [scores_file(folders[key], system) for key in keys]
             cells.append(spread([balanced_accuracy(file) for file in files]))
@@ -182,32 +210,22 @@ def table(args, results: dict, folders: dict, found: dict) -> str:
         cells.append(f"{np.mean([e['support_mean'] for e in last]):.1f}" if sparse else "all")
         cells.append(f"{100 * np.mean([e['zero_loss'] for e in last]):.0f}" if sparse else "0")
         cells.append(f"{np.mean([results[key]['seconds'] for key in keys]) / 60:.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown(heads, lines)
 
 
 def differences(args, found: dict) -> str:
-    """Q-Margin minus each baseline: the seeds' mean, paired over speakers.
-
-    The interval is of the speakers' sampling; the seeds' own spread stands beside it.
-    """
+    """Q-Margin minus each baseline."""
     heads = ["model", "baseline", *(f"{name}, points" for name in FIGURES)]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     baselines = [loss for loss in args.losses if loss != "qmargin"]
+    lines = []
     for model, baseline in itertools.product(args.models, baselines):
         pairs = [
             (found[model, "qmargin", seed], found[model, baseline, seed])
             for seed in range(args.seeds)
         ]
-        values = np.array([ours[0] - theirs[0] for ours, theirs in pairs]).T
-        cells = [model, baseline]
-        for at, value in enumerate(values):
-            moved = mean([ours[1][at] - theirs[1][at] for ours, theirs in pairs])
-            seeds = f"; seeds ± {100 * value.std(ddof=1):.2f}" if len(value) > 1 else ""
-            shown = interval(moved, value.mean(), "+")
-            cells.append(f"{100 * value.mean():+.2f} ({shown}{seeds})")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([model, baseline, *difference_cells(pairs)])
+    return markdown(heads, lines)
 
 
 def compare(args) -> None:

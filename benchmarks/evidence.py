@@ -17,17 +17,23 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from compare_losses import interval, mean, recipe_options, scored, spread, train_all
+from compare_losses import (
+    FIGURES,
+    difference_cells,
+    figure_cells,
+    figures_of,
+    markdown,
+    recipe_options,
+    spread,
+    train_all,
+)
 from tqdm import tqdm
 
 from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.scoring.figures import EqualErrorRate, TarAtFar
-from speechbrain_qmargin.scoring.report import evaluate
 
 Run = tuple[list[str], Path]
 SMALL = ["--channels=64", "--attention_channels=32", "--n_mels=40", "--embedding_dim=128"]
 SMALL += ["--sentence_len=1.5", "--number_of_epochs=20", "--num_valid_speakers=0"]
-FIGURES = {"EER": EqualErrorRate(), "TAR@1e-2": TarAtFar(1e-2), "TAR@1e-3": TarAtFar(1e-3)}
 SEEDS, TUNING_SEED, TREATMENTS = range(5), 1000, ("cosine", "centred", "as-norm")
 
 
@@ -202,11 +208,6 @@ def classes(data: Path, out: Path, _: list[str]) -> dict[tuple, Run]:
 # -- the tables ----------------------------------------------------------------
 
 
-def rows(heads: list[str], lines: Iterable[list[str]]) -> str:
-    made = [heads, ["---"] * len(heads), *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in made) + "\n"
-
-
 def finished(runs: dict[tuple, Run]) -> dict[tuple, Path]:
     return {key: folder for key, (_, folder) in runs.items() if (folder / "results.json").is_file()}
 
@@ -233,18 +234,7 @@ def tuning_table(data: Path, out: Path) -> str:
             lines.append([system, shown, *cells, value, support, rest])
     lists = [f"{name} {list_}" for list_ in ("cv", "gsc") for name in ("EER", "TAR@1e-2")]
     heads = ["system", "setting", *lists, "criterion", "support", "at zero loss, %"]
-    return rows(heads, lines)
-
-
-def reports(folders: dict[tuple, Path], file: str) -> dict[tuple, tuple]:
-    """(values, influences) of FIGURES by key, where the run has that file of scores."""
-    found = {}
-    for key, folder in tqdm(folders.items(), file):
-        if (folder / "scores" / file).is_file():
-            trials, scores = scored(folder / "scores" / file)
-            report = evaluate(scores, trials, figures=list(FIGURES.values()))
-            found[key] = np.array([figure.value for figure in report.figures]), report.influences
-    return found
+    return markdown(heads, lines)
 
 
 def comparison_tables(data: Path, out: Path) -> str:
@@ -254,35 +244,28 @@ def comparison_tables(data: Path, out: Path) -> str:
     for name, treatment in itertools.product(
         ("trials_cv", "trials_gsc", "trials_test"), TREATMENTS
     ):
-        found = reports(folders, f"{name}/{treatment}.tsv")
+        files = {
+            key: folder / "scores" / name / f"{treatment}.tsv" for key, folder in folders.items()
+        }
+        there = {key: file for key, file in files.items() if file.is_file()}
+        found = {key: figures_of(file) for key, file in tqdm(there.items(), f"{name} {treatment}")}
         lines, differences = [], []
         for system in SYSTEMS:
             seeds = [seed for seed in SEEDS if (system, seed) in found]
             if not seeds:
                 continue
-            values, moved = zip(*(found[system, seed] for seed in seeds), strict=True)
-            cells = [system, str(len(seeds))]
-            for at, value in enumerate(np.array(values).T):
-                influence = mean([of_seed[at] for of_seed in moved]).on("logit")
-                cells.append(f"{spread(value)} ({interval(influence, value.mean())})")
-            lines.append(cells)
+            cells = figure_cells([found[system, seed] for seed in seeds])
+            lines.append([system, str(len(seeds)), *cells])
             both = [seed for seed in seeds if (PRIMARY, seed) in found]
-            if system == PRIMARY or not both:
-                continue
-            pairs = [(found[PRIMARY, seed], found[system, seed]) for seed in both]
-            cells = [system, str(len(both))]
-            for at, value in enumerate(np.array([a[0] - b[0] for a, b in pairs]).T):
-                influence = mean([a[1][at] - b[1][at] for a, b in pairs])
-                seeds_too = f"; seeds ± {100 * value.std(ddof=1):.2f}" if len(both) > 1 else ""
-                shown = interval(influence, value.mean(), "+")
-                cells.append(f"{100 * value.mean():+.2f} ({shown}{seeds_too})")
-            differences.append(cells)
+            if system != PRIMARY and both:
+                pairs = [(found[PRIMARY, seed], found[system, seed]) for seed in both]
+                differences.append([system, str(len(both)), *difference_cells(pairs)])
         if lines:
             text += f"\n## {name}, {treatment}\n\n"
-            text += rows(["system", "seeds", *(f"{figure}, %" for figure in FIGURES)], lines)
+            text += markdown(["system", "seeds", *(f"{figure}, %" for figure in FIGURES)], lines)
         if differences:
             heads = ["system", "seeds", *(f"{figure}, points" for figure in FIGURES)]
-            text += f"\n{PRIMARY} minus the system:\n\n" + rows(heads, differences)
+            text += f"\n{PRIMARY} minus the system:\n\n" + markdown(heads, differences)
     return text
 
 
@@ -308,7 +291,9 @@ def classes_table(data: Path, out: Path) -> str:
                 ]
                 if any(cells):
                     lines.append([name, what, str(count), *cells])
-    return rows(["list", "figure", "speakers", *(f"alpha {alpha:g}" for alpha in ALPHAS)], lines)
+    return markdown(
+        ["list", "figure", "speakers", *(f"alpha {alpha:g}" for alpha in ALPHAS)], lines
+    )
 
 
 STAGES: dict[str, Callable[[Path, Path, list[str]], dict[tuple, Run]]] = {

@@ -74,20 +74,12 @@ def _extract(args: argparse.Namespace) -> None:
                 encoder, recordings, parts, about, args.num_workers, bar.update
             )
         else:
-            from speechbrain_qmargin.export.images import extract_images, find_images
+            from speechbrain_qmargin.export.images import find_images
 
             what, images = "image", find_images(source)
             said = f"{source}: images are named {images.named}; flip {encoder.flip}"
             begin(images.items)
-            embeddings, faults = extract_images(
-                encoder,
-                images,
-                parts,
-                about,
-                batch_size=args.batch_size,
-                workers=args.num_workers,
-                progress=bar.update,
-            )
+            embeddings, faults = _embedded(encoder, images, parts, about, args, bar)
     if said:
         print(said)
     if not embeddings:
@@ -205,22 +197,29 @@ def _embed_all(
 ) -> Mapping[str, np.ndarray]:
     from tqdm import tqdm
 
-    from speechbrain_qmargin.export.images import extract_images
-
     with tqdm(total=len(images.items), desc=parts.parent.name, disable=args.quiet) as bar:
-        embeddings, faults = extract_images(
-            encoder,
-            images,
-            parts,
-            about,
-            batch_size=args.batch_size,
-            workers=args.num_workers,
-            progress=bar.update,
-        )
+        embeddings, faults = _embedded(encoder, images, parts, about, args, bar)
     if faults:
         name, fault = next(iter(faults.items()))
         raise OSError(f"{len(faults)} images have no embedding, the first is {name}: {fault}")
     return embeddings
+
+
+def _embedded(
+    encoder, images, parts: Path, about: str, args: argparse.Namespace, bar
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Embeddings and faults of images, as the options say, counted on a bar."""
+    from speechbrain_qmargin.export.images import extract_images
+
+    return extract_images(
+        encoder,
+        images,
+        parts,
+        about,
+        batch_size=args.batch_size,
+        workers=args.num_workers,
+        progress=bar.update,
+    )
 
 
 def _device() -> str:
