@@ -11,7 +11,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from PIL import Image
 from published_layouts import randomised, save, wespeaker
-from speechbrain.utils.checkpoints import Checkpointer
+from random_runs import face_run
 
 from speechbrain_qmargin.cli import main
 from speechbrain_qmargin.data.images import read_image
@@ -33,33 +33,12 @@ from speechbrain_qmargin.scoring.score_files import read_score_file
 from speechbrain_qmargin.trials import read_trials
 
 SIZE = 32
-YAML = """
-image_size: 32
-test_flip: True
-embedding_model: &id001 !new:speechbrain_qmargin.models.mobilefacenet.MobileFaceNet
-    embedding_dim: 8
-    image_size: 32
-modules:
-    embedding_model: *id001
-"""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run's output folder as training leaves it, with random weights."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "save").mkdir()
-    (folder / "hyperparams.yaml").write_text(YAML)
-    torch.manual_seed(0)
-    model = load_hyperpyyaml(YAML)["modules"]["embedding_model"]
-    for module in model.modules():
-        if hasattr(module, "momentum"):
-            module.momentum = 1.0
-    with torch.no_grad():  # statistics of some images
-        model.train()(torch.rand(16, 3, SIZE, SIZE) * 2 - 1)
-    checkpointer = Checkpointer(folder / "save", {"embedding_model": model})
-    checkpointer.save_checkpoint(end_of_epoch=True)
-    return folder
+    return face_run(tmp_path_factory.mktemp("run") / "run")
 
 
 def picture(number, size=SIZE):

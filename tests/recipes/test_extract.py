@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from random_runs import speech_run
 from scripts import load
-from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_qmargin.cli import main
 from speechbrain_qmargin.data.audio import read_audio
@@ -17,40 +17,10 @@ from speechbrain_qmargin.scoring.decision import choose_operating_point
 from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.trials import read_trials
 
-YAML = """
-sample_rate: 16000
-compute_features: !new:speechbrain.lobes.features.Fbank
-    n_mels: 20
-mean_var_norm: !new:speechbrain.processing.features.InputNormalization
-    norm_type: sentence
-    std_norm: False
-embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN
-    input_size: 20
-    channels: [8, 8, 8, 8, 24]
-    attention_channels: 8
-    lin_neurons: 16
-modules:
-    compute_features: !ref <compute_features>
-    mean_var_norm: !ref <mean_var_norm>
-    embedding_model: !ref <embedding_model>
-"""
-
-
-def make_run(folder, seed=0):
-    from hyperpyyaml import load_hyperpyyaml
-
-    (folder / "save").mkdir(parents=True)
-    (folder / "hyperparams.yaml").write_text(YAML)
-    torch.manual_seed(seed)
-    model = load_hyperpyyaml(YAML)["embedding_model"]
-    checkpointer = Checkpointer(folder / "save", {"embedding_model": model})
-    checkpointer.save_checkpoint(end_of_epoch=True)
-    return folder
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("run") / "run")
+    return speech_run(tmp_path_factory.mktemp("run") / "run")
 
 
 @pytest.fixture
@@ -156,7 +126,7 @@ def test_an_interrupted_extraction_goes_on_where_it_was(run, audio, tmp_path, mo
     assert not out.exists()
     assert list((tmp_path / "out.npz.parts").glob("part*.npz"))
 
-    other = make_run(tmp_path / "other", seed=1)
+    other = speech_run(tmp_path / "other", seed=1)
     assert extract(other, audio, out) == 1
     assert "another model" in capsys.readouterr().err
 
@@ -183,7 +153,7 @@ def test_what_is_not_finite_or_unreadable_is_listed(run, audio, tmp_path, monkey
 
 
 def test_an_output_is_none_of_the_inputs(run, audio, tmp_path, capsys):
-    run_copy = make_run(tmp_path / "copy")
+    run_copy = speech_run(tmp_path / "copy")
     (tmp_path / "list.npz").write_text(f"{audio / 'wav/ann/s1/0.wav'}\n")
     assert extract(run, tmp_path / "list.npz", tmp_path / "list.npz") == 1
     assert "the output is an input too" in capsys.readouterr().err
@@ -260,7 +230,7 @@ def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
 
 
 def test_a_run_is_exported_with_its_threshold(tmp_path, capsys):
-    run = make_run(tmp_path / "run")
+    run = speech_run(tmp_path / "run")
     points = operating_points(np.linspace(0, 1, 100), np.arange(100) >= 90)
     point = choose_operating_point("cosine", points, 0.1, kind="cosine")
     point.save(tmp_path / "point.json")

@@ -6,44 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import soundfile
-import torch
-from hyperpyyaml import load_hyperpyyaml
 from PIL import Image
-from speechbrain.utils.checkpoints import Checkpointer
+from random_runs import face_run, speech_run
 
 from speechbrain_qmargin.cli import main
 from speechbrain_qmargin.embeddings import load_embeddings, save_embeddings
 from speechbrain_qmargin.scoring.decision import OperatingPoint
 from speechbrain_qmargin.synthetic.faces import draw_face
 from speechbrain_qmargin.verify.verifier import Verifier
-
-YAML = """
-sample_rate: 16000
-compute_features: !new:speechbrain.lobes.features.Fbank
-    n_mels: 20
-mean_var_norm: !new:speechbrain.processing.features.InputNormalization
-    norm_type: sentence
-embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN
-    input_size: 20
-    channels: [8, 8, 8, 8, 24]
-    attention_channels: 8
-    lin_neurons: 16
-modules:
-    compute_features: !ref <compute_features>
-    mean_var_norm: !ref <mean_var_norm>
-    embedding_model: !ref <embedding_model>
-"""
-
-
-def make_run(folder):
-    """A run's output folder, with random weights."""
-    (folder / "save").mkdir(parents=True)
-    (folder / "hyperparams.yaml").write_text(YAML)
-    torch.manual_seed(0)
-    model = load_hyperpyyaml(YAML)["embedding_model"]
-    checkpointer = Checkpointer(folder / "save", {"embedding_model": model})
-    checkpointer.save_checkpoint(end_of_epoch=True)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +24,7 @@ def voices_folder(voices):
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory, voices_folder):
     """A run with a threshold, measured by the command."""
-    run = make_run(tmp_path_factory.mktemp("encoder") / "run")
+    run = speech_run(tmp_path_factory.mktemp("encoder") / "run")
     assert main(["--quiet", "export", str(run)]) == 0
     arguments = ["--quiet", "threshold", str(run), str(voices_folder), "--far=0.2"]
     assert main(arguments) == 0
@@ -141,27 +111,9 @@ def load_embeddings_of(encoder, folder, tmp_path):
     return load_embeddings(tmp_path / "own.npz").matrix
 
 
-FACES = """
-image_size: 32
-test_flip: True
-embedding_model: &id001 !new:speechbrain_qmargin.models.mobilefacenet.MobileFaceNet
-    embedding_dim: 16
-    image_size: 32
-modules:
-    embedding_model: *id001
-"""
-
-
 def test_faces_by_the_same_commands(tmp_path, capsys):
     """Synthetic faces and a network of random weights, with statistics of some images."""
-    (tmp_path / "run" / "save").mkdir(parents=True)
-    (tmp_path / "run" / "hyperparams.yaml").write_text(FACES)
-    torch.manual_seed(0)
-    model = load_hyperpyyaml(FACES)["embedding_model"]
-    with torch.no_grad():
-        model.train()(torch.rand(16, 3, 32, 32) * 2 - 1)
-    checkpointer = Checkpointer(tmp_path / "run" / "save", {"embedding_model": model})
-    checkpointer.save_checkpoint(end_of_epoch=True)
+    face_run(tmp_path / "run")
     for who in range(8):
         for number in range(4):
             file = tmp_path / "faces" / "images" / f"p{who}" / f"{number}.png"
@@ -188,7 +140,7 @@ def test_errors_are_one_line(encoder, capsys, tmp_path, voices):
     soundfile.write(noise, 0.1 * np.random.default_rng(0).standard_normal(32000), 16000)
     soundfile.write(tmp_path / "short.wav", 0.1 * np.ones(80), 16000)
     good = voices["mv20001"][0]
-    fresh = make_run(tmp_path / "fresh")
+    fresh = speech_run(tmp_path / "fresh")
     (tmp_path / "empty").mkdir()
     cases = [
         (["enrol", encoder, "Eve", noise], "noise.wav: no speech"),
