@@ -33,7 +33,7 @@ from speechbrain_qmargin.files import write_text
 
 Run = tuple[list[str], Path]
 SMALL = ["--channels=64", "--attention_channels=32", "--n_mels=40", "--embedding_dim=128"]
-SMALL += ["--sentence_len=1.5", "--number_of_epochs=20", "--num_valid_speakers=0"]
+SMALL += ["--sentence_len=1.5", "--number_of_epochs=12", "--num_valid_speakers=0"]
 SEEDS, TUNING_SEED, TREATMENTS = range(5), 1000, ("cosine", "centred", "as-norm")
 
 
