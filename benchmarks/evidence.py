@@ -5,15 +5,16 @@
 DATA holds ``voices``, ``speech`` (VoxCeleb's layout with lists of speakers and trials) and ``lfw``.
 A run is one of the recipes with ``--size small`` in a process of its own; finished runs are kept,
 and what is cut off goes on from its last checkpoint. After each stage, and with ``--stage tables``,
-the tables of what is finished are written to OUT. Options after ``--`` go to every run
+the tables and pictures of what is finished are written to OUT. Options after ``--`` go to every run
 (``-- --device=cuda``).
 """
 
 import argparse
+import csv
 import itertools
 import json
-import random
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,260 +24,319 @@ from compare_losses import (
     figure_cells,
     figures_of,
     markdown,
+    mean,
     recipe_options,
+    scored,
     spread,
     train_all,
 )
+from evidence_runs import (
+    ALPHAS,
+    COUNTS,
+    FACE_SYSTEMS,
+    PRIMARY,
+    STAGES,
+    SYSTEMS,
+    chosen,
+    criterion,
+    finished,
+    tuning_folder,
+    words,
+    write_face_lists,
+    write_speech_lists,
+)
 from tqdm import tqdm
 
+from speechbrain_qmargin.embeddings import Embeddings, load_embeddings
+from speechbrain_qmargin.export.encoder import load_encoder
+from speechbrain_qmargin.export.recordings import extract_recordings
+from speechbrain_qmargin.export.sources import write_embeddings
 from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.scoring.lists import Cohort
+from speechbrain_qmargin.scoring.metrics import min_cllr, operating_points
+from speechbrain_qmargin.scoring.pairing import session_in
+from speechbrain_qmargin.scoring.plots import pooled_det_figure, save_figure
+from speechbrain_qmargin.scoring.report import evaluate
+from speechbrain_qmargin.scoring.score_files import write_scores
+from speechbrain_qmargin.scoring.uncertainty import Spread
+from speechbrain_qmargin.scoring.worst import worst_trials
+from speechbrain_qmargin.trials import LabelledTrials, speaker_in
 
-Run = tuple[list[str], Path]
-SMALL = ["--channels=64", "--attention_channels=32", "--n_mels=40", "--embedding_dim=128"]
-SMALL += ["--sentence_len=1.5", "--number_of_epochs=12", "--num_valid_speakers=0"]
-SEEDS, TUNING_SEED, TREATMENTS = range(5), 1000, ("cosine", "centred", "as-norm")
-
-
-def grid(**values: Sequence) -> list[dict]:
-    return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
-
-
-def points(*triples: tuple[float, float, float]) -> list[dict]:
-    return [dict(zip(("alpha", "scale", "margin"), triple, strict=True)) for triple in triples]
-
-
-QMARGIN = points(
-    (1.1, 32, 0.2),
-    (1.25, 10, 0.2),
-    (1.25, 20, 0.2),
-    (1.25, 32, 0.1),
-    (1.5, 10, 0.1),
-    (1.5, 10, 0.2),
-)
-COSINES = grid(scale=[16, 32], margin=[0.1, 0.2, 0.35])
-
-# The systems in the order of the plan: the recipe's options and the settings that are tried with
-# them; one setting is not tuned.
-SYSTEMS: dict[str, tuple[list[str], list[dict]]] = {
-    "arcface": (["--loss=arcface"], COSINES),
-    "cosface": (["--loss=cosface"], COSINES),
-    "qmargin": (["--loss=qmargin"], QMARGIN),
-    "published": (["--loss=qmargin"], points((1.5, 10, 0.2))),
-    "auto": (["--loss=qmargin_auto"], [{}]),
-    "adaface": (["--loss=adaface"], grid(scale=[16, 32], margin=[0.2, 0.4, 0.6])),
-    "subcenter": (["--loss=arcface", "--subcentres=3"], COSINES),
-    "qmargin_norm": (["--loss=qmargin_norm"], QMARGIN),
-    "entmax": (["--loss=entmax"], grid(alpha=[1.1, 1.25, 1.5], scale=[10, 20])),
-    "sparsemax": (["--loss=sparsemax"], grid(scale=[2.5, 5, 10, 15, 20, 32])),
-    "a3m": (["--loss=a3m"], QMARGIN),
-}
-PRIMARY = "qmargin"
+Measured = tuple  # what figures_of gives: values and influences
+LISTS = {"trials_cv": "cv", "trials_gsc": "gsc", "trials_test": "acted"}
+TREATMENTS = ("cosine", "centred", "as-norm", "as-norm of strangers")
+WORST = 100
 
 
-def options(system: str, setting: dict) -> list[str]:
-    return [*SYSTEMS[system][0], *(f"--{key}={value}" for key, value in setting.items())]
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
 
 
-# -- the lists ---------------------------------------------------------------
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
 
 
-def words(file: Path) -> list[str]:
-    return file.read_text().split()
+def history_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
-def utterances(data: Path, speaker: str) -> list[str]:
-    folder = data / "voices" / "wav"
-    return sorted(str(file.relative_to(folder)) for file in (folder / speaker).rglob("*.flac"))
+# -- tuning -------------------------------------------------------------------
 
 
-def held_out(data: Path, seed: int, without: Iterable[str] = ()) -> dict[str, list[str]]:
-    """60 of the training speakers, 43 of Common Voice with four utterances or more, 17 of gsc."""
-    rng, barred = random.Random(seed), set(without)
-    found = {}
-    for corpus, prefix, count in (("cv", "cv", 43), ("gsc", "gs", 17)):
-        able = [
-            speaker
-            for speaker in words(data / "voices" / "train_speakers.txt")
-            if speaker.startswith(prefix)
-            and speaker not in barred
-            and len(utterances(data, speaker)) >= (4 if corpus == "cv" else 2)
-        ]
-        found[corpus] = sorted(rng.sample(able, count))
-    return found
-
-
-def all_pairs(data: Path, speakers: list[str]) -> str:
-    """Every pair of the speakers' utterances as lines ``label enrol test``."""
-    names = [name for speaker in speakers for name in utterances(data, speaker)]
-    pairs = itertools.combinations(names, 2)
-    return "".join(f"{int(a.split('/')[0] == b.split('/')[0])} {a} {b}\n" for a, b in pairs)
-
-
-def write_lists(data: Path, out: Path) -> None:
-    """The lists of the tuning and the nested subsets of speakers; the same at every start."""
-    everyone = words(data / "voices/train_speakers.txt")
-    both = everyone + words(data / "speech/train_speakers.txt")
-    tuning = held_out(data, seed=0)
-    aside = {speaker for speakers in tuning.values() for speaker in speakers}
-    write_text(out / "lists/train.txt", "\n".join(both) + "\n")
-    write_text(out / "lists/tune_train.txt", "\n".join(s for s in both if s not in aside) + "\n")
-    for corpus, speakers in tuning.items():
-        write_text(out / f"lists/tune_{corpus}.txt", all_pairs(data, speakers))
-    shuffled = random.Random(0).sample(everyone, len(everyone))
-    for count in COUNTS:
-        write_text(out / f"lists/train_{count}.txt", "\n".join(shuffled[:count]) + "\n")
-
-
-def speech(data: Path, train: Path, *trials: Path) -> list[str]:
-    folders = f"--data_folder=[{data / 'voices'}, {data / 'speech'}]"
-    files = ", ".join(map(str, trials))
-    return [*SMALL, folders, f"--verification_file=[{files}]", f"--train_speakers={train}"]
-
-
-# -- the stages: {key: run} ---------------------------------------------------
-
-
-def tune(data: Path, out: Path, systems: list[str]) -> dict[tuple, Run]:
-    lists = out / "lists"
-    base = speech(data, lists / "tune_train.txt", lists / "tune_cv.txt", lists / "tune_gsc.txt")
-    base += [f"--seed={TUNING_SEED}", "--cohort_utterances=0"]
-    return {
-        (system, number): (
-            [*base, *options(system, setting)],
-            out / "tune" / f"{system}_{number}",
-        )
-        for system in systems
-        for number, setting in enumerate(SYSTEMS[system][1])
-        if len(SYSTEMS[system][1]) > 1
-    }
-
-
-def criterion(folder: Path) -> float:
-    """The mean TAR@1e-2 of a tuning run's two lists, cosine."""
-    lists = json.loads((folder / "results.json").read_text())["lists"]
-    return float(
-        np.mean([found["cosine"]["figures"]["TAR@FAR=0.01"]["value"] for found in lists.values()])
-    )
-
-
-def chosen(out: Path, system: str) -> dict | None:
-    """The best of a system's settings; None while one of them is not finished."""
-    settings = SYSTEMS[system][1]
-    if len(settings) == 1:
-        return settings[0]
-    folders = [out / "tune" / f"{system}_{number}" for number in range(len(settings))]
-    if not all((folder / "results.json").is_file() for folder in folders):
-        return None
-    return settings[int(np.argmax([criterion(folder) for folder in folders]))]
-
-
-def compared(data: Path, out: Path, systems: list[str]) -> dict[tuple, Run]:
-    lists = [data / "voices/trials_cv.txt", data / "voices/trials_gsc.txt"]
-    base = speech(data, out / "lists/train.txt", *lists, data / "speech/trials_test.txt")
-    runs = {}
-    for seed, system in itertools.product(SEEDS, systems):
-        setting = chosen(out, system)
-        if setting is None:
-            print(f"{system}: its tuning is not finished, so it is left out")
-            continue
-        folder = out / "speech" / f"{system}_{seed}"
-        runs[system, seed] = ([*base, f"--seed={seed}", *options(system, setting)], folder)
-    return runs
-
-
-COUNTS, ALPHAS = (30, 100, 300, 438), (1, 1.25, 1.5, 1.75, 2)
-STEPS = 800
-
-
-def classes(data: Path, out: Path, _: list[str]) -> dict[tuple, Run]:
-    lists = [data / "voices/trials_cv.txt", data / "voices/trials_gsc.txt"]
-    runs = {}
-    for seed, count, alpha in itertools.product(range(2), COUNTS, ALPHAS):
-        train = out / f"lists/train_{count}.txt"
-        size = sum(len(utterances(data, speaker)) for speaker in words(train))
-        epochs = round(STEPS / max(size // 64, 1))
-        setting = {"scale": 20 if alpha == 1 else 5 / (alpha - 1), "margin": 0.2}
-        loss = ["--loss=cosface"] if alpha == 1 else ["--loss=qmargin", f"--alpha={alpha}"]
-        loss += [f"--{key}={value:.4g}" for key, value in setting.items()]
-        given = [*speech(data, train, *lists), f"--number_of_epochs={epochs}"]
-        given += [f"--warmup_epochs={max(round(0.15 * epochs), 1)}", "--cohort_utterances=0"]
-        folder = out / "classes" / f"{count}_{alpha:g}_{seed}"
-        runs[count, alpha, seed] = ([*given, f"--seed={seed}", *loss], folder)
-    return runs
-
-
-# -- the tables ----------------------------------------------------------------
-
-
-def finished(runs: dict[tuple, Run]) -> dict[tuple, Path]:
-    return {key: folder for key, (_, folder) in runs.items() if (folder / "results.json").is_file()}
-
-
-def tuning_table(data: Path, out: Path) -> str:
-    lines = []
-    folders = finished(tune(data, out, list(SYSTEMS)))
-    for system, (_, settings) in SYSTEMS.items():
-        done = [number for number in range(len(settings)) if (system, number) in folders]
-        best = chosen(out, system) if done else None
-        for number in done:
-            results = json.loads((folders[system, number] / "results.json").read_text())
-            shown = ", ".join(f"{key} {value:g}" for key, value in settings[number].items())
+def tuning_table(out: Path, kind: str, systems: Sequence[str]) -> str:
+    lines, lists = [], []
+    for system in systems:
+        settings = SYSTEMS[system][1]
+        best = chosen(out, kind, system)
+        for number, setting in enumerate(settings if len(settings) > 1 else []):
+            folder = tuning_folder(out, kind, system, number)
+            if not (folder / "results.json").is_file():
+                continue
+            results = results_of(folder)
+            lists = [name.removeprefix("tune_") for name in results["lists"]]
             cells = [
-                f"{100 * found['cosine']['figures'][name]['value']:.1f}"
+                percent(found["cosine"]["figures"][name]["value"])
                 for found in results["lists"].values()
                 for name in ("EER", "TAR@FAR=0.01")
             ]
-            value = f"{100 * criterion(folders[system, number]):.1f}"
-            value = f"**{value}**" if settings[number] == best else value
+            value = percent(criterion(folder))
             last = results["last_epoch"]
             support = f"{last['support_mean']:.1f}" if "support_mean" in last else "all"
             rest = f"{100 * last['zero_loss']:.0f}" if "zero_loss" in last else "0"
+            shown = ", ".join(f"{key} {value:g}" for key, value in setting.items())
+            value = f"**{value}**" if setting == best else value
             lines.append([system, shown, *cells, value, support, rest])
-    lists = [f"{name} {list_}" for list_ in ("cv", "gsc") for name in ("EER", "TAR@1e-2")]
-    heads = ["system", "setting", *lists, "criterion", "support", "at zero loss, %"]
-    return markdown(heads, lines)
+    heads = [f"{name} {list_}, %" for list_ in lists for name in ("EER", "TAR@1e-2")]
+    return markdown(
+        ["system", "setting", *heads, "criterion, %", "support", "at zero loss, %"], lines
+    )
 
 
-def comparison_tables(data: Path, out: Path) -> str:
-    """For every list and treatment: the systems, then the first one minus each other."""
-    folders = finished(compared(data, out, list(SYSTEMS)))
-    text = ""
-    for name, treatment in itertools.product(
-        ("trials_cv", "trials_gsc", "trials_test"), TREATMENTS
-    ):
-        files = {
-            key: folder / "scores" / name / f"{treatment}.tsv" for key, folder in folders.items()
-        }
-        there = {key: file for key, file in files.items() if file.is_file()}
-        found = {key: figures_of(file) for key, file in tqdm(there.items(), f"{name} {treatment}")}
-        lines, differences = [], []
-        for system in SYSTEMS:
-            seeds = [seed for seed in SEEDS if (system, seed) in found]
-            if not seeds:
-                continue
-            cells = figure_cells([found[system, seed] for seed in seeds])
-            lines.append([system, str(len(seeds)), *cells])
-            both = [seed for seed in seeds if (PRIMARY, seed) in found]
-            if system != PRIMARY and both:
-                pairs = [(found[PRIMARY, seed], found[system, seed]) for seed in both]
-                differences.append([system, str(len(both)), *difference_cells(pairs)])
-        if lines:
-            text += f"\n## {name}, {treatment}\n\n"
-            text += markdown(["system", "seeds", *(f"{figure}, %" for figure in FIGURES)], lines)
-        if differences:
-            heads = ["system", "seeds", *(f"{figure}, points" for figure in FIGURES)]
-            text += f"\n{PRIMARY} minus the system:\n\n" + markdown(heads, differences)
+# -- comparisons --------------------------------------------------------------
+
+
+def score_file(folder: Path, trials: str, treatment: str) -> Path:
+    return folder / "scores" / trials / f"{treatment.replace(' ', '_')}.tsv"
+
+
+def measured(folders: Mapping[tuple, Path], trials: str, treatment: str) -> dict[tuple, Measured]:
+    """:func:`figures_of` of the runs that have such scores."""
+    files = {key: score_file(folder, trials, treatment) for key, folder in folders.items()}
+    there = {key: file for key, file in files.items() if file.is_file()}
+    named = f"{trials} {treatment}"
+    return {key: figures_of(file) for key, file in tqdm(there.items(), named, leave=False)}
+
+
+def comparison(found: Mapping[tuple, Measured], baseline: str = PRIMARY) -> str:
+    """Of {(system, seed): figures}: a row a system, then the first one minus each other."""
+    lines, differences = [], []
+    seeds_of: dict[str, list] = {}
+    for system, seed in found:
+        seeds_of.setdefault(system, []).append(seed)
+    for system, seeds in seeds_of.items():
+        cells = figure_cells([found[system, seed] for seed in seeds])
+        lines.append([system, str(len(seeds)), *cells])
+        both = [seed for seed in seeds if (baseline, seed) in found]
+        if system != baseline and both:
+            pairs = [(found[baseline, seed], found[system, seed]) for seed in both]
+            differences.append([system, str(len(both)), *difference_cells(pairs)])
+    text = markdown(["system", "seeds", *(f"{figure}, %" for figure in FIGURES)], lines)
+    if differences:
+        heads = ["system", "seeds", *(f"{figure}, points" for figure in FIGURES)]
+        text += f"\n{baseline} minus the system:\n\n" + markdown(heads, differences)
     return text
 
 
-def classes_table(data: Path, out: Path) -> str:
-    folders = finished(classes(data, out, []))
+def speech_tables(folders: Mapping[tuple, Path], baseline: str = PRIMARY) -> str:
+    """For every list and treatment of the scores."""
+    lists = sorted({path.name for folder in folders.values() for path in folder.glob("scores/*")})
+    text = ""
+    for trials, treatment in itertools.product(lists, TREATMENTS):
+        found = measured(folders, trials, treatment)
+        if found:
+            text += f"\n### {LISTS.get(trials, trials)}, {treatment}\n\n"
+            text += comparison(found, baseline)
+    return text
+
+
+def decision_table(folders: Mapping[tuple, Path]) -> str:
+    """The test that the plan fixed: four comparisons in TAR@1e-2, Holm's correction."""
+    from scipy.special import stdtr
+
+    rows = []
+    for trials, system in itertools.product(("trials_cv", "trials_gsc"), ("arcface", "cosface")):
+        found = measured(folders, trials, "cosine")
+        seeds = [seed for name, seed in found if name == system and (PRIMARY, seed) in found]
+        if not seeds:
+            return ""
+        at = list(FIGURES).index("TAR@1e-2")
+        pairs = [(found[PRIMARY, seed], found[system, seed]) for seed in seeds]
+        value = float(np.mean([ours[0][at] - theirs[0][at] for ours, theirs in pairs]))
+        moved = mean([ours[1][at] - theirs[1][at] for ours, theirs in pairs])
+        reach = abs(value - moved.bias) / math.sqrt(moved.variance)
+        chance = 2 * float(stdtr(moved.degrees_of_freedom, -reach))
+        rows.append((chance, trials, system, value, moved, len(seeds)))
+    rows.sort(key=lambda row: row[0])
+    lines, so_far = [], 0.0
+    for rank, (chance, trials, system, value, moved, seeds) in enumerate(rows):
+        left = len(rows) - rank
+        so_far = min(max(so_far, left * chance), 1.0)
+        low, high = moved.interval(value, 1 - 0.05 / left)
+        interval = f"{100 * low:+.2f} to {100 * high:+.2f}"
+        cells = [f"{100 * value:+.2f}", interval, f"{chance:.3f}", f"{so_far:.3f}"]
+        lines.append([LISTS[trials], system, str(seeds), *cells])
+    heads = ["list", "baseline", "seeds", "TAR@1e-2, points", "corrected interval", "p", "p, Holm"]
+    return markdown(heads, lines)
+
+
+# -- what else the runs say ---------------------------------------------------
+
+
+def score_with_strangers(data: Path, folders: Mapping[tuple, Path]) -> None:
+    """AS-norm with 251 speakers of another corpus, one utterance each, where it is missing."""
+    root = data / "voices/wav"
+    people = words(data / "voices/cohort_speakers.txt")
+    recordings = {
+        str(file.relative_to(root)): file for who in people for file in (root / who).rglob("*.flac")
+    }
+    for folder in tqdm(folders.values(), "cohort of strangers", leave=False):
+        lists = [path.name for path in (folder / "scores").iterdir() if path.is_dir()]
+        missing = [name for name in lists if not score_file(folder, name, TREATMENTS[-1]).is_file()]
+        if not missing:
+            continue
+        kept = folder / "strangers.npz"
+        if not kept.is_file():
+            encoder = load_encoder(folder)
+            parts = folder / "strangers.parts"
+            found, faults = extract_recordings(encoder, recordings, parts, str(root), 0, int)
+            if faults:
+                raise OSError(f"{len(faults)} of the cohort cannot be read: {next(iter(faults))}")
+            write_embeddings(kept, found, encoder.digest())
+        cohort = load_embeddings(kept)
+        embeddings = load_embeddings(folder / "embeddings.npz")
+        names = {name: speaker_in(name) for name in cohort.ids}
+        strangers = Cohort.of(cohort, names, top_n=20, mean=cohort.matrix.mean(axis=0))
+        for name in missing:
+            trials, _ = scored(score_file(folder, name, "cosine"))
+            scores = strangers.scores(embeddings, trials, quiet=True)
+            file = score_file(folder, name, TREATMENTS[-1])
+            write_scores(file, trials, scores, {"kind": "as-norm"})
+
+
+def breakdown_table(data: Path, folders: Mapping[tuple, Path]) -> str:
+    """cv by what makes it easy: targets of one sitting, impostors of another language."""
+    with (data / "voices/speakers.tsv").open() as lines:
+        language = {
+            row["speaker"]: row["language"] for row in csv.DictReader(lines, delimiter="\t")
+        }
+    text = ""
+    parts: dict[str, Callable[[LabelledTrials], np.ndarray]] = {
+        "target trials of two sittings": lambda trials: ~trials.is_target | ~same_sitting(trials),
+        "impostors of the same language": lambda trials: (
+            trials.is_target | same(trials, lambda name: language.get(speaker_in(name), ""))
+        ),
+    }
+    for part, kept in parts.items():
+        found = {}
+        for key, folder in folders.items():
+            file = score_file(folder, "trials_cv", "cosine")
+            if file.is_file():
+                trials, scores = scored(file)
+                rows = kept(trials)
+                report = evaluate(scores[rows], trials.rows(rows), figures=list(FIGURES.values()))
+                values = np.array([figure.value for figure in report.figures])
+                found[key] = values, report.influences
+        if found:
+            text += f"\n### cv, {part}, cosine\n\n" + comparison(found)
+    return text
+
+
+def same(trials: LabelledTrials, of: Callable[[str], str]) -> np.ndarray:
+    known = np.array([of(name) for name in trials.ids])
+    return known[trials.enrolment] == known[trials.test]
+
+
+def same_sitting(trials: LabelledTrials) -> np.ndarray:
+    return same(trials, lambda name: f"{speaker_in(name)}/{session_in(name)}")
+
+
+def hubness(embeddings: Embeddings, names: Sequence[str], nearest: int = 10) -> float:
+    """Skewness of how often a recording is among the `nearest` of other speakers' recordings."""
+    unit = embeddings.unit(names)
+    speakers = np.array([speaker_in(name) for name in names])
+    scores = unit @ unit.T
+    scores[speakers[:, None] == speakers] = -np.inf
+    order = np.argpartition(-scores, nearest, axis=1)[:, :nearest]
+    counts = np.bincount(order.ravel(), minlength=len(names))
+    return float(((counts - counts.mean()) ** 3).mean() / counts.std() ** 3)
+
+
+def posterior_table(folders: Mapping[tuple, Path], lists: Sequence[str] = ("trials_cv",)) -> str:
+    """What the losses do to training and to embeddings: one row a system, means over its seeds."""
+    lines, worst = [], {}
+    by_system: dict[str, list[Path]] = {}
+    for (system, *_), folder in folders.items():
+        by_system.setdefault(system, []).append(folder)
+    for system, runs in by_system.items():
+        told = [history_of(folder) for folder in runs]
+        epochs = sorted({1, len(told[0]) // 4, len(told[0]) // 2, len(told[0])})
+        cells = [
+            f"{np.mean([history[epoch - 1]['support_mean'] for history in told]):.1f}"
+            for epoch in epochs
+        ]
+        cells.append(f"{100 * np.mean([history[-1]['zero_loss'] for history in told]):.0f}")
+        for name in lists:
+            hubs, costs, errors = [], [], []
+            for folder in runs:
+                trials, scores = scored(score_file(folder, name, "cosine"))
+                hubs.append(hubness(load_embeddings(folder / "embeddings.npz"), trials.ids))
+                costs.append(min_cllr(operating_points(scores, trials.is_target)))
+                found = worst_trials(scores, trials, WORST)["impostors"]
+                errors.append({(one["enrolment"], one["test"]) for one in found})
+            cells += [f"{np.mean(hubs):.2f}", f"{np.mean(costs):.3f}"]
+            worst[system] = errors
+        lines.append([system, *cells])
+    heads = ["system", *(f"support, epoch {epoch}" for epoch in epochs), "at zero loss, %"]
+    for name in lists:
+        heads += [f"{what}, {LISTS.get(name, name)}" for what in ("hubness", "minCllr")]
+    text = markdown(heads, lines)
+    names = list(worst)
+    shared = [
+        [name, *(percent(overlap(worst[name], worst[other])) for other in names)] for name in names
+    ]
+    text += f"\nShared among the {WORST} worst impostor trials of two runs, %:\n\n"
+    return text + markdown(["", *names], shared)
+
+
+def overlap(ours: Sequence[set], theirs: Sequence[set]) -> float:
+    """The mean share of what two runs have in common, a run and itself left out."""
+    pairs = [
+        len(a & b) / WORST
+        for a, b in itertools.product(ours, theirs)
+        if ours is not theirs or a is not b
+    ]
+    return float(np.mean(pairs)) if pairs else 1.0
+
+
+def draw(folders: Mapping[tuple, Path], trials: str, systems: Sequence[str], file: Path) -> None:
+    """The DET of some systems, their seeds pooled."""
+    drawn: dict[str, list] = {}
+    for (system, *_), folder in folders.items():
+        path = score_file(folder, trials, "cosine")
+        if system in systems and path.is_file():
+            listed, scores = scored(path)
+            found = operating_points(scores, listed.is_target)
+            drawn.setdefault(system, []).append((found, Spread(scores, listed, found)))
+    if drawn:
+        save_figure(pooled_det_figure(drawn, LISTS.get(trials, trials)), file)
+
+
+def classes_table(folders: Mapping[tuple, Path]) -> str:
     found: dict[tuple, list] = {}
     for (count, alpha, _), folder in folders.items():
-        results = json.loads((folder / "results.json").read_text())
         values = [
             [of["cosine"]["figures"][name]["value"] for name in ("EER", "TAR@FAR=0.01")]
-            for of in results["lists"].values()
+            for of in results_of(folder)["lists"].values()
         ]
         found.setdefault((count, alpha), []).append(values)
     lines = []
@@ -296,12 +356,44 @@ def classes_table(data: Path, out: Path) -> str:
     )
 
 
-STAGES: dict[str, Callable[[Path, Path, list[str]], dict[tuple, Run]]] = {
-    "tune": tune,
-    "speech": compared,
-    "classes": classes,
-}
-TABLES = {"tune": tuning_table, "speech": comparison_tables, "classes": classes_table}
+def face_tables(folders: Mapping[tuple, Path]) -> str:
+    """For every network and cut of the tail."""
+    text = ""
+    for part in dict.fromkeys(key[0] for key in folders):
+        some = {key[1:]: folder for key, folder in folders.items() if key[0] == part}
+        text += f"\n### {part}\n\n" + comparison(measured(some, "faces_test", "cosine"))
+    return text
+
+
+def tables(stage: str, data: Path, out: Path) -> str:
+    """What is finished of a stage; pictures beside it."""
+    if stage in ("tune", "faces_tune"):
+        systems = FACE_SYSTEMS if stage == "faces_tune" else list(SYSTEMS)
+        return tuning_table(out, stage, systems)
+    folders = finished(STAGES[stage].runs(data, out, list(SYSTEMS)))
+    if not folders:
+        return ""
+    if stage == "classes":
+        return classes_table(folders)
+    if stage == "faces":
+        return face_tables(folders)
+    if stage == "finetune":
+        return speech_tables(folders, baseline="arcface, then arcface")
+    if stage == "schedules":
+        fixed = finished(STAGES["speech"].runs(data, out, [PRIMARY]))
+        fixed = {key: folder for key, folder in fixed.items() if key[1] in range(3)}
+        return speech_tables({**fixed, **folders})
+    text = ""
+    if stage in ("speech", "resnet"):
+        score_with_strangers(data, folders)
+        text += "The test that decides:\n\n" + decision_table(folders)
+    text += speech_tables(folders)
+    if stage == "speech":
+        text += breakdown_table(data, folders)
+        text += "\n### What the losses do\n\n" + posterior_table(folders)
+        for trials, name in LISTS.items():
+            draw(folders, trials, ("arcface", "cosface", PRIMARY), out / f"det_{name}.png")
+    return text
 
 
 def main() -> None:
@@ -316,13 +408,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args(argv)
     data, out = args.data.resolve(), args.out.resolve()
-    (out / "lists").mkdir(parents=True, exist_ok=True)
-    write_lists(data, out)
+    write_speech_lists(data, out)
+    if any(stage.startswith("faces") for stage in args.stage):
+        write_face_lists(data, out)
     for stage in args.stage:
         if stage != "tables":
-            train_all("speech", STAGES[stage](data, out, args.systems), given, args.jobs)
-        for name in TABLES if stage == "tables" else [stage]:
-            text = TABLES[name](data, out)
+            recipe, runs = STAGES[stage]
+            train_all(recipe, runs(data, out, args.systems), given, args.jobs)
+        for name in STAGES if stage == "tables" else [stage]:
+            text = tables(name, data, out)
             write_text(out / f"{name}.md", text)
             print(text)
 

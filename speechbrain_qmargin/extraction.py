@@ -203,7 +203,7 @@ def read_ahead(
     read : callable
         Of an item; what it raises, the future's ``result()`` raises.
     workers : int
-        Threads.
+        Threads; 0 is one, as people who know DataLoaders write it.
     ahead : int
         Items that are read or waiting at once; at least two a thread.
 
@@ -212,6 +212,7 @@ def read_ahead(
     >>> [(key, future.result()) for key, future in read_ahead([("a", 1), ("b", 2)], str)]
     [('a', '1'), ('b', '2')]
     """
+    workers = max(workers, 1)
     pool, rest = ThreadPoolExecutor(workers), iter(items)
     waiting: deque[tuple[Key, Future[Read]]] = deque()
     try:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from speechbrain_qmargin.extraction import EmbeddingParts, extract_into
+from speechbrain_qmargin.extraction import EmbeddingParts, extract_into, read_ahead
 
 ROWS = {name: np.full(3, n, np.float32) for n, name in enumerate("abcdef", 1)}
 
@@ -69,3 +69,9 @@ def test_faults_of_every_writer_are_kept_until_the_next_start(tmp_path):
         "y1": "gone", "x1": "its embedding is not finite",
     }  # fmt: skip
     assert EmbeddingParts(tmp_path, "model").faults() == {}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_no_worker_is_one(workers):
+    found = read_ahead([("a", 1), ("b", 2), ("c", 3)], str, workers)
+    assert [(key, future.result()) for key, future in found] == [("a", "1"), ("b", "2"), ("c", "3")]

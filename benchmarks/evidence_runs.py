@@ -1,0 +1,367 @@
+"""The runs of docs/evidence_plan.md: systems and their settings, lists of people, stages.
+
+A stage is a function of the data, the folder of all runs and the systems; it gives its runs by key,
+each the recipe's options and a folder. Settings that a tuning chooses are read from its results, so
+a system whose tuning is not finished is left out.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.loss.functional import margin_for
+
+Run = tuple[list[str], Path]
+Runs = dict[tuple, Run]
+SEEDS, TUNING_SEED = range(5), 1000
+
+
+def grid(**values: Sequence) -> list[dict]:
+    return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+
+
+def points(*triples: tuple[float, float, float]) -> list[dict]:
+    return [dict(zip(("alpha", "scale", "margin"), triple, strict=True)) for triple in triples]
+
+
+QMARGIN = points(
+    (1.1, 32, 0.2),
+    (1.25, 10, 0.2),
+    (1.25, 20, 0.2),
+    (1.25, 32, 0.1),
+    (1.5, 10, 0.1),
+    (1.5, 10, 0.2),
+)
+COSINES = grid(scale=[16, 32], margin=[0.1, 0.2, 0.35])
+
+# The systems in the order of the plan: the recipe's options and the settings that are tried with
+# them; one setting is not tuned.
+SYSTEMS: dict[str, tuple[list[str], list[dict]]] = {
+    "arcface": (["--loss=arcface"], COSINES),
+    "cosface": (["--loss=cosface"], COSINES),
+    "qmargin": (["--loss=qmargin"], QMARGIN),
+    "published": (["--loss=qmargin"], points((1.5, 10, 0.2))),
+    "auto": (["--loss=qmargin_auto"], [{}]),
+    "adaface": (["--loss=adaface"], grid(scale=[16, 32], margin=[0.2, 0.4, 0.6])),
+    "subcenter": (["--loss=arcface", "--subcentres=3"], COSINES),
+    "qmargin_norm": (["--loss=qmargin_norm"], QMARGIN),
+    "qmargin_prior": (["--loss=qmargin_prior"], QMARGIN),
+    "entmax": (["--loss=entmax"], grid(alpha=[1.1, 1.25, 1.5], scale=[10, 20])),
+    "sparsemax": (["--loss=sparsemax"], grid(scale=[2.5, 5, 10, 15, 20, 32])),
+    "a3m": (["--loss=a3m"], QMARGIN),
+}
+PRIMARY = "qmargin"
+
+
+def options(system: str, setting: dict) -> list[str]:
+    return [*SYSTEMS[system][0], *(f"--{key}={value}" for key, value in setting.items())]
+
+
+def words(file: Path) -> list[str]:
+    return file.read_text().split()
+
+
+# -- tuning, of speech and of faces alike --------------------------------------
+
+
+def tuning_folder(out: Path, kind: str, system: str, number: int) -> Path:
+    return out / kind / f"{system}_{number}"
+
+
+def tuning(out: Path, kind: str, base: list[str], systems: Iterable[str]) -> Runs:
+    """Each setting of each system once, with a seed of its own."""
+    return {
+        (system, number): (
+            [*base, f"--seed={TUNING_SEED}", *options(system, setting)],
+            tuning_folder(out, kind, system, number),
+        )
+        for system in systems
+        for number, setting in enumerate(SYSTEMS[system][1])
+        if len(SYSTEMS[system][1]) > 1
+    }
+
+
+def criterion(folder: Path) -> float:
+    """The mean TAR@1e-2 of a tuning run's lists, cosine."""
+    lists = json.loads((folder / "results.json").read_text())["lists"]
+    return float(
+        np.mean([found["cosine"]["figures"]["TAR@FAR=0.01"]["value"] for found in lists.values()])
+    )
+
+
+def chosen(out: Path, kind: str, system: str) -> dict | None:
+    """The best of a system's settings; None while one of them is not finished."""
+    settings = SYSTEMS[system][1]
+    if len(settings) == 1:
+        return settings[0]
+    folders = [tuning_folder(out, kind, system, number) for number in range(len(settings))]
+    if not all((folder / "results.json").is_file() for folder in folders):
+        return None
+    return settings[int(np.argmax([criterion(folder) for folder in folders]))]
+
+
+def tuned(out: Path, kind: str, systems: Iterable[str]) -> dict[str, list[str]]:
+    """The options of the systems whose setting is known."""
+    found = {system: chosen(out, kind, system) for system in systems}
+    for system in (system for system, setting in found.items() if setting is None):
+        print(f"{system}: its {kind} is not finished, so it is left out")
+    return {
+        system: options(system, setting) for system, setting in found.items() if setting is not None
+    }
+
+
+# -- speech -------------------------------------------------------------------
+
+SMALL = ["--n_mels=40", "--embedding_dim=128", "--sentence_len=1.5", "--number_of_epochs=12"]
+SMALL += ["--num_valid_speakers=0"]
+ECAPA = ["--channels=64", "--attention_channels=32"]
+RESNET = ["--model=resnet34", "--width=8"]
+COUNTS, ALPHAS, STEPS = (30, 100, 300, 438), (1, 1.25, 1.5, 1.75, 2), 800
+
+
+def utterances(data: Path, speaker: str) -> list[str]:
+    folder = data / "voices" / "wav"
+    return sorted(str(file.relative_to(folder)) for file in (folder / speaker).rglob("*.flac"))
+
+
+def held_out(data: Path, seed: int, without: Iterable[str] = ()) -> dict[str, list[str]]:
+    """60 of the training speakers, 43 of Common Voice with four utterances or more, 17 of gsc."""
+    rng, barred = random.Random(seed), set(without)
+    found = {}
+    for corpus, prefix, count in (("cv", "cv", 43), ("gsc", "gs", 17)):
+        able = [
+            speaker
+            for speaker in words(data / "voices" / "train_speakers.txt")
+            if speaker.startswith(prefix)
+            and speaker not in barred
+            and len(utterances(data, speaker)) >= (4 if corpus == "cv" else 2)
+        ]
+        found[corpus] = sorted(rng.sample(able, count))
+    return found
+
+
+def all_pairs(names: Iterable[str]) -> str:
+    """Every pair of recordings or images as lines ``label enrol test``."""
+    pairs = itertools.combinations(names, 2)
+    return "".join(f"{int(a.split('/')[0] == b.split('/')[0])} {a} {b}\n" for a, b in pairs)
+
+
+def write_speech_lists(data: Path, out: Path) -> None:
+    """Of the tuning, of the second claim, and nested subsets; the same at every start."""
+    everyone = words(data / "voices/train_speakers.txt")
+    both = everyone + words(data / "speech/train_speakers.txt")
+    first = held_out(data, seed=0)
+    aside = {speaker for speakers in first.values() for speaker in speakers}
+    second = held_out(data, seed=1, without=aside)
+    write_text(out / "lists/train.txt", "\n".join(both) + "\n")
+    for name, parts in (("tune", first), ("second", second)):
+        away = {speaker for speakers in parts.values() for speaker in speakers}
+        rest = "\n".join(speaker for speaker in both if speaker not in away)
+        write_text(out / f"lists/{name}_train.txt", rest + "\n")
+        for corpus, speakers in parts.items():
+            names = (name for speaker in speakers for name in utterances(data, speaker))
+            write_text(out / f"lists/{name}_{corpus}.txt", all_pairs(names))
+    shuffled = random.Random(0).sample(everyone, len(everyone))
+    for count in COUNTS:
+        write_text(out / f"lists/train_{count}.txt", "\n".join(shuffled[:count]) + "\n")
+
+
+def speech_options(
+    data: Path, train: Path, *trials: Path, model: Sequence[str] = ECAPA
+) -> list[str]:
+    folders = f"--data_folder=[{data / 'voices'}, {data / 'speech'}]"
+    files = ", ".join(map(str, trials))
+    return [*model, *SMALL, folders, f"--verification_file=[{files}]", f"--train_speakers={train}"]
+
+
+def test_lists(data: Path) -> list[Path]:
+    return [data / "voices/trials_cv.txt", data / "voices/trials_gsc.txt"]
+
+
+def three_lists(data: Path, out: Path, model: Sequence[str] = ECAPA) -> list[str]:
+    lists = [*test_lists(data), data / "speech/trials_test.txt"]
+    return speech_options(data, out / "lists/train.txt", *lists, model=model)
+
+
+def tune(data: Path, out: Path, systems: list[str]) -> Runs:
+    lists = out / "lists"
+    base = speech_options(
+        data, lists / "tune_train.txt", lists / "tune_cv.txt", lists / "tune_gsc.txt"
+    )
+    return tuning(out, "tune", [*base, "--cohort_utterances=0"], systems)
+
+
+def speech(data: Path, out: Path, systems: list[str]) -> Runs:
+    base, found = three_lists(data, out), tuned(out, "tune", systems)
+    return {
+        (system, seed): ([*base, f"--seed={seed}", *given], out / f"speech/{system}_{seed}")
+        for seed, (system, given) in itertools.product(SEEDS, found.items())
+    }
+
+
+def resnet(data: Path, out: Path, systems: list[str]) -> Runs:
+    """Another encoder with the settings that the first one's tuning chose."""
+    base = three_lists(data, out, RESNET)
+    found = tuned(out, "tune", [one for one in ("arcface", "cosface", PRIMARY) if one in systems])
+    return {
+        (system, seed): ([*base, f"--seed={seed}", *given], out / f"resnet/{system}_{seed}")
+        for seed, (system, given) in itertools.product(SEEDS, found.items())
+    }
+
+
+def classes(data: Path, out: Path, _: list[str]) -> Runs:
+    runs = {}
+    for seed, count, alpha in itertools.product(range(2), COUNTS, ALPHAS):
+        train = out / f"lists/train_{count}.txt"
+        size = sum(len(utterances(data, speaker)) for speaker in words(train))
+        epochs = round(STEPS / max(size // 64, 1))
+        setting = {"scale": 20 if alpha == 1 else 5 / (alpha - 1), "margin": 0.2}
+        loss = ["--loss=cosface"] if alpha == 1 else ["--loss=qmargin", f"--alpha={alpha}"]
+        loss += [f"--{key}={value:.4g}" for key, value in setting.items()]
+        given = [*speech_options(data, train, *test_lists(data)), f"--number_of_epochs={epochs}"]
+        given += [f"--warmup_epochs={max(round(0.15 * epochs), 1)}", "--cohort_utterances=0"]
+        folder = out / f"classes/{count}_{alpha:g}_{seed}"
+        runs[count, alpha, seed] = ([*given, f"--seed={seed}", *loss], folder)
+    return runs
+
+
+def finetune(data: Path, out: Path, _: list[str]) -> Runs:
+    """Five epochs more of one loss from the other's encoder, and from its own."""
+    found = tuned(out, "tune", ["arcface", PRIMARY])
+    base = [*three_lists(data, out), "--number_of_epochs=5", "--warmup_epochs=1", "--lr=0.01"]
+    runs = {}
+    for seed, first, then in itertools.product(range(3), found, found):
+        start = out / f"speech/{first}_{seed}"
+        if not (start / "results.json").is_file():
+            continue
+        given = [f"--pretrained={start}", "--pretrained_classes=keep", f"--seed={seed}"]
+        folder = out / f"finetune/{first}_{then}_{seed}"
+        runs[f"{first}, then {then}", seed] = ([*base, *given, *found[then]], folder)
+    return runs
+
+
+def schedules(data: Path, out: Path, _: list[str]) -> Runs:
+    """What moves during training: a rising margin, alpha from above or below; and a wide margin."""
+    setting = chosen(out, "tune", PRIMARY)
+    if setting is None:
+        return {}
+    wide = margin_for(setting["alpha"], setting["scale"], 0.9)
+    ways: dict[str, tuple[dict, list[str]]] = {
+        "margin from 0": (setting, ["--margin_from_epoch=1", "--margin_until_epoch=8"]),
+        "alpha from 1.1": (setting, ["--alpha_initial=1.1", "--alpha_until_epoch=8"]),
+        "alpha from 2": (setting, ["--alpha_initial=2", "--alpha_until_epoch=8"]),
+        "hard margin 0.9": (setting | {"margin": round(wide, 4)}, []),
+    }
+    base = three_lists(data, out)
+    return {
+        (name, seed): (
+            [*base, *options(PRIMARY, values), *way, f"--seed={seed}"],
+            out / "schedules" / f"{name.replace(' ', '_')}_{seed}",
+        )
+        for seed, (name, (values, way)) in itertools.product(range(3), ways.items())
+    }
+
+
+def second(data: Path, out: Path, systems: list[str]) -> Runs:
+    """The same comparison on speakers who have tuned nothing and were in no test list."""
+    lists = out / "lists"
+    base = speech_options(
+        data, lists / "second_train.txt", lists / "second_cv.txt", lists / "second_gsc.txt"
+    )
+    return {
+        (system, seed): ([*base, f"--seed={seed}", *given], out / f"second/{system}_{seed}")
+        for seed, (system, given) in itertools.product(SEEDS, tuned(out, "tune", systems).items())
+    }
+
+
+# -- faces --------------------------------------------------------------------
+
+FACES = ["--number_of_epochs=15", "--batch_size=64", "--lr_reference_batch=64"]
+FACES += ["--image_size=64", "--warmup_epochs=2"]
+FACE_MODELS = {"iresnet": ["--depth=18", "--width=16"], "mobilefacenet": ["--model=mobilefacenet"]}
+FACE_SYSTEMS = ("arcface", "cosface", PRIMARY, "qmargin_prior", "adaface")
+TAILS, MOST_IMAGES = (1, 2, 4), 20
+
+
+def images(out: Path, identity: str) -> list[str]:
+    found = sorted((out / "lists/images" / identity).glob("*.jpg"))
+    return [f"{identity}/{one.name}" for one in found]
+
+
+def link_images(data: Path, out: Path) -> None:
+    """LFW without what its errata call wrong or doubled."""
+    wrong = set(words(data / "lfw/exclude.txt"))
+    for image in (data / "lfw/images").glob("*/*.jpg"):
+        link = out / "lists/images" / image.parent.name / image.name
+        if f"{image.parent.name}/{image.name}" not in wrong and not link.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(image)
+
+
+def write_face_lists(data: Path, out: Path) -> None:
+    """All pairs of fold 8, and of 400 training identities that the tuning holds out."""
+    link_images(data, out)
+    train = words(data / "lfw/train_ids.txt")
+    able = [one for one in train if len(images(out, one)) >= 2]
+    aside = set(random.Random(0).sample(able, 400))
+    parts = {"faces_test": words(data / "lfw/test_ids.txt"), "faces_tune": sorted(aside)}
+    for name, identities in parts.items():
+        names = (one for who in identities for one in images(out, who)[:MOST_IMAGES])
+        write_text(out / f"lists/{name}.txt", all_pairs(names))
+    write_text(out / "lists/faces_train.txt", "\n".join(train) + "\n")
+    rest = "\n".join(one for one in train if one not in aside)
+    write_text(out / "lists/faces_tune_train.txt", rest + "\n")
+
+
+def face_options(out: Path, part: str, trials: str) -> list[str]:
+    lists = out / "lists"
+    people = [f"--data_folder={lists / 'images'}", f"--train_identities={lists / part}.txt"]
+    return [*FACES, *people, f"--verification_file={lists / trials}.txt"]
+
+
+def faces_tune(data: Path, out: Path, systems: list[str]) -> Runs:
+    base = face_options(out, "faces_tune_train", "faces_tune")
+    base += [*FACE_MODELS["iresnet"], "--min_images=1"]
+    return tuning(out, "faces_tune", base, [one for one in systems if one in FACE_SYSTEMS])
+
+
+def faces(data: Path, out: Path, systems: list[str]) -> Runs:
+    base = face_options(out, "faces_train", "faces_test")
+    found = tuned(out, "faces_tune", [one for one in systems if one in FACE_SYSTEMS])
+    runs = {}
+    for seed, tail, (model, own) in itertools.product(range(3), TAILS, FACE_MODELS.items()):
+        for system, given in found.items():
+            folder = out / f"faces/{model}_{tail}_{system}_{seed}"
+            loss = [*given, f"--min_images={tail}", f"--seed={seed}"]
+            runs[f"{model}, {tail}+ images", system, seed] = ([*base, *own, *loss], folder)
+    return runs
+
+
+class Stage(NamedTuple):
+    """Some runs of one recipe."""
+
+    recipe: str
+    runs: Callable[[Path, Path, list[str]], Runs]
+
+
+STAGES = {
+    "tune": Stage("speech", tune),
+    "speech": Stage("speech", speech),
+    "classes": Stage("speech", classes),
+    "resnet": Stage("speech", resnet),
+    "finetune": Stage("speech", finetune),
+    "schedules": Stage("speech", schedules),
+    "second": Stage("speech", second),
+    "faces_tune": Stage("face", faces_tune),
+    "faces": Stage("face", faces),
+}
+
+
+def finished(runs: Runs) -> dict[tuple, Path]:
+    return {key: folder for key, (_, folder) in runs.items() if (folder / "results.json").is_file()}
