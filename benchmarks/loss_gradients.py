@@ -26,7 +26,7 @@ SLOW = "qmargin_f"  # seconds for every few hundred points: drawn where it is as
 TARGETS, HARDEST = torch.linspace(-0.2, 1, 121), torch.linspace(0.25, 1, 76)
 GREY, REST = "#767676", "#9a9a9a"  # read on white and on black
 CMAP = ListedColormap(colormaps["magma"](torch.linspace(0.05, 0.88, 256).numpy()))
-NORMS = {"magface": 60.0}  # 20 is the middle of the others at first
+NORMS = {"magface": 60.0, "qmargin_magnitude": 60.0}  # 20 is the middle of the others at first
 MORE = {"curricularface": "t 0.4", "qmargin_prior": "a class 10 times rarer"}
 SHORT = {"alpha": "α", "scale": "s", "margin": "m", "m1": "m1", "m2": "m2", "m3": "m3"}
 

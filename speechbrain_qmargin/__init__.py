@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from speechbrain_qmargin.loss.a3m import A3MLoss as A3MLoss
     from speechbrain_qmargin.loss.adaface import AdaFaceLoss as AdaFaceLoss
     from speechbrain_qmargin.loss.adaptive import ElasticQMarginLoss as ElasticQMarginLoss
+    from speechbrain_qmargin.loss.adaptive import MagnitudeQMarginLoss as MagnitudeQMarginLoss
     from speechbrain_qmargin.loss.adaptive import NormQMarginLoss as NormQMarginLoss
-    from speechbrain_qmargin.loss.adaptive import PriorQMarginLoss as PriorQMarginLoss
     from speechbrain_qmargin.loss.angular_sparsemax import (
         AngularSparsemaxLoss as AngularSparsemaxLoss,
     )
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from speechbrain_qmargin.loss.kappaface import KappaFaceLoss as KappaFaceLoss
     from speechbrain_qmargin.loss.magface import MagFaceLoss as MagFaceLoss
     from speechbrain_qmargin.loss.parameters import suggest_parameters as suggest_parameters
+    from speechbrain_qmargin.loss.prior import PriorQMarginLoss as PriorQMarginLoss
     from speechbrain_qmargin.loss.qmargin import QMarginFaceLoss as QMarginFaceLoss
     from speechbrain_qmargin.loss.qmargin import QMarginLoss as QMarginLoss
     from speechbrain_qmargin.loss.registry import LOSSES as LOSSES
@@ -58,7 +59,7 @@ _NAMES = {
     "head": ("QMarginHead", "RowSparseSGD"),
     "loss.a3m": ("A3MLoss",),
     "loss.adaface": ("AdaFaceLoss",),
-    "loss.adaptive": ("ElasticQMarginLoss", "NormQMarginLoss", "PriorQMarginLoss"),
+    "loss.adaptive": ("ElasticQMarginLoss", "MagnitudeQMarginLoss", "NormQMarginLoss"),
     "loss.angular_sparsemax": ("AngularSparsemaxLoss",),
     "loss.arcface": ("ArcFaceLoss",),
     "loss.auto": ("QMarginAutoLoss",),
@@ -83,6 +84,7 @@ _NAMES = {
     "loss.kappaface": ("KappaFaceLoss",),
     "loss.magface": ("MagFaceLoss",),
     "loss.parameters": ("suggest_parameters",),
+    "loss.prior": ("PriorQMarginLoss",),
     "loss.qmargin": ("QMarginFaceLoss", "QMarginLoss"),
     "loss.registry": ("LOSSES", "make_loss"),
     "loss.sphereface2": ("SphereFace2Loss",),
@@ -108,6 +110,7 @@ __all__ = [
     "KappaFaceLoss",
     "Loss",
     "MagFaceLoss",
+    "MagnitudeQMarginLoss",
     "NormQMarginLoss",
     "Objective",
     "PriorQMarginLoss",

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from speechbrain_qmargin.loss.elasticface import Draws
 from speechbrain_qmargin.loss.functional import q_margin_objective
-from speechbrain_qmargin.loss.interface import Objective, Scores
+from speechbrain_qmargin.loss.interface import Objective, Rows, Scores
+from speechbrain_qmargin.loss.magface import check_norms, magnitude_cost, share_of_norms
 from speechbrain_qmargin.loss.norms import RunningNorms, norms_of
 from speechbrain_qmargin.loss.qmargin import QMarginLoss
 
-__all__ = ["ElasticQMarginLoss", "NormQMarginLoss", "PriorQMarginLoss"]
+__all__ = ["ElasticQMarginLoss", "MagnitudeQMarginLoss", "NormQMarginLoss"]
 
 
 class NormQMarginLoss(QMarginLoss):
@@ -75,6 +73,95 @@ class NormQMarginLoss(QMarginLoss):
         return q_margin_objective(targets, self.alpha, self.scale, margins)
 
 
+class MagnitudeQMarginLoss(QMarginLoss):
+    r"""Q-Margin whose margin grows with the embedding's norm, which is rewarded: MagFace's rule.
+
+    With the norm a clipped to [l_a, u_a], the reference measure of the target is
+    :math:`e^{-s m(a)}`, :math:`m(a) = m (1 - r + 2 r (a - l_a) / (u_a - l_a))`, and
+    :math:`\lambda_g (a / u_a^2 + 1 / a)` is added to the loss. Both have a gradient by the norm:
+    a sample that rests lengthens its embedding until its margin meets it, one that is lost among
+    the others shortens it, so that the norm comes to say how good a sample is. Exact on the sparse
+    head and in shards.
+
+    Parameters
+    ----------
+    alpha, scale, margin : float
+        As for ``QMarginLoss``; the margin half way between the two norms.
+    reach : float, in [0, 1]
+        r: the margin is from m (1 - r) to m (1 + r).
+    lower_norm, upper_norm : float
+        l_a and u_a, of MagFace.
+    regulariser : float, >= 0
+        lambda_g.
+
+    Notes
+    -----
+    MagFace's argument holds here: the loss is convex in m(a), with a slope in [0,
+    :math:`s q_y^{1-\alpha} / \alpha`], so the optimal norm is unique, and it is within [l_a, u_a]
+    if :math:`\lambda_g (1 / l_a^2 - 1 / u_a^2) \ge
+    2 r m s e^{(\alpha - 1) s m (1 - r)} / (\alpha (u_a - l_a))`. That asks for 2.2 at the
+    defaults. 3.5 is as far above it as MagFace's 35 is above what its own settings ask for. The
+    bounds of the norm are MagFace's, for IResNet-100: where an encoder's norms are outside,
+    nothing moves.
+
+    Examples
+    --------
+    >>> import torch
+    >>> MagnitudeQMarginLoss().margin_at(torch.tensor([1.0, 60.0, 200.0]))
+    tensor([0.1000, 0.2000, 0.3000])
+    """
+
+    settings = ("alpha", "scale", "margin", "reach", "lower_norm", "upper_norm", "regulariser")
+    needs_embeddings = True
+    reach: float
+    lower_norm: float
+    upper_norm: float
+    regulariser: float
+
+    def __init__(
+        self,
+        alpha: float = 1.5,
+        scale: float = 10.0,
+        margin: float = 0.2,
+        reach: float = 0.5,
+        lower_norm: float = 10.0,
+        upper_norm: float = 110.0,
+        regulariser: float = 3.5,
+    ) -> None:
+        super(QMarginLoss, self).__init__(
+            alpha=alpha,
+            scale=scale,
+            margin=margin,
+            reach=reach,
+            lower_norm=lower_norm,
+            upper_norm=upper_norm,
+            regulariser=regulariser,
+        )
+
+    def check(self, **values: float) -> None:
+        reach = values.pop("reach")
+        check_norms(*(values.pop(name) for name in ("lower_norm", "upper_norm", "regulariser")))
+        if not 0 <= reach <= 1:
+            raise ValueError(f"reach must be in [0, 1], got {reach}")
+        super().check(**values)
+        super().check(**{**values, "margin": values["margin"] * (1 + reach)})
+
+    def margin_at(self, norms: Tensor) -> Tensor:
+        """m(a)."""
+        share = share_of_norms(norms, self.lower_norm, self.upper_norm)
+        return self.margin * (1 - self.reach + 2 * self.reach * share)
+
+    def objective(self, scores: Scores, targets: Tensor) -> Objective:
+        margins = self.margin_at(norms_of(self, scores))
+        return q_margin_objective(targets, self.alpha, self.scale, margins)
+
+    def rows(self, scores: Scores, targets: Tensor, *, statistics: bool = False) -> Rows:
+        rows = super().rows(scores, targets, statistics=statistics)
+        a = norms_of(self, scores)
+        cost = self.regulariser * magnitude_cost(a, self.lower_norm, self.upper_norm)
+        return rows._replace(loss=rows.loss + cost.to(rows.loss.dtype))
+
+
 class ElasticQMarginLoss(QMarginLoss):
     r"""Q-Margin whose margins are drawn from :math:`N(m, \sigma^2)`, as ElasticFace's.
 
@@ -86,6 +173,7 @@ class ElasticQMarginLoss(QMarginLoss):
 
     Examples
     --------
+    >>> import torch
     >>> loss = ElasticQMarginLoss(sigma=0.0)
     >>> outputs, targets = torch.tensor([[0.6, 0.1, 0.0]]), torch.tensor([1])
     >>> loss(outputs, targets) == QMarginLoss()(outputs, targets)
@@ -115,72 +203,3 @@ class ElasticQMarginLoss(QMarginLoss):
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
         margins = self.margin + self.sigma * self.draws.next(len(targets)).to(targets.device)
         return q_margin_objective(targets, self.alpha, self.scale, margins)
-
-
-class PriorQMarginLoss(QMarginLoss):
-    r"""Q-Margin with a prior of the classes in its reference measure, for long-tailed corpora.
-
-    :math:`\log q_j = t (\log n_j - \overline{\log n})` with the number n_j of training items of
-    class j: a frequent class is expected, so a rare one must be the clearer to be told from it.
-
-    Parameters
-    ----------
-    counts : sequence of numbers > 0, or Tensor, [C], optional
-        The recipes give those of their training data.
-    alpha, scale, margin : float
-    temperature : float
-        t; 0 is plain Q-Margin.
-
-    Examples
-    --------
-    >>> loss = PriorQMarginLoss(counts=[100, 10, 1], temperature=1.0)
-    >>> loss.log_q
-    tensor([ 2.3026,  0.0000, -2.3026])
-    """
-
-    settings = ("alpha", "scale", "margin", "temperature")
-    needs_counts = True
-    temperature: float
-    log_counts: Tensor | None
-
-    def __init__(
-        self,
-        counts: Sequence[float] | Tensor | None = None,
-        alpha: float = 1.5,
-        scale: float = 10.0,
-        margin: float = 0.2,
-        temperature: float = 0.5,
-    ) -> None:
-        super(QMarginLoss, self).__init__(
-            alpha=alpha, scale=scale, margin=margin, temperature=temperature
-        )
-        self.register_buffer("log_counts", None, persistent=False)
-        if counts is not None:
-            self.count_classes(counts)
-
-    def count_classes(
-        self, counts: Sequence[float] | Tensor, embedding_dim: int | None = None
-    ) -> None:
-        found = torch.as_tensor(counts, dtype=torch.float64)
-        if found.ndim != 1 or not bool((found > 0).all()):
-            raise ValueError("counts must be one number > 0 for each class")
-        logs = found.log()
-        self.log_counts = (logs - logs.mean()).float()
-
-    def check(self, **values: float) -> None:
-        values.pop("temperature")
-        super().check(**values)
-
-    @property
-    def log_q(self) -> Tensor:
-        """[C]."""
-        if self.log_counts is None:
-            raise ValueError(
-                "PriorQMarginLoss: counts: the number of items of each class is not known; give "
-                "it, or train in the recipes, which count"
-            )
-        return self.temperature * self.log_counts
-
-    def objective(self, scores: Scores, targets: Tensor) -> Objective:
-        log_q = self.log_q.to(targets.device)
-        return q_margin_objective(targets, self.alpha, self.scale, self.margin, log_q)

@@ -9,7 +9,40 @@ from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.interface import Objective, Rows, Scores
 from speechbrain_qmargin.loss.norms import norms_of
 
-__all__ = ["MagFaceLoss"]
+__all__ = ["MagFaceLoss", "check_norms", "magnitude_cost", "share_of_norms"]
+
+
+def share_of_norms(norms: Tensor, lower: float, upper: float) -> Tensor:
+    """Where norms [B] are between two bounds, to which they are clipped: in [0, 1].
+
+    Examples
+    --------
+    >>> import torch
+    >>> share_of_norms(torch.tensor([1.0, 60.0, 200.0]), 10.0, 110.0)
+    tensor([0.0000, 0.5000, 1.0000])
+    """
+    return (norms.clamp(lower, upper) - lower) / (upper - lower)
+
+
+def magnitude_cost(norms: Tensor, lower: float, upper: float) -> Tensor:
+    """g(a) = a / upper^2 + 1 / a of norms [B] clipped to the bounds: least at the upper one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> magnitude_cost(torch.tensor([1.0, 2.0, 9.0]), 1.0, 4.0)
+    tensor([1.0625, 0.6250, 0.5000])
+    """
+    a = norms.clamp(lower, upper)
+    return a / upper**2 + 1 / a
+
+
+def check_norms(lower: float, upper: float, regulariser: float) -> None:
+    """Refuse bounds that are none, and a reward for short embeddings."""
+    if not 0 < lower < upper:
+        raise ValueError(f"lower_norm must be in (0, upper_norm), got {lower} and {upper}")
+    if regulariser < 0:
+        raise ValueError(f"regulariser must be >= 0, got {regulariser}")
 
 
 class MagFaceLoss(Loss):
@@ -26,7 +59,7 @@ class MagFaceLoss(Loss):
         l_m and u_m, in radians.
     lower_norm, upper_norm : float
         l_a and u_a.
-    regulariser : float
+    regulariser : float, >= 0
         lambda_g.
 
     Notes
@@ -82,16 +115,11 @@ class MagFaceLoss(Loss):
                 "lower_margin must be in [0, upper_margin], got "
                 f"{values['lower_margin']} and {values['upper_margin']}"
             )
-        if not 0 < values["lower_norm"] < values["upper_norm"]:
-            raise ValueError(
-                "lower_norm must be in (0, upper_norm), got "
-                f"{values['lower_norm']} and {values['upper_norm']}"
-            )
+        check_norms(values["lower_norm"], values["upper_norm"], values["regulariser"])
 
     def margin_at(self, norms: Tensor) -> Tensor:
         """m(a), in radians."""
-        a = norms.clamp(self.lower_norm, self.upper_norm)
-        share = (a - self.lower_norm) / (self.upper_norm - self.lower_norm)
+        share = share_of_norms(norms, self.lower_norm, self.upper_norm)
         return self.lower_margin + (self.upper_margin - self.lower_margin) * share
 
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
@@ -102,6 +130,6 @@ class MagFaceLoss(Loss):
 
     def rows(self, scores: Scores, targets: Tensor, *, statistics: bool = False) -> Rows:
         rows = super().rows(scores, targets, statistics=statistics)
-        a = norms_of(self, scores).clamp(self.lower_norm, self.upper_norm)
-        more = self.regulariser * (a / self.upper_norm**2 + 1 / a)
-        return rows._replace(loss=rows.loss + more.to(rows.loss.dtype))
+        a = norms_of(self, scores)
+        cost = self.regulariser * magnitude_cost(a, self.lower_norm, self.upper_norm)
+        return rows._replace(loss=rows.loss + cost.to(rows.loss.dtype))

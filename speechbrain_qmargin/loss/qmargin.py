@@ -112,9 +112,10 @@ class QMarginLoss(Loss):
 
     def extra_repr(self) -> str:
         reach = hard_margin(self.alpha, self.scale, self.margin)
+        more = (f", {name}={self.value(name):g}" for name in self.settings[3:])
         return (
             f"alpha={self.alpha:g}, scale={self.scale}, margin={self.margin:.3g}, "
-            f"hard_margin_cos={reach:.3g}"
+            f"hard_margin_cos={reach:.3g}{''.join(more)}"
         )
 
 

@@ -11,8 +11,8 @@ from speechbrain_qmargin.loss.a3m import A3MLoss
 from speechbrain_qmargin.loss.adaface import AdaFaceLoss
 from speechbrain_qmargin.loss.adaptive import (
     ElasticQMarginLoss,
+    MagnitudeQMarginLoss,
     NormQMarginLoss,
-    PriorQMarginLoss,
 )
 from speechbrain_qmargin.loss.angular_sparsemax import AngularSparsemaxLoss
 from speechbrain_qmargin.loss.arcface import ArcFaceLoss
@@ -27,6 +27,7 @@ from speechbrain_qmargin.loss.fdivergence import FDivergenceLoss
 from speechbrain_qmargin.loss.intertopk import InterTopKLoss
 from speechbrain_qmargin.loss.kappaface import KappaFaceLoss
 from speechbrain_qmargin.loss.magface import MagFaceLoss
+from speechbrain_qmargin.loss.prior import PriorQMarginLoss
 from speechbrain_qmargin.loss.qmargin import QMarginFaceLoss, QMarginLoss
 from speechbrain_qmargin.loss.sphereface2 import SphereFace2Loss
 from speechbrain_qmargin.loss.uniface import UniFaceLoss
@@ -45,6 +46,7 @@ LOSSES: dict[str, type[Loss]] = {
     "entmax": EntmaxLoss,
     "sparsemax": SparsemaxLoss,
     "qmargin_norm": NormQMarginLoss,
+    "qmargin_magnitude": MagnitudeQMarginLoss,
     "qmargin_elastic": ElasticQMarginLoss,
     "qmargin_prior": PriorQMarginLoss,
     "angular_sparsemax": AngularSparsemaxLoss,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from speechbrain_qmargin import QMarginHead, make_loss
 from speechbrain_qmargin.head import PartialHead, RowSparseSGD
-from speechbrain_qmargin.loss.adaptive import PriorQMarginLoss
+from speechbrain_qmargin.loss.prior import PriorQMarginLoss
 
 CLASSES, DIM, RATE = 60, 8, 0.25
 

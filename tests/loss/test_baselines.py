@@ -10,10 +10,10 @@ from pytorch_metric_learning import losses as pml
 
 from speechbrain_qmargin import LOSSES, KappaFaceLoss, QMarginHead, make_loss, q_margin_loss
 from speechbrain_qmargin.head import PartialHead
-from speechbrain_qmargin.loss.adaptive import PriorQMarginLoss
 from speechbrain_qmargin.loss.combined import combined_margin
 from speechbrain_qmargin.loss.dense import DenseScores
 from speechbrain_qmargin.loss.elasticface import Draws
+from speechbrain_qmargin.loss.prior import PriorQMarginLoss
 
 DOUBLE = torch.float64
 
@@ -346,6 +346,34 @@ def test_a_margin_by_the_norm_in_the_reference_measure():
     assert loss.value("reach") == 0.5
 
 
+def test_a_margin_that_grows_with_the_norm_in_the_reference_measure():
+    """MagFace's m(a) and g(a), and their gradients by the norm."""
+
+    def naive(cosines, norms, labels):
+        a = norms.clamp(10, 110)
+        margins = 0.02 + (0.38 - 0.02) * (a - 10) / 100
+        loss = q_margin_loss(cosines, labels, 1.5, 8, margins, reduction="none")
+        return loss + 3 * (a / 110**2 + 1 / a)
+
+    options = {"reach": 0.9, "regulariser": 3}
+    check(lambda: make_loss("qmargin_magnitude", scale=8, options=options), naive)
+
+
+@pytest.mark.parametrize("lead", [-1.0, 0.0, 0.4, 0.6, 1.0])
+def test_the_best_norm_is_one_within_the_bounds(lead):
+    loss, norms = make_loss("qmargin_magnitude"), torch.linspace(10.001, 109.999, 201, dtype=DOUBLE)
+    x = (F.normalize(torch.ones(8, dtype=DOUBLE), dim=0) * norms.unsqueeze(1)).requires_grad_()
+    cosines = torch.zeros(201, 5, dtype=DOUBLE)
+    cosines[:, 0] = lead
+    targets = torch.zeros(201, dtype=torch.long)
+    loss.rows(DenseScores(cosines, x), targets).loss.sum().backward()
+    slopes = (x.grad * F.normalize(x, dim=1)).sum(1)
+    assert slopes[0] < 0
+    assert slopes[-1] > -1e-6  # where g is flat
+    assert (slopes.detach().diff() > 0).all()  # strictly convex
+    assert "lower_norm=10, upper_norm=110, regulariser=3.5" in repr(loss)
+
+
 def test_drawn_margins_in_the_reference_measure():
     x, weight, labels = batch()
     margins = 0.2 + 0.1 * Draws(0).next(len(labels))
@@ -411,6 +439,9 @@ def test_every_name_on_every_head(name):
         ("combined", {"m2": 4}, "m2 is an angle in radians"),
         ("adaface", {"t_alpha": 2}, "t_alpha must be in"),
         ("magface", {"lower_norm": 200}, "lower_norm must be in"),
+        ("magface", {"regulariser": -1}, "regulariser must be >= 0"),
+        ("qmargin_magnitude", {"reach": 2}, "reach must be in"),
+        ("qmargin_magnitude", {"upper_norm": 5}, "lower_norm must be in"),
         ("elasticface", {"kind": "sphere"}, "kind must be 'arc' or 'cos', got 'sphere'"),
         ("curricularface", {"momentum": 0}, "momentum must be in"),
         ("intertopk", {"k": 0}, "k must be a whole number"),

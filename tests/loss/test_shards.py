@@ -7,8 +7,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from speechbrain_qmargin import KappaFaceLoss, QMarginHead, make_loss
-from speechbrain_qmargin.loss.adaptive import PriorQMarginLoss
 from speechbrain_qmargin.loss.dense import DenseScores
+from speechbrain_qmargin.loss.prior import PriorQMarginLoss
 
 CLASSES, DIM, SIZES = 41, 8, [3, 5]
 LOSSES = {
@@ -16,6 +16,7 @@ LOSSES = {
     "magface": lambda: make_loss("magface", scale=16),
     "curricularface": lambda: make_loss("curricularface", scale=16, options={"momentum": 0.3}),
     "qmargin_norm": lambda: make_loss("qmargin_norm", options={"t_alpha": 0.25}),
+    "qmargin_magnitude": lambda: make_loss("qmargin_magnitude", options={"reach": 0.9}),
     "prior": lambda: PriorQMarginLoss(torch.arange(1, CLASSES + 1)),
     "a3m": lambda: make_loss("a3m"),
     "sphereface2": lambda: make_loss("sphereface2", scale=8, options={"bias": 0.2}),
