@@ -10,6 +10,7 @@ from torch import Tensor
 
 from speechbrain_qmargin.head.classifier import LookedAt, QMarginHead
 from speechbrain_qmargin.head.prototypes import Prototypes
+from speechbrain_qmargin.head.sizes import constants
 from speechbrain_qmargin.head.step import Shard
 
 __all__ = ["PartialHead"]
@@ -32,7 +33,7 @@ class PartialHead(QMarginHead):
     sample_rate : float, in (0, 1]
         0.1 as published.
     **options
-        Of :class:`QMarginHead`: alpha, scale, margin, subcentres, sparse_grad, group, seed.
+        Of :class:`QMarginHead`: alpha, scale, margin, subcentres, sparse_grad, group, seed, sizes.
 
     Notes
     -----
@@ -92,7 +93,7 @@ class PartialHead(QMarginHead):
         values = weight.detach()
         inverse_norm = values.norm(dim=1).clamp_(min=1e-12).reciprocal_()
         shard = Shard(
-            Prototypes(values, inverse_norm, None),
+            Prototypes(values, inverse_norm, None, self._derived.sizes or constants(values.device)),
             start,
             start + len(sampled),
             sum(counts),

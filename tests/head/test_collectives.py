@@ -1,50 +1,14 @@
 """What shards tell each other in a step: eight ranks as threads, against one process."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import on_ranks
 
 from speechbrain_qmargin.head import QMarginHead
-from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.sizes import Sizes
 
 WORLD, DIM, ROWS = 8, 16, 3
 SIZES = Sizes(screen_from=1, sample=50, most=2.0)
-
-
-class Threads(Communicator):
-    """One of the ranks that share a barrier and a place each."""
-
-    def __init__(self, rank, barrier, places):
-        super().__init__()
-        self.world, self.rank = len(places), rank
-        self._barrier, self._places = barrier, places
-
-    def gather_rows(self, tensor):
-        self.calls += 1
-        self.bytes += tensor.numel() * tensor.element_size()
-        self._places[self.rank] = tensor.clone()
-        self._barrier.wait(60)
-        parts = list(self._places)
-        self._barrier.wait(60)
-        return parts
-
-    def from_first(self, tensor):
-        return self.gather_rows(tensor)[0]
-
-    def device(self):
-        return torch.device("cpu")
-
-    def sum_of_own(self, tensor, sizes):
-        start = sum(sizes[: self.rank])
-        return self.sum(tensor)[start : start + sizes[self.rank]]
-
-    def _reduced(self, tensor, op):
-        parts = torch.stack(self.gather_rows(tensor))
-        return parts.sum(0) if op == dist.ReduceOp.SUM else parts.amax(0)
 
 
 def batch(rank, weight, noise):
@@ -57,20 +21,17 @@ def batch(rank, weight, noise):
 def in_shards(classes, parameters, noise):
     """Of each rank: loss, gradients, collectives and bytes of a step."""
     weight = QMarginHead(DIM, classes, seed=0).weight.detach()
-    barrier, places = threading.Barrier(WORLD), [None] * WORLD
 
-    def rank_of(rank):
-        comm = Threads(rank, barrier, places)
+    def step(comm):
         head = QMarginHead(DIM, classes, *parameters, seed=0, group=comm, sizes=SIZES)
         head._check_not_broadcast()  # in the first step alone
-        x, labels = batch(rank, weight, noise)
+        x, labels = batch(comm.rank, weight, noise)
         comm.calls = comm.bytes = 0
         loss = head(x, labels)
         loss.backward()
         return loss.detach(), x.grad, head.weight.grad.to_dense(), comm.calls, comm.bytes
 
-    with ThreadPoolExecutor(WORLD) as pool:
-        return list(pool.map(rank_of, range(WORLD)))
+    return on_ranks(WORLD, step)
 
 
 @pytest.mark.parametrize(
