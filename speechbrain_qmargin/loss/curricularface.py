@@ -20,8 +20,8 @@ class CurricularFaceLoss(Loss):
 
     The target has ArcFace's margin. A wrong class whose cosine is above
     :math:`\cos(\theta_y + m)` is hard, and its cosine c becomes :math:`c (t + c)`. t is the running
-    mean of the targets' cosines: a buffer, which the recipes save with a checkpoint, of all
-    processes together.
+    mean of the targets' cosines, the batch's included: a buffer, which the recipes save with a
+    checkpoint, of all processes together. In evaluation it stays as it is.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class CurricularFaceLoss(Loss):
 
         def move_target(cosines: Tensor) -> Tensor:
             if self._next is None:
-                self._next = self._after(cosines.detach())
+                self._next = self._after(cosines.detach()) if self.training else self.t
             return angular_margin(cosines, margin)
 
         def move_others(cosines: Tensor, target: Tensor) -> Tensor:

@@ -141,12 +141,16 @@ def make_loss(
     >>> make_loss("qmargin", margin="large")
     QMarginLoss(alpha=1.5, scale=10.0, margin=0.301, hard_margin_cos=0.9)
     """
-    cls = loss_class(name)
+    cls, options = loss_class(name), options or {}
     given: dict[str, Any] = {"alpha": alpha, "scale": scale, "margin": margin}
     given = {key: value for key, value in given.items() if value is not None}
     for key, value in given.items():
         if key not in cls.settings:
             raise ValueError(f"loss: {name} has no {key}; leave it out")
+        if options.get(key, value) != value:
+            raise ValueError(
+                f"{key}: {value} and, in the loss's options, {options[key]}; leave one out"
+            )
         if isinstance(value, str) and (key, value) != ("margin", "large"):
             raise ValueError(f"{key}: {value!r}; give a number{' or large' * (key == 'margin')}")
         if not isinstance(value, str) and cls.fixed.get(key, value) != value:
@@ -154,13 +158,13 @@ def make_loss(
                 f"loss: {name} is {key} = {cls.fixed[key]:g}, got {value}; use qmargin for others"
             )
     if cls.sized_by_task:
-        if not num_classes and "num_classes" not in (options or {}):
+        if not num_classes and "num_classes" not in options:
             raise ValueError(
                 f"loss: {name} wants num_classes, which the recipes know once the data are read"
             )
         known = {"num_classes": num_classes, "embedding_dim": embedding_dim, "samples": samples}
         given |= {key: value for key, value in known.items() if value}
-    given |= options or {}
+    given |= options
     try:
         if given.get("margin") == "large":
             del given["margin"]

@@ -102,6 +102,7 @@ def test_the_family_by_name():
         ("entmax", {"margin": 0.2}, "entmax is margin = 0"),
         ("sparsemax", {"alpha": 1.5}, "sparsemax is alpha = 2"),
         ("qmargin", {"scale": -1}, "scale must be"),
+        ("qmargin", {"scale": 5, "options": {"scale": 7}}, "5 and, in the loss's options, 7"),
     ],
 )
 def test_names_mean_what_they_say(name, given, message):
