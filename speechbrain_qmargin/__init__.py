@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from speechbrain_qmargin.loss.elasticface import ElasticFaceLoss as ElasticFaceLoss
     from speechbrain_qmargin.loss.entmax import EntmaxLoss as EntmaxLoss
     from speechbrain_qmargin.loss.entmax import SparsemaxLoss as SparsemaxLoss
+    from speechbrain_qmargin.loss.f_operators import f_softargmax as f_softargmax
     from speechbrain_qmargin.loss.fdivergence import FDivergenceLoss as FDivergenceLoss
     from speechbrain_qmargin.loss.functional import alpha_softargmax as alpha_softargmax
     from speechbrain_qmargin.loss.functional import alpha_softmax_value as alpha_softmax_value
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from speechbrain_qmargin.loss.functional import margin_for as margin_for
     from speechbrain_qmargin.loss.functional import q_margin_loss as q_margin_loss
     from speechbrain_qmargin.loss.functional import solve_tau as solve_tau
-    from speechbrain_qmargin.loss.generators import f_softargmax as f_softargmax
     from speechbrain_qmargin.loss.interface import BinaryObjective as BinaryObjective
     from speechbrain_qmargin.loss.interface import Objective as Objective
     from speechbrain_qmargin.loss.interface import QMarginStats as QMarginStats
@@ -78,7 +78,7 @@ _NAMES = {
         "q_margin_loss",
         "solve_tau",
     ),
-    "loss.generators": ("f_softargmax",),
+    "loss.f_operators": ("f_softargmax",),
     "loss.intertopk": ("InterTopKLoss",),
     "loss.interface": ("BinaryObjective", "Objective", "QMarginStats", "Scores"),
     "loss.kappaface": ("KappaFaceLoss",),

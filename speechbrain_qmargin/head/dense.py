@@ -1,4 +1,4 @@
-"""Every class of a shard, in chunks: for alpha = 1, and where nearly everything is active."""
+"""Every class of a shard, in chunks: for posteriors that are dense, or nearly so."""
 
 from __future__ import annotations
 
@@ -11,12 +11,64 @@ from torch import Tensor
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.head.search import Query, agreed_level, chunked_cosines
+from speechbrain_qmargin.loss.f_operators import masses
 from speechbrain_qmargin.loss.interface import slope_of
 from speechbrain_qmargin.loss.solver import Block, single_class_level
 
-__all__ = ["AllClasses"]
+__all__ = ["AllClasses", "AllOfGenerator"]
 
 _KEPT_BYTES = 128 * 1024 * 1024  # of scores: above, they are computed again in each pass
+
+
+class Pieces:
+    """The logits of all classes of a shard times a factor, chunk by chunk.
+
+    They are kept where they fit 128 MB; else nothing is stored, and each pass forms them again.
+    What an iteration gives is not to be changed.
+
+    Parameters
+    ----------
+    query : Query
+    prototypes : Prototypes
+    scored : Tensor, [B, D]
+        The query's embeddings in the precision that the cosines are to have.
+    factor : float
+    move : callable, optional
+        New cosines for cosines [B, chunk]. What it gives is not kept.
+    """
+
+    def __init__(
+        self,
+        query: Query,
+        prototypes: Prototypes,
+        scored: Tensor,
+        factor: float = 1.0,
+        move: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._query, self._prototypes = query, prototypes
+        self._scored, self._factor, self._move = scored, query.scale * factor, move
+        size = len(query.labels) * len(prototypes.weight) * scored.element_size()
+        self._keep, self._kept = size <= _KEPT_BYTES and move is None, None
+
+    def cosines(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """As :func:`~.search.chunked_cosines`, neither moved nor kept."""
+        query = self._query
+        return chunked_cosines(self._scored, query.labels, self._prototypes, query.subcentres)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """(classes, logits times the factor [B, chunk], nearest); -inf at the targets."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept = []
+        for rows, cosines, nearest in self.cosines():
+            if self._move is not None:
+                cosines = self._move(cosines)
+            cosines.mul_(self._factor)
+            if self._keep:
+                kept.append((rows, cosines, nearest))
+            yield rows, cosines, nearest
+        self._kept = kept if self._keep else None
 
 
 class AllClasses:
@@ -24,8 +76,7 @@ class AllClasses:
 
     float32 at alpha = 1, where a posterior is as exact relative to itself as its logit is
     absolutely; above, 1 + (alpha - 1)(theta - tau) may nearly cancel, so float64. With `rounded`,
-    for a batch that has most classes active, float32 as the dense loss's. Scores are kept where
-    they fit 128 MB; else nothing is stored, and each pass forms them again.
+    for a batch that has most classes active, float32 as the dense loss's.
 
     `move_others` is that of :class:`~speechbrain_qmargin.loss.interface.Objective`.
     """
@@ -37,32 +88,14 @@ class AllClasses:
         move_others: Callable[[Tensor, Tensor], Tensor] | None = None,
         rounded: bool = False,
     ) -> None:
-        self.query, self.prototypes, self._move = query, prototypes, move_others
-        self._scored = query.unit if query.measure.alpha == 1 or rounded else query.exact
-        size = len(query.labels) * len(prototypes.weight) * self._scored.element_size()
-        self._keep, self._kept = size <= _KEPT_BYTES and move_others is None, None
+        self.query, self._move = query, move_others
+        alpha = query.of_alpha.alpha
+        self._scored = query.unit if alpha == 1 or rounded else query.exact
+        move = None if move_others is None else lambda at: self._moved(at, with_slopes=False)[0]
+        # logits, times alpha - 1 above alpha = 1
+        factor = alpha - 1 if alpha > 1 else 1.0
+        self._pieces = Pieces(query, prototypes, self._scored, factor, move)
         self._block: Block | None = None
-
-    def _cosines(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        query = self.query
-        return chunked_cosines(self._scored, query.labels, self.prototypes, query.subcentres)
-
-    def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """(classes, logits [B, chunk], nearest), times alpha - 1 above alpha = 1; -inf at the
-        targets; `nearest` as of :func:`~.search.chunked_cosines`."""
-        if self._kept is not None:
-            yield from self._kept
-            return
-        kept, alpha = [], self.query.measure.alpha
-        factor = self.query.scale * (alpha - 1 if alpha > 1 else 1)
-        for rows, cosines, nearest in self._cosines():
-            if self._move is not None:
-                cosines, _ = self._moved(cosines, with_slopes=False)
-            cosines.mul_(factor)
-            if self._keep:
-                kept.append((rows, cosines, nearest))
-            yield rows, cosines, nearest
-        self._kept = kept if self._keep else None
 
     def _moved(self, cosines: Tensor, with_slopes: bool) -> tuple[Tensor, Tensor | None]:
         """New cosines [B, chunk] and their slopes; -inf at the targets stays."""
@@ -78,8 +111,8 @@ class AllClasses:
         return moved.masked_fill_(absent, -math.inf), slopes
 
     def _blocks(self) -> Iterator[tuple[slice, Block, Tensor | None]]:
-        measure = self.query.measure
-        for rows, v, nearest in self._chunks():
+        measure = self.query.of_alpha
+        for rows, v, nearest in self._pieces:
             if self._block is None or self._block.v.shape != v.shape:
                 self._block = Block(v, measure.alpha)
             log_q = measure.of(rows)
@@ -89,11 +122,11 @@ class AllClasses:
 
     def level(self, comm: Communicator, bound: Tensor | None = None) -> Tensor:
         """[B], float64, the same on all ranks; `bound` [B] is a lower bound where one is known."""
-        measure, target = self.query.measure, self.query.target
+        measure, target = self.query.of_alpha, self.query.target
         alpha = measure.alpha
         if alpha == 1:
             total = torch.full_like(target, -math.inf)
-            for rows, logits, _ in self._chunks():
+            for rows, logits, _ in self._pieces:
                 log_q = measure.of(rows)
                 logits = logits if log_q is None else logits + log_q.to(logits.dtype)
                 total = torch.logaddexp(total, torch.logsumexp(logits, 1).double())
@@ -103,7 +136,7 @@ class AllClasses:
             return comm.from_first(torch.logaddexp(total, target + measure.target))
         peak = torch.full_like(target, -math.inf)
         lower = peak if bound is None else bound.to(peak)
-        for rows, v, _ in self._chunks():
+        for rows, v, _ in self._pieces:
             log_q = measure.of(rows)
             peak = torch.maximum(peak, v.amax(1).double() / (alpha - 1))
             if log_q is not None:
@@ -131,21 +164,50 @@ class AllClasses:
         `move_others`, None where it moves nothing; `nearest` as of
         :func:`~.search.chunked_cosines`.
         """
-        measure = self.query.measure
+        measure = self.query.of_alpha
         if measure.alpha > 1:
             for rows, block, nearest in self._blocks():
                 yield rows, block.posterior(level), block.v, None, nearest
             return
         if self._move is not None and with_slopes:
-            for rows, cosines, nearest in self._cosines():
+            for rows, cosines, nearest in self._pieces.cosines():
                 moved, slopes = self._moved(cosines, with_slopes=True)
                 logits, log_q = moved.mul_(self.query.scale), measure.of(rows)
                 shift = logits if log_q is None else logits + log_q.to(logits.dtype)
                 p = torch.exp(shift - level.to(logits.dtype).unsqueeze(1))
                 yield rows, p, logits, slopes, nearest
             return
-        for rows, logits, nearest in self._chunks():
+        for rows, logits, nearest in self._pieces:
             log_q = measure.of(rows)
             shift = logits if log_q is None else logits + log_q.to(logits.dtype)
             p = torch.exp(shift - level.to(logits.dtype).unsqueeze(1))
+            yield rows, p, logits, None, nearest
+
+
+class AllOfGenerator:
+    """All classes of a shard under another divergence than the alpha-divergences, in float64.
+
+    Parameters
+    ----------
+    query : Query
+        Whose measure is a ``GeneratorMeasure``.
+    prototypes : Prototypes
+    """
+
+    def __init__(self, query: Query, prototypes: Prototypes) -> None:
+        self.query = query
+        self._pieces = Pieces(query, prototypes, query.exact)
+
+    def leads(self) -> Iterator[Tensor]:
+        """Logits less the target's, [B, chunk]; -inf at the targets."""
+        target = self.query.target.unsqueeze(1)
+        return (logits - target for _, logits, _ in self._pieces)
+
+    def posteriors(
+        self, level: Tensor, with_slopes: bool = False
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None, Tensor | None]]:
+        """As of :class:`AllClasses`; `level` is the targets' depth, and nothing is moved."""
+        measure, target = self.query.of_generator, self.query.target.unsqueeze(1)
+        for rows, logits, nearest in self._pieces:
+            p, _ = masses(measure.generator, level.unsqueeze(1) - (logits - target))
             yield rows, p, logits, None, nearest

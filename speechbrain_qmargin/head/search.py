@@ -19,9 +19,12 @@ iff that row is above the floor, so rows are screened as classes are, and of eac
 found row enters tau.
 
 None of it asks for the classes' reference measure q, which is in no class's activity; tau alone
-weights each class by it. With the classes in shards each rank collects its own, from the highest
-first floor of all ranks; the sums that give tau go over the ranks, and the end of a loop is the
-first rank's, so that all go the same way.
+weights each class by it. Nor does it ask for the divergence: with any f whose f'(0) is finite a
+class is active iff :math:`\theta_j > \tau + f'(0)`, and tau of a subset is a lower bound.
+
+With the classes in shards each rank collects its own, from the highest first floor of all ranks;
+the sums that give tau go over the ranks, and the end of a loop is the first rank's, so that all go
+the same way.
 
 Scores of size batch x classes are never stored. Where the candidates themselves would not fit
 (ties, a tiny scale: everything is active), and at alpha = 1, see ``dense``.
@@ -41,14 +44,13 @@ from torch import Tensor
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.precision import product_roundoff
 from speechbrain_qmargin.head.prototypes import Prototypes, int8_product
+from speechbrain_qmargin.loss.f_operators import GeneratorMeasure
 from speechbrain_qmargin.loss.solver import (
     FEW_STEPS,
     Block,
     Measure,
-    edge,
     single_class_level,
     solve,
-    tau_of,
 )
 
 __all__ = [
@@ -84,7 +86,7 @@ class Query(NamedTuple):
         The targets among the shard's classes; -1 where they are in another shard.
     target : Tensor, [B], float64
         The targets' logits.
-    measure : Measure
+    measure : Measure or GeneratorMeasure
         Its `classes` are those of the shard.
     scale : float
     spread : float
@@ -99,11 +101,23 @@ class Query(NamedTuple):
     exact: Tensor
     labels: Tensor
     target: Tensor
-    measure: Measure
+    measure: Measure | GeneratorMeasure
     scale: float
     spread: float
     classes: int
     subcentres: int = 1
+
+    @property
+    def of_alpha(self) -> Measure:
+        """The measure, where the divergence is one of the alpha-divergences."""
+        assert isinstance(self.measure, Measure)
+        return self.measure
+
+    @property
+    def of_generator(self) -> GeneratorMeasure:
+        """The measure, where it is another."""
+        assert isinstance(self.measure, GeneratorMeasure)
+        return self.measure
 
     def target_rows(self) -> Iterator[Tensor]:
         """[B]: of the targets the first row, then the second, ...; negative in other shards."""
@@ -342,6 +356,11 @@ def _level_of(
 ) -> Tensor:
     """As :func:`candidate_level`, from logits [B, K], which are overwritten, and their log q."""
     measure, peak = query.measure, logits.amax(1)
+    if isinstance(measure, GeneratorMeasure):
+        lead = logits.double() - query.target.unsqueeze(1)
+        depth = None if lower is None else lower - query.target + measure.generator.edge
+        depth = measure.depth(lambda: [lead], lead.amax(1), query.classes, lower=depth)
+        return measure.level(depth, query.target)
     own = single_class_level(logits, measure.alpha, log_q).amax(1).double()
     own = own if lower is None else torch.maximum(lower, own)
     block = Block(logits.mul_(measure.alpha - 1), measure.alpha, log_q)
@@ -394,9 +413,8 @@ def agreed_solution(
     logits = found.cosines * query.scale
     lead = logits - query.target.unsqueeze(1)
     lead.masked_fill_(lead == -math.inf, 0)
-    block = Block(
-        logits.mul_(query.measure.alpha - 1), query.measure.alpha, query.log_q(found.rows)
-    )
+    measure = query.of_alpha
+    block = Block(logits.mul_(measure.alpha - 1), measure.alpha, query.log_q(found.rows))
     done, ended, last = torch.zeros_like(lower, dtype=torch.bool), False, Agreed(lower, lower)
 
     def sums(level: Tensor) -> tuple[Tensor, Tensor]:
@@ -415,7 +433,7 @@ def agreed_solution(
         done = found
         return ended
 
-    solve(sums, query.target, query.measure, lower, peak, query.classes, query.spread, settled)
+    solve(sums, query.target, measure, lower, peak, query.classes, query.spread, settled)
     return last
 
 
@@ -434,7 +452,7 @@ def agreed_level(query: Query, sums, lower: Tensor, peak: Tensor, comm: Communic
     level = solve(
         of_all,
         query.target,
-        query.measure,
+        query.of_alpha,
         lower,
         peak,
         query.classes,
@@ -462,7 +480,7 @@ def _sampled_level(query: Query, prototypes: Prototypes) -> tuple[Tensor, float]
     scores.scatter_(1, place, own)
     top, names = scores.topk(min(prototypes.sizes.sample_top, scores.shape[1]), 1, sorted=False)
     level = candidate_level(query, Candidates(top, names * stride), bound=True)
-    floor = ((edge(level, query.measure.alpha) - rounding(query, level)) / query.scale).float()
+    floor = ((query.measure.edge(level) - rounding(query, level)) / query.scale).float()
     return level, float((scores >= floor.unsqueeze(1)).float().mean())
 
 
@@ -470,7 +488,7 @@ def rounding(query: Query, level: Tensor) -> Tensor:
     """[B]: more than computed cosines and levels can move a class across the edge, in logits."""
     dim = query.unit.shape[1]
     cosine = dim * 2**-23 + 2 * product_roundoff(query.unit.device)
-    return query.scale * cosine + 2**-20 * (1 + tau_of(level, query.measure.alpha).abs())
+    return query.scale * cosine + 2**-20 * (1 + query.measure.tau(level).abs())
 
 
 class Found(NamedTuple):
@@ -496,14 +514,15 @@ class Found(NamedTuple):
 
 
 def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
-    """The support among a few candidates, or that there is no looking for it; alpha > 1.
+    """The support among a few candidates, or that there is no looking for it.
+
+    Of posteriors that are sparse: alpha > 1, or a generator with an edge.
 
     All ranks go the same way.
     """
-    alpha = query.measure.alpha
 
     def floor_of(level: Tensor) -> Tensor:
-        return ((edge(level, alpha) - rounding(query, level)) / query.scale).float()
+        return ((query.measure.edge(level) - rounding(query, level)) / query.scale).float()
 
     level, share = _sampled_level(query, prototypes)
     sizes = prototypes.sizes
@@ -627,7 +646,7 @@ def refined(
         What :func:`search` gave.
     """
     slack = rounding(query, level)
-    floor = edge(level, query.measure.alpha) - slack
+    floor = query.measure.edge(level) - slack
     keep = found.cosines * query.scale > floor.unsqueeze(1)
     samples, place = keep.nonzero(as_tuple=True)
     column = (keep.cumsum(1) - 1)[samples, place]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speechbrain_qmargin.head.communicator import Communicator
-from speechbrain_qmargin.head.dense import AllClasses
+from speechbrain_qmargin.head.dense import AllClasses, AllOfGenerator
 from speechbrain_qmargin.head.precision import exact_accumulation
 from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.head.search import (
@@ -19,16 +20,19 @@ from speechbrain_qmargin.head.search import (
     candidate_level,
     exact_cosines,
     refined,
+    rounding,
     search,
 )
-from speechbrain_qmargin.loss.interface import slope_of
-from speechbrain_qmargin.loss.solver import Block, Measure, fenchel_young
+from speechbrain_qmargin.loss.f_operators import GeneratorMeasure, Moments, masses
+from speechbrain_qmargin.loss.interface import Objective, slope_of
+from speechbrain_qmargin.loss.solver import Block, Measure, Solution, fenchel_young
 
 __all__ = [
     "ChunkGradients",
     "Evaluation",
     "HeadLoss",
     "Shard",
+    "add_rows",
     "check_backward",
     "of_rows",
     "refuse_labels",
@@ -115,12 +119,11 @@ class HeadLoss(torch.autograd.Function):
         if objective.move_target is not None:
             moved = torch.stack(slope_of(objective.move_target, own_cosines), 1)
             cos_y, slope = comm.gather(moved, sizes).T
-        log_q = objective.log_q
-        measure = Measure(
-            objective.alpha,
-            target_log_q,
-            None if log_q is None else log_q[shard.start : shard.stop],
-        )
+        log_q = None if objective.log_q is None else objective.log_q[shard.start : shard.stop]
+        if objective.generator is None:
+            measure = Measure(objective.alpha, target_log_q, log_q)
+        else:
+            measure = GeneratorMeasure(objective.generator, target_log_q)
         query = Query(
             F.normalize(raw, dim=1),
             exact,
@@ -132,41 +135,29 @@ class HeadLoss(torch.autograd.Function):
             shard.classes,
             shard.subcentres,
         )
-        everything = candidates = p = None
-        bound, most, peak = None, False, None
         with exact_accumulation(raw.device):
-            if objective.alpha > 1:
-                candidates, bound, most, peak = search(query, prototypes, comm)
-            if candidates is None or bound is None:
-                everything = AllClasses(query, prototypes, objective.move_others, rounded=most)
-                level = everything.level(comm, bound)
-                moments = comm.sum(_all_moments(everything, level))
+            if objective.generator is None:
+                solved = _solved(query, prototypes, comm, objective)
             else:
-                candidates, lower = refined(query, candidates, bound, prototypes)
-                if peak is None:
-                    level = candidate_level(query, candidates, lower)
-                    p, moments = _posterior(query, candidates, level)
-                else:
-                    level, moments = agreed_solution(query, candidates, lower, peak, comm)
-                    p, _ = _posterior(query, candidates, level)
-        others, gap, support = moments
-        solution = fenchel_young(measure, query.target, level, others, gap)
+                solved = _solved_of_generator(query, prototypes, comm)
+        solution, support = solved.solution, solved.support
         residual = (solution.residual * slope).float()
         p_y = solution.target_posterior.float()
         loss = torch.where(valid, solution.loss.float(), torch.nan)
         support = (support + (p_y > 0)).float()
         ctx.entries = None
-        if candidates is not None and p is not None:
+        if solved.active is not None:
+            rows, p = solved.active
             samples, place = p.nonzero(as_tuple=True)
             share = p[samples, place] * solution.inverse_total[samples]
             # the target is an entry like the others
             ctx.entries = (
                 torch.cat([samples, mine]),
-                torch.cat([candidates.rows[samples, place], target_rows]),
+                torch.cat([rows[samples, place], target_rows]),
                 torch.cat([share.float(), residual[mine]]),
             )
-        ctx.save_for_backward(query.unit, level, solution.inverse_total, residual, valid)
-        ctx.everything, ctx.shard, ctx.scale = everything, shard, objective.scale
+        ctx.save_for_backward(query.unit, solved.level, solution.inverse_total, residual, valid)
+        ctx.everything, ctx.shard, ctx.scale = solved.everything, shard, objective.scale
         ctx.sizes, ctx.anchored = sizes, anchor is not None
         ctx.weight, ctx.version = weight, weight._version
         outputs = loss[own], p_y[own], support[own], solution.residual[own], own_cosines
@@ -272,9 +263,101 @@ def of_rows(rows: Tensor, values: Tensor, like: Tensor, sparse: bool) -> Tensor:
     return torch.zeros_like(like).index_copy_(0, rows, values)
 
 
+class _Solved(NamedTuple):
+    """A batch's losses, and from what its gradients are made.
+
+    Attributes
+    ----------
+    solution : Solution
+    support : Tensor, [B]
+        Active classes beside the target.
+    level : Tensor, [B]
+        At which `everything` gives the posteriors.
+    active : (rows [B, K], posteriors [B, K]) or None
+        Of the candidates, the posteriors before division by their sum.
+    everything : AllClasses, AllOfGenerator or None
+        Where there are no candidates.
+    """
+
+    solution: Solution
+    support: Tensor
+    level: Tensor
+    active: tuple[Tensor, Tensor] | None = None
+    everything: AllClasses | AllOfGenerator | None = None
+
+
+def _solved(
+    query: Query, prototypes: Prototypes, comm: Communicator, objective: Objective
+) -> _Solved:
+    """For the alpha-divergences."""
+    active = everything = candidates = None
+    bound, most, peak = None, False, None
+    if objective.alpha > 1:
+        candidates, bound, most, peak = search(query, prototypes, comm)
+    if candidates is None or bound is None:
+        everything = AllClasses(query, prototypes, objective.move_others, rounded=most)
+        level = everything.level(comm, bound)
+        moments = comm.sum(_all_moments(everything, level))
+    else:
+        candidates, lower = refined(query, candidates, bound, prototypes)
+        if peak is None:
+            level = candidate_level(query, candidates, lower)
+            p, moments = _posterior(query, candidates, level)
+        else:
+            level, moments = agreed_solution(query, candidates, lower, peak, comm)
+            p, _ = _posterior(query, candidates, level)
+        active = candidates.rows, p
+    others, gap, support = moments
+    solution = fenchel_young(query.of_alpha, query.target, level, others, gap)
+    return _Solved(solution, support, level, active, everything)
+
+
+def _solved_of_generator(query: Query, prototypes: Prototypes, comm: Communicator) -> _Solved:
+    """For another divergence; the level is the targets' depth.
+
+    Every sum goes over the ranks, and what the first rank finds is the depth of all.
+    """
+    measure = query.of_generator
+    candidates = active = everything = lower = None
+    if measure.generator.is_sparse:
+        candidates, bound, _, _ = search(query, prototypes, comm)
+        if candidates is None:
+            lower = bound - rounding(query, bound)
+        else:
+            candidates, lower = refined(query, candidates, bound, prototypes)
+        lower = lower - query.target + measure.generator.edge
+    if candidates is None:
+        everything = AllOfGenerator(query, prototypes)
+        leads = everything.leads
+    else:
+        lead = candidates.cosines * query.scale - query.target.unsqueeze(1)
+
+        def leads() -> list[Tensor]:
+            return [lead]
+
+    most = torch.full_like(query.target, -math.inf)
+    for part in leads():
+        most = torch.maximum(most, part.amax(1))
+    depth = measure.depth(
+        leads,
+        comm.max(most),
+        query.classes,
+        lower=lower,
+        total=comm.sum,
+        settled=comm.settled if comm.world > 1 else None,
+    )
+    depth = comm.from_first(depth)
+    moments = Moments(*comm.sum(torch.stack(measure.moments(leads(), depth))))
+    if candidates is not None:
+        p, _ = masses(measure.generator, depth.unsqueeze(1) - lead)
+        active = candidates.rows, p
+    solution = measure.solution(depth, moments)
+    return _Solved(solution, moments.support, depth, active, everything)
+
+
 def _posterior(query: Query, found: Candidates, level: Tensor) -> tuple[Tensor, Tensor]:
     """Posteriors [B, K] of candidates, and their sum, gap and number [3, B]."""
-    logits, alpha = found.cosines * query.scale, query.measure.alpha
+    logits, alpha = found.cosines * query.scale, query.of_alpha.alpha
     lead = logits - query.target.unsqueeze(1)
     block = Block(logits.mul_(alpha - 1), alpha, query.log_q(found.rows))
     p = block.posterior(level)
@@ -285,7 +368,7 @@ def _posterior(query: Query, found: Candidates, level: Tensor) -> tuple[Tensor, 
 def _all_moments(everything: AllClasses, level: Tensor) -> Tensor:
     moments = torch.zeros(3, *level.shape, dtype=torch.float64, device=level.device)
     target = everything.query.target.unsqueeze(1)
-    alpha = everything.query.measure.alpha
+    alpha = everything.query.of_alpha.alpha
     for _, p, scores, *_ in everything.posteriors(level):
         if alpha > 1:
             lead = (scores / (alpha - 1)).sub_(target).masked_fill_(p == 0, 0)
@@ -312,12 +395,12 @@ def _sparse_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | N
         for part in parts:
             rows = weight.index_select(0, entries[part])
             rows.mul_((g[part] * inverse_norm[entries[part]]).unsqueeze(1))
-            _add_rows(grad_unit, samples[part], rows)
+            add_rows(grad_unit, samples[part], rows)
     if ctx.needs_input_grad[1]:
         rows, slot = torch.unique(entries, return_inverse=True)
         values = unit.new_zeros(rows.numel(), unit.shape[1])
         for part in parts:
-            _add_rows(values, slot[part], unit[samples[part]] * g[part].unsqueeze(1))
+            add_rows(values, slot[part], unit[samples[part]] * g[part].unsqueeze(1))
         for start in range(0, rows.numel(), at_once):
             part = slice(start, start + at_once)
             _project(values[part], prototypes.unit(rows[part]), inverse_norm[rows[part]])
@@ -325,7 +408,7 @@ def _sparse_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | N
     return grad_unit, grad_weight
 
 
-def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
     """In an order that does not change: index_add_ on a GPU adds as its threads come."""
     if total.device.type == "cuda":
         total.index_put_((index,), rows, accumulate=True)  # which sorts

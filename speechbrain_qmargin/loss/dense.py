@@ -10,6 +10,7 @@ from torch import Tensor
 
 from speechbrain_qmargin.loss.binary import binary_rows
 from speechbrain_qmargin.loss.device import all_steps, host_decides, kernels_run
+from speechbrain_qmargin.loss.f_operators import f_margin_loss
 from speechbrain_qmargin.loss.interface import (
     BinaryObjective,
     Objective,
@@ -124,6 +125,8 @@ class DenseScores:
         if isinstance(objective, BinaryObjective):
             self._check()
             return binary_rows(cosines, targets.long(), objective)
+        if objective.generator is not None:
+            return self._of_generator(targets.long(), objective)
         log_q = objective.log_q
         if log_q is not None and log_q.shape != (cosines.shape[1],):
             raise ValueError(
@@ -156,6 +159,16 @@ class DenseScores:
                     *tensors, *numbers, objective.spread
                 )
         return Rows(loss, posterior, support)
+
+    def _of_generator(self, targets: Tensor, objective: Objective) -> Rows:
+        cosines, index = self.cosines(), targets.unsqueeze(1)
+        assert objective.generator is not None
+        with torch.autocast(cosines.device.type, enabled=False):
+            log_q = torch.zeros_like(cosines, dtype=torch.float64)
+            if objective.target_log_q is not None:
+                log_q = log_q.scatter(1, index, objective.target_log_q.double().unsqueeze(1))
+            logits = cosines.to(compute_dtype(cosines)) * objective.scale
+            return Rows(*f_margin_loss(logits, targets, objective.generator, log_q))
 
 
 def scores_of(outputs: Tensor | Scores, embeddings: Tensor | None = None) -> Scores:

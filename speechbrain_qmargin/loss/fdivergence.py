@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from speechbrain_qmargin.loss.base import Loss
-from speechbrain_qmargin.loss.dense import DenseScores, check_labels
 from speechbrain_qmargin.loss.functional import check_loss_parameters, q_margin_objective
-from speechbrain_qmargin.loss.generators import f_hard_margin, f_margin_loss, generator_named
+from speechbrain_qmargin.loss.generators import f_hard_margin, generator_named
 from speechbrain_qmargin.loss.interface import Objective, QMarginStats, Rows, Scores
 
 __all__ = ["FDivergenceLoss"]
@@ -21,8 +20,9 @@ class FDivergenceLoss(Loss):
 
     Logits :math:`s \cos_j`, reference measure :math:`q_y = e^{-s m}` and 1 elsewhere, as in
     Q-Margin. ``kl`` is ``cosface`` and ``chi_square`` is ``qmargin`` with alpha 2, which they are
-    computed as, on every classifier. The others are computed in float64 on all cosines, which the
-    dense classifier has; with a sparse head they raise.
+    computed as. The others are solved in float64. All are exact on the sparse head and in shards:
+    it searches for the support of ``le_cam`` as for that of Q-Margin, and looks at every class,
+    chunk by chunk, for those whose posterior is dense.
 
     Parameters
     ----------
@@ -76,27 +76,15 @@ class FDivergenceLoss(Loss):
             )
 
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
-        """Of the members that are alpha-divergences."""
-        assert self._f.alpha is not None
-        return q_margin_objective(targets, self._f.alpha, self.scale, self.margin)
-
-    def rows(self, scores: Scores, targets: Tensor, *, statistics: bool = False) -> Rows:
         if self._f.alpha is not None:
-            return super().rows(scores, targets, statistics=statistics)
-        if not isinstance(scores, DenseScores):
-            raise TypeError(
-                f"divergence {self.divergence}: the sparse head searches for the support of "
-                "alpha-divergences; use --head dense (kl and chi_square run on every head)"
-            )
-        cosines = scores.cosines()
-        check_labels(targets, scores.num_classes)
-        targets = targets.long()
-        with torch.autocast(cosines.device.type, enabled=False):
-            log_q = torch.zeros_like(cosines, dtype=torch.float64)
-            log_q = log_q.scatter(1, targets.unsqueeze(1), -self.scale * self.margin)
-            logits = cosines.to(torch.promote_types(cosines.dtype, torch.float32)) * self.scale
-            loss, p_y, support = f_margin_loss(logits, targets, self._f, log_q)
-        return Rows(loss, p_y, support)
+            return q_margin_objective(targets, self._f.alpha, self.scale, self.margin)
+        prior = torch.full(
+            targets.shape,
+            -self.scale * self.margin,
+            dtype=torch.float64,
+            device=targets.device,
+        )
+        return Objective(self.scale, target_log_q=prior, generator=self._f)
 
     def resting_lead(self) -> float | None:
         if not self._f.is_sparse:

@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from speechbrain_qmargin.loss.generators import Generator
+
 __all__ = [
     "BinaryObjective",
     "Objective",
@@ -58,6 +60,9 @@ class Objective:
         ``moved = move_others(cosines, target)`` of cosines [B, K] of any K classes that are not the
         targets, and the targets' moved cosines [B, 1], which count as constants; element by
         element, by differentiable operations. It sees finite cosines only. At alpha = 1.
+    generator : Generator, optional
+        Another divergence than the alpha-divergences, with a finite f(0), in float64. It goes with
+        `scale` and a `target_log_q` without a gradient, and with nothing else.
 
     Both functions give the same for the same cosines: what is random is drawn before.
     """
@@ -69,6 +74,12 @@ class Objective:
     spread: float | None = None
     move_target: Callable[[Tensor], Tensor] | None = None
     move_others: Callable[[Tensor, Tensor], Tensor] | None = None
+    generator: Generator | None = None
+
+    def __post_init__(self) -> None:
+        others = (self.log_q, self.move_target, self.move_others)
+        if self.generator is not None and (self.alpha != 1 or any(x is not None for x in others)):
+            raise ValueError("an Objective with a generator takes scale and target_log_q alone")
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,14 @@ class Measure(NamedTuple):
     target: Tensor
     classes: Tensor | None = None
 
+    def edge(self, level: Tensor) -> Tensor:
+        """See :func:`edge`."""
+        return edge(level, self.alpha)
+
+    def tau(self, level: Tensor) -> Tensor:
+        """See :func:`tau_of`."""
+        return tau_of(level, self.alpha)
+
     def of(self, classes: Tensor | slice) -> Tensor | None:
         """log q of some classes, in the shape of `classes`; None: q = 1."""
         return None if self.classes is None else self.classes[classes]
