@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from speechbrain_qmargin.extraction import EmbeddingParts, extract_into
 from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.loss.base import Loss, value_of
 from speechbrain_qmargin.loss.dense import scores_of
 from speechbrain_qmargin.loss.diagnosis import Progress, advice
@@ -168,13 +169,24 @@ class VerificationBrain(OpenBrain):
         if not epochs:
             return None
         head, cost = self.modules["classifier"], self.hparams.compute_cost
-        if self.distributed_launch or getattr(head, "subcentres", 1) > 1:
-            raise ValueError("reset_after_epochs: one process and one prototype a class are wanted")
+        if getattr(head, "subcentres", 1) > 1:
+            raise ValueError("reset_after_epochs: one prototype a class is wanted")
         if not isinstance(cost, Loss):
             raise ValueError("reset_after_epochs: for a loss of speechbrain_qmargin, as a3m")
-        shape = head.weight.shape[0], head.weight.shape[1]
-        reset = PrototypeReset(shape, epochs, self.hparams.reset_prototypes).to(self.device)
-        self.checkpointer.add_recoverable("prototype_reset", reset)
+        shards = self._sharded_head
+        reset = PrototypeReset(
+            len(head.weight) if shards is None else shards.num_classes,
+            head.weight.shape[1],
+            epochs,
+            self.hparams.reset_prototypes,
+            Communicator() if shards is None else shards.comm,
+            in_shards=shards is not None,
+        ).to(self.device)
+        hooks: dict[str, Any] = {}
+        if shards is not None:
+            hooks["custom_save_hook"] = lambda reset, path: reset.save(path)
+            hooks["custom_load_hook"] = lambda reset, path, _: reset.load(path)
+        self.checkpointer.add_recoverable("prototype_reset", reset, **hooks)
         return reset
 
     @property
@@ -185,10 +197,10 @@ class VerificationBrain(OpenBrain):
     def _reset_prototypes(self) -> None:
         if self._reset is None or not self._resets_now:
             return
-        head = self.modules["classifier"]
+        head = bare(self.modules["classifier"])
         *_, optimizer = self.optimizers_dict.values()  # a head in shards has the last one
-        found = self._reset.apply_to(head.weight, optimizer)
-        logger.info(f"prototypes set to the mean of their samples: {found} of {len(head.weight)}")
+        found, every = self._reset.apply_to(head.weight, optimizer), self._reset.num_classes
+        logger.info(f"prototypes set to the mean of their samples: {found} of {every}")
         self._record["prototypes_reset"] = found
 
     # ---------------------------------------------------------------- learning rate

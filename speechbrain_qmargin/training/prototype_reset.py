@@ -14,16 +14,26 @@ what they become
     The mean of the unit embeddings of their samples in that epoch, as they were trained on, in the
     length that the prototype had. The optimiser's moments of these rows become zero.
 
-The sums are kept in the checkpoints, so that an interrupted epoch goes on with them.
+The sums are kept in the checkpoints, so that an interrupted epoch goes on with them. In several
+processes they are of all processes' samples: each process keeps the sums of the prototypes that it
+holds, a shard or all of them, and prototypes that are on all processes become the same on all.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.head.shards import load_shards, save_shards
+from speechbrain_qmargin.head.step import add_rows
+
 __all__ = ["PrototypeReset"]
+
+_SEEN, _ACTIVE = -2, -1  # columns
 
 
 class PrototypeReset(nn.Module):
@@ -31,15 +41,19 @@ class PrototypeReset(nn.Module):
 
     Parameters
     ----------
-    weight_shape : (C, D)
-        Of the prototypes.
+    num_classes, dim : int
+        Of all prototypes.
     after_epochs : list of int
         Counted from 1.
     which : {"collapsed", "all"}
+    comm : Communicator, optional
+        The processes whose samples count. None: this one.
+    in_shards : bool
+        Whether each process holds a shard of the prototypes; otherwise it holds all.
 
     Examples
     --------
-    >>> reset = PrototypeReset((3, 2), after_epochs=[1])
+    >>> reset = PrototypeReset(3, 2, after_epochs=[1])
     >>> x = torch.tensor([[0.0, 5.0], [3.0, 0.0]])
     >>> reset.observe(x, torch.tensor([0, 1]), target_posterior=torch.tensor([0.0, 0.4]))
     >>> weight = nn.Parameter(torch.tensor([[-2.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))
@@ -49,12 +63,16 @@ class PrototypeReset(nn.Module):
             [1., 0.]]))
     """
 
-    sums: Tensor
-    seen: Tensor
-    active: Tensor
+    table: Tensor
 
     def __init__(
-        self, weight_shape: tuple[int, int], after_epochs: list[int], which: str = "collapsed"
+        self,
+        num_classes: int,
+        dim: int,
+        after_epochs: list[int],
+        which: str = "collapsed",
+        comm: Communicator | None = None,
+        in_shards: bool = False,
     ) -> None:
         super().__init__()
         if which not in ("collapsed", "all"):
@@ -62,32 +80,39 @@ class PrototypeReset(nn.Module):
         if not all(isinstance(epoch, int) and epoch >= 1 for epoch in after_epochs):
             raise ValueError(f"reset_after_epochs: epochs from 1 on wanted, got {after_epochs}")
         self.after_epochs, self.which = frozenset(after_epochs), which
-        classes = weight_shape[0]
-        self.register_buffer("sums", torch.zeros(weight_shape))
-        self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
-        self.register_buffer("active", torch.zeros(classes, dtype=torch.bool))
+        self.comm, self.in_shards = comm or Communicator.alone(), in_shards
+        self.num_classes = num_classes
+        self.start, self.stop = self.comm.shard_of(num_classes) if in_shards else (0, num_classes)
+        # of each prototype: the sum of its samples' unit embeddings, whether there were any, and
+        # whether it was active for one of them
+        self.register_buffer("table", torch.zeros(self.stop - self.start, dim + 2))
 
     def begin(self) -> None:
         """Forget what was seen: an epoch begins."""
-        for buffer in (self.sums, self.seen, self.active):
-            buffer.zero_()
+        self.table.zero_()
 
     @torch.no_grad()
     def observe(self, embeddings: Tensor, targets: Tensor, target_posterior: Tensor) -> None:
         """Take in a batch: embeddings [B, D], targets [B], their posteriors [B].
 
-        Embeddings that are not finite are left out.
+        Every process calls it, with its own batch of any size. Embeddings that are not finite are
+        left out.
         """
         unit = F.normalize(embeddings.detach().float(), dim=1)
-        fine = unit.isfinite().all(1)
-        targets, unit = targets.long()[fine], unit[fine]
-        self.sums.index_add_(0, targets, unit)
-        self.seen[targets] = True
-        self.active[targets[target_posterior[fine] > 0]] = True
+        names = torch.stack((targets.long(), (target_posterior > 0).long()), 1)
+        sizes = torch.tensor([len(unit)], device=unit.device)
+        sizes = [int(size) for size in self.comm.gather_rows(sizes)]
+        unit, names = self.comm.gather(unit, sizes), self.comm.gather(names, sizes)
+        targets, active = names.unbind(1)
+        mine = unit.isfinite().all(1) & (targets >= self.start) & (targets < self.stop)
+        rows = targets[mine] - self.start
+        add_rows(self.table[:, :_SEEN], rows, unit[mine])
+        self.table[rows, _SEEN] = 1
+        self.table[rows[active[mine] > 0], _ACTIVE] = 1
 
     @torch.no_grad()
     def apply_to(self, weight: Tensor, optimizer: torch.optim.Optimizer | None = None) -> int:
-        """Set the prototypes [C, D]; how many it was.
+        """Set the prototypes [stop - start, D] of this process; how many it was in all of them.
 
         Parameters
         ----------
@@ -95,11 +120,21 @@ class PrototypeReset(nn.Module):
         optimizer : Optimizer, optional
             Whose moments of these rows become zero.
         """
-        chosen = self.seen if self.which == "all" else self.seen & ~self.active
-        chosen = chosen & (self.sums.norm(dim=1) > 0)
-        rows = chosen.nonzero().squeeze(1)
-        if not len(rows):
-            return 0
+        sums = self.table[:, :_SEEN]
+        chosen = self.table[:, _SEEN] > 0
+        if self.which == "collapsed":
+            chosen = chosen & (self.table[:, _ACTIVE] == 0)
+        rows = (chosen & (sums.norm(dim=1) > 0)).nonzero().squeeze(1)
+        if len(rows):
+            self._set(weight, rows, sums[rows], optimizer)
+        if not self.in_shards:
+            return len(rows)
+        return int(self.comm.sum(torch.tensor([len(rows)], device=weight.device)))
+
+    @staticmethod
+    def _set(
+        weight: Tensor, rows: Tensor, sums: Tensor, optimizer: torch.optim.Optimizer | None
+    ) -> None:
         if optimizer is not None:
             catch_up = getattr(optimizer, "catch_up", None)  # idle rows of a row-sparse optimiser
             if catch_up is not None:
@@ -108,5 +143,12 @@ class PrototypeReset(nn.Module):
                 if isinstance(moment, Tensor) and moment.shape == weight.shape:
                     moment[rows] = 0
         lengths = weight[rows].norm(dim=1, keepdim=True)
-        weight[rows] = (F.normalize(self.sums[rows], dim=1) * lengths).to(weight.dtype)
-        return len(rows)
+        weight[rows] = (F.normalize(sums, dim=1) * lengths).to(weight.dtype)
+
+    def save(self, path: str | Path) -> None:
+        """Where the prototypes are in shards: write what was seen; every process calls it."""
+        save_shards(path, self.table, self.num_classes, self.comm)
+
+    def load(self, path: str | Path) -> None:
+        """Read what any number of processes wrote by :meth:`save`."""
+        load_shards(path, self.table, self.num_classes, self.comm)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import on_ranks
 
 from speechbrain_qmargin import QMarginHead, make_loss
 from speechbrain_qmargin.head import RowSparseSGD
@@ -14,7 +15,7 @@ CLASSES, DIM = 7, 5
 def watched(which="collapsed"):
     """Classes 0 (active once), 1 and 2 (never); others had no samples."""
     torch.manual_seed(0)
-    reset = PrototypeReset((CLASSES, DIM), [2], which)
+    reset = PrototypeReset(CLASSES, DIM, [2], which)
     x = torch.randn(6, DIM) * torch.linspace(1, 50, 6)[:, None]
     targets = torch.tensor([0, 1, 1, 2, 0, 2])
     posterior = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.3, 0.0])
@@ -62,22 +63,69 @@ def test_they_become_the_mean_of_their_samples(which, rows, kind):
 
 def test_nothing_is_set_where_nothing_collapsed():
     reset, _ = watched()
-    reset.active[:] = True
+    reset.table[:, -1] = 1
     weight = torch.randn(CLASSES, DIM)
     assert reset.apply_to(weight) == 0
     reset.begin()
-    assert not bool(reset.seen.any())
-    assert not bool(reset.sums.any())
+    assert not bool(reset.table.any())
 
 
 def test_embeddings_that_are_not_finite_are_left_out():
-    reset = PrototypeReset((CLASSES, DIM), [1])
+    reset = PrototypeReset(CLASSES, DIM, [1])
     reset.observe(torch.full((1, DIM), torch.nan), torch.tensor([3]), torch.tensor([0.0]))
     assert reset.apply_to(torch.randn(CLASSES, DIM)) == 0
 
 
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="choose collapsed or all"):
-        PrototypeReset((2, 2), [1], "some")
+        PrototypeReset(2, 2, [1], "some")
     with pytest.raises(ValueError, match="epochs from 1 on"):
-        PrototypeReset((2, 2), [0])
+        PrototypeReset(2, 2, [0])
+
+
+@pytest.mark.parametrize("which", ["collapsed", "all"])
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_over_processes_they_are_what_they_are_in_one(in_shards, which, tmp_path):
+    """Uneven batches, a class that is active on one rank alone, and a move to other processes."""
+    torch.manual_seed(1)
+    x, weight = torch.randn(12, DIM), torch.randn(CLASSES, DIM)
+    targets = torch.tensor([0, 1, 1, 2, 0, 6, 6, 3, 2, 1, 0, 4])
+    posterior = torch.zeros(12)
+    posterior[9] = 0.2  # class 1, of the second process
+    x[7, 0] = torch.nan  # class 3 has no other sample
+    steps = [[slice(0, 1), slice(1, 4)], [slice(4, 8), slice(8, 12)]]
+    expected, alone = weight.clone(), PrototypeReset(CLASSES, DIM, [1], which)
+    for step in steps:
+        both = slice(step[0].start, step[1].stop)
+        alone.observe(x[both], targets[both], posterior[both])
+    number = alone.apply_to(expected)
+    assert number == (4 if which == "collapsed" else 5)
+    moved = [r for r in range(CLASSES) if not torch.equal(expected[r], weight[r])]
+    assert moved == [r for r in (0, 1, 2, 4, 6) if which == "all" or r != 1]
+
+    def train(comm, first, last):
+        reset = PrototypeReset(CLASSES, DIM, [1], which, comm, in_shards)
+        if first and in_shards:
+            reset.load(tmp_path)
+        for step in steps[first:last]:
+            parts = step if comm.world == 2 else [slice(step[0].start, step[1].stop)]
+            part = parts[comm.rank]
+            reset.observe(x[part], targets[part], posterior[part])
+        rows = weight[reset.start : reset.stop].clone()
+        if last == 1:
+            reset.save(tmp_path)
+        return reset.apply_to(rows), rows
+
+    def check(found):
+        assert {count for count, _ in found} == {number}
+        rows = [part for _, part in found]
+        if in_shards:
+            rows = [torch.cat(rows)]
+        for each in rows:
+            torch.testing.assert_close(each, expected, rtol=1e-6, atol=1e-6)
+            assert torch.equal(each, rows[0])  # the same to the last bit
+
+    check(on_ranks(2, lambda comm: train(comm, 0, 2)))
+    if in_shards:
+        on_ranks(2, lambda comm: train(comm, 0, 1))
+        check(on_ranks(1, lambda comm: train(comm, 1, 2)))
