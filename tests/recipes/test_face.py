@@ -55,14 +55,19 @@ def test_the_main_job_ends_with_its_results_and_says_when_it_is_done(
 )
 def test_loss_head_and_model_are_one_flag_each(corpus, tmp_path, option):
     output = tmp_path / "out"
+    options = [option]
+    if "sparse" in option:  # with the number of images of each identity
+        options += ["--loss=qmargin_prior", "--loss_options={temperature: 1.0}"]
     tiny = TINY if "model" not in option else TINY[2:]  # depth and width are IResNet's
     given = [f"--data_folder={corpus.folder}", f"--verification_file={corpus.trials_test}"]
-    run("--size=small", *given, option, f"--output_folder={output}", tiny=tiny)
+    run("--size=small", *given, *options, f"--output_folder={output}", tiny=tiny)
     results = json.loads((output / "results.json").read_text())
     settings = results["settings"]
     assert (
         settings["training_samples"] == settings["number_of_epochs"] * 4 * settings["out_n_neurons"]
     )
+    if "sparse" in option:
+        assert results["loss"]["temperature"] == 1
     if "auto" in option:
         log = (output / "log.txt").read_text()
         assert results["loss"] == {"alpha": 1.25, "scale": 20, "margin": 0.2}
