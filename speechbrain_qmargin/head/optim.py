@@ -273,13 +273,13 @@ class RowSparse(torch.optim.Optimizer):
                 self.state[p]["idle_since"] = since.clone()
         self._marks = {}  # the weights may be loaded before or after
 
-    def rows_state(self, weight: nn.Parameter) -> dict[str, Tensor]:
+    def rows_state(self, weight: Tensor) -> dict[str, Tensor]:
         """The state of a head's weight, for a checkpoint in shards."""
         names = (*self._moments, "idle_since", "idle", "step")
         state = self.state.get(weight, {})
         return {name: state[name] for name in names if state.get(name) is not None}
 
-    def load_rows_state(self, weight: nn.Parameter, parts: list[tuple[slice, dict]]) -> None:
+    def load_rows_state(self, weight: Tensor, parts: list[tuple[slice, dict]]) -> None:
         """What :meth:`rows_state` gave, of the rows of any number of shards."""
         state: dict[str, Any] = {}
         for rows, stored in parts:

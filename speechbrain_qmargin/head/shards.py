@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from speechbrain_qmargin.files import replacing, write_text
 from speechbrain_qmargin.head.communicator import Communicator
@@ -20,14 +20,16 @@ _INDEX = "index.json"
 
 def save_shards(
     folder: str | Path,
-    weight: nn.Parameter,
+    weight: Tensor,
     num_classes: int,
     comm: Communicator,
     optimizer: RowSparse | None = None,
     *,
     subcentres: int = 1,
 ) -> None:
-    """Write the prototypes and their optimiser's state; every rank calls it.
+    """Write the prototypes, or other rows of the classes, and their optimiser's state.
+
+    Every rank calls it.
 
     Each rank writes its shard under a new name, then the first writes the index that names them:
     until that moment the previous checkpoint in the folder is whole and valid.
@@ -65,7 +67,7 @@ def save_shards(
 @torch.no_grad()
 def load_shards(
     folder: str | Path,
-    weight: nn.Parameter,
+    weight: Tensor,
     num_classes: int,
     comm: Communicator,
     optimizer: RowSparse | None = None,

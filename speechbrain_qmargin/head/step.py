@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -319,6 +320,7 @@ def _solved_of_generator(query: Query, prototypes: Prototypes, comm: Communicato
     """
     measure = query.of_generator
     candidates = active = everything = lower = None
+    leads: Callable[[], Iterable[Tensor]]
     if measure.generator.is_sparse:
         candidates, bound, _, _ = search(query, prototypes, comm)
         if candidates is None:
@@ -331,10 +333,7 @@ def _solved_of_generator(query: Query, prototypes: Prototypes, comm: Communicato
         leads = everything.leads
     else:
         lead = candidates.cosines * query.scale - query.target.unsqueeze(1)
-
-        def leads() -> list[Tensor]:
-            return [lead]
-
+        leads = [lead].__iter__
     most = torch.full_like(query.target, -math.inf)
     for part in leads():
         most = torch.maximum(most, part.amax(1))
