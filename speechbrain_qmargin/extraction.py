@@ -140,6 +140,28 @@ class EmbeddingParts:
                 everything.update(zip(loaded.ids, loaded.matrix, strict=True))
         return {name: everything[name] for name in order if name in everything}
 
+    def gathered(self, order: Iterable[str]) -> Mapping[str, np.ndarray]:
+        """As :meth:`merged`, but in a file of the folder: memory holds one part at a time."""
+        place: dict[str, tuple[int, int]] = {}
+        files, dim = self._files(), 0
+        for number, file in enumerate(files):
+            loaded = _load(file)
+            if loaded is not None:
+                dim = loaded.matrix.shape[1]
+                place.update((name, (number, row)) for row, name in enumerate(loaded.ids))
+        names = [name for name in order if name in place]
+        if not names:
+            return {}
+        source = np.array([place.pop(name) for name in names])
+        matrix = np.lib.format.open_memmap(
+            self.folder / "gathered.npy", "w+", np.dtype(np.float32), (len(names), dim)
+        )
+        for number, file in enumerate(files):
+            (rows,) = np.nonzero(source[:, 0] == number)
+            if len(rows):
+                matrix[rows] = load_embeddings(file).matrix[source[rows, 1]]
+        return Embeddings(names, matrix)
+
 
 def extract_into(
     parts: Sink,
@@ -237,7 +259,7 @@ def extract_items(
     batch_size: int = 1,
     workers: int = 4,
     progress: Callable[[int], Any] | None = None,
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
     """Embed files, whatever they are; interrupted, it goes on.
 
     Parameters
@@ -255,16 +277,17 @@ def extract_items(
 
     Returns
     -------
-    embeddings : dict from id to float32 [D]
-        In the order of the items.
+    embeddings : mapping from id to float32 [D]
+        In the order of the items, in a file of the folder of `parts`: it ends with that folder.
     faults : dict from id to str
         What could not be embedded, and why.
 
     Examples
     --------
     >>> parts = EmbeddingParts(getfixture("tmp_path") / "parts", "model 1")
-    >>> extract_items(parts, {"a": "1", "b": "x"}, int, lambda batch: [[n] for n in batch])
-    ({'a': array([1.], dtype=float32)}, {'b': "invalid literal for int() with base 10: 'x'"})
+    >>> found, faults = extract_items(parts, {"a": "1", "b": "x"}, int, lambda rows: [[1.0]])
+    >>> found["a"].tolist(), faults
+    ([1.0], {'b': "invalid literal for int() with base 10: 'x'"})
     """
     todo = {name: item for name, item in items.items() if name not in parts.done}
     progress = progress or (lambda count: None)
@@ -290,7 +313,7 @@ def extract_items(
             progress(len(names))
 
     extract_into(parts, batches(), embed, faults)
-    return parts.merged(items), faults
+    return parts.gathered(items), faults
 
 
 def _model_of(about: Path) -> str:

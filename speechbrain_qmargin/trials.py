@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.lfw_pairs import read_lfw_pairs
 from speechbrain_qmargin.tables import (
     LABELS,
     Table,
@@ -525,7 +526,8 @@ def read_trials(path: str | Path) -> LabelledTrials:
     labels 1 and 0, target and nontarget, or tgt and imp; between blanks, tabs (then ids may hold
     spaces) or commas; with or without a header. Any other columns need a header that names the
     ``enrolment`` (or ``modelid``), ``test`` (``segmentid``) and ``label`` (``targettype``), as NIST
-    SRE's. The label's column is found by its values.
+    SRE's. The label's column is found by its values. ``pairs.txt`` of Labeled Faces in the Wild is
+    read as it is (:func:`~speechbrain_qmargin.lfw_pairs.read_lfw_pairs`).
 
     Raises
     ------
@@ -540,6 +542,9 @@ def read_trials(path: str | Path) -> LabelledTrials:
     >>> read_trials(file).is_target.tolist()
     [True, False]
     """
+    pairs = read_lfw_pairs(path)
+    if pairs is not None:
+        return index_pairs(*pairs).labelled()
     table = read_table(path)
     width = len(table.columns)
     header = table.header or []
@@ -574,6 +579,9 @@ def read_unlabelled(path: str | Path) -> Trials:
     ValueError
         As :func:`read_trials`.
     """
+    pairs = read_lfw_pairs(path)
+    if pairs is not None:
+        return index_pairs(*pairs)
     table = read_table(path)
     header = table.header or []
     named = {"enrolment", "test"} <= set(header)

@@ -1,8 +1,11 @@
 """Embeddings on their way to a file: interruptions, damage, faults."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from speechbrain_qmargin.embeddings import load_embeddings, save_embeddings
 from speechbrain_qmargin.extraction import EmbeddingParts, extract_into, read_ahead
 
 ROWS = {name: np.full(3, n, np.float32) for n, name in enumerate("abcdef", 1)}
@@ -48,6 +51,29 @@ def test_a_damaged_part_is_named_and_embedded_again(tmp_path, damage, caplog):
     found = extract(tmp_path).merged("abcdef")
     for name, row in ROWS.items():
         np.testing.assert_array_equal(found[name], row)
+
+
+def test_a_long_extraction_is_put_together_a_part_at_a_time(tmp_path):
+    """In the order that is asked for; memory holds a part, and not all of them."""
+    rng, size, dim = np.random.default_rng(0), 250, 1024
+    rows = rng.normal(size=(16 * size, dim)).astype(np.float32)
+    names = [f"id{n:05d}" for n in rng.permutation(len(rows))]
+    parts = EmbeddingParts(tmp_path / "parts", "model")
+    for start in range(0, len(rows), size):
+        for name, row in zip(names[start : start + size], rows[start : start + size], strict=True):
+            parts.add(name, row)
+        parts.flush()
+    order = sorted(names)
+    tracemalloc.start()
+    found = parts.gathered([*order, "never embedded"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    save_embeddings(tmp_path / "all.npz", found, "encoder")  # 16 MB at a time, by numpy
+    assert peak < rows.nbytes / 2  # a part and what reading one takes
+    written = load_embeddings(tmp_path / "all.npz")
+    assert written.ids == order
+    np.testing.assert_array_equal(written.matrix, rows[np.argsort(names)])
+    assert EmbeddingParts(tmp_path / "none", "model").gathered(order) == {}
 
 
 def test_another_model_and_a_damaged_record_are_named(tmp_path):

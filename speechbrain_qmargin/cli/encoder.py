@@ -29,13 +29,14 @@ on where it was.
 """
 EXPORT = """
 Writes RUN/inference/ anew from the run's checkpoints. A FILE of `qmargin report` whose scores are
-plain cosines becomes the folder's threshold. Of a published model --onnx alone is written.
+plain cosines becomes the folder's threshold. Of an inference folder or a published model only the
+files that the options name are written.
 """
 PAIRS = """
 Ten-fold accuracy and TAR@FAR=1e-3 of pair sets by an encoder of faces. SET is InsightFace's .bin,
-or a text list of pairs, `label image image`, of images below --images. OUTPUT gets a folder a set:
-the unrounded scores and the DET plot; and pairs.json. An interrupted extraction, started again,
-goes on where it was.
+or a text list of pairs, `label image image` or LFW's own pairs.txt, of images below --images.
+OUTPUT gets a folder a set: the unrounded scores and the DET plot; and pairs.json. An interrupted
+extraction, started again, goes on where it was.
 """
 TRUST = """
 A run's folder executes nothing: its YAML may name networks, features, losses, optimisers and
@@ -92,9 +93,10 @@ def _extract(args: argparse.Namespace) -> None:
             f"{next(iter(faults.values()))}"
         )
     write_embeddings(out, embeddings, encoder.digest())
-    shutil.rmtree(parts)
     dim = len(next(iter(embeddings.values())))
     print(f"{out}: {len(embeddings):,} embeddings of {dim} values")
+    del embeddings  # they lie in what goes now
+    shutil.rmtree(parts)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -207,7 +209,7 @@ def _embed_all(
 
 def _embedded(
     encoder, images, parts: Path, about: str, args: argparse.Namespace, bar
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
     """Embeddings and faults of images, as the options say, counted on a bar."""
     from speechbrain_qmargin.export.images import extract_images
 

@@ -20,7 +20,7 @@ import numpy as np
 from speechbrain_qmargin.data.classes import all_pairs, held_out_for_validation, training_classes
 from speechbrain_qmargin.data.images import IMAGE_SUFFIXES
 from speechbrain_qmargin.data.manifest import Item, Manifest
-from speechbrain_qmargin.trials import LabelledTrials, read_trials, speaker_in
+from speechbrain_qmargin.trials import LabelledTrials, match_ids, read_trials, speaker_in
 
 __all__ = ["FaceCorpus", "prepare_faces"]
 
@@ -72,7 +72,7 @@ def prepare_faces(
     save_folder : path
         Where the manifests are written.
     verification_file, valid_file : path, optional
-        Pairs, ``label image image`` per line.
+        Pairs, ``label image image`` per line, or LFW's ``pairs.txt``.
     num_valid_identities : int
         Without a `valid_file`: how many training identities to hold out; all pairs of up to ten
         of their images become the validation pairs. 0 is no validation.
@@ -191,6 +191,14 @@ def _pairs(pair_list: Path, images: Manifest, root: Path) -> LabelledTrials:
     trials = read_trials(pair_list)
     known = images.class_of_id
     missing = [name for name in trials.ids if name not in known]
+    if missing:  # perhaps by their suffix alone
+        held = list(known)
+        places, how = match_ids(trials.ids, held)
+        missing = [name for name, at in zip(trials.ids, places, strict=True) if at < 0]
+        if not missing:
+            found = zip(trials.ids, places.tolist(), strict=True)
+            trials = trials.renamed({name: held[at] for name, at in found})
+            logger.warning(f"{pair_list}: its images are found below {root} {how}")
     if missing:
         raise FileNotFoundError(
             f"{pair_list}: {len(missing)} of the images it names are not below {root}, the first: "

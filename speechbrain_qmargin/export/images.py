@@ -21,6 +21,7 @@ from speechbrain_qmargin.export.face_encoder import FaceEncoder
 from speechbrain_qmargin.export.sources import read_list
 from speechbrain_qmargin.extraction import EmbeddingParts, extract_items
 from speechbrain_qmargin.faces.pair_sets import pair_ids
+from speechbrain_qmargin.trials import match_ids
 
 __all__ = ["FaceImages", "extract_images", "find_images", "select_images"]
 
@@ -80,20 +81,23 @@ def find_images(source: str | Path) -> FaceImages:
 
 
 def select_images(images: FaceImages, ids: Sequence[str], what: str | Path) -> FaceImages:
-    """Those images alone, in the order of some ids.
+    """Those images alone, in the order of some ids; suffixes aside where they differ.
 
     Raises
     ------
     FileNotFoundError
         Some are not there; named, beside one that is.
     """
-    missing = [name for name in ids if name not in images.items]
+    held = list(images.items)
+    places = match_ids(ids, held)[0].tolist()
+    missing = [name for name, place in zip(ids, places, strict=True) if place < 0]
     if missing:
         raise FileNotFoundError(
             f"{what}: {len(missing)} of the images it names are not there, the first: "
-            f"{', '.join(missing[:5])} (there is {next(iter(images.items))})"
+            f"{', '.join(missing[:5])} (there is {held[0]})"
         )
-    return replace(images, items={name: images.items[name] for name in ids}, faults={})
+    items = {name: images.items[held[at]] for name, at in zip(ids, places, strict=True)}
+    return replace(images, items=items, faults={})
 
 
 def _below(root: Path) -> FaceImages:
@@ -126,7 +130,7 @@ def extract_images(
     batch_size: int = 64,
     workers: int = 4,
     progress: Callable[[int], Any] | None = None,
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
     """Embed images; interrupted, it goes on.
 
     Parameters
@@ -134,7 +138,7 @@ def extract_images(
     encoder : FaceEncoder
     images : FaceImages
     folder : path
-        Where embeddings are kept on their way.
+        Where embeddings are kept on their way, and where those that are returned lie.
     about : str
         What tells the images from others of the same ids.
     batch_size, workers : int
@@ -144,7 +148,7 @@ def extract_images(
 
     Returns
     -------
-    embeddings : dict from id to float32 [D]
+    embeddings : mapping from id to float32 [D]
         In the order of the images.
     faults : dict from id to str
         What could not be embedded, and why.

@@ -62,7 +62,7 @@ def extract_recordings(
     about: str = "",
     workers: int = 4,
     progress: Callable[[int], Any] | None = None,
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
     """Embed recordings whole and one by one; interrupted, it goes on.
 
     Parameters
@@ -70,7 +70,7 @@ def extract_recordings(
     encoder : SpeakerEncoder
     recordings : mapping from id to path
     folder : path
-        Where embeddings are kept on their way.
+        Where embeddings are kept on their way, and where those that are returned lie.
     about : str
         What tells the recordings from others of the same ids.
     workers : int
@@ -80,7 +80,7 @@ def extract_recordings(
 
     Returns
     -------
-    embeddings : dict from id to float32 [D]
+    embeddings : mapping from id to float32 [D]
         In the order of the recordings.
     faults : dict from id to str
         What could not be embedded, and why.
