@@ -10,12 +10,12 @@ from __future__ import annotations
 import pickle
 import types
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
-__all__ = ["read_without_objects"]
+__all__ = ["is_program", "read_without_objects"]
 
 # All that a tensor is made of; storages are torch's own matter
 _NEEDED = {
@@ -45,6 +45,14 @@ class _Nothing:
         """Nothing."""
 
 
+def is_program(path: Path) -> bool:
+    """Whether a file is a TorchScript program, whose code ``torch.load`` runs without a word."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
+
+
 def read_without_objects(path: Path) -> tuple[dict[str, Any], list[str]]:
     """What a checkpoint in torch's zip format holds, and the names of what was left out.
 
@@ -68,5 +76,7 @@ def read_without_objects(path: Path) -> tuple[dict[str, Any], list[str]]:
     reader.Unpickler = Unpickler  # type: ignore[attr-defined]  # what torch looks up
     if not zipfile.is_zipfile(path):
         raise pickle.UnpicklingError("not in torch's zip format")
+    if is_program(path):
+        raise pickle.UnpicklingError("a TorchScript program")
     found = torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False)
     return found if isinstance(found, dict) else {}, sorted(left_out)

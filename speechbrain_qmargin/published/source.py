@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from speechbrain_qmargin.published.inert import read_without_objects
+from speechbrain_qmargin.published.inert import is_program, read_without_objects
 
 __all__ = ["Source", "first_keys", "fit", "parts_below", "read_tensors", "without_prefix"]
 
@@ -32,6 +32,11 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if is_program(path):
+        raise ValueError(
+            f"{path}: a TorchScript program (torch.jit.save), which is not loaded since its code "
+            "would run; give the weights (torch.save of a state_dict)"
+        )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (

@@ -195,6 +195,20 @@ def test_a_checkpoint_executes_nothing_and_gives_its_weights(tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
+class Program(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_torchscript_program_is_not_loaded(tmp_path, monkeypatch):
+    """Its __setstate__ would run; torch.load hands such an archive to torch.jit.load."""
+    torch.jit.script(Program()).save(str(tmp_path / "model.pt"))
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match=r"model\.pt: a TorchScript program .* is not loaded"):
+        load_published(tmp_path / "model.pt")
+
+
 def test_a_cache_of_several_snapshots_names_them(tmp_path):
     for name in ("one", "two"):
         (tmp_path / "snapshots" / name).mkdir(parents=True)
