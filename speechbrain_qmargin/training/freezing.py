@@ -120,5 +120,5 @@ class Freezing:
         if not self.modules:
             return ""
         count = sum(parameter.numel() for parameter in self.parameters)
-        until = "throughout" if self.epochs is None else f"for {self.epochs} epochs"
+        until = {None: "throughout", 1: "for 1 epoch"}.get(self.epochs, f"for {self.epochs} epochs")
         return f"{count:,} parameters of the encoder are frozen {until}"

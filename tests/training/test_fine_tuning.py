@@ -133,7 +133,7 @@ def test_over_processes_gradients_of_what_will_learn_are_dropped():
     net.train()
     freezing.hold()
     assert net[1].training
-    assert str(freezing) == "10 parameters of the encoder are frozen for 1 epochs"
+    assert str(freezing) == "10 parameters of the encoder are frozen for 1 epoch"
 
 
 def test_layers_are_named_and_what_never_learns_stays_so():
