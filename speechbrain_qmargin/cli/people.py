@@ -17,10 +17,10 @@ __all__ = ["configure"]
 THRESHOLD = """
 ENCODER is a run's output folder, an inference folder or a published model. PEOPLE is a folder,
 <person>/<file> or <person>/<session>/<file>, with wav/ or images/ above the persons if you like, or
-a list of `person/... path` lines; of faces also a .rec or a folder of shards. Half of the people
-choose the threshold, the other half measure what it promises; nobody may be in both under two
-names. With --cohort, a folder of other people or their embeddings (`qmargin extract`), scores are
-normalised (AS-norm).
+a list of `person/... path` lines; of faces also a .rec or a folder of shards; or what --save wrote
+before. Half of the people choose the threshold, the other half measure what it promises; nobody may
+be in both under two names. With --cohort, a folder of other people or their embeddings (`qmargin
+extract`), scores are normalised (AS-norm).
 
 The threshold is written beside the encoder with its error rates, their intervals, the calibration,
 the cohort and the score histogram, all bound to this encoder.
@@ -39,8 +39,8 @@ The more people are searched, the more strangers find somebody: a bound of that 
 The exit status is 0 if somebody is found, 3 if nobody.
 """
 PEOPLE = """
-What is the file of enrolments, or the encoder whose it is. Erasing leaves nothing of a person in
-the file; copies and backups of it are yours to erase.
+WHAT is the file of enrolments, or the encoder that it belongs to. Erasing leaves nothing of a
+person in the file; copies and backups of it are yours to erase.
 """
 SERVE = """
 Needs the extra `serve`. It listens to this machine alone unless --host says otherwise. Whoever has
@@ -75,10 +75,15 @@ def _verifier(args: argparse.Namespace):
 def _threshold(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from speechbrain_qmargin.embeddings import Embeddings, load_embeddings
+    from speechbrain_qmargin.embeddings import Embeddings, load_embeddings, save_embeddings
+    from speechbrain_qmargin.files import refuse_overwriting
     from speechbrain_qmargin.verify import threshold as module
     from speechbrain_qmargin.verify.verifier import load_reader, place_of
 
+    if args.save:
+        refuse_overwriting([args.save], [args.people, args.cohort])
+        if Path(args.save).suffix != ".npz":
+            raise ValueError(f"--save {args.save}: embeddings are written as .npz")
     place = place_of(args.encoder)
     reader = load_reader(args.encoder, args.device, args.trust, checked=not args.unchecked)
     folders = []
@@ -102,6 +107,8 @@ def _threshold(args: argparse.Namespace) -> None:
     cohort = None
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         people = embedded(Path(args.people), "people")
+        if args.save:
+            save_embeddings(args.save, people, reader.digest)
         if args.cohort:
             others = embedded(Path(args.cohort), "cohort")
             cohort = module.cohort_of(others, args.method, args.top_n)
@@ -208,15 +215,17 @@ def _identify(args: argparse.Namespace) -> int:
 
 def _people(args: argparse.Namespace) -> None:
     from speechbrain_qmargin.files import write_text
-    from speechbrain_qmargin.verify.people import People
+    from speechbrain_qmargin.verify.people import People, is_enrolments
     from speechbrain_qmargin.verify.verifier import people_file
 
+    if (args.action == "list") != (args.name is None):
+        fault = "takes no NAME" if args.name else "wants the NAME of somebody"
+        raise ValueError(f"people {args.action} {fault}")
     path = Path(args.place)
-    path = people_file(path) if path.is_dir() else path
+    if not is_enrolments(path):
+        path = people_file(args.place)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nobody is enrolled there")
-    if (args.action == "list") != (args.name is None):
-        raise ValueError(f"people {args.action}: " + ("no name" if args.name else "whom?"))
     people = People(path)
     if args.action == "list":
         found = people.list()
@@ -278,7 +287,9 @@ def configure(add) -> None:
         )
 
     sub = sub_of("threshold", _threshold, THRESHOLD)
-    sub.add_argument("people", metavar="PEOPLE", help="a folder of your people, or a list")
+    sub.add_argument("people", metavar="PEOPLE", help="a folder of your people, a list, or .npz")
+    sub.add_argument("--save", metavar="FILE", help="keep PEOPLE's embeddings (.npz) for the next "
+                     "time: for another --far or --cohort")  # fmt: skip
     sub.add_argument("--far", type=float, default=0.01, help="share of impostors to let in")
     sub.add_argument("--cohort", metavar="OTHERS", help="a folder or .npz of other people")
     sub.add_argument("--method", default="as", choices=("as", "s", "z", "t"))

@@ -29,7 +29,15 @@ from speechbrain_qmargin.published import formats
 from speechbrain_qmargin.published.model import FaceInput, Published, SpeechInput
 from speechbrain_qmargin.published.source import Source, first_keys
 
-__all__ = ["FaceInput", "Format", "Published", "SpeechInput", "known_formats", "load_published"]
+__all__ = [
+    "FaceInput",
+    "Format",
+    "Published",
+    "SpeechInput",
+    "known_formats",
+    "load_published",
+    "split_format",
+]
 
 
 class Format(Protocol):
@@ -60,6 +68,20 @@ def known_formats() -> dict[str, Format]:
     return cast(dict[str, Format], modules)
 
 
+def split_format(path: str | Path) -> tuple[str, Path]:
+    """The format that a path begins with, empty for none, and the path itself.
+
+    Examples
+    --------
+    >>> split_format("wespeaker:model.pt"), split_format("model.pt")
+    (('wespeaker', PosixPath('model.pt')), ('', PosixPath('model.pt')))
+    """
+    chosen, _, rest = str(path).partition(":")
+    if rest and chosen in known_formats() and not Path(path).exists():
+        return chosen, Path(rest)
+    return "", Path(path)
+
+
 def load_published(path: str | Path) -> Published:
     """An encoder that somebody published, with its features or crop, ready to be used.
 
@@ -82,11 +104,10 @@ def load_published(path: str | Path) -> Published:
         Of no known format, or of two; not the weights of the network that it says; damaged. The
         message names the file and the first entries that differ.
     """
-    known = known_formats()
-    chosen, _, rest = str(path).partition(":")
-    if rest and chosen in known and not Path(path).exists():
-        return _loaded(known[chosen], Source(rest))
-    source = Source(path)
+    known, (chosen, place) = known_formats(), split_format(path)
+    if chosen:
+        return _loaded(known[chosen], Source(place))
+    source = Source(place)
     found = {name: one for name, one in known.items() if one.recognise(source)}
     if len(found) == 1:
         return _loaded(next(iter(found.values())), source)

@@ -27,7 +27,7 @@ import numpy as np
 
 from speechbrain_qmargin.files import json_values
 
-__all__ = ["NotEnrolled", "OtherEncoder", "People", "Person", "checked_name"]
+__all__ = ["NotEnrolled", "OtherEncoder", "People", "Person", "checked_name", "is_enrolments"]
 
 _FORMAT = 0x516D6567  # "Qmeg": SQLite's application_id
 _VERSION = 1
@@ -84,7 +84,8 @@ def checked_name(name: str) -> str:
     Raises
     ------
     ValueError
-        No text, longer than 200 characters, or with control characters.
+        No text, longer than 200 characters, with control characters, or none that the service's
+        URLs could hold.
 
     Examples
     --------
@@ -96,10 +97,21 @@ def checked_name(name: str) -> str:
     name = unicodedata.normalize("NFC", name).strip()
     if not name or len(name) > MAX_NAME:
         raise ValueError(f"a name has 1 to {MAX_NAME} characters; this has {len(name)}")
+    if "/" in name or name in (".", ".."):
+        raise ValueError(f"the name {name!r} could not be part of a URL: no slash, not . or ..")
     bad = [letter for letter in name if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")]
     if bad:
         raise ValueError(f"the name {name!r} has control characters")
     return name
+
+
+def is_enrolments(path: str | Path) -> bool:
+    """Whether a file is a database, or will be one: empty, or not there and named as one."""
+    path = Path(path)
+    if not path.is_file():
+        return path.suffix == ".sqlite"
+    with path.open("rb") as stream:
+        return stream.read(16) in (b"", b"SQLite format 3\0")
 
 
 class People:

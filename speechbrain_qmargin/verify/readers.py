@@ -87,8 +87,6 @@ class Reader(Protocol):
         "speech" or "faces".
     digest : str
         The encoder's.
-    max_bytes : int
-        Larger content is refused before it is decoded.
     """
 
     modality: str

@@ -8,6 +8,8 @@ A client sends contents, never paths, and may be answered ``{"error": {"code", "
 409   no threshold, or templates of another encoder
 413   a request larger than allowed
 422   a recording or image that is not fit or cannot be decoded; a form that lacks something
+500   a fault of the service; its log has the traceback
+503   the disk or the file of enrolments failed
 ====  ======================================================================
 """
 
@@ -135,6 +137,32 @@ class SystemOut:
     histogram: dict[str, Any] | None
 
 
+class _Guard:
+    """Refuse what has no token before its body is read, and let no cache keep an answer."""
+
+    def __init__(self, app: Any, token: str) -> None:
+        self.app, self.token = app, token.encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, credentials = given.partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(credentials.strip(), self.token):
+            message = "the token is wanted as `Authorization: Bearer <token>`"
+            answer = _refused(401, "unauthorised", message, **{"WWW-Authenticate": "Bearer"})
+            await answer(scope, receive, send)
+            return
+
+        async def sent(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"cache-control", b"no-store")]
+            await send(message)
+
+        await self.app(scope, receive, sent)
+
+
 class _Limit:
     """Refuse a body that is larger than allowed while it comes, whatever its header says."""
 
@@ -214,22 +242,16 @@ def make_app(
     from fastapi import APIRouter, Depends, FastAPI, File, Request, UploadFile
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse
-    from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+    from fastapi.security import HTTPBearer
     from starlette.exceptions import HTTPException
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    bearer = Depends(HTTPBearer(auto_error=False))
     content = File(description="a file's content; its name is not used")
     contents = File(description="contents; their names are not used")
     if len(token) < 16 or not token.isascii() or not token.isprintable():
         raise ValueError("the token wants 16 characters or more, of printable ASCII")
     folder = files("speechbrain_qmargin.verify") / "page"
     page = {name: (folder / name).read_text(encoding="utf-8") for name in _PAGE}
-
-    def authorised(given: Annotated[HTTPAuthorizationCredentials | None, bearer]) -> None:
-        sent = "" if given is None else given.credentials
-        if not hmac.compare_digest(sent.encode(), token.encode()):
-            raise HTTPException(401, "the token is wanted as `Authorization: Bearer <token>`")
 
     app = FastAPI(
         title="speechbrain_qmargin",
@@ -239,18 +261,19 @@ def make_app(
         redoc_url=None,
     )
     app.add_middleware(_Limit, max_bytes=max_bytes)
+    app.add_middleware(_Guard, token=token)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     refused: dict[int | str, dict[str, Any]] = {
-        status: {"model": Refused} for status in (401, 404, 409, 413, 422)
+        status: {"model": Refused} for status in (401, 404, 409, 413, 422, 500, 503)
     }
-    api = APIRouter(prefix="/v1", dependencies=[Depends(authorised)], responses=refused)
+    described = [Depends(HTTPBearer(auto_error=False))]  # for OpenAPI; the guard has seen to it
+    api = APIRouter(prefix="/v1", dependencies=described, responses=refused)
 
     @app.exception_handler(HTTPException)
     def _(request: Request, error: HTTPException) -> JSONResponse:
-        headers = {"WWW-Authenticate": "Bearer"} if error.status_code == 401 else {}
-        codes = {401: "unauthorised", 404: "not_found", 405: "not_allowed", 413: "too_large"}
+        codes = {404: "not_found", 405: "not_allowed"}
         code = codes.get(error.status_code, "refused")
-        return _refused(error.status_code, code, str(error.detail), **headers)
+        return _refused(error.status_code, code, str(error.detail))
 
     @app.exception_handler(RequestValidationError)
     def _(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -275,6 +298,10 @@ def make_app(
         if error.errno is not None:  # of the disk
             return _refused(503, "unavailable", error.strerror or "the storage failed")
         return _refused(422, "undecodable", str(error))
+
+    @app.exception_handler(Exception)
+    def _(request: Request, error: Exception) -> JSONResponse:
+        return _refused(500, "internal", "the service failed; its log says how")
 
     # ---------------------------------------------------------------- people
 
@@ -302,7 +329,7 @@ def make_app(
     @api.delete("/people/{name}")
     def erase_person(name: str) -> dict[str, Any]:
         """Erase a person from the file."""
-        return {"name": name, "recordings": verifier.people.delete(name)}
+        return {"name": name, "recordings": verifier.erase(name)}
 
     # ---------------------------------------------------------------- decisions
 

@@ -128,8 +128,8 @@ class System:
         normalised = [f"{method}-norm" for method in _NORMALISED]
         if self.kind not in ("cosine", "centred cosine", *normalised):
             raise ValueError(
-                f"the threshold is for {self.kind or 'unknown'} scores; cosine, centred cosine and "
-                f"{', '.join(normalised)} are verified with"
+                f"the threshold is for {self.kind or 'unknown'} scores; a verifier decides on "
+                f"cosine, centred cosine, {', '.join(normalised)}"
             )
         if self.kind != "cosine" and self.cohort is None:
             raise ValueError(f"the threshold is for {self.kind} scores, and there is no cohort")

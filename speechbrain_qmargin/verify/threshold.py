@@ -120,7 +120,9 @@ def cohort_of(
     top = min(300, max(2, count // 3)) if top_n is None else top_n
     if not 2 <= top <= count:
         raise ValueError(f"top_n is {top}; from 2 to the cohort's {count} people")
-    return Cohort.of(embeddings, people, method, top, centre=centre)
+    # embedded here, each is of a recording, also where a person has but one; in a file, who knows
+    mean = embeddings.matrix.mean(axis=0) if centre and not embeddings.source else None
+    return Cohort.of(embeddings, people, method, top, centre=centre, mean=mean)
 
 
 def measure_threshold(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,8 @@ import torch
 
 from speechbrain_qmargin.export.encoder import SpeakerEncoder, is_run
 from speechbrain_qmargin.export.loading import is_exported, load_any_encoder
-from speechbrain_qmargin.verify.people import People
+from speechbrain_qmargin.published import split_format
+from speechbrain_qmargin.verify.people import People, checked_name
 from speechbrain_qmargin.verify.readers import (
     FaceReader,
     Quality,
@@ -111,6 +112,15 @@ class Found:
     kind: str
 
 
+@dataclass
+class _Held:
+    """Templates in memory, of one state of the file of enrolments."""
+
+    version: tuple[int, ...]
+    templates: dict[str, tuple[Vectors, int]] = field(default_factory=dict)
+    gallery: tuple[list[str], Vectors] | None = None
+
+
 class Verifier:
     """An encoder with its threshold and the people who are enrolled. Safe in several threads.
 
@@ -130,8 +140,7 @@ class Verifier:
         self._system = system if isinstance(system, System) else None
         self._find_system = system
         self._lock = threading.Lock()
-        self._templates: dict[str, tuple[Any, Vectors]] = {}
-        self._gallery: tuple[Any, list[str], Vectors] | None = None
+        self._held = _Held(())
 
     @classmethod
     def load(
@@ -226,6 +235,7 @@ class Verifier:
         OSError, ValueError
             One that cannot be decoded; a name that is none; templates of another encoder.
         """
+        checked_name(name)
         given = [recordings] if isinstance(recordings, str | Path | bytes) else list(recordings)
         if not given:
             raise ValueError(f"no recordings to enrol {name!r} from")
@@ -242,28 +252,46 @@ class Verifier:
         self.people.enrol(name, embeddings, self.reader.digest, qualities, replace)
         return qualities
 
+    def erase(self, name: str) -> int:
+        """Erase a person from the file and from memory; the number of recordings there were.
+
+        Raises
+        ------
+        NotEnrolled
+            Nobody of that name.
+        """
+        count = self.people.delete(name)
+        self._now()
+        return count
+
+    def _now(self) -> _Held:
+        """What is held in memory of the file as it is; what was of it before is let go."""
+        version = self.people.version()
+        with self._lock:
+            if self._held.version != version:
+                self._held = _Held(version)
+            return self._held
+
     def _template(self, name: str) -> tuple[Vectors, int]:
         """A person's, as of now, and from how many recordings."""
-        version = self.people.version()
-        held = self._templates.get(name)
-        if held is None or held[0][0] != version:
+        held = self._now().templates
+        found = held.get(name)
+        if found is None:
             embeddings = self.people.embeddings(name, self.reader.digest)
-            held = (version, len(embeddings)), self.system.vectors([embeddings])
-            if len(self._templates) > 10_000:
-                self._templates.clear()
-            self._templates[name] = held
-        return held[1], held[0][1]
+            found = self.system.vectors([embeddings]), len(embeddings)
+            if len(held) > 10_000:
+                held.clear()
+            held[name] = found
+        return found
 
     def _everybody(self) -> tuple[list[str], Vectors | None]:
-        version = self.people.version()
-        held = self._gallery
-        if held is None or held[0] != version:
+        held = self._now()
+        if held.gallery is None:
             found = self.people.everybody(self.reader.digest)
             if not found:
                 return [], None
-            held = version, list(found), self.system.vectors(list(found.values()))
-            self._gallery = held
-        return held[1], held[2]
+            held.gallery = list(found), self.system.vectors(list(found.values()))
+        return held.gallery
 
     # ---------------------------------------------------------------- decisions
 
@@ -383,10 +411,8 @@ def _or_raise(found: T | Exception) -> T:
 def _notes(system: System, count: int) -> tuple[str, ...]:
     notes, point = [], system.point
     if point.enrolled_from and point.enrolled_from != count:
-        notes.append(
-            f"the threshold was measured with {point.enrolled_from} recordings an enrolment; this "
-            f"has {count}"
-        )
+        many = "1 recording" if point.enrolled_from == 1 else f"{point.enrolled_from} recordings"
+        notes.append(f"the threshold was measured with {many} an enrolment; this has {count}")
     if point.optimistic:
         notes.append("the threshold was measured on the people that it was chosen on")
     if point.support == "unsupported":
@@ -398,12 +424,14 @@ def place_of(encoder: str | Path) -> Path:
     """Where an encoder's threshold lies.
 
     A run's ``inference/``, or the inference folder itself; of a published model, which is left as
-    it is, ``<file or folder>.verifier`` beside it.
+    it is, ``<file or folder>.verifier`` beside it, whether or not its format is named before it.
     """
-    encoder = Path(encoder)
-    if is_run(encoder):
-        return encoder / "inference"
-    return encoder if is_exported(encoder) else encoder.with_name(f"{encoder.name}.verifier")
+    path = split_format(encoder)[1]
+    if path.name in ("", ".."):
+        path = path.resolve()
+    if is_run(path):
+        return path / "inference"
+    return path if is_exported(path) else path.with_name(f"{path.name}.verifier")
 
 
 def people_file(encoder: str | Path) -> Path:

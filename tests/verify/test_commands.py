@@ -39,7 +39,7 @@ def called(capsys, *arguments):
     return status, said.out, said.err
 
 
-def test_a_threshold_by_one_command(encoder, capsys, voices_folder):
+def test_a_threshold_by_one_command(encoder, capsys, voices_folder, tmp_path):
     point = OperatingPoint.load(encoder / "inference" / "operating_point.json")
     assert point.kind == "cosine"
     assert point.num_targets == 4 * 4
@@ -49,8 +49,14 @@ def test_a_threshold_by_one_command(encoder, capsys, voices_folder):
     assert not list((encoder).glob(".inference*.parts"))
     assert main(["--quiet", "export", str(encoder)]) == 0  # does not take it away
     assert OperatingPoint.load(encoder / "inference" / "operating_point.json") == point
-    status, out, _ = called(capsys, "threshold", encoder, voices_folder, "--far=0.2", "--json")
+    given = ["threshold", encoder, voices_folder, "--far=0.2", "--json"]
+    status, out, _ = called(capsys, *given, f"--save={tmp_path / 'people.npz'}")
     assert (status, json.loads(out)["threshold"]) == (0, point.threshold)
+    given[2] = tmp_path / "people.npz"
+    status, out, _ = called(capsys, *given)
+    assert (status, json.loads(out)["threshold"]) == (0, point.threshold)
+    status, _, error = called(capsys, *given, f"--save={tmp_path / 'people.npz'}")
+    assert (status, "people.npz" in error) == (1, True)
 
 
 def test_enrol_verify_identify_erase(encoder, capsys, voices, tmp_path):
@@ -151,8 +157,8 @@ def test_errors_are_one_line(encoder, capsys, tmp_path, voices):
         (["identify", fresh, good], "nobody is enrolled with this encoder"),
         (["verify", fresh, "Ann", good], "fresh PEOPLE"),
         (["people", "list", tmp_path / "empty"], "nobody is enrolled there"),
-        (["people", "delete", encoder], "people delete: whom?"),
-        (["people", "list", encoder, "Ann"], "people list: no name"),
+        (["people", "delete", encoder], "people delete wants the NAME"),
+        (["people", "list", encoder, "Ann"], "people list takes no NAME"),
         (["threshold", encoder, tmp_path / "empty"], "no .wav"),
         (["threshold", encoder, tmp_path / "nowhere"], "no such folder or list"),
         (["threshold", tmp_path / "empty", tmp_path], "hyperparams.yaml: no such file"),

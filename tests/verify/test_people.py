@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from speechbrain_qmargin.verify.people import NotEnrolled, People, checked_name
+from speechbrain_qmargin.verify.people import NotEnrolled, People, checked_name, is_enrolments
 from speechbrain_qmargin.verify.speech_quality import SpeechQuality
 
 QUALITY = SpeechQuality(2.0, 1.5, -float("inf"), 0.0, 20.0, 0.8, 8.0)
@@ -171,3 +171,19 @@ def test_one_name_however_it_was_typed(file):
     people = People(file)
     people.enrol("Zoe\u0308", rows(0), "e1")
     assert len(people.embeddings("Zo\u00eb ", "e1")) == 3
+
+
+@pytest.mark.parametrize("name", ["a/b", ".", ".."])
+def test_names_are_those_that_a_url_can_hold(name):
+    with pytest.raises(ValueError, match="part of a URL"):
+        checked_name(name)
+
+
+def test_a_database_is_told_from_weights(file, tmp_path):
+    assert is_enrolments(file)  # to be
+    assert not is_enrolments(tmp_path / "encoder")
+    People(file).close()
+    assert is_enrolments(file)
+    weights = tmp_path / "backbone.pth"
+    weights.write_bytes(b"PK\x03\x04 weights")
+    assert not is_enrolments(weights)

@@ -1,5 +1,6 @@
 """The HTTP service: what it answers, what it refuses, and that nothing else gets out."""
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -96,6 +97,37 @@ def test_without_the_token_nothing_is_answered(verifier, token):
         assert "token" in refusal(answer, 401, "unauthorised")
         assert answer.headers["www-authenticate"] == "Bearer"
     assert [one.name for one in verifier.people.list()] == ["Ann"]
+
+
+@pytest.mark.parametrize("header", [[], [(b"authorization", b"Bearer not the token")]])
+def test_without_the_token_no_body_is_read(verifier, header):
+    """Or anybody could fill the disk with what they send."""
+    scope = {"type": "http", "method": "POST", "path": "/v1/people/Ann", "query_string": b"",
+             "headers": [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; "
+                         b"boundary=b"), *header]}  # fmt: skip
+    sent = []
+
+    async def receive():
+        raise AssertionError("the body is read")
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(make_app(verifier, TOKEN)(scope, receive, send))
+    assert sent[0]["status"] == 401
+
+
+def test_answers_are_not_kept_by_a_cache(client):
+    for path in ("system", "people", "people/Eve"):
+        assert client.get(f"/v1/{path}").headers["cache-control"] == "no-store"
+
+
+def test_a_fault_of_the_service_is_json_and_says_nothing(client, verifier, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("secret of the inside")
+
+    monkeypatch.setattr(verifier.people, "list", fails)
+    assert "secret" not in refusal(client.get("/v1/people"), 500, "internal")
 
 
 def test_a_token_is_long_and_in_a_file_of_its_owners(verifier, tmp_path):

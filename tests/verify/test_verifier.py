@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from speechbrain_qmargin.verify.people import NotEnrolled, People
 from speechbrain_qmargin.verify.readers import Unfit
 from speechbrain_qmargin.verify.system import Histogram, NoThreshold, System, cohort_digest
 from speechbrain_qmargin.verify.threshold import cohort_of, measure_threshold
-from speechbrain_qmargin.verify.verifier import Verifier
+from speechbrain_qmargin.verify.verifier import Verifier, people_file, place_of
 
 READER = Stub()
 PEOPLE = [f"person{n}" for n in range(24)]
@@ -164,7 +165,7 @@ def test_one_that_is_not_fit_spoils_an_enrolment_and_no_batch(verifier):
 def test_a_decision_says_where_the_threshold_was_not_measured_like_this(verifier):
     verifier.enrol("ann", said("ann", 1, 2, 3))
     assert verifier.verify("ann", b"ann 4").notes == (
-        "the threshold was measured with 1 recordings an enrolment; this has 3",
+        "the threshold was measured with 1 recording an enrolment; this has 3",
     )
     verifier.enrol("ann", said("ann", 1), replace=True)
     assert verifier.verify("ann", b"ann 4").notes == ()
@@ -287,3 +288,42 @@ def test_histograms_count_everything():
     assert (found.targets, found.impostors) == ([0, 0, 3], [2, 1, 0])
     with pytest.raises(ValueError, match="edges and counts disagree"):
         replace(found, edges=[0.0])
+
+
+def test_nobody_who_was_erased_is_left_in_memory(verifier):
+    verifier.enrol("Ann", said("ann", 1, 2))
+    verifier.verify("Ann", said("ann", 3)[0])
+    verifier.identify(said("ann", 3)[0])
+    assert verifier._held.templates
+    assert verifier._held.gallery
+    assert verifier.erase("Ann") == 2
+    assert not verifier._held.templates
+    assert verifier._held.gallery is None
+    with pytest.raises(NotEnrolled):
+        verifier.verify("Ann", said("ann", 3)[0])
+
+
+def test_a_bad_name_is_known_before_anything_is_read(verifier):
+    with pytest.raises(ValueError, match="1 to 200 characters"):
+        verifier.enrol(" ", "nowhere.wav")
+
+
+def test_what_belongs_to_an_encoder_lies_beside_it(tmp_path, monkeypatch):
+    weights = tmp_path / "mine" / "avg_model.pt"
+    weights.parent.mkdir()
+    weights.touch()
+    assert place_of(weights) == weights.with_name("avg_model.pt.verifier")
+    assert place_of(f"wespeaker:{weights}") == place_of(weights)
+    monkeypatch.chdir(weights.parent)
+    assert place_of(".") == tmp_path / "mine.verifier"
+    assert people_file(".") == tmp_path / "mine.verifier.people.sqlite"
+
+
+def test_a_cohort_of_one_recording_a_person_is_no_cohort_of_means():
+    rows = Embeddings(*READER.embeddings(OTHERS, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cohort_of(rows)
+    rows.source = "means.npz"
+    with pytest.warns(UserWarning, match="one embedding a speaker"):
+        cohort_of(rows)
