@@ -111,6 +111,9 @@ def _export(args: argparse.Namespace) -> None:
     outputs = [one for one in (args.onnx, args.wespeaker, args.arcface_torch) if one]
     refuse_overwriting(outputs, [args.operating_point])
     place = Path(args.run_folder)
+    if not is_run(place) and not outputs and not args.operating_point and place.exists():
+        raise ValueError(f"{place}: no run; say what to write of it: --onnx, --wespeaker or "
+                         "--arcface_torch")  # fmt: skip
     if is_run(place) or not outputs or args.operating_point:
         point = OperatingPoint.load(args.operating_point) if args.operating_point else None
         place = export_run(place, operating_point=point, trust=args.trust)

@@ -215,6 +215,7 @@ def _identify(args: argparse.Namespace) -> int:
 
 def _people(args: argparse.Namespace) -> None:
     from speechbrain_qmargin.files import write_text
+    from speechbrain_qmargin.published import split_format
     from speechbrain_qmargin.verify.people import People, is_enrolments
     from speechbrain_qmargin.verify.verifier import people_file
 
@@ -224,6 +225,8 @@ def _people(args: argparse.Namespace) -> None:
     path = Path(args.place)
     if not is_enrolments(path):
         path = people_file(args.place)
+        if not path.is_file() and not split_format(args.place)[1].exists():
+            raise FileNotFoundError(f"{args.place}: no such encoder or file of enrolments")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nobody is enrolled there")
     people = People(path)

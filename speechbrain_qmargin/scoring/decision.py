@@ -142,7 +142,7 @@ class OperatingPoint:
         >>> OperatingPoint("a", 0.4, 0.01, 0.012, 0.9, 12, 10, 1000, 100, "indicative", False,
         ...     "", "", far_interval=(0.004, 0.03), tar_interval=(0.8, 0.95)).promise()
         'accepts 1.20 % of impostors (95 % interval 0.40 to 3.00 %; asked for: 1 %) and 90.0 % of
-        true pairs (80.0 to 95.0 %); indicative'
+        true pairs (80.0 to 95.0 %); these rates are indicative'
         """
         sure = f"{100 * self.confidence:g} % interval"
         far = f"{100 * self.far:.2f} % of impostors"
@@ -157,7 +157,7 @@ class OperatingPoint:
             low, high = (100 * x for x in self.tar_interval)
             tar += f" ({low:.1f} to {high:.1f} %)"
         note = ", optimistic: measured on the people it was chosen on" if self.optimistic else ""
-        return f"accepts {far} and {tar}; {self.support}{note}"
+        return f"accepts {far} and {tar}; these rates are {self.support}{note}"
 
     def accepts(self, score: float, kind: str = "", encoder: str = "") -> bool:
         """Whether to accept.

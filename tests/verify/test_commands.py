@@ -157,6 +157,8 @@ def test_errors_are_one_line(encoder, capsys, tmp_path, voices):
         (["identify", fresh, good], "nobody is enrolled with this encoder"),
         (["verify", fresh, "Ann", good], "fresh PEOPLE"),
         (["people", "list", tmp_path / "empty"], "nobody is enrolled there"),
+        (["people", "list", tmp_path / "nowhere"], "no such encoder or file of enrolments"),
+        (["export", tmp_path / "empty"], "empty: no run; say what to write of it"),
         (["people", "delete", encoder], "people delete wants the NAME"),
         (["people", "list", encoder, "Ann"], "people list takes no NAME"),
         (["threshold", encoder, tmp_path / "empty"], "no .wav"),
