@@ -5,6 +5,7 @@ old module names in sys.modules, which raise ImportError when an attribute is re
 uses them.
 """
 
+import importlib.util
 import logging
 import os
 import sys
@@ -22,6 +23,17 @@ if not torch.cuda.is_available():  # Triton reads it when it is imported
 import speechbrain  # noqa: F401
 
 from speechbrain_qmargin.files import CACHE_VARIABLE
+
+if torch.__version__.startswith("2.7") and importlib.util.find_spec("triton"):
+    # Its Triton's interpreter counts loops by int() of an array [1], which numpy 2.4 refuses
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_loops(tensor):
+        patch_tensor(tensor)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = patch_tensor_and_loops
 
 collect_ignore = ["compiled_kernels.py"]  # a script, which runs without the interpreter
 
