@@ -1,6 +1,7 @@
 """Malformed inputs of every kind: what the command of docs/robustness.md feeds and expects."""
 
 import pytest
+from malformed import kinds
 from scripts import load
 
 from speechbrain_qmargin.data import audio
@@ -17,14 +18,14 @@ def test_every_malformed_input_ends_as_it_should(group, tmp_path, monkeypatch):
 
 
 def test_what_is_not_right_is_said(tmp_path, monkeypatch):
-    def kinds(folder):
-        yield attacks.error("accepted", lambda: 7, "word")
-        yield attacks.error("no name", lambda: int("x"), "x.wav")
-        yield attacks.error("a traceback", lambda: [][0], "")
-        yield attacks.value("another value", lambda: 7, 8)
-        yield attacks.listed("silence", lambda: "", "x.wav")
+    def made(folder):
+        yield kinds.error("accepted", lambda: 7, "word")
+        yield kinds.error("no name", lambda: int("x"), "x.wav")
+        yield kinds.error("a traceback", lambda: [][0], "")
+        yield kinds.value("another value", lambda: 7, 8)
+        yield kinds.listed("silence", lambda: "", "x.wav")
 
-    monkeypatch.setitem(attacks.GROUPS, "none", kinds)
+    monkeypatch.setitem(attacks.GROUPS, "none", made)
     results = attacks.attack(tmp_path, ["none"])
     assert [one["ok"] for one in results] == [False] * 5
     assert attacks.table(results).count("**NOT OK**") == 5
