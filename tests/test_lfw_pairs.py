@@ -6,8 +6,8 @@ from PIL import Image
 
 from speechbrain_qmargin.data.faces import prepare_faces
 from speechbrain_qmargin.export.images import find_images, select_images
-from speechbrain_qmargin.lfw_pairs import read_lfw_pairs
 from speechbrain_qmargin.trials import read_trials, read_unlabelled
+from speechbrain_qmargin.trials.lfw_pairs import read_lfw_pairs
 
 TWO_FOLDS = """2\t2
 Anna_A\t1\t4

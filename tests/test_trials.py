@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speechbrain_qmargin.tables import read_map, read_models
 from speechbrain_qmargin.trials import (
     LabelledTrials,
     index_pairs,
     match_ids,
-    read_map,
-    read_models,
     read_trials,
     read_unlabelled,
     write_trials,

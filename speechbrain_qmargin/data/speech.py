@@ -21,10 +21,10 @@ from speechbrain_qmargin.data.manifest import Manifest
 from speechbrain_qmargin.data.readers import Read, read_corpus
 from speechbrain_qmargin.data.voxceleb import warn_of_too_many_speakers
 from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.tables import read_models
 from speechbrain_qmargin.trials import (
     LabelledTrials,
     Trials,
-    read_models,
     read_trials,
     speaker_in,
     write_trials,
@@ -323,7 +323,7 @@ def prepare_speech(
         on disk (``.wav`` in the list, ``.flac`` in the folder) is accepted, and so are the last
         parts of the files' paths in the place of a table's ids. Their recordings are decoded once.
     enrolment_file : path, optional
-        From models to their recordings (:func:`~speechbrain_qmargin.trials.read_models`), for lists
+        From models to their recordings (:func:`~speechbrain_qmargin.tables.read_models`), for lists
         whose enrolment ids name models; else those are recordings.
     valid_file : path, optional
         Validation trials, likewise.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.files import replacing
-from speechbrain_qmargin.trials import read_map
+from speechbrain_qmargin.tables import read_map
 
 __all__ = ["is_table", "read_csv", "read_kaldi", "read_table", "write_csv"]
 

@@ -24,15 +24,9 @@ from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import FARS, Report, compare, evaluate
 from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.scoring.separation import refuse_shared
-from speechbrain_qmargin.trials import (
-    AnyTrials,
-    LabelledTrials,
-    Trials,
-    read_map,
-    read_models,
-    read_trials,
-    speaker_in,
-)
+from speechbrain_qmargin.tables import read_map, read_models
+from speechbrain_qmargin.trials import LabelledTrials, Trials, read_trials, speaker_in
+from speechbrain_qmargin.trials.pairs import AnyTrials
 
 __all__ = ["Cohort", "score_files", "score_lists", "speakers_in_cohort", "with_tables"]
 
@@ -49,7 +43,7 @@ def with_tables(
         Kaldi's utt2spk, of recordings or of models.
     models : path, optional
         The recordings of every enrolment model, see
-        :func:`~speechbrain_qmargin.trials.read_models`.
+        :func:`~speechbrain_qmargin.tables.read_models`.
     """
     if models:
         trials = trials.with_models(read_models(models))

@@ -1,6 +1,6 @@
 """Trials: which recordings are compared, which of them are one speaker's, and who speaks.
 
-Lists are read in every form that is published (:func:`read_trials`); the objects go from there to
+The objects go from a list that was read (:func:`~speechbrain_qmargin.trials.lists.read_trials`) to
 the last figure. A list may name enrolment models, each of several recordings
 (:meth:`Trials.with_models`).
 """
@@ -12,50 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from speechbrain_qmargin.files import write_text
-from speechbrain_qmargin.lfw_pairs import read_lfw_pairs
-from speechbrain_qmargin.tables import (
-    LABELS,
-    Table,
-    could_be_header,
-    read_map,
-    read_models,
-    read_table,
-    some,
-)
+from speechbrain_qmargin.tables import some
+from speechbrain_qmargin.trials.ids import speaker_in
 
-__all__ = [
-    "Distinct",
-    "LabelledTrials",
-    "Lost",
-    "Trials",
-    "index_pairs",
-    "match_ids",
-    "read_map",
-    "read_models",
-    "read_trials",
-    "read_unlabelled",
-    "speaker_in",
-    "write_trials",
-]
+__all__ = ["Distinct", "LabelledTrials", "Lost", "Trials", "index_pairs"]
 
 AnyTrials = TypeVar("AnyTrials", bound="Trials")
-
-
-def speaker_in(name: str) -> str:
-    """The speaker that a recording's id names: its part before the first slash.
-
-    Examples
-    --------
-    >>> speaker_in("id10270/5r0dWxy17C8/00001.wav")
-    'id10270'
-    """
-    return name.split("/", 1)[0]
 
 
 @dataclass(frozen=True)
@@ -177,8 +143,9 @@ class Trials:
         )
 
     def with_speakers(self: AnyTrials, speakers: Mapping[str, str]) -> AnyTrials:
-        """The same trials, with the speaker of every id (Kaldi's utt2spk; see :func:`read_map`).
+        """The same trials, with the speaker of every id (Kaldi's utt2spk).
 
+        :func:`~speechbrain_qmargin.tables.read_map` reads such a mapping.
         A model that the mapping does not name has its recordings' speaker.
 
         Raises
@@ -202,7 +169,8 @@ class Trials:
         Parameters
         ----------
         models : mapping from model to its recordings
-            See :func:`read_models`; those that no trial names are left out.
+            From :func:`~speechbrain_qmargin.tables.read_models`; those that no trial names are
+            left out.
 
         Raises
         ------
@@ -517,186 +485,3 @@ def index_pairs(
     )
     made = Trials(list(place), one, two, labels, source)
     return made if labels is None else made.labelled()
-
-
-def read_trials(path: str | Path) -> LabelledTrials:
-    """Read a trial list.
-
-    ``label enrolment test`` (VoxCeleb), ``enrolment test label`` (Kaldi, CN-Celeb, VOiCES), with
-    labels 1 and 0, target and nontarget, or tgt and imp; between blanks, tabs (then ids may hold
-    spaces) or commas; with or without a header. Any other columns need a header that names the
-    ``enrolment`` (or ``modelid``), ``test`` (``segmentid``) and ``label`` (``targettype``), as NIST
-    SRE's. The label's column is found by its values. ``pairs.txt`` of Labeled Faces in the Wild is
-    read as it is (:func:`~speechbrain_qmargin.lfw_pairs.read_lfw_pairs`).
-
-    Raises
-    ------
-    ValueError
-        No trials, a line of another kind, no labels or several columns that could be them: with
-        the file, and the line where there is one.
-
-    Examples
-    --------
-    >>> file = getfixture("tmp_path") / "trials.txt"
-    >>> _ = file.write_text("anna/1 anna/2 tgt\\nanna/1 bert/1 imp\\n")
-    >>> read_trials(file).is_target.tolist()
-    [True, False]
-    """
-    pairs = read_lfw_pairs(path)
-    if pairs is not None:
-        return index_pairs(*pairs).labelled()
-    table = read_table(path)
-    width = len(table.columns)
-    header = table.header or []
-    found = [header.index("label")] if header.count("label") == 1 else table.label_columns()
-    if len(found) > 1 and width == 3:  # an id may be called 0 or 1: words are labels, ids are not
-        words = [n for n in found if not set(table.columns[n]) <= {"0", "1"}]
-        found = words or found
-    if len(found) != 1 or width < 3:
-        raise ValueError(_no_label(table, found))
-    (label,) = found
-    if {"enrolment", "test"} <= set(header):
-        sides = header.index("enrolment"), header.index("test")
-    elif width == 3:
-        first, second = (n for n in range(3) if n != label)
-        sides = first, second
-    else:
-        raise ValueError(
-            f"{table.row(0)}: {width} columns; a first line must name them, as 'enrolment test "
-            "label'"
-        )
-    labels = table.labels(label)
-    enrolment, test = (table.columns[side] for side in sides)
-    _refuse_empty(table, enrolment, test)
-    return index_pairs(enrolment, test, labels, table.source).labelled()
-
-
-def read_unlabelled(path: str | Path) -> Trials:
-    """Read a list with or without labels: of two columns they are ``enrolment test``.
-
-    Raises
-    ------
-    ValueError
-        As :func:`read_trials`.
-    """
-    pairs = read_lfw_pairs(path)
-    if pairs is not None:
-        return index_pairs(*pairs)
-    table = read_table(path)
-    header = table.header or []
-    named = {"enrolment", "test"} <= set(header)
-    if len(table.columns) > 2 and (not named or "label" in header):
-        return read_trials(path)
-    if not named and table.label_columns():
-        raise ValueError(_no_label(table, table.label_columns()))
-    at = (header.index("enrolment"), header.index("test")) if named else (0, 1)
-    enrolment, test = (table.columns[side] for side in at)
-    _refuse_empty(table, enrolment, test)
-    return index_pairs(enrolment, test, None, table.source)
-
-
-def _refuse_empty(table: Table, *sides: Sequence[str]) -> None:
-    for side in sides:
-        if "" in side:
-            raise ValueError(f"{table.row(side.index(''))}: an id is empty")
-
-
-def _no_label(table: Table, found: list[int]) -> str:
-    """Why no column is that of the labels."""
-    if len(found) > 1 and len(table.columns) > 2:
-        return f"{table.path}: {len(found)} columns hold labels; name them in a first line"
-    if len(table.columns) < 3:
-        return f"{table.row(0)}: expected 'label enrolment test' or 'enrolment test label'"
-    counts = [sum(cell.lower() in LABELS for cell in column) for column in table.columns]
-    likely = int(np.argmax(counts))
-    if not counts[likely]:
-        return (
-            f"{table.row(0)}: expected 'label enrolment test' or 'enrolment test label'; no column "
-            f"holds labels ({', '.join(LABELS)})"
-        )
-    bad = next(n for n, cell in enumerate(table.columns[likely]) if cell.lower() not in LABELS)
-    wanted = "label enrolment test" if likely == 0 else "enrolment test label"
-    return (
-        f"{table.row(bad)}: expected '{wanted}', and {table.columns[likely][bad]!r} is none of "
-        f"{', '.join(LABELS)}"
-    )
-
-
-def write_trials(path: str | Path, trials: LabelledTrials) -> None:
-    """Write ``label enrolment test`` lines, between tabs where an id holds a blank.
-
-    A header is written where an id could be taken for a label or for a header.
-
-    Raises
-    ------
-    ValueError
-        An id with a tab or a line break; named.
-    """
-    ids = trials.ids
-    bad = [name for name in ids if any(letter in name for letter in "\t\n\r")]
-    if bad:
-        raise ValueError(f"{bad[0]!r}: an id in a trial list cannot hold a tab or a line break")
-    header = any(could_be_header(name) for name in ids)
-    blank = "\t" if header or any(len(name.split()) != 1 for name in ids) else " "
-    rows = zip(
-        trials.is_target.astype(int).tolist(),
-        trials.enrolment.tolist(),
-        trials.test.tolist(),
-        strict=True,
-    )
-    lines = (f"{label}{blank}{ids[one]}{blank}{ids[two]}\n" for label, one, two in rows)
-    head = "label\tenrolment\ttest\n" if header else ""
-    write_text(path, head + "".join(lines))
-
-
-def _without_suffix(name: str) -> str:
-    folder, slash, file = name.rpartition("/")
-    return folder + slash + (file.rpartition(".")[0] or file)
-
-
-def _to_first_dot(name: str) -> str:
-    return name.split(".", 1)[0] or name
-
-
-def match_ids(wanted: Sequence[str], held: Sequence[str]) -> tuple[np.ndarray, str]:
-    """Where each wanted id is among those held, suffixes aside where they differ.
-
-    Toolkits write ids with the file's suffix, without it, or cut at the first dot (SpeechBrain).
-    The strictest of the three rules is taken that finds every id, else that finds the most.
-
-    Parameters
-    ----------
-    wanted, held : sequence of str
-
-    Returns
-    -------
-    (places, how)
-        Int array [len(wanted)], -1 where an id is not held; and the rule for a warning, empty
-        where the ids are equal.
-
-    Examples
-    --------
-    >>> match_ids(["a/1.wav", "a/2.wav"], ["a/2", "a/1"])
-    (array([1, 0]), 'without their suffix')
-    """
-    best, said = _places(wanted, held, None), ""
-    for rule, how in (
-        (_without_suffix, "without their suffix"),
-        (_to_first_dot, "up to their first dot"),
-    ):
-        if not len(best) or best.min() >= 0:
-            break
-        found = _places(wanted, held, rule)
-        if found is not None and np.count_nonzero(found >= 0) > np.count_nonzero(best >= 0):
-            best, said = found, how
-    return best, said
-
-
-def _places(wanted, held, rule) -> Any:
-    """None where two ids become one under the rule."""
-    if rule is not None:
-        wanted, held = [rule(name) for name in wanted], [rule(name) for name in held]
-    place = {name: n for n, name in enumerate(held)}
-    if rule is not None and (len(place) < len(held) or len(set(wanted)) < len(wanted)):
-        return None
-    return np.fromiter((place.get(name, -1) for name in wanted), np.int64, len(wanted))
