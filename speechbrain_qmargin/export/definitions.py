@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from hyperpyyaml import load_hyperpyyaml, resolve_references
+from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import Comment, CommentedMap, CommentedSeq
 
+from speechbrain_qmargin.training.config import resolved
 from speechbrain_qmargin.training.trust import refuse_code
 
 __all__ = ["build", "canonical", "definitions", "hyperparams_tree"]
@@ -35,7 +36,7 @@ def hyperparams_tree(
         raise FileNotFoundError(f"{path}: no such file; a run's output folder holds one")
     text = path.read_text(encoding="utf-8", errors="replace")
     refuse_code(text, path, trust)
-    tree = YAML().load(resolve_references(text).read())
+    tree = resolved(text)
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: not a YAML of settings, `key: value`")
     missing = [key for key in wanted if key not in tree]

@@ -252,9 +252,10 @@ def load_average(
             for key, value in plain[name].state_dict().items():
                 if value.is_floating_point():
                     total[name, key] = total.get((name, key), 0) + value / len(checkpoints)
+    states = {name: module.state_dict(keep_vars=True) for name, module in plain.items()}
     with torch.no_grad():
         for (name, key), mean in total.items():
-            plain[name].state_dict(keep_vars=True)[key].copy_(mean)
+            states[name][key].copy_(mean)
     return checkpoints
 
 

@@ -19,10 +19,12 @@ Three keys of such a YAML are the composer's and not settings:
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,11 @@ def compose(hparams_file: str | Path, overrides: dict[str, str], trust: bool = F
 
 def resolved(text: str) -> Any:
     """The tree of a HyperPyYAML document, references resolved; tags are kept, nothing is run."""
+    return copy.deepcopy(_resolved(text))
+
+
+@functools.lru_cache(maxsize=16)  # a start asks for the same tree several times
+def _resolved(text: str) -> Any:
     return _round_trip(resolve_references(text).read())
 
 
@@ -289,7 +296,7 @@ def _parsed(overrides: dict[str, str]) -> dict[str, Any]:
 # ---------------------------------------------------------------- documents
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Entry:
     """A top-level key of a document: its lines, and the comment lines before it."""
 
@@ -322,39 +329,15 @@ class _Document:
     @classmethod
     def of(cls, text: str, source: str | Path) -> _Document:
         try:
-            node = YAML().compose(text)
-            tree = _round_trip(text) or {}
+            read = _read(text)
         except YAMLError as error:
             raise ValueError(
                 f"{source}: not a YAML file ({' '.join(str(error).split())})"
             ) from None
-        if not isinstance(tree, dict):
+        if read is None:
             raise ValueError(f"{source}: not a YAML of settings, `key: value`")
-        lines = text.splitlines(keepends=True)
-        starts = [key.start_mark.line for key, _ in node.value] if node is not None else []
-        heading, entries = [], {}
-        begins, comments = 0, []
-        nodes = [value for _, value in node.value] if node is not None else []
-        for number, (start, key) in enumerate(zip(starts, tree, strict=True)):
-            comments = lines[begins:start] if number == 0 else comments
-            if number == 0:
-                heading, comments = _split_heading(comments)
-            stop = starts[number + 1] if number + 1 < len(starts) else len(lines)
-            own = stop
-            while own > start + 1 and _beside(lines[own - 1]):
-                own -= 1
-            end = nodes[number].end_mark
-            after = lines[start][end.column :].strip() if end.line == start else ""
-            after = after if after.startswith("#") else ""
-            entries[key] = _Entry(
-                "".join(comments),
-                _ended("".join(lines[start:own])),
-                tree[key],
-                after,
-                lines[start].index(after, end.column) if after else 0,
-            )
-            comments = lines[own:stop]
-        return cls("".join(heading), entries)
+        heading, entries = read
+        return cls(heading, dict(entries))
 
     def values(self) -> dict[str, Any]:
         return {key: entry.value for key, entry in self.entries.items()}
@@ -396,8 +379,9 @@ class _Document:
 
     def begin_with_heading(self) -> None:
         """The heading becomes the first key's comment."""
-        for entry in list(self.entries.values())[:1]:
-            entry.before = self.heading.rstrip("\n") + "\n" * bool(self.heading) + entry.before
+        for key, entry in list(self.entries.items())[:1]:
+            before = self.heading.rstrip("\n") + "\n" * bool(self.heading) + entry.before
+            self.entries[key] = replace(entry, before=before)
         self.heading = ""
 
     def text(self) -> str:
@@ -405,6 +389,40 @@ class _Document:
         entries = sorted(self.entries.values(), key=lambda entry: entry.is_object)
         body = "".join(entry.before + entry.lines for entry in entries)
         return self.heading + body.lstrip("\n")
+
+
+@functools.lru_cache(maxsize=64)  # a YAML may be read for each of several starts in a process
+def _read(text: str) -> tuple[str, dict[str, _Entry]] | None:
+    """The heading and the entries of a YAML; None where it is no mapping."""
+    node = YAML().compose(text)
+    tree = _round_trip(text) or {}
+    if not isinstance(tree, dict):
+        return None
+    lines = text.splitlines(keepends=True)
+    starts = [key.start_mark.line for key, _ in node.value] if node is not None else []
+    heading, entries = [], {}
+    begins, comments = 0, []
+    nodes = [value for _, value in node.value] if node is not None else []
+    for number, (start, key) in enumerate(zip(starts, tree, strict=True)):
+        comments = lines[begins:start] if number == 0 else comments
+        if number == 0:
+            heading, comments = _split_heading(comments)
+        stop = starts[number + 1] if number + 1 < len(starts) else len(lines)
+        own = stop
+        while own > start + 1 and _beside(lines[own - 1]):
+            own -= 1
+        end = nodes[number].end_mark
+        after = lines[start][end.column :].strip() if end.line == start else ""
+        after = after if after.startswith("#") else ""
+        entries[key] = _Entry(
+            "".join(comments),
+            _ended("".join(lines[start:own])),
+            tree[key],
+            after,
+            lines[start].index(after, end.column) if after else 0,
+        )
+        comments = lines[own:stop]
+    return "".join(heading), entries
 
 
 def _beside(line: str) -> bool:

@@ -12,6 +12,7 @@ directives, aliases and implicit tags mean here what they mean there.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import pydoc
@@ -105,21 +106,30 @@ def refuse_code(text: str, source: str | Path, trust: bool | Collection[str] = F
         return
     allowed = NAMES if trust is False else NAMES | set(trust)
     try:
-        # before references are resolved: some tags act then already
-        for tag, value in [*_composed(text), *_written(YAML().load(text))]:
-            if not (tag in ("!ref", "!copy", "!PLACEHOLDER") or _permitted(tag, value, allowed)):
-                _refuse(source, tag)
-            if tag in ("!ref", "!copy") and value and _REFERENCE_TO_ATTRIBUTE.search(value):
-                _refuse(source, f"{tag} {value}, an attribute of an object,")
-        resolved = resolve_references(text).read()
-        for tag, value in _composed(resolved):
-            if not _permitted(tag, value, allowed):
-                _refuse(source, tag)
-        for key, value in _imports(YAML().load(resolved)):
-            if value not in allowed:
-                _refuse(source, f"{key}: {value}, a name of somebody's module,")
+        found = _refused(text, frozenset(allowed))
     except (YAMLError, RecursionError) as error:
         raise ValueError(f"{source}: not a YAML file ({_first_line(error)})") from None
+    if found is not None:
+        _refuse(source, found)
+
+
+@functools.lru_cache(maxsize=64)  # a run's YAML is asked of at each of several doors
+def _refused(text: str, allowed: frozenset[str]) -> str | None:
+    """What in a document would build or call what it should not; None where nothing would."""
+    # before references are resolved: some tags act then already
+    for tag, value in [*_composed(text), *_written(YAML().load(text))]:
+        if not (tag in ("!ref", "!copy", "!PLACEHOLDER") or _permitted(tag, value, allowed)):
+            return tag
+        if tag in ("!ref", "!copy") and value and _REFERENCE_TO_ATTRIBUTE.search(value):
+            return f"{tag} {value}, an attribute of an object,"
+    resolved = resolve_references(text).read()
+    for tag, value in _composed(resolved):
+        if not _permitted(tag, value, allowed):
+            return tag
+    for key, value in _imports(YAML().load(resolved)):
+        if value not in allowed:
+            return f"{key}: {value}, a name of somebody's module,"
+    return None
 
 
 def refuse_outside(text: str, source: str | Path) -> None:
