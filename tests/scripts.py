@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from speechbrain_qmargin.export.inference import export_run
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -23,7 +25,9 @@ def train(recipe: str, yaml: str, *options, export=False, module=None) -> None:
     module = module or load(f"recipes/{recipe}/train.py")
     brain = {"voxceleb": "SpeakerBrain", "face": "FaceBrain"}[recipe]
     argv = [str(ROOT / "hparams" / yaml), "--noprogressbar", "--device=cpu", *map(str, options)]
-    module.train_verifier(argv, getattr(module, brain), module.prepare, export)
+    module.train_verifier(
+        argv, getattr(module, brain), module.prepare, export_run if export else None
+    )
 
 
 def loaded_by(method: str) -> list[str]:

@@ -28,6 +28,7 @@ from speechbrain_qmargin.data.images import check_images
 from speechbrain_qmargin.data.pickled import read_bin
 from speechbrain_qmargin.data.shards import stored_faces
 from speechbrain_qmargin.data.skipped import Skipped
+from speechbrain_qmargin.export.inference import export_run
 from speechbrain_qmargin.faces.pair_sets import check_folds, pair_ids
 from speechbrain_qmargin.training.brain import FaceBrain
 from speechbrain_qmargin.training.run import Datasets, Task, train_verifier
@@ -161,7 +162,7 @@ def warned(skipped):
 
 def main(argv):
     """A run, and at its end which images were not trained on."""
-    settings = train_verifier(argv, FaceBrain, prepare, export=True).settings
+    settings = train_verifier(argv, FaceBrain, prepare, export_run).settings
     warned(Skipped(Path(settings["save_folder"]) / SKIPPED))
 
 

@@ -25,6 +25,7 @@ from speechbrain_qmargin.data.sampling import BalancedSampler
 from speechbrain_qmargin.data.skipped import Skipped
 from speechbrain_qmargin.data.speech import prepare_speech
 from speechbrain_qmargin.data.speech_dataset import SpeechDataset
+from speechbrain_qmargin.export.inference import export_run
 from speechbrain_qmargin.training.brain import SpeakerBrain
 from speechbrain_qmargin.training.run import Datasets, Task, train_verifier
 
@@ -112,7 +113,7 @@ def datasets(corpus, hparams):
 
 def main(argv):
     """A run, and at its end which recordings could not be used."""
-    settings = train_verifier(argv, SpeakerBrain, prepare, export=True).settings
+    settings = train_verifier(argv, SpeakerBrain, prepare, export_run).settings
     skipped = Skipped(f"{settings['save_folder']}/skipped_audio.txt", what="recordings")
     if skipped and if_main_process():
         logger.warning(skipped.warning())

@@ -12,13 +12,11 @@ import json
 import logging
 import os
 import random
-import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import speechbrain as sb
@@ -30,12 +28,10 @@ from speechbrain.utils.checkpoints import (
     mark_as_saver,
     register_checkpoint_hooks,
 )
-from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.distributed import if_main_process
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from speechbrain_qmargin.extraction import EmbeddingParts, extract_into
-from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.loss.base import Loss, value_of
 from speechbrain_qmargin.loss.dense import scores_of
@@ -43,7 +39,9 @@ from speechbrain_qmargin.loss.diagnosis import Progress, advice
 from speechbrain_qmargin.loss.interface import flat
 from speechbrain_qmargin.models import Encoder, ImageEncoder, check_embeddings
 from speechbrain_qmargin.training.checkpoints import bare, ends_an_epoch, load_average
+from speechbrain_qmargin.training.extraction import ReadableBatch, extract_dataset
 from speechbrain_qmargin.training.freezing import Freezing
+from speechbrain_qmargin.training.history import read_history, write_history
 from speechbrain_qmargin.training.internals import OpenBrain, skip_to
 from speechbrain_qmargin.training.prototype_reset import PrototypeReset
 
@@ -479,9 +477,7 @@ class VerificationBrain(OpenBrain):
             steps["valid"] = dict.fromkeys(valid_stats, epoch - 1)
         self.hparams.train_logger.log_stats(meta, train, valid_stats or None)
         if if_main_process():
-            history = [old for old in self.history() if old["epoch"] < record["epoch"]]
-            text = "".join(json.dumps(entry) + "\n" for entry in [*history, record])
-            write_text(self._history_file, text)
+            write_history(self._history_file, record)
         self.checkpointer.save_and_keep_only(
             meta={"epoch": record["epoch"], **valid_stats},
             num_to_keep=self._averaged,
@@ -504,19 +500,7 @@ class VerificationBrain(OpenBrain):
 
     def history(self) -> list[dict]:
         """One record an epoch: loss, learning rate, seconds, support, validation."""
-        if not self._history_file.is_file():
-            return []
-        records = []
-        lines = self._history_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                if not {"epoch", "seconds"} <= set(record):
-                    raise ValueError("no epoch or no seconds in it")
-                records.append(record)
-            except (ValueError, TypeError, KeyError):
-                logger.warning(f"{self._history_file}:{number}: damaged, left out of the history")
-        return records
+        return read_history(self._history_file)
 
     # ---------------------------------------------------------------- embeddings
 
@@ -543,55 +527,19 @@ class VerificationBrain(OpenBrain):
         OSError
             Without `faults`: those items, named once all others are embedded and kept.
         """
-        rank = torch.distributed.get_rank() if self._processes > 1 else 0
         averaged = load_average(self.modules, self.checkpointer, self._averaged)
         model = " ".join(sorted(checkpoint.path.name for checkpoint in averaged))
         folder = Path(self.checkpointer.checkpoints_dir) / "embeddings"
-        own = folder / f"{zlib.crc32(model.encode()):08x}"
-        if if_main_process():
-            for older in set(folder.glob("*")) - {own}:
-                shutil.rmtree(older, ignore_errors=True)
-            EmbeddingParts(own, model)
-        ddp_barrier()  # the main process has made the folder
-        parts = EmbeddingParts(own, model, rank)
-        ddp_barrier()  # all have seen the same ones
-        keys = {
-            name: _content_key(name, dataset.describe(row)) for row, name in enumerate(dataset.ids)
-        }
-        left = [row for row, key in enumerate(keys.values()) if key not in parts.done]
-        share = left[rank :: self._processes]
-        if share:
-            seen: dict[str, str] = {}
-            batches = self._batches(_Readable(dataset, share), keys, seen, loader_kwargs)
-            with self._without_wrappers(), torch.no_grad():
-                extract_into(parts, batches, self._embedded, seen)
-        ddp_barrier()
-        if not if_main_process():
-            return {}
-        found, names = parts.merged(keys.values()), {key: name for name, key in keys.items()}
-        wrong = {names[key]: why for key, why in parts.faults().items() if key in names}
-        if faults is not None:
-            faults.update(wrong)
-        elif wrong:
-            name, why = next(iter(wrong.items()))
-            raise OSError(
-                f"{len(wrong)} of {len(keys)} test items have no embedding, the first is {name}: "
-                f"{why}. The others are kept; mend it and start again"
-            )
-        return {name: found[key] for name, key in keys.items() if key in found}
-
-    def _batches(
-        self, dataset: _Readable, keys: dict[str, str], faults: dict[str, str], loader_kwargs: dict
-    ) -> Iterator[tuple[list[str], Any]]:
-        """Batches with the keys of their items; what cannot be read is noted in `faults`."""
         self.modules.eval()
-        options = {**loader_kwargs, "collate_fn": _ReadableBatch(), "ckpt_prefix": None}
-        loader = self.make_dataloader(dataset, sb.Stage.TEST, **options)
+        options = {**loader_kwargs, "collate_fn": ReadableBatch(), "ckpt_prefix": None}
         hidden = self.noprogressbar or not if_main_process()
-        for batch, unreadable in tqdm(loader, "embeddings", disable=hidden, dynamic_ncols=True):
-            faults.update({keys[one.name]: one.why for one in unreadable})
-            if batch is not None:
-                yield [keys[name] for name in batch.id], batch
+
+        def load(items: Any) -> Any:
+            loader = self.make_dataloader(items, sb.Stage.TEST, **options)
+            return tqdm(loader, "embeddings", disable=hidden, dynamic_ncols=True)
+
+        with self._without_wrappers(), torch.no_grad():
+            return extract_dataset(dataset, folder, model, load, self._embedded, faults)
 
     def _embedded(self, batch: Any) -> Tensor:
         with self.evaluation_ctx:
@@ -608,37 +556,6 @@ class VerificationBrain(OpenBrain):
         finally:
             for name, module in wrapped.items():
                 self.modules[name] = module
-
-
-class _Unreadable(NamedTuple):
-    name: str
-    why: str
-
-
-class _Readable(torch.utils.data.Dataset):
-    """Some items of a dataset with `ids`; one that cannot be read is an `_Unreadable`."""
-
-    def __init__(self, dataset: Any, rows: list[int]) -> None:
-        self.dataset, self.rows = dataset, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        row = self.rows[index]
-        try:
-            return self.dataset[row]
-        except OSError as error:
-            return _Unreadable(self.dataset.ids[row], str(error))
-
-
-class _ReadableBatch:
-    """Collates what could be read, beside what could not."""
-
-    def __call__(self, items: list) -> tuple[Any, list[_Unreadable]]:
-        unreadable = [item for item in items if isinstance(item, _Unreadable)]
-        readable = [item for item in items if not isinstance(item, _Unreadable)]
-        return PaddedBatch(readable) if readable else None, unreadable
 
 
 class SpeakerBrain(VerificationBrain):
@@ -704,14 +621,3 @@ def _average_gradient(parameter: nn.Parameter) -> None:
     assert parameter.grad is not None
     torch.distributed.all_reduce(parameter.grad)
     parameter.grad /= torch.distributed.get_world_size()
-
-
-def _content_key(name: str, item: dict) -> str:
-    """An id with what its embedding is of: another file or other bytes under it are another."""
-    parts = []
-    for value in item.values():
-        parts.append(value if isinstance(value, bytes) else repr(value).encode())
-        if isinstance(value, str) and os.sep in value and os.path.isfile(value):
-            status = os.stat(value)
-            parts.append(b"%d %d" % (status.st_size, status.st_mtime_ns))
-    return f"{name} {zlib.crc32(b' '.join(parts)):08x}"

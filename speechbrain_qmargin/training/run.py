@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from speechbrain.utils.distributed import if_main_process
 
-from speechbrain_qmargin.export.inference import export_run
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.scoring.lists import Cohort
@@ -92,7 +91,7 @@ def train_verifier(
     argv: list[str],
     brain_class: type[VerificationBrain],
     prepare: Callable[[dict], Task],
-    export: bool = False,
+    export: Callable[..., Any] | None = None,
 ) -> Experiment:
     """Train, embed and verify as the command line says; resume or say that it is done.
 
@@ -103,9 +102,9 @@ def train_verifier(
     brain_class : type
     prepare : callable
         From the experiment's settings to a :class:`Task`; called on the main process first.
-    export : bool
-        Once the results are there, write ``inference/``: the encoder alone; of speech, for
-        SpeechBrain's inference classes.
+    export : callable, optional
+        Once the results are there, writes ``inference/``, the encoder alone:
+        ``speechbrain_qmargin.export.inference.export_run``.
 
     Returns
     -------
@@ -121,8 +120,8 @@ def train_verifier(
             with folder.locked():
                 trained = _train_and_verify(folder, brain_class, prepare)
     # without the others: a classifier in shards is whole in the checkpoints
-    if export and main and (trained or not inference.is_dir()):
-        export_run(folder.path, trust=experiment.objects)
+    if export is not None and main and (trained or not inference.is_dir()):
+        export(folder.path, trust=experiment.objects)
     return experiment
 
 

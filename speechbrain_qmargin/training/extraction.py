@@ -1,0 +1,135 @@
+"""Embeddings of a dataset, shared out over the processes of a run, so that it can go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from torch import Tensor
+
+from speechbrain_qmargin.extraction import EmbeddingParts, extract_into
+
+__all__ = ["ReadableBatch", "Unreadable", "extract_dataset"]
+
+
+class Unreadable(NamedTuple):
+    """An item that could not be read: its id, and why."""
+
+    name: str
+    why: str
+
+
+class _Readable(torch.utils.data.Dataset):
+    """Some items of a dataset with `ids`; one that cannot be read is an `Unreadable`."""
+
+    def __init__(self, dataset: Any, rows: list[int]) -> None:
+        self.dataset, self.rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        row = self.rows[index]
+        try:
+            return self.dataset[row]
+        except OSError as error:
+            return Unreadable(self.dataset.ids[row], str(error))
+
+
+class ReadableBatch:
+    """A `collate_fn`: the batch of what could be read (None where nothing could), and the rest."""
+
+    def __call__(self, items: list) -> tuple[Any, list[Unreadable]]:
+        unreadable = [item for item in items if isinstance(item, Unreadable)]
+        readable = [item for item in items if not isinstance(item, Unreadable)]
+        return PaddedBatch(readable) if readable else None, unreadable
+
+
+def extract_dataset(
+    dataset: Any,
+    folder: str | Path,
+    model: str,
+    load: Callable[[Any], Iterable[tuple[Any, list[Unreadable]]]],
+    embed: Callable[[Any], Tensor],
+    faults: dict[str, str] | None = None,
+) -> dict[str, np.ndarray]:
+    """Embeddings of a dataset, id to float32 [D]; what is in the folder already is not made again.
+
+    Every process embeds its share; the main process returns the whole, the others nothing.
+
+    Parameters
+    ----------
+    dataset : dataset with `ids` and `describe`
+    folder : path
+        A model's embeddings are in a folder of their own in it; those of other models go.
+    model : str
+        What tells the model from others.
+    load : callable
+        From a dataset to its batches, collated by :class:`ReadableBatch`.
+    embed : callable
+        From a batch of B items to embeddings [B, D].
+    faults : dict, optional
+        Filled with the items that have no embedding, id to what is wrong.
+
+    Raises
+    ------
+    OSError
+        Without `faults`: those items, named once all others are embedded and kept.
+    """
+    together = torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if together else 0
+    world = torch.distributed.get_world_size() if together else 1
+    own = Path(folder) / f"{zlib.crc32(model.encode()):08x}"
+    if if_main_process():
+        for older in set(Path(folder).glob("*")) - {own}:
+            shutil.rmtree(older, ignore_errors=True)
+        EmbeddingParts(own, model)
+    ddp_barrier()  # the main process has made the folder
+    parts = EmbeddingParts(own, model, rank)
+    ddp_barrier()  # all have seen the same ones
+    keys = {name: _content_key(name, dataset.describe(row)) for row, name in enumerate(dataset.ids)}
+    left = [row for row, key in enumerate(keys.values()) if key not in parts.done]
+    share = left[rank::world]
+    if share:
+        seen: dict[str, str] = {}
+
+        def batches() -> Iterator[tuple[list[str], Any]]:
+            for batch, unreadable in load(_Readable(dataset, share)):
+                seen.update({keys[one.name]: one.why for one in unreadable})
+                if batch is not None:
+                    yield [keys[name] for name in batch.id], batch
+
+        extract_into(parts, batches(), embed, seen)
+    ddp_barrier()
+    if not if_main_process():
+        return {}
+    found, names = parts.merged(keys.values()), {key: name for name, key in keys.items()}
+    wrong = {names[key]: why for key, why in parts.faults().items() if key in names}
+    if faults is not None:
+        faults.update(wrong)
+    elif wrong:
+        name, why = next(iter(wrong.items()))
+        raise OSError(
+            f"{len(wrong)} of {len(keys)} test items have no embedding, the first is {name}: "
+            f"{why}. The others are kept; mend it and start again"
+        )
+    return {name: found[key] for name, key in keys.items() if key in found}
+
+
+def _content_key(name: str, item: dict) -> str:
+    """An id with what its embedding is of: another file or other bytes under it are another."""
+    parts = []
+    for value in item.values():
+        parts.append(value if isinstance(value, bytes) else repr(value).encode())
+        if isinstance(value, str) and os.sep in value and os.path.isfile(value):
+            status = os.stat(value)
+            parts.append(b"%d %d" % (status.st_size, status.st_mtime_ns))
+    return f"{name} {zlib.crc32(b' '.join(parts)):08x}"
