@@ -7,6 +7,7 @@ uses them.
 
 import importlib.util
 import logging
+import multiprocessing
 import os
 import sys
 
@@ -36,6 +37,11 @@ if torch.__version__.startswith("2.7") and importlib.util.find_spec("triton"):
     interpreter._patch_lang_tensor = patch_tensor_and_loops
 
 collect_ignore = ["compiled_kernels.py"]  # a script, which runs without the interpreter
+
+# What the server of processes.py has imported already
+multiprocessing.set_forkserver_preload(
+    ["torch", "speechbrain", "speechbrain_qmargin.training.run", "speechbrain_qmargin.data.speech"]
+)
 
 torch.set_num_threads(1)
 for name, module in list(sys.modules.items()):

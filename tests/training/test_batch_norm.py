@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import start
 from torch import nn
 
 from speechbrain_qmargin.training.batch_norm import synchronised_batch_norm
@@ -52,4 +52,4 @@ def compare(rank, shape):
 
 @pytest.mark.slow
 def test_uneven_shares_of_a_batch_are_the_whole_batch(tmp_path):
-    mp.spawn(job, (str(tmp_path / "rendezvous"),), nprocs=len(SIZES))
+    start(job, str(tmp_path / "rendezvous"), number=len(SIZES))

@@ -34,7 +34,9 @@ def published(tmp_path_factory):
 
 
 def test_a_published_model_brings_its_network_and_features(folder, published, tmp_path):
-    _, brain, _ = brains.make_brain(folder, tmp_path, pretrained=str(published), n_mels=20)
+    _, brain, _ = brains.make_brain(
+        folder, tmp_path, pretrained=str(published), n_mels=20, channels=8
+    )
     hparams = vars(brain.hparams)
     load_pretrained(hparams)
     wanted = load_published(published)

@@ -79,11 +79,14 @@ def test_what_is_meant_can_be_said(tmp_path, monkeypatch):
 @pytest.mark.parametrize("recipe", ["qmargin.yaml", "face_qmargin.yaml"])
 def test_every_run_of_the_recipes_passes(recipe, tmp_path):
     kind = "face" if recipe.startswith("face") else "speech"
-    for choice in ("models", "sizes", "augments", "features"):
-        for file in (HPARAMS / kind / choice).glob("*.yaml"):
-            option = f"--{choice.removesuffix('s')}={file.stem}".replace("feature=", "features=")
-            for head in ("dense", "sparse"):
-                argv = [str(HPARAMS / recipe), option, f"--head={head}", "--logger=tensorboard"]
+    options = {
+        "models": "--model", "sizes": "--size", "augments": "--augment", "features": "--features",
+        "heads": "--head", "loggers": "--logger",
+    }  # fmt: skip
+    for folder in (HPARAMS, HPARAMS / kind):
+        for file in folder.glob("*/*.yaml"):
+            if file.parent.name in options:
+                argv = [str(HPARAMS / recipe), f"{options[file.parent.name]}={file.stem}"]
                 refuse_code(load_experiment(argv).text, "experiment.yaml")
 
 
