@@ -236,12 +236,16 @@ function draw(score) {
     const anchor = n === 0 ? "start" : n === 6 ? "end" : "middle";
     put("text", { x: x(value), y: bottom + 16, "text-anchor": anchor }, value.toFixed(2));
   }
-  const mark = (value, name, style, height) => {
+  const mark = (value, name, style, height, beside = null) => {
     put("line", { class: style, x1: x(value), x2: x(value), y1: height + 4, y2: bottom });
-    const anchor = x(value) < 100 ? "start" : x(value) > 620 ? "end" : "middle";
+    let anchor = x(value) < 100 ? "start" : x(value) > 620 ? "end" : "middle";
+    // a line that is near and higher would cross the name
+    const gap = beside === null ? 0 : x(value) - x(beside);
+    const near = gap !== 0 && Math.abs(gap) < 80;
+    if (near) anchor = gap < 0 ? (x(value) < 100 ? anchor : "end") : x(value) > 620 ? anchor : "start";
     put("text", { class: "strong", x: x(value), y: height, "text-anchor": anchor }, name);
   };
-  mark(system.threshold, `threshold ${system.threshold.toFixed(3)}`, "threshold", 28);
+  mark(system.threshold, `threshold ${system.threshold.toFixed(3)}`, "threshold", 28, score);
   if (score !== null) mark(score, `score ${score.toFixed(3)}`, "score", 12);
   put("text", { x: left, y: 292 }, "orange: pairs of two people; blue: pairs of one person");
   by("caption").textContent =
