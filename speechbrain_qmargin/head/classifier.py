@@ -501,7 +501,10 @@ class HeadOutput:
         *,
         statistics: bool = False,
     ) -> Rows:
-        """See :meth:`speechbrain_qmargin.loss.interface.Scores.evaluate`; exact for all of them."""
+        """See :meth:`speechbrain_qmargin.loss.interface.Scores.evaluate`; exact for all of them.
+
+        Supports come in any case.
+        """
         return self._rows(targets, lambda _: objective)
 
     def _rows(self, targets: Tensor, ask: Callable[[Tensor], Objective | BinaryObjective]) -> Rows:

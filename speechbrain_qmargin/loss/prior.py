@@ -32,8 +32,9 @@ class PriorQMarginLoss(QMarginLoss):
 
     Notes
     -----
-    q is scaled to a geometric mean of 1, not to a sum of 1: above alpha = 1 a factor common to all
-    q is a change of scale and margin, which keep their meaning so.
+    As a target a class has the margin :math:`m - t (\log n_y - \overline{\log n}) / s`, as a wrong
+    class its q. The geometric mean of all q is 1, and not their sum: above alpha = 1 a factor that
+    all q have in common is a change of scale and margin, which keep their meaning so.
 
     Examples
     --------
