@@ -82,9 +82,13 @@ def run(corpus, output, world, *options):
 def test_two_processes_are_one_with_the_whole_batch_and_one_goes_on_for_two(
     corpus, tmp_path, options
 ):
+    options = [*options, "--reset_after_epochs=[1]", "--reset_prototypes=all"]
     losses, embeddings = run(corpus, tmp_path / "one", 1, *options)
     output = tmp_path / "two"
     two_losses, two_embeddings = run(corpus, output, 2, *options)
+    for folder in (tmp_path / "one", output):
+        first = json.loads((folder / "history.jsonl").read_text().splitlines()[0])
+        assert first["prototypes_reset"] == 6  # 2 speakers at 3 speeds
     assert len(losses) == 2
     # float32 rounding, which batch normalisation lets grow from step to step: ten times the rate
     # makes 1e-3 to 4e-3 of it, by the processor
