@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +100,7 @@ def _write(
         dynamic = (dict.fromkeys(given.axes, torch.export.Dim.DYNAMIC),)
         example = (given.example,)
         graph(*example)  # SpeechBrain wraps some functions when they are first called
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_torchvision():
             warnings.simplefilter("ignore")  # of tracing's own
             torch.onnx.export(
                 torch.export.export(graph, example, dynamic_shapes=dynamic, strict=True),
@@ -125,6 +127,18 @@ def _write(
         onnx.helper.set_model_props(model, about)
         onnx.save(model, str(partial))
     return differences
+
+
+@contextmanager
+def _without_torchvision() -> Iterator[None]:
+    """Do not be told that torchvision, of which nothing is exported, is not installed."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _Graph(nn.Module):
