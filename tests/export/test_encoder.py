@@ -107,6 +107,20 @@ modules:
 
 
 @pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "run"
+    make_run(folder)
+    export_run(folder)
+    return folder
+
+
+@pytest.fixture
+def run(exported, tmp_path):
+    """A run with its `inference/`, for a test alone."""
+    return shutil.copytree(exported, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
 def audio(tmp_path_factory):
     import soundfile
 
@@ -166,12 +180,10 @@ def test_speechbrain_loads_the_folder_and_gives_the_recipes_embeddings(tmp_path,
     assert accepted.item() == (cosine > 0.25)
 
 
-def test_every_file_is_weights_alone(tmp_path):
-    make_run(tmp_path)
-    folder = export_run(tmp_path)
+def test_every_file_is_weights_alone(exported):
     for name in ("embedding_model", "compute_features", "classifier"):
-        torch.load(folder / f"{name}.ckpt", weights_only=True)
-    assert not list(tmp_path.glob(".inference*"))
+        torch.load(exported / "inference" / f"{name}.ckpt", weights_only=True)
+    assert not list(exported.glob(".inference*"))
 
 
 def test_a_run_loads_before_and_after_its_export(tmp_path):
@@ -236,9 +248,8 @@ def test_every_model_of_the_recipe_is_covered_by_its_own_yaml(tmp_path):
     torch.testing.assert_close(loaded.encode_batch(waveforms)[:, 0], expected)
 
 
-def test_the_operating_point_travels_with_the_folder(tmp_path):
-    make_run(tmp_path)
-    folder = export_run(tmp_path)
+def test_the_operating_point_travels_with_the_folder(run):
+    folder = run / "inference"
     encoder = load_encoder(folder).digest()
     for shift in (0.0, 0.125):
         point = point_of(encoder=encoder, shift=shift)
@@ -263,27 +274,25 @@ def point_of(kind="cosine", encoder="", shift=0.0):
     ],
 )
 def test_a_threshold_of_other_scores_or_of_another_encoder_is_refused(
-    tmp_path, kind, encoder, fault
+    exported, kind, encoder, fault
 ):
-    make_run(tmp_path)
-    folder = export_run(tmp_path)
+    folder = exported / "inference"
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     for put in (
         lambda point: set_operating_point(folder, point),
-        lambda point: export_run(tmp_path, operating_point=point),
+        lambda point: export_run(exported, operating_point=point),
     ):
         with pytest.raises(ValueError, match=fault):
             put(point_of(kind, encoder))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_a_second_export_keeps_what_was_measured(tmp_path):
-    make_run(tmp_path / "run")
-    folder = export_run(tmp_path / "run")
+def test_a_second_export_keeps_what_was_measured(run, tmp_path):
+    folder = run / "inference"
     point = point_of(encoder=load_encoder(folder).digest())
     set_operating_point(folder, point)
     (folder / "calibration.json").write_text("{}")
-    export_run(tmp_path / "run")
+    export_run(run)
     assert OperatingPoint.load(folder / "operating_point.json") == point
     assert f"threshold: {point.threshold!r}\n" in (folder / "hyperparams.yaml").read_text()
     assert (folder / "calibration.json").read_text() == "{}"

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import start
 
 from speechbrain_qmargin import QMarginLoss
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
@@ -273,7 +273,7 @@ def test_2_to_4_ranks_are_one_process(tmp_path):
         (3, stage, copy, True, 2),
         *((2, job) for job in (many, arcface, traffic, ddp, bad_input)),
     ]
-    mp.spawn(entry, (jobs, str(tmp_path / "rendezvous")), nprocs=4)
+    start(entry, jobs, str(tmp_path / "rendezvous"), number=4)
     # saving catches idle rows up, which with momentum later steps see: so both runs save twice
     stage(0, 1, alone, False, 2)
     halfway = prototypes_in(alone)

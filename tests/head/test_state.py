@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import start
 from speechbrain import Brain
 from torch.optim.swa_utils import AveragedModel
 
@@ -136,16 +136,15 @@ def test_a_copy_of_the_head_alone_is_the_same_function_and_unbound():
     assert_true(averaged.module)
 
 
-def spawned(_, head, expected):
+def sent(_, head, expected):
     torch.set_num_threads(1)
     assert_true(head)
     assert torch.equal(head.weight.detach(), expected)
 
 
-@pytest.mark.slow
-def test_spawn():
+def test_a_head_is_sent_to_a_process():
     head, _ = trained()
-    mp.spawn(spawned, (copy.deepcopy(head), weights(head)), nprocs=1)
+    start(sent, copy.deepcopy(head), weights(head), number=1)
 
 
 def test_assign_replaces_the_parameter_and_the_optimiser_says_so():

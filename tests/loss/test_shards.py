@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import start
 
 from speechbrain_qmargin import KappaFaceLoss, QMarginHead, make_loss
 from speechbrain_qmargin.loss.dense import DenseScores
@@ -104,4 +104,4 @@ def subcentres(rank):
 
 @pytest.mark.slow
 def test_in_two_shards_they_are_what_they_are_in_one_process(tmp_path):
-    mp.spawn(compare, (str(tmp_path / "rendezvous"),), nprocs=2)
+    start(compare, str(tmp_path / "rendezvous"), number=2)

@@ -50,6 +50,7 @@ def test_the_main_job_ends_with_its_results_and_says_when_it_is_done(
     assert "This run is done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option", ["--loss=qmargin_auto", "--head=sparse", "--model=mobilefacenet"]
 )

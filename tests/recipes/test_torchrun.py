@@ -2,15 +2,14 @@
 
 import io
 import json
-import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from processes import free_port, train_together
 from scripts import ROOT, load, train
 
 from speechbrain_qmargin.data.recordio import write_records
@@ -35,23 +34,13 @@ def corpus(tmp_path_factory):
     )
 
 
-def launch(recipe, yaml, *options):
-    """A recipe over two gloo processes, one thread each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def torchrun(recipe, yaml, *options):
+    """A recipe over two gloo processes, one thread each, as a user starts it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     command += [str(ROOT / "recipes" / recipe / "train.py"), str(ROOT / "hparams" / yaml)]
     command += ["--noprogressbar", "--device=cpu", "--distributed_backend=gloo", *options]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[:2000] + done.stderr[-6000:]
 
 
@@ -71,7 +60,7 @@ def run(corpus, output, world, *options):
     if world == 1:
         train("voxceleb", "qmargin.yaml", *tiny)
     else:
-        launch("voxceleb", "qmargin.yaml", *tiny)
+        train_together("voxceleb", "qmargin.yaml", *tiny, number=world)
     return losses_of(output), load_embeddings(output / "embeddings.npz")
 
 
@@ -130,7 +119,7 @@ def test_webface_in_small_trains_in_shards_resumes_and_is_scored_on_ijb(tmp_path
     options += ["--number_of_epochs=2", "--average_checkpoints=2"]
     options += [f"--test_sets=[{tmp_path / 'lfw.bin'}]", "--num_workers=0", "--image_size=32"]
     options += [f"--output_folder={output}"]
-    launch("face", "face_qmargin.yaml", *options)
+    torchrun("face", "face_qmargin.yaml", *options)
     results = json.loads((output / "results.json").read_text())
     assert results["settings"]["depth"] == 100
     assert results["settings"]["loss"] == "qmargin_face"
@@ -145,7 +134,7 @@ def test_webface_in_small_trains_in_shards_resumes_and_is_scored_on_ijb(tmp_path
     before = losses_of(output)
     (output / "results.json").unlink()
     shutil.rmtree(sorted((output / "save").glob("CKPT+*"))[-1])
-    launch("face", "face_qmargin.yaml", *options)
+    train_together("face", "face_qmargin.yaml", *options, number=2)
     assert losses_of(output) == pytest.approx(before, rel=1e-5)
 
     write_ijb = load("tests/faces/test_ijb.py").write_ijb

@@ -48,6 +48,22 @@ def on(corpus, output, *options, folder=None, trials=None):
     ]
 
 
+LOSS = ["--alpha=1.75", "--scale=5"]
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "run"
+    run(*on(corpus, output, *LOSS))
+    return output
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """The folder of a finished run, for a test alone."""
+    return shutil.copytree(trained, tmp_path / "out")
+
+
 def test_the_main_job_ends_with_its_results_and_says_when_it_is_done(
     corpus, tmp_path, monkeypatch, capsys
 ):
@@ -76,39 +92,32 @@ def test_the_main_job_ends_with_its_results_and_says_when_it_is_done(
     assert (output / "results.json").stat().st_mtime_ns == before
 
 
-def test_results_lost_after_training_are_made_again_without_training(corpus, tmp_path, capsys):
-    output = tmp_path / "out"
-    run(*on(corpus, output))
-    history = (output / "history.jsonl").read_bytes()
-    first = json.loads((output / "results.json").read_text())
-    (output / "results.json").unlink()
-    run(*on(corpus, output))
-    second = json.loads((output / "results.json").read_text())
+def test_results_lost_after_training_are_made_again_without_training(corpus, finished):
+    history = (finished / "history.jsonl").read_bytes()
+    first = json.loads((finished / "results.json").read_text())
+    (finished / "results.json").unlink()
+    run(*on(corpus, finished, *LOSS))
+    second = json.loads((finished / "results.json").read_text())
     assert second["figures"] == first["figures"]
-    assert (output / "history.jsonl").read_bytes() == history
+    assert (finished / "history.jsonl").read_bytes() == history
 
 
-@pytest.mark.slow
-def test_a_finished_run_is_scored_anew_on_another_list(corpus, tmp_path, capsys):
-    output = tmp_path / "out"
-    run(*on(corpus, output))
-    history = (output / "history.jsonl").read_bytes()
+def test_a_finished_run_is_scored_anew_on_another_list(corpus, finished, tmp_path, capsys):
+    history = (finished / "history.jsonl").read_bytes()
     shorter = tmp_path / "shorter.txt"
     shorter.write_text("".join(corpus.trials_test.read_text().splitlines(keepends=True)[::2]))
-    run(*on(corpus, output, trials=shorter))
+    run(*on(corpus, finished, *LOSS, trials=shorter))
     assert "scored anew, for verification_file changed" in capsys.readouterr().out
-    results = json.loads((output / "results.json").read_text())
+    results = json.loads((finished / "results.json").read_text())
     assert set(results["lists"]) == {"shorter"}
-    assert (output / "history.jsonl").read_bytes() == history
+    assert (finished / "history.jsonl").read_bytes() == history
 
 
-def test_another_loss_in_the_same_folder_is_refused_and_touches_nothing(corpus, tmp_path):
-    output = tmp_path / "out"
-    run(*on(corpus, output))
-    kept = (output / "results.json").read_bytes()
+def test_another_loss_in_the_same_folder_is_refused_and_touches_nothing(corpus, finished):
+    kept = (finished / "results.json").read_bytes()
     with pytest.raises(ValueError, match="loss: qmargin there, arcface now"):
-        run(*on(corpus, output, "--loss=arcface"))
-    assert (output / "results.json").read_bytes() == kept
+        run(*on(corpus, finished, *LOSS, "--loss=arcface"))
+    assert (finished / "results.json").read_bytes() == kept
 
 
 def test_bad_input_is_named_before_anything_is_trained(corpus, tmp_path):
@@ -153,17 +162,17 @@ def test_one_broken_training_recording_costs_neither_training_nor_results(
 ):
     folder, output = tmp_path / "copy", tmp_path / "out"
     module = broken_after_preparation(corpus, folder, monkeypatch, slice(1))
-    run(*on(corpus, output, "--cohort_utterances=3", folder=folder), module=module)
+    run(*on(corpus, output, folder=folder), module=module)
     results = json.loads((output / "results.json").read_text())
     assert set(results["lists"]["trials_test"]) == {"cosine", "centred", "as-norm"}
     assert (output / "log.txt").read_text().count("is taken instead") == 1
     assert len((output / "save/skipped_audio.txt").read_text().splitlines()) == 1
+    (line,) = (output / "save/skipped_cohort.tsv").read_text().splitlines()
+    assert "cannot be decoded (an empty file)" in line
 
 
-@pytest.mark.slow
-def test_large_margin_fine_tuning_continues_a_run(corpus, tmp_path, capsys):
-    output = tmp_path / "first"
-    run(*on(corpus, output, "--alpha=1.75", "--scale=5"))
+def test_large_margin_fine_tuning_continues_a_run(finished, capsys):
+    output = finished
     options = [f"--pretrained={output}", "--number_of_epochs=1", "--sentence_len=0.7"]
     options += ["--batch_size=4"]
     train("voxceleb", "qmargin_lm.yaml", *options)
@@ -179,10 +188,13 @@ def test_large_margin_fine_tuning_continues_a_run(corpus, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_processes_that_load_data_may_be_started_in_any_way(corpus, tmp_path):
+    """Those that load training and test; each costs the time to import torch."""
     losses = []
     for number, options in enumerate(((), loaded_by("spawn"), loaded_by("forkserver"))):
         output = tmp_path / str(number)
-        run(*on(corpus, output, "--augment=rooms", *options), tiny=ONCE)
+        given = [one for one in on(corpus, output) if not one.startswith("--valid_file")]
+        given += ["--num_valid_speakers=0", "--cohort_utterances=0", "--augment=rooms"]
+        run(*given, *options, tiny=ONCE)
         lines = (output / "history.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == losses[1] == losses[2]
@@ -202,13 +214,3 @@ def test_a_table_is_a_corpus(corpus, tmp_path):
     assert results["note"] == ""
     embeddings = load_embeddings(tmp_path / "out/embeddings.npz")
     assert all(name.count("--") == 2 for name in embeddings.ids)
-
-
-def test_a_recording_that_breaks_costs_the_cohort_one(corpus, tmp_path, monkeypatch):
-    folder, output = tmp_path / "copy", tmp_path / "out"
-    module = broken_after_preparation(corpus, folder, monkeypatch, slice(1))
-    run(*on(corpus, output, folder=folder), module=module)
-    results = json.loads((output / "results.json").read_text())
-    assert set(results["lists"]["trials_test"]) == {"cosine", "centred", "as-norm"}
-    (line,) = (output / "save/skipped_cohort.tsv").read_text().splitlines()
-    assert "cannot be decoded (an empty file)" in line
