@@ -56,9 +56,17 @@ _BAD_LABEL, _NOT_FINITE, _NOT_CONVERGED = (tl.constexpr(2**bit) for bit in range
 _FIXED = tl.constexpr(float(2**40))  # of fixed point: a mass is at most 1, a room below 2**23
 _REACHED = tl.constexpr(2**40 + 2**30)  # whatever float32 rounded, the mass is at least 1
 _MOST_STEPS = tl.constexpr(128)  # of Newton's method
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-_BISECTIONS = tl.constexpr(8 if triton.knobs.runtime.interpret else 20)  # for a bound
 _INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+# every Triton says it of a kernel, and each its own way of the setting
+_INTERPRETED = tl.constexpr(not isinstance(_nothing, triton.JITFunction))
+_BISECTIONS = tl.constexpr(8 if _INTERPRETED.value else 20)  # for a bound
 
 
 @lru_cache(maxsize=64)

@@ -35,8 +35,11 @@ SIZES = Sizes(
 
 
 @pytest.fixture(autouse=True)
-def on_the_device(device):
+def on_the_device(device, request):
     """On a CPU in the interpreter; with ``--device cuda`` compiled, and tensors are made there."""
+    interprets = device.type == "cpu" and "compile" not in request.node.name
+    if interprets and torch.__version__.startswith("2.7"):
+        pytest.skip("the interpreter of its Triton, 3.3, knows no int1; its compiler does")
     kind = interpreted(kernels, numbers) if device.type == "cpu" else nullcontext()
     with kind, control_flow(host=False), device:
         yield
