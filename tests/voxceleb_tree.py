@@ -165,9 +165,9 @@ def _voice(rng: np.random.Generator) -> tuple[float, np.ndarray]:
 
 
 def _utterance(voice: tuple[float, np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """2.5 to 5 s of a wandering pitch, syllables and a little noise, [time] in [-0.5, 0.5]."""
+    """1.2 to 2 s of a wandering pitch, syllables and a little noise, [time] in [-0.5, 0.5]."""
     pitch, harmonics = voice
-    time = np.arange(int(rng.uniform(2.5, 5.0) * RATE)) / RATE
+    time = np.arange(int(rng.uniform(1.2, 2.0) * RATE)) / RATE
     wander = np.interp(time, np.arange(0, 6, 0.2), rng.normal(1, 0.05, 30))
     phase = 2 * np.pi * np.cumsum(pitch * wander) / RATE
     signal = sum(a * np.sin(k * phase) for k, a in enumerate(harmonics, 1) if a > 0)
