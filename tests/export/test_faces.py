@@ -263,7 +263,7 @@ def test_a_published_network_embeds_and_is_measured(folder, tmp_path, capsys):
     np.testing.assert_allclose(found["person0/0.png"], wanted, rtol=1e-3, atol=1e-3)
     assert found.encoder == load_any_encoder(weights).digest()
     assert qmargin("export", weights) == 1
-    assert "not a run's output folder" in capsys.readouterr().err
+    assert "no run; say what to write of it" in capsys.readouterr().err
     speech = wespeaker(tmp_path / "speech", "ResNet34", ResNet(80, 4, 8), 8, m_channels=4)
     assert isinstance(load_any_encoder(speech), SpeakerEncoder)
     with pytest.raises(ValueError, match=r"flip: .* is an encoder of speech"):
