@@ -408,7 +408,7 @@ def _sparse_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | N
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    """In an order that does not change: index_add_ on a GPU adds as its threads come."""
+    """In an order that does not change: ``index_add_`` on a GPU adds as its threads come."""
     if total.device.type == "cuda":
         total.index_put_((index,), rows, accumulate=True)  # which sorts
     else:

@@ -172,7 +172,8 @@ def test_errors_are_one_line(encoder, capsys, tmp_path, voices):
             warnings.simplefilter("ignore")  # what libraries warn of is no part of the error
             status, _, error = called(capsys, *arguments)
         assert (status, error.count("\n")) == (1, 1), (arguments, error)
-        assert error.startswith(f"qmargin {arguments[0]}: ") and fault in error, (arguments, error)
+        assert error.startswith(f"qmargin {arguments[0]}: "), error
+        assert fault in error, arguments
     called(capsys, "enrol", fresh, "Ann", good)
     status, _, error = called(capsys, "verify", fresh, "Ann", good)
     assert (status, "no threshold in it" in error) == (1, True)
