@@ -90,8 +90,8 @@ def test_hard_margins_are_where_the_plane_was_best_or_within_reach(classes, dim)
     assert make_loss("qmargin", found.alpha, found.scale, found.margin).warning() is None
 
 
-# docs/comparison_first.md, "The plane": classes, samples, and by alpha at (alpha - 1) scale = 5 the mean
-# TAR at 1e-2 over the scales, one run of four being worth 0.6; the 438 speakers by EER
+# docs/comparison_first.md, "The plane": classes, samples, and by alpha at (alpha - 1) scale = 5 the
+# mean TAR at 1e-2 over the scales, one run of four being worth 0.6; 438 speakers by EER
 PLANE = {
     (30, 20 * 736): {1.25: 20.6, 1.5: 20.5, 1.75: 19.9, 2.0: 20.2},
     (90, 20 * 736): {1.25: 22.1, 1.5: 20.3, 1.75: 16.9, 2.0: 16.6},
