@@ -174,14 +174,23 @@ def figure_cells(found: Sequence[tuple]) -> list[str]:
     ]
 
 
+def difference(pairs: Sequence[tuple], at: int) -> tuple[np.ndarray, Influence]:
+    """First minus second of some seeds' two :func:`figures_of`, in one of FIGURES.
+
+    The values [S], and what the speakers contribute to their mean.
+    """
+    values = np.array([ours[0][at] - theirs[0][at] for ours, theirs in pairs])
+    return values, mean([ours[1][at] - theirs[1][at] for ours, theirs in pairs])
+
+
 def difference_cells(pairs: Sequence[tuple]) -> list[str]:
     """Of some seeds' two :func:`figures_of`: the mean of first minus second, paired over speakers.
 
     The interval is of the speakers' sampling; the seeds' own spread stands beside it.
     """
     cells = []
-    for at, value in enumerate(np.array([ours[0] - theirs[0] for ours, theirs in pairs]).T):
-        moved = mean([ours[1][at] - theirs[1][at] for ours, theirs in pairs])
+    for at in range(len(FIGURES)):
+        value, moved = difference(pairs, at)
         seeds = f"; seeds ± {100 * value.std(ddof=1):.2f}" if len(value) > 1 else ""
         cells.append(f"{100 * value.mean():+.2f} ({interval(moved, value.mean(), '+')}{seeds})")
     return cells

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from compare_losses import (
     FIGURES,
+    difference,
     difference_cells,
     figure_cells,
     figures_of,
     markdown,
-    mean,
     recipe_options,
     scored,
     spread,
@@ -171,8 +171,8 @@ def decision_table(folders: Mapping[tuple, Path]) -> str:
             return ""
         at = list(FIGURES).index("TAR@1e-2")
         pairs = [(found[PRIMARY, seed], found[system, seed]) for seed in seeds]
-        value = float(np.mean([ours[0][at] - theirs[0][at] for ours, theirs in pairs]))
-        moved = mean([ours[1][at] - theirs[1][at] for ours, theirs in pairs])
+        values, moved = difference(pairs, at)
+        value = float(values.mean())
         reach = abs(value - moved.bias) / math.sqrt(moved.variance)
         chance = 2 * float(stdtr(moved.degrees_of_freedom, -reach))
         rows.append((chance, trials, system, value, moved, len(seeds)))

@@ -116,6 +116,14 @@ def tuned(out: Path, kind: str, systems: Iterable[str]) -> dict[str, list[str]]:
     }
 
 
+def over_seeds(folder: Path, base: list[str], systems: dict[str, list[str]]) -> Runs:
+    """Each system with each seed; the seeds are the outer loop."""
+    return {
+        (system, seed): ([*base, f"--seed={seed}", *given], folder / f"{system}_{seed}")
+        for seed, (system, given) in itertools.product(SEEDS, systems.items())
+    }
+
+
 # -- speech -------------------------------------------------------------------
 
 SMALL = ["--n_mels=40", "--embedding_dim=128", "--sentence_len=1.5", "--number_of_epochs=12"]
@@ -198,21 +206,13 @@ def tune(data: Path, out: Path, systems: list[str]) -> Runs:
 
 
 def speech(data: Path, out: Path, systems: list[str]) -> Runs:
-    base, found = three_lists(data, out), tuned(out, "tune", systems)
-    return {
-        (system, seed): ([*base, f"--seed={seed}", *given], out / f"speech/{system}_{seed}")
-        for seed, (system, given) in itertools.product(SEEDS, found.items())
-    }
+    return over_seeds(out / "speech", three_lists(data, out), tuned(out, "tune", systems))
 
 
 def resnet(data: Path, out: Path, systems: list[str]) -> Runs:
     """Another encoder with the settings that the first one's tuning chose."""
-    base = three_lists(data, out, RESNET)
     found = tuned(out, "tune", [one for one in ("arcface", "cosface", PRIMARY) if one in systems])
-    return {
-        (system, seed): ([*base, f"--seed={seed}", *given], out / f"resnet/{system}_{seed}")
-        for seed, (system, given) in itertools.product(SEEDS, found.items())
-    }
+    return over_seeds(out / "resnet", three_lists(data, out, RESNET), found)
 
 
 def classes(data: Path, out: Path, _: list[str]) -> Runs:
@@ -274,10 +274,7 @@ def second(data: Path, out: Path, systems: list[str]) -> Runs:
     base = speech_options(
         data, lists / "second_train.txt", lists / "second_cv.txt", lists / "second_gsc.txt"
     )
-    return {
-        (system, seed): ([*base, f"--seed={seed}", *given], out / f"second/{system}_{seed}")
-        for seed, (system, given) in itertools.product(SEEDS, tuned(out, "tune", systems).items())
-    }
+    return over_seeds(out / "second", base, tuned(out, "tune", systems))
 
 
 # -- faces --------------------------------------------------------------------
