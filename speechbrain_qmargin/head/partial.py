@@ -10,7 +10,6 @@ from torch import Tensor
 
 from speechbrain_qmargin.head.classifier import LookedAt, QMarginHead
 from speechbrain_qmargin.head.prototypes import Prototypes
-from speechbrain_qmargin.head.sizes import constants
 from speechbrain_qmargin.head.step import Shard
 
 __all__ = ["PartialHead"]
@@ -93,7 +92,7 @@ class PartialHead(QMarginHead):
         values = weight.detach()
         inverse_norm = values.norm(dim=1).clamp_(min=1e-12).reciprocal_()
         shard = Shard(
-            Prototypes(values, inverse_norm, None, self._derived.sizes or constants(values.device)),
+            Prototypes(values, inverse_norm, None, self._derived.sizes_on(values.device)),
             start,
             start + len(sampled),
             sum(counts),

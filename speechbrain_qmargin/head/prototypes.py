@@ -110,6 +110,10 @@ class Derived:
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["sizes"])
 
+    def sizes_on(self, device: torch.device) -> Sizes:
+        """Those that were given, else the device's."""
+        return self.sizes or constants(device)
+
     def forget(self) -> None:
         """All is built anew when it is next needed."""
         self._mark = None
@@ -122,7 +126,7 @@ class Derived:
             with torch.inference_mode(False), torch.no_grad():
                 rows = weight.detach()
                 norms = rows.new_empty(rows.shape[0])
-                sizes = self.sizes or constants(weight.device)
+                sizes = self.sizes_on(weight.device)
                 screened = len(rows) >= sizes.screen_from
                 screen = _empty_screen(rows, norms, sizes.screen) if screened else None
                 self._kept = Prototypes(rows, norms, screen, sizes)

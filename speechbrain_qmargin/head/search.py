@@ -358,7 +358,7 @@ def _level_of(
     measure, peak = query.measure, logits.amax(1)
     if isinstance(measure, GeneratorMeasure):
         lead = logits.double() - query.target.unsqueeze(1)
-        depth = None if lower is None else lower - query.target + measure.generator.edge
+        depth = None if lower is None else measure.depth_at(lower, query.target)
         depth = measure.depth(lambda: [lead], lead.amax(1), query.classes, lower=depth)
         return measure.level(depth, query.target)
     own = single_class_level(logits, measure.alpha, log_q).amax(1).double()

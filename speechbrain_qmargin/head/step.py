@@ -327,7 +327,7 @@ def _solved_of_generator(query: Query, prototypes: Prototypes, comm: Communicato
             lower = bound - rounding(query, bound)
         else:
             candidates, lower = refined(query, candidates, bound, prototypes)
-        lower = lower - query.target + measure.generator.edge
+        lower = measure.depth_at(lower, query.target)
     if candidates is None:
         everything = AllOfGenerator(query, prototypes)
         leads = everything.leads

@@ -7,7 +7,7 @@ from torch import Tensor
 from speechbrain_qmargin.loss.elasticface import Draws
 from speechbrain_qmargin.loss.functional import q_margin_objective
 from speechbrain_qmargin.loss.interface import Objective, Rows, Scores
-from speechbrain_qmargin.loss.magface import check_norms, magnitude_cost, share_of_norms
+from speechbrain_qmargin.loss.magface import check_norms, share_of_norms, with_magnitude_cost
 from speechbrain_qmargin.loss.norms import RunningNorms, norms_of
 from speechbrain_qmargin.loss.qmargin import QMarginLoss
 
@@ -156,10 +156,8 @@ class MagnitudeQMarginLoss(QMarginLoss):
         return q_margin_objective(targets, self.alpha, self.scale, margins)
 
     def rows(self, scores: Scores, targets: Tensor, *, statistics: bool = False) -> Rows:
-        rows = super().rows(scores, targets, statistics=statistics)
-        a = norms_of(self, scores)
-        cost = self.regulariser * magnitude_cost(a, self.lower_norm, self.upper_norm)
-        return rows._replace(loss=rows.loss + cost.to(rows.loss.dtype))
+        rows, norms = super().rows(scores, targets, statistics=statistics), norms_of(self, scores)
+        return with_magnitude_cost(rows, norms, self.lower_norm, self.upper_norm, self.regulariser)
 
 
 class ElasticQMarginLoss(QMarginLoss):

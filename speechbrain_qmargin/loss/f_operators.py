@@ -113,6 +113,12 @@ def _solved(f: Generator, logits: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor
     return depth, p / p.sum(-1, keepdim=True)
 
 
+def _loss(f: Generator, value: Tensor, mass: Tensor, log_q: Tensor, p_y: Tensor) -> Tensor:
+    """Losses [B], from the sums of :class:`Moments` and the targets' log q and posteriors."""
+    own = torch.where(p_y > 0, f.drop(p_y * torch.exp(-log_q)), 0) - f.drop(torch.exp(-log_q))
+    return torch.where(mass == 0, 0, (value + log_q.exp() * own).clamp(min=0))
+
+
 class Moments(NamedTuple):
     """Of the classes that are not the target, all [B], float64.
 
@@ -171,6 +177,10 @@ class GeneratorMeasure(NamedTuple):
     def level(self, depth: Tensor, target: Tensor) -> Tensor:
         """The level [B] of the depths and logits of targets, [B]."""
         return target + (depth - self.generator.edge)
+
+    def depth_at(self, level: Tensor, target: Tensor) -> Tensor:
+        """The targets' depths [B] where that is the level."""
+        return level - target + self.generator.edge
 
     def depth(
         self,
@@ -233,9 +243,7 @@ class GeneratorMeasure(NamedTuple):
         p_y, _ = masses(f, depth, log_q)
         inverse_total = 1 / (others.mass + p_y)
         p_y = p_y * inverse_total
-        own = torch.where(p_y > 0, f.drop(p_y * torch.exp(-log_q)), 0) - f.drop(torch.exp(-log_q))
-        loss = (others.value + log_q.exp() * own).clamp(min=0)
-        loss = torch.where(others.mass == 0, 0, loss)
+        loss = _loss(f, others.value, others.mass, log_q, p_y)
         return Solution(loss, p_y, 0 - others.mass * inverse_total, inverse_total)
 
 
@@ -321,10 +329,7 @@ class _MarginLoss(torch.autograd.Function):
         each = torch.where(p > 0, measure.exp() * f.drop(u) + p * moved, 0).scatter(1, index, 0)
         others = p.scatter(1, index, 0).sum(1)
         log_y, p_y = (one.gather(1, index).squeeze(1) for one in (measure, p))
-        own = log_y.exp() * (
-            torch.where(p_y > 0, f.drop(p_y * torch.exp(-log_y)), 0) - f.drop(torch.exp(-log_y))
-        )
-        loss = torch.where(others == 0, 0, (each.sum(1) + own).clamp(min=0))
+        loss = _loss(f, each.sum(1), others, log_y, p_y)
         residual = p.scatter(1, index, -others.unsqueeze(1))
         ctx.save_for_backward(residual)
         support = (p > 0).sum(1)

@@ -9,7 +9,13 @@ from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.interface import Objective, Rows, Scores
 from speechbrain_qmargin.loss.norms import norms_of
 
-__all__ = ["MagFaceLoss", "check_norms", "magnitude_cost", "share_of_norms"]
+__all__ = [
+    "MagFaceLoss",
+    "check_norms",
+    "magnitude_cost",
+    "share_of_norms",
+    "with_magnitude_cost",
+]
 
 
 def share_of_norms(norms: Tensor, lower: float, upper: float) -> Tensor:
@@ -35,6 +41,14 @@ def magnitude_cost(norms: Tensor, lower: float, upper: float) -> Tensor:
     """
     a = norms.clamp(lower, upper)
     return a / upper**2 + 1 / a
+
+
+def with_magnitude_cost(
+    rows: Rows, norms: Tensor, lower: float, upper: float, regulariser: float
+) -> Rows:
+    """Losses [B] with :func:`magnitude_cost` of their norms [B] added."""
+    cost = regulariser * magnitude_cost(norms, lower, upper)
+    return rows._replace(loss=rows.loss + cost.to(rows.loss.dtype))
 
 
 def check_norms(lower: float, upper: float, regulariser: float) -> None:
@@ -129,7 +143,5 @@ class MagFaceLoss(Loss):
         )
 
     def rows(self, scores: Scores, targets: Tensor, *, statistics: bool = False) -> Rows:
-        rows = super().rows(scores, targets, statistics=statistics)
-        a = norms_of(self, scores)
-        cost = self.regulariser * magnitude_cost(a, self.lower_norm, self.upper_norm)
-        return rows._replace(loss=rows.loss + cost.to(rows.loss.dtype))
+        rows, norms = super().rows(scores, targets, statistics=statistics), norms_of(self, scores)
+        return with_magnitude_cost(rows, norms, self.lower_norm, self.upper_norm, self.regulariser)
