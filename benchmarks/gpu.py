@@ -36,7 +36,7 @@ from speechbrain_qmargin.loss.device import control_flow, kernels_run
 
 SCALE, MARGIN, ALPHA, LR, MOMENTUM = 32.0, 0.2, 1.25, 0.01, 0.9
 TESTS = ["tests/loss/test_kernels.py", "tests/head/test_fused.py"]
-SECONDS = {"exactness": 100, "step": 190, "training": 140, "small": 30}
+SECONDS = {"exactness": 100, "step": 170, "anatomy": 30, "training": 140, "small": 20}
 DRY_SECONDS = dict.fromkeys(SECONDS, 600)
 
 
@@ -365,7 +365,8 @@ def one_step(contender, x: Tensor, labels: Tensor) -> None:
         contender.update()
 
 
-def step_of(name: str, classes: int, dim: int, batch: int, noise, device, dry: bool) -> dict:
+def drawn(name: str, classes: int, dim: int, batch: int, noise: float | None, device):
+    """A contender, and embeddings and labels for it."""
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = "TF32" in name or "paper" in name
     contender = CONTENDERS[name](classes, dim, device)
@@ -373,7 +374,11 @@ def step_of(name: str, classes: int, dim: int, batch: int, noise, device, dry: b
     x = torch.randn(batch, dim, device=device)
     if noise is not None:
         x = contender.weight.detach()[labels] + noise * x
-    x.requires_grad_()
+    return contender, x.requires_grad_(), labels
+
+
+def step_of(name: str, classes: int, dim: int, batch: int, noise, device, dry: bool) -> dict:
+    contender, x, labels = drawn(name, classes, dim, batch, noise, device)
     result = measured(lambda: one_step(contender, x, labels), device, dry)
     note = getattr(contender, "note", None)
     return result | ({"note": note} if note else {})
@@ -567,6 +572,62 @@ def compute_dense_loss(report: Report, device: torch.device) -> None:
         )
 
 
+def anatomy(report: Report, device: torch.device) -> None:
+    """Where the time of the head's step goes: the kernels that take most of it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    report.part("anatomy")
+    activities = [ProfilerActivity.CPU]
+    activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
+
+    def add(classes: int, dim: int, batch: int, noise: float | None) -> dict:
+        contender, x, labels = drawn("Q-Margin, this package", classes, dim, batch, noise, device)
+        for _ in range(1 if report.dry else 4):
+            one_step(contender, x, labels)
+        synchronise(device)
+        start = time.perf_counter()
+        one_step(contender, x, labels)
+        synchronise(device)
+        whole = time.perf_counter() - start
+        with profile(activities=activities) as trace:
+            one_step(contender, x, labels)
+            synchronise(device)
+        scores = contender.head(x)
+        support = scores.q_margin_loss(labels, ALPHA, SCALE, MARGIN, return_stats=True)[1].support_mean
+        found = [event for event in trace.key_averages() if event.self_device_time_total > 0]
+        found.sort(key=lambda event: -event.self_device_time_total)
+        for event in found[:18]:
+            report.add(
+                event.key[:70],
+                classes=classes,
+                dim=dim,
+                batch=batch,
+                noise="far" if noise is None else noise,
+                launches=event.count,
+                us=event.self_device_time_total,
+            )
+        return {
+            "wall_ms": 1000 * whole,
+            "device_ms": sum(event.self_device_time_total for event in found) / 1000,
+            "support": float(support),
+        }
+
+    sizes = [(500, 16, 4, 0.05)]
+    if not report.dry:
+        sizes = [(1_000_000, 512, batch, 0.05) for batch in (128, 1024)]
+        sizes += [(1_000_000, 512, 1024, None), (100_000, 512, 128, 0.05)]
+    for classes, dim, batch, noise in sizes:
+        attempt(
+            report,
+            "a step of the head",
+            lambda c=classes, d=dim, b=batch, z=noise: add(c, d, b, z),
+            classes=classes,
+            dim=dim,
+            batch=batch,
+            noise="far" if noise is None else noise,
+        )
+
+
 def training(report: Report, device: torch.device) -> None:
     """Samples a second of a whole step, encoder included."""
     from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
@@ -681,7 +742,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--dry", action="store_true", help="small tensors; a CPU will do")
-    parser.add_argument("--parts", nargs="+", default=["exactness", "step", "training", "small"])
+    parser.add_argument("--parts", nargs="+", default=[*SECONDS])
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(args.out, args.dry)
@@ -690,7 +751,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("no GPU is here: --dry runs the same code on small tensors")
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False  # SpeechBrain's import turns it on
-    parts = {"exactness": exactness, "step": steps, "training": training}
+    parts = {"exactness": exactness, "step": steps, "anatomy": anatomy, "training": training}
     try:
         for name in args.parts:
             if name == "small":
