@@ -25,6 +25,7 @@ from speechbrain_qmargin.head.optim import RowSparse
 from speechbrain_qmargin.head.prototypes import Derived, Mark, Prototypes
 from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.head.step import Evaluation, HeadLoss, Shard, refuse_labels
+from speechbrain_qmargin.loss.device import assert_on_device, host_decides
 from speechbrain_qmargin.loss.functional import check_loss_parameters, q_margin_objective
 from speechbrain_qmargin.loss.interface import (
     BinaryObjective,
@@ -609,8 +610,8 @@ def _spread(target_log_q: Tensor, log_q: Tensor | None, comm: Communicator) -> f
 
 
 def _check_range(labels: Tensor, wrong: Tensor, num_classes: int) -> None:
-    if labels.device.type != "cpu":
-        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+    if not host_decides(labels.device):
+        assert_on_device(
             wrong == 0, f"a target label is outside [0, {num_classes}), the number of classes"
         )
     elif int(wrong):

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from speechbrain_qmargin.loss.binary import binary_rows
-from speechbrain_qmargin.loss.device import all_steps, host_decides, kernels_run
+from speechbrain_qmargin.loss.device import (
+    all_steps,
+    assert_on_device,
+    host_decides,
+    kernels_run,
+)
 from speechbrain_qmargin.loss.f_operators import f_margin_loss
 from speechbrain_qmargin.loss.interface import (
     BinaryObjective,
@@ -354,7 +359,7 @@ class _OneLaunch(torch.autograd.Function):
             support=count_support,
         )
         if check:
-            _assert_async((solved.counts[1] == 0).all(), _beyond_one(cosines.shape[1]))
+            assert_on_device((solved.counts[1] == 0).all(), _beyond_one(cosines.shape[1]))
         ctx.save_for_backward(cosines, targets, solved.kept, moved, target_log_q, log_q)
         ctx.alpha, ctx.scale = alpha, scale
         support = solved.counts[0] if count_support else None
@@ -408,12 +413,8 @@ def _float32_holds(log_q: Tensor, alpha: float) -> bool:
     beyond = (alpha - 1) * log_q.abs().amax() > FLOAT32_LOG_RANGE
     if host_decides(log_q.device):
         return not bool(beyond)
-    _assert_async(~beyond, _BEYOND)
+    assert_on_device(~beyond, _BEYOND)
     return True
-
-
-def _assert_async(condition: Tensor, message: str) -> None:
-    torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def check_labels(targets: Tensor, num_classes: int) -> None:
@@ -428,7 +429,7 @@ def check_labels(targets: Tensor, num_classes: int) -> None:
         "(the classifier's number of classes) to the size of the label encoder"
     )
     if not host_decides(targets.device):
-        _assert_async(valid.all(), f"a target label is {message}")
+        assert_on_device(valid.all(), f"a target label is {message}")
     elif not bool(valid.all()):
         raise ValueError(f"target label {int(targets[~valid][0])} is {message}")
 
@@ -448,7 +449,12 @@ def _advice(classes: int) -> str:
 
 
 def _beyond_one(classes: int) -> str:
-    return f"outputs beyond 1 or not finite: {_advice(classes)}"
+    """What a device has room for of :func:`_advice`."""
+    return (
+        "outputs beyond 1 or not finite: the model diverged, or these are logits. The loss takes "
+        "cosines, not logits, and has the scale in itself; for train_x_vectors give --classifier "
+        f"an ECAPA_TDNN.Classifier of {classes} classes (on a CPU this says how)"
+    )
 
 
 def _check_cosines(cosines: Tensor) -> None:
@@ -458,7 +464,7 @@ def _check_cosines(cosines: Tensor) -> None:
     largest = torch.maximum(-low, high)  # NaN propagates
     tolerance, classes = _tolerance(cosines.dtype), cosines.shape[1]
     if not host_decides(cosines.device):
-        _assert_async(largest <= 1 + tolerance, _beyond_one(classes))
+        assert_on_device(largest <= 1 + tolerance, _beyond_one(classes))
         return
     value = float(largest)
     if not math.isfinite(value):

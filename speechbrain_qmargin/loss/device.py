@@ -23,11 +23,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-__all__ = ["STEPS_VARIABLE", "all_steps", "control_flow", "host_decides", "kernels_run"]
+__all__ = [
+    "STEPS_VARIABLE",
+    "all_steps",
+    "assert_on_device",
+    "control_flow",
+    "host_decides",
+    "kernels_run",
+]
 
 KERNELS_VARIABLE = "QMARGIN_KERNELS"
 STEPS_VARIABLE = "QMARGIN_STEPS"
+_LONGEST_MESSAGE = 254  # bytes that torch has room for in the launch of a device-side assertion
 
 
 @dataclass
@@ -67,6 +76,35 @@ def kernels_run(device: torch.device) -> bool:
     if _forced.kernels is not None:
         return _forced.kernels
     return _wanted and _triton and device.type == "cuda"
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Have the device stop if the condition does not hold there; the host does not wait for it.
+
+    Parameters
+    ----------
+    condition : Tensor, one element
+    message : str
+        Fewer than 255 bytes: a CUDA device takes no longer one.
+
+    Raises
+    ------
+    ValueError
+        If the message is longer, on any device, that no GPU is needed to find it out.
+    RuntimeError
+        If the condition does not hold: on a CPU at once, on CUDA where the host next waits.
+
+    Examples
+    --------
+    >>> assert_on_device(torch.ones(2).amax() <= 1, "a cosine is beyond 1")
+    """
+    length = len(message.encode())
+    if length > _LONGEST_MESSAGE:
+        raise ValueError(
+            f"the message of a device-side assertion has {length} bytes and may have "
+            f"{_LONGEST_MESSAGE}: {message}"
+        )
+    torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def all_steps() -> bool:

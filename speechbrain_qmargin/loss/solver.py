@@ -34,7 +34,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from speechbrain_qmargin.loss.device import STEPS_VARIABLE, all_steps, host_decides
+from speechbrain_qmargin.loss.device import (
+    STEPS_VARIABLE,
+    all_steps,
+    assert_on_device,
+    host_decides,
+)
 
 __all__ = [
     "FEW_STEPS",
@@ -440,7 +445,7 @@ def newton(
         if looks and (bool(done.all()) if settled is None else settled(done)):
             break
     if shortened and exact:
-        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+        assert_on_device(
             done.all(),
             f"the normaliser has not converged in {limit} steps, which these logits would be the "
             f"first to need; {STEPS_VARIABLE}=all takes the proved number",

@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from launches import Counted
+from scripts import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from speechbrain_qmargin.loss.device import control_flow
+from speechbrain_qmargin.head.classifier import QMarginHead
+from speechbrain_qmargin.loss.dense import DenseScores, check_labels
+from speechbrain_qmargin.loss.device import assert_on_device, control_flow
 from speechbrain_qmargin.loss.functional import q_margin_loss, solve_tau
 from speechbrain_qmargin.loss.solver import (
     FEW_STEPS,
@@ -78,6 +82,37 @@ def test_margins_of_samples_and_priors_of_classes_make_nobody_wait():
     assert counted.waits == 0
     with control_flow(host=False), pytest.raises(RuntimeError, match="takes float64 cosines"):
         q_margin_loss(cosines, targets, log_q=log_q * 200)
+
+
+def test_every_message_has_room_on_a_gpu(monkeypatch):
+    """CUDA takes 254 bytes of one; a longer one fails every loss there."""
+    said, ask = set(), torch._assert_async
+
+    def spy(condition, message):
+        said.add(message)
+        return ask(condition, message)
+
+    monkeypatch.setattr(torch, "_assert_async", spy)
+    cosines, targets = batch(300)
+    many = 9_999_999_999
+    with control_flow(host=False):
+        check_labels(targets, many)
+        with FakeTensorMode():
+            DenseScores(torch.empty(2, many))
+        q_margin_loss(cosines, targets, 1.5, 10.0, log_q=torch.zeros(300))
+        head = QMarginHead(8, 300)
+        head(torch.ones(1, 8)).q_margin_loss(torch.zeros(1, dtype=torch.long), 1.5, 10.0, 0.2)
+    assert len(said) == 7  # two of them for two numbers of classes
+    assert max(len(message.encode()) for message in said) < 255
+    callers = [
+        file.name
+        for file in (ROOT / "speechbrain_qmargin").rglob("*.py")
+        if "_assert_async" in file.read_text(encoding="utf-8")
+    ]
+    assert callers == ["device.py"]
+    with pytest.raises(ValueError, match="has 255 bytes and may have 254"):
+        assert_on_device(torch.tensor(True), "x" * 255)
+    assert_on_device(torch.tensor(True), "x" * 254)
 
 
 cosine = st.one_of(st.sampled_from([-1.0, 0.0, 0.25, 1.0]), st.floats(-1, 1, width=32))
