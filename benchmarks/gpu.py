@@ -593,7 +593,9 @@ def anatomy(report: Report, device: torch.device) -> None:
             one_step(contender, x, labels)
             synchronise(device)
         scores = contender.head(x)
-        support = scores.q_margin_loss(labels, ALPHA, SCALE, MARGIN, return_stats=True)[1].support_mean
+        support = scores.q_margin_loss(labels, ALPHA, SCALE, MARGIN, return_stats=True)[
+            1
+        ].support_mean
         found = [event for event in trace.key_averages() if event.self_device_time_total > 0]
         found.sort(key=lambda event: -event.self_device_time_total)
         for event in found[:18]:

@@ -8,6 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from speechbrain_qmargin.head.kernels import KERNELS
+from speechbrain_qmargin.head.row_kernels import KERNELS as ROW_KERNELS
 
 DOUBLES = ["prior", "length", "slack", "cosine", "log_q", "values", "levels", "cosines", "slope"]
 INTEGERS = ["state", "counts", "peaks", "kept", "entries", "ordered", "flags", "numbered"]
@@ -29,9 +30,17 @@ CONSTANTS = {"BLOCK_B": 128, "BLOCK_C": 128, "BLOCK_D": 64, "BLOCK_I": 16, "BLOC
 CONSTANTS |= {"CHUNK": 1024, "POWER": 4, "HAS_Q": False, "IN_LOGS": False}
 CONSTANTS |= {"FINAL": True, "SAFEGUARDED": False}
 
-for kernel in KERNELS:
+# of rows
+OF_ROWS = dict.fromkeys(["values", "momentum", "mean", "square"], "*fp32")
+OF_ROWS |= {"rows": "*i64", "since": "*i32", "table": "*fp64", "screen": "*bf16"}
+NUMBERS = ["lr", "mu", "decay", "b1", "b2", "eps", "c1", "root_c2"]
+OF_ROWS |= dict.fromkeys(NUMBERS, "fp32")
+CONSTANTS |= {"BLOCK_R": 4, "ALL": False, "SCREENED": True, "GLIDE": True, "MARK": True}
+CONSTANTS |= {"MOMENTUM": True, "NESTEROV": True, "DECAY": True}
+
+for kernel in (*KERNELS, *ROW_KERNELS):
     name = kernel.fn.__name__
-    types = TYPES | OTHERS.get(name, {})
+    types = TYPES | OTHERS.get(name, OF_ROWS if kernel in ROW_KERNELS else {})
     constants = {p.name: CONSTANTS[p.name] for p in kernel.params if p.is_constexpr}
     signature = {
         p.name: "constexpr" if p.is_constexpr else types.get(p.name, "i32") for p in kernel.params

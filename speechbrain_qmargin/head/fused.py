@@ -132,7 +132,7 @@ def bytes_of_a_step(batch: int, dim: int, sample: int, screened: int, kept: int)
 
     Examples
     --------
-    >>> bytes_of_a_step(batch=1024, dim=512, sample=16394, screened=4096, kept=2048) // 10**6
+    >>> bytes_of_a_step(batch=1024, dim=512, sample=16384, screened=4096, kept=2048) // 10**6
     164
     """
     embeddings = batch * (2 * dim + 8 * 4 + 4 + 3 * 4 + 100)  # rounded, numbers, what is returned
@@ -170,7 +170,7 @@ def _attempt(
             unmoved, batch = batch.cosine, batch._replace(cosine=moved)
         else:
             unmoved = batch.cosine
-        stride = max(1, classes // sizes.sample)
+        stride = -(-classes // sizes.sample)  # rounded up: `sample` classes at most
         kernels.sample_floors(batch, kernels.sample_scores(batch, prototypes, stride), stride)
         found = torch.empty(len(raw), room.screened, dtype=torch.int64, device=device)
         kept = torch.empty(len(raw), room.kept, dtype=torch.int32, device=device)

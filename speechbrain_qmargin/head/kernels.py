@@ -55,6 +55,7 @@ _ABSENT = tl.constexpr(ABSENT)
 _BAD_LABEL, _NOT_FINITE, _NOT_CONVERGED = (tl.constexpr(2**bit) for bit in range(3))
 _FIXED = tl.constexpr(float(2**40))  # of fixed point: a mass is at most 1, a room below 2**23
 _REACHED = tl.constexpr(2**40 + 2**30)  # whatever float32 rounded, the mass is at least 1
+_REACHED_IN_SUM = tl.constexpr(1.0 + 2.0**-10)  # likewise, of a sum of floats
 _MOST_STEPS = tl.constexpr(128)  # of Newton's method
 _INF = tl.constexpr(float("inf"))
 
@@ -66,7 +67,7 @@ def _nothing():
 
 # every Triton says it of a kernel, and each its own way of the setting
 _INTERPRETED = tl.constexpr(not isinstance(_nothing, triton.JITFunction))
-_BISECTIONS = tl.constexpr(8 if _INTERPRETED.value else 20)  # for a bound
+_BISECTIONS = tl.constexpr(8 if _INTERPRETED.value else 12)  # for a bound: to 0.001 logits at k = 4
 
 
 @lru_cache(maxsize=64)
@@ -90,15 +91,40 @@ def _kind(alpha: float) -> dict:
 
 @triton.jit
 def _rough_mass(lead, log_q, k, IN_LOGS: tl.constexpr, POWER: tl.constexpr, HAS_Q: tl.constexpr):
-    """p in fixed point, rounded down, within 2**-12 of itself."""
-    if (POWER > 0) and not HAS_Q:
+    """p within 2**-12 of itself; below 2**-40 it may be less."""
+    if HAS_Q or IN_LOGS:
+        p, _ = powers_of(lead, log_q, k, IN_LOGS)
+    else:
         u = tl.maximum(lead, 0.0).to(tl.float32)
-        p = u
+        if POWER > 0:
+            p = u
+            for _ in tl.static_range(POWER - 1):
+                p = p * u
+        else:  # k is at most 8, so that float32 is enough
+            there = u > 0.0
+            p = tl.exp(tl.log(tl.where(there, u, 1.0)) * k.to(tl.float32))
+            p = tl.where(there, p, 0.0)
+    return p
+
+
+@triton.jit
+def _fixed(mass):
+    """In fixed point, rounded down: its sums are the same in any order."""
+    return (mass.to(tl.float64) * _FIXED).to(tl.int64)
+
+
+@triton.jit
+def _powers(lead, log_q, k, IN_LOGS: tl.constexpr, POWER: tl.constexpr, HAS_Q: tl.constexpr):
+    """p and q u^(k - 1) of other classes, in float64."""
+    if (POWER > 0) and not HAS_Q:
+        u = tl.maximum(lead, 0.0)
+        h = tl.where(u > 0.0, 1.0, 0.0).to(tl.float64)
         for _ in tl.static_range(POWER - 1):
-            p = p * u
-        return (p.to(tl.float64) * _FIXED).to(tl.int64)
-    p, _ = powers_of(lead, log_q, k, IN_LOGS)
-    return (p * _FIXED).to(tl.int64)
+            h = h * u
+        p = h * u
+    else:
+        p, h = powers_of(lead, log_q, k, IN_LOGS)
+    return p, h
 
 
 # --------------------------------------------------------------------------- embeddings
@@ -150,26 +176,23 @@ def _tile(
     BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Products [BLOCK_C, BLOCK_B] of rows first, first + stride, ... below last."""
-    c = first + tl.arange(0, BLOCK_C).to(tl.int64) * stride
+    i, d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     b = sample + tl.arange(0, BLOCK_B)
-    d = tl.arange(0, BLOCK_D)
+    left = (last - first + stride - 1) // stride
+    # int32 within a tile, so that addresses take few registers
+    at_w = rows + first * dim + (i[:, None] * (stride * dim) + d[None, :])
+    at_x = columns + (b[None, :] * dim + d[:, None])
     total = tl.zeros((BLOCK_C, BLOCK_B), tl.float32)
     for start in range(0, dim, BLOCK_D):
-        inside = start + d < dim
-        w = tl.load(
-            rows + c[:, None] * dim + (start + d)[None, :],
-            mask=(c < last)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        x = tl.load(
-            columns + b[None, :] * dim + (start + d)[:, None],
-            mask=(b < batch)[None, :] & inside[:, None],
-            other=0.0,
-        )
+        inside = d < dim - start
+        w = tl.load(at_w, mask=(i < left)[:, None] & inside[None, :], other=0.0)
+        x = tl.load(at_x, mask=(b < batch)[None, :] & inside[:, None], other=0.0)
         if _INTERPRETED:  # its bf16 products are wrong
             total += tl.dot(w.to(tl.float32), x.to(tl.float32), input_precision="ieee")
         else:
             total = tl.dot(w, x, total)
+        at_w += BLOCK_D
+        at_x += BLOCK_D
     return total
 
 
@@ -205,39 +228,28 @@ def _write_floor(b, level, scale, above, k, slack, levels, cuts, IN_LOGS: tl.con
 def _sample_floors(
     sampled, labels, cosine, prior, slack, log_q, values, levels, cuts,
     stride, size,
-    CHUNK: tl.constexpr, IN_LOGS: tl.constexpr, POWER: tl.constexpr, HAS_Q: tl.constexpr,
+    BLOCK: tl.constexpr, IN_LOGS: tl.constexpr, POWER: tl.constexpr, HAS_Q: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     gamma, k = tl.load(values), tl.load(values + 1)
     scale, above = tl.load(values + 2), tl.load(values + 3)
     label, allowance = tl.load(labels + b), tl.load(slack + b)
     own, q_own = tl.load(cosine + b) * scale, tl.load(prior + b)
-    low, high = level_alone(own, q_own, gamma, IN_LOGS), own
-    offset = tl.arange(0, CHUNK).to(tl.int64)
-    for start in range(0, size, CHUNK):
-        i = start + offset
-        there = (i < size) & (i * stride != label)
-        s = tl.load(sampled + b * size + i, mask=there, other=0.0).to(tl.float64)
-        logit = tl.where(there, (s - allowance) * scale, -_INF)
-        prior_i = 0.0
-        if HAS_Q:
-            prior_i = tl.load(log_q + i * stride, mask=there, other=0.0).to(tl.float64)
-        low = tl.maximum(low, tl.max(level_alone(logit, prior_i, gamma, IN_LOGS), 0))
-        high = tl.maximum(high, tl.max(logit, 0))
-    high = tl.maximum(high + above, low)
+    i = tl.arange(0, BLOCK).to(tl.int64)  # all of a sample stays in registers
+    there = (i < size) & (i * stride != label)
+    s = tl.load(sampled + b * size + i, mask=there, other=0.0).to(tl.float64)
+    logit = tl.where(there, (s - allowance) * scale, -_INF)
+    prior_i = 0.0
+    if HAS_Q:
+        prior_i = tl.load(log_q + i * stride, mask=there, other=0.0).to(tl.float64)
+    low = level_alone(own, q_own, gamma, IN_LOGS)
+    low = tl.maximum(low, tl.max(level_alone(logit, prior_i, gamma, IN_LOGS), 0))
+    high = tl.maximum(tl.maximum(own, tl.max(logit, 0)) + above, low)
     for _ in range(_BISECTIONS):
         level = 0.5 * (low + high)
-        mass = _rough_mass(gamma * (own - level), q_own, k, IN_LOGS, 0, True)
-        for start in range(0, size, CHUNK):
-            i = start + offset
-            there = (i < size) & (i * stride != label)
-            s = tl.load(sampled + b * size + i, mask=there, other=0.0).to(tl.float64)
-            lead = tl.where(there, gamma * ((s - allowance) * scale - level), -_INF)
-            prior_i = 0.0
-            if HAS_Q:
-                prior_i = tl.load(log_q + i * stride, mask=there, other=0.0).to(tl.float64)
-            mass += tl.sum(_rough_mass(lead, prior_i, k, IN_LOGS, POWER, HAS_Q), 0)
-        reached = mass >= _REACHED
+        mass = _rough_mass(gamma * (logit - level), prior_i, k, IN_LOGS, POWER, HAS_Q)
+        own_mass = _rough_mass(gamma * (own - level), q_own, k, IN_LOGS, 0, True)
+        reached = tl.sum(mass, 0) + own_mass >= _REACHED_IN_SUM
         low = tl.where(reached, level, low)
         high = tl.where(reached, high, level)
     _write_floor(b, low, scale, above, k, allowance, levels, cuts, IN_LOGS)
@@ -257,21 +269,18 @@ def _screen(
     s = _tile(
         rows, columns, first, 1, stop, sample, batch, dim, BLOCK_C, BLOCK_B, BLOCK_D
     )  # fmt: skip
-    c = first + tl.arange(0, BLOCK_C)
+    c = (first + tl.arange(0, BLOCK_C)).to(tl.int32)
     b = sample + tl.arange(0, BLOCK_B)
-    here = b < batch
-    cut = tl.load(cuts + b, mask=here, other=_INF)
-    label = tl.load(labels + b, mask=here, other=-1)
+    cut = tl.load(cuts + b, mask=b < batch, other=_INF)
+    label = tl.load(labels + b, mask=b < batch, other=-1).to(tl.int32)
     keep = (s >= cut[None, :]) & (c < stop)[:, None] & (c[:, None] != label[None, :])
-    keep = (keep & here[None, :]).to(tl.int32)
-    many = tl.sum(keep, 0)
-    if tl.sum(many, 0) > 0:
-        base = tl.atomic_add(counts + b, many, mask=many > 0)
-        place = base[None, :] + tl.cumsum(keep, 0) - 1
+    if tl.max(tl.max(keep.to(tl.int32), 0), 0) > 0:
+        each = tl.broadcast_to(b[None, :], (BLOCK_C, BLOCK_B))
+        place = tl.atomic_add(counts + each, 1, mask=keep, sem="relaxed")
         bits = s.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-        key = (c[:, None] << 32) | bits
-        where = found + b.to(tl.int64)[None, :] * room + place
-        tl.store(where, key, mask=(keep > 0) & (place < room))
+        key = (c[:, None].to(tl.int64) << 32) | bits
+        # a buffer has fewer than 2**31 places: see `screen`
+        tl.store(found + (each * room + place), key, mask=keep & (place < room))
 
 
 @triton.jit
@@ -311,7 +320,7 @@ def _raise_floors(
     high = tl.maximum(high + above, low)
     for _ in range(_BISECTIONS):
         level = 0.5 * (low + high)
-        mass = _rough_mass(gamma * (own - level), q_own, k, IN_LOGS, 0, True)
+        mass = _fixed(_rough_mass(gamma * (own - level), q_own, k, IN_LOGS, 0, True))
         for start in range(0, n, CHUNK):
             there = start + offset < n
             key = tl.load(row + start + offset, mask=there, other=0)
@@ -320,7 +329,8 @@ def _raise_floors(
             prior_i = 0.0
             if HAS_Q:
                 prior_i = tl.load(log_q + (key >> 32), mask=there, other=0.0).to(tl.float64)
-            mass += tl.sum(_rough_mass(lead, prior_i, k, IN_LOGS, POWER, HAS_Q), 0)
+            more = _rough_mass(lead, prior_i, k, IN_LOGS, POWER, HAS_Q)
+            mass += tl.sum(_fixed(more), 0)
         reached = mass >= _REACHED
         low = tl.where(reached, level, low)
         high = tl.where(reached, high, level)
@@ -359,17 +369,22 @@ def _exact_cosines(
     b = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK_I
     if start < tl.load(counts + b):
-        i = start + tl.arange(0, BLOCK_I)
-        d = tl.arange(0, BLOCK_D)
-        inside = d < dim
+        i, d = start + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D)
         c = tl.load(kept + b * width + i, mask=i < width, other=_ABSENT).to(tl.int64)
         there = c != _ABSENT
-        x = tl.load(raw + b * dim + d, mask=inside, other=0.0).to(tl.float64)
-        x = tl.where(tl.abs(x) < _INF, x, 0.0) / tl.load(length + b)
-        mask = there[:, None] & inside[None, :]
-        w = tl.load(weight + c[:, None] * dim + d[None, :], mask=mask, other=0.0).to(tl.float64)
-        norm = tl.maximum(tl.sqrt(tl.sum(w * w, 1)), 1e-12)
-        cosine = tl.sum((w / norm[:, None]) * x[None, :], 1)
+        product = tl.zeros((BLOCK_I, BLOCK_D), tl.float64)
+        square = tl.zeros((BLOCK_I, BLOCK_D), tl.float64)
+        for first in range(0, dim, BLOCK_D):
+            inside = d < dim - first
+            x = tl.load(raw + b * dim + first + d, mask=inside, other=0.0).to(tl.float64)
+            x = tl.where(tl.abs(x) < _INF, x, 0.0)
+            at = c[:, None] * dim + (first + d)[None, :]
+            w = tl.load(weight + at, mask=there[:, None] & inside[None, :], other=0.0)
+            w = w.to(tl.float64)
+            product += w * x[None, :]
+            square += w * w
+        norm = tl.maximum(tl.sqrt(tl.sum(square, 1)), 1e-12)
+        cosine = tl.sum(product, 1) / (norm * tl.load(length + b))
         tl.store(out + b * width + i, cosine, mask=there)
 
 
@@ -394,7 +409,7 @@ def _solve(
     entries, shares, loss, posterior, support, residual,
     batch, width,
     CHUNK: tl.constexpr, BLOCK_B: tl.constexpr, SAFEGUARDED: tl.constexpr,
-    IN_LOGS: tl.constexpr, HAS_Q: tl.constexpr,
+    IN_LOGS: tl.constexpr, POWER: tl.constexpr, HAS_Q: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     gamma, k = tl.load(values), tl.load(values + 1)
@@ -418,7 +433,7 @@ def _solve(
             _, logit, prior_i = _candidates(
                 kept, cosines, log_q, b * width, start, n, scale, CHUNK, HAS_Q
             )
-            p, slope_i = powers_of(gamma * (logit - level), prior_i, k, IN_LOGS)
+            p, slope_i = _powers(gamma * (logit - level), prior_i, k, IN_LOGS, POWER, HAS_Q)
             s += tl.sum(p, 0)
             h += tl.sum(slope_i, 0)
         level, low, high, ended = moved_on(
@@ -436,7 +451,7 @@ def _solve(
         _, logit, prior_i = _candidates(
             kept, cosines, log_q, b * width, start, n, scale, CHUNK, HAS_Q
         )
-        p, _h_i = powers_of(gamma * (logit - level), prior_i, k, IN_LOGS)
+        p, _h_i = _powers(gamma * (logit - level), prior_i, k, IN_LOGS, POWER, HAS_Q)
         others += tl.sum(p, 0)
         gap += tl.sum(tl.where(p > 0.0, p * (logit - own), 0.0), 0)
         many += tl.sum((p > 0.0).to(tl.int32), 0)
@@ -471,7 +486,7 @@ def _solve(
         c, logit, prior_i = _candidates(
             kept, cosines, log_q, b * width, start, n, scale, CHUNK, HAS_Q
         )
-        p, _h_i = powers_of(gamma * (logit - level), prior_i, k, IN_LOGS)
+        p, _h_i = _powers(gamma * (logit - level), prior_i, k, IN_LOGS, POWER, HAS_Q)
         share_i = (p * inverse).to(tl.float32)
         good_i = valid & (i < n) & (share_i != 0.0)
         tl.store(shares + base + 1 + i, tl.where(good_i, share_i, 0.0), mask=i < width)
@@ -565,9 +580,8 @@ def _weight_gradient(
         entry = tl.load(order + i)
         b = entry // (width + 1)
         g = tl.load(shares + entry) * (tl.load(upstream + b * upstream_stride) * scale)
-        x = tl.load(raw + b * dim + d, mask=inside, other=0.0)
-        unit = (x.to(tl.float64) / tl.load(length + b)).to(tl.float32)
-        total += g * unit
+        g = (g.to(tl.float64) / tl.load(length + b)).to(tl.float32)
+        total += g * tl.load(raw + b * dim + d, mask=inside, other=0.0)
     c = tl.load(rows + r)
     inverse = tl.load(inverse_norm + c)
     w = tl.load(weight + c * dim + d, mask=inside, other=0.0) * inverse
@@ -683,7 +697,8 @@ def sample_floors(batch: Batch, sampled: Tensor, stride: int) -> None:
     log_q, kind = batch.measure()
     _sample_floors[(len(sampled),)](
         sampled, batch.labels, batch.cosine, batch.prior, batch.slack, log_q, batch.values,
-        batch.levels, batch.cuts, stride, sampled.shape[1], CHUNK=1024, **kind,
+        batch.levels, batch.cuts, stride, sampled.shape[1],
+        BLOCK=_power_of_2(sampled.shape[1]), num_warps=16, **kind,
     )  # fmt: skip
 
 
@@ -712,20 +727,18 @@ def raise_floors(batch: Batch, found: Tensor, kept: Tensor | None = None) -> Non
     _raise_floors[(len(found),)](
         found, batch.counts, batch.peaks, batch.cosine, batch.prior, batch.slack, log_q,
         batch.values, batch.levels, batch.cuts, found if kept is None else kept, found.shape[1],
-        found.shape[1] if kept is None else kept.shape[1], CHUNK=1024, FINAL=kept is not None,
-        **kind,
+        found.shape[1] if kept is None else kept.shape[1],
+        CHUNK=_power_of_2(found.shape[1], most=4096), FINAL=kept is not None, num_warps=8, **kind,
     )  # fmt: skip
 
 
 def exact_cosines(batch: Batch, prototypes: Prototypes, kept: Tensor) -> Tensor:
     """[B, width], float64, where there is a class."""
     out = torch.empty(kept.shape, dtype=torch.float64, device=kept.device)
-    dim, width = batch.raw.shape[1], kept.shape[1]
-    block = _power_of_2(dim)
-    pairs = max(1, min(16, 8192 // block))
+    dim, width, pairs = batch.raw.shape[1], kept.shape[1], 16
     _exact_cosines[(len(kept), triton.cdiv(width, pairs))](
         batch.raw, batch.length, prototypes.weight, kept, batch.counts, out, dim, width,
-        BLOCK_I=pairs, BLOCK_D=block,
+        BLOCK_I=pairs, BLOCK_D=_power_of_2(dim, most=128),
     )  # fmt: skip
     return out
 
@@ -763,7 +776,6 @@ def solve(batch: Batch, kept: Tensor, cosines: Tensor, slope: Tensor) -> Solved:
         Of the targets' cosines, by what they were before they moved.
     """
     log_q, kind = batch.measure()
-    kind.pop("POWER")
     samples, width = kept.shape
     floats = torch.empty(3, samples, device=kept.device)
     made = Solved(
@@ -776,7 +788,7 @@ def solve(batch: Batch, kept: Tensor, cosines: Tensor, slope: Tensor) -> Solved:
         kept, batch.counts, cosines, batch.labels, batch.cosine, slope, batch.prior, batch.state,
         log_q, batch.values, batch.levels, made.entries, made.shares, made.loss, made.posterior,
         made.support, made.residual, samples, width,
-        CHUNK=1024, BLOCK_B=_power_of_2(samples), SAFEGUARDED=batch.alpha > 2, **kind,
+        CHUNK=512, BLOCK_B=_power_of_2(samples), SAFEGUARDED=batch.alpha > 2, **kind,
     )  # fmt: skip
     return made
 
@@ -823,7 +835,7 @@ def embedding_gradient(
     _embedding_gradient[(samples,)](
         batch.raw, batch.length, prototypes.weight, prototypes.inverse_norm, entries, shares,
         batch.counts, upstream, batch.values, out, dim, width, upstream.stride(0),
-        BLOCK_I=max(1, min(32, 8192 // block)), BLOCK_D=block,
+        BLOCK_I=max(1, min(64, 32768 // block)), BLOCK_D=block, num_warps=16,
     )  # fmt: skip
     return out
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from speechbrain_qmargin.head.prototypes import Mark, mark
 from speechbrain_qmargin.head.sizes import constants
+from speechbrain_qmargin.loss.device import kernels_run
 
 __all__ = ["RowOwner", "RowSparse", "RowSparseAdam", "RowSparseSGD"]
 
@@ -80,6 +81,12 @@ class RowSparse(torch.optim.Optimizer):
 
     def _visit(self, w: Tensor, d: Tensor, moments: list[Tensor], group: dict, state: dict) -> None:
         """A step of rows w with gradient d, in place."""
+        raise NotImplementedError
+
+    def _visit_in_one_launch(
+        self, p: Tensor, rows: Tensor, values: Tensor, group: dict, state: dict, present: int | None
+    ) -> None:
+        """As :meth:`_visit_in_parts`, by a kernel of ``row_kernels``."""
         raise NotImplementedError
 
     def _fresh(self, group: dict, state: dict) -> tuple[float, ...]:
@@ -178,6 +185,25 @@ class RowSparse(torch.optim.Optimizer):
             state["idle_since"] = torch.zeros(p.shape[0], dtype=torch.int32, device=p.device)
         assert p.grad is not None
         rows, values = _rows_and_values(p.grad)
+        counted = self._pending(group) or len(state["idle"]) > 1
+        present = len(state["idle"]) if counted else None
+        if kernels_run(p.device) and p.dtype == torch.float32:
+            self._visit_in_one_launch(p, rows, values.contiguous(), group, state, present)
+            torch.autograd.graph.increment_version(p)
+        else:
+            self._visit_in_parts(p, rows, values, group, state, present)
+        if counted:
+            table = self._idle_step(state["idle"], group, state)
+            state["idle"] = torch.cat([table, self._line(group, state)])
+        head.rows_changed(rows, before)
+        self._marks[p] = mark(p)
+        if len(state["idle"]) > _MAX_IDLE:
+            self.catch_up()
+
+    def _visit_in_parts(
+        self, p: Tensor, rows: Tensor, values: Tensor, group: dict, state: dict, present: int | None
+    ) -> None:
+        """A step of `rows` of a weight; `present` is their line from now on, None: as before."""
         at_once = _at_once(p)
         for start in range(0, rows.numel(), at_once):
             part = rows[start : start + at_once]
@@ -186,14 +212,8 @@ class RowSparse(torch.optim.Optimizer):
             p.index_copy_(0, part, w)
             for name, moment in zip(self._moments, moments, strict=False):
                 state[name].index_copy_(0, part, moment)
-        if self._pending(group) or len(state["idle"]) > 1:
-            table = self._idle_step(state["idle"], group, state)
-            state["idle"] = torch.cat([table, self._line(group, state)])
-            state["idle_since"][rows] = len(table)
-        head.rows_changed(rows, before)
-        self._marks[p] = mark(p)
-        if len(state["idle"]) > _MAX_IDLE:
-            self.catch_up()
+        if present is not None:
+            state["idle_since"][rows] = present
 
     def _caught_up(
         self, p: Tensor, state: dict, group: dict, rows: Tensor
@@ -417,6 +437,17 @@ class RowSparseSGD(RowSparse, torch.optim.SGD):
             d = torch.add(d, b, alpha=mu) if group["nesterov"] else b
         w.sub_(d, alpha=float(group["lr"]))
 
+    def _visit_in_one_launch(
+        self, p: Tensor, rows: Tensor, values: Tensor, group: dict, state: dict, present: int | None
+    ) -> None:
+        from speechbrain_qmargin.head.row_kernels import sgd_rows
+
+        sgd_rows(
+            p, state.get("momentum_buffer"), rows, values, state["idle_since"],
+            _on_device(state["idle"], p.device), present, lr=float(group["lr"]),
+            mu=group["momentum"], decay=group["weight_decay"], nesterov=group["nesterov"],
+        )  # fmt: skip
+
 
 class RowSparseAdam(RowSparse, torch.optim.AdamW):
     r"""``torch.optim.AdamW`` (Adam without weight decay) at the cost of the gradient's rows.
@@ -522,6 +553,26 @@ class RowSparseAdam(RowSparse, torch.optim.AdamW):
         m.lerp_(d, 1 - b1)
         v.mul_(b2).addcmul_(d, d, value=1 - b2)
         w.addcdiv_(m, v.sqrt().div_(math.sqrt(c2)).add_(group["eps"]), value=-lr / c1)
+
+    def _visit_in_one_launch(
+        self, p: Tensor, rows: Tensor, values: Tensor, group: dict, state: dict, present: int | None
+    ) -> None:
+        from speechbrain_qmargin.head.row_kernels import adam_rows
+
+        c1, c2 = _corrections(group, state)
+        adam_rows(
+            p, state["exp_avg"], state["exp_avg_sq"], rows, values, state["idle_since"],
+            _on_device(state["idle"], p.device), present, lr=float(group["lr"]),
+            betas=group["betas"], eps=group["eps"], decay=group["weight_decay"], c1=c1,
+            root_c2=math.sqrt(c2),
+        )  # fmt: skip
+
+
+def _on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A copy for which the host does not wait."""
+    if device.type == "cuda":
+        return table.pin_memory().to(device, non_blocking=True)
+    return table.to(device)
 
 
 def _at_once(p: Tensor) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from speechbrain_qmargin.head.sizes import Sizes, constants
-from speechbrain_qmargin.loss.device import host_decides
+from speechbrain_qmargin.loss.device import host_decides, kernels_run
 
 __all__ = [
     "Derived",
@@ -141,7 +141,10 @@ class Derived:
         if self._kept is not None and self._mark == before:
             with torch.inference_mode(False), torch.no_grad():
                 sizes = self._kept.sizes
-                for part in rows.split(sizes.fit(sizes.rows, 8 * weight.shape[1])):
+                at_once = sizes.fit(sizes.rows, 8 * weight.shape[1])
+                if kernels_run(weight.device):
+                    at_once = max(1, len(rows))
+                for part in rows.split(at_once):
                     _derive(self._kept, part)
             self._mark = mark(weight)
 
@@ -197,10 +200,17 @@ def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _derive(kept: Prototypes, rows: slice | Tensor) -> None:
     weight, inverse_norm, screen, _ = kept
+    plain = screen is None or screen.rows is weight
+    if kernels_run(weight.device) and (plain or screen.rows.dtype == torch.bfloat16):
+        from speechbrain_qmargin.head.row_kernels import derive_rows
+
+        copy = (None, None) if plain else (screen.rows, screen.residual)
+        derive_rows(weight, inverse_norm, *copy, rows)
+        return
     values = weight[rows]
     inverse = values.norm(dim=1).clamp_(min=1e-12).reciprocal_()
     inverse_norm[rows] = inverse
-    if screen is None or screen.rows is weight or not values.numel():
+    if plain or not values.numel():
         return
     unit = values * inverse.unsqueeze(1)
     if screen.factor is None:

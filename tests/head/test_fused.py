@@ -18,6 +18,7 @@ from speechbrain_qmargin.head.sizes import Sizes, constants
 from speechbrain_qmargin.loss.device import control_flow
 
 kernels = pytest.importorskip("speechbrain_qmargin.head.kernels", exc_type=ImportError)
+row_kernels = pytest.importorskip("speechbrain_qmargin.head.row_kernels", exc_type=ImportError)
 numbers = pytest.importorskip("speechbrain_qmargin.loss.triton_numbers", exc_type=ImportError)
 
 EPS = 2.0**-23
@@ -244,12 +245,11 @@ def test_memory_beyond_weights_at_2_million_classes(only_fused):
     with Counted(kernels.KERNELS) as counted:
         head(x, labels).backward()
     rows = head.weight.grad._nnz()
-    sample = 43  # of 300 classes, every 7th
+    sample = 38  # of 300 classes, every 8th
     formula = fused.bytes_of_a_step(2, 8, sample, SIZES.screened, SIZES.kept) + rows * 8 * 4
     assert 0.4 * formula < counted.peak <= formula
     own = constants(torch.device("cuda"))
-    sample = -(-2_000_000 // (2_000_000 // own.sample))
-    step = fused.bytes_of_a_step(1024, 512, sample, own.screened, own.kept)
+    step = fused.bytes_of_a_step(1024, 512, own.sample, own.screened, own.kept)
     assert step <= 300e6
 
 
@@ -277,4 +277,5 @@ def test_the_kernels_compile_for_a_gpu():
         [sys.executable, str(script)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [kernel.fn.__name__ for kernel in kernels.KERNELS]
+    every = (*kernels.KERNELS, *row_kernels.KERNELS)
+    assert done.stdout.split() == [kernel.fn.__name__ for kernel in every]

@@ -1,0 +1,221 @@
+# Triton's types are not those of the code inside its kernels
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
+"""Kernels of rows of prototypes, written in Triton: what is derived of them, and steps of theirs.
+
+Each function is one launch over the rows it is given, reads and writes each of them once, and
+needs no memory besides. The torch code that says the same, and is their reference in the tests, is
+``prototypes._derive`` and the ``_glide`` and ``_visit`` of the optimisers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["KERNELS", "adam_rows", "derive_rows", "sgd_rows"]
+
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _places(
+    rows, first, count, dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr
+):
+    """Numbers of some rows, which there are, their elements and which of those there are."""
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.arange(0, BLOCK_D)
+    there = r < count
+    c = first + r
+    if not ALL:
+        c = tl.load(rows + r, mask=there, other=0)
+    inside = there[:, None] & (d < dim)[None, :]
+    return r, c, there, c[:, None] * dim + d[None, :], inside
+
+
+@triton.jit
+def _derive(
+    rows, weight, inverse_norm, screen, residual, first, count, dim,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr, SCREENED: tl.constexpr,
+):  # fmt: skip
+    _, c, there, at, inside = _places(rows, first, count, dim, BLOCK_R, BLOCK_D, ALL)
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    wide = w.to(tl.float64)
+    norm = tl.sqrt(tl.sum(wide * wide, 1)).to(tl.float32)
+    inverse = 1.0 / tl.maximum(norm, 1e-12)
+    tl.store(inverse_norm + c, inverse, mask=there)
+    if SCREENED:
+        unit = w * inverse[:, None]
+        rounded = unit.to(tl.bfloat16)
+        tl.store(screen + at, rounded, mask=inside)
+        lacking = unit - rounded.to(tl.float32)
+        error = tl.sqrt(tl.sum(lacking * lacking, 1)) * (1 + 2.0**-20)
+        # a row that is not finite may be anything: every class passes
+        error = tl.where(error < _INF, error, _INF)
+        most = tl.max(tl.where(there, error, 0.0), 0)
+        tl.atomic_max(residual, most, sem="relaxed")  # whatever the order, the same
+
+
+@triton.jit
+def _line(table, since, c, there, number, WIDTH: tl.constexpr):
+    line = tl.load(since + c, mask=there, other=0).to(tl.int64)
+    return tl.load(table + line * WIDTH + number, mask=there, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _sgd(
+    rows, values, weight, momentum, since, table, present, lr, mu, decay, count, dim,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    DECAY: tl.constexpr, GLIDE: tl.constexpr, MARK: tl.constexpr,
+):  # fmt: skip
+    r, c, there, at, inside = _places(rows, 0, count, dim, BLOCK_R, BLOCK_D, False)
+    d = tl.arange(0, BLOCK_D)
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    step = tl.load(values + r[:, None] * dim + d[None, :], mask=inside, other=0.0)
+    b = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    if MOMENTUM:
+        b = tl.load(momentum + at, mask=inside, other=0.0)
+    if GLIDE:
+        ww = _line(table, since, c, there, 0, 4)
+        if MOMENTUM:
+            old = w
+            w = w * ww + b * _line(table, since, c, there, 1, 4)
+            b = b * _line(table, since, c, there, 3, 4) + old * _line(table, since, c, there, 2, 4)
+        else:
+            w = w * ww
+    if DECAY:
+        step += w * decay
+    if MOMENTUM:
+        b = b * mu + step
+        tl.store(momentum + at, b, mask=inside)
+        step = step + b * mu if NESTEROV else b
+    tl.store(weight + at, w - step * lr, mask=inside)
+    if MARK:
+        tl.debug_barrier()
+        tl.store(since + c, tl.zeros((BLOCK_R,), tl.int32) + present, mask=there)
+
+
+@triton.jit
+def _adam(
+    rows, values, weight, mean, square, since, table, present, lr, b1, b2, eps, decay, c1, root_c2,
+    count, dim,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, GLIDE: tl.constexpr, MARK: tl.constexpr,
+):  # fmt: skip
+    r, c, there, at, inside = _places(rows, 0, count, dim, BLOCK_R, BLOCK_D, False)
+    d = tl.arange(0, BLOCK_D)
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    g = tl.load(values + r[:, None] * dim + d[None, :], mask=inside, other=0.0)
+    m = tl.load(mean + at, mask=inside, other=0.0)
+    v = tl.load(square + at, mask=inside, other=0.0)
+    if GLIDE:
+        below = tl.sqrt(v) + _line(table, since, c, there, 4, 5) * eps
+        unit = m / tl.where(m == 0.0, 1.0, below)
+        w = w * _line(table, since, c, there, 0, 5) - unit * _line(table, since, c, there, 3, 5)
+        m = m * _line(table, since, c, there, 1, 5)
+        v = v * _line(table, since, c, there, 2, 5)
+    w = w * (1 - lr * decay)
+    m = m + (g - m) * (1 - b1)
+    v = v * b2 + g * g * (1 - b2)
+    tl.store(mean + at, m, mask=inside)
+    tl.store(square + at, v, mask=inside)
+    w -= lr / c1 * (m / (tl.sqrt(v) / root_c2 + eps))
+    tl.store(weight + at, w, mask=inside)
+    if MARK:
+        tl.debug_barrier()
+        tl.store(since + c, tl.zeros((BLOCK_R,), tl.int32) + present, mask=there)
+
+
+# --------------------------------------------------------------------------- launches
+
+KERNELS = (_derive, _sgd, _adam)
+
+
+def _blocks(count: int, dim: int) -> tuple[tuple[int], dict]:
+    block = max(16, triton.next_power_of_2(dim))
+    together = max(1, 2048 // block)
+    return (triton.cdiv(count, together),), {"BLOCK_R": together, "BLOCK_D": block}
+
+
+def derive_rows(
+    weight: Tensor, inverse_norm: Tensor, screen: Tensor | None, residual: Tensor | None,
+    rows: slice | Tensor,
+) -> None:  # fmt: skip
+    """1/norm of some rows; what they are of unit length in bf16, and the most that this lacks.
+
+    Parameters
+    ----------
+    weight : Tensor, [C, D], float32
+    inverse_norm : Tensor, [C]
+        Written.
+    screen : Tensor, [C, D], bf16, and residual : Tensor, zero-dimensional; or None
+        Written; `residual` only ever grows.
+    rows : slice, or Tensor, [R], int64
+    """
+    everything = isinstance(rows, slice)
+    first, stop = (rows.start, rows.stop) if everything else (0, len(rows))
+    count = min(stop, len(weight)) - first if everything else stop
+    if not count:
+        return
+    grid, blocks = _blocks(count, weight.shape[1])
+    _derive[grid](
+        weight if everything else rows, weight, inverse_norm, weight if screen is None else screen,
+        inverse_norm if residual is None else residual, first, count, weight.shape[1],
+        ALL=everything, SCREENED=screen is not None, **blocks,
+    )  # fmt: skip
+
+
+def sgd_rows(
+    weight: Tensor, momentum: Tensor | None, rows: Tensor, values: Tensor, since: Tensor,
+    table: Tensor, present: int | None, *, lr: float, mu: float, decay: float, nesterov: bool,
+) -> None:  # fmt: skip
+    """SGD's step of some rows, their idle steps before it, in place.
+
+    Parameters
+    ----------
+    weight, momentum : Tensor, [C, D], float32
+        No momentum: None.
+    rows : Tensor, [R], int64
+        No row twice.
+    values : Tensor, [R, D]
+        Their gradient.
+    since : Tensor, [C], int32
+        A row's line of the table; `present` is written there, unless it is None.
+    table : Tensor, [n, 4], float64
+        See ``RowSparse``; one line alone is not looked at.
+    """
+    if not len(rows):
+        return
+    grid, blocks = _blocks(len(rows), weight.shape[1])
+    _sgd[grid](
+        rows, values, weight, weight if momentum is None else momentum, since, table,
+        present or 0, lr, mu, decay, len(rows), weight.shape[1],
+        MOMENTUM=momentum is not None, NESTEROV=nesterov, DECAY=decay != 0, GLIDE=len(table) > 1,
+        MARK=present is not None, **blocks,
+    )  # fmt: skip
+
+
+def adam_rows(
+    weight: Tensor, mean: Tensor, square: Tensor, rows: Tensor, values: Tensor, since: Tensor,
+    table: Tensor, present: int | None, *, lr: float, betas: tuple[float, float], eps: float,
+    decay: float, c1: float, root_c2: float,
+) -> None:  # fmt: skip
+    """AdamW's step of some rows, their idle steps before it, in place; as :func:`sgd_rows`.
+
+    Parameters
+    ----------
+    mean, square : Tensor, [C, D]
+        The moments.
+    table : Tensor, [n, 5], float64
+    c1, root_c2 : float
+        1 - b1^t, and the root of 1 - b2^t.
+    """
+    if not len(rows):
+        return
+    grid, blocks = _blocks(len(rows), weight.shape[1])
+    _adam[grid](
+        rows, values, weight, mean, square, since, table, present or 0, lr, *betas, eps, decay, c1,
+        root_c2, len(rows), weight.shape[1],
+        GLIDE=len(table) > 1, MARK=present is not None, **blocks,
+    )  # fmt: skip
