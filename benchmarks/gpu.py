@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from speechbrain_qmargin import CosFaceLoss, QMarginHead, QMarginLoss, RowSparse
 from speechbrain_qmargin.loss.device import control_flow, kernels_run
 
 SCALE, MARGIN, ALPHA, LR, MOMENTUM = 32.0, 0.2, 1.25, 0.01, 0.9
-TESTS = ["tests/loss/test_kernels.py", "tests/head/test_fused.py"]
+TESTS = ["tests/loss/test_kernels.py", "tests/head/test_fused.py", "tests/head/test_row_kernels.py"]
 SECONDS = {"exactness": 100, "step": 170, "anatomy": 30, "training": 140, "small": 20}
 DRY_SECONDS = dict.fromkeys(SECONDS, 600)
 
@@ -43,17 +44,18 @@ DRY_SECONDS = dict.fromkeys(SECONDS, 600)
 class Report:
     """Lines of JSON and their table, on the disk after each."""
 
-    def __init__(self, folder: Path, dry: bool) -> None:
+    def __init__(self, folder: Path, dry: bool, minutes: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.rows = folder, []
         self._lines = (folder / "gpu.jsonl").open("w", encoding="utf-8")
         self._start, self._end = time.monotonic(), float("inf")
-        self.dry = dry
+        self.dry, self._share = dry, 60 * minutes / sum(SECONDS.values())
 
     def part(self, name: str) -> None:
         """From now on :meth:`left` counts this part's share."""
         self._part = name
-        self._end = time.monotonic() + (DRY_SECONDS if self.dry else SECONDS)[name]
+        seconds = DRY_SECONDS[name] if self.dry else self._share * SECONDS[name]
+        self._end = time.monotonic() + seconds
 
     def left(self) -> float:
         return self._end - time.monotonic()
@@ -503,7 +505,7 @@ def exactness(report: Report, device: torch.device) -> None:
         attempt(report, path, lambda path=path: tests(path))
 
 
-def steps(report: Report, device: torch.device) -> None:
+def steps(report: Report, device: torch.device, contenders: list[str]) -> None:
     report.part("step")
     speed = bandwidth(device, report.dry)
     report.add("bandwidth of a copy", gb_a_second=speed / 1e9)
@@ -523,7 +525,7 @@ def steps(report: Report, device: torch.device) -> None:
     compute_dense_loss(report, device)
     for classes, dim, batch, noise in sizes:
         roofline = 1000 * 2 * classes * dim / speed
-        for name in CONTENDERS:
+        for name in contenders:
             attempt(
                 report,
                 name,
@@ -596,7 +598,13 @@ def anatomy(report: Report, device: torch.device) -> None:
         support = scores.q_margin_loss(labels, ALPHA, SCALE, MARGIN, return_stats=True)[
             1
         ].support_mean
-        found = [event for event in trace.key_averages() if event.self_device_time_total > 0]
+        found = [
+            event
+            for event in trace.key_averages()
+            if event.device_type is not torch.autograd.DeviceType.CPU
+            and event.self_device_time_total > 0
+            and not event.is_user_annotation
+        ]
         found.sort(key=lambda event: -event.self_device_time_total)
         for event in found[:18]:
             report.add(
@@ -745,15 +753,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--dry", action="store_true", help="small tensors; a CPU will do")
     parser.add_argument("--parts", nargs="+", default=[*SECONDS])
+    parser.add_argument("--minutes", type=float, default=7.5, help="for all parts together")
+    parser.add_argument("--contenders", nargs="+", default=[*CONTENDERS], help="of a step")
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report(args.out, args.dry)
+    report = Report(args.out, args.dry, args.minutes)
     machine(report, device)
     if device.type != "cuda" and not args.dry:
         raise SystemExit("no GPU is here: --dry runs the same code on small tensors")
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False  # SpeechBrain's import turns it on
-    parts = {"exactness": exactness, "step": steps, "anatomy": anatomy, "training": training}
+    contenders = [name for name in CONTENDERS if name in args.contenders]
+    parts = {"exactness": exactness, "anatomy": anatomy, "training": training}
+    parts["step"] = partial(steps, contenders=contenders)
     try:
         for name in args.parts:
             if name == "small":
