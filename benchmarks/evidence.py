@@ -37,10 +37,10 @@ from evidence_runs import (
     PRIMARY,
     STAGES,
     SYSTEMS,
+    candidates,
     chosen,
     criterion,
     finished,
-    tuning_folder,
     words,
     write_face_lists,
     write_speech_lists,
@@ -63,7 +63,9 @@ from speechbrain_qmargin.scoring.worst import worst_trials
 from speechbrain_qmargin.trials import LabelledTrials, speaker_in
 
 Measured = tuple  # what figures_of gives: values and influences
-LISTS = {"trials_cv": "cv", "trials_gsc": "gsc", "trials_test": "acted"}
+FIRST_LISTS = {"trials_cv": "cv", "trials_gsc": "gsc", "trials_test": "acted"}
+SECOND_LISTS = {"second_cv": "second cv", "second_gsc": "second gsc"}
+LISTS = FIRST_LISTS | SECOND_LISTS
 TREATMENTS = ("cosine", "centred", "as-norm", "as-norm of strangers")
 WORST = 100
 
@@ -83,13 +85,11 @@ def history_of(folder: Path) -> list[dict]:
 # -- tuning -------------------------------------------------------------------
 
 
-def tuning_table(out: Path, kind: str, systems: Sequence[str]) -> str:
+def tuning_table(out: Path, stage: str, systems: Sequence[str]) -> str:
     lines, lists = [], []
     for system in systems:
-        settings = SYSTEMS[system][1]
-        best = chosen(out, kind, system)
-        for number, setting in enumerate(settings if len(settings) > 1 else []):
-            folder = tuning_folder(out, kind, system, number)
+        best = chosen(out, stage, system)
+        for setting, folder in candidates(out, stage, system):
             if not (folder / "results.json").is_file():
                 continue
             results = results_of(folder)
@@ -159,12 +159,12 @@ def speech_tables(folders: Mapping[tuple, Path], baseline: str = PRIMARY) -> str
     return text
 
 
-def decision_table(folders: Mapping[tuple, Path]) -> str:
+def decision_table(folders: Mapping[tuple, Path], lists: Sequence[str]) -> str:
     """The test that the plan fixed: four comparisons in TAR@1e-2, Holm's correction."""
     from scipy.special import stdtr
 
     rows = []
-    for trials, system in itertools.product(("trials_cv", "trials_gsc"), ("arcface", "cosface")):
+    for trials, system in itertools.product(lists, ("arcface", "cosface")):
         found = measured(folders, trials, "cosine")
         seeds = [seed for name, seed in found if name == system and (PRIMARY, seed) in found]
         if not seeds:
@@ -367,7 +367,7 @@ def face_tables(folders: Mapping[tuple, Path]) -> str:
 
 def tables(stage: str, data: Path, out: Path) -> str:
     """What is finished of a stage; pictures beside it."""
-    if stage in ("tune", "faces_tune"):
+    if stage.endswith("tune"):
         systems = FACE_SYSTEMS if stage == "faces_tune" else list(SYSTEMS)
         return tuning_table(out, stage, systems)
     folders = finished(STAGES[stage].runs(data, out, list(SYSTEMS)))
@@ -383,16 +383,17 @@ def tables(stage: str, data: Path, out: Path) -> str:
         fixed = finished(STAGES["speech"].runs(data, out, [PRIMARY]))
         fixed = {key: folder for key, folder in fixed.items() if key[1] in range(3)}
         return speech_tables({**fixed, **folders})
-    text = ""
-    if stage in ("speech", "resnet"):
-        score_with_strangers(data, folders)
-        text += "The test that decides:\n\n" + decision_table(folders)
+    score_with_strangers(data, folders)
+    lists = SECOND_LISTS if stage.startswith("second") else FIRST_LISTS
+    text = "The test that decides:\n\n" + decision_table(folders, list(lists)[:2])
     text += speech_tables(folders)
-    if stage == "speech":
-        text += breakdown_table(data, folders)
-        text += "\n### What the losses do\n\n" + posterior_table(folders)
-        for trials, name in LISTS.items():
-            draw(folders, trials, ("arcface", "cosface", PRIMARY), out / f"det_{name}.png")
+    if stage in ("speech", "second"):
+        if stage == "speech":
+            text += breakdown_table(data, folders)
+        text += "\n### What the losses do\n\n" + posterior_table(folders, list(lists)[:1])
+        for trials, name in lists.items():
+            file = out / f"det_{name.replace(' ', '_')}.png"
+            draw(folders, trials, ("arcface", "cosface", PRIMARY), file)
     return text
 
 
@@ -406,6 +407,7 @@ def main() -> None:
     parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables"], default=list(STAGES))
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--no-tables", action="store_true", help="for a machine lent for the runs")
     args = parser.parse_args(argv)
     data, out = args.data.resolve(), args.out.resolve()
     write_speech_lists(data, out)
@@ -415,7 +417,8 @@ def main() -> None:
         if stage != "tables":
             recipe, runs = STAGES[stage]
             train_all(recipe, runs(data, out, args.systems), given, args.jobs)
-        for name in STAGES if stage == "tables" else [stage]:
+        named = STAGES if stage == "tables" else [] if args.no_tables else [stage]
+        for name in named:
             text = tables(name, data, out)
             write_text(out / f"{name}.md", text)
             print(text)

@@ -39,6 +39,7 @@ QMARGIN = points(
     (1.5, 10, 0.2),
 )
 COSINES = grid(scale=[16, 32], margin=[0.1, 0.2, 0.35])
+RISING_ALPHA = {"alpha_initial": 1.05, "alpha_until_epoch": 8}
 
 # The systems in the order of the plan: the recipe's options and the settings that are tried with
 # them; one setting is not tuned.
@@ -58,6 +59,28 @@ SYSTEMS: dict[str, tuple[list[str], list[dict]]] = {
 }
 PRIMARY = "qmargin"
 
+# What the second tuning adds for the three systems of the second claim.
+WIDER_COSINES = [
+    *grid(scale=[8], margin=[0.35]),
+    *grid(scale=[12], margin=[0.2, 0.35, 0.5]),
+    *grid(scale=[16], margin=[0.5, 0.65]),
+    *grid(scale=[24], margin=[0.35, 0.5]),
+    *grid(scale=[32], margin=[0.5]),
+]
+WIDER_QMARGIN = points(
+    (1.1, 16, 0.2),
+    (1.05, 16, 0.35),
+    (1.1, 12, 0.35),
+    (1.1, 16, 0.35),
+    (1.1, 24, 0.35),
+    (1.25, 10, 0.35),
+    (1.1, 16, 0.5),
+    (1.25, 10, 0.5),
+    (1.25, 16, 0.35),
+)
+WIDER_QMARGIN[-1] |= RISING_ALPHA
+SECOND_SETTINGS = {"arcface": WIDER_COSINES, "cosface": WIDER_COSINES, "qmargin": WIDER_QMARGIN}
+
 
 def options(system: str, setting: dict) -> list[str]:
     return [*SYSTEMS[system][0], *(f"--{key}={value}" for key, value in setting.items())]
@@ -70,20 +93,37 @@ def words(file: Path) -> list[str]:
 # -- tuning, of speech and of faces alike --------------------------------------
 
 
-def tuning_folder(out: Path, kind: str, system: str, number: int) -> Path:
-    return out / kind / f"{system}_{number}"
+def settings_of(stage: str, system: str) -> list[dict]:
+    """What a tuning stage trains of a system; nothing where there is no choice."""
+    if stage == "second_tune":
+        return SECOND_SETTINGS.get(system, [])
+    settings = SYSTEMS[system][1]
+    return settings if len(settings) > 1 else []
 
 
-def tuning(out: Path, kind: str, base: list[str], systems: Iterable[str]) -> Runs:
+def trained_by(out: Path, stage: str, system: str) -> list[tuple[dict, Path]]:
+    """The settings of a tuning stage, each with the folder of its run."""
+    return [
+        (setting, out / stage / f"{system}_{number}")
+        for number, setting in enumerate(settings_of(stage, system))
+    ]
+
+
+def candidates(out: Path, stage: str, system: str) -> list[tuple[dict, Path]]:
+    """What a tuning chooses from; the second one has the first one's as well."""
+    earlier = trained_by(out, "tune", system) if stage == "second_tune" else []
+    return earlier + trained_by(out, stage, system)
+
+
+def tuning(out: Path, stage: str, base: list[str], systems: Iterable[str]) -> Runs:
     """Each setting of each system once, with a seed of its own."""
     return {
         (system, number): (
             [*base, f"--seed={TUNING_SEED}", *options(system, setting)],
-            tuning_folder(out, kind, system, number),
+            folder,
         )
         for system in systems
-        for number, setting in enumerate(SYSTEMS[system][1])
-        if len(SYSTEMS[system][1]) > 1
+        for number, (setting, folder) in enumerate(trained_by(out, stage, system))
     }
 
 
@@ -95,32 +135,33 @@ def criterion(folder: Path) -> float:
     )
 
 
-def chosen(out: Path, kind: str, system: str) -> dict | None:
+def chosen(out: Path, stage: str, system: str) -> dict | None:
     """The best of a system's settings; None while one of them is not finished."""
-    settings = SYSTEMS[system][1]
-    if len(settings) == 1:
-        return settings[0]
-    folders = [tuning_folder(out, kind, system, number) for number in range(len(settings))]
-    if not all((folder / "results.json").is_file() for folder in folders):
+    tried = candidates(out, stage, system)
+    if not tried:
+        return SYSTEMS[system][1][0]
+    if not all((folder / "results.json").is_file() for _, folder in tried):
         return None
-    return settings[int(np.argmax([criterion(folder) for folder in folders]))]
+    return tried[int(np.argmax([criterion(folder) for _, folder in tried]))][0]
 
 
-def tuned(out: Path, kind: str, systems: Iterable[str]) -> dict[str, list[str]]:
+def tuned(out: Path, stage: str, systems: Iterable[str]) -> dict[str, list[str]]:
     """The options of the systems whose setting is known."""
-    found = {system: chosen(out, kind, system) for system in systems}
+    found = {system: chosen(out, stage, system) for system in systems}
     for system in (system for system, setting in found.items() if setting is None):
-        print(f"{system}: its {kind} is not finished, so it is left out")
+        print(f"{system}: its {stage} is not finished, so it is left out")
     return {
         system: options(system, setting) for system, setting in found.items() if setting is not None
     }
 
 
-def over_seeds(folder: Path, base: list[str], systems: dict[str, list[str]]) -> Runs:
+def over_seeds(
+    folder: Path, base: list[str], systems: dict[str, list[str]], seeds: Iterable[int] = SEEDS
+) -> Runs:
     """Each system with each seed; the seeds are the outer loop."""
     return {
         (system, seed): ([*base, f"--seed={seed}", *given], folder / f"{system}_{seed}")
-        for seed, (system, given) in itertools.product(SEEDS, systems.items())
+        for seed, (system, given) in itertools.product(seeds, systems.items())
     }
 
 
@@ -197,12 +238,19 @@ def three_lists(data: Path, out: Path, model: Sequence[str] = ECAPA) -> list[str
     return speech_options(data, out / "lists/train.txt", *lists, model=model)
 
 
-def tune(data: Path, out: Path, systems: list[str]) -> Runs:
+def people_held_out(data: Path, out: Path, name: str) -> list[str]:
+    """Trained without 60 of the training speakers and tested on all pairs of them, cosine alone."""
     lists = out / "lists"
-    base = speech_options(
-        data, lists / "tune_train.txt", lists / "tune_cv.txt", lists / "tune_gsc.txt"
-    )
-    return tuning(out, "tune", [*base, "--cohort_utterances=0"], systems)
+    train, *trials = (lists / f"{name}_{part}.txt" for part in ("train", "cv", "gsc"))
+    return [*speech_options(data, train, *trials), "--cohort_utterances=0"]
+
+
+def tune(data: Path, out: Path, systems: list[str]) -> Runs:
+    return tuning(out, "tune", people_held_out(data, out, "tune"), systems)
+
+
+def second_tune(data: Path, out: Path, systems: list[str]) -> Runs:
+    return tuning(out, "second_tune", people_held_out(data, out, "tune"), systems)
 
 
 def speech(data: Path, out: Path, systems: list[str]) -> Runs:
@@ -268,13 +316,22 @@ def schedules(data: Path, out: Path, _: list[str]) -> Runs:
     }
 
 
+def second_winners(out: Path, systems: list[str]) -> dict[str, list[str]]:
+    return tuned(out, "second_tune", [one for one in systems if one in SECOND_SETTINGS])
+
+
 def second(data: Path, out: Path, systems: list[str]) -> Runs:
     """The same comparison on speakers who have tuned nothing and were in no test list."""
-    lists = out / "lists"
-    base = speech_options(
-        data, lists / "second_train.txt", lists / "second_cv.txt", lists / "second_gsc.txt"
-    )
-    return over_seeds(out / "second", base, tuned(out, "tune", systems))
+    base = people_held_out(data, out, "second")
+    return over_seeds(out / "second", base, second_winners(out, systems))
+
+
+def second_long(data: Path, out: Path, systems: list[str]) -> Runs:
+    """30 epochs instead of 12; an alpha that changes is its own after 20 instead of 8."""
+    longer = ["--number_of_epochs=30", "--alpha_until_epoch=20"]
+    found = {name: [*given, *longer] for name, given in second_winners(out, systems).items()}
+    base = people_held_out(data, out, "second")
+    return over_seeds(out / "second_long", base, found, range(3))
 
 
 # -- faces --------------------------------------------------------------------
@@ -354,7 +411,9 @@ STAGES = {
     "resnet": Stage("speech", resnet),
     "finetune": Stage("speech", finetune),
     "schedules": Stage("speech", schedules),
+    "second_tune": Stage("speech", second_tune),
     "second": Stage("speech", second),
+    "second_long": Stage("speech", second_long),
     "faces_tune": Stage("face", faces_tune),
     "faces": Stage("face", faces),
 }

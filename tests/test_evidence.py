@@ -1,0 +1,150 @@
+"""The plan's runs and tables, on people and scores that are made up."""
+
+import itertools
+import json
+from pathlib import Path
+
+import evidence
+import evidence_runs
+import numpy as np
+import pytest
+from evidence_runs import SECOND_SETTINGS, STAGES, SYSTEMS, settings_of
+
+from speechbrain_qmargin.scoring.score_files import write_scores
+from speechbrain_qmargin.trials import LabelledTrials
+
+THREE = list(SECOND_SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory) -> tuple[Path, Path]:
+    """Data and a folder of runs, its lists written: 120 speakers of one corpus, 40 of another."""
+    data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("runs")
+    counts = {f"cv{n:03}": 4 for n in range(120)} | {f"gs{n:03}": 2 for n in range(40)}
+    for speaker, count in counts.items():
+        folder = data / "voices/wav" / speaker / "0"
+        folder.mkdir(parents=True)
+        for number in range(count):
+            (folder / f"{number}.flac").touch()
+    (data / "speech").mkdir()
+    (data / "voices/train_speakers.txt").write_text("\n".join(counts))
+    (data / "speech/train_speakers.txt").write_text("actor1\nactor2\n")
+    evidence_runs.write_speech_lists(data, out)
+    return data, out
+
+
+def finish(folder: Path, tar: float) -> None:
+    figures = {"TAR@FAR=0.01": {"value": tar}, "EER": {"value": 0.1}}
+    lists = {name: {"cosine": {"figures": figures}} for name in ("tune_cv", "tune_gsc")}
+    folder.mkdir(parents=True)
+    last = {"support_mean": 30.0, "zero_loss": 0.25}
+    (folder / "results.json").write_text(json.dumps({"lists": lists, "last_epoch": last}))
+
+
+def finish_tuning(out: Path, stage: str, best: dict[str, int]) -> None:
+    for system in THREE:
+        for number in range(len(settings_of(stage, system))):
+            tar = 0.5 if number == best.get(system) else 0.4 - 0.01 * number
+            finish(out / stage / f"{system}_{number}", tar)
+
+
+def speakers_of(file: Path) -> set[str]:
+    return {
+        name.split("/")[0] for line in file.read_text().split("\n") for name in line.split()[1:]
+    }
+
+
+def test_the_test_speakers_of_the_second_claim_tuned_nothing(people):
+    _, out = people
+    lists = out / "lists"
+    parts = {
+        name: speakers_of(lists / f"{name}_cv.txt") | speakers_of(lists / f"{name}_gsc.txt")
+        for name in ("tune", "second")
+    }
+    assert len(parts["tune"]) == len(parts["second"]) == 60
+    assert not parts["tune"] & parts["second"]
+    for name, held in parts.items():
+        trained = set((lists / f"{name}_train.txt").read_text().split())
+        assert len(trained) == 102
+        assert not trained & held
+        assert {"actor1", "actor2"} < trained
+
+
+def test_the_second_tuning_is_as_large_for_each_system():
+    for system, settings in SECOND_SETTINGS.items():
+        both = [*SYSTEMS[system][1], *settings]
+        assert len(settings) == 9
+        assert all(one not in both[:number] for number, one in enumerate(both))
+    assert settings_of("second_tune", "adaface") == settings_of("tune", "published") == []
+
+
+def test_old_and_new_settings_compete(people, tmp_path):
+    data, _ = people
+    finish_tuning(tmp_path, "tune", {"cosface": 4})
+    runs = STAGES["second"].runs(data, tmp_path, list(SYSTEMS))
+    assert runs == {}  # not before the second tuning is done
+    assert len(STAGES["second_tune"].runs(data, tmp_path, list(SYSTEMS))) == 27
+    finish_tuning(tmp_path, "second_tune", {"arcface": 3, "qmargin": 8})
+    assert evidence_runs.chosen(tmp_path, "second_tune", "arcface") == {"scale": 12, "margin": 0.5}
+    assert evidence_runs.chosen(tmp_path, "second_tune", "cosface") == {"scale": 32, "margin": 0.2}
+    table = evidence.tuning_table(tmp_path, "second_tune", list(SYSTEMS))
+    assert table.count("**50.0**") == 3
+    assert len(table.splitlines()) == 2 + 3 * 15
+    assert "alpha 1.25, scale 16, margin 0.35, alpha_initial 1.05, alpha_until_epoch 8" in table
+    # the first comparison keeps its settings
+    assert evidence_runs.chosen(tmp_path, "tune", "arcface") == {"scale": 16, "margin": 0.1}
+
+    runs = STAGES["second"].runs(data, tmp_path, list(SYSTEMS))
+    assert [*runs] == [(system, seed) for seed in range(5) for system in THREE]
+    given, folder = runs["qmargin", 2]
+    assert folder == tmp_path / "second/qmargin_2"
+    assert {"--seed=2", "--loss=qmargin", "--scale=16", "--alpha_initial=1.05"} < set(given)
+    long = STAGES["second_long"].runs(data, tmp_path, list(SYSTEMS))
+    assert [*long] == [(system, seed) for seed in range(3) for system in THREE]
+    given, _ = long["qmargin", 2]  # of an option given twice the last one counts
+    last = dict(one.split("=", 1) for one in given if "=" in one)
+    assert last["--number_of_epochs"] == "30"
+    assert last["--alpha_until_epoch"] == "20"
+
+
+def scores(folder: Path, trials: str, lead: float, seed: int) -> None:
+    """Of 30 speakers with 3 recordings: normal, those of targets larger by `lead`."""
+    names = [f"p{speaker:02}/0/{number}" for speaker in range(30) for number in range(3)]
+    pairs = np.array(list(itertools.combinations(range(len(names)), 2)))
+    is_target = pairs[:, 0] // 3 == pairs[:, 1] // 3
+    listed = LabelledTrials(names, pairs[:, 0], pairs[:, 1], is_target)
+    values = np.random.default_rng(seed).normal(size=len(pairs)) + lead * is_target
+    file = evidence.score_file(folder, trials, "cosine")
+    file.parent.mkdir(parents=True)
+    write_scores(file, listed, values, {"kind": "cosine"})
+
+
+def test_the_second_decision_reads_the_second_lists(tmp_path):
+    leads = {"arcface": 2.0, "cosface": 3.0, "qmargin": 3.0}
+    folders = {
+        (system, seed): tmp_path / f"{system}_{seed}"
+        for system, seed in itertools.product(leads, range(2))
+    }
+    lists = list(evidence.SECOND_LISTS)
+    for number, ((system, _), folder) in enumerate(folders.items()):
+        for trials in lists:
+            scores(folder, trials, leads[system], number)
+    assert evidence.decision_table(folders, list(evidence.FIRST_LISTS)[:2]) == ""
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in evidence.decision_table(folders, lists).splitlines()[2:]
+    ]
+    assert {(row[0], row[1]) for row in rows} == set(
+        itertools.product(("second cv", "second gsc"), ("arcface", "cosface"))
+    )
+    assert [row[1] for row in rows[:2]] == ["arcface"] * 2  # the surest first
+    corrected = [float(row[6]) for row in rows]
+    assert corrected == sorted(corrected)
+    assert corrected[1] < 0.01
+    assert corrected[2] > 0.05
+    found = evidence.measured(folders, lists[0], "cosine")
+    tar = {key: values[1] for key, (values, _) in found.items()}
+    for _, system, seeds, points, *_ in (row for row in rows if row[0] == "second cv"):
+        lead = np.mean([tar["qmargin", seed] - tar[system, seed] for seed in range(2)])
+        assert seeds == "2"
+        assert float(points) == pytest.approx(100 * lead, abs=0.006)
