@@ -258,8 +258,18 @@ def refuse_labels(labels: Tensor, num_classes: int) -> None:
 def of_rows(rows: Tensor, values: Tensor, like: Tensor, sparse: bool) -> Tensor:
     """A gradient like a weight, from its rows [R], in order, and their values [R, D]."""
     if sparse:
-        return torch.sparse_coo_tensor(
-            rows.unsqueeze(0), values, like.shape, is_coalesced=True, check_invariants=False
+        # torch.sparse_coo_tensor of torch 2.11 warns of unchecked invariants in spite of
+        # check_invariants=False; this is what it calls when it has checked nothing.
+        return torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+            1,
+            like.ndim - 1,
+            like.shape,
+            rows.unsqueeze(0),
+            values,
+            dtype=values.dtype,
+            layout=torch.sparse_coo,
+            device=values.device,
+            is_coalesced=True,
         )
     return torch.zeros_like(like).index_copy_(0, rows, values)
 

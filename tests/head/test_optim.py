@@ -1,6 +1,7 @@
 """Row-sparse optimisers against torch's on the same gradients, made dense."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -176,6 +177,25 @@ def test_saving_changes_nothing():
         return losses
 
     assert train(30) == train(30, save_at=14)
+
+
+def test_a_step_warns_of_nothing():
+    """torch 2.11 warned once a process that the invariants of the gradient are not checked."""
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            head = QMarginHead(4, 20)
+            optimizer = RowSparseSGD(head.parameters(), 0.1, momentum=0.9, head=head)
+            head(torch.randn(2, 4)).q_margin_loss(torch.tensor([3, 7]), 2.0, 5.0, 0.2).backward()
+            grad = head.weight.grad
+            assert grad.is_sparse
+            assert grad.shape == (20, 4)
+            assert grad.dense_dim() == 1
+            optimizer.step()
+    finally:
+        torch.set_warn_always(always)
 
 
 def test_unbound_optimisers_raise():
