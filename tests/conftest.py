@@ -6,6 +6,7 @@ uses them.
 """
 
 import importlib.util
+import inspect
 import logging
 import multiprocessing
 import os
@@ -25,16 +26,18 @@ import speechbrain  # noqa: F401
 
 from speechbrain_qmargin.files import CACHE_VARIABLE
 
-if torch.__version__.startswith("2.7") and importlib.util.find_spec("triton"):
-    # Its Triton's interpreter counts loops by int() of an array [1], which numpy 2.4 refuses
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     interpreter = importlib.import_module("triton.runtime.interpreter")
     patch_tensor = interpreter._patch_lang_tensor
 
-    def patch_tensor_and_loops(tensor):
-        patch_tensor(tensor)
-        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+    def patch_tensor_and_loops(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        put = scope[0].set_attr if scope else setattr
+        put(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
-    interpreter._patch_lang_tensor = patch_tensor_and_loops
+    # Older ones, as 3.6, count loops by int() of an array [1], which numpy refuses since 2.4
+    if "squeeze" not in inspect.getsource(patch_tensor):
+        interpreter._patch_lang_tensor = patch_tensor_and_loops
 
 collect_ignore = ["compiled_kernels.py"]  # a script, which runs without the interpreter
 
