@@ -24,6 +24,7 @@ from speechbrain_qmargin.head.search import (
     rounding,
     search,
 )
+from speechbrain_qmargin.loss.device import add_rows
 from speechbrain_qmargin.loss.f_operators import GeneratorMeasure, Moments, masses
 from speechbrain_qmargin.loss.interface import Objective, slope_of
 from speechbrain_qmargin.loss.solver import Block, Measure, Solution, fenchel_young
@@ -33,7 +34,6 @@ __all__ = [
     "Evaluation",
     "HeadLoss",
     "Shard",
-    "add_rows",
     "check_backward",
     "of_rows",
     "refuse_labels",
@@ -415,14 +415,6 @@ def _sparse_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | N
             _project(values[part], prototypes.unit(rows[part]), inverse_norm[rows[part]])
         grad_weight = of_rows(rows, values, weight, ctx.shard.sparse_grad)
     return grad_unit, grad_weight
-
-
-def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    """In an order that does not change: ``index_add_`` on a GPU adds as its threads come."""
-    if total.device.type == "cuda":
-        total.index_put_((index,), rows, accumulate=True)  # which sorts
-    else:
-        total.index_add_(0, index, rows)
 
 
 def _project(grad: Tensor, unit: Tensor, inverse_norm: Tensor) -> None:

@@ -199,5 +199,5 @@ class ElasticQMarginLoss(QMarginLoss):
             raise ValueError(f"sigma must be >= 0, got {sigma}")
 
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
-        margins = self.margin + self.sigma * self.draws.next(len(targets)).to(targets.device)
+        margins = self.margin + self.sigma * self.draws.next(len(targets), targets.device)
         return q_margin_objective(targets, self.alpha, self.scale, margins)

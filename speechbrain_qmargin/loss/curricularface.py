@@ -77,7 +77,8 @@ class CurricularFaceLoss(Loss):
 
     def _after(self, cosines: Tensor) -> Tensor:
         """t after a batch whose targets have these cosines."""
-        sums = torch.stack((cosines.double().sum(), cosines.new_tensor(len(cosines)).double()))
+        sums = cosines.double().sum()
+        sums = torch.stack((sums, sums.new_full((), len(cosines))))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         mean, t = sums[0] / sums[1], self.t.to(sums.device)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 __all__ = [
     "STEPS_VARIABLE",
+    "add_rows",
     "all_steps",
     "assert_on_device",
     "control_flow",
@@ -105,6 +106,24 @@ def assert_on_device(condition: Tensor, message: str) -> None:
             f"{_LONGEST_MESSAGE}: {message}"
         )
     torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add rows to those of `total` at `index`, in an order that does not change.
+
+    ``index_add_`` on a GPU adds as its threads come.
+
+    Examples
+    --------
+    >>> total = torch.zeros(3)
+    >>> add_rows(total, torch.tensor([2, 0, 2]), torch.tensor([1.0, 2.0, 3.0]))
+    >>> total
+    tensor([2., 0., 4.])
+    """
+    if total.device.type == "cuda":
+        total.index_put_((index,), rows, accumulate=True)  # which sorts
+    else:
+        total.index_add_(0, index, rows)
 
 
 def all_steps() -> bool:

@@ -18,25 +18,30 @@ class Draws(torch.nn.Module):
 
     Attributes
     ----------
-    count : Tensor
-        Batches drawn so far: a buffer, which the recipes save with a checkpoint.
+    count : int
+        Batches drawn so far: part of the state, which the recipes save with a checkpoint. It is no
+        tensor, for which the host would wait on a GPU.
     """
-
-    count: Tensor
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self.seed = int(seed)
-        self.register_buffer("count", torch.tensor(0))
+        self.seed, self.count = int(seed), 0
 
-    def next(self, size: int) -> Tensor:
-        """[size], float64, others in each process."""
+    def get_extra_state(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.count = int(state["count"])
+
+    def next(self, size: int, device: torch.device | None = None) -> Tensor:
+        """[size], float64, others in each process; the same on all devices."""
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         # three numbers in one seed, none of which the others can imitate
-        seed = (self.seed % 2**20 << 42) + (rank % 2**12 << 30) + int(self.count) % 2**30
+        seed = (self.seed % 2**20 << 42) + (rank % 2**12 << 30) + self.count % 2**30
         self.count += 1
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(size, generator=generator, dtype=torch.float64)
+        drawn = torch.randn(size, generator=generator, dtype=torch.float64)
+        return drawn if device is None else drawn.to(device, non_blocking=True)
 
 
 class ElasticFaceLoss(Loss):
@@ -89,7 +94,7 @@ class ElasticFaceLoss(Loss):
             raise ValueError(f"sigma must be >= 0, got {values['sigma']}")
 
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
-        drawn = self.margin + self.sigma * self.draws.next(len(targets)).to(targets.device)
+        drawn = self.margin + self.sigma * self.draws.next(len(targets), targets.device)
 
         def move(cosines: Tensor) -> Tensor:
             margins = drawn.to(cosines.dtype)

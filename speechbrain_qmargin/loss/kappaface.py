@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from speechbrain_qmargin.loss.arcface import angular_margin, check_angle
 from speechbrain_qmargin.loss.base import Loss
+from speechbrain_qmargin.loss.device import add_rows
 from speechbrain_qmargin.loss.interface import Objective, Scores
 from speechbrain_qmargin.loss.norms import embeddings_of, of_all_processes
 
@@ -32,6 +34,10 @@ def concentration(lengths: Tensor, dim: int) -> Tensor:
     finite = lengths < 1 - 1e-6
     most = torch.where(finite, kappa, 0).amax()
     return torch.where(finite, kappa, most)
+
+
+def _ask_anew(loss: KappaFaceLoss, _: Any) -> None:
+    loss._passed = None
 
 
 class KappaFaceLoss(Loss):
@@ -124,7 +130,9 @@ class KappaFaceLoss(Loss):
         self.register_buffer("psi", torch.ones_like(found))
         self.register_buffer("seen", torch.zeros_like(found))
         self.register_buffer("sums", torch.zeros(len(found), embedding_dim))
-        self._items, self._passed, self._known = float(found.sum()), None, True
+        self._items, self._known = float(found.sum()), True
+        self._passed: float | None = None  # samples since the margins were found
+        self.register_load_state_dict_post_hook(_ask_anew)
 
     def factors(self) -> Tensor:
         """psi [C] from what was seen."""
@@ -137,16 +145,25 @@ class KappaFaceLoss(Loss):
 
     @torch.no_grad()
     def _observe(self, embeddings: Tensor, targets: Tensor) -> None:
+        """Take in a batch; one that diverged, or whose labels are wrong, is no measure."""
         unit = F.normalize(embeddings.detach().float(), dim=1)
         unit, targets = of_all_processes(unit), of_all_processes(targets)
-        if not bool(torch.isfinite(unit).all()):  # a batch that diverged is no measure
+        if self._passed is None:  # a run begins, or goes on: the host waits for a GPU this once
+            self._passed = float(self.seen.sum())
+        known = (targets >= 0) & (targets < len(self.counts))
+        kept = torch.isfinite(unit).all() & known.all()
+        targets = targets.clamp(0, len(self.counts) - 1)
+        add_rows(self.sums, targets, torch.where(kept, unit, 0))
+        add_rows(self.seen, targets, kept.to(self.seen.dtype).expand(len(unit)))
+        self._passed += len(unit)  # at most
+        if self._passed < self._items:
             return
-        self.sums.index_add_(0, targets, unit)
-        self.seen.index_add_(0, targets, torch.ones_like(targets, dtype=self.seen.dtype))
-        if float(self.seen.sum()) >= self._items:
+        self._passed = float(self.seen.sum())
+        if self._passed >= self._items:
             self.psi = self.factors()
             self.seen.zero_()
             self.sums.zero_()
+            self._passed = 0.0
 
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
         embeddings = embeddings_of(self, scores)
@@ -161,7 +178,7 @@ class KappaFaceLoss(Loss):
             )
         self.to(targets.device)
         margins = self.margin * self.psi[targets.clamp(0, scores.num_classes - 1)]
-        if self.training and bool(((targets >= 0) & (targets < scores.num_classes)).all()):
+        if self.training:
             self._observe(embeddings, targets.long())
         return Objective(
             scale=self.scale, move_target=lambda cosines: angular_margin(cosines, margins)

@@ -72,6 +72,7 @@ class RunningNorms(nn.Module):
     def quality(self, norms: Tensor, h: float, weight: float) -> Tensor:
         """In [-1, 1], [B], of norms [B], after the running values have taken them in."""
         norms = norms.clamp(_LEAST, _MOST)
+        self.to(norms.device)
         if weight:
             sums = torch.stack((torch.ones_like(norms), norms, norms.square())).sum(1)
             if dist.is_available() and dist.is_initialized():
@@ -80,9 +81,10 @@ class RunningNorms(nn.Module):
             mean = total / count
             # one sample has no deviation: the running value stays
             variance = (squares - count * mean.square()).clamp(min=0) / (count - 1).clamp(min=1)
-            deviation = torch.where(count > 1, variance.sqrt(), self.deviation.to(norms.device))
-            if bool(torch.isfinite(mean)):  # a batch that diverged is no measure
-                self.mean = weight * mean + (1 - weight) * self.mean.to(norms.device)
-                self.deviation = weight * deviation + (1 - weight) * self.deviation.to(norms.device)
-        mean, deviation = self.mean.to(norms.device), self.deviation.to(norms.device)
-        return (h * (norms - mean) / (deviation + _LEAST)).clamp(-1, 1)
+            deviation = torch.where(count > 1, variance.sqrt(), self.deviation)
+            kept = torch.isfinite(mean)  # a batch that diverged is no measure
+            mean = weight * mean + (1 - weight) * self.mean
+            deviation = weight * deviation + (1 - weight) * self.deviation
+            self.mean = torch.where(kept, mean, self.mean)
+            self.deviation = torch.where(kept, deviation, self.deviation)
+        return (h * (norms - self.mean) / (self.deviation + _LEAST)).clamp(-1, 1)

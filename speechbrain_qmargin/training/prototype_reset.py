@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.shards import load_shards, save_shards
-from speechbrain_qmargin.head.step import add_rows
+from speechbrain_qmargin.loss.device import add_rows
 
 __all__ = ["PrototypeReset"]
 
@@ -100,8 +100,10 @@ class PrototypeReset(nn.Module):
         """
         unit = F.normalize(embeddings.detach().float(), dim=1)
         names = torch.stack((targets.long(), (target_posterior > 0).long()), 1)
-        sizes = torch.tensor([len(unit)], device=unit.device)
-        sizes = [int(size) for size in self.comm.gather_rows(sizes)]
+        sizes = [len(unit)]
+        if self.comm.world > 1:
+            own = torch.tensor(sizes, device=unit.device)
+            sizes = [int(size) for size in self.comm.gather_rows(own)]
         unit, names = self.comm.gather(unit, sizes), self.comm.gather(names, sizes)
         targets, active = names.unbind(1)
         mine = unit.isfinite().all(1) & (targets >= self.start) & (targets < self.stop)

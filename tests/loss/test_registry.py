@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from launches import Counted
 from speechbrain.nnet.losses import AdditiveAngularMargin, AngularMargin, LogSoftmaxWrapper
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -21,6 +22,7 @@ from speechbrain_qmargin import (
     make_loss,
     margin_for,
 )
+from speechbrain_qmargin.loss.dense import scores_of
 from speechbrain_qmargin.loss.device import control_flow
 from speechbrain_qmargin.loss.functional import QMarginStats, q_margin_loss
 from speechbrain_qmargin.loss.interface import Objective, Rows
@@ -231,6 +233,49 @@ def test_a_gpu_is_never_waited_for(alpha, kernels):
             torch.compiler.reset()
             compiled = torch.compile(loss, backend="eager", fullgraph=True)
             assert compiled(outputs, labels).shape == ()
+
+
+def loss_of(name):
+    loss = make_loss(name, num_classes=300, embedding_dim=16, samples=10_000)
+    if loss.needs_counts:
+        loss.count_classes([4] * 300, 16)
+    return loss
+
+
+# a generator's Newton steps go on until the host sees that all rows are done
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"qmargin_f"}))
+def test_no_loss_waits_for_a_gpu(name):
+    """From the second step on: what a run begins with may be asked for once."""
+    embeddings = F.normalize(torch.randn(4, 16), dim=1)
+    cosines, labels = (0.5 * torch.rand(4, 300)).requires_grad_(), torch.arange(4)
+    loss = loss_of(name)
+    with control_flow(host=False):
+        loss(scores_of(cosines, embeddings), labels)
+        with Counted() as counted:
+            rows = loss.rows(scores_of(cosines, embeddings), labels, statistics=True)
+            rows.loss.mean().backward()
+            loss.statistics(rows)
+    assert counted.waits == 0
+
+
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.7"), reason="2.7.1 for CUDA aborts without a GPU"
+)
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"qmargin_f"}))
+def test_no_loss_mixes_devices(name):
+    """On fake CUDA tensors, among which one of the CPU raises."""
+    loss = loss_of(name)
+    loss(scores_of(0.5 * torch.rand(4, 300), torch.rand(4, 16)), torch.arange(4))
+    with FakeTensorMode(), control_flow(kernels=False):
+        for module in loss.modules():  # as Module.to, which fakes nothing
+            for key, one in [*module.named_buffers(recurse=False)]:
+                setattr(module, key, torch.empty(one.shape, dtype=one.dtype, device="cuda"))
+            for key, one in [*module.named_parameters(recurse=False)]:
+                setattr(module, key, torch.nn.Parameter(torch.empty(one.shape, device="cuda")))
+        embeddings, cosines = torch.empty(4, 16, device="cuda"), torch.empty(4, 300, device="cuda")
+        labels = torch.empty(4, device="cuda", dtype=torch.long)
+        rows = loss.rows(scores_of(cosines, embeddings), labels, statistics=True)
+        assert {row.device.type for row in (rows.loss, *loss.statistics(rows))} == {"cuda"}
 
 
 @pytest.mark.parametrize(
