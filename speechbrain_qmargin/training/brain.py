@@ -108,9 +108,9 @@ class VerificationBrain(OpenBrain):
         schedule = getattr(self.hparams, "loss_schedule", None) or {}
         cost = getattr(self.hparams, "compute_cost", None)  # a Brain that only embeds has none
         self._full = full = {name: value_of(cost, name) for name in schedule}
-        if isinstance(cost, Loss) and cost.state_dict():  # running values, counters
+        if isinstance(cost, Loss):
             cost.to(self.device)
-            if self.checkpointer is not None:
+            if self.checkpointer is not None and cost.state_dict():  # running values, counters
                 self.checkpointer.add_recoverable("loss", cost)
         self._reset = self._prototype_reset()
         encoder = self.modules["embedding_model"]
@@ -129,7 +129,7 @@ class VerificationBrain(OpenBrain):
         raise NotImplementedError
 
     def compute_forward(self, batch, stage):
-        batch = batch.to(self.device)
+        batch = batch.to(self.device, non_blocking=True)
         embeddings = self.embed(batch, stage)
         if stage != sb.Stage.TRAIN:
             return embeddings
@@ -205,6 +205,8 @@ class VerificationBrain(OpenBrain):
 
     def make_dataloader(self, dataset, stage, **kwargs):
         kwargs.setdefault("collate_fn", PaddedBatch)
+        # a copy to a GPU from other memory is slower, and the host waits for it
+        kwargs.setdefault("pin_memory", torch.device(self.device).type == "cuda")
         if stage == sb.Stage.TRAIN and self.distributed_launch and kwargs.get("shuffle"):
             # the order of a run of one process: a step trains on the same items, shared out
             seed = int(os.environ.get("SB_GLOBAL_SEED", 0))
@@ -329,6 +331,14 @@ class VerificationBrain(OpenBrain):
             custom_load_hook=lambda head, path, _: head.load_shards(path, head_optimizer),
         )
 
+    def freeze_optimizers(self, optimizers):
+        """Those with a gradient: a GradScaler refuses one whose parameters are all frozen."""
+        return {
+            name: optimizer
+            for name, optimizer in optimizers.items()
+            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        }
+
     def optimizers_step(self):
         self._freezing.drop_gradients()
         super().optimizers_step()
@@ -336,12 +346,15 @@ class VerificationBrain(OpenBrain):
     def check_gradients(self):
         """SpeechBrain's ``skip_nonfinite_grads``, which cannot read row-sparse gradients."""
         learnt = _learnt_by(getattr(self.hparams, "compute_cost", None))
+        found, flags = [], []
         for name, parameter in (*self.modules.named_parameters(), *learnt.items()):
             grad = parameter.grad
-            if grad is None:
-                continue
-            values = grad._values() if grad.is_sparse else grad
-            if not bool(values.isfinite().all()):
+            if grad is not None:
+                found.append((name, parameter))
+                flags.append((grad._values() if grad.is_sparse else grad).isfinite().all())
+        finite = torch.stack(flags).tolist() if flags else []  # a GPU is waited for once
+        for (name, parameter), is_finite in zip(found, finite, strict=True):
+            if not is_finite:
                 parameter.grad = None
                 logger.warning(f"The gradient of {name} is not finite: this step leaves it out")
 

@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import speechbrain as sb
 import torch
+from launches import Counted
 
 from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.epochs import CurrentEpoch
@@ -601,9 +602,34 @@ def test_gradients_that_are_not_finite_are_left_out_row_sparse_ones_too():
     modules = torch.nn.ModuleDict({"classifier": head, "encoder": encoder})
     brain = SimpleNamespace(modules=modules, hparams=SimpleNamespace())
     head(encoder(torch.randn(3, 4)), torch.arange(3)).backward()
-    VerificationBrain.check_gradients(brain)
+    with Counted() as counted:
+        VerificationBrain.check_gradients(brain)
+    assert counted.waits <= 1  # of the host for a GPU, however many parameters there are
     assert head.weight.grad is not None
     head.weight.grad._values()[0, 0] = float("nan")
     VerificationBrain.check_gradients(brain)
     assert head.weight.grad is None
     assert encoder.weight.grad is not None
+
+
+def test_a_scaler_of_gradients_takes_an_encoder_that_is_frozen(folder, tmp_path):
+    """--precision fp16 on a GPU: GradScaler refuses an optimiser without any gradient."""
+    settings = {"head": "sparse", "freeze": "all", "number_of_epochs": 1, "margin": 0.0}
+    fit, brain, _ = make_brain(folder, tmp_path, **settings)
+    brain.scaler = torch.amp.GradScaler("cpu")
+    brain.checkpointer.add_recoverable("scaler", brain.scaler, optional_load=True)
+    before = copy.deepcopy(brain.modules.state_dict())
+    fit()
+    moved = {
+        key for key, value in brain.modules.state_dict().items() if (value != before[key]).any()
+    }
+    assert moved == {"classifier.weight"}
+    assert brain.scaler.get_scale() == 2.0**16
+
+
+def test_batches_for_a_gpu_are_pinned(folder, tmp_path):
+    _, brain, test = make_brain(folder, tmp_path)
+    assert not brain.make_dataloader(test, sb.Stage.VALID).pin_memory
+    brain.device = "cuda:0"
+    assert brain.make_dataloader(test, sb.Stage.VALID).pin_memory
+    assert not brain.make_dataloader(test, sb.Stage.VALID, pin_memory=False).pin_memory
