@@ -81,6 +81,22 @@ def folder_name(system: str) -> str:
     return re.sub(r"[^\w.=-]+-*", "_", system).strip("_")
 
 
+def last_of_each(options: Sequence[str]) -> list[str]:
+    """Options of which a later one replaces an earlier one; the recipes take each once.
+
+    >>> last_of_each(["--lr=0.1", "--seed", "1", "--lr=0.01", "--noprogressbar"])
+    ['--lr=0.01', '--seed', '1', '--noprogressbar']
+    """
+    given: dict[str, list[str]] = {}
+    name = ""
+    for word in options:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            given[name] = []
+        given.setdefault(name, []).append(word)
+    return [word for words in given.values() for word in words]
+
+
 def train(recipe: str, options: list[str], folder: Path) -> dict:
     """One run in a process of its own, one thread, unless it is already done; its results."""
     if not (folder / "results.json").is_file():
@@ -102,7 +118,7 @@ def train_all(recipe: str, runs: dict, given: list[str], jobs: int) -> dict:
     """Results by key of {key: (options, folder)}; `given` are options of every run."""
     with ThreadPoolExecutor(jobs) as pool:
         futures = {
-            key: pool.submit(train, recipe, [*options, *given], folder)
+            key: pool.submit(train, recipe, last_of_each([*options, *given]), folder)
             for key, (options, folder) in runs.items()
         }
         return {key: future.result() for key, future in tqdm(futures.items(), "runs")}

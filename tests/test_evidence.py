@@ -4,6 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
+import compare_losses
 import evidence
 import evidence_runs
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from evidence_runs import SECOND_SETTINGS, STAGES, SYSTEMS, settings_of
 
 from speechbrain_qmargin.scoring.score_files import write_scores
+from speechbrain_qmargin.training.config import CommandLine
 from speechbrain_qmargin.trials import LabelledTrials
 
 THREE = list(SECOND_SETTINGS)
@@ -101,10 +103,9 @@ def test_old_and_new_settings_compete(people, tmp_path):
     assert {"--seed=2", "--loss=qmargin", "--scale=16", "--alpha_initial=1.05"} < set(given)
     long = STAGES["second_long"].runs(data, tmp_path, list(SYSTEMS))
     assert [*long] == [(system, seed) for seed in range(3) for system in THREE]
-    given, _ = long["qmargin", 2]  # of an option given twice the last one counts
-    last = dict(one.split("=", 1) for one in given if "=" in one)
-    assert last["--number_of_epochs"] == "30"
-    assert last["--alpha_until_epoch"] == "20"
+    given = compare_losses.last_of_each(long["qmargin", 2][0])
+    CommandLine.of(["hparams.yaml", *given])  # takes no option twice
+    assert {"--number_of_epochs=30", "--alpha_until_epoch=20"} < set(given)
 
 
 def scores(folder: Path, trials: str, lead: float, seed: int) -> None:

@@ -56,6 +56,7 @@ NAMES = frozenset(
         "speechbrain.utils.seed_everything",
         "speechbrain.utils.train_logger.FileTrainLogger",
         "speechbrain.utils.train_logger.TensorboardLogger",
+        "speechbrain_qmargin.data.augment.DropChunk",
         "speechbrain_qmargin.data.augment.room_and_noise",
         "speechbrain_qmargin.make_loss",
         "speechbrain_qmargin.training.checkpoints.AtomicCheckpointer",

@@ -10,6 +10,7 @@ import soundfile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from speechbrain.augment import time_domain
 from torch.utils.data import DataLoader
 
 from speechbrain_qmargin.data import augment as module
@@ -253,3 +254,24 @@ def test_prepared_corpus_through_it_all(tmp_path, manifest):
         found.train, RATE, crop=0.5, augment=room_and_noise(RATE, speech=found.train)
     )
     assert torch.stack([data[i]["sig"] for i in range(12)]).shape == (12, RATE // 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"drop_length_high": 2000},
+        {"drop_count_low": 0, "drop_count_high": 9, "drop_start": 100, "drop_end": 1800},
+        {"drop_length_high": 300, "drop_start": -900, "drop_end": -100},
+    ],
+)
+@pytest.mark.parametrize("shape", [(5, 2400), (3, 2000, 2)])
+def test_chunks_are_dropped_where_speechbrain_drops_them(options, shape):
+    lengths = torch.tensor([1.0, 0.9, 1.0, 0.5, 1.0])[: shape[0]]
+    signal = torch.randn(shape)
+    found = []
+    for made in (module.DropChunk, time_domain.DropChunk):
+        torch.manual_seed(3)
+        found.append((made(**options)(signal, lengths), torch.rand(3)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])  # as many numbers were drawn
+    assert not torch.equal(found[0][0], signal)
