@@ -1,11 +1,12 @@
 """All runs of docs/evidence_plan.md behind docs/comparison.md; started again, it goes on.
 
     python benchmarks/evidence.py DATA OUT [--stage tune speech ...] [--systems arcface qmargin ...]
+    python benchmarks/evidence.py DATA OUT --tables [--stage second ...]
 
 DATA holds ``voices``, ``speech`` (VoxCeleb's layout with lists of speakers and trials) and ``lfw``.
 A run is one of the recipes with ``--size small`` in a process of its own; finished runs are kept,
-and what is cut off goes on from its last checkpoint. After each stage, and with ``--stage tables``,
-the tables and pictures of what is finished are written to OUT. Options after ``--`` go to every run
+and what is cut off goes on from its last checkpoint. After each stage, and with ``--tables`` without
+training, the tables and pictures of what is finished are written to OUT. Options after ``--`` go to every run
 (``-- --device=cuda``).
 """
 
@@ -404,24 +405,22 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables"], default=list(STAGES))
+    parser.add_argument("--stage", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--no-tables", action="store_true", help="for a machine lent for the runs")
+    parser.add_argument("--tables", action="store_true", help="of what is finished; no training")
     args = parser.parse_args(argv)
     data, out = args.data.resolve(), args.out.resolve()
     write_speech_lists(data, out)
-    if any(stage.startswith("faces") for stage in args.stage):
+    if not args.tables and any(stage.startswith("faces") for stage in args.stage):
         write_face_lists(data, out)
     for stage in args.stage:
-        if stage != "tables":
+        if not args.tables:
             recipe, runs = STAGES[stage]
             train_all(recipe, runs(data, out, args.systems), given, args.jobs)
-        named = STAGES if stage == "tables" else [] if args.no_tables else [stage]
-        for name in named:
-            text = tables(name, data, out)
-            write_text(out / f"{name}.md", text)
-            print(text)
+        text = tables(stage, data, out)
+        write_text(out / f"{stage}.md", text)
+        print(text)
 
 
 if __name__ == "__main__":
