@@ -5,9 +5,9 @@
 
 DATA holds ``voices``, ``speech`` (VoxCeleb's layout with lists of speakers and trials) and ``lfw``.
 A run is one of the recipes with ``--size small`` in a process of its own; finished runs are kept,
-and what is cut off goes on from its last checkpoint. After each stage, and with ``--tables`` without
-training, the tables and pictures of what is finished are written to OUT. Options after ``--`` go to every run
-(``-- --device=cuda``).
+and what is cut off goes on from its last checkpoint. After each stage, and with ``--tables``
+without training, the tables and pictures of what is finished are written to OUT. Options after
+``--`` go to every run (``-- --device=cuda``).
 """
 
 import argparse
