@@ -13,11 +13,11 @@ from speechbrain_qmargin.head.row_kernels import KERNELS as ROW_KERNELS
 DOUBLES = ["prior", "length", "slack", "cosine", "log_q", "values", "levels", "cosines", "slope"]
 INTEGERS = ["state", "counts", "peaks", "kept", "entries", "ordered", "flags", "numbered"]
 LONGS = ["labels", "found", "starts", "order"]
-FLOATS = ["raw", "weight", "residual", "out", "sampled", "cuts", "shares", "loss", "posterior"]
+FLOATS = ["raw", "weight", "residual", "out", "cuts", "shares", "loss", "posterior"]
 FLOATS += ["support", "inverse_norm"]
 TYPES = dict.fromkeys(DOUBLES, "*fp64") | dict.fromkeys(INTEGERS, "*i32")
 TYPES |= dict.fromkeys(LONGS, "*i64") | dict.fromkeys([*FLOATS, "upstream"], "*fp32")
-TYPES |= {"rounded": "*bf16", "rows": "*bf16", "columns": "*bf16", "factor": "fp32"}
+TYPES |= {"rounded": "*bf16", "products": "*bf16", "sampled": "*bf16", "factor": "fp32"}
 # arguments of one name and several types
 OTHERS = {
     "_solve": {"residual": "*fp64"},

@@ -1,18 +1,19 @@
 r"""The exact step in a few launches: what ``search`` and ``step`` do, for a GPU.
 
 1. **Sample**: tau of the targets and of 16,384 evenly spaced classes gives the first floors.
-2. **Screen** the classes in three parts, in bf16. What may exceed its floor is put into a sample's
-   room in a buffer of fixed size, with its product, by a counter on the device. After each part
-   tau of what is there raises the floors, and what is at or below them is dropped.
+2. **Screen** the classes in two parts, by products in bf16, of which a few megabytes are there at a
+   time. What may exceed its floor is put into a sample's room in a buffer of fixed size, with its
+   product, by a counter on the device. After each part tau of what is there raises the floors, and
+   what is at or below them is dropped.
 3. **Refine**: the few classes left are sorted, so that nothing depends on the order in which they
    were found; their cosines are computed in float64, and from them all Newton steps, the
    posteriors, the loss.
 4. **Gradients**: the entries are sorted by class and summed class by class, in order.
 
 Why nothing is lost: with s a product of rounded vectors and :math:`\sigma` the bound of
-``search.screening_slack``, a cosine is in :math:`[s - \sigma, s + \sigma]`. tau increases with
-every logit, so tau of the lower ends, on any subset of the classes, is a lower bound of tau; a
-class whose upper end does not exceed its edge is inactive. Such a bound is found by bisection: a
+``search.screening_slack``, a cosine is in :math:`[s - \sigma, s + \sigma]`, and s is within 0.4 %
+of what is read, which is rounded to bf16. tau increases with every logit, so tau of the lower ends,
+on any subset of the classes, is a lower bound of tau; a class whose upper end does not exceed its edge is inactive. Such a bound is found by bisection: a
 level counts only where the mass there, summed in fixed point and rounded down, exceeds 1 by more
 than the rounding of its terms.
 
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from speechbrain_qmargin.head.precision import exact_accumulation
 from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.head.search import parts_of
 from speechbrain_qmargin.head.step import check_backward, of_rows, refuse_labels
@@ -119,25 +121,27 @@ def evaluate(
         room.kept = max(room.kept, _power_of_2_above(kept))
 
 
-def bytes_of_a_step(batch: int, dim: int, sample: int, screened: int, kept: int) -> int:
+def bytes_of_a_step(
+    batch: int, dim: int, sample: int, products: int, screened: int, kept: int
+) -> int:
     """The most that a step allocates at a time, beside the gradient of the prototypes' rows.
 
     Parameters
     ----------
     batch, dim : int
-    sample : int
-        Classes the first floors come from.
+    sample, products : int
+        Classes the first floors come from; classes whose products are computed in one piece.
     screened, kept : int
         As in :class:`Room`.
 
     Examples
     --------
-    >>> bytes_of_a_step(batch=1024, dim=512, sample=16384, screened=4096, kept=2048) // 10**6
+    >>> bytes_of_a_step(1024, 512, sample=16384, products=32768, screened=4096, kept=2048) // 10**6
     164
     """
     embeddings = batch * (2 * dim + 8 * 4 + 4 + 3 * 4 + 100)  # rounded, numbers, what is returned
-    first = 4 * sample * batch
-    searching = batch * (8 * screened + 4 * kept)
+    first = 2 * sample * batch
+    searching = batch * (8 * screened + 4 * kept + 2 * products)
     refining = batch * (4 + 4 + 8 + 8) * kept  # classes twice, their order, cosines
     entries = batch * (kept + 1)
     # shares and classes; then in order, the order, marks and their sums, rows, where they begin
@@ -159,7 +163,7 @@ def _attempt(
 
     assert objective.target_log_q is not None
     sizes, classes, device = prototypes.sizes, len(prototypes.weight), raw.device
-    with record_function("qmargin::search"):
+    with record_function("qmargin::search"), exact_accumulation(device):
         batch = kernels.prepare(
             raw, labels, objective.target_log_q, objective.log_q, objective.alpha,
             objective.scale, prototypes,

@@ -39,6 +39,7 @@ __all__ = [
     "mark_segments",
     "numbers",
     "prepare",
+    "products_at_once",
     "raise_floors",
     "report",
     "sample_floors",
@@ -57,6 +58,7 @@ _FIXED = tl.constexpr(float(2**40))  # of fixed point: a mass is at most 1, a ro
 _REACHED = tl.constexpr(2**40 + 2**30)  # whatever float32 rounded, the mass is at least 1
 _REACHED_IN_SUM = tl.constexpr(1.0 + 2.0**-10)  # likewise, of a sum of floats
 _MOST_STEPS = tl.constexpr(128)  # of Newton's method
+_ROUNDED = tl.constexpr(0.004)  # more than 2**-8, which bf16 may add to a product or take from it
 _INF = tl.constexpr(float("inf"))
 
 
@@ -171,47 +173,10 @@ def _prepare(
 
 
 @triton.jit
-def _tile(
-    rows, columns, first, stride, last, sample, batch, dim,
-    BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Products [BLOCK_C, BLOCK_B] of rows first, first + stride, ... below last."""
-    i, d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
-    b = sample + tl.arange(0, BLOCK_B)
-    left = (last - first + stride - 1) // stride
-    # int32 within a tile, so that addresses take few registers
-    at_w = rows + first * dim + (i[:, None] * (stride * dim) + d[None, :])
-    at_x = columns + (b[None, :] * dim + d[:, None])
-    total = tl.zeros((BLOCK_C, BLOCK_B), tl.float32)
-    for start in range(0, dim, BLOCK_D):
-        inside = d < dim - start
-        w = tl.load(at_w, mask=(i < left)[:, None] & inside[None, :], other=0.0)
-        x = tl.load(at_x, mask=(b < batch)[None, :] & inside[:, None], other=0.0)
-        if _INTERPRETED:  # its bf16 products are wrong
-            total += tl.dot(w.to(tl.float32), x.to(tl.float32), input_precision="ieee")
-        else:
-            total = tl.dot(w, x, total)
-        at_w += BLOCK_D
-        at_x += BLOCK_D
-    return total
-
-
-@triton.jit
-def _sample_scores(
-    rows, columns, out, stride, classes, size, batch, dim,
-    BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    groups = tl.cdiv(batch, BLOCK_B)  # those of one piece of the rows follow each other
-    place = (tl.program_id(0) // groups).to(tl.int64) * BLOCK_C
-    sample = tl.program_id(0) % groups * BLOCK_B
-    s = _tile(
-        rows, columns, place * stride, stride, classes, sample, batch, dim,
-        BLOCK_C, BLOCK_B, BLOCK_D,
-    )  # fmt: skip
-    i = place + tl.arange(0, BLOCK_C)
-    b = sample + tl.arange(0, BLOCK_B)
-    mask = (i < size)[:, None] & (b < batch)[None, :]
-    tl.store(out + b.to(tl.int64)[None, :] * size + i[:, None], s, mask=mask)
+def _least(product, slack):
+    """A lower bound of a cosine, from what a product in bf16 was rounded to."""
+    wide = product.to(tl.float64)
+    return wide - _ROUNDED * tl.abs(wide) - slack
 
 
 @triton.jit
@@ -221,7 +186,8 @@ def _write_floor(b, level, scale, above, k, slack, levels, cuts, IN_LOGS: tl.con
     level -= 2.0**-30 * (1.0 + tl.abs(tau))
     tl.store(levels + b, level)
     cut = (level - above) / scale
-    tl.store(cuts + b, (cut - slack - 2.0**-22 * (1.0 + tl.abs(cut))).to(tl.float32))
+    cut -= slack + 2.0**-22 * (1.0 + tl.abs(cut))
+    tl.store(cuts + b, (cut - _ROUNDED * tl.abs(cut)).to(tl.float32))
 
 
 @triton.jit
@@ -237,8 +203,8 @@ def _sample_floors(
     own, q_own = tl.load(cosine + b) * scale, tl.load(prior + b)
     i = tl.arange(0, BLOCK).to(tl.int64)  # all of a sample stays in registers
     there = (i < size) & (i * stride != label)
-    s = tl.load(sampled + b * size + i, mask=there, other=0.0).to(tl.float64)
-    logit = tl.where(there, (s - allowance) * scale, -_INF)
+    s = tl.load(sampled + b * size + i, mask=there, other=0.0)
+    logit = tl.where(there, _least(s, allowance) * scale, -_INF)
     prior_i = 0.0
     if HAS_Q:
         prior_i = tl.load(log_q + i * stride, mask=there, other=0.0).to(tl.float64)
@@ -259,33 +225,33 @@ def _sample_floors(
 
 
 @triton.jit
-def _screen(
-    rows, columns, labels, cuts, found, counts, start, stop, batch, dim, room,
-    BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+def _filter(
+    products, labels, cuts, found, counts, start, size, batch, room,
+    BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     groups = tl.cdiv(batch, BLOCK_B)
-    first = start + (tl.program_id(0) // groups).to(tl.int64) * BLOCK_C
-    sample = tl.program_id(0) % groups * BLOCK_B
-    s = _tile(
-        rows, columns, first, 1, stop, sample, batch, dim, BLOCK_C, BLOCK_B, BLOCK_D
-    )  # fmt: skip
-    c = (first + tl.arange(0, BLOCK_C)).to(tl.int32)
-    b = sample + tl.arange(0, BLOCK_B)
-    cut = tl.load(cuts + b, mask=b < batch, other=_INF)
-    label = tl.load(labels + b, mask=b < batch, other=-1).to(tl.int32)
-    keep = (s >= cut[None, :]) & (c < stop)[:, None] & (c[:, None] != label[None, :])
-    if tl.max(tl.max(keep.to(tl.int32), 0), 0) > 0:
-        each = tl.broadcast_to(b[None, :], (BLOCK_C, BLOCK_B))
-        place = tl.atomic_add(counts + each, 1, mask=keep, sem="relaxed")
-        bits = s.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-        key = (c[:, None].to(tl.int64) << 32) | bits
-        # a buffer has fewer than 2**31 places: see `screen`
-        tl.store(found + (each * room + place), key, mask=keep & (place < room))
+    i = tl.program_id(0) // groups * BLOCK_C + tl.arange(0, BLOCK_C)
+    b = tl.program_id(0) % groups * BLOCK_B + tl.arange(0, BLOCK_B)
+    here = b < batch
+    at = i.to(tl.int64)[:, None] * batch + b[None, :]
+    s = tl.load(products + at, mask=(i < size)[:, None] & here[None, :], other=-_INF)
+    s = s.to(tl.float32)
+    cut = tl.load(cuts + b, mask=here, other=_INF)
+    label = tl.load(labels + b, mask=here, other=-1).to(tl.int32)
+    c = start + i
+    keep = (s >= cut[None, :]) & (c[:, None] != label[None, :]) & (i < size)[:, None]
+    keep = keep & here[None, :]
+    each = tl.broadcast_to(b[None, :], (BLOCK_C, BLOCK_B))
+    place = tl.atomic_add(counts + each, 1, mask=keep, sem="relaxed")
+    bits = s.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    key = (c[:, None].to(tl.int64) << 32) | bits
+    # a buffer has fewer than 2**31 places: see `Sizes.max_candidates`
+    tl.store(found + (each * room + place), key, mask=keep & (place < room))
 
 
 @triton.jit
 def _product_of(key):
-    """The float32 in the lower half of what `_screen` wrote."""
+    """The float32 in the lower half of what `_filter` wrote."""
     return (key & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
 
 
@@ -310,8 +276,7 @@ def _raise_floors(
     for start in range(0, n, CHUNK):
         there = start + offset < n
         key = tl.load(row + start + offset, mask=there, other=0)
-        logit = (_product_of(key).to(tl.float64) - allowance) * scale
-        logit = tl.where(there, logit, -_INF)
+        logit = tl.where(there, _least(_product_of(key), allowance) * scale, -_INF)
         prior_i = 0.0
         if HAS_Q:
             prior_i = tl.load(log_q + (key >> 32), mask=there, other=0.0).to(tl.float64)
@@ -324,7 +289,7 @@ def _raise_floors(
         for start in range(0, n, CHUNK):
             there = start + offset < n
             key = tl.load(row + start + offset, mask=there, other=0)
-            logit = (_product_of(key).to(tl.float64) - allowance) * scale
+            logit = _least(_product_of(key), allowance) * scale
             lead = tl.where(there, gamma * (logit - level), -_INF)
             prior_i = 0.0
             if HAS_Q:
@@ -592,7 +557,7 @@ def _weight_gradient(
 # --------------------------------------------------------------------------- launches
 
 KERNELS = (
-    _prepare, _sample_scores, _sample_floors, _screen, _raise_floors, _exact_cosines, _solve,
+    _prepare, _sample_floors, _filter, _raise_floors, _exact_cosines, _solve,
     _mark_segments, _write_segments, _report, _embedding_gradient, _weight_gradient,
 )  # fmt: skip
 
@@ -648,14 +613,6 @@ def _power_of_2(size: int, least: int = 16, most: int = 2**20) -> int:
     return min(most, max(least, triton.next_power_of_2(size)))
 
 
-def _tiles(batch: int, dim: int) -> dict:
-    return {
-        "BLOCK_C": 128,
-        "BLOCK_B": _power_of_2(batch, most=128),
-        "BLOCK_D": _power_of_2(dim, most=64),
-    }
-
-
 def prepare(
     raw: Tensor, labels: Tensor, prior: Tensor, log_q: Tensor | None, alpha: float, scale: float,
     prototypes: Prototypes,
@@ -679,17 +636,9 @@ def prepare(
 
 
 def sample_scores(batch: Batch, prototypes: Prototypes, stride: int) -> Tensor:
-    """Products [B, S] with every `stride`-th row of the screen."""
+    """Products [B, S], bf16, with every `stride`-th row of the screen."""
     assert prototypes.screen is not None
-    (samples, dim), classes = batch.raw.shape, len(prototypes.weight)
-    size = triton.cdiv(classes, stride)
-    out = torch.empty(samples, size, device=batch.raw.device)
-    tiles = _tiles(samples, dim)
-    grid = triton.cdiv(size, tiles["BLOCK_C"]) * triton.cdiv(samples, tiles["BLOCK_B"])
-    _sample_scores[(grid,)](
-        prototypes.screen.rows, batch.rounded, out, stride, classes, size, samples, dim, **tiles
-    )
-    return out
+    return batch.rounded @ prototypes.screen.rows[::stride].T
 
 
 def sample_floors(batch: Batch, sampled: Tensor, stride: int) -> None:
@@ -706,16 +655,25 @@ def screen(batch: Batch, prototypes: Prototypes, part: slice, found: Tensor) -> 
     """Adds the classes of a part that may be active to `found` [B, room], int64, in any order.
 
     The upper half of a number is the class, the lower its product's bits. Beyond the room they are
-    counted only.
+    counted only. Two launches for each `output_bytes` of products.
     """
     assert prototypes.screen is not None
-    samples, dim = batch.raw.shape
-    tiles = _tiles(samples, dim)
-    pieces = triton.cdiv(part.stop - part.start, tiles["BLOCK_C"])
-    _screen[(pieces * triton.cdiv(samples, tiles["BLOCK_B"]),)](
-        prototypes.screen.rows, batch.rounded, batch.labels, batch.cuts, found, batch.counts,
-        part.start, part.stop, samples, dim, found.shape[1], **tiles, num_warps=8,
-    )  # fmt: skip
+    samples, rows = len(batch.raw), prototypes.screen.rows
+    step = products_at_once(prototypes, samples)
+    products = rows.new_empty(min(step, part.stop - part.start), samples)
+    block = _power_of_2(samples, most=128)
+    for start in range(part.start, part.stop, step):
+        size = min(step, part.stop - start)
+        torch.mm(rows[start : start + size], batch.rounded.T, out=products[:size])
+        _filter[(triton.cdiv(size, 32) * triton.cdiv(samples, block),)](
+            products, batch.labels, batch.cuts, found, batch.counts, start, size, samples,
+            found.shape[1], BLOCK_C=32, BLOCK_B=block,
+        )  # fmt: skip
+
+
+def products_at_once(prototypes: Prototypes, samples: int) -> int:
+    """Classes whose products with a batch are computed in one piece."""
+    return max(1024, prototypes.sizes.output_bytes // (2 * samples))
 
 
 def raise_floors(batch: Batch, found: Tensor, kept: Tensor | None = None) -> None:

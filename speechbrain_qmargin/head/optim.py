@@ -571,8 +571,8 @@ class RowSparseAdam(RowSparse, torch.optim.AdamW):
 def _on_device(table: Tensor, device: torch.device) -> Tensor:
     """A copy for which the host does not wait."""
     if device.type == "cuda":
-        return table.pin_memory().to(device, non_blocking=True)
-    return table.to(device)
+        table = table.cpu().pin_memory()
+    return table.to(device, non_blocking=True)
 
 
 def _at_once(p: Tensor) -> int:

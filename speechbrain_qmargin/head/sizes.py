@@ -88,7 +88,7 @@ def constants(device: torch.device) -> Sizes:
     return Sizes(
         output_bytes=64 * 2**20,
         at_once=64 * 2**20,
-        parts=(1 / 16, 1 / 4),
+        parts=(1 / 8,),
         max_candidates=8_000_000,
         fused=kernels_run(device),
     )

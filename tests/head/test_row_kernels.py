@@ -102,7 +102,8 @@ def test_what_is_derived_of_rows(dim, device):
             torch.testing.assert_close(mine.screen.rows, theirs.screen.rows, rtol=2**-7, atol=0)
             lacking = mine.screen.rows - weight * mine.inverse_norm.unsqueeze(1)
             most = lacking.double().norm(dim=1).max()
-            assert most <= mine.screen.residual
+            # a GPU does not round a product that it subtracts from
+            assert most <= 1.0001 * mine.screen.residual
             assert again or mine.screen.residual <= 1.0001 * most  # it only grows
         rows = torch.tensor([0, 3, 36], device=device)  # and once more, of some rows alone
         marks = found._mark, expected._mark
