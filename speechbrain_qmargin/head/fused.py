@@ -13,7 +13,8 @@ r"""The exact step in a few launches: what ``search`` and ``step`` do, for a GPU
 Why nothing is lost: with s a product of rounded vectors and :math:`\sigma` the bound of
 ``search.screening_slack``, a cosine is in :math:`[s - \sigma, s + \sigma]`, and s is within 0.4 %
 of what is read, which is rounded to bf16. tau increases with every logit, so tau of the lower ends,
-on any subset of the classes, is a lower bound of tau; a class whose upper end does not exceed its edge is inactive. Such a bound is found by bisection: a
+on any subset of the classes, is a lower bound of tau; a class whose upper end does not exceed its
+edge is inactive. Such a bound is found by bisection: a
 level counts only where the mass there, summed in fixed point and rounded down, exceeds 1 by more
 than the rounding of its terms.
 

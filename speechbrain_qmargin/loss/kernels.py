@@ -38,7 +38,7 @@ from torch import Tensor
 from speechbrain_qmargin.loss.solver import compute_dtype, in_logs
 from speechbrain_qmargin.loss.triton_numbers import level_alone, log1p, moved_on, powers_of
 
-__all__ = ["Solved", "gradient", "resident_classes", "solve_rows"]
+__all__ = ["KERNELS", "Solved", "gradient", "resident_classes", "solve_rows"]
 
 _TILE = 4096  # classes of a longer row at a time
 _COLUMNS = 2048  # of the backward pass
@@ -501,6 +501,8 @@ def _gradient_kernel(
 
 # --------------------------------------------------------------------------- from torch
 
+KERNELS = (_solve_kernel, _gradient_kernel)
+
 
 class Solved(NamedTuple):
     """Of each row.
@@ -552,12 +554,6 @@ def _constants(dtype: torch.dtype, alpha: float) -> dict[str, Any]:
     }
 
 
-@torch.library.custom_op(
-    "speechbrain_qmargin::solve_rows",
-    mutates_args=(),
-    schema="(Tensor cosines, Tensor targets, Tensor? moved, Tensor? prior, Tensor? log_q, "
-    "float alpha, float scale, float? limit, bool support) -> (Tensor, Tensor, Tensor, Tensor)",
-)
 def _solve_rows(cosines, targets, moved, prior, log_q, alpha, scale, limit, support):
     loss, posterior, kept, counts = _outputs(cosines)
     rows, classes = cosines.shape
@@ -590,17 +586,20 @@ def _row_stride(log_q: Tensor) -> int:
     return log_q.stride(0) if log_q.ndim == 2 else 0
 
 
-@_solve_rows.register_fake
+_solve_op = torch.library.custom_op(
+    "speechbrain_qmargin::solve_rows",
+    _solve_rows,
+    mutates_args=(),
+    schema="(Tensor cosines, Tensor targets, Tensor? moved, Tensor? prior, Tensor? log_q, "
+    "float alpha, float scale, float? limit, bool support) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_solve_op.register_fake
 def _(cosines, targets, moved, prior, log_q, alpha, scale, limit, support):
     return tuple(_outputs(cosines))
 
 
-@torch.library.custom_op(
-    "speechbrain_qmargin::gradient",
-    mutates_args=(),
-    schema="(Tensor cosines, Tensor targets, Tensor? log_q, Tensor kept, Tensor factors, "
-    "float alpha, float scale, bool moved, ScalarType dtype) -> Tensor",
-)
 def _gradient(cosines, targets, log_q, kept, factors, alpha, scale, moved, dtype):
     out = cosines.new_empty(cosines.shape, dtype=dtype)
     rows, classes = cosines.shape
@@ -615,7 +614,16 @@ def _gradient(cosines, targets, log_q, kept, factors, alpha, scale, moved, dtype
     return out
 
 
-@_gradient.register_fake
+_gradient_op = torch.library.custom_op(
+    "speechbrain_qmargin::gradient",
+    _gradient,
+    mutates_args=(),
+    schema="(Tensor cosines, Tensor targets, Tensor? log_q, Tensor kept, Tensor factors, "
+    "float alpha, float scale, bool moved, ScalarType dtype) -> Tensor",
+)
+
+
+@_gradient_op.register_fake
 def _(cosines, targets, log_q, kept, factors, alpha, scale, moved, dtype):
     return cosines.new_empty(cosines.shape, dtype=dtype)
 
@@ -654,7 +662,13 @@ def solve_rows(
     support : bool
         Whether active classes are counted at alpha = 1, for which the row is read once more.
     """
-    return Solved(*_solve_rows(cosines, targets, moved, prior, log_q, alpha, scale, limit, support))
+    solve = _solve_op if _traced(cosines) else _solve_rows
+    return Solved(*solve(cosines, targets, moved, prior, log_q, alpha, scale, limit, support))
+
+
+def _traced(tensor: Tensor) -> bool:
+    """Whether torch.compile or fake tensors are to see an operator; one takes the host 0.1 ms."""
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor
 
 
 def gradient(
@@ -685,4 +699,5 @@ def gradient(
         Of the result; None: that of the cosines.
     """
     dtype = cosines.dtype if dtype is None else dtype
-    return _gradient(cosines, targets, log_q, solved, factors, alpha, scale, moved, dtype)
+    of = _gradient_op if _traced(cosines) else _gradient
+    return of(cosines, targets, log_q, solved, factors, alpha, scale, moved, dtype)

@@ -1,11 +1,12 @@
 """The dense loss by Triton's kernels: the definition in float64, on a GPU or in the interpreter."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import Counted
+from launches import Counted, interpreted
 from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
 
 from speechbrain_qmargin import CosFaceLoss, QMarginLoss, make_loss
@@ -13,6 +14,7 @@ from speechbrain_qmargin.loss.device import control_flow
 from speechbrain_qmargin.loss.functional import q_margin_loss
 
 kernels = pytest.importorskip("speechbrain_qmargin.loss.kernels", exc_type=ImportError)
+numbers = pytest.importorskip("speechbrain_qmargin.loss.triton_numbers", exc_type=ImportError)
 
 DOUBLE = torch.float64
 # (alpha, scale, margin); k = 1 / (alpha - 1) is none, 20, 4, 2, 4/3, 1 and 2/3
@@ -206,7 +208,12 @@ def counted(loss, cosines, targets):
         saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor
 
-    with Counted() as counts, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    one_each = interpreted(kernels, numbers) if not cosines.is_cuda else nullcontext()
+    with (
+        one_each,
+        Counted(kernels.KERNELS) as counts,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+    ):
         loss(x, targets).backward()
     return counts, sum(saved.values())
 
