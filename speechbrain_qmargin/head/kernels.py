@@ -26,7 +26,13 @@ from torch import Tensor
 
 from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.loss.solver import edge
-from speechbrain_qmargin.loss.triton_numbers import level_alone, moved_on, powers_of
+from speechbrain_qmargin.loss.triton_numbers import (
+    level_alone,
+    moved_on,
+    pieces,
+    power_of_2,
+    powers_of,
+)
 
 __all__ = [
     "ABSENT",
@@ -609,10 +615,6 @@ class Batch(NamedTuple):
         return self.values if self.log_q is None else self.log_q, kind
 
 
-def _power_of_2(size: int, least: int = 16, most: int = 2**20) -> int:
-    return min(most, max(least, triton.next_power_of_2(size)))
-
-
 def prepare(
     raw: Tensor, labels: Tensor, prior: Tensor, log_q: Tensor | None, alpha: float, scale: float,
     prototypes: Prototypes,
@@ -630,7 +632,7 @@ def prepare(
     _prepare[(batch,)](
         raw, labels, prior, prototypes.weight, prototypes.screen.residual, made.rounded,
         made.length, made.slack, made.cosine, made.state, made.counts, made.peaks,
-        len(prototypes.weight), dim, BLOCK_D=_power_of_2(dim),
+        len(prototypes.weight), dim, BLOCK_D=power_of_2(dim),
     )  # fmt: skip
     return made
 
@@ -647,7 +649,7 @@ def sample_floors(batch: Batch, sampled: Tensor, stride: int) -> None:
     _sample_floors[(len(sampled),)](
         sampled, batch.labels, batch.cosine, batch.prior, batch.slack, log_q, batch.values,
         batch.levels, batch.cuts, stride, sampled.shape[1],
-        BLOCK=_power_of_2(sampled.shape[1]), num_warps=16, **kind,
+        BLOCK=power_of_2(sampled.shape[1]), num_warps=16, **kind,
     )  # fmt: skip
 
 
@@ -661,11 +663,11 @@ def screen(batch: Batch, prototypes: Prototypes, part: slice, found: Tensor) -> 
     samples, rows = len(batch.raw), prototypes.screen.rows
     step = products_at_once(prototypes, samples)
     products = rows.new_empty(min(step, part.stop - part.start), samples)
-    block = _power_of_2(samples, most=128)
+    block = power_of_2(samples, most=128)
     for start in range(part.start, part.stop, step):
         size = min(step, part.stop - start)
         torch.mm(rows[start : start + size], batch.rounded.T, out=products[:size])
-        _filter[(triton.cdiv(size, 32) * triton.cdiv(samples, block),)](
+        _filter[(pieces(size, 32) * pieces(samples, block),)](
             products, batch.labels, batch.cuts, found, batch.counts, start, size, samples,
             found.shape[1], BLOCK_C=32, BLOCK_B=block,
         )  # fmt: skip
@@ -686,7 +688,7 @@ def raise_floors(batch: Batch, found: Tensor, kept: Tensor | None = None) -> Non
         found, batch.counts, batch.peaks, batch.cosine, batch.prior, batch.slack, log_q,
         batch.values, batch.levels, batch.cuts, found if kept is None else kept, found.shape[1],
         found.shape[1] if kept is None else kept.shape[1],
-        CHUNK=_power_of_2(found.shape[1], most=4096), FINAL=kept is not None, num_warps=8, **kind,
+        CHUNK=power_of_2(found.shape[1], most=4096), FINAL=kept is not None, num_warps=8, **kind,
     )  # fmt: skip
 
 
@@ -694,9 +696,9 @@ def exact_cosines(batch: Batch, prototypes: Prototypes, kept: Tensor) -> Tensor:
     """[B, width], float64, where there is a class."""
     out = torch.empty(kept.shape, dtype=torch.float64, device=kept.device)
     dim, width, pairs = batch.raw.shape[1], kept.shape[1], 16
-    _exact_cosines[(len(kept), triton.cdiv(width, pairs))](
+    _exact_cosines[(len(kept), pieces(width, pairs))](
         batch.raw, batch.length, prototypes.weight, kept, batch.counts, out, dim, width,
-        BLOCK_I=pairs, BLOCK_D=_power_of_2(dim, most=128),
+        BLOCK_I=pairs, BLOCK_D=power_of_2(dim, most=128),
     )  # fmt: skip
     return out
 
@@ -746,7 +748,7 @@ def solve(batch: Batch, kept: Tensor, cosines: Tensor, slope: Tensor) -> Solved:
         kept, batch.counts, cosines, batch.labels, batch.cosine, slope, batch.prior, batch.state,
         log_q, batch.values, batch.levels, made.entries, made.shares, made.loss, made.posterior,
         made.support, made.residual, samples, width,
-        CHUNK=512, BLOCK_B=_power_of_2(samples), SAFEGUARDED=batch.alpha > 2, **kind,
+        CHUNK=512, BLOCK_B=power_of_2(samples), SAFEGUARDED=batch.alpha > 2, **kind,
     )  # fmt: skip
     return made
 
@@ -754,7 +756,7 @@ def solve(batch: Batch, kept: Tensor, cosines: Tensor, slope: Tensor) -> Solved:
 def mark_segments(ordered: Tensor) -> Tensor:
     """1 where another class begins, else 0, of classes [N] in order; 0 where it is ABSENT."""
     flags = torch.empty_like(ordered)
-    _mark_segments[(triton.cdiv(len(ordered), 1024),)](ordered, flags, len(ordered), BLOCK=1024)
+    _mark_segments[(pieces(len(ordered), 1024),)](ordered, flags, len(ordered), BLOCK=1024)
     return flags
 
 
@@ -769,7 +771,7 @@ def write_segments(ordered: Tensor, numbered: Tensor) -> tuple[Tensor, Tensor]:
     size = len(ordered)
     rows = torch.empty(size, dtype=torch.int64, device=ordered.device)
     starts = torch.empty(size + 1, dtype=torch.int64, device=ordered.device)
-    _write_segments[(triton.cdiv(size, 1024),)](ordered, numbered, rows, starts, size, BLOCK=1024)
+    _write_segments[(pieces(size, 1024),)](ordered, numbered, rows, starts, size, BLOCK=1024)
     return rows, starts
 
 
@@ -778,7 +780,7 @@ def report(batch: Batch, numbered: Tensor) -> Tensor:
     out = torch.empty(6, dtype=torch.int64, device=numbered.device)
     _report[(1,)](
         batch.peaks, batch.counts, batch.state, numbered, out, len(batch.state), len(numbered),
-        BLOCK_B=_power_of_2(len(batch.state)),
+        BLOCK_B=power_of_2(len(batch.state)),
     )  # fmt: skip
     return out
 
@@ -789,7 +791,7 @@ def embedding_gradient(
     """[B, D], by the embeddings as they were given; upstream [B] is that of the losses."""
     out = torch.empty_like(batch.raw)
     (samples, dim), width = batch.raw.shape, entries.shape[1] - 1
-    block = _power_of_2(dim)
+    block = power_of_2(dim)
     _embedding_gradient[(samples,)](
         batch.raw, batch.length, prototypes.weight, prototypes.inverse_norm, entries, shares,
         batch.counts, upstream, batch.values, out, dim, width, upstream.stride(0),
@@ -817,6 +819,6 @@ def weight_gradient(
         _weight_gradient[(len(rows),)](
             batch.raw, batch.length, prototypes.weight, prototypes.inverse_norm, order, shares,
             rows, starts, upstream, batch.values, out, dim, shares.shape[1] - 1,
-            upstream.stride(0), factor, BLOCK_D=_power_of_2(dim),
+            upstream.stride(0), factor, BLOCK_D=power_of_2(dim),
         )  # fmt: skip
     return out

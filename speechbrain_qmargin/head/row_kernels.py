@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from speechbrain_qmargin.loss.triton_numbers import pieces, power_of_2
+
 __all__ = ["KERNELS", "adam_rows", "derive_rows", "sgd_rows"]
 
 _INF = tl.constexpr(float("inf"))
@@ -133,9 +135,9 @@ KERNELS = (_derive, _sgd, _adam)
 
 
 def _blocks(count: int, dim: int) -> tuple[tuple[int], dict]:
-    block = max(16, triton.next_power_of_2(dim))
+    block = power_of_2(dim)
     together = max(1, 2048 // block)
-    return (triton.cdiv(count, together),), {"BLOCK_R": together, "BLOCK_D": block}
+    return (pieces(count, together),), {"BLOCK_R": together, "BLOCK_D": block}
 
 
 def derive_rows(

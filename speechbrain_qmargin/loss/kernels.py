@@ -36,7 +36,14 @@ import triton.language as tl
 from torch import Tensor
 
 from speechbrain_qmargin.loss.solver import compute_dtype, in_logs
-from speechbrain_qmargin.loss.triton_numbers import level_alone, log1p, moved_on, powers_of
+from speechbrain_qmargin.loss.triton_numbers import (
+    level_alone,
+    log1p,
+    moved_on,
+    pieces,
+    power_of_2,
+    powers_of,
+)
 
 __all__ = ["KERNELS", "Solved", "gradient", "resident_classes", "solve_rows"]
 
@@ -558,7 +565,7 @@ def _solve_rows(cosines, targets, moved, prior, log_q, alpha, scale, limit, supp
     loss, posterior, kept, counts = _outputs(cosines)
     rows, classes = cosines.shape
     resident = classes <= resident_classes(cosines.dtype)
-    block = max(16, triton.next_power_of_2(classes)) if resident else _TILE
+    block = power_of_2(classes) if resident else _TILE
     capacity = 0 if resident else max(_TILE, classes // 4)
     places = counts if resident else counts.new_empty(rows, capacity)
     _solve_kernel[(rows,)](
@@ -603,8 +610,8 @@ def _(cosines, targets, moved, prior, log_q, alpha, scale, limit, support):
 def _gradient(cosines, targets, log_q, kept, factors, alpha, scale, moved, dtype):
     out = cosines.new_empty(cosines.shape, dtype=dtype)
     rows, classes = cosines.shape
-    block = min(_COLUMNS, max(16, triton.next_power_of_2(classes)))
-    _gradient_kernel[(rows, triton.cdiv(classes, block))](
+    block = power_of_2(classes, most=_COLUMNS)
+    _gradient_kernel[(rows, pieces(classes, block))](
         cosines, targets, log_q, kept, factors, out,
         rows, classes, cosines.stride(0), 0 if log_q is None else _row_stride(log_q),
         _bits(alpha), _bits(scale),

@@ -10,7 +10,29 @@ and `IN_LOGS` is :func:`~speechbrain_qmargin.loss.solver.in_logs` of alpha.
 import triton
 import triton.language as tl
 
-__all__ = ["expm1", "level_alone", "log1p", "moved_on", "powers_of"]
+__all__ = ["expm1", "level_alone", "log1p", "moved_on", "pieces", "power_of_2", "powers_of"]
+
+
+def power_of_2(size: int, least: int = 16, most: int = 2**20) -> int:
+    """The next power of two from `size` on, within bounds. Triton's own takes the host 0.01 ms.
+
+    Examples
+    --------
+    >>> power_of_2(1), power_of_2(512), power_of_2(513), power_of_2(513, most=128)
+    (16, 512, 1024, 128)
+    """
+    return min(most, max(least, 1 << (size - 1).bit_length()))
+
+
+def pieces(size: int, each: int) -> int:
+    """How many pieces of `each` cover `size`. Triton's own takes the host 0.01 ms.
+
+    Examples
+    --------
+    >>> pieces(8, 4), pieces(9, 4)
+    (2, 3)
+    """
+    return -(-size // each)
 
 
 @triton.jit
