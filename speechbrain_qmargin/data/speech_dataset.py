@@ -165,7 +165,9 @@ class SpeechDataset(Dataset):
         length = min(crop, chosen.duration / speed) if chosen.part else crop
         signal = read_audio(chosen.file, self.sample_rate, chosen.start + start, length, speed)
         wanted = round(crop * self.sample_rate)
-        return signal.repeat(-(-wanted // signal.numel()))[:wanted]
+        if signal.numel() < wanted:
+            signal = signal.repeat(-(-wanted // signal.numel()))
+        return signal[:wanted]
 
     def _readable_crop(self, item: Item, row: int, draw: int, speed: float) -> torch.Tensor:
         """A crop of the utterance, or of another one of the speaker where it cannot be read."""
