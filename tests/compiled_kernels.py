@@ -28,7 +28,7 @@ OTHERS = {
 }
 CONSTANTS = {"BLOCK_B": 128, "BLOCK_C": 128, "BLOCK_D": 64, "BLOCK_I": 16, "BLOCK": 1024}
 CONSTANTS |= {"CHUNK": 1024, "POWER": 4, "HAS_Q": False, "IN_LOGS": False}
-CONSTANTS |= {"FINAL": True, "SAFEGUARDED": False}
+CONSTANTS |= {"STEPS": 16, "FINAL": True, "SAFEGUARDED": False}
 
 # of rows
 OF_ROWS = dict.fromkeys(["values", "momentum", "mean", "square"], "*fp32")

@@ -26,6 +26,7 @@ room, the step is that of ``step``.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ from speechbrain_qmargin.head.search import parts_of
 from speechbrain_qmargin.head.step import check_backward, of_rows, refuse_labels
 from speechbrain_qmargin.loss.interface import Objective, slope_of
 
-__all__ = ["FusedLoss", "Room", "Step", "bytes_of_a_step", "evaluate", "ones", "takes"]
+__all__ = ["FusedLoss", "Room", "Step", "bytes_of_a_step", "evaluate", "ones", "stage", "takes"]
 
 
 @dataclass
@@ -164,7 +165,7 @@ def _attempt(
 
     assert objective.target_log_q is not None
     sizes, classes, device = prototypes.sizes, len(prototypes.weight), raw.device
-    with record_function("qmargin::search"), exact_accumulation(device):
+    with stage("search"), exact_accumulation(device):
         batch = kernels.prepare(
             raw, labels, objective.target_log_q, objective.log_q, objective.alpha,
             objective.scale, prototypes,
@@ -186,7 +187,7 @@ def _attempt(
         del found
         kept = kept.sort(1).values
         cosines = kernels.exact_cosines(batch, prototypes, kept)
-    with record_function("qmargin::solve"):
+    with stage("solve"):
         solved = kernels.solve(batch, kept, cosines, slope)
         del cosines, kept
         ordered, order = solved.entries.view(-1).sort(stable=True)
@@ -194,6 +195,12 @@ def _attempt(
         rows, starts = kernels.write_segments(ordered, numbered)
         facts = kernels.report(batch, numbered).tolist()  # the host waits
     return Step(batch._replace(cosine=unmoved), solved, order, rows, starts), facts
+
+
+def stage(name: str) -> AbstractContextManager:
+    """A range that a profile shows, and NVTX; nothing where no profiler runs."""
+    enabled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
+    return record_function(f"qmargin::{name}") if enabled else nullcontext()
 
 
 _KEPT_ONES: dict[tuple[int, torch.device], Tensor] = {}
@@ -247,7 +254,7 @@ class FusedLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * 6
         grad_raw = grad_weight = None
-        with record_function("qmargin::backward"):
+        with stage("backward"):
             if ctx.needs_input_grad[0]:
                 grad_raw = kernels.embedding_gradient(batch, prototypes, entries, shares, upstream)
             if ctx.needs_input_grad[1]:

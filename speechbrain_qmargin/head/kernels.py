@@ -233,26 +233,30 @@ def _sample_floors(
 @triton.jit
 def _filter(
     products, labels, cuts, found, counts, start, size, batch, room,
-    BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     groups = tl.cdiv(batch, BLOCK_B)
-    i = tl.program_id(0) // groups * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = tl.program_id(0) // groups * (STEPS * BLOCK_C)
     b = tl.program_id(0) % groups * BLOCK_B + tl.arange(0, BLOCK_B)
     here = b < batch
-    at = i.to(tl.int64)[:, None] * batch + b[None, :]
-    s = tl.load(products + at, mask=(i < size)[:, None] & here[None, :], other=-_INF)
-    s = s.to(tl.float32)
     cut = tl.load(cuts + b, mask=here, other=_INF)
     label = tl.load(labels + b, mask=here, other=-1).to(tl.int32)
-    c = start + i
-    keep = (s >= cut[None, :]) & (c[:, None] != label[None, :]) & (i < size)[:, None]
-    keep = keep & here[None, :]
-    each = tl.broadcast_to(b[None, :], (BLOCK_C, BLOCK_B))
-    place = tl.atomic_add(counts + each, 1, mask=keep, sem="relaxed")
-    bits = s.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    key = (c[:, None].to(tl.int64) << 32) | bits
-    # a buffer has fewer than 2**31 places: see `Sizes.max_candidates`
-    tl.store(found + (each * room + place), key, mask=keep & (place < room))
+    # few at a time: mostly there is nothing to be kept among them
+    for step in tl.range(0, STEPS, num_stages=4):
+        i = first + step * BLOCK_C + tl.arange(0, BLOCK_C)
+        at = i.to(tl.int64)[:, None] * batch + b[None, :]
+        s = tl.load(products + at, mask=(i < size)[:, None] & here[None, :], other=-_INF)
+        s = s.to(tl.float32)
+        c = start + i
+        keep = (s >= cut[None, :]) & (c[:, None] != label[None, :]) & (i < size)[:, None]
+        keep = keep & here[None, :]
+        if tl.max(tl.max(keep.to(tl.int32), 1), 0) > 0:
+            each = tl.broadcast_to(b[None, :], (BLOCK_C, BLOCK_B))
+            place = tl.atomic_add(counts + each, 1, mask=keep, sem="relaxed")
+            bits = s.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+            key = (c[:, None].to(tl.int64) << 32) | bits
+            # a buffer has fewer than 2**31 places: see `Sizes.max_candidates`
+            tl.store(found + (each * room + place), key, mask=keep & (place < room))
 
 
 @triton.jit
@@ -338,8 +342,8 @@ def _exact_cosines(
     BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * BLOCK_I
-    if start < tl.load(counts + b):
+    n, own_length = tl.minimum(tl.load(counts + b), width), tl.load(length + b)
+    for start in range(tl.program_id(1) * BLOCK_I, n, tl.num_programs(1) * BLOCK_I):
         i, d = start + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_D)
         c = tl.load(kept + b * width + i, mask=i < width, other=_ABSENT).to(tl.int64)
         there = c != _ABSENT
@@ -355,7 +359,7 @@ def _exact_cosines(
             product += w * x[None, :]
             square += w * w
         norm = tl.maximum(tl.sqrt(tl.sum(square, 1)), 1e-12)
-        cosine = tl.sum(product, 1) / (norm * tl.load(length + b))
+        cosine = tl.sum(product, 1) / (norm * own_length)
         tl.store(out + b * width + i, cosine, mask=there)
 
 
@@ -669,7 +673,7 @@ def screen(batch: Batch, prototypes: Prototypes, part: slice, found: Tensor) -> 
         torch.mm(rows[start : start + size], batch.rounded.T, out=products[:size])
         _filter[(pieces(size, 32) * pieces(samples, block),)](
             products, batch.labels, batch.cuts, found, batch.counts, start, size, samples,
-            found.shape[1], BLOCK_C=32, BLOCK_B=block,
+            found.shape[1], STEPS=16, BLOCK_C=2, BLOCK_B=block, num_warps=1,
         )  # fmt: skip
 
 
@@ -688,7 +692,7 @@ def raise_floors(batch: Batch, found: Tensor, kept: Tensor | None = None) -> Non
         found, batch.counts, batch.peaks, batch.cosine, batch.prior, batch.slack, log_q,
         batch.values, batch.levels, batch.cuts, found if kept is None else kept, found.shape[1],
         found.shape[1] if kept is None else kept.shape[1],
-        CHUNK=power_of_2(found.shape[1], most=4096), FINAL=kept is not None, num_warps=8, **kind,
+        CHUNK=power_of_2(found.shape[1], most=1024), FINAL=kept is not None, **kind,
     )  # fmt: skip
 
 
@@ -696,7 +700,8 @@ def exact_cosines(batch: Batch, prototypes: Prototypes, kept: Tensor) -> Tensor:
     """[B, width], float64, where there is a class."""
     out = torch.empty(kept.shape, dtype=torch.float64, device=kept.device)
     dim, width, pairs = batch.raw.shape[1], kept.shape[1], 16
-    _exact_cosines[(len(kept), pieces(width, pairs))](
+    # a few programs a sample: most of the room is empty
+    _exact_cosines[(len(kept), min(8, pieces(width, pairs)))](
         batch.raw, batch.length, prototypes.weight, kept, batch.counts, out, dim, width,
         BLOCK_I=pairs, BLOCK_D=power_of_2(dim, most=128),
     )  # fmt: skip

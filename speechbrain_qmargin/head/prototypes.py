@@ -200,17 +200,18 @@ def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _derive(kept: Prototypes, rows: slice | Tensor) -> None:
     weight, inverse_norm, screen, _ = kept
-    plain = screen is None or screen.rows is weight
-    if kernels_run(weight.device) and (plain or screen.rows.dtype == torch.bfloat16):
+    if screen is not None and screen.rows is weight:
+        screen = None
+    if kernels_run(weight.device) and (screen is None or screen.rows.dtype == torch.bfloat16):
         from speechbrain_qmargin.head.row_kernels import derive_rows
 
-        copy = (None, None) if plain else (screen.rows, screen.residual)
+        copy = (None, None) if screen is None else (screen.rows, screen.residual)
         derive_rows(weight, inverse_norm, *copy, rows)
         return
     values = weight[rows]
     inverse = values.norm(dim=1).clamp_(min=1e-12).reciprocal_()
     inverse_norm[rows] = inverse
-    if plain or not values.numel():
+    if screen is None or not values.numel():
         return
     unit = values * inverse.unsqueeze(1)
     if screen.factor is None:
