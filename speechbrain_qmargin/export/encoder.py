@@ -23,6 +23,7 @@ from speechbrain_qmargin.training.checkpoints import (
     load_average,
     load_module,
 )
+from speechbrain_qmargin.training.internals import has_statistics
 
 __all__ = ["PARTS", "SpeakerEncoder", "is_run", "load_encoder", "load_run"]
 
@@ -93,6 +94,13 @@ class SpeakerEncoder(nn.Module):
     def embed(self, features: Tensor) -> Tensor:
         """Embeddings [B, D] of features [B, T, n_mels] as ``compute_features`` gives them."""
         return self.embedding_model(self.mean_var_norm(features)).flatten(1)
+
+    def to(self, *args: Any, **kwargs: Any) -> SpeakerEncoder:
+        """As a module's; the statistics that features are normalised with are no buffers of it."""
+        super().to(*args, **kwargs)
+        if has_statistics(self.mean_var_norm):
+            self.mean_var_norm.to(self.device)
+        return self
 
     @property
     def device(self) -> torch.device:

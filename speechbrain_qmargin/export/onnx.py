@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from speechbrain_qmargin.export.encoder import SpeakerEncoder
 from speechbrain_qmargin.export.face_encoder import FaceEncoder
-from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe, probe_images
+from speechbrain_qmargin.export.probe import TOLERANCE, difference, on_cpu, probe, probe_images
 from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import replacing
 
@@ -35,7 +35,7 @@ def export_onnx(
     batch is dynamic, mirror images are made inside where the encoder adds them. Output
     ``embedding`` [batch, D]. The file's metadata say what the input is: ``sample_rate``, or
     ``image_size``, ``channels``, ``normalisation``, ``alignment`` and ``flip``; and ``encoder``,
-    the encoder's digest. The encoder must be on the CPU.
+    the encoder's digest.
 
     Returns
     -------
@@ -52,6 +52,7 @@ def export_onnx(
     """
     require("onnx", "onnxruntime", "onnxscript", why="ONNX export", extra="onnx")
     about = {"encoder": encoder.digest()}
+    encoder = on_cpu(encoder)
     if isinstance(encoder, FaceEncoder):
         size = encoder.image_size
         about |= {

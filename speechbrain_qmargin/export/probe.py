@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from speechbrain_qmargin.export.encoder import SpeakerEncoder
 
-__all__ = ["TOLERANCE", "difference", "probe", "probe_images"]
+__all__ = ["TOLERANCE", "difference", "on_cpu", "probe", "probe_images"]
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 TOLERANCE = 1e-4  # of an embedding's length; float32 rounding through the networks is near 1e-6
 
@@ -25,6 +30,13 @@ def probe_images(batch: int, size: int) -> Tensor:
     generator = torch.Generator().manual_seed(batch)
     coarse = torch.rand(batch, 3, 8, 8, generator=generator).mul(2).sub(1)
     return torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
+
+
+def on_cpu(module: Kind) -> Kind:
+    """A module, or its copy if it is elsewhere: a GPU multiplies in TF32, which is no tolerance."""
+    if next(module.parameters()).device.type == "cpu":
+        return module
+    return copy.deepcopy(module).to("cpu")
 
 
 def difference(a: Tensor, b: Tensor) -> float:

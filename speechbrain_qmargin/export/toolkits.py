@@ -11,7 +11,7 @@ from torch import nn
 
 from speechbrain_qmargin.export.encoder import SpeakerEncoder
 from speechbrain_qmargin.export.face_encoder import FaceEncoder
-from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe, probe_images
+from speechbrain_qmargin.export.probe import TOLERANCE, difference, on_cpu, probe, probe_images
 from speechbrain_qmargin.features import KaldiFbank
 from speechbrain_qmargin.files import replacing, replacing_folder, write_text
 from speechbrain_qmargin.models.campplus import CAMPPlus
@@ -69,7 +69,7 @@ def export_wespeaker(encoder: SpeakerEncoder | FaceEncoder, folder: str | Path) 
         write_text(partial / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         again = SpeakerEncoder.of(load_published(partial))
         noise = probe(encoder, True, 2, rate)
-        _check(difference(encoder(noise.to(encoder.device)).cpu(), again(noise)), folder)
+        _check(difference(on_cpu(encoder)(noise), again(noise)), folder)
     return name + ("" if usual else " of a size that WeSpeaker's own functions do not build")
 
 
@@ -143,7 +143,7 @@ def export_arcface_torch(encoder: SpeakerEncoder | FaceEncoder, file: str | Path
         again = FaceEncoder.of(load_published(f"arcface_torch:{partial}"), "none")
         noise = probe_images(2, size)
         with torch.no_grad():
-            _check(difference(encoder.embed(noise.to(encoder.device)).cpu(), again(noise)), file)
+            _check(difference(on_cpu(encoder).embed(noise), again(noise)), file)
     usual = usual and size == 112
     name = type(model).__name__
     return name + ("" if usual else f" at {size} x {size}, a size that get_model does not build")

@@ -331,6 +331,14 @@ class VerificationBrain(OpenBrain):
             custom_load_hook=lambda head, path, _: head.load_shards(path, head_optimizer),
         )
 
+    def fit_batch(self, batch):
+        loss = super().fit_batch(batch)
+        super().check_loss_isfinite(loss)  # which is on the CPU by now
+        return loss
+
+    def check_loss_isfinite(self, loss):
+        """Nothing: before the backward pass the host would wait for a GPU. See `fit_batch`."""
+
     def freeze_optimizers(self, optimizers):
         """Those with a gradient: a GradScaler refuses one whose parameters are all frozen."""
         return {

@@ -231,6 +231,13 @@ def test_learned_features_and_global_statistics_are_carried(tmp_path):
         torch.testing.assert_close(loaded.encode_batch(waveforms)[:, 0], encoder(waveforms))
 
 
+def test_global_statistics_go_with_the_encoder_to_another_device(tmp_path):
+    modules = make_run(tmp_path, norm="norm_type: global")
+    encoder = SpeakerEncoder(modules)
+    modules["mean_var_norm"].train()(torch.randn(2, 50, 80))
+    assert encoder.to("meta").mean_var_norm.glob_mean.device.type == "meta"
+
+
 def test_every_model_of_the_recipe_is_covered_by_its_own_yaml(tmp_path):
     pytest.importorskip("speechbrain_qmargin.models.resnet")
     resnet = """

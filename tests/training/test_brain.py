@@ -615,6 +615,17 @@ def test_gradients_that_are_not_finite_are_left_out_row_sparse_ones_too():
     assert encoder.weight.grad is not None
 
 
+def test_losses_that_are_not_finite_end_a_run_whose_patience_is_over(folder, tmp_path):
+    """Looked at after the step: before its backward pass the host would wait for a GPU."""
+    settings = {"number_of_epochs": 1, "run_opts": {"nonfinite_patience": 1}}
+    fit, brain, _ = make_brain(folder, tmp_path, **settings)
+    brain.compute_objectives = lambda outputs, *_: outputs.cosines().sum() * torch.nan
+    brain.optimizers_step = lambda: None  # the weights stay finite
+    with pytest.raises(ValueError, match="patience is exhausted"):
+        fit()
+    assert brain.step == 2
+
+
 def test_a_scaler_of_gradients_takes_an_encoder_that_is_frozen(folder, tmp_path):
     """--precision fp16 on a GPU: GradScaler refuses an optimiser without any gradient."""
     settings = {"head": "sparse", "freeze": "all", "number_of_epochs": 1, "margin": 0.0}

@@ -15,10 +15,13 @@ import torch
 from random_runs import face_run, speech_run
 from scripts import ROOT, load
 
+from speechbrain_qmargin.export.face_encoder import FaceEncoder
 from speechbrain_qmargin.export.loading import load_any_encoder
 from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe, probe_images
 from speechbrain_qmargin.export.recordings import extract_recordings
+from speechbrain_qmargin.export.toolkits import export_arcface_torch
 from speechbrain_qmargin.head import fused
+from speechbrain_qmargin.models.iresnet import IResNet
 from speechbrain_qmargin.training.brain import FaceBrain
 from speechbrain_qmargin.training.config import load_experiment
 from speechbrain_qmargin.training.run_folder import RunFolder
@@ -192,3 +195,10 @@ def test_recordings_are_extracted_on_a_gpu(folder, tmp_path):
             assert not faults
             rows.append(torch.stack([torch.from_numpy(found[name].copy()) for name in files]))
     assert difference(*rows) < TOLERANCE
+
+
+@pytest.mark.parametrize("where", ["cpu", CUDA])
+def test_what_is_exported_is_compared_on_a_cpu(tmp_path, where):
+    encoder = FaceEncoder(IResNet(18, embedding_dim=8, channels=4, image_size=32), 32).to(where)
+    export_arcface_torch(encoder, tmp_path / "backbone.pth")
+    assert encoder.device.type == where
