@@ -207,7 +207,7 @@ def score_with_strangers(data: Path, folders: Mapping[tuple, Path]) -> None:
             continue
         kept = folder / "strangers.npz"
         if not kept.is_file():
-            encoder = load_encoder(folder)
+            encoder = load_encoder(folder / "inference")
             parts = folder / "strangers.parts"
             found, faults = extract_recordings(encoder, recordings, parts, str(root), 0, int)
             if faults:
