@@ -6,6 +6,7 @@ from pathlib import Path
 
 import compare_losses
 import evidence
+import evidence_page
 import evidence_runs
 import numpy as np
 import pytest
@@ -149,3 +150,18 @@ def test_the_second_decision_reads_the_second_lists(tmp_path):
         lead = np.mean([tar["qmargin", seed] - tar[system, seed] for seed in range(2)])
         assert seeds == "2"
         assert float(points) == pytest.approx(100 * lead, abs=0.006)
+
+
+def test_a_page_takes_its_tables_from_the_runs(tmp_path):
+    (tmp_path / "second.md").write_text("| the test |\n\n### cv, cosine\n\n| cv |\n\n### gsc\n")
+    page = "# Page\n\n<!-- second -->\nold\n<!-- end -->\n\nText.\n"
+    page += "<!-- second: cv, cosine -->\n<!-- end -->\nEnd.\n"
+    once = evidence_page.filled(page, tmp_path)
+    assert once == (
+        "# Page\n\n<!-- second -->\n\n| the test |\n\n<!-- end -->\n\nText.\n"
+        "<!-- second: cv, cosine -->\n\n| cv |\n\n<!-- end -->\nEnd.\n"
+    )
+    assert evidence_page.filled(once, tmp_path) == once
+    for block in ("second: gsc", "second: none", "tune"):
+        with pytest.raises(ValueError, match="no table"):
+            evidence_page.filled(f"<!-- {block} -->\n<!-- end -->", tmp_path)
