@@ -32,6 +32,7 @@ from speechbrain_qmargin.faces.ijb import (
 )
 from speechbrain_qmargin.faces.pair_sets import FLIPS
 from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.loss.device import usable_device
 from speechbrain_qmargin.published import load_published
 
 SWITCH = argparse.BooleanOptionalAction
@@ -48,11 +49,12 @@ def load_model(args):
 
 def embed(ijb, args, cache):
     """The images of FOLDER/loose_crop by the model; interrupted, it goes on."""
-    encoder = load_model(args).to(args.device)
+    device = usable_device(args.device)
+    encoder = load_model(args).to(device)
 
     @torch.inference_mode()
     def forward(images):
-        return encoder.embed(images.to(args.device)).float().cpu()
+        return encoder.embed(images.to(device)).float().cpu()
 
     places = Path(args.ijb) / "loose_crop", Path(args.ijb) / args.target / "loose_crop"
     return extract_ijb(

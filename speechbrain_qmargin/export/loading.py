@@ -11,6 +11,7 @@ import torch
 from speechbrain_qmargin.export.definitions import hyperparams_tree
 from speechbrain_qmargin.export.encoder import SpeakerEncoder, is_run, load_encoder
 from speechbrain_qmargin.export.face_encoder import FaceEncoder, has_faces, load_face_encoder
+from speechbrain_qmargin.loss.device import usable_device
 from speechbrain_qmargin.published import load_published
 
 __all__ = ["is_exported", "load_any_encoder"]
@@ -41,9 +42,9 @@ def load_any_encoder(
     Raises
     ------
     FileNotFoundError, ValueError, OSError
-        As those functions; a `flip` for speech.
+        As those functions; a `flip` for speech; a device that is not here.
     """
-    folder = Path(place)
+    folder, device = Path(place), usable_device(device)
     if is_exported(folder):
         tree = hyperparams_tree(folder / "hyperparams.yaml", ("modules",), trust)
         if has_faces(tree):

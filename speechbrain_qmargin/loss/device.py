@@ -33,6 +33,7 @@ __all__ = [
     "control_flow",
     "host_decides",
     "kernels_run",
+    "usable_device",
 ]
 
 KERNELS_VARIABLE = "QMARGIN_KERNELS"
@@ -50,6 +51,28 @@ _forced = _Forced()
 _wanted = os.environ.get(KERNELS_VARIABLE, "1") != "0"
 _all_steps = os.environ.get(STEPS_VARIABLE) == "all"
 _triton = importlib.util.find_spec("triton") is not None
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of a name, once it is known that a tensor can be there.
+
+    Raises
+    ------
+    ValueError
+        No device's name, or one that this machine, or this torch, does not have.
+
+    Examples
+    --------
+    >>> usable_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f"device: {name} cannot be used here ({why}); cpu can") from None
+    return device
 
 
 def host_decides(device: torch.device) -> bool:

@@ -17,6 +17,7 @@ from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.loss.base import Loss
+from speechbrain_qmargin.loss.device import usable_device
 from speechbrain_qmargin.scoring.lists import Cohort
 from speechbrain_qmargin.training.brain import VerificationBrain
 from speechbrain_qmargin.training.config import Experiment, load_experiment
@@ -112,6 +113,8 @@ def train_verifier(
         What the command line said.
     """
     experiment = load_experiment(argv)
+    if experiment.run_opts.device is not None:  # before the data are prepared
+        usable_device(experiment.run_opts.device)
     folder = RunFolder(experiment)
     inference = folder.path / "inference"
     with processes(experiment.run_opts):

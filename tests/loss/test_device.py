@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from speechbrain_qmargin.head.classifier import QMarginHead
 from speechbrain_qmargin.loss.dense import DenseScores, check_labels
-from speechbrain_qmargin.loss.device import assert_on_device, control_flow
+from speechbrain_qmargin.loss.device import assert_on_device, control_flow, usable_device
 from speechbrain_qmargin.loss.functional import q_margin_loss, solve_tau
 from speechbrain_qmargin.loss.solver import (
     FEW_STEPS,
@@ -113,6 +113,12 @@ def test_every_message_has_room_on_a_gpu(monkeypatch):
     with pytest.raises(ValueError, match="has 255 bytes and may have 254"):
         assert_on_device(torch.tensor(True), "x" * 255)
     assert_on_device(torch.tensor(True), "x" * 254)
+
+
+@pytest.mark.parametrize("name", ["cuda:77", "gpu", "cuda:x"])
+def test_a_device_that_is_not_here_is_named(name):
+    with pytest.raises(ValueError, match=f"device: {name} cannot be used here .*; cpu can"):
+        usable_device(name)
 
 
 cosine = st.one_of(st.sampled_from([-1.0, 0.0, 0.25, 1.0]), st.floats(-1, 1, width=32))

@@ -8,7 +8,9 @@ from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
 from speechbrain.utils.run_opts import HELP_TEXTS
 
+from speechbrain_qmargin.training.brain import SpeakerBrain
 from speechbrain_qmargin.training.config import load_experiment
+from speechbrain_qmargin.training.run import train_verifier
 from speechbrain_qmargin.training.run_folder import RunFolder
 
 HPARAMS = Path(__file__).parents[2] / "hparams"
@@ -200,3 +202,10 @@ def test_the_partial_head_takes_its_own_rate_not_the_audios(recipe, tmp_path):
     folder = f"--output_folder={tmp_path}"
     experiment = load_experiment([str(HPARAMS / recipe), "--size=small", "--head=partial", folder])
     assert experiment.load(out_n_neurons=10)["classifier"].sample_rate == 0.1
+
+
+def test_a_device_that_is_not_here_is_named_before_anything_is_done(tmp_path):
+    argv = [str(HPARAMS / "qmargin.yaml"), "--device=cuda:77", f"--output_folder={tmp_path}/run"]
+    with pytest.raises(ValueError, match="device: cuda:77 cannot be used here"):
+        train_verifier(argv, SpeakerBrain, prepare=lambda _: pytest.fail("data were prepared"))
+    assert not (tmp_path / "run").exists()
