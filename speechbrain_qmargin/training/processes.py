@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from speechbrain.utils.distributed import ddp_barrier, ddp_init_group, if_main_process
 
-__all__ = ["main_process_first", "processes"]
+__all__ = ["deterministic_algorithms", "main_process_first", "processes"]
 
 T = TypeVar("T")
 
@@ -26,6 +27,25 @@ def processes(run_opts: Any) -> Iterator[None]:
         if torch.distributed.is_initialized():
             gc.collect()  # what still holds the group would end its threads too late
             torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """On a GPU every sum in an order that does not change within, if that is wanted; slower.
+
+    torch raises where an operation has no such algorithm. To be entered before anything is
+    computed on a GPU.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def main_process_first(function: Callable[[], T]) -> T:

@@ -22,7 +22,11 @@ from speechbrain_qmargin.scoring.lists import Cohort
 from speechbrain_qmargin.training.brain import VerificationBrain
 from speechbrain_qmargin.training.config import Experiment, load_experiment
 from speechbrain_qmargin.training.pretrained import load_pretrained
-from speechbrain_qmargin.training.processes import main_process_first, processes
+from speechbrain_qmargin.training.processes import (
+    deterministic_algorithms,
+    main_process_first,
+    processes,
+)
 from speechbrain_qmargin.training.results import validation, verify
 from speechbrain_qmargin.training.run_folder import RunFolder
 from speechbrain_qmargin.trials import LabelledTrials
@@ -117,7 +121,8 @@ def train_verifier(
         usable_device(experiment.run_opts.device)
     folder = RunFolder(experiment)
     inference = folder.path / "inference"
-    with processes(experiment.run_opts):
+    deterministic = experiment.settings.get("deterministic", False)
+    with processes(experiment.run_opts), deterministic_algorithms(deterministic):
         main, trained = if_main_process(), False
         if not folder.announce_finished():
             with folder.locked():

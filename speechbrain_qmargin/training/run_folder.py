@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = {
     "batch_size",  # of one process, whose number may change; the learning rate follows
     "ckpt_interval_minutes",
+    "deterministic",  # the order of sums on a GPU
     "logger",
     "train_logger",  # which that chooses
     "noise_folder",

@@ -6,6 +6,7 @@ On a CPU the same code runs where that is quick, and as slow tests.
 """
 
 import math
+import os
 import random
 import shutil
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from speechbrain_qmargin.head import fused
 from speechbrain_qmargin.models.iresnet import IResNet
 from speechbrain_qmargin.training.brain import FaceBrain
 from speechbrain_qmargin.training.config import load_experiment
+from speechbrain_qmargin.training.processes import deterministic_algorithms
+from speechbrain_qmargin.training.run import train_verifier
 from speechbrain_qmargin.training.run_folder import RunFolder
 
 brains = load("tests/training/test_brain.py")
@@ -50,11 +53,10 @@ RUNS = {
 
 @pytest.fixture
 def deterministic(monkeypatch):
-    """cuBLAS reads the variable when it starts: in a process of its own it is in time."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    """As --deterministic True. In a process of its own the variable is set in time for cuBLAS."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with deterministic_algorithms(True):
+        yield
 
 
 @contextmanager
@@ -127,6 +129,23 @@ def test_the_recipe_learns_and_embeds_as_on_a_cpu(folder, tmp_path, where, capsy
         print(f"\nembeddings on {where} from a CPU's: {exact:.1e} of their length, TF32 {tf32:.1e}")
     assert exact < TOLERANCE
     assert tf32 < 0.05
+
+
+def test_deterministic_is_a_setting(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # the user's own stays
+    seen = []
+
+    def prepare(settings):
+        seen.append((torch.are_deterministic_algorithms_enabled(), settings["deterministic"]))
+        raise FileNotFoundError("no data")
+
+    argv = [str(ROOT / "hparams" / "qmargin.yaml"), "--device=cpu", f"--output_folder={tmp_path}"]
+    for more in ([], ["--deterministic=True"]):
+        with pytest.raises(FileNotFoundError):
+            train_verifier([*argv, *more], brains.SpeakerBrain, prepare)
+    assert seen == [(False, False), (True, True)]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 class Faces(torch.utils.data.Dataset):
