@@ -1,10 +1,10 @@
 r"""The exact step in a few launches: what ``search`` and ``step`` do, for a GPU.
 
 1. **Sample**: tau of the targets and of 16,384 evenly spaced classes gives the first floors.
-2. **Screen** the classes in two parts, by products in bf16, of which a few megabytes are there at a
-   time. What may exceed its floor is put into a sample's room in a buffer of fixed size, with its
-   product, by a counter on the device. After each part tau of what is there raises the floors, and
-   what is at or below them is dropped.
+2. **Screen** the classes, part by part, by products in bf16, of which a few megabytes are there at
+   a time; the classes seen grow eightfold in each part. What may exceed its floor is put into a
+   sample's room in a buffer of fixed size, with its product, by a counter on the device. After each
+   part tau of what is there raises the floors, and what is at or below them is dropped.
 3. **Refine**: the few classes left are sorted, so that nothing depends on the order in which they
    were found; their cosines are computed in float64, and from them all Newton steps, the
    posteriors, the loss.
@@ -36,7 +36,6 @@ from torch.profiler import record_function
 
 from speechbrain_qmargin.head.precision import exact_accumulation
 from speechbrain_qmargin.head.prototypes import Prototypes
-from speechbrain_qmargin.head.search import parts_of
 from speechbrain_qmargin.head.step import check_backward, of_rows, refuse_labels
 from speechbrain_qmargin.loss.interface import Objective, slope_of
 
@@ -180,7 +179,7 @@ def _attempt(
         kernels.sample_floors(batch, kernels.sample_scores(batch, prototypes, stride), stride)
         found = torch.empty(len(raw), room.screened, dtype=torch.int64, device=device)
         kept = torch.empty(len(raw), room.kept, dtype=torch.int32, device=device)
-        parts = parts_of(classes, sizes.parts)
+        parts = sizes.parts_of(classes)
         for part in parts:
             kernels.screen(batch, prototypes, part, found)
             kernels.raise_floors(batch, found, kept if part is parts[-1] else None)

@@ -32,7 +32,6 @@ Scores of size batch x classes are never stored. Where the candidates themselves
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -65,7 +64,6 @@ __all__ = [
     "chunked_cosines",
     "exact_cosines",
     "nearest_rows",
-    "parts_of",
     "refined",
     "rounding",
     "screening_slack",
@@ -533,9 +531,9 @@ def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
     if most or wide:
         return Found(None, level, most)
     bound = level
-    for number, part in enumerate(
-        parts_of(len(prototypes.weight), sizes.parts if screened else ())
-    ):
+    everything = len(prototypes.weight)
+    parts = sizes.parts_of(everything) if screened else [slice(0, everything)]
+    for number, part in enumerate(parts):
         if number:
             nearest = nearest_rows(query, _joined(found, query))
             level = candidate_level(query, nearest, level, bound=True)
@@ -584,12 +582,6 @@ def _shared_bound(
     slack = rounding(query, level)
     level = torch.maximum(level, _level_of(query, logits - slack.unsqueeze(1), log_q, None, True))
     return Found(None, level, False, peak + slack)
-
-
-def parts_of(classes: int, shares: tuple[float, ...]) -> list[slice]:
-    """All classes in a few parts, the first ones smaller: what is found raises the floor."""
-    ends = [0, *(int(classes * share) for share in shares), classes]
-    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def product(embeddings: Tensor, rows: Tensor) -> Tensor:

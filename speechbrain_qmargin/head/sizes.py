@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +33,11 @@ class Sizes:
     chunk, block, exact, rows : int
         Rows scored where all are; surviving rows scored in float32; pairs computed again in
         float64; rows of derived values and gradients.
-    parts : tuple of float
-        Shares of the classes after which the floors rise.
+    parts : tuple of float, or int
+        Shares of the classes after which the floors rise; or how many times the classes seen so far
+        may grow in each part, from the sample on. What is found in a part is at most about so many
+        times the support of what was seen: where a sample's classes have a room of fixed size, it
+        is not to grow with the classes.
     sample, sample_top : int
         Classes the first floors come from, and how many of them count.
     most : float
@@ -55,7 +59,7 @@ class Sizes:
     block: int = 32768
     exact: int = 4096
     rows: int = 8192
-    parts: tuple[float, ...] = (1 / 16, 3 / 16, 7 / 16)
+    parts: tuple[float, ...] | int = (1 / 16, 3 / 16, 7 / 16)
     sample: int = 16384
     sample_top: int = 64
     most: float = 0.1
@@ -63,6 +67,25 @@ class Sizes:
     fused: bool = False
     screened: int = 4096
     kept: int = 2048
+
+    def parts_of(self, classes: int) -> list[slice]:
+        """All classes in a few parts, the first ones smaller: what is found raises the floor.
+
+        Examples
+        --------
+        >>> Sizes(parts=(0.25,)).parts_of(100)
+        [slice(0, 25, None), slice(25, 100, None)]
+        >>> [part.stop for part in Sizes(parts=8, sample=10).parts_of(1000)]
+        [80, 640, 1000]
+        """
+        if isinstance(self.parts, int):
+            ends, seen = [0], self.parts * self.sample
+            while seen < classes:
+                ends.append(seen)
+                seen *= self.parts
+        else:
+            ends = [0, *(int(classes * share) for share in self.parts)]
+        return [slice(*both) for both in itertools.pairwise([*ends, classes])]
 
     def fit(self, rows: int, bytes_each: int) -> int:
         """`rows`, one of the numbers above, or as many of `bytes_each` as `at_once` holds.
@@ -88,7 +111,7 @@ def constants(device: torch.device) -> Sizes:
     return Sizes(
         output_bytes=64 * 2**20,
         at_once=64 * 2**20,
-        parts=(1 / 8,),
+        parts=8,
         max_candidates=8_000_000,
         fused=kernels_run(device),
     )
