@@ -26,6 +26,7 @@ room, the step is that of ``step``.
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.head.step import check_backward, of_rows, refuse_labels
 from speechbrain_qmargin.loss.interface import Objective, slope_of
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["FusedLoss", "Room", "Step", "bytes_of_a_step", "evaluate", "ones", "stage", "takes"]
 
 
@@ -46,11 +49,12 @@ __all__ = ["FusedLoss", "Room", "Step", "bytes_of_a_step", "evaluate", "ones", "
 class Room:
     """How many classes a sample may have in the two buffers; it grows where it was too small.
 
-    At least what the sizes say. Results do not depend on it.
+    At least what the sizes say. Results do not depend on it; that none was enough is logged once.
     """
 
     screened: int = 0
     kept: int = 0
+    was_too_small: bool = False
 
 
 def takes(prototypes: Prototypes, objective: Objective) -> bool:
@@ -112,11 +116,19 @@ def evaluate(
         )
         if bad_label:
             refuse_labels(labels, len(prototypes.weight))
-        if failed:
-            return None
         if found <= room.screened and kept <= room.kept:
+            if failed:
+                return None
             return step._replace(rows=step.rows[:rows], starts=step.starts[: rows + 1])
         if found > most or kept > most // 2:
+            if not room.was_too_small:
+                room.was_too_small = True
+                logger.warning(
+                    f"{max(found, kept)} classes of a sample may be active, and a batch of "
+                    f"{len(raw)} has room for {most} each on this device: such a step is exact "
+                    "too, but many times slower. Fewer samples a step, a larger alpha or a larger "
+                    "scale leave room"
+                )
             return None
         room.screened = max(room.screened, _power_of_2_above(found))
         room.kept = max(room.kept, _power_of_2_above(kept))

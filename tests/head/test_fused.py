@@ -162,13 +162,19 @@ def test_a_room_too_small_grows_and_changes_nothing(only_fused):
         assert torch.equal(a.to_dense(), b.to_dense())  # to the last bit
 
 
-def test_without_any_room_it_is_the_torch_path():
+def test_without_any_room_it_is_the_torch_path(caplog):
     head, x, labels = problem(40, 8, 2)
     wanted = evaluated(head, x, labels, 1.5, 0.5, 0.2)  # everything is active
-    tight, *_ = problem(40, 8, 2, sizes=replace(SIZES, max_candidates=40))
+    tight, *_ = problem(40, 8, 2, sizes=replace(SIZES, max_candidates=40, screened=4, kept=2))
     tight.load_state_dict(head.state_dict())
     with control_flow(host=True):
-        found = evaluated(tight, x.detach().clone().requires_grad_(), labels, 1.5, 0.5, 0.2)
+        for _ in range(2):
+            found = evaluated(tight, x.detach().clone().requires_grad_(), labels, 1.5, 0.5, 0.2)
+    told = [one.message for one in caplog.records if "many times slower" in one.message]
+    assert len(told) == 1
+    assert told[0].startswith(
+        "39 classes of a sample may be active, and a batch of 2 has room for 20"
+    )
     torch.testing.assert_close(found[0].loss, wanted[0].loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found[2].to_dense(), wanted[2].to_dense(), rtol=1e-4, atol=1e-6)
 
