@@ -43,6 +43,7 @@ from speechbrain_qmargin.training.extraction import ReadableBatch, extract_datas
 from speechbrain_qmargin.training.freezing import Freezing
 from speechbrain_qmargin.training.history import read_history, write_history
 from speechbrain_qmargin.training.internals import OpenBrain, skip_to
+from speechbrain_qmargin.training.processes import scaler_of_shards
 from speechbrain_qmargin.training.prototype_reset import PrototypeReset
 
 __all__ = ["FaceBrain", "SpeakerBrain", "VerificationBrain"]
@@ -105,6 +106,11 @@ class VerificationBrain(OpenBrain):
         self.embeddings: dict[str, np.ndarray] = {}
         head = self.modules["classifier"]
         self._sharded_head = head if hasattr(head, "save_shards") else None
+        if self._sharded_head is not None:
+            alone, device = self.scaler, str(self.device)
+            self.scaler = scaler_of_shards(alone, device, self._sharded_head.comm)
+            if self.scaler is not alone and self.checkpointer is not None:
+                self.checkpointer.add_recoverable("scaler", self.scaler, optional_load=True)
         schedule = getattr(self.hparams, "loss_schedule", None) or {}
         cost = getattr(self.hparams, "compute_cost", None)  # a Brain that only embeds has none
         self._full = full = {name: value_of(cost, name) for name in schedule}
@@ -354,12 +360,15 @@ class VerificationBrain(OpenBrain):
     def check_gradients(self):
         """SpeechBrain's ``skip_nonfinite_grads``, which cannot read row-sparse gradients."""
         learnt = _learnt_by(getattr(self.hparams, "compute_cost", None))
-        found, flags = [], []
+        head, found, flags = self._sharded_head, [], []
         for name, parameter in (*self.modules.named_parameters(), *learnt.items()):
             grad = parameter.grad
             if grad is not None:
                 found.append((name, parameter))
-                flags.append((grad._values() if grad.is_sparse else grad).isfinite().all())
+                is_finite = (grad._values() if grad.is_sparse else grad).isfinite().all()
+                if head is not None and parameter is head.weight:  # all shards' or none
+                    is_finite = ~head.comm.max((~is_finite).byte()).bool()
+                flags.append(is_finite)
         finite = torch.stack(flags).tolist() if flags else []  # a GPU is waited for once
         for (name, parameter), is_finite in zip(found, finite, strict=True):
             if not is_finite:

@@ -39,6 +39,7 @@ class OpenBrain(sb.Brain):
     noprogressbar: bool
     opt_class: Any
     remove_vector_weight_decay: bool
+    scaler: Any
 
     def may_save_within_epoch(self) -> bool:
         """Whether a checkpoint between the steps of an epoch could be resumed from now."""

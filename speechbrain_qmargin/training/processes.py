@@ -10,8 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from speechbrain.utils.distributed import ddp_barrier, ddp_init_group, if_main_process
+from torch.amp.grad_scaler import GradScaler
 
-__all__ = ["deterministic_algorithms", "main_process_first", "processes"]
+from speechbrain_qmargin.head.communicator import Communicator
+
+__all__ = ["deterministic_algorithms", "main_process_first", "processes", "scaler_of_shards"]
 
 T = TypeVar("T")
 
@@ -46,6 +49,27 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def scaler_of_shards(scaler: GradScaler, device: str, comm: Communicator) -> GradScaler:
+    """A scaler of gradients for ranks that each have parameters of their own.
+
+    torch's own looks at a rank's gradients alone: where one shard's overflows, that rank leaves out
+    its step and halves its scale, and from then on DDP averages gradients of different scales.
+
+    Parameters
+    ----------
+    scaler : GradScaler
+        As SpeechBrain makes it. It is returned as it is if it is not enabled, or one rank has all.
+    device : str
+    comm : Communicator
+        Of the ranks that step together.
+    """
+    if comm.world == 1 or not scaler.is_enabled():
+        return scaler
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    return ShardedGradScaler(device, init_scale=scaler.get_scale(), process_group=comm.group)
 
 
 def main_process_first(function: Callable[[], T]) -> T:

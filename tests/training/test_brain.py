@@ -603,7 +603,7 @@ def test_tensorboard_by_one_setting(folder, tmp_path):
 def test_gradients_that_are_not_finite_are_left_out_row_sparse_ones_too():
     head, encoder = QMarginHead(4, 30, sparse_grad=True), torch.nn.Linear(4, 4)
     modules = torch.nn.ModuleDict({"classifier": head, "encoder": encoder})
-    brain = SimpleNamespace(modules=modules, hparams=SimpleNamespace())
+    brain = SimpleNamespace(modules=modules, hparams=SimpleNamespace(), _sharded_head=head)
     head(encoder(torch.randn(3, 4)), torch.arange(3)).backward()
     with Counted() as counted:
         VerificationBrain.check_gradients(brain)
