@@ -80,12 +80,18 @@ others train. The hard margin is 0.2 in cosine; try --loss qmargin --alpha 1.5 -
         largest = nearest.largest(epoch.num_classes)
         if lead + largest > 1:
             found = suggest_parameters(epoch.num_classes, **size)
-            return (
+            text = (
                 f"out of reach: no sample can be at zero loss, for the hard margin of {lead:.3g} "
                 f"in cosine and wrong cosines of {largest:.2f} ask for a target's cosine of "
-                f"{lead + largest:.3g}; try "
-                + _flags(found.alpha, found.scale, found.margin, found.hard_margin)
+                f"{lead + largest:.3g}; "
             )
+            if found.resting_cosine > 1:
+                return text + (
+                    f"no margin is within reach with {epoch.num_classes} classes in "
+                    f"{epoch.embedding_dim} dimensions at --alpha {found.alpha:g} --scale "
+                    f"{found.scale:g}: {found.remedy}"
+                )
+            return text + "try " + _flags(found.alpha, found.scale, found.margin, found.hard_margin)
     return None
 
 

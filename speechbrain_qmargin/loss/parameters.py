@@ -20,6 +20,7 @@ samples fewer.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,6 +40,7 @@ _LEAST_ALPHA, _ALPHA_STEP = 1.25, 0.05
 _ENOUGH_PUSHES = 4000
 _REACHED = 0.85  # the target's cosine that training is trusted to reach, for some samples
 _TRAINED = 0.7  # an ordinary sample's after training
+_MOST_DIMENSIONS = 1 << 20
 _DRAWN, _NEAREST = 512, 1024  # samples, and the wrong classes of each that are drawn at first
 
 
@@ -207,6 +209,27 @@ class Suggestion:
         return self.hard_margin + _largest(self.num_classes, self.embedding_dim)
 
     @property
+    def remedy(self) -> str | None:
+        """What would bring a margin within reach, for a sentence; None where 0 is already.
+
+        The least embedding and the most classes at this alpha and scale; and the scale, where twice
+        as large a one is enough: beyond that nothing was tried.
+        """
+        rate = (self.alpha - 1) * self.scale
+        room, classes = _REACHED - 1 / rate, self.num_classes
+        if _largest(classes, self.embedding_dim) <= room:
+            return None
+        usual = _REACHED - hard_margin(self.alpha, self.scale, _MARGIN)
+        ways = [f"an embedding of at least {_least_dim(classes, room)} dimensions"]
+        if usual > 0:
+            ways[0] += f" ({_least_dim(classes, usual)} for the usual margin of {_MARGIN:g})"
+        ways.append(f"at most {_most_classes(classes, self.embedding_dim, room)} classes")
+        reach = _REACHED - _largest(classes, self.embedding_dim)
+        if 2 * rate * reach >= 1:
+            ways.append(f"a scale of at least {math.ceil(1 / ((self.alpha - 1) * reach))}")
+        return f"take {', '.join(ways[:-1])}, or {ways[-1]}"
+
+    @property
     def pushes(self) -> float | None:
         """How often each prototype is an active wrong class in the training; None: not known."""
         if self.samples is None:
@@ -237,6 +260,19 @@ def _largest(num_classes: int, embedding_dim: int) -> float:
     return ClassStatistics.trained(num_classes, embedding_dim, _TRAINED).largest(num_classes)
 
 
+def _least_dim(num_classes: int, most: float) -> int:
+    """Dimensions from which on the largest wrong cosine is at most this, > 0."""
+    enough = range(1, _MOST_DIMENSIONS)
+    return enough[bisect_left(enough, True, key=lambda dim: _largest(num_classes, dim) <= most)]
+
+
+def _most_classes(num_classes: int, embedding_dim: int, most: float) -> int:
+    """Classes, fewer than so many, up to which the largest wrong cosine is at most this."""
+    fewer = range(1, num_classes)
+    found = bisect_left(fewer, True, key=lambda classes: _largest(classes, embedding_dim) > most)
+    return fewer[found - 1]
+
+
 def suggest_parameters(
     num_classes: int,
     *,
@@ -251,7 +287,8 @@ def suggest_parameters(
        number of classes.
     2. Where `samples` are so few that a prototype would be pushed away by fewer than 4,000 samples
        of other classes, alpha falls at the same hard margin, down to 1.25: more classes are active.
-    3. Where the hard margin asks for a target's cosine above 0.85, the margin is lowered.
+    3. Where the hard margin asks for a target's cosine above 0.85, the margin is lowered. Where
+       even a margin of 0 asks for more, it is 0, and the reasons say what would be enough.
 
     Parameters
     ----------
@@ -328,17 +365,24 @@ def suggest_parameters(
                 f"the training is short: {_ENOUGH_PUSHES / pushes:.1f} times as many epochs would "
                 "be enough; below alpha 1.25 nothing was tried"
             )
+    largest = _largest(num_classes, embedding_dim)
     lead = hard_margin(alpha, at(alpha).scale, _MARGIN)
-    reach = _REACHED - _largest(num_classes, embedding_dim)
-    margin = _MARGIN
-    if lead > reach:
-        smallest = 1 / ((alpha - 1) * at(alpha).scale)
-        margin = margin_for(alpha, at(alpha).scale, max(reach, smallest * (1 + 1e-12)))
+    if lead + largest <= _REACHED:
+        return at(alpha)
+    wrong = f"with wrong cosines up to {largest:.2f} in {embedding_dim} dimensions"
+    without = at(alpha, 0.0)
+    if without.resting_cosine > _REACHED:
         reasons.append(
-            f"margin {margin:.3g} instead of {_MARGIN:g}: with wrong cosines up to "
-            f"{_REACHED - reach:.2f} in {embedding_dim} dimensions, the usual hard margin of "
-            f"{lead:.2f} would ask for a target's cosine of {lead + _REACHED - reach:.2f}"
+            f"margin 0: {wrong}, even the hard margin of {without.hard_margin:.2f} that is there "
+            f"without one asks for a target's cosine of {without.resting_cosine:.2f}; for one "
+            f"within reach {without.remedy}"
         )
+        return at(alpha, 0.0)
+    margin = margin_for(alpha, at(alpha).scale, _REACHED - largest)
+    reasons.append(
+        f"margin {margin:.3g} instead of {_MARGIN:g}: {wrong}, the usual hard margin of "
+        f"{lead:.2f} would ask for a target's cosine of {lead + largest:.2f}"
+    )
     return at(alpha, margin)
 
 

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from speechbrain_qmargin import QMarginLoss, hard_margin, make_loss
+from speechbrain_qmargin import QMarginLoss, hard_margin, make_loss, suggest_parameters
 from speechbrain_qmargin.loss.diagnosis import Progress, advice
+from speechbrain_qmargin.loss.parameters import ClassStatistics
 
 
 def flags(text):
@@ -49,6 +50,39 @@ def test_a_hard_margin_beyond_any_cosine():
     text = advice(QMarginLoss(1.5, 10, 0.2), Progress(0.0, 0.9, 100_000, 64))
     assert "ask for a target's cosine of 1.0" in text
     assert flags(text)[2] < 0.15
+
+
+def test_where_no_margin_is_within_reach_the_advice_is_what_would_bring_one():
+    """40,000 classes in 16 dimensions: the margin that was advised was 1.82e-13."""
+    text = advice(QMarginLoss(1.5, 10, 0.2), Progress(0.0, 0.9, 40_000, 16))
+    assert "--margin" not in text
+    assert "no margin is within reach with 40000 classes in 16 dimensions" in text
+    found = suggest_parameters(40_000, embedding_dim=16)
+    assert found.margin == 0
+    assert "margin 0: with wrong cosines up to 1.04 in 16 dimensions" in str(found)
+    assert "scale of" not in text  # wrong cosines alone are beyond 0.85
+    pattern = r"at least (\d+) dimensions \((\d+) for the usual .*\), or at most (\d+) classes$"
+    least, usual, most = map(int, re.search(pattern, text).groups())
+    numbers = found.alpha, found.scale
+    for dim, classes, margin in ((least, 40_000, 0), (usual, 40_000, 0.2), (16, most, 0)):
+        lead = hard_margin(*numbers, margin)
+
+        def rests(classes, dim, lead=lead):
+            return lead + ClassStatistics.trained(classes, dim, 0.7).largest(classes)
+
+        assert rests(classes, dim) <= 0.85
+        beyond = (classes + 1, dim) if dim == 16 else (classes, dim - 1)
+        assert rests(*beyond) > 0.85
+
+
+def test_a_scale_that_brings_a_margin_within_reach_is_named():
+    found = suggest_parameters(40_000, embedding_dim=36)
+    assert found.margin == 0
+    scale = int(re.search(r"or a scale of at least (\d+)", found.remedy).group(1))
+    largest = found.resting_cosine - found.hard_margin
+    assert hard_margin(found.alpha, scale, 0) + largest <= 0.85
+    assert hard_margin(found.alpha, scale - 1, 0) + largest > 0.85
+    assert suggest_parameters(40_000, embedding_dim=192).remedy is None
 
 
 @pytest.mark.parametrize(
