@@ -24,7 +24,7 @@ from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.optim import RowSparse
 from speechbrain_qmargin.head.prototypes import Derived, Mark, Prototypes
 from speechbrain_qmargin.head.sizes import Sizes
-from speechbrain_qmargin.head.step import Evaluation, HeadLoss, Shard, refuse_labels
+from speechbrain_qmargin.head.step import Evaluation, HeadLoss, RowsInOrder, Shard, refuse_labels
 from speechbrain_qmargin.loss.device import assert_on_device, host_decides
 from speechbrain_qmargin.loss.functional import check_loss_parameters, q_margin_objective
 from speechbrain_qmargin.loss.interface import (
@@ -188,6 +188,7 @@ class QMarginHead(nn.Module):
         # what DDP reads of the module it wraps: its names for gradients and for broadcasts
         self._ddp_params_and_buffers_to_ignore = [".weight", "weight"]
         self._derived, self._room = Derived(sizes), fused.Room()
+        self._in_order = RowsInOrder()
         self._optimizer: weakref.ref | None = None
         self._checked_against_ddp = False
         self.reset_parameters(seed)
@@ -244,6 +245,15 @@ class QMarginHead(nn.Module):
         """Whether the gradient of `weight` is row-sparse now."""
         bound = self._optimizer is not None and self._optimizer() is not None
         return bound if self.sparse_grad is None else self.sparse_grad
+
+    @property
+    def rows_in_order(self) -> RowsInOrder | None:
+        """What remembers the rows of a row-sparse gradient; None where it is dense."""
+        return self._in_order if self.gives_sparse_grad else None
+
+    def in_order(self, rows: Tensor) -> bool:
+        """Whether `rows` [R] are those of the gradient that the last backward pass gave."""
+        return self._in_order.holds(rows)
 
     def prototypes(self) -> Prototypes:
         """The rows with what is derived from them, up to date."""
@@ -316,7 +326,7 @@ class QMarginHead(nn.Module):
             self.stop,
             self.num_classes,
             self.comm,
-            self.gives_sparse_grad,
+            self.rows_in_order,
             self.subcentres,
         )
         return LookedAt(shard, self.weight, targets, None)
@@ -565,9 +575,9 @@ class HeadOutput:
         step = fused.evaluate(raw.detach(), targets, asked, prototypes, head._room)
         if step is None:
             return None
-        sparse_grad = head.gives_sparse_grad
+        in_order = head.rows_in_order
         found = Evaluation(
-            *fused.FusedLoss.apply(raw, head.weight, self.anchored, step, prototypes, sparse_grad)
+            *fused.FusedLoss.apply(raw, head.weight, self.anchored, step, prototypes, in_order)
         )
         rows = Rows(found.loss, found.target_posterior, found.support)
         return attach(rows, objective, found.target_cosines, found.residual)

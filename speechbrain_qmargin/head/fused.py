@@ -231,7 +231,7 @@ class FusedLoss(torch.autograd.Function):
     """Like :class:`~speechbrain_qmargin.head.step.HeadLoss`, of what :func:`evaluate` gave."""
 
     @staticmethod
-    def forward(ctx: Any, raw, weight, anchor, step, prototypes, sparse_grad):
+    def forward(ctx: Any, raw, weight, anchor, step, prototypes, in_order):
         """
         Parameters
         ----------
@@ -241,13 +241,14 @@ class FusedLoss(torch.autograd.Function):
             As there.
         step : Step
         prototypes : Prototypes
-        sparse_grad : bool
+        in_order : RowsInOrder or None
+            Of a shard.
         """
         ctx.set_materialize_grads(False)
         solved = step.solved
         # not the loss, whose graph this is
         ctx.entries = step.batch, solved.entries, solved.shares, step.order, step.rows, step.starts
-        ctx.prototypes, ctx.sparse_grad, ctx.anchored = prototypes, sparse_grad, anchor is not None
+        ctx.prototypes, ctx.in_order, ctx.anchored = prototypes, in_order, anchor is not None
         ctx.weight, ctx.version = weight, weight._version
         outputs = (
             solved.loss, solved.posterior, solved.support, solved.residual, step.batch.cosine,
@@ -272,6 +273,6 @@ class FusedLoss(torch.autograd.Function):
                 values = kernels.weight_gradient(
                     batch, prototypes, order, shares, rows, starts, upstream, 1.0
                 )
-                grad_weight = of_rows(rows, values, prototypes.weight, ctx.sparse_grad)
+                grad_weight = of_rows(rows, values, prototypes.weight, ctx.in_order)
         anchor = torch.zeros((), device=upstream.device) if ctx.anchored else None
         return grad_raw, grad_weight, anchor, None, None, None

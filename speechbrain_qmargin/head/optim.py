@@ -42,6 +42,10 @@ class RowOwner(Protocol):
 
     def is_bound_to(self, optimizer: torch.optim.Optimizer) -> bool: ...
 
+    def in_order(self, rows: Tensor) -> bool:
+        """Whether a gradient's `rows` [R] are known to rise, each once, without a look at them."""
+        ...
+
     def rows_changed(self, rows: Tensor, before: Mark) -> None:
         """`rows` of the weight were changed, by one who found it at `before`."""
 
@@ -184,7 +188,7 @@ class RowSparse(torch.optim.Optimizer):
             state["idle"] = self._line(group, state)
             state["idle_since"] = torch.zeros(p.shape[0], dtype=torch.int32, device=p.device)
         assert p.grad is not None
-        rows, values = _rows_and_values(p.grad)
+        rows, values = _rows_and_values(p.grad, head)
         counted = self._pending(group) or len(state["idle"]) > 1
         present = len(state["idle"]) if counted else None
         if kernels_run(p.device) and p.dtype == torch.float32:
@@ -584,12 +588,13 @@ def _corrections(group: dict, state: dict) -> tuple[float, float]:
     return 1 - b1**steps, 1 - b2**steps
 
 
-def _rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
+def _rows_and_values(grad: Tensor, head: RowOwner) -> tuple[Tensor, Tensor]:
     if not grad.is_sparse:
         return torch.arange(grad.shape[0], device=grad.device), grad
-    # Autograd forgets that the rows are sorted and unique; sorting them again costs a copy
+    # Autograd forgets that the rows are sorted and unique. The head knows its own; to look at
+    # others, as after an accumulation, is to wait for the device, and to sort them costs a copy
     rows = grad._indices()[0]
-    if grad.is_coalesced() or bool((rows[1:] > rows[:-1]).all()):
+    if grad.is_coalesced() or head.in_order(rows) or bool((rows[1:] > rows[:-1]).all()):
         return rows, grad._values()
     grad = grad.coalesce()
     return grad.indices()[0], grad.values()

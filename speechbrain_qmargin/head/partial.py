@@ -88,6 +88,8 @@ class PartialHead(QMarginHead):
         offset = sum(sizes[: comm.rank])
         centres = torch.arange(self.subcentres, device=sampled.device)
         rows = (sampled.unsqueeze(1) * self.subcentres + centres).flatten()
+        if self.rows_in_order is not None:
+            self.rows_in_order.remember(rows)  # the gradient's are these, not a copy
         weight = F.embedding(rows, self.weight, sparse=self.gives_sparse_grad)
         values = weight.detach()
         inverse_norm = values.norm(dim=1).clamp_(min=1e-12).reciprocal_()
@@ -97,7 +99,7 @@ class PartialHead(QMarginHead):
             start + len(sampled),
             sum(counts),
             comm,
-            False,
+            None,
             self.subcentres,
         )
         return LookedAt(shard, weight, place[offset : offset + len(targets)], sampled + self.start)

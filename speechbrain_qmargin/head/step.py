@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.dense import AllClasses, AllOfGenerator
@@ -33,12 +34,50 @@ __all__ = [
     "ChunkGradients",
     "Evaluation",
     "HeadLoss",
+    "RowsInOrder",
     "Shard",
     "check_backward",
     "of_rows",
     "refuse_labels",
     "target_cosines",
 ]
+
+
+class RowsInOrder:
+    """Remembers the rows of the last row-sparse gradient that was made: they rise, each once.
+
+    Autograd forgets that a gradient is coalesced, and to look at its rows is to wait for the
+    device. These are known again by where they are, as long as nothing was written there. The
+    memory is the gradient's own and ends with it.
+
+    Examples
+    --------
+    >>> known, rows = RowsInOrder(), torch.tensor([3, 5, 8])
+    >>> known.remember(rows)
+    >>> known.holds(rows), known.holds(rows[:2]), known.holds(rows.clone())
+    (True, False, False)
+    >>> rows[0] = 9
+    >>> known.holds(rows)
+    False
+    """
+
+    _known: tuple | None = None
+
+    def __getstate__(self) -> dict:
+        return {}  # a copy has gradients of its own
+
+    def remember(self, rows: Tensor) -> None:
+        """`rows` [R] rise, each once."""
+        self._known = _place(rows)
+
+    def holds(self, rows: Tensor) -> bool:
+        """Whether these are the rows last remembered, unchanged."""
+        return self._known is not None and self._known == _place(rows)
+
+
+def _place(rows: Tensor) -> tuple:
+    storage = StorageWeakRef(rows.untyped_storage())  # while it is kept, none has its address
+    return storage, rows.storage_offset(), rows.shape, rows.stride(), rows._version
 
 
 class Shard(NamedTuple):
@@ -49,7 +88,7 @@ class Shard(NamedTuple):
     stop: int
     classes: int
     comm: Communicator
-    sparse_grad: bool
+    in_order: RowsInOrder | None  # None: the gradient of the rows is dense
     subcentres: int = 1
 
 
@@ -255,12 +294,15 @@ def refuse_labels(labels: Tensor, num_classes: int) -> None:
     )
 
 
-def of_rows(rows: Tensor, values: Tensor, like: Tensor, sparse: bool) -> Tensor:
-    """A gradient like a weight, from its rows [R], in order, and their values [R, D]."""
-    if sparse:
+def of_rows(rows: Tensor, values: Tensor, like: Tensor, known: RowsInOrder | None) -> Tensor:
+    """A gradient like a weight, from its rows [R], in order, and their values [R, D].
+
+    Row-sparse, and remembered by `known`; dense where that is None.
+    """
+    if known is not None:
         # torch.sparse_coo_tensor of torch 2.11 warns of unchecked invariants in spite of
         # check_invariants=False; this is what it calls when it has checked nothing.
-        return torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+        grad = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
             1,
             like.ndim - 1,
             like.shape,
@@ -271,6 +313,8 @@ def of_rows(rows: Tensor, values: Tensor, like: Tensor, sparse: bool) -> Tensor:
             device=values.device,
             is_coalesced=True,
         )
+        known.remember(grad._indices()[0])
+        return grad
     return torch.zeros_like(like).index_copy_(0, rows, values)
 
 
@@ -413,7 +457,7 @@ def _sparse_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | N
         for start in range(0, rows.numel(), at_once):
             part = slice(start, start + at_once)
             _project(values[part], prototypes.unit(rows[part]), inverse_norm[rows[part]])
-        grad_weight = of_rows(rows, values, weight, ctx.shard.sparse_grad)
+        grad_weight = of_rows(rows, values, weight, ctx.shard.in_order)
     return grad_unit, grad_weight
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launches import Counted
 
-from speechbrain_qmargin.head import QMarginHead, RowSparseAdam, RowSparseSGD, optim
+from speechbrain_qmargin.head import PartialHead, QMarginHead, RowSparseAdam, RowSparseSGD, optim
 from speechbrain_qmargin.head.sizes import Sizes
+from speechbrain_qmargin.loss.device import control_flow
 
 
 class Rows:
@@ -23,6 +25,9 @@ class Rows:
 
     def is_bound_to(self, optimizer):
         return self.optimizer is optimizer
+
+    def in_order(self, rows):
+        return False
 
     def rows_changed(self, rows, before):
         pass
@@ -271,3 +276,108 @@ def test_rows_are_refreshed():
     optimizer.catch_up()
     assert not torch.equal(seen, head.weight)
     assert head.prototypes() is kept
+
+
+def once(head, optimizer, losses):
+    losses(0).backward()
+    optimizer.step()
+
+
+def accumulated(head, optimizer, losses):
+    losses(0).backward()
+    losses(1).backward()
+    optimizer.step()
+
+
+def added(head, optimizer, losses):
+    (losses(0) + losses(1)).backward()
+    optimizer.step()
+
+
+def empty_and_accumulated(head, optimizer, losses):
+    losses(0).backward()
+    (0 * losses(1)).backward()
+    optimizer.step()
+
+
+def clipped(head, optimizer, losses):
+    losses(0).backward()
+    try:
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 0.01)
+    except NotImplementedError:
+        pytest.skip("torch before 2.14 has no norm of sparse gradients")
+    optimizer.step()
+
+
+def made_anew(head, optimizer, losses):
+    losses(0).backward()
+    head.weight.grad = head.weight.grad * 0.5
+    optimizer.step()
+
+
+def unscaled(head, optimizer, losses):
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(losses(0)).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize(
+    "treated",
+    [once, accumulated, added, empty_and_accumulated, clipped, made_anew, unscaled],
+)
+def test_a_gradient_counts_as_it_is_whatever_was_done_to_it(treated):
+    """Against torch's SGD on dense gradients."""
+    head, dense = (QMarginHead(6, 40, 2.0, 5.0, 0.2, seed=0) for _ in range(2))
+    mine = RowSparseSGD(head.parameters(), lr=0.5, momentum=0.9, head=head)
+    theirs = torch.optim.SGD(dense.parameters(), lr=0.5, momentum=0.9)
+    for step in range(3):
+        for one, optimizer in ((head, mine), (dense, theirs)):
+
+            def losses(part, step=step, one=one):
+                generator = torch.Generator().manual_seed(2 * step + part)
+                x = torch.randn(5, 6, generator=generator)
+                return one(x, torch.randint(40, (5,), generator=generator))
+
+            optimizer.zero_grad()
+            treated(one, optimizer, losses)
+            assert one.weight.grad.is_sparse == (one is head)
+        mine.catch_up()
+        torch.testing.assert_close(head.weight, dense.weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [QMarginHead, PartialHead])
+def test_an_optimisers_step_waits_for_nothing(make):
+    """What a head's one backward pass gave is known to be in order; anything else is looked at."""
+    head = make(6, 40, alpha=2.0, scale=5.0)
+    optimizer = RowSparseSGD(head.parameters(), lr=0.5, momentum=0.9, head=head)
+    waits = []
+    for passes in (1, 1, 2, 1):
+        optimizer.zero_grad()
+        for _ in range(passes):
+            head(torch.randn(5, 6), torch.randperm(40)[:5]).backward()
+        assert head.weight.grad._nnz() > 1
+        assert not head.weight.grad.is_coalesced()
+        with control_flow(host=False, kernels=False), Counted() as counted:
+            optimizer.step()
+        waits.append(counted.waits)
+    assert waits[:2] == [0, 0]
+    assert waits[2] > 0
+    assert waits[3] == 0
+
+
+def test_what_a_head_knows_of_a_gradient():
+    head, other = QMarginHead(6, 40, 2.0, 5.0, seed=0), QMarginHead(6, 40, 2.0, 5.0, seed=0)
+    optimizers = [RowSparseSGD(one.parameters(), lr=0.5, head=one) for one in (head, other)]
+    x, labels = torch.randn(5, 6), torch.arange(5)
+    for one in (head, other):
+        one(x, labels).backward()
+    rows = head.weight.grad._indices()[0]
+    assert head.in_order(rows)
+    assert not other.in_order(rows)
+    assert not copy.deepcopy(head).in_order(rows)
+    assert not head.in_order(rows[:-1])
+    head.weight.grad._indices()[0, 0] = 7  # by whom it may be
+    assert not head.in_order(head.weight.grad._indices()[0])
+    del optimizers

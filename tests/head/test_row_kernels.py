@@ -29,6 +29,9 @@ class Rows:
     def is_bound_to(self, optimizer):
         return self.optimizer is optimizer
 
+    def in_order(self, rows):
+        return False
+
     def rows_changed(self, rows, before):
         pass
 
