@@ -33,7 +33,7 @@ CONSTANTS |= {"STEPS": 16, "FINAL": True, "SAFEGUARDED": False}
 # of rows
 OF_ROWS = dict.fromkeys(["values", "momentum", "mean", "square"], "*fp32")
 OF_ROWS |= {"rows": "*i64", "since": "*i32", "table": "*fp64", "screen": "*bf16"}
-NUMBERS = ["lr", "mu", "decay", "b1", "b2", "eps", "c1", "root_c2"]
+NUMBERS = ["lr", "mu", "decay", "kept", "gain", "fade", "gain_of_square", "eps", "rate", "root_c2"]
 OF_ROWS |= dict.fromkeys(NUMBERS, "fp32")
 CONSTANTS |= {"BLOCK_R": 4, "ALL": False, "SCREENED": True, "GLIDE": True, "MARK": True}
 CONSTANTS |= {"MOMENTUM": True, "NESTEROV": True, "DECAY": True}

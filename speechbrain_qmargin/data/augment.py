@@ -268,7 +268,7 @@ def _synthetic_room(rate: int, rng: np.random.Generator) -> Tensor:
 
 
 class DropChunk(time_domain.DropChunk):
-    """SpeechBrain's DropChunk, which on a GPU waits for it once and not twice a crop.
+    """SpeechBrain's DropChunk with one wait for a GPU a batch instead of two a crop.
 
     The stretches are the same ones for the same seed: they are drawn on the CPU, for all crops,
     before the batch is touched. Parameters as SpeechBrain's; with a `noise_factor` it is

@@ -95,9 +95,9 @@ class SpeakerEncoder(nn.Module):
         """Embeddings [B, D] of features [B, T, n_mels] as ``compute_features`` gives them."""
         return self.embedding_model(self.mean_var_norm(features)).flatten(1)
 
-    def to(self, *args: Any, **kwargs: Any) -> SpeakerEncoder:
-        """As a module's; the statistics that features are normalised with are no buffers of it."""
-        super().to(*args, **kwargs)
+    def _apply(self, *args: Any, **kwargs: Any) -> SpeakerEncoder:
+        """Of `to`, `cuda` and others: what features are normalised with are no buffers."""
+        super()._apply(*args, **kwargs)
         if has_statistics(self.mean_var_norm):
             self.mean_var_norm.to(self.device)
         return self

@@ -1,6 +1,6 @@
 r"""The exact step in a few launches: what ``search`` and ``step`` do, for a GPU.
 
-1. **Sample**: tau of the targets and of 16,384 evenly spaced classes gives the first floors.
+1. **Sample**: tau of the targets and of up to 16,384 evenly spaced classes gives the first floors.
 2. **Screen** the classes, part by part, by products in bf16, of which a few megabytes are there at
    a time; the classes seen grow eightfold in each part. What may exceed its floor is put into a
    sample's room in a buffer of fixed size, with its product, by a counter on the device. After each
@@ -14,9 +14,8 @@ Why nothing is lost: with s a product of rounded vectors and :math:`\sigma` the 
 ``search.screening_slack``, a cosine is in :math:`[s - \sigma, s + \sigma]`, and s is within 0.4 %
 of what is read, which is rounded to bf16. tau increases with every logit, so tau of the lower ends,
 on any subset of the classes, is a lower bound of tau; a class whose upper end does not exceed its
-edge is inactive. Such a bound is found by bisection: a
-level counts only where the mass there, summed in fixed point and rounded down, exceeds 1 by more
-than the rounding of its terms.
+edge is inactive. Such a bound is found by bisection: a level counts only where the mass there,
+summed in fixed point and rounded down, exceeds 1 by more than the rounding of its terms.
 
 Everything is checked once, in the only wait for the device: labels, embeddings that are not finite,
 whether all was found that has to be (if not, the room grows, and the step is done again), whether
@@ -65,6 +64,7 @@ def takes(prototypes: Prototypes, objective: Objective) -> bool:
         and objective.alpha > 1
         and screen is not None
         and screen.rows.dtype == torch.bfloat16
+        and prototypes.weight.is_contiguous()
     )
 
 
@@ -107,27 +107,29 @@ def evaluate(
     ValueError
         Labels that are none.
     """
-    most = prototypes.sizes.max_candidates // len(raw)
-    room.screened = max(room.screened, prototypes.sizes.screened)
-    room.kept = max(room.kept, prototypes.sizes.kept)
+    sizes = prototypes.sizes
+    most = sizes.max_candidates // len(raw)
     while True:
+        # what a smaller batch has grown to may be more than this one can have
+        screened = max(sizes.screened, min(room.screened, most))
+        width = max(sizes.kept, min(room.kept, most // 2))
         step, (found, kept, bad_label, _, failed, rows) = _attempt(
-            raw, labels, objective, prototypes, room
+            raw, labels, objective, prototypes, screened, width
         )
         if bad_label:
             refuse_labels(labels, len(prototypes.weight))
-        if found <= room.screened and kept <= room.kept:
+        if found <= screened and kept <= width:
             if failed:
                 return None
             return step._replace(rows=step.rows[:rows], starts=step.starts[: rows + 1])
         if found > most or kept > most // 2:
             if not room.was_too_small:
                 room.was_too_small = True
+                needed, there = (found, most) if found > most else (kept, most // 2)
                 logger.warning(
-                    f"{max(found, kept)} classes of a sample may be active, and a batch of "
-                    f"{len(raw)} has room for {most} each on this device: such a step is exact "
-                    "too, but many times slower. Fewer samples a step, a larger alpha or a larger "
-                    "scale leave room"
+                    f"{needed} classes of a sample may be active, and a batch of {len(raw)} has "
+                    f"room for {there} each on this device: such a step is exact too, but many "
+                    "times slower. Fewer samples a step, a larger alpha or scale leave room"
                 )
             return None
         room.screened = max(room.screened, _power_of_2_above(found))
@@ -170,8 +172,9 @@ def _power_of_2_above(size: int) -> int:
 
 
 def _attempt(
-    raw: Tensor, labels: Tensor, objective: Objective, prototypes: Prototypes, room: Room
-) -> tuple[Step, list[int]]:
+    raw: Tensor, labels: Tensor, objective: Objective, prototypes: Prototypes, screened: int,
+    width: int,
+) -> tuple[Step, list[int]]:  # fmt: skip
     from speechbrain_qmargin.head import kernels
 
     assert objective.target_log_q is not None
@@ -189,8 +192,8 @@ def _attempt(
             unmoved = batch.cosine
         stride = -(-classes // sizes.sample)  # rounded up: `sample` classes at most
         kernels.sample_floors(batch, kernels.sample_scores(batch, prototypes, stride), stride)
-        found = torch.empty(len(raw), room.screened, dtype=torch.int64, device=device)
-        kept = torch.empty(len(raw), room.kept, dtype=torch.int32, device=device)
+        found = torch.empty(len(raw), screened, dtype=torch.int64, device=device)
+        kept = torch.empty(len(raw), width, dtype=torch.int32, device=device)
         parts = sizes.parts_of(classes)
         for part in parts:
             kernels.screen(batch, prototypes, part, found)

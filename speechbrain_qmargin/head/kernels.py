@@ -248,14 +248,14 @@ def _filter(
         s = tl.load(products + at, mask=(i < size)[:, None] & here[None, :], other=-_INF)
         s = s.to(tl.float32)
         c = start + i
-        keep = (s >= cut[None, :]) & (c[:, None] != label[None, :]) & (i < size)[:, None]
+        # a product that is no number is kept: nothing is known of its class
+        keep = ((s < cut[None, :]) == 0) & (c[:, None] != label[None, :]) & (i < size)[:, None]
         keep = keep & here[None, :]
         if tl.max(tl.max(keep.to(tl.int32), 1), 0) > 0:
-            each = tl.broadcast_to(b[None, :], (BLOCK_C, BLOCK_B))
+            each = tl.broadcast_to(b.to(tl.int64)[None, :], (BLOCK_C, BLOCK_B))
             place = tl.atomic_add(counts + each, 1, mask=keep, sem="relaxed")
             bits = s.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
             key = (c[:, None].to(tl.int64) << 32) | bits
-            # a buffer has fewer than 2**31 places: see `Sizes.max_candidates`
             tl.store(found + (each * room + place), key, mask=keep & (place < room))
 
 
@@ -316,7 +316,7 @@ def _raise_floors(
     for start in range(0, n, CHUNK):
         there = start + offset < n
         key = tl.load(row + start + offset, mask=there, other=0)
-        keep = there & (_product_of(key) >= cut)
+        keep = there & ((_product_of(key) < cut) == 0)
         place = many + tl.cumsum(keep.to(tl.int32), 0) - 1
         if FINAL:
             out = kept + b * width + place
@@ -394,10 +394,12 @@ def _solve(
     alone = level_alone(own, q_own, gamma, IN_LOGS)
     offset = tl.arange(0, CHUNK)
     low, high = tl.maximum(tl.load(levels + b), alone), own
+    unknown = 0
     for start in range(0, n, CHUNK):
         _, logit, prior_i = _candidates(
             kept, cosines, log_q, b * width, start, n, scale, CHUNK, HAS_Q
         )
+        unknown += tl.sum((logit != logit).to(tl.int32), 0)
         low = tl.maximum(low, tl.max(level_alone(logit, prior_i, gamma, IN_LOGS), 0))
         high = tl.maximum(high, tl.max(logit, 0))
     high = tl.maximum(high + above, low)
@@ -416,7 +418,7 @@ def _solve(
         )
         step += 1
         going = tl.where(ended | (step >= _MOST_STEPS), 0, 1)
-    failed = (step >= _MOST_STEPS) | ~(tl.abs(level) < _INF)
+    failed = (step >= _MOST_STEPS) | ~(tl.abs(level) < _INF) | (unknown > 0)
 
     # the loss as loss.solver.fenchel_young has it
     p_own, _h_own = powers_of(gamma * (own - level), q_own, k, IN_LOGS)
@@ -584,7 +586,7 @@ class Batch(NamedTuple):
     prior : Tensor, [B]
         log q of the targets.
     log_q : Tensor, [C], or None
-    values : Tensor
+    values : Tensor, [4], and alpha : float
         See :func:`numbers`.
     rounded : Tensor, [B, D], bf16
         Of unit length but for rounding.

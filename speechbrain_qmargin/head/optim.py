@@ -191,7 +191,7 @@ class RowSparse(torch.optim.Optimizer):
         rows, values = _rows_and_values(p.grad, head)
         counted = self._pending(group) or len(state["idle"]) > 1
         present = len(state["idle"]) if counted else None
-        if kernels_run(p.device) and p.dtype == torch.float32:
+        if kernels_run(p.device) and p.dtype == torch.float32 and p.is_contiguous():
             self._visit_in_one_launch(p, rows, values.contiguous(), group, state, present)
             torch.autograd.graph.increment_version(p)
         else:

@@ -142,7 +142,7 @@ class Derived:
             with torch.inference_mode(False), torch.no_grad():
                 sizes = self._kept.sizes
                 at_once = sizes.fit(sizes.rows, 8 * weight.shape[1])
-                if kernels_run(weight.device):
+                if _by_kernel(self._kept):  # which needs no memory for a piece
                     at_once = max(1, len(rows))
                 for part in rows.split(at_once):
                     _derive(self._kept, part)
@@ -198,11 +198,18 @@ def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows / factors.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8), factors
 
 
+def _by_kernel(kept: Prototypes) -> bool:
+    """Whether rows are derived in one launch."""
+    weight, screen = kept.weight, kept.screen
+    known = screen is None or screen.rows is weight or screen.rows.dtype == torch.bfloat16
+    return known and weight.is_contiguous() and kernels_run(weight.device)
+
+
 def _derive(kept: Prototypes, rows: slice | Tensor) -> None:
     weight, inverse_norm, screen, _ = kept
     if screen is not None and screen.rows is weight:
         screen = None
-    if kernels_run(weight.device) and (screen is None or screen.rows.dtype == torch.bfloat16):
+    if _by_kernel(kept):
         from speechbrain_qmargin.head.row_kernels import derive_rows
 
         copy = (None, None) if screen is None else (screen.rows, screen.residual)

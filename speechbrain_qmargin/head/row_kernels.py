@@ -101,8 +101,8 @@ def _sgd(
 
 @triton.jit
 def _adam(
-    rows, values, weight, mean, square, since, table, present, lr, b1, b2, eps, decay, c1, root_c2,
-    count, dim,
+    rows, values, weight, mean, square, since, table, present, kept, gain, fade, gain_of_square,
+    eps, rate, root_c2, count, dim,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, GLIDE: tl.constexpr, MARK: tl.constexpr,
 ):  # fmt: skip
     r, c, there, at, inside = _places(rows, 0, count, dim, BLOCK_R, BLOCK_D, False)
@@ -117,12 +117,11 @@ def _adam(
         w = w * _line(table, since, c, there, 0, 5) - unit * _line(table, since, c, there, 3, 5)
         m = m * _line(table, since, c, there, 1, 5)
         v = v * _line(table, since, c, there, 2, 5)
-    w = w * (1 - lr * decay)
-    m = m + (g - m) * (1 - b1)
-    v = v * b2 + g * g * (1 - b2)
+    m = m + (g - m) * gain
+    v = v * fade + g * g * gain_of_square
     tl.store(mean + at, m, mask=inside)
     tl.store(square + at, v, mask=inside)
-    w -= lr / c1 * (m / (tl.sqrt(v) / root_c2 + eps))
+    w = w * kept - rate * (m / (tl.sqrt(v) / root_c2 + eps))
     tl.store(weight + at, w, mask=inside)
     if MARK:
         tl.debug_barrier()
@@ -216,8 +215,10 @@ def adam_rows(
     if not len(rows):
         return
     grid, blocks = _blocks(len(rows), weight.shape[1])
+    b1, b2 = betas
+    # differences are taken here: on a device numbers arrive in float32
     _adam[grid](
-        rows, values, weight, mean, square, since, table, present or 0, lr, *betas, eps, decay, c1,
-        root_c2, len(rows), weight.shape[1],
+        rows, values, weight, mean, square, since, table, present or 0, 1 - lr * decay, 1 - b1, b2,
+        1 - b2, eps, lr / c1, root_c2, len(rows), weight.shape[1],
         GLIDE=len(table) > 1, MARK=present is not None, **blocks,
     )  # fmt: skip

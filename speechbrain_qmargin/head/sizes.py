@@ -68,6 +68,10 @@ class Sizes:
     screened: int = 4096
     kept: int = 2048
 
+    def __post_init__(self) -> None:
+        if isinstance(self.parts, int) and self.parts < 2:
+            raise ValueError(f"parts: the classes seen have to grow, got {self.parts}")
+
     def parts_of(self, classes: int) -> list[slice]:
         """All classes in a few parts, the first ones smaller: what is found raises the floor.
 

@@ -109,12 +109,12 @@ def assert_on_device(condition: Tensor, message: str) -> None:
     ----------
     condition : Tensor, one element
     message : str
-        Fewer than 255 bytes: a CUDA device takes no longer one.
+        At most 254 bytes, which is what CUDA takes.
 
     Raises
     ------
     ValueError
-        If the message is longer, on any device, that no GPU is needed to find it out.
+        If the message is longer, on any device, so that it shows without a GPU.
     RuntimeError
         If the condition does not hold: on a CPU at once, on CUDA where the host next waits.
 

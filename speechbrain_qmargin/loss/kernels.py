@@ -669,13 +669,30 @@ def solve_rows(
     support : bool
         Whether active classes are counted at alpha = 1, for which the row is read once more.
     """
-    solve = _solve_op if _traced(cosines) else _solve_rows
+    solve = _solve_op if _seen(cosines) else _solve_rows
     return Solved(*solve(cosines, targets, moved, prior, log_q, alpha, scale, limit, support))
 
 
-def _traced(tensor: Tensor) -> bool:
-    """Whether torch.compile or fake tensors are to see an operator; one takes the host 0.1 ms."""
-    return torch.compiler.is_compiling() or type(tensor) is not Tensor
+def _seen(*tensors: Tensor) -> bool:
+    """Whether an operator has to be seen, as by torch.compile, fake tensors, vmap or a trace.
+
+    Calling one costs the host 0.1 ms.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(x) is not Tensor or not _has_memory(x) for x in tensors)
+    )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Not where it is batched, by vmap or by torch.autograd.grad."""
+    try:
+        tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def gradient(
@@ -706,5 +723,5 @@ def gradient(
         Of the result; None: that of the cosines.
     """
     dtype = cosines.dtype if dtype is None else dtype
-    of = _gradient_op if _traced(cosines) else _gradient
+    of = _gradient_op if _seen(cosines, factors) else _gradient
     return of(cosines, targets, log_q, solved, factors, alpha, scale, moved, dtype)

@@ -338,6 +338,7 @@ class VerificationBrain(OpenBrain):
         )
 
     def fit_batch(self, batch):
+        """SpeechBrain's; patience with losses that are not finite ends after the step."""
         loss = super().fit_batch(batch)
         super().check_loss_isfinite(loss)  # which is on the CPU by now
         return loss

@@ -1,12 +1,11 @@
 """The dense loss by Triton's kernels: the definition in float64, on a GPU or in the interpreter."""
 
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import Counted, interpreted
+from launches import Counted
 from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
 
 from speechbrain_qmargin import CosFaceLoss, QMarginLoss, make_loss
@@ -14,7 +13,6 @@ from speechbrain_qmargin.loss.device import control_flow
 from speechbrain_qmargin.loss.functional import q_margin_loss
 
 kernels = pytest.importorskip("speechbrain_qmargin.loss.kernels", exc_type=ImportError)
-numbers = pytest.importorskip("speechbrain_qmargin.loss.triton_numbers", exc_type=ImportError)
 
 DOUBLE = torch.float64
 # (alpha, scale, margin); k = 1 / (alpha - 1) is none, 20, 4, 2, 4/3, 1 and 2/3
@@ -208,14 +206,19 @@ def counted(loss, cosines, targets):
         saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor
 
-    one_each = interpreted(kernels, numbers) if not cosines.is_cuda else nullcontext()
-    with (
-        one_each,
-        Counted(kernels.KERNELS) as counts,
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
-    ):
+    with Counted() as counts, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         loss(x, targets).backward()
     return counts, sum(saved.values())
+
+
+def test_gradients_of_several_directions_at_once(device):
+    """As torch.autograd.functional.jacobian(vectorize=True) asks for."""
+    x, targets = (2 * torch.rand(3, 20) - 1).to(device).requires_grad_(), torch.arange(3)
+    loss = q_margin_loss(x, targets.to(device), 1.5, 10.0, 0.2, reduction="none")
+    each = torch.eye(3, device=device)
+    (batched,) = torch.autograd.grad(loss, x, each, is_grads_batched=True, retain_graph=True)
+    single = torch.stack([torch.autograd.grad(loss, x, one, retain_graph=True)[0] for one in each])
+    torch.testing.assert_close(batched, single)
 
 
 @pytest.mark.parametrize("loss", [QMarginLoss(1.25, 32.0), CosFaceLoss()])
