@@ -26,7 +26,7 @@ OTHERS = {
     "_report": {"out": "*i64"},
     "_weight_gradient": {"rows": "*i64"},
 }
-CONSTANTS = {"BLOCK_B": 128, "BLOCK_C": 128, "BLOCK_D": 64, "BLOCK_I": 16, "BLOCK": 1024}
+CONSTANTS = {"BLOCK_B": 128, "BLOCK_C": 2, "BLOCK_D": 512, "BLOCK_I": 16, "BLOCK": 1024}
 CONSTANTS |= {"CHUNK": 1024, "POWER": 4, "HAS_Q": False, "IN_LOGS": False}
 CONSTANTS |= {"STEPS": 16, "FINAL": True, "SAFEGUARDED": False}
 
@@ -38,13 +38,25 @@ OF_ROWS |= dict.fromkeys(NUMBERS, "fp32")
 CONSTANTS |= {"BLOCK_R": 4, "ALL": False, "SCREENED": True, "GLIDE": True, "MARK": True}
 CONSTANTS |= {"MOMENTUM": True, "NESTEROV": True, "DECAY": True}
 
+# as they are launched at D = 512, and the other branches
+OWN = {"_exact_cosines": {"BLOCK_D": 128}, "_sample_floors": {"BLOCK": 16384}}
+OWN |= {"_embedding_gradient": {"BLOCK_I": 64}, "_solve": {"CHUNK": 512}}
+WARPS = {"_filter": 1, "_sample_floors": 16, "_embedding_gradient": 16}
+OTHER = {"POWER": 0, "HAS_Q": True, "IN_LOGS": True, "FINAL": False, "SAFEGUARDED": True}
+OTHER |= {"ALL": True, "SCREENED": False, "GLIDE": False, "MARK": False, "MOMENTUM": False}
+
 for kernel in (*KERNELS, *ROW_KERNELS):
     name = kernel.fn.__name__
     types = TYPES | OTHERS.get(name, OF_ROWS if kernel in ROW_KERNELS else {})
-    constants = {p.name: CONSTANTS[p.name] for p in kernel.params if p.is_constexpr}
+    names = [p.name for p in kernel.params if p.is_constexpr]
     signature = {
         p.name: "constexpr" if p.is_constexpr else types.get(p.name, "i32") for p in kernel.params
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    for branches in ({}, OTHER) if OTHER.keys() & set(names) else ({},):
+        given = CONSTANTS | OWN.get(name, {}) | branches
+        source = ASTSource(
+            fn=kernel, signature=signature, constexprs={one: given[one] for one in names}
+        )
+        options = {"num_warps": WARPS.get(name, 4)}
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     print(name)
