@@ -45,7 +45,6 @@ __all__ = [
     "mark_segments",
     "numbers",
     "prepare",
-    "products_at_once",
     "raise_floors",
     "report",
     "sample_floors",
@@ -667,7 +666,7 @@ def screen(batch: Batch, prototypes: Prototypes, part: slice, found: Tensor) -> 
     """
     assert prototypes.screen is not None
     samples, rows = len(batch.raw), prototypes.screen.rows
-    step = products_at_once(prototypes, samples)
+    step = prototypes.sizes.rows_of_product(samples, rows.element_size(), least=1024)
     products = rows.new_empty(min(step, part.stop - part.start), samples)
     block = power_of_2(samples, most=128)
     for start in range(part.start, part.stop, step):
@@ -677,11 +676,6 @@ def screen(batch: Batch, prototypes: Prototypes, part: slice, found: Tensor) -> 
             products, batch.labels, batch.cuts, found, batch.counts, start, size, samples,
             found.shape[1], STEPS=16, BLOCK_C=2, BLOCK_B=block, num_warps=1,
         )  # fmt: skip
-
-
-def products_at_once(prototypes: Prototypes, samples: int) -> int:
-    """Classes whose products with a batch are computed in one piece."""
-    return max(1024, prototypes.sizes.output_bytes // (2 * samples))
 
 
 def raise_floors(batch: Batch, found: Tensor, kept: Tensor | None = None) -> None:

@@ -88,9 +88,10 @@ class PartialHead(QMarginHead):
         offset = sum(sizes[: comm.rank])
         centres = torch.arange(self.subcentres, device=sampled.device)
         rows = (sampled.unsqueeze(1) * self.subcentres + centres).flatten()
-        if self.rows_in_order is not None:
-            self.rows_in_order.remember(rows)  # the gradient's are these, not a copy
-        weight = F.embedding(rows, self.weight, sparse=self.gives_sparse_grad)
+        known = self.rows_in_order
+        if known is not None:
+            known.remember(rows)  # the gradient's are these, not a copy
+        weight = F.embedding(rows, self.weight, sparse=known is not None)
         values = weight.detach()
         inverse_norm = values.norm(dim=1).clamp_(min=1e-12).reciprocal_()
         shard = Shard(

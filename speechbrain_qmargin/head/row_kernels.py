@@ -26,7 +26,7 @@ _INF = tl.constexpr(float("inf"))
 def _places(
     rows, first, count, dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr
 ):
-    """Numbers of some rows, which there are, their elements and which of those there are."""
+    """Some rows, which there are, their elements, those in a gradient, and which there are."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     there = r < count
@@ -34,7 +34,7 @@ def _places(
     if not ALL:
         c = tl.load(rows + r, mask=there, other=0)
     inside = there[:, None] & (d < dim)[None, :]
-    return r, c, there, c[:, None] * dim + d[None, :], inside
+    return c, there, c[:, None] * dim + d[None, :], r[:, None] * dim + d[None, :], inside
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _derive(
     rows, weight, inverse_norm, screen, residual, first, count, dim,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr, SCREENED: tl.constexpr,
 ):  # fmt: skip
-    _, c, there, at, inside = _places(rows, first, count, dim, BLOCK_R, BLOCK_D, ALL)
+    c, there, at, _, inside = _places(rows, first, count, dim, BLOCK_R, BLOCK_D, ALL)
     w = tl.load(weight + at, mask=inside, other=0.0)
     wide = w.to(tl.float64)
     norm = tl.sqrt(tl.sum(wide * wide, 1)).to(tl.float32)
@@ -67,15 +67,20 @@ def _line(table, since, c, there, number, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _visited(since, c, there, present):
+    tl.debug_barrier()  # all have read the lines they had
+    tl.store(since + c, tl.zeros_like(c).to(tl.int32) + present, mask=there)
+
+
+@triton.jit
 def _sgd(
     rows, values, weight, momentum, since, table, present, lr, mu, decay, count, dim,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
     DECAY: tl.constexpr, GLIDE: tl.constexpr, MARK: tl.constexpr,
 ):  # fmt: skip
-    r, c, there, at, inside = _places(rows, 0, count, dim, BLOCK_R, BLOCK_D, False)
-    d = tl.arange(0, BLOCK_D)
+    c, there, at, given, inside = _places(rows, 0, count, dim, BLOCK_R, BLOCK_D, False)
     w = tl.load(weight + at, mask=inside, other=0.0)
-    step = tl.load(values + r[:, None] * dim + d[None, :], mask=inside, other=0.0)
+    step = tl.load(values + given, mask=inside, other=0.0)
     b = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     if MOMENTUM:
         b = tl.load(momentum + at, mask=inside, other=0.0)
@@ -95,8 +100,7 @@ def _sgd(
         step = step + b * mu if NESTEROV else b
     tl.store(weight + at, w - step * lr, mask=inside)
     if MARK:
-        tl.debug_barrier()
-        tl.store(since + c, tl.zeros((BLOCK_R,), tl.int32) + present, mask=there)
+        _visited(since, c, there, present)
 
 
 @triton.jit
@@ -105,10 +109,9 @@ def _adam(
     eps, rate, root_c2, count, dim,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, GLIDE: tl.constexpr, MARK: tl.constexpr,
 ):  # fmt: skip
-    r, c, there, at, inside = _places(rows, 0, count, dim, BLOCK_R, BLOCK_D, False)
-    d = tl.arange(0, BLOCK_D)
+    c, there, at, given, inside = _places(rows, 0, count, dim, BLOCK_R, BLOCK_D, False)
     w = tl.load(weight + at, mask=inside, other=0.0)
-    g = tl.load(values + r[:, None] * dim + d[None, :], mask=inside, other=0.0)
+    g = tl.load(values + given, mask=inside, other=0.0)
     m = tl.load(mean + at, mask=inside, other=0.0)
     v = tl.load(square + at, mask=inside, other=0.0)
     if GLIDE:
@@ -124,8 +127,7 @@ def _adam(
     w = w * kept - rate * (m / (tl.sqrt(v) / root_c2 + eps))
     tl.store(weight + at, w, mask=inside)
     if MARK:
-        tl.debug_barrier()
-        tl.store(since + c, tl.zeros((BLOCK_R,), tl.int32) + present, mask=there)
+        _visited(since, c, there, present)
 
 
 # --------------------------------------------------------------------------- launches

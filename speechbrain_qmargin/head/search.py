@@ -233,7 +233,7 @@ class Screening:
         """Rows of a part of the classes, sorted."""
         batch, device = self._columns.shape[1], self._columns.device
         size = 2 if self._kind == torch.bfloat16 else 4
-        chunk = max(64, self._prototypes.sizes.output_bytes // (batch * size))
+        chunk = self._prototypes.sizes.rows_of_product(batch, size, least=64)
         hit = torch.empty(part.stop - part.start, dtype=torch.bool, device=device)
         out = torch.empty(0, device=device)
         for start in range(part.start, part.stop, chunk):

@@ -91,6 +91,16 @@ class Sizes:
             ends = [0, *(int(classes * share) for share in self.parts)]
         return [slice(*both) for both in itertools.pairwise([*ends, classes])]
 
+    def rows_of_product(self, batch: int, bytes_each: int, least: int) -> int:
+        """Rows whose products with a batch fit `output_bytes`, and `least` in any case.
+
+        Examples
+        --------
+        >>> constants(torch.device("cuda")).rows_of_product(1024, bytes_each=2, least=64)
+        32768
+        """
+        return max(least, self.output_bytes // (batch * bytes_each))
+
     def fit(self, rows: int, bytes_each: int) -> int:
         """`rows`, one of the numbers above, or as many of `bytes_each` as `at_once` holds.
 

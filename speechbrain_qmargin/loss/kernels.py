@@ -45,7 +45,7 @@ from speechbrain_qmargin.loss.triton_numbers import (
     powers_of,
 )
 
-__all__ = ["KERNELS", "Solved", "gradient", "resident_classes", "solve_rows"]
+__all__ = ["Solved", "gradient", "resident_classes", "solve_rows"]
 
 _TILE = 4096  # classes of a longer row at a time
 _COLUMNS = 2048  # of the backward pass
@@ -507,8 +507,6 @@ def _gradient_kernel(
 
 
 # --------------------------------------------------------------------------- from torch
-
-KERNELS = (_solve_kernel, _gradient_kernel)
 
 
 class Solved(NamedTuple):

@@ -8,29 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launches import Counted
+from row_owner import Rows
 
 from speechbrain_qmargin.head import PartialHead, QMarginHead, RowSparseAdam, RowSparseSGD, optim
 from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.loss.device import control_flow
-
-
-class Rows:
-    """What an optimiser of rows asks of a head, around a parameter."""
-
-    def __init__(self, weight):
-        self.weight, self.optimizer = weight, None
-
-    def bind(self, optimizer):
-        self.optimizer = optimizer
-
-    def is_bound_to(self, optimizer):
-        return self.optimizer is optimizer
-
-    def in_order(self, rows):
-        return False
-
-    def rows_changed(self, rows, before):
-        pass
 
 
 def parameter(start):

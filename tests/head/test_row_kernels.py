@@ -6,6 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 from launches import interpreted
+from row_owner import Rows
 
 from speechbrain_qmargin.head import RowSparseAdam, RowSparseSGD
 from speechbrain_qmargin.head.prototypes import Derived
@@ -15,25 +16,6 @@ from speechbrain_qmargin.loss.device import control_flow
 row_kernels = pytest.importorskip("speechbrain_qmargin.head.row_kernels", exc_type=ImportError)
 
 BOUND = Sizes(screen_from=1, screen=torch.bfloat16)
-
-
-class Rows:
-    """What an optimiser of rows asks of a head, around a parameter."""
-
-    def __init__(self, weight):
-        self.weight = weight
-
-    def bind(self, optimizer):
-        self.optimizer = optimizer
-
-    def is_bound_to(self, optimizer):
-        return self.optimizer is optimizer
-
-    def in_order(self, rows):
-        return False
-
-    def rows_changed(self, rows, before):
-        pass
 
 
 @pytest.fixture(autouse=True)
