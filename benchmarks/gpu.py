@@ -19,12 +19,13 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,7 @@ SCALE, MARGIN, ALPHA, LR, MOMENTUM = 32.0, 0.2, 1.25, 0.01, 0.9
 TESTS = ["tests/loss/test_kernels.py", "tests/head/test_fused.py", "tests/head/test_row_kernels.py"]
 SECONDS = {"exactness": 100, "step": 170, "anatomy": 30, "training": 140, "small": 20}
 DRY_SECONDS = dict.fromkeys(SECONDS, 600)
+ONE_RESULT = 60  # seconds, at most
 
 
 class Report:
@@ -89,13 +91,31 @@ def _cell(value) -> str:
     return text.replace("|", "/").replace("\n", " ")
 
 
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """TimeoutError after so many seconds, for a step that would take what the others need."""
+
+    def stop(*_):
+        raise TimeoutError(f"stopped after {seconds:.0f} s")
+
+    earlier = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+
+
 def attempt(report: Report, what: str, run: Callable[[], dict], **values) -> None:
     """A result, or why there is none: a missing package, memory, time, or an error."""
     if report.left() <= 0:
         report.add(what, **values, note="not run: the part's time is over")
         return
     try:
-        report.add(what, **values, **run())
+        with at_most(min(report.left() + 5, ONE_RESULT)):
+            result = run()
+        report.add(what, **values, **result)
     except ImportError as error:
         report.add(what, **values, note=f"not run: {error.name} is not installed")
     except torch.OutOfMemoryError:
