@@ -73,6 +73,26 @@ def test_the_test_speakers_of_the_second_claim_tuned_nothing(people):
         assert {"actor1", "actor2"} < trained
 
 
+def test_identities_whose_images_are_all_in_the_errata_are_not_trained_on(tmp_path):
+    data, out = tmp_path / "lfw", tmp_path / "runs"
+    train, test = [f"a{n:03}" for n in range(410)], ["b0", "b1"]
+    for identity, count in (dict.fromkeys(train, 2) | {"a000": 1, "b0": 2, "b1": 2}).items():
+        (data / "images" / identity).mkdir(parents=True)
+        for number in range(count):
+            (data / "images" / identity / f"{number}.jpg").touch()
+    (data / "train_ids.txt").write_text("\n".join(train))
+    (data / "test_ids.txt").write_text("\n".join(test))
+    (data / "exclude.txt").write_text("a000/0.jpg\na001/1.jpg\n")
+    evidence_runs.write_face_lists(tmp_path, out)
+    lists = out / "lists"
+    assert (lists / "faces_train.txt").read_text().split() == train[1:]
+    held = speakers_of(lists / "faces_tune.txt")
+    assert len(held) == 400
+    assert set((lists / "faces_tune_train.txt").read_text().split()) == set(train[1:]) - held
+    assert held.isdisjoint(("a000", "a001"))
+    assert len((lists / "faces_test.txt").read_text().splitlines()) == 6
+
+
 def test_the_second_tuning_is_as_large_for_each_system():
     for system, settings in SECOND_SETTINGS.items():
         both = [*SYSTEMS[system][1], *settings]
