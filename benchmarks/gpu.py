@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechbrain_qmargin import CosFaceLoss, QMarginHead, QMarginLoss, RowSparseSGD, q_margin_loss
+from speechbrain_qmargin.head.sizes import constants
 from speechbrain_qmargin.loss.device import control_flow, kernels_run
 
 SCALE, MARGIN, ALPHA, LR, MOMENTUM = 32.0, 0.2, 1.25, 0.01, 0.9
@@ -212,9 +214,13 @@ class Head(QMarginHead):
 
 
 class Ours:
-    def __init__(self, classes: int, dim: int, device: torch.device, alpha: float = ALPHA) -> None:
+    kernels = True
+
+    def __init__(self, classes: int, dim: int, device: torch.device) -> None:
+        own = constants(device)
+        sizes = replace(own, fused=own.fused and self.kernels)
         with torch.device(device):
-            self.head = Head(dim, classes, alpha, SCALE, MARGIN)
+            self.head = Head(dim, classes, ALPHA, SCALE, MARGIN, sizes=sizes)
         self.weight = self.head.weight
         self.optimizer = RowSparseSGD(
             self.head.parameters(), lr=LR, momentum=MOMENTUM, head=self.head
@@ -226,6 +232,12 @@ class Ours:
     def update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+class OursInShards(Ours):
+    """As the head's step is where its classes are in shards, here one: without its kernels."""
+
+    kernels = False
 
 
 class Dense:
@@ -258,6 +270,13 @@ class DenseArcFace(Dense):
         index = labels.unsqueeze(1)
         own = cosines.gather(1, index).clamp(-1 + 1e-7, 1 - 1e-7)
         return cosines.scatter(1, index, torch.cos(own.acos() + MARGIN))
+
+
+class DenseQMargin(Dense):
+    """As the recipes have it below millions of classes: all cosines, this package's loss."""
+
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        return QMarginLoss(ALPHA, SCALE, MARGIN)(self.cosines(x).unsqueeze(1), labels.unsqueeze(1))
 
 
 class DenseTF32(Dense):
@@ -366,6 +385,7 @@ class Liger(Dense):
 
 CONTENDERS: dict[str, Callable] = {
     "Q-Margin, this package": Ours,
+    "Q-Margin, a shard's way": OursInShards,
     "CosFace, fp16": Dense,
     "CosFace, TF32": DenseTF32,
     "ArcFace, fp16": DenseArcFace,
@@ -532,23 +552,28 @@ def exactness(report: Report, device: torch.device) -> None:
         attempt(report, path, lambda path=path: tests(path))
 
 
-def steps(report: Report, device: torch.device, contenders: list[str]) -> None:
+# classes, dimension, batch, and the noise of the embeddings; None: they know nothing yet
+DRY_STEPS = [(500, 16, 4, 0.05), (500, 16, 4, None)]
+STEPS = [(1_000_000, 512, 128, 0.05), (1_000_000, 512, 1024, 0.05)]
+STEPS += [(2_000_000, 512, 128, 0.05), (2_000_000, 512, 1024, 0.05)]
+STEPS += [(1_000_000, 512, 128, None), (1_000_000, 512, 1024, None)]
+STEPS += [(100_000, 512, 128, 0.05), (100_000, 512, 1024, 0.05)]
+STEPS += [(1_000_000, 192, 128, 0.05), (1_000_000, 192, 1024, 0.05)]
+STEPS += [(10_000_000, 192, 1024, 0.05), (10_000_000, 512, 128, 0.05), (17_982, 192, 256, None)]
+
+
+def named(classes: int, dim: int, batch: int, noise: float | None) -> str:
+    return f"{classes}x{dim}x{batch}{'far' if noise is None else ''}"
+
+
+def steps(
+    report: Report, device: torch.device, contenders: list[str], wanted: list[str] | None
+) -> None:
     report.part("step")
     speed = bandwidth(device, report.dry)
     report.add("bandwidth of a copy", gb_a_second=speed / 1e9)
     dry = report.dry
-    if dry:
-        sizes = [(500, 16, 4, 0.05), (500, 16, 4, None)]
-    else:
-        sizes = [(1_000_000, 512, 128, 0.05), (1_000_000, 512, 1024, 0.05)]
-        sizes += [(2_000_000, 512, 128, 0.05), (2_000_000, 512, 1024, 0.05)]
-        sizes += [
-            (1_000_000, 512, 1024, None),
-            (100_000, 512, 128, 0.05),
-            (100_000, 512, 1024, 0.05),
-        ]
-        sizes += [(1_000_000, 192, 128, 0.05), (1_000_000, 192, 1024, 0.05)]
-        sizes += [(10_000_000, 192, 1024, 0.05), (10_000_000, 512, 128, 0.05)]
+    sizes = [at for at in (DRY_STEPS if dry else STEPS) if not wanted or named(*at) in wanted]
     compute_dense_loss(report, device)
     for classes, dim, batch, noise in sizes:
         roofline = 1000 * 2 * classes * dim / speed
@@ -665,7 +690,7 @@ def anatomy(report: Report, device: torch.device) -> None:
         )
 
 
-def training(report: Report, device: torch.device) -> None:
+def training(report: Report, device: torch.device, models: list[str]) -> None:
     """Samples a second of a whole step, encoder included."""
     from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 
@@ -701,12 +726,13 @@ def training(report: Report, device: torch.device) -> None:
     heads: dict[str, Callable] = {
         "ArcFace": DenseArcFace,
         "Q-Margin, this package": Ours,
+        "Q-Margin, this package, dense": DenseQMargin,
         "Q-Margin as its paper, full": PaperFull,
         "Q-Margin as its paper, 5 %": Paper,
         "Q-Margin as its paper, 1 %": PaperOnePercent,
     }
     classes, batch = (300, 2) if dry else (2_000_000, 128)
-    for name, contender in heads.items():
+    for name, contender in heads.items() if "IResNet" in models else ():
         attempt(
             report,
             f"IResNet-{18 if dry else 100}, {name}",
@@ -735,7 +761,7 @@ def training(report: Report, device: torch.device) -> None:
         ("ECAPA", Ecapa, 192),
         ("ResNet34", lambda: ResNet(channels=4 if dry else 32), 256),
     ):
-        for name in ("ArcFace", "Q-Margin, this package"):
+        for name in [*heads][:3] if model in models else ():
             attempt(
                 report,
                 f"{model}, {name}",
@@ -782,6 +808,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", default=[*SECONDS])
     parser.add_argument("--minutes", type=float, default=7.5, help="for all parts together")
     parser.add_argument("--contenders", nargs="+", default=[*CONTENDERS], help="of a step")
+    sizes = [named(*at) for at in STEPS]
+    parser.add_argument("--sizes", nargs="+", choices=sizes, help="of a step; without it all")
+    models = ["IResNet", "ECAPA", "ResNet34"]
+    parser.add_argument("--models", nargs="+", choices=models, default=models, help="to train")
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(args.out, args.dry, args.minutes)
@@ -791,8 +821,9 @@ def main(arguments: list[str] | None = None) -> None:
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False  # SpeechBrain's import turns it on
     contenders = [name for name in CONTENDERS if name in args.contenders]
-    parts = {"exactness": exactness, "anatomy": anatomy, "training": training}
-    parts["step"] = partial(steps, contenders=contenders)
+    parts = {"exactness": exactness, "anatomy": anatomy}
+    parts["training"] = partial(training, models=args.models)
+    parts["step"] = partial(steps, contenders=contenders, wanted=args.sizes)
     try:
         for name in args.parts:
             if name == "small":

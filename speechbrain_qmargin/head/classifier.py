@@ -563,22 +563,31 @@ class HeadOutput:
         head, prototypes = self.head, self.head.prototypes()
         if not fused.takes(prototypes, objective):
             return None
-        raw, target_log_q = self.embeddings.float().contiguous(), objective.target_log_q
+        raw, target_log_q = self.embeddings.float(), objective.target_log_q
         if target_log_q is None:
             target_log_q = torch.zeros(len(raw), dtype=torch.float64, device=raw.device)
         log_q = objective.log_q
         asked = replace(
             objective,
-            target_log_q=target_log_q.detach().to(raw.device, torch.float64).contiguous(),
-            log_q=None if log_q is None else log_q.to(raw.device).contiguous(),
+            target_log_q=target_log_q.detach().to(raw.device, torch.float64),
+            log_q=None if log_q is None else log_q.to(raw.device),
         )
-        step = fused.evaluate(raw.detach(), targets, asked, prototypes, head._room)
-        if step is None:
+        parts = fused.evaluate(raw.detach(), targets, asked, prototypes, head._room)
+        if parts is None:
             return None
-        in_order = head.rows_in_order
-        found = Evaluation(
-            *fused.FusedLoss.apply(raw, head.weight, self.anchored, step, prototypes, in_order)
-        )
+        whole = len(parts) == 1  # of which no view is taken: its gradient would be copied
+        each = [
+            fused.FusedLoss.apply(
+                raw if whole else raw[part],
+                head.weight,
+                self.anchored,
+                step,
+                prototypes,
+                head.rows_in_order,
+            )
+            for part, step in parts
+        ]
+        found = Evaluation(*(each[0] if whole else map(torch.cat, zip(*each, strict=True))))
         rows = Rows(found.loss, found.target_posterior, found.support)
         return attach(rows, objective, found.target_cosines, found.residual)
 

@@ -19,23 +19,26 @@ summed in fixed point and rounded down, exceeds 1 by more than the rounding of i
 
 Everything is checked once, in the only wait for the device: labels, embeddings that are not finite,
 whether all was found that has to be (if not, the room grows, and the step is done again), whether
-Newton's method converged, and how many rows have a gradient. Where the support is too wide for any
-room, the step is that of ``step``.
+Newton's method converged, and how many rows have a gradient. Where the support is too wide for
+that, the batch is taken in halves, quarters or eighths; where it is too wide for any room, the step
+is that of ``step``.
 """
 
 from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
 from speechbrain_qmargin.head.precision import exact_accumulation
 from speechbrain_qmargin.head.prototypes import Prototypes
+from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.head.step import check_backward, of_rows, refuse_labels
 from speechbrain_qmargin.loss.interface import Objective, slope_of
 
@@ -44,15 +47,20 @@ logger = logging.getLogger(__name__)
 __all__ = ["FusedLoss", "Room", "Step", "bytes_of_a_step", "evaluate", "ones", "stage", "takes"]
 
 
+_MOST_HALVINGS = 3
+
+
 @dataclass
 class Room:
-    """How many classes a sample may have in the two buffers; it grows where it was too small.
+    """What earlier batches needed: how many classes a sample may have in the two buffers, at least
+    what the sizes say, and how often a batch was halved for them to fit.
 
-    At least what the sizes say. Results do not depend on it; that none was enough is logged once.
+    Results do not depend on it; that none was enough is logged once.
     """
 
     screened: int = 0
     kept: int = 0
+    halvings: int = 0
     was_too_small: bool = False
 
 
@@ -88,8 +96,12 @@ class Step(NamedTuple):
 
 def evaluate(
     raw: Tensor, labels: Tensor, objective: Objective, prototypes: Prototypes, room: Room
-) -> Step | None:
+) -> list[tuple[slice, Step]] | None:
     """All that can be computed without the losses' gradient; None where no room is enough.
+
+    As a rule the batch is one part. Where its samples' classes do not fit, it is halved, three
+    times at most: fewer samples have more room each. How often depends on nothing but the batch, so
+    that a resumed run has the same sums.
 
     Parameters
     ----------
@@ -107,31 +119,118 @@ def evaluate(
     ValueError
         Labels that are none.
     """
-    sizes = prototypes.sizes
-    most = sizes.max_candidates // len(raw)
+    samples, sizes = len(raw), prototypes.sizes
+    while True:
+        parts, asked = [], _Asked(0, 0)
+        for part in _parts(samples, room.halvings):
+            step, needed = _evaluate_part(
+                raw[part], labels[part], _of_part(objective, part, samples), prototypes, room
+            )
+            asked = _Asked(*map(max, asked, needed))
+            if step is None:
+                break
+            parts.append((part, step))
+        enough = _halvings_for(asked, samples, sizes)
+        if enough > room.halvings:
+            if room.halvings == _MOST_HALVINGS:
+                _say_once(room, asked, samples, sizes)
+                return None
+            room.halvings += 1
+        elif len(parts) < len(_parts(samples, room.halvings)):
+            return None  # some sample's level, or a prototype, is no number
+        elif enough == room.halvings:
+            return parts
+        else:
+            room.halvings = enough
+
+
+class _Asked(NamedTuple):
+    """The most classes that a sample had at a time, and near its support."""
+
+    screened: int
+    kept: int
+
+    def fits(self, samples: int, sizes: Sizes) -> bool:
+        """In the buffers that so many samples may have."""
+        most = _most(samples, sizes)
+        return self.screened <= most.screened and self.kept <= most.kept
+
+
+def _most(samples: int, sizes: Sizes) -> _Asked:
+    each = sizes.max_candidates // samples
+    return _Asked(max(sizes.screened, each), max(sizes.kept, each // 4))
+
+
+def _parts(samples: int, halvings: int) -> list[slice]:
+    each = -(-samples // 2**halvings)
+    return [slice(start, min(start + each, samples)) for start in range(0, samples, each)]
+
+
+def _halvings_for(asked: _Asked, samples: int, sizes: Sizes) -> int:
+    """How many are enough; more than there may be if none."""
+    for halvings in range(_MOST_HALVINGS + 1):
+        if asked.fits(-(-samples // 2**halvings), sizes):
+            return halvings
+    return _MOST_HALVINGS + 1
+
+
+def _of_part(objective: Objective, part: slice, samples: int) -> Objective:
+    """The objective of some of a batch's samples."""
+    if part == slice(0, samples):
+        return objective
+    move, target_log_q = objective.move_target, objective.target_log_q
+    assert target_log_q is not None
+
+    def moved(cosines: Tensor) -> Tensor:
+        # it may have a margin for each sample of the batch
+        assert move is not None
+        return move(F.pad(cosines, (part.start, samples - part.stop)))[part]
+
+    return replace(
+        objective,
+        target_log_q=target_log_q[part],
+        move_target=None if move is None else moved,
+    )
+
+
+def _say_once(room: Room, asked: _Asked, samples: int, sizes: Sizes) -> None:
+    if room.was_too_small:
+        return
+    room.was_too_small = True
+    most = _most(-(-samples // 2**_MOST_HALVINGS), sizes)
+    needed, there = (
+        (asked.screened, most.screened)
+        if asked.screened > most.screened
+        else (asked.kept, most.kept)
+    )
+    logger.warning(
+        f"{needed} classes of a sample may be active, and an eighth of a batch of {samples} has "
+        f"room for {there} each on this device: such a step is exact too, but many times slower. "
+        "Fewer samples a step, a larger alpha or scale leave room"
+    )
+
+
+def _evaluate_part(
+    raw: Tensor, labels: Tensor, objective: Objective, prototypes: Prototypes, room: Room
+) -> tuple[Step | None, _Asked]:
+    """A step of samples that go at a time, if they can; and what room they asked for."""
+    most = _most(len(raw), prototypes.sizes)
     while True:
         # what a smaller batch has grown to may be more than this one can have
-        screened = max(sizes.screened, min(room.screened, most))
-        width = max(sizes.kept, min(room.kept, most // 2))
+        screened = max(prototypes.sizes.screened, min(room.screened, most.screened))
+        width = max(prototypes.sizes.kept, min(room.kept, most.kept))
         step, (found, kept, bad_label, _, failed, rows) = _attempt(
             raw, labels, objective, prototypes, screened, width
         )
+        asked = _Asked(found, kept)
         if bad_label:
             refuse_labels(labels, len(prototypes.weight))
         if found <= screened and kept <= width:
             if failed:
-                return None
-            return step._replace(rows=step.rows[:rows], starts=step.starts[: rows + 1])
-        if found > most or kept > most // 2:
-            if not room.was_too_small:
-                room.was_too_small = True
-                needed, there = (found, most) if found > most else (kept, most // 2)
-                logger.warning(
-                    f"{needed} classes of a sample may be active, and a batch of {len(raw)} has "
-                    f"room for {there} each on this device: such a step is exact too, but many "
-                    "times slower. Fewer samples a step, a larger alpha or scale leave room"
-                )
-            return None
+                return None, asked
+            return step._replace(rows=step.rows[:rows], starts=step.starts[: rows + 1]), asked
+        if not asked.fits(len(raw), prototypes.sizes):
+            return None, asked
         room.screened = max(room.screened, _power_of_2_above(found))
         room.kept = max(room.kept, _power_of_2_above(kept))
 
@@ -187,6 +286,7 @@ def _attempt(
         slope = ones(len(raw), device)
         if objective.move_target is not None:
             moved, slope = slope_of(objective.move_target, batch.cosine)
+            moved, slope = moved.contiguous(), slope.contiguous()  # one of all ones is expanded
             unmoved, batch = batch.cosine, batch._replace(cosine=moved)
         else:
             unmoved = batch.cosine

@@ -626,6 +626,8 @@ def prepare(
 ) -> Batch:  # fmt: skip
     """A batch with its targets' cosines and what the screening is to allow for."""
     assert prototypes.screen is not None
+    raw, labels, prior = raw.contiguous(), labels.contiguous(), prior.contiguous()
+    log_q = None if log_q is None else log_q.contiguous()
     (batch, dim), device = raw.shape, raw.device
     doubles = torch.empty(4, batch, dtype=torch.float64, device=device)
     integers = torch.empty(3, batch, dtype=torch.int32, device=device)

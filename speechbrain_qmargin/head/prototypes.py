@@ -76,13 +76,18 @@ class Screen(NamedTuple):
 
 
 class Prototypes(NamedTuple):
-    """What a search reads: rows [C, D] float32, 1/norm [C], and from 32,768 classes on a screen;
-    and how much of them at a time."""
+    """What a search reads: rows [C, D] float32, 1/norm [C], and from 32,768 classes on, or for
+    ``fused`` of any number, a screen; and how much of them at a time."""
 
     weight: Tensor
     inverse_norm: Tensor
     screen: Screen | None
     sizes: Sizes = Sizes()
+
+    @property
+    def are_screened(self) -> bool:
+        """Whether ``search`` looks at few bits first."""
+        return self.screen is not None and len(self.weight) >= self.sizes.screen_from
 
     def unit(self, rows: Tensor | slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows of unit length."""
@@ -127,7 +132,7 @@ class Derived:
                 rows = weight.detach()
                 norms = rows.new_empty(rows.shape[0])
                 sizes = self.sizes_on(weight.device)
-                screened = len(rows) >= sizes.screen_from
+                screened = sizes.fused or len(rows) >= sizes.screen_from
                 screen = _empty_screen(rows, norms, sizes.screen) if screened else None
                 self._kept = Prototypes(rows, norms, screen, sizes)
                 step = sizes.fit(sizes.rows, 8 * rows.shape[1])

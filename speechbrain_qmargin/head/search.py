@@ -524,7 +524,7 @@ def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
 
     level, share = _sampled_level(query, prototypes)
     sizes = prototypes.sizes
-    room, screened = sizes.max_candidates, prototypes.screen is not None
+    room, screened = sizes.max_candidates, prototypes.are_screened
     found: list[Candidates] | None = []
     wide = screened and share * len(level) * len(prototypes.weight) > 2 * room
     level, (most, wide) = comm.max_and_flags(level, screened and share > sizes.most, wide)
@@ -538,7 +538,7 @@ def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
             nearest = nearest_rows(query, _joined(found, query))
             level = candidate_level(query, nearest, level, bound=True)
         floor = floor_of(level)
-        if prototypes.screen is None:
+        if not screened:
             rows = torch.arange(part.start, part.stop, device=query.unit.device)
         else:
             rows = Screening(query.unit, floor, prototypes).survivors(part)

@@ -22,7 +22,7 @@ class Sizes:
     Attributes
     ----------
     screen_from : int
-        Below this many classes all are scored in float32.
+        Below this many classes ``search`` scores all in float32.
     screen : torch.dtype or None
         bf16, int8 or float32, in which classes are screened. None: what the processor multiplies
         fast, see :func:`~speechbrain_qmargin.head.prototypes.screen_dtype`.
@@ -126,6 +126,6 @@ def constants(device: torch.device) -> Sizes:
         output_bytes=64 * 2**20,
         at_once=64 * 2**20,
         parts=8,
-        max_candidates=8_000_000,
+        max_candidates=16_000_000,
         fused=kernels_run(device),
     )

@@ -559,7 +559,13 @@ def _constants(dtype: torch.dtype, alpha: float) -> dict[str, Any]:
     }
 
 
+def _in_a_row(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The same with their elements one after the other, as kernels read them."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
 def _solve_rows(cosines, targets, moved, prior, log_q, alpha, scale, limit, support):
+    targets, moved, prior, log_q = _in_a_row(targets, moved, prior, log_q)
     loss, posterior, kept, counts = _outputs(cosines)
     rows, classes = cosines.shape
     resident = classes <= resident_classes(cosines.dtype)
@@ -606,6 +612,7 @@ def _(cosines, targets, moved, prior, log_q, alpha, scale, limit, support):
 
 
 def _gradient(cosines, targets, log_q, kept, factors, alpha, scale, moved, dtype):
+    targets, log_q, kept, factors = _in_a_row(targets, log_q, kept, factors)
     out = cosines.new_empty(cosines.shape, dtype=dtype)
     rows, classes = cosines.shape
     block = power_of_2(classes, most=_COLUMNS)

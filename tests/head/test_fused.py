@@ -16,6 +16,7 @@ from launches import Counted, interpreted
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD, fused
 from speechbrain_qmargin.head.sizes import Sizes, constants
 from speechbrain_qmargin.loss.device import control_flow
+from speechbrain_qmargin.loss.interface import Objective
 
 kernels = pytest.importorskip("speechbrain_qmargin.head.kernels", exc_type=ImportError)
 row_kernels = pytest.importorskip("speechbrain_qmargin.head.row_kernels", exc_type=ImportError)
@@ -37,13 +38,19 @@ SIZES = Sizes(
 
 @pytest.fixture(autouse=True)
 def on_the_device(device, request):
-    """On a CPU in the interpreter; with ``--device cuda`` compiled, and tensors are made there."""
+    """On a CPU in the interpreter; with ``--device cuda`` compiled, and tensors are made there.
+
+    Without TF32, which importing SpeechBrain turns on: the torch path is as exact as it is told.
+    """
     interprets = device.type == "cpu" and "compile" not in request.node.name
     if interprets and torch.__version__.startswith("2.7"):
         pytest.skip("the interpreter of its Triton, 3.3, knows no int1; its compiler does")
     kind = interpreted(kernels, numbers) if device.type == "cpu" else nullcontext()
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
     with kind, control_flow(host=False), device:
         yield
+    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 @pytest.fixture
@@ -162,6 +169,81 @@ def test_a_room_too_small_grows_and_changes_nothing(only_fused):
         assert torch.equal(a.to_dense(), b.to_dense())  # to the last bit
 
 
+def test_tensors_whose_elements_are_apart(only_fused):
+    """The gradient of a sum is one number, expanded; labels may be a column of several."""
+    head, x, labels = problem(60, 8, 3)
+    log_q = torch.rand(60, dtype=torch.float64)
+
+    def step_of(x, labels, log_q, factor):
+        head.weight.grad, x = None, x.detach().requires_grad_()
+
+        def move(cosines):
+            return cosines - 0.2 if factor is None else factor * (cosines - 0.2)
+
+        objective = Objective(12.0, 1.5, move_target=move, log_q=log_q)
+        rows = head.train()(x).evaluate(labels, objective)
+        rows.loss.sum().backward()
+        return rows.loss, x.grad, head.weight.grad.to_dense()
+
+    def apart(tensor):
+        return torch.stack((tensor, torch.zeros_like(tensor)), -1)[..., 0]
+
+    wanted = step_of(x, labels, log_q, torch.ones(3, dtype=torch.float64))
+    found = step_of(apart(x), apart(labels), apart(log_q), None)
+    for a, b in zip(wanted, found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_few_classes_are_no_reason_for_the_torch_path(only_fused):
+    """As a speaker verifier has them, below what ``search`` screens."""
+    few = replace(SIZES, screen_from=constants(torch.device("cuda")).screen_from)
+    head, x, labels = problem(90, 12, 2, sizes=few)
+    check(head, x, labels, 1.25, 32.0, 0.2)
+    assert not head.prototypes().are_screened
+
+
+def test_a_batch_whose_classes_do_not_fit_is_halved(only_fused, monkeypatch):
+    """Each loss is the same to the last bit, and what is remembered decides nothing."""
+    head, x, labels = problem(150, 12, 5)
+    margins = torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25], dtype=torch.float64)
+    objective = Objective(scale=12.0, alpha=1.25, move_target=lambda cosines: cosines - margins)
+
+    def step_of(head, x):
+        head.weight.grad = x.grad = None
+        rows = head.train()(x).evaluate(labels, objective)
+        rows.loss.sum().backward()
+        return rows.loss, rows.target_posterior, rows.support, x.grad, head.weight.grad.to_dense()
+
+    attempts, one = [], fused._attempt
+
+    def attempt(raw, *rest):
+        step, facts = one(raw, *rest)
+        attempts.append((len(raw), facts[1]))
+        return step, facts
+
+    monkeypatch.setattr(fused, "_attempt", attempt)
+    wanted = step_of(head, x)
+    [(_, kept)] = attempts
+    # of 5 samples each has room for 0.8 times what one needs, of 3 for 1.3 times
+    sizes = replace(SIZES, max_candidates=16 * kept, screened=4, kept=2)
+    halved, *_ = problem(150, 12, 5, sizes=sizes)
+    halved.load_state_dict(head.state_dict())
+    for _ in range(2):
+        attempts.clear()
+        found = step_of(halved, x.detach().clone().requires_grad_())
+        for a, b in zip(wanted[:3], found[:3], strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(wanted[3:], found[3:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert halved._room.halvings == 1
+    assert [size for size, _ in attempts] == [3, 2]  # and no vain one
+    # a batch that fits is one part, though the last one did not
+    near = head.weight.detach()[labels].requires_grad_()
+    step_of(halved, near)
+    assert halved._room.halvings == 0
+    assert attempts[-1][0] == 5
+
+
 def test_without_any_room_it_is_the_torch_path(caplog):
     head, x, labels = problem(40, 8, 2)
     wanted = evaluated(head, x, labels, 1.5, 0.5, 0.2)  # everything is active
@@ -173,7 +255,7 @@ def test_without_any_room_it_is_the_torch_path(caplog):
     told = [one.message for one in caplog.records if "many times slower" in one.message]
     assert len(told) == 1
     assert told[0].startswith(
-        "39 classes of a sample may be active, and a batch of 2 has room for 20"
+        "39 classes of a sample may be active, and an eighth of a batch of 2 has room for 10"
     )
     torch.testing.assert_close(found[0].loss, wanted[0].loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found[2].to_dense(), wanted[2].to_dense(), rtol=1e-4, atol=1e-6)

@@ -139,6 +139,35 @@ def test_margins_of_samples_and_priors_of_classes(device, longer_rows, alpha):
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
 
 
+def test_tensors_whose_elements_are_apart(device):
+    """A column of several, one number expanded, a transposed matrix."""
+    cosines, targets = batch(40, device)
+    log_q = torch.rand(40, device=device, dtype=DOUBLE)
+    prior = torch.full((3,), -1.5, device=device, dtype=DOUBLE)
+    moved = cosines.gather(1, targets.unsqueeze(1)).squeeze(1).double() - 0.1
+
+    def apart(tensor):
+        return torch.stack((tensor, torch.zeros_like(tensor)), -1)[..., 0]
+
+    for measure in (log_q, log_q.expand(3, 40)):
+        solved = kernels.solve_rows(
+            cosines, targets, 1.5, 10.0, moved=moved, prior=prior, log_q=measure
+        )
+        other = kernels.solve_rows(
+            cosines, apart(targets), 1.5, 10.0, moved=apart(moved), prior=prior[:1].expand(3),
+            log_q=apart(measure),
+        )  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(solved, other, strict=True))
+        ones = torch.ones(3, device=device)
+        kept = solved.kept
+        a = kernels.gradient(cosines, targets, kept, ones, 1.5, 10.0, log_q=measure)
+        b = kernels.gradient(
+            cosines, apart(targets), apart(kept), ones[:1].expand(3), 1.5, 10.0,
+            log_q=apart(measure),
+        )  # fmt: skip
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("classes", [1, 2, 3])
 def test_tiny_numbers_of_classes(device, classes):
     for alpha in (1.0, 1.25, 2.0, 2.5):
