@@ -455,7 +455,7 @@ def agreed_level(query: Query, sums, lower: Tensor, peak: Tensor, comm: Communic
         peak,
         query.classes,
         query.spread,
-        settled=comm.settled if comm.world > 1 else None,
+        settled=comm.settled,  # a pass takes longer than to wait for its outcome, on a GPU too
     )
     return comm.from_first(level)
 

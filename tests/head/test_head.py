@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
 
 from speechbrain_qmargin import QMarginLoss
-from speechbrain_qmargin.head import QMarginHead, prototypes, search
+from speechbrain_qmargin.head import QMarginHead, dense, prototypes, search
 from speechbrain_qmargin.head.precision import product_roundoff
 from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.loss.arcface import ArcFaceLoss
+from speechbrain_qmargin.loss.device import control_flow
 
 
 def dense_reference(embeddings, weight, labels, alpha, scale, margin):
@@ -216,6 +217,18 @@ def test_too_many_candidates_for_memory(screened, alpha):
     with torch.no_grad():
         head.weight.copy_(head.weight[:1].expand_as(head.weight))
     check(head, torch.randn(5, 16), labels, alpha, 10, 0.2)
+
+
+def test_a_pass_over_all_classes_is_not_taken_in_vain(screened, monkeypatch):
+    """On a GPU too: a pass takes longer than to ask whether the last one was enough."""
+    torch.manual_seed(0)
+    sizes = replace(screened, max_candidates=2000)
+    head = QMarginHead(16, 2500, alpha=1.25, scale=0.5, margin=0.2, sizes=sizes)
+    passes, blocks = [], dense.AllClasses._blocks
+    monkeypatch.setattr(dense.AllClasses, "_blocks", lambda self: passes.append(1) or blocks(self))
+    with control_flow(host=False):
+        head(torch.randn(5, 16), torch.randint(2500, (5,))).backward()
+    assert 2 < len(passes) <= 12
 
 
 def test_nothing_is_looked_at_twice(screened, monkeypatch):
