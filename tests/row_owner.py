@@ -1,10 +1,12 @@
 """The least that an optimiser of rows wants of a head."""
 
+from torch import nn
+
 
 class Rows:
     """What an optimiser of rows asks of a head, around a parameter."""
 
-    def __init__(self, weight):
+    def __init__(self, weight: nn.Parameter):
         self.weight, self.optimizer = weight, None
 
     def bind(self, optimizer):
@@ -16,5 +18,8 @@ class Rows:
     def in_order(self, rows):
         return False
 
-    def rows_changed(self, rows, before):
+    def derived_by_kernel(self, before):
+        return None
+
+    def rows_changed(self, rows, before, *, derived=False):
         pass
