@@ -1,5 +1,6 @@
 """Counts of what a GPU would be asked to do, on a CPU."""
 
+import threading
 import weakref
 from contextlib import contextmanager
 from importlib import import_module
@@ -81,6 +82,7 @@ def interpreted(*modules):
     names = {module.__name__ for module in modules}
     interpreter = import_module("triton.runtime.interpreter")
     function, executor = interpreter.InterpretedFunction, interpreter.GridExecutor
+    one_at_a_time = threading.RLock()  # what it patches is the process's, and ranks are threads
     call, run = function.__call__, executor.__call__
 
     def quick_call(self, *args, **kwargs):
@@ -89,14 +91,15 @@ def interpreted(*modules):
         return call(self, *args, **kwargs)
 
     def unseen_run(self, *args, **kwargs):
-        for hook in self.pre_run_hooks:
-            hook(*args, **kwargs)
-        hooks, self.pre_run_hooks = self.pre_run_hooks, []
-        try:
-            with _disable_current_modes():
-                return run(self, *args, **kwargs)
-        finally:
-            self.pre_run_hooks = hooks
+        with one_at_a_time:
+            for hook in self.pre_run_hooks:
+                hook(*args, **kwargs)
+            hooks, self.pre_run_hooks = self.pre_run_hooks, []
+            try:
+                with _disable_current_modes():
+                    return run(self, *args, **kwargs)
+            finally:
+                self.pre_run_hooks = hooks
 
     function.__call__, executor.__call__ = quick_call, unseen_run
     try:

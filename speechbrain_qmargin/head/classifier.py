@@ -21,6 +21,7 @@ from speechbrain_qmargin.head import fused, shards
 from speechbrain_qmargin.head import refusals as refusals  # kernels that name the remedy
 from speechbrain_qmargin.head.binary import BinaryLoss
 from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.head.kernel_search import Room, takes
 from speechbrain_qmargin.head.optim import RowSparse
 from speechbrain_qmargin.head.prototypes import Derived, Mark, Prototypes
 from speechbrain_qmargin.head.sizes import Sizes
@@ -61,6 +62,15 @@ class LookedAt(NamedTuple):
     weight: Tensor
     targets: Tensor
     classes: Tensor | None
+
+
+class Agreement(NamedTuple):
+    """What all ranks know of a step before it: their batch sizes, whether all embeddings are finite
+    (a bool on the device), and whether the kernels run everywhere."""
+
+    sizes: list[int]
+    finite: Tensor
+    kernels: bool
 
 
 class QMarginHead(nn.Module):
@@ -187,7 +197,7 @@ class QMarginHead(nn.Module):
         self.anchor = nn.Parameter(torch.zeros(())) if distributed else None
         # what DDP reads of the module it wraps: its names for gradients and for broadcasts
         self._ddp_params_and_buffers_to_ignore = [".weight", "weight"]
-        self._derived, self._room = Derived(sizes), fused.Room()
+        self._derived, self._room = Derived(sizes), Room()
         self._in_order = RowsInOrder()
         self._optimizer: weakref.ref | None = None
         self._checked_against_ddp = False
@@ -236,9 +246,9 @@ class QMarginHead(nn.Module):
         return self._optimizer is not None and self._optimizer() is optimizer
 
     @property
-    def may_fuse(self) -> bool:
-        """Whether ``fused`` knows such a head: all classes here, each of one row."""
-        return self.comm.world == 1 and self.subcentres == 1
+    def may_use_kernels(self) -> bool:
+        """Whether ``fused`` and ``kernel_search`` know such a head: each class has one row."""
+        return self.subcentres == 1
 
     @property
     def gives_sparse_grad(self) -> bool:
@@ -357,7 +367,7 @@ class QMarginHead(nn.Module):
             unit = F.normalize(embeddings.float(), dim=1)
             if self.comm.world == 1:
                 return self.all_cosines(unit).unsqueeze(1)
-            sizes = self._agreed_sizes(unit, None, None)[0]
+            sizes = self._agree(unit, None, None).sizes
             x = self.comm.gather(unit.detach(), sizes)
             cosines = F.normalize(self.weight.detach(), dim=1) @ x.T
             cosines = cosines.unflatten(0, (-1, self.subcentres)).amax(1)
@@ -366,10 +376,8 @@ class QMarginHead(nn.Module):
             offset = sum(sizes[: self.comm.rank])
             return everything[:, offset : offset + unit.shape[0]].T.unsqueeze(1)
 
-    def _agreed_sizes(
-        self, unit: Tensor, labels: Tensor | None, refused: Exception | None
-    ) -> tuple[list[int], Tensor]:
-        """Batch sizes of all ranks, and whether all embeddings are finite.
+    def _agree(self, unit: Tensor, labels: Tensor | None, refused: Exception | None) -> Agreement:
+        """What all ranks know of a step before it.
 
         All ranks raise if one of them has bad input, so that none waits.
         """
@@ -382,13 +390,15 @@ class QMarginHead(nn.Module):
                 raise refused
             if labels is not None:
                 _check_range(labels, wrong, self.num_classes)
-            return [len(unit)], finite
-        facts = [len(unit), wrong, refused is not None, ~finite]
+            return Agreement([len(unit)], finite, False)
+        kernels = labels is not None and refused is None and self.may_use_kernels
+        kernels = kernels and takes(self.prototypes(), alpha=2.0)
+        facts = [len(unit), wrong, refused is not None, ~finite, not kernels]
         facts = torch.stack([torch.as_tensor(fact, device=unit.device).long() for fact in facts])
         facts = torch.stack(self.comm.gather_rows(facts)).tolist()
         if refused is not None:
             raise refused
-        for rank, (size, wrong_labels, other, _) in enumerate(facts):
+        for rank, (size, wrong_labels, other, *_) in enumerate(facts):
             if not size:
                 raise ValueError(f"rank {rank}: an empty batch of embeddings")
             if other:
@@ -399,8 +409,9 @@ class QMarginHead(nn.Module):
                     f"rank {rank}: {wrong_labels} labels outside [0, {self.num_classes}){mine}: "
                     "set num_classes (out_n_neurons) to the size of the label encoder"
                 )
-        all_finite = not any(infinite for *_, infinite in facts)
-        return [size for size, *_ in facts], torch.tensor(all_finite, device=unit.device)
+        sizes, _, _, infinite, without = zip(*facts, strict=True)
+        finite = torch.tensor(not any(infinite), device=unit.device)
+        return Agreement(list(sizes), finite, not any(without))
 
     def _check_not_broadcast(self) -> None:
         """DDP around a larger module makes all ranks' prototypes those of the first."""
@@ -534,14 +545,16 @@ class HeadOutput:
             refused = error  # raised where all ranks hear of it
         head._check_not_broadcast()
         with torch.autocast(embeddings.device.type, enabled=False):
-            if refused is None and isinstance(objective, Objective) and head.may_fuse:
+            alone = head.comm.world == 1
+            if refused is None and isinstance(objective, Objective) and alone:
                 rows = self._fused(targets, objective)
                 if rows is not None:
                     return rows
             unit = F.normalize(embeddings.float(), dim=1)
-            sizes, finite = head._agreed_sizes(unit, targets, refused)
+            sizes, finite, kernels = head._agree(unit, targets, refused)
             raw = embeddings.detach().float()
             shard, weight, names, classes = head.looked_at(targets, sizes)
+            shard = shard._replace(room=head._room if kernels else None)
             batch = (unit, weight, self.anchored, names, raw, finite, sizes, shard)
             if isinstance(objective, BinaryObjective):
                 loss, posterior = BinaryLoss.apply(*batch, objective, *objective.parameters)
@@ -564,8 +577,11 @@ class HeadOutput:
 
     def _fused(self, targets: Tensor, objective: Objective) -> Rows | None:
         """By a few kernels, where that is the way."""
-        head, prototypes = self.head, self.head.prototypes()
-        if not fused.takes(prototypes, objective):
+        head = self.head
+        if not head.may_use_kernels:
+            return None
+        prototypes = head.prototypes()
+        if not takes(prototypes, objective.alpha):
             return None
         raw, target_log_q = self.embeddings.float(), objective.target_log_q
         if target_log_q is None:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
+from speechbrain_qmargin.head.kernel_search import (
+    MOST_HALVINGS,
+    Asked,
+    Room,
+    halvings_for,
+    near_support,
+    parts,
+)
 from speechbrain_qmargin.head.precision import exact_accumulation
 from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.head.sizes import Sizes
@@ -44,36 +52,7 @@ from speechbrain_qmargin.loss.interface import Objective, slope_of
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["FusedLoss", "Room", "Step", "bytes_of_a_step", "evaluate", "ones", "stage", "takes"]
-
-
-_MOST_HALVINGS = 3
-
-
-@dataclass
-class Room:
-    """What earlier batches needed: how many classes a sample may have in the two buffers, at least
-    what the sizes say, and how often a batch was halved for them to fit.
-
-    Results do not depend on it; that none was enough is logged once.
-    """
-
-    screened: int = 0
-    kept: int = 0
-    halvings: int = 0
-    was_too_small: bool = False
-
-
-def takes(prototypes: Prototypes, objective: Objective) -> bool:
-    """Whether this way is open: alpha > 1, prototypes with a screen in bf16, and kernels."""
-    screen = prototypes.screen
-    return (
-        prototypes.sizes.fused
-        and objective.alpha > 1
-        and screen is not None
-        and screen.rows.dtype == torch.bfloat16
-        and prototypes.weight.is_contiguous()
-    )
+__all__ = ["FusedLoss", "Step", "bytes_of_a_step", "evaluate", "ones", "stage"]
 
 
 class Step(NamedTuple):
@@ -111,7 +90,7 @@ def evaluate(
     objective : Objective
         With `target_log_q`; alpha > 1.
     prototypes : Prototypes
-        See :func:`takes`.
+        See :func:`~.kernel_search.takes`.
     room : Room
 
     Raises
@@ -121,57 +100,27 @@ def evaluate(
     """
     samples, sizes = len(raw), prototypes.sizes
     while True:
-        parts, asked = [], _Asked(0, 0)
-        for part in _parts(samples, room.halvings):
+        steps, asked = [], Asked(0, 0)
+        for part in parts(samples, room.halvings):
             step, needed = _evaluate_part(
                 raw[part], labels[part], _of_part(objective, part, samples), prototypes, room
             )
-            asked = _Asked(*map(max, asked, needed))
+            asked = Asked(*map(max, asked, needed))
             if step is None:
                 break
-            parts.append((part, step))
-        enough = _halvings_for(asked, samples, sizes)
+            steps.append((part, step))
+        enough = halvings_for(asked, samples, sizes)
         if enough > room.halvings:
-            if room.halvings == _MOST_HALVINGS:
+            if room.halvings == MOST_HALVINGS:
                 _say_once(room, asked, samples, sizes)
                 return None
             room.halvings += 1
-        elif len(parts) < len(_parts(samples, room.halvings)):
+        elif len(steps) < len(parts(samples, room.halvings)):
             return None  # some sample's level, or a prototype, is no number
         elif enough == room.halvings:
-            return parts
+            return steps
         else:
             room.halvings = enough
-
-
-class _Asked(NamedTuple):
-    """The most classes that a sample had at a time, and near its support."""
-
-    screened: int
-    kept: int
-
-    def fits(self, samples: int, sizes: Sizes) -> bool:
-        """In the buffers that so many samples may have."""
-        most = _most(samples, sizes)
-        return self.screened <= most.screened and self.kept <= most.kept
-
-
-def _most(samples: int, sizes: Sizes) -> _Asked:
-    each = sizes.max_candidates // samples
-    return _Asked(max(sizes.screened, each), max(sizes.kept, each // 4))
-
-
-def _parts(samples: int, halvings: int) -> list[slice]:
-    each = -(-samples // 2**halvings)
-    return [slice(start, min(start + each, samples)) for start in range(0, samples, each)]
-
-
-def _halvings_for(asked: _Asked, samples: int, sizes: Sizes) -> int:
-    """How many are enough; more than there may be if none."""
-    for halvings in range(_MOST_HALVINGS + 1):
-        if asked.fits(-(-samples // 2**halvings), sizes):
-            return halvings
-    return _MOST_HALVINGS + 1
 
 
 def _of_part(objective: Objective, part: slice, samples: int) -> Objective:
@@ -193,16 +142,13 @@ def _of_part(objective: Objective, part: slice, samples: int) -> Objective:
     )
 
 
-def _say_once(room: Room, asked: _Asked, samples: int, sizes: Sizes) -> None:
+def _say_once(room: Room, asked: Asked, samples: int, sizes: Sizes) -> None:
     if room.was_too_small:
         return
     room.was_too_small = True
-    most = _most(-(-samples // 2**_MOST_HALVINGS), sizes)
-    needed, there = (
-        (asked.screened, most.screened)
-        if asked.screened > most.screened
-        else (asked.kept, most.kept)
-    )
+    most = Asked.most(-(-samples // 2**MOST_HALVINGS), sizes)
+    first = asked.screened > most.screened
+    needed, there = (asked.screened, most.screened) if first else (asked.kept, most.kept)
     logger.warning(
         f"{needed} classes of a sample may be active, and an eighth of a batch of {samples} has "
         f"room for {there} each on this device: such a step is exact too, but many times slower. "
@@ -212,27 +158,24 @@ def _say_once(room: Room, asked: _Asked, samples: int, sizes: Sizes) -> None:
 
 def _evaluate_part(
     raw: Tensor, labels: Tensor, objective: Objective, prototypes: Prototypes, room: Room
-) -> tuple[Step | None, _Asked]:
+) -> tuple[Step | None, Asked]:
     """A step of samples that go at a time, if they can; and what room they asked for."""
-    most = _most(len(raw), prototypes.sizes)
+    sizes = prototypes.sizes
     while True:
-        # what a smaller batch has grown to may be more than this one can have
-        screened = max(prototypes.sizes.screened, min(room.screened, most.screened))
-        width = max(prototypes.sizes.kept, min(room.kept, most.kept))
+        here = room.of(len(raw), sizes)
         step, (found, kept, bad_label, _, failed, rows) = _attempt(
-            raw, labels, objective, prototypes, screened, width
+            raw, labels, objective, prototypes, here
         )
-        asked = _Asked(found, kept)
+        asked = Asked(found, kept)
         if bad_label:
             refuse_labels(labels, len(prototypes.weight))
-        if found <= screened and kept <= width:
+        if asked.fits(here):
             if failed:
                 return None, asked
             return step._replace(rows=step.rows[:rows], starts=step.starts[: rows + 1]), asked
-        if not asked.fits(len(raw), prototypes.sizes):
+        if not asked.fits(Asked.most(len(raw), sizes)):
             return None, asked
-        room.screened = max(room.screened, _power_of_2_above(found))
-        room.kept = max(room.kept, _power_of_2_above(kept))
+        room.grow(asked)
 
 
 def bytes_of_a_step(
@@ -246,7 +189,7 @@ def bytes_of_a_step(
     sample, products : int
         Classes the first floors come from; classes whose products are computed in one piece.
     screened, kept : int
-        As in :class:`Room`.
+        As in :class:`~.kernel_search.Room`.
 
     Examples
     --------
@@ -266,18 +209,13 @@ def bytes_of_a_step(
     return embeddings + peak + by_embeddings + 4096
 
 
-def _power_of_2_above(size: int) -> int:
-    return 1 << (size * 5 // 4).bit_length()
-
-
 def _attempt(
-    raw: Tensor, labels: Tensor, objective: Objective, prototypes: Prototypes, screened: int,
-    width: int,
-) -> tuple[Step, list[int]]:  # fmt: skip
+    raw: Tensor, labels: Tensor, objective: Objective, prototypes: Prototypes, room: Asked
+) -> tuple[Step, list[int]]:
     from speechbrain_qmargin.head import kernels
 
     assert objective.target_log_q is not None
-    sizes, classes, device = prototypes.sizes, len(prototypes.weight), raw.device
+    device = raw.device
     with stage("search"), exact_accumulation(device):
         batch = kernels.prepare(
             raw, labels, objective.target_log_q, objective.log_q, objective.alpha,
@@ -290,17 +228,7 @@ def _attempt(
             unmoved, batch = batch.cosine, batch._replace(cosine=moved)
         else:
             unmoved = batch.cosine
-        stride = -(-classes // sizes.sample)  # rounded up: `sample` classes at most
-        kernels.sample_floors(batch, kernels.sample_scores(batch, prototypes, stride), stride)
-        found = torch.empty(len(raw), screened, dtype=torch.int64, device=device)
-        kept = torch.empty(len(raw), width, dtype=torch.int32, device=device)
-        parts = sizes.parts_of(classes)
-        for part in parts:
-            kernels.screen(batch, prototypes, part, found)
-            kernels.raise_floors(batch, found, kept if part is parts[-1] else None)
-        del found
-        kept = kept.sort(1).values
-        cosines = kernels.exact_cosines(batch, prototypes, kept)
+        kept, cosines = near_support(batch, prototypes, room)
     with stage("solve"):
         solved = kernels.solve(batch, kept, cosines, slope)
         del cosines, kept

@@ -61,7 +61,7 @@ class PartialHead(QMarginHead):
         return f"{super().extra_repr()}, sample_rate={self.sample_rate:g}"
 
     @property
-    def may_fuse(self) -> bool:
+    def may_use_kernels(self) -> bool:
         return False
 
     def sample(self, targets: Tensor) -> Tensor:

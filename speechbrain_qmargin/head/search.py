@@ -68,6 +68,7 @@ __all__ = [
     "rounding",
     "screening_slack",
     "search",
+    "shared_bound",
 ]
 
 _SHARED = 128  # of a sample's logits, which shards show each other
@@ -126,7 +127,7 @@ class Query(NamedTuple):
         """Of the classes of some rows, in the shape of `rows`; None: q = 1."""
         return self.measure.of(rows // self.subcentres if self.subcentres > 1 else rows)
 
-    def rows(self, samples: Tensor) -> Query:
+    def rows(self, samples: Tensor | slice) -> Query:
         """The same for some samples."""
         unit, exact, labels, target = (part[samples] for part in self[:4])
         return self._replace(
@@ -554,20 +555,29 @@ def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
         if found is None:
             return Found(None, bound, False)
         return Found(whole, candidate_level(query, nearest, level, bound=True), False)
-    shared = _shared_bound(query, nearest, found is None, level, comm)
+    shared = shared_bound(query, (nearest, level) if found is not None else None, comm)
     return shared._replace(candidates=whole) if shared is not None else Found(None, bound, False)
 
 
-def _shared_bound(
-    query: Query, found: Candidates, failed: bool, level: Tensor, comm: Communicator
+def shared_bound(
+    query: Query, found: tuple[Candidates, Tensor] | None, comm: Communicator
 ) -> Found | None:
-    """A lower bound of the level from the largest logits of each shard; None if one has failed.
+    """With lower bounds of the levels from the largest logits of each shard; None if one has none.
 
     They hold nearly all mass, so that from their level Newton's method needs few steps.
+
+    Parameters
+    ----------
+    query : Query
+    found : (Candidates, Tensor [B]) or None
+        Of this shard, one row a class, and lower bounds of the levels.
+    comm : Communicator
     """
-    width = min(_SHARED, found.cosines.shape[1])
-    top, place = found.cosines.topk(width, 1, sorted=False)
-    log_q = query.log_q(found.rows.gather(1, place))
+    failed = found is None
+    candidates, level = found or (_joined([], query), query.target)
+    width = min(_SHARED, candidates.cosines.shape[1])
+    top, place = candidates.cosines.topk(width, 1, sorted=False)
+    log_q = query.log_q(candidates.rows.gather(1, place))
     logits = query.exact.new_full((len(level), _SHARED), -math.inf)
     logits[:, :width] = top.double() * query.scale
     mine = [logits, level.unsqueeze(1), torch.full_like(level, float(failed)).unsqueeze(1)]
@@ -581,7 +591,7 @@ def _shared_bound(
     level, peak = parts[:, :, _SHARED].amax(0), logits.amax(1)
     slack = rounding(query, level)
     level = torch.maximum(level, _level_of(query, logits - slack.unsqueeze(1), log_q, None, True))
-    return Found(None, level, False, peak + slack)
+    return Found(candidates, level, False, peak + slack)
 
 
 def product(embeddings: Tensor, rows: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.dense import AllClasses, AllOfGenerator
+from speechbrain_qmargin.head.kernel_search import Room, takes
+from speechbrain_qmargin.head.kernel_search import candidates as search_by_kernels
 from speechbrain_qmargin.head.precision import exact_accumulation
 from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.head.search import (
@@ -24,6 +26,7 @@ from speechbrain_qmargin.head.search import (
     refined,
     rounding,
     search,
+    shared_bound,
 )
 from speechbrain_qmargin.loss.device import add_rows
 from speechbrain_qmargin.loss.f_operators import GeneratorMeasure, Moments, masses
@@ -90,6 +93,7 @@ class Shard(NamedTuple):
     comm: Communicator
     in_order: RowsInOrder | None  # None: the gradient of the rows is dense
     subcentres: int = 1
+    room: Room | None = None  # None: the search is not that of ``kernel_search``
 
 
 class Evaluation(NamedTuple):
@@ -177,7 +181,7 @@ class HeadLoss(torch.autograd.Function):
         )
         with exact_accumulation(raw.device):
             if objective.generator is None:
-                solved = _solved(query, prototypes, comm, objective)
+                solved = _solved(query, raw, shard, objective)
             else:
                 solved = _solved_of_generator(query, prototypes, comm)
         solution, support = solved.solution, solved.support
@@ -341,20 +345,26 @@ class _Solved(NamedTuple):
     everything: AllClasses | AllOfGenerator | None = None
 
 
-def _solved(
-    query: Query, prototypes: Prototypes, comm: Communicator, objective: Objective
-) -> _Solved:
+def _solved(query: Query, raw: Tensor, shard: Shard, objective: Objective) -> _Solved:
     """For the alpha-divergences."""
-    active = everything = candidates = None
+    active = everything = candidates = lower = None
     bound, most, peak = None, False, None
-    if objective.alpha > 1:
+    prototypes, comm = shard.prototypes, shard.comm
+    if shard.room is not None and takes(prototypes, objective.alpha):
+        found = search_by_kernels(raw, query, prototypes, shard.room)
+        shared = shared_bound(query, found, comm)
+        if shared is not None:
+            candidates, peak = shared.candidates, shared.peak
+            lower = shared.level - rounding(query, shared.level)
+    elif objective.alpha > 1:
         candidates, bound, most, peak = search(query, prototypes, comm)
-    if candidates is None or bound is None:
+        if candidates is not None:
+            candidates, lower = refined(query, candidates, bound, prototypes)
+    if candidates is None or lower is None:
         everything = AllClasses(query, prototypes, objective.move_others, rounded=most)
         level = everything.level(comm, bound)
         moments = comm.sum(_all_moments(everything, level))
     else:
-        candidates, lower = refined(query, candidates, bound, prototypes)
         if peak is None:
             level = candidate_level(query, candidates, lower)
             p, moments = _posterior(query, candidates, level)

@@ -14,6 +14,7 @@ from brute_force import brute_force
 from launches import Counted, interpreted
 
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD, fused
+from speechbrain_qmargin.head.kernel_search import Asked, Room
 from speechbrain_qmargin.head.sizes import Sizes, constants
 from speechbrain_qmargin.loss.device import control_flow
 from speechbrain_qmargin.loss.interface import Objective
@@ -285,7 +286,7 @@ def test_the_bound_of_the_screen_loses_no_class():
     """The kept classes contain all above the edge of tau, which their levels are below."""
     head, x, labels = problem(200, 33, 2, noise=0.2)
     objective = fused_objective(labels, 1.25, 16.0, 0.2, None)
-    step, _ = fused._attempt(x.detach(), labels, objective, head.prototypes(), 512, 256)
+    step, _ = fused._attempt(x.detach(), labels, objective, head.prototypes(), Asked(512, 256))
     cosines = F.normalize(x.detach().double()) @ F.normalize(head.weight.detach().double()).T
     prior = torch.zeros_like(cosines)
     own = torch.arange(2), labels
@@ -316,7 +317,7 @@ def test_a_prototype_that_is_no_number_is_not_passed_over(only_fused):
     with control_flow(kernels=True):  # of what is derived too
         found = fused.evaluate(
             x.detach(), labels, fused_objective(labels, 1.5, 10.0, 0.2, None), head.prototypes(),
-            fused.Room(),
+            Room(),
         )  # fmt: skip
     assert found is None  # the torch path says what it is
 

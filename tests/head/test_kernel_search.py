@@ -1,0 +1,137 @@
+"""Shards on a GPU: their search by kernels, here in Triton's interpreter, and ranks as threads."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from launches import interpreted
+from ranks import on_ranks
+
+from speechbrain_qmargin.head import QMarginHead, step
+from speechbrain_qmargin.head.sizes import Sizes, constants
+from speechbrain_qmargin.loss.device import control_flow
+from speechbrain_qmargin.loss.functional import q_margin_objective
+
+kernels = pytest.importorskip("speechbrain_qmargin.head.kernels", exc_type=ImportError)
+row_kernels = pytest.importorskip("speechbrain_qmargin.head.row_kernels", exc_type=ImportError)
+numbers = pytest.importorskip("speechbrain_qmargin.loss.triton_numbers", exc_type=ImportError)
+
+WORLD, DIM, ROWS, CLASSES = 3, 12, 2, 200
+SIZES = Sizes(
+    screen_from=1,
+    screen=torch.bfloat16,
+    parts=constants(torch.device("cuda")).parts,
+    sample=20,
+    max_candidates=2**20,
+    fused=True,
+    screened=256,
+    kept=128,
+)
+pytestmark = pytest.mark.skipif(
+    torch.__version__.startswith("2.7"), reason="the interpreter of Triton 3.3 knows no int1"
+)
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    with interpreted(kernels, row_kernels, numbers), control_flow(host=False):
+        yield
+
+
+def batch(rank, weight, noise):
+    generator = torch.Generator().manual_seed(rank)
+    labels = torch.randint(len(weight), (ROWS,), generator=generator)
+    x = weight[labels] + noise * torch.randn(ROWS, DIM, generator=generator)
+    return (3 * x).requires_grad_(), labels
+
+
+def in_shards(parameters, noise, sizes=SIZES, log_q=None, only_kernels=True):
+    """Of each rank: losses, supports, gradients, collectives, and the head.
+
+    The torch path would hide what the kernels miss, so as a rule it is not there.
+    """
+    weight = QMarginHead(DIM, CLASSES, seed=0).weight.detach()
+
+    def one(comm):
+        head = QMarginHead(DIM, CLASSES, *parameters, seed=0, group=comm, sizes=sizes)
+        head._check_not_broadcast()  # in the first step alone
+        x, labels = batch(comm.rank, weight, noise)
+        comm.calls = 0
+        rows = head.train()(x).evaluate(labels, q_margin_objective(labels, *parameters, log_q))
+        rows.loss.mean().backward()
+        gradients = x.grad, head.weight.grad.to_dense()
+        return rows.loss.detach(), rows.support, *gradients, comm.calls, head
+
+    with pytest.MonkeyPatch.context() as patch:
+        if only_kernels:
+            patch.setattr(step, "search", None)
+            patch.setattr(step, "AllClasses", None)
+        return on_ranks(WORLD, one)
+
+
+def check(found, parameters, noise, log_q=None):
+    """Against one process, whose step is another."""
+    head = QMarginHead(DIM, CLASSES, *parameters, seed=0, sizes=Sizes())
+    inputs = [batch(rank, head.weight.detach(), noise) for rank in range(WORLD)]
+    with control_flow(host=True):
+        rows = [
+            head.train()(x).evaluate(labels, q_margin_objective(labels, *parameters, log_q))
+            for x, labels in inputs
+        ]
+        (sum(each.loss.mean() for each in rows) / WORLD).backward()
+    for rank, (loss, support, by_x, *_) in enumerate(found):
+        torch.testing.assert_close(loss, rows[rank].loss.detach(), rtol=1e-6, atol=1e-6)
+        assert torch.equal(support, rows[rank].support)
+        torch.testing.assert_close(by_x / WORLD, inputs[rank][0].grad, rtol=1e-5, atol=1e-6)
+    by_weight = torch.cat([each[3] for each in found])
+    torch.testing.assert_close(by_weight, head.weight.grad.to_dense(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "noise"),
+    [((1.25, 32.0, 0.2), 0.1), ((1.5, 10.0, 0.2), 100.0), ((3.0, 4.0, 0.1), 0.3)],
+)
+def test_the_step_is_that_of_one_process(parameters, noise):
+    found = in_shards(parameters, noise)
+    check(found, parameters, noise)
+    if parameters[0] <= 2:  # above, Newton's steps are safeguarded and more
+        assert max(each[4] for each in found) <= 12
+
+
+def test_a_prior_of_each_class():
+    log_q = 4 * torch.rand(CLASSES, dtype=torch.float64) - 2
+    check(in_shards((1.5, 10.0, 0.2), 0.3, log_q=log_q), (1.5, 10.0, 0.2), 0.3, log_q)
+
+
+def test_a_room_too_small_grows_or_the_batch_is_halved():
+    parameters, noise = (1.25, 12.0, 0.2), 0.3
+    found = in_shards(parameters, noise, sizes=replace(SIZES, screened=4, kept=2))
+    check(found, parameters, noise)
+    kept = max(each[5]._room.kept for each in found)
+    assert kept > 2
+    # room for all classes of a shard, to a part of two or three samples
+    tight = replace(SIZES, screened=4, kept=2, max_candidates=4 * 3 * CLASSES // WORLD)
+    found = in_shards(parameters, noise, sizes=tight)
+    check(found, parameters, noise)
+    assert max(each[5]._room.halvings for each in found) == 1  # each rank as it has to
+
+
+def test_without_any_room_every_class_is_looked_at():
+    """All ranks do, where one of them has to."""
+    parameters, noise = (1.5, 0.5, 0.2), 100.0
+    tight = replace(SIZES, screened=4, kept=2, max_candidates=40)
+    check(in_shards(parameters, noise, sizes=tight, only_kernels=False), parameters, noise)
+
+
+def test_one_rank_without_kernels_is_enough_for_the_other_way(monkeypatch):
+    parameters, noise = (1.5, 10.0, 0.2), 0.3
+    kernels_of = QMarginHead.may_use_kernels
+    monkeypatch.setattr(
+        QMarginHead,
+        "may_use_kernels",
+        property(lambda self: self.comm.rank != 1 and kernels_of.fget(self)),
+    )
+    asked = []
+    monkeypatch.setattr(step, "search_by_kernels", lambda *_: asked.append(1))
+    check(in_shards(parameters, noise, only_kernels=False), parameters, noise)
+    assert not asked
