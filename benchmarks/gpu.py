@@ -26,7 +26,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,8 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechbrain_qmargin import CosFaceLoss, QMarginHead, QMarginLoss, RowSparseSGD, q_margin_loss
-from speechbrain_qmargin.head.sizes import constants
 from speechbrain_qmargin.loss.device import control_flow, kernels_run
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 SCALE, MARGIN, ALPHA, LR, MOMENTUM = 32.0, 0.2, 1.25, 0.01, 0.9
 TESTS = ["tests/loss/test_kernels.py", "tests/head/test_fused.py", "tests/head/test_row_kernels.py"]
@@ -214,13 +214,9 @@ class Head(QMarginHead):
 
 
 class Ours:
-    kernels = True
-
-    def __init__(self, classes: int, dim: int, device: torch.device) -> None:
-        own = constants(device)
-        sizes = replace(own, fused=own.fused and self.kernels)
+    def __init__(self, classes: int, dim: int, device: torch.device, group=None) -> None:
         with torch.device(device):
-            self.head = Head(dim, classes, ALPHA, SCALE, MARGIN, sizes=sizes)
+            self.head = Head(dim, classes, ALPHA, SCALE, MARGIN, group=group)
         self.weight = self.head.weight
         self.optimizer = RowSparseSGD(
             self.head.parameters(), lr=LR, momentum=MOMENTUM, head=self.head
@@ -232,12 +228,6 @@ class Ours:
     def update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-class OursInShards(Ours):
-    """As the head's step is where its classes are in shards, here one: without its kernels."""
-
-    kernels = False
 
 
 class Dense:
@@ -385,7 +375,6 @@ class Liger(Dense):
 
 CONTENDERS: dict[str, Callable] = {
     "Q-Margin, this package": Ours,
-    "Q-Margin, a shard's way": OursInShards,
     "CosFace, fp16": Dense,
     "CosFace, TF32": DenseTF32,
     "ArcFace, fp16": DenseArcFace,
@@ -395,6 +384,9 @@ CONTENDERS: dict[str, Callable] = {
     "cut-cross-entropy": CutCrossEntropy,
     "liger-kernel": Liger,
 }
+
+
+TWO_SHARDS = "Q-Margin, this package, two shards on one GPU"
 
 
 def one_step(contender, x: Tensor, labels: Tensor) -> None:
@@ -429,6 +421,38 @@ def step_of(name: str, classes: int, dim: int, batch: int, noise, device, dry: b
         contender.optimizer.zero_grad()
     note = getattr(contender, "note", None)
     return result | ({"note": note} if note else {})
+
+
+def in_two_shards(classes: int, dim: int, batch: int, noise, device, dry: bool) -> dict:
+    """Milliseconds of a step of two ranks with half of the classes, and of the samples, each.
+
+    They are threads that share this GPU and one interpreter, and tell each other through memory: an
+    upper bound of what two GPUs compute, without what they would send.
+    """
+    from ranks import on_ranks  # of the tests
+
+    def of_rank(comm) -> list[float]:
+        torch.manual_seed(comm.rank)
+        ours = Ours(classes, dim, device, group=comm)
+        half = batch // 2
+        labels = torch.randint(ours.head.start, ours.head.stop, (half,), device=device)
+        x = torch.randn(half, dim, device=device)
+        if noise is not None:
+            x = ours.weight.detach()[labels - ours.head.start] + noise * x
+        x.requires_grad_()
+        times = []
+        for _ in range(2 if dry else 12):
+            comm.barrier()
+            synchronise(device)
+            begin = time.perf_counter()
+            one_step(ours, x, labels)
+            synchronise(device)
+            comm.barrier()
+            times.append(time.perf_counter() - begin)
+        return times
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return {"ms": 1000 * statistics.median(on_ranks(2, of_rank, device)[0][-8:])}
 
 
 # ------------------------------------------------------------------ the parts
@@ -578,12 +602,11 @@ def steps(
     for classes, dim, batch, noise in sizes:
         roofline = 1000 * 2 * classes * dim / speed
         for name in contenders:
+            run = in_two_shards if name == TWO_SHARDS else partial(step_of, name)
             attempt(
                 report,
                 name,
-                lambda n=name, c=classes, d=dim, b=batch, z=noise: step_of(
-                    n, c, d, b, z, device, dry
-                ),
+                partial(run, classes, dim, batch, noise, device, dry),
                 classes=classes,
                 dim=dim,
                 batch=batch,
@@ -807,7 +830,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dry", action="store_true", help="small tensors; a CPU will do")
     parser.add_argument("--parts", nargs="+", default=[*SECONDS])
     parser.add_argument("--minutes", type=float, default=7.5, help="for all parts together")
-    parser.add_argument("--contenders", nargs="+", default=[*CONTENDERS], help="of a step")
+    known = [*CONTENDERS, TWO_SHARDS]
+    parser.add_argument("--contenders", nargs="+", default=known, help="of a step")
     sizes = [named(*at) for at in STEPS]
     parser.add_argument("--sizes", nargs="+", choices=sizes, help="of a step; without it all")
     models = ["IResNet", "ECAPA", "ResNet34"]
@@ -820,7 +844,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("no GPU is here: --dry runs the same code on small tensors")
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False  # SpeechBrain's import turns it on
-    contenders = [name for name in CONTENDERS if name in args.contenders]
+    contenders = [name for name in known if name in args.contenders]
     parts = {"exactness": exactness, "anatomy": anatomy}
     parts["training"] = partial(training, models=args.models)
     parts["step"] = partial(steps, contenders=contenders, wanted=args.sizes)

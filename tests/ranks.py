@@ -12,10 +12,10 @@ from speechbrain_qmargin.head.communicator import Communicator
 class Threads(Communicator):
     """One of the ranks that share a barrier and a place each."""
 
-    def __init__(self, rank, barrier, places):
+    def __init__(self, rank, barrier, places, device):
         super().__init__()
         self.world, self.rank = len(places), rank
-        self._barrier, self._places = barrier, places
+        self._barrier, self._places, self._device = barrier, places, device
 
     def gather_rows(self, tensor):
         self.calls += 1
@@ -30,7 +30,7 @@ class Threads(Communicator):
         return self.gather_rows(tensor)[0]
 
     def device(self):
-        return torch.device("cpu")
+        return self._device
 
     def sum_of_own(self, tensor, sizes):
         start = sum(sizes[: self.rank])
@@ -44,13 +44,13 @@ class Threads(Communicator):
         return parts.sum(0) if op == dist.ReduceOp.SUM else parts.amax(0)
 
 
-def on_ranks(world, function):
+def on_ranks(world, function, device="cpu"):
     """What `function(communicator)` gives on each rank; the first error of a rank is raised."""
     barrier, places = threading.Barrier(world), [None] * world
 
     def one(rank):
         try:
-            return function(Threads(rank, barrier, places))
+            return function(Threads(rank, barrier, places, torch.device(device)))
         except Exception:
             barrier.abort()  # the others wait for nothing
             raise

@@ -7,7 +7,7 @@ import torch
 from launches import interpreted
 from ranks import on_ranks
 
-from speechbrain_qmargin.head import QMarginHead, step
+from speechbrain_qmargin.head import QMarginHead, kernel_search, step
 from speechbrain_qmargin.head.sizes import Sizes, constants
 from speechbrain_qmargin.loss.device import control_flow
 from speechbrain_qmargin.loss.functional import q_margin_objective
@@ -103,14 +103,21 @@ def test_a_prior_of_each_class():
     check(in_shards((1.5, 10.0, 0.2), 0.3, log_q=log_q), (1.5, 10.0, 0.2), 0.3, log_q)
 
 
-def test_a_room_too_small_grows_or_the_batch_is_halved():
+def test_a_room_too_small_grows_or_the_batch_is_halved(monkeypatch):
     parameters, noise = (1.25, 12.0, 0.2), 0.3
+    needed, one = [], kernel_search.halvings_for
+    monkeypatch.setattr(
+        kernel_search,
+        "halvings_for",
+        lambda asked, *rest: needed.append(asked) or one(asked, *rest),
+    )
     found = in_shards(parameters, noise, sizes=replace(SIZES, screened=4, kept=2))
     check(found, parameters, noise)
     kept = max(each[5]._room.kept for each in found)
     assert kept > 2
-    # room for all classes of a shard, to a part of two or three samples
-    tight = replace(SIZES, screened=4, kept=2, max_candidates=4 * 3 * CLASSES // WORLD)
+    # room for what one of six samples needs, if they are three at a time
+    most = max(asked.kept for asked in needed)
+    tight = replace(SIZES, screened=4, kept=2, max_candidates=4 * 3 * most)
     found = in_shards(parameters, noise, sizes=tight)
     check(found, parameters, noise)
     assert max(each[5]._room.halvings for each in found) == 1  # each rank as it has to
