@@ -26,9 +26,9 @@ OTHERS = {
     "_report": {"out": "*i64"},
     "_weight_gradient": {"rows": "*i64"},
 }
-CONSTANTS = {"BLOCK_B": 128, "BLOCK_C": 2, "BLOCK_D": 512, "BLOCK_I": 16, "BLOCK": 1024}
+CONSTANTS = {"BLOCK_B": 128, "BLOCK_D": 512, "BLOCK_I": 16, "BLOCK": 1024}
 CONSTANTS |= {"CHUNK": 1024, "POWER": 4, "HAS_Q": False, "IN_LOGS": False}
-CONSTANTS |= {"STEPS": 16, "FINAL": True, "SAFEGUARDED": False}
+CONSTANTS |= {"LANES": 128, "FINAL": True, "SAFEGUARDED": False}
 
 # of rows
 OF_ROWS = dict.fromkeys(["values", "momentum", "mean", "square"], "*fp32")
@@ -41,7 +41,7 @@ CONSTANTS |= {"MOMENTUM": True, "NESTEROV": True, "DECAY": True, "DERIVE": True}
 # as they are launched at D = 512, and the other branches
 OWN = {"_exact_cosines": {"BLOCK_D": 128}, "_sample_floors": {"BLOCK": 16384}}
 OWN |= {"_embedding_gradient": {"BLOCK_I": 64}, "_solve": {"CHUNK": 512}}
-WARPS = {"_filter": 1, "_sample_floors": 16, "_embedding_gradient": 16}
+WARPS = {"_sample_floors": 16, "_embedding_gradient": 16}
 OTHER = {"POWER": 0, "HAS_Q": True, "IN_LOGS": True, "FINAL": False, "SAFEGUARDED": True}
 OTHER |= {"ALL": True, "SCREENED": False, "GLIDE": False, "MARK": False, "MOMENTUM": False}
 OTHER |= {"DERIVE": False}

@@ -1,8 +1,8 @@
 r"""The exact step in a few launches: what ``search`` and ``step`` do, for a GPU.
 
 1. **Sample**: tau of the targets and of up to 16,384 evenly spaced classes gives the first floors.
-2. **Screen** the classes, part by part, by products in bf16, of which a few megabytes are there at
-   a time; the classes seen grow eightfold in each part. What may exceed its floor is put into a
+2. **Screen** the classes, part by part, by products in bf16, of which one piece is there
+   at a time; the classes seen grow eightfold in each part. What may exceed its floor is put into a
    sample's room in a buffer of fixed size, with its product, by a counter on the device. After each
    part tau of what is there raises the floors, and what is at or below them is dropped.
 3. **Refine**: the few classes left are sorted, so that nothing depends on the order in which they
@@ -193,8 +193,8 @@ def bytes_of_a_step(
 
     Examples
     --------
-    >>> bytes_of_a_step(1024, 512, sample=16384, products=32768, screened=4096, kept=2048) // 10**6
-    164
+    >>> bytes_of_a_step(1024, 512, sample=16384, products=114688, screened=4096, kept=2048) // 10**6
+    282
     """
     embeddings = batch * (2 * dim + 8 * 4 + 4 + 3 * 4 + 100)  # rounded, numbers, what is returned
     first = 2 * sample * batch

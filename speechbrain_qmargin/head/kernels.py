@@ -65,6 +65,7 @@ _REACHED_IN_SUM = tl.constexpr(1.0 + 2.0**-10)  # likewise, of a sum of floats
 _MOST_STEPS = tl.constexpr(128)  # of Newton's method
 _ROUNDED = tl.constexpr(0.004)  # more than 2**-8, which bf16 may add to a product or take from it
 _INF = tl.constexpr(float("inf"))
+_LANES = 128  # of the filter: a thread each
 
 
 @triton.jit
@@ -230,32 +231,62 @@ def _sample_floors(
 
 
 @triton.jit
+def _ones(word):
+    """How many bits of a word are set; the compiler knows it as one instruction."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _lowest_bit(word):
+    """The place of the lowest bit that is set; 32 where none is."""
+    return _ones((word & (0 - word)) - 1)
+
+
+@triton.jit
 def _filter(
-    products, labels, cuts, found, counts, start, size, batch, room,
-    STEPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
+    products, labels, cuts, found, counts, start, size, stride, room, LANES: tl.constexpr,
 ):  # fmt: skip
-    groups = tl.cdiv(batch, BLOCK_B)
-    first = tl.program_id(0) // groups * (STEPS * BLOCK_C)
-    b = tl.program_id(0) % groups * BLOCK_B + tl.arange(0, BLOCK_B)
-    here = b < batch
-    cut = tl.load(cuts + b, mask=here, other=_INF)
-    label = tl.load(labels + b, mask=here, other=-1).to(tl.int32)
-    # few at a time: mostly there is nothing to be kept among them
-    for step in tl.range(0, STEPS, num_stages=4):
-        i = first + step * BLOCK_C + tl.arange(0, BLOCK_C)
-        at = i.to(tl.int64)[:, None] * batch + b[None, :]
-        s = tl.load(products + at, mask=(i < size)[:, None] & here[None, :], other=-_INF)
-        s = s.to(tl.float32)
-        c = start + i
+    # a sample's next 32 * LANES classes: a bit for each, 8 neighbours to a lane at a time
+    each = tl.cdiv(size, 32 * LANES)
+    b = (tl.program_id(0) // each).to(tl.int64)
+    first = tl.program_id(0) % each * (32 * LANES)
+    cut = tl.load(cuts + b)
+    lane, e = tl.arange(0, LANES), tl.arange(0, 8)
+    row = products + b * stride + first
+    bits = tl.zeros((LANES,), tl.uint32)
+    for g in tl.static_range(4):
+        i = g * (8 * LANES) + (lane[:, None] * 8 + e[None, :])
+        # up to the stride, which is a multiple of what is read at once; the size may be none
+        s = tl.load(row + i, mask=first + i < stride, other=0.0).to(tl.float32)
         # a product that is no number is kept: nothing is known of its class
-        keep = ((s < cut[None, :]) == 0) & (c[:, None] != label[None, :]) & (i < size)[:, None]
-        keep = keep & here[None, :]
-        if tl.max(tl.max(keep.to(tl.int32), 1), 0) > 0:
-            each = tl.broadcast_to(b.to(tl.int64)[None, :], (BLOCK_C, BLOCK_B))
-            place = tl.atomic_add(counts + each, 1, mask=keep, sem="relaxed")
-            bits = s.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-            key = (c[:, None].to(tl.int64) << 32) | bits
-            tl.store(found + (each * room + place), key, mask=keep & (place < room))
+        keep = ((s < cut) == 0) & (first + i < size)
+        few = keep.to(tl.uint32) << (g * 8 + e).to(tl.uint32)[None, :]
+        bits |= tl.sum(few, 1).to(tl.uint32)
+    # without the target, where it is among them
+    own = tl.load(labels + b) - (start + first)
+    here = (own >= 0) & (own < 32 * LANES)
+    own = tl.where(here, own, 0).to(tl.int32)
+    its = tl.full((LANES,), 1, tl.uint32) << (own // (8 * LANES) * 8 + own % 8).to(tl.uint32)
+    bits ^= bits & tl.where(here & (own % (8 * LANES) // 8 == lane), its, 0)
+    # one addition for all of them; then each lane writes its next one
+    many = _ones(bits)
+    upto = tl.cumsum(many, 0)
+    total, most = tl.sum(many, 0), tl.max(many, 0)
+    if most > 0:
+        place = tl.atomic_add(counts + b, total, sem="relaxed") + upto - many
+        for _ in range(0, most):
+            more = bits != 0
+            j = _lowest_bit(bits)
+            its_i = j // 8 * (8 * LANES) + lane * 8 + j % 8
+            product = tl.load(row + its_i, mask=more, other=0.0).to(tl.float32)
+            low = product.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+            key = ((start + first + its_i).to(tl.int64) << 32) | low
+            tl.store(found + b * room + place, key, mask=more & (place < room))
+            bits &= bits - 1
+            place += 1
 
 
 @triton.jit
@@ -669,14 +700,16 @@ def screen(batch: Batch, prototypes: Prototypes, part: slice, found: Tensor) -> 
     assert prototypes.screen is not None
     samples, rows = len(batch.raw), prototypes.screen.rows
     step = prototypes.sizes.rows_of_product(samples, rows.element_size(), least=1024)
-    products = rows.new_empty(min(step, part.stop - part.start), samples)
-    block = power_of_2(samples, most=128)
+    # rows begin where 16 numbers are read at once, whatever the number of classes
+    step = step // 16 * 16
+    stride = min(step, 16 * pieces(part.stop - part.start, 16))
+    products = rows.new_empty(samples, stride)
     for start in range(part.start, part.stop, step):
         size = min(step, part.stop - start)
-        torch.mm(rows[start : start + size], batch.rounded.T, out=products[:size])
-        _filter[(pieces(size, 32) * pieces(samples, block),)](
-            products, batch.labels, batch.cuts, found, batch.counts, start, size, samples,
-            found.shape[1], STEPS=16, BLOCK_C=2, BLOCK_B=block, num_warps=1,
+        torch.mm(batch.rounded, rows[start : start + size].T, out=products[:, :size])
+        _filter[(samples * pieces(size, 32 * _LANES),)](
+            products, batch.labels, batch.cuts, found, batch.counts, start, size, stride,
+            found.shape[1], LANES=_LANES,
         )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ class Sizes:
         Examples
         --------
         >>> constants(torch.device("cuda")).rows_of_product(1024, bytes_each=2, least=64)
-        32768
+        114688
         """
         return max(least, self.output_bytes // (batch * bytes_each))
 
@@ -118,12 +118,12 @@ def constants(device: torch.device) -> Sizes:
     Examples
     --------
     >>> constants(torch.device("cpu")).output_bytes, constants(torch.device("cuda")).output_bytes
-    (1048576, 67108864)
+    (1048576, 234881024)
     """
     if device.type == "cpu":
         return Sizes()
     return Sizes(
-        output_bytes=64 * 2**20,
+        output_bytes=224 * 2**20,  # 868,928 classes, a part of 1,000,000, at B = 128
         at_once=64 * 2**20,
         parts=8,
         max_candidates=16_000_000,
