@@ -36,7 +36,7 @@ OF_ROWS |= {"rows": "*i64", "since": "*i32", "table": "*fp64", "screen": "*bf16"
 NUMBERS = ["lr", "mu", "decay", "kept", "gain", "fade", "gain_of_square", "eps", "rate", "root_c2"]
 OF_ROWS |= dict.fromkeys(NUMBERS, "fp32")
 CONSTANTS |= {"BLOCK_R": 4, "ALL": False, "SCREENED": True, "GLIDE": True, "MARK": True}
-CONSTANTS |= {"MOMENTUM": True, "NESTEROV": True, "DECAY": True, "DERIVE": True}
+CONSTANTS |= {"MOMENTUM": True, "NESTEROV": True, "DECAY": True}
 
 # as they are launched at D = 512, and the other branches
 OWN = {"_exact_cosines": {"BLOCK_D": 128}, "_sample_floors": {"BLOCK": 16384}}
@@ -44,7 +44,6 @@ OWN |= {"_embedding_gradient": {"BLOCK_I": 64}, "_solve": {"CHUNK": 512}}
 WARPS = {"_sample_floors": 16, "_embedding_gradient": 16}
 OTHER = {"POWER": 0, "HAS_Q": True, "IN_LOGS": True, "FINAL": False, "SAFEGUARDED": True}
 OTHER |= {"ALL": True, "SCREENED": False, "GLIDE": False, "MARK": False, "MOMENTUM": False}
-OTHER |= {"DERIVE": False}
 
 for kernel in (*KERNELS, *ROW_KERNELS):
     name = kernel.fn.__name__

@@ -279,13 +279,9 @@ class QMarginHead(nn.Module):
             )
         _heads.add(self)
 
-    def derived_by_kernel(self, before: Mark) -> Prototypes | None:
-        """What the bound optimiser's kernel is to derive of rows; see ``RowOwner``."""
-        return self._derived.by_kernel(before)
-
-    def rows_changed(self, rows: Tensor, before: Mark, *, derived: bool = False) -> None:
+    def rows_changed(self, rows: Tensor, before: Mark) -> None:
         """The bound optimiser has changed `rows` of the weight, which it found at `before`."""
-        self._derived.rows_changed(self.weight, rows, before, derived=derived)
+        self._derived.rows_changed(self.weight, rows, before)
 
     def written(self) -> None:
         """The weight was changed in a way that may go unnoticed: a few rows, through ``.data``."""

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from speechbrain_qmargin.head.prototypes import Mark, Prototypes, mark
+from speechbrain_qmargin.head.prototypes import Mark, mark
 from speechbrain_qmargin.head.sizes import constants
 from speechbrain_qmargin.loss.device import kernels_run
 
@@ -46,18 +46,8 @@ class RowOwner(Protocol):
         """Whether a gradient's `rows` [R] are known to rise, each once, without a look at them."""
         ...
 
-    def derived_by_kernel(self, before: Mark) -> Prototypes | None:
-        """What a kernel that changes rows of the weight, found at `before`, is to derive of them.
-
-        None: nothing, as :meth:`rows_changed` sees to it.
-        """
-        ...
-
-    def rows_changed(self, rows: Tensor, before: Mark, *, derived: bool = False) -> None:
-        """`rows` of the weight were changed, by one who found it at `before`.
-
-        `derived`: and with them what :meth:`derived_by_kernel` gave.
-        """
+    def rows_changed(self, rows: Tensor, before: Mark) -> None:
+        """`rows` of the weight were changed, by one who found it at `before`."""
 
 
 class RowSparse(torch.optim.Optimizer):
@@ -98,10 +88,9 @@ class RowSparse(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _visit_in_one_launch(
-        self, p: Tensor, rows: Tensor, values: Tensor, group: dict, state: dict,
-        present: int | None, kept: Prototypes | None,
-    ) -> None:  # fmt: skip
-        """As :meth:`_visit_in_parts`, by a kernel of ``row_kernels``; `kept` is brought along."""
+        self, p: Tensor, rows: Tensor, values: Tensor, group: dict, state: dict, present: int | None
+    ) -> None:
+        """As :meth:`_visit_in_parts`, by a kernel of ``row_kernels``."""
         raise NotImplementedError
 
     def _fresh(self, group: dict, state: dict) -> tuple[float, ...]:
@@ -202,17 +191,15 @@ class RowSparse(torch.optim.Optimizer):
         rows, values = _rows_and_values(p.grad, head)
         counted = self._pending(group) or len(state["idle"]) > 1
         present = len(state["idle"]) if counted else None
-        kept = None
         if kernels_run(p.device) and p.dtype == torch.float32 and p.is_contiguous():
-            kept = head.derived_by_kernel(before)
-            self._visit_in_one_launch(p, rows, values.contiguous(), group, state, present, kept)
+            self._visit_in_one_launch(p, rows, values.contiguous(), group, state, present)
             torch.autograd.graph.increment_version(p)
         else:
             self._visit_in_parts(p, rows, values, group, state, present)
         if counted:
             table = self._idle_step(state["idle"], group, state)
             state["idle"] = torch.cat([table, self._line(group, state)])
-        head.rows_changed(rows, before, derived=kept is not None)
+        head.rows_changed(rows, before)
         self._marks[p] = mark(p)
         if len(state["idle"]) > _MAX_IDLE:
             self.catch_up()
@@ -455,14 +442,13 @@ class RowSparseSGD(RowSparse, torch.optim.SGD):
         w.sub_(d, alpha=float(group["lr"]))
 
     def _visit_in_one_launch(
-        self, p: Tensor, rows: Tensor, values: Tensor, group: dict, state: dict,
-        present: int | None, kept: Prototypes | None,
-    ) -> None:  # fmt: skip
+        self, p: Tensor, rows: Tensor, values: Tensor, group: dict, state: dict, present: int | None
+    ) -> None:
         from speechbrain_qmargin.head.row_kernels import sgd_rows
 
         sgd_rows(
             p, state.get("momentum_buffer"), rows, values, state["idle_since"],
-            _on_device(state["idle"], p.device), present, kept, lr=float(group["lr"]),
+            _on_device(state["idle"], p.device), present, lr=float(group["lr"]),
             mu=group["momentum"], decay=group["weight_decay"], nesterov=group["nesterov"],
         )  # fmt: skip
 
@@ -573,15 +559,14 @@ class RowSparseAdam(RowSparse, torch.optim.AdamW):
         w.addcdiv_(m, v.sqrt().div_(math.sqrt(c2)).add_(group["eps"]), value=-lr / c1)
 
     def _visit_in_one_launch(
-        self, p: Tensor, rows: Tensor, values: Tensor, group: dict, state: dict,
-        present: int | None, kept: Prototypes | None,
-    ) -> None:  # fmt: skip
+        self, p: Tensor, rows: Tensor, values: Tensor, group: dict, state: dict, present: int | None
+    ) -> None:
         from speechbrain_qmargin.head.row_kernels import adam_rows
 
         c1, c2 = _corrections(group, state)
         adam_rows(
             p, state["exp_avg"], state["exp_avg_sq"], rows, values, state["idle_since"],
-            _on_device(state["idle"], p.device), present, kept, lr=float(group["lr"]),
+            _on_device(state["idle"], p.device), present, lr=float(group["lr"]),
             betas=group["betas"], eps=group["eps"], decay=group["weight_decay"], c1=c1,
             root_c2=math.sqrt(c2),
         )  # fmt: skip

@@ -141,25 +141,9 @@ class Derived:
             self._mark = found
         return self._kept
 
-    def by_kernel(self, before: Mark) -> Prototypes | None:
-        """For a kernel that changes rows of the weight, found at `before`, to keep up to date.
-
-        None: nothing was up to date, or no kernel knows how.
-        """
-        if self._kept is None or self._mark != before or not _by_kernel(self._kept):
-            return None
-        return self._kept
-
-    def rows_changed(
-        self, weight: Tensor, rows: Tensor, before: Mark, *, derived: bool = False
-    ) -> None:
-        """`rows` were just changed, by one who found the weight at `before`.
-
-        `derived`: so was what :meth:`by_kernel` gave for them.
-        """
-        if self._kept is None or self._mark != before:
-            return
-        if not derived:
+    def rows_changed(self, weight: Tensor, rows: Tensor, before: Mark) -> None:
+        """`rows` were just changed, by one who found the weight at `before`."""
+        if self._kept is not None and self._mark == before:
             with torch.inference_mode(False), torch.no_grad():
                 sizes = self._kept.sizes
                 at_once = sizes.fit(sizes.rows, 8 * weight.shape[1])
@@ -167,7 +151,7 @@ class Derived:
                     at_once = max(1, len(rows))
                 for part in rows.split(at_once):
                     _derive(self._kept, part)
-        self._mark = mark(weight)
+            self._mark = mark(weight)
 
 
 def screen_dtype(device: torch.device) -> torch.dtype:
@@ -227,14 +211,15 @@ def _by_kernel(kept: Prototypes) -> bool:
 
 
 def _derive(kept: Prototypes, rows: slice | Tensor) -> None:
-    if _by_kernel(kept):
-        from speechbrain_qmargin.head.row_kernels import derive_rows
-
-        derive_rows(kept, rows)
-        return
     weight, inverse_norm, screen, _ = kept
     if screen is not None and screen.rows is weight:
         screen = None
+    if _by_kernel(kept):
+        from speechbrain_qmargin.head.row_kernels import derive_rows
+
+        copy = (None, None) if screen is None else (screen.rows, screen.residual)
+        derive_rows(weight, inverse_norm, *copy, rows)
+        return
     values = weight[rows]
     inverse = values.norm(dim=1).clamp_(min=1e-12).reciprocal_()
     inverse_norm[rows] = inverse

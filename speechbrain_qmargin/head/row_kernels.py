@@ -5,9 +5,8 @@
 """Kernels of rows of prototypes, written in Triton: what is derived of them, and steps of theirs.
 
 Each function is one launch over the rows it is given, reads and writes each of them once, and
-needs no memory besides. A step also derives what is derived of its rows, while it has them. The
-torch code that says the same, and is their reference in the tests, is ``prototypes._derive`` and
-the ``_glide`` and ``_visit`` of the optimisers.
+needs no memory besides. The torch code that says the same, and is their reference in the tests, is
+``prototypes._derive`` and the ``_glide`` and ``_visit`` of the optimisers.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.loss.triton_numbers import pieces, power_of_2
 
 __all__ = ["KERNELS", "adam_rows", "derive_rows", "sgd_rows"]
@@ -40,8 +38,12 @@ def _places(
 
 
 @triton.jit
-def _write_derived(w, c, there, at, inside, inverse_norm, screen, residual, SCREENED: tl.constexpr):
-    """What is derived of rows w, which are 0 where there is none."""
+def _derive(
+    rows, weight, inverse_norm, screen, residual, first, count, dim,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr, SCREENED: tl.constexpr,
+):  # fmt: skip
+    c, there, at, _, inside = _places(rows, first, count, dim, BLOCK_R, BLOCK_D, ALL)
+    w = tl.load(weight + at, mask=inside, other=0.0)
     wide = w.to(tl.float64)
     norm = tl.sqrt(tl.sum(wide * wide, 1)).to(tl.float32)
     inverse = 1.0 / tl.maximum(norm, 1e-12)
@@ -59,16 +61,6 @@ def _write_derived(w, c, there, at, inside, inverse_norm, screen, residual, SCRE
 
 
 @triton.jit
-def _derive(
-    rows, weight, inverse_norm, screen, residual, first, count, dim,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr, SCREENED: tl.constexpr,
-):  # fmt: skip
-    c, there, at, _, inside = _places(rows, first, count, dim, BLOCK_R, BLOCK_D, ALL)
-    w = tl.load(weight + at, mask=inside, other=0.0)
-    _write_derived(w, c, there, at, inside, inverse_norm, screen, residual, SCREENED)
-
-
-@triton.jit
 def _line(table, since, c, there, number, WIDTH: tl.constexpr):
     line = tl.load(since + c, mask=there, other=0).to(tl.int64)
     return tl.load(table + line * WIDTH + number, mask=there, other=0.0).to(tl.float32)[:, None]
@@ -82,11 +74,9 @@ def _visited(since, c, there, present):
 
 @triton.jit
 def _sgd(
-    rows, values, weight, momentum, since, table, inverse_norm, screen, residual, present, lr, mu,
-    decay, count, dim,
+    rows, values, weight, momentum, since, table, present, lr, mu, decay, count, dim,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    DECAY: tl.constexpr, GLIDE: tl.constexpr, MARK: tl.constexpr, DERIVE: tl.constexpr,
-    SCREENED: tl.constexpr,
+    DECAY: tl.constexpr, GLIDE: tl.constexpr, MARK: tl.constexpr,
 ):  # fmt: skip
     c, there, at, given, inside = _places(rows, 0, count, dim, BLOCK_R, BLOCK_D, False)
     w = tl.load(weight + at, mask=inside, other=0.0)
@@ -108,20 +98,16 @@ def _sgd(
         b = b * mu + step
         tl.store(momentum + at, b, mask=inside)
         step = step + b * mu if NESTEROV else b
-    w = w - step * lr
-    tl.store(weight + at, w, mask=inside)
-    if DERIVE:
-        _write_derived(w, c, there, at, inside, inverse_norm, screen, residual, SCREENED)
+    tl.store(weight + at, w - step * lr, mask=inside)
     if MARK:
         _visited(since, c, there, present)
 
 
 @triton.jit
 def _adam(
-    rows, values, weight, mean, square, since, table, inverse_norm, screen, residual, present,
-    kept, gain, fade, gain_of_square, eps, rate, root_c2, count, dim,
+    rows, values, weight, mean, square, since, table, present, kept, gain, fade, gain_of_square,
+    eps, rate, root_c2, count, dim,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, GLIDE: tl.constexpr, MARK: tl.constexpr,
-    DERIVE: tl.constexpr, SCREENED: tl.constexpr,
 ):  # fmt: skip
     c, there, at, given, inside = _places(rows, 0, count, dim, BLOCK_R, BLOCK_D, False)
     w = tl.load(weight + at, mask=inside, other=0.0)
@@ -140,9 +126,6 @@ def _adam(
     tl.store(square + at, v, mask=inside)
     w = w * kept - rate * (m / (tl.sqrt(v) / root_c2 + eps))
     tl.store(weight + at, w, mask=inside)
-    if DERIVE:
-        w = tl.where(inside, w, 0.0)  # without eps it is 0/0 there
-        _write_derived(w, c, there, at, inside, inverse_norm, screen, residual, SCREENED)
     if MARK:
         _visited(since, c, there, present)
 
@@ -158,43 +141,37 @@ def _blocks(count: int, dim: int) -> tuple[tuple[int], dict]:
     return (pieces(count, together),), {"BLOCK_R": together, "BLOCK_D": block}
 
 
-def _outputs(kept: Prototypes | None, weight: Tensor) -> tuple[tuple[Tensor, ...], bool]:
-    """Where kernels write what is derived, or anything, and whether there is a screen."""
-    if kept is None:
-        return (weight, weight, weight), False
-    screen = kept.screen
-    if screen is None or screen.rows is kept.weight:
-        return (kept.inverse_norm, weight, kept.inverse_norm), False
-    return (kept.inverse_norm, screen.rows, screen.residual), True
-
-
-def derive_rows(kept: Prototypes, rows: slice | Tensor) -> None:
+def derive_rows(
+    weight: Tensor, inverse_norm: Tensor, screen: Tensor | None, residual: Tensor | None,
+    rows: slice | Tensor,
+) -> None:  # fmt: skip
     """1/norm of some rows; what they are of unit length in bf16, and the most that this lacks.
 
     Parameters
     ----------
-    kept : Prototypes
-        The weight [C, D] is read, the others are written; the screen's residual only ever grows.
+    weight : Tensor, [C, D], float32
+    inverse_norm : Tensor, [C]
+        Written.
+    screen : Tensor, [C, D], bf16, and residual : Tensor, zero-dimensional; or None
+        Written; `residual` only ever grows.
     rows : slice, or Tensor, [R], int64
     """
-    weight = kept.weight
     everything = isinstance(rows, slice)
     first, stop = (rows.start, rows.stop) if everything else (0, len(rows))
     count = min(stop, len(weight)) - first if everything else stop
     if not count:
         return
     grid, blocks = _blocks(count, weight.shape[1])
-    outputs, screened = _outputs(kept, weight)
     _derive[grid](
-        weight if everything else rows, weight, *outputs, first, count, weight.shape[1],
-        ALL=everything, SCREENED=screened, **blocks,
+        weight if everything else rows, weight, inverse_norm, weight if screen is None else screen,
+        inverse_norm if residual is None else residual, first, count, weight.shape[1],
+        ALL=everything, SCREENED=screen is not None, **blocks,
     )  # fmt: skip
 
 
 def sgd_rows(
     weight: Tensor, momentum: Tensor | None, rows: Tensor, values: Tensor, since: Tensor,
-    table: Tensor, present: int | None, kept: Prototypes | None, *, lr: float, mu: float,
-    decay: float, nesterov: bool,
+    table: Tensor, present: int | None, *, lr: float, mu: float, decay: float, nesterov: bool,
 ) -> None:  # fmt: skip
     """SGD's step of some rows, their idle steps before it, in place.
 
@@ -210,25 +187,22 @@ def sgd_rows(
         A row's line of the table; `present` is written there, unless it is None.
     table : Tensor, [n, 4], float64
         See ``RowSparse``; one line alone is not looked at.
-    kept : Prototypes or None
-        Of the weight: what is derived of the rows is written too, as by :func:`derive_rows`.
     """
     if not len(rows):
         return
     grid, blocks = _blocks(len(rows), weight.shape[1])
-    outputs, screened = _outputs(kept, weight)
     _sgd[grid](
-        rows, values, weight, weight if momentum is None else momentum, since, table, *outputs,
+        rows, values, weight, weight if momentum is None else momentum, since, table,
         present or 0, lr, mu, decay, len(rows), weight.shape[1],
         MOMENTUM=momentum is not None, NESTEROV=nesterov, DECAY=decay != 0, GLIDE=len(table) > 1,
-        MARK=present is not None, DERIVE=kept is not None, SCREENED=screened, **blocks,
+        MARK=present is not None, **blocks,
     )  # fmt: skip
 
 
 def adam_rows(
     weight: Tensor, mean: Tensor, square: Tensor, rows: Tensor, values: Tensor, since: Tensor,
-    table: Tensor, present: int | None, kept: Prototypes | None, *, lr: float,
-    betas: tuple[float, float], eps: float, decay: float, c1: float, root_c2: float,
+    table: Tensor, present: int | None, *, lr: float, betas: tuple[float, float], eps: float,
+    decay: float, c1: float, root_c2: float,
 ) -> None:  # fmt: skip
     """AdamW's step of some rows, their idle steps before it, in place; as :func:`sgd_rows`.
 
@@ -245,10 +219,8 @@ def adam_rows(
     grid, blocks = _blocks(len(rows), weight.shape[1])
     b1, b2 = betas
     # differences are taken here: on a device numbers arrive in float32
-    outputs, screened = _outputs(kept, weight)
     _adam[grid](
-        rows, values, weight, mean, square, since, table, *outputs, present or 0, 1 - lr * decay,
-        1 - b1, b2, 1 - b2, eps, lr / c1, root_c2, len(rows), weight.shape[1],
-        GLIDE=len(table) > 1, MARK=present is not None, DERIVE=kept is not None, SCREENED=screened,
-        **blocks,
+        rows, values, weight, mean, square, since, table, present or 0, 1 - lr * decay, 1 - b1, b2,
+        1 - b2, eps, lr / c1, root_c2, len(rows), weight.shape[1],
+        GLIDE=len(table) > 1, MARK=present is not None, **blocks,
     )  # fmt: skip

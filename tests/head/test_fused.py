@@ -266,7 +266,9 @@ def test_without_any_room_it_is_the_torch_path(caplog):
 def products_in_eighths(samples, classes, seed=0):
     """[B, 8] and [C, 8] in bf16 whose products are exact, with many ties."""
     drawn = torch.Generator().manual_seed(seed)
-    several = [torch.randint(-2, 3, (n, 8), generator=drawn) / 4 for n in (samples, classes)]
+    several = [
+        torch.randint(-2, 3, (n, 8), generator=drawn, device="cpu") / 4 for n in (samples, classes)
+    ]
     return [one.to(torch.get_default_device(), torch.bfloat16) for one in several]
 
 
