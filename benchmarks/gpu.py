@@ -598,7 +598,8 @@ def steps(
     report.add("bandwidth of a copy", gb_a_second=speed / 1e9)
     dry = report.dry
     sizes = [at for at in (DRY_STEPS if dry else STEPS) if not wanted or named(*at) in wanted]
-    compute_dense_loss(report, device)
+    if not wanted:
+        compute_dense_loss(report, device)
     for classes, dim, batch, noise in sizes:
         roofline = 1000 * 2 * classes * dim / speed
         for name in contenders:
@@ -833,7 +834,9 @@ def main(arguments: list[str] | None = None) -> None:
     known = [*CONTENDERS, TWO_SHARDS]
     parser.add_argument("--contenders", nargs="+", default=known, help="of a step")
     sizes = [named(*at) for at in STEPS]
-    parser.add_argument("--sizes", nargs="+", choices=sizes, help="of a step; without it all")
+    parser.add_argument(
+        "--sizes", nargs="+", choices=sizes, help="of a step; without it all, and the dense losses"
+    )
     models = ["IResNet", "ECAPA", "ResNet34"]
     parser.add_argument("--models", nargs="+", choices=models, default=models, help="to train")
     args = parser.parse_args(arguments)
