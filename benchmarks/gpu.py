@@ -785,7 +785,8 @@ def training(report: Report, device: torch.device, models: list[str]) -> None:
         ("ECAPA", Ecapa, 192),
         ("ResNet34", lambda: ResNet(channels=4 if dry else 32), 256),
     ):
-        for name in [*heads][:3] if model in models else ():
+        ours = ("Q-Margin, this package", "Q-Margin, this package, dense")
+        for name in ("ArcFace", *ours) if model in models else ():
             attempt(
                 report,
                 f"{model}, {name}",

@@ -5,8 +5,23 @@ import weakref
 from contextlib import contextmanager
 from importlib import import_module
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from speechbrain_qmargin.head.sizes import Sizes, constants
+
+# of a head with few classes, whose step is a GPU's
+FEW_CLASSES = Sizes(
+    screen_from=1,
+    screen=torch.bfloat16,
+    parts=constants(torch.device("cuda")).parts,
+    sample=40,
+    max_candidates=2**20,
+    fused=True,
+    screened=512,
+    kept=256,
+)
 
 FREE = {"view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "t", "transpose", "select"}
 FREE |= {"slice", "detach", "alias", "as_strided", "empty", "empty_like", "empty_strided"}

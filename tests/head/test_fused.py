@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import brute_force
+from launches import FEW_CLASSES as SIZES
 from launches import Counted, interpreted
 
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD, fused
@@ -25,17 +26,6 @@ row_kernels = pytest.importorskip("speechbrain_qmargin.head.row_kernels", exc_ty
 numbers = pytest.importorskip("speechbrain_qmargin.loss.triton_numbers", exc_type=ImportError)
 
 EPS = 2.0**-23
-# as on a GPU, for few classes
-SIZES = Sizes(
-    screen_from=1,
-    screen=torch.bfloat16,
-    parts=constants(torch.device("cuda")).parts,
-    sample=40,
-    max_candidates=2**20,
-    fused=True,
-    screened=512,
-    kept=256,
-)
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launches import interpreted
+from launches import FEW_CLASSES, interpreted
 from ranks import on_ranks
 
 from speechbrain_qmargin.head import QMarginHead, kernel_search, step
-from speechbrain_qmargin.head.sizes import Sizes, constants
+from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.loss.device import control_flow
 from speechbrain_qmargin.loss.functional import q_margin_objective
 
@@ -17,23 +17,14 @@ row_kernels = pytest.importorskip("speechbrain_qmargin.head.row_kernels", exc_ty
 numbers = pytest.importorskip("speechbrain_qmargin.loss.triton_numbers", exc_type=ImportError)
 
 WORLD, DIM, ROWS, CLASSES = 3, 12, 2, 200
-SIZES = Sizes(
-    screen_from=1,
-    screen=torch.bfloat16,
-    parts=constants(torch.device("cuda")).parts,
-    sample=20,
-    max_candidates=2**20,
-    fused=True,
-    screened=256,
-    kept=128,
-)
+SIZES = replace(FEW_CLASSES, sample=20, screened=256, kept=128)
 pytestmark = pytest.mark.skipif(
     torch.__version__.startswith("2.7"), reason="the interpreter of Triton 3.3 knows no int1"
 )
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
+def as_on_a_gpu():
     with interpreted(kernels, row_kernels, numbers), control_flow(host=False):
         yield
 
