@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -407,6 +408,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--stage", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument(
+        "--runs", default="*", help="only runs whose folder is called so, as in iresnet_4_*"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--tables", action="store_true", help="of what is finished; no training")
     args = parser.parse_args(argv)
@@ -416,8 +420,10 @@ def main() -> None:
         write_face_lists(data, out)
     for stage in args.stage:
         if not args.tables:
-            recipe, runs = STAGES[stage]
-            train_all(recipe, runs(data, out, args.systems), given, args.jobs)
+            recipe, planned = STAGES[stage]
+            runs = planned(data, out, args.systems)
+            some = {key: run for key, run in runs.items() if fnmatch(run[1].name, args.runs)}
+            train_all(recipe, some, given, args.jobs)
         text = tables(stage, data, out)
         write_text(out / f"{stage}.md", text)
         print(text)
