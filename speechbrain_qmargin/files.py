@@ -23,6 +23,7 @@ __all__ = [
     "json_values",
     "load_arrays",
     "load_record",
+    "named_file",
     "refuse_overwriting",
     "replacing",
     "replacing_folder",
@@ -100,6 +101,28 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def named_file(setting: str, path: str | Path) -> Path:
+    """The file that a setting names.
+
+    Raises
+    ------
+    FileNotFoundError, IsADirectoryError
+        Nothing there, or a folder; with the setting and the path.
+
+    Examples
+    --------
+    >>> named_file("valid_file", "gone.txt")
+    Traceback (most recent call last):
+    FileNotFoundError: valid_file: gone.txt does not exist
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{setting}: {path} is a folder; give the file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{setting}: {path} does not exist")
+    return path
 
 
 def refuse_overwriting(outputs: Iterable[str | Path], inputs: Iterable[str | Path | None]) -> None:

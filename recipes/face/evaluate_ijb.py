@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from speechbrain_qmargin.cli import status_of
+from speechbrain_qmargin.cli import GOES_ON, status_of
 from speechbrain_qmargin.export.face_encoder import FaceEncoder, load_face_encoder
 from speechbrain_qmargin.faces.ijb import (
     IJBOptions,
@@ -77,7 +77,9 @@ def default_folder(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--ijb", required=True, help="folder with meta/")
     parser.add_argument("--target", default="IJBC", choices=("IJBB", "IJBC"))
     source = parser.add_mutually_exclusive_group(required=True)
@@ -122,4 +124,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(status_of("evaluate_ijb.py", main))
+    sys.exit(status_of("evaluate_ijb.py", main, GOES_ON))

@@ -21,15 +21,21 @@ from speechbrain_qmargin.cli.trials import divided_trials
 def make_trials(data_folder, out_folder, dev_speakers, test_speakers, utterances=10, seed=0):
     """Write the two trial lists and the two lists of recordings; print what is in them."""
     root = Path(data_folder) / "wav"
+    if not root.parent.is_dir():
+        raise FileNotFoundError(f"{data_folder}: no such folder")
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} does not exist; it holds <speaker>/<session>/<utterance>")
+        raise FileNotFoundError(
+            f"{data_folder}: it must hold wav/<speaker>/<session>/<utterance>, and has no wav/"
+        )
     counts = {"dev": dev_speakers, "test": test_speakers}
     divided_trials(root, out_folder, counts, utterances, seed, ("speakers", "recordings"))
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("data_folder")
     parser.add_argument("out_folder")

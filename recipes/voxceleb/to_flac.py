@@ -8,12 +8,14 @@ Started again, it goes on where it was interrupted.
 import argparse
 import sys
 
-from speechbrain_qmargin.cli import status_of
+from speechbrain_qmargin.cli import GOES_ON, status_of
 from speechbrain_qmargin.data.convert import convert_to_flac
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("source", help="a folder with dev/aac, or any other layout of the recipe")
     parser.add_argument("destination")
     parser.add_argument("--jobs", type=int, help="processes; default: as many as there are CPUs")
@@ -23,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(status_of("to_flac.py", main))
+    sys.exit(status_of("to_flac.py", main, GOES_ON))

@@ -46,7 +46,8 @@ def prepare(settings):
         sources, test, valid = [mini.folder], mini.trials_test, mini.trials_valid
     elif test is None:
         raise ValueError(
-            "verification_file: give the trials to test on, or leave out data_folder and manifest"
+            "verification_file: give the trials to test on (make_trials.py makes lists of a "
+            "folder), or leave out data_folder and manifest"
         )
     corpus = prepare_speech(
         sources,

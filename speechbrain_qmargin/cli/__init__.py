@@ -18,7 +18,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-__all__ = ["GROUPS", "main", "status_of"]
+__all__ = ["GOES_ON", "GROUPS", "main", "status_of"]
+
+GOES_ON = "the same command goes on where it was"  # said of what may be interrupted
 
 # module: its subcommands with one line of help each
 GROUPS: dict[str, dict[str, str]] = {
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     -------
     int
         Exit status: 0; 1 for an error of the input; argparse ends with 2 by itself; 3 of
-        subcommands that decide, where somebody is rejected.
+        subcommands that decide, where somebody is rejected; 130 where it was interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
@@ -100,19 +102,28 @@ def main(argv: list[str] | None = None) -> int:
                 commands.add_parser(name, help=text)
     args = parser.parse_args(argv)
     said: list[int | None] = []
-    status = status_of(f"qmargin {args.command}", lambda: said.append(args.run(args)))
+    work, again = lambda: said.append(args.run(args)), getattr(args, "again", "")
+    status = status_of(f"qmargin {args.command}", work, again)
     return status or next(filter(None, said), 0)
 
 
-def status_of(program: str, work: Callable[[], Any]) -> int:
+def status_of(program: str, work: Callable[[], Any], again: str = "") -> int:
     """Do a program's work; an error of the user's input is one line, not a traceback.
 
     With ``QMARGIN_TRACEBACK=1`` in the environment the traceback is shown.
 
+    Parameters
+    ----------
+    program : str
+        What the line begins with.
+    work : callable
+    again : str
+        What is said of a second start where the first was interrupted (Ctrl-C).
+
     Returns
     -------
     int
-        Exit status: 0; 1 for such an error.
+        Exit status: 0; 1 for such an error; 130 where it was interrupted.
     """
     try:
         with warnings.catch_warnings():
@@ -121,6 +132,11 @@ def status_of(program: str, work: Callable[[], Any]) -> int:
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        if os.environ.get("QMARGIN_TRACEBACK"):
+            raise
+        print(f"\n{program}: interrupted{again and '; '}{again}", file=sys.stderr)
+        return 130
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("QMARGIN_TRACEBACK"):
             raise

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from speechbrain_qmargin.cli import GOES_ON
+
 __all__ = ["configure"]
 
 EXTRACT = """
@@ -250,6 +252,7 @@ def configure(add) -> None:
                          "default as the run was tested")  # fmt: skip
 
     def embeds(sub: argparse.ArgumentParser) -> None:
+        sub.set_defaults(again=GOES_ON)
         sub.add_argument("--device", help="cuda where there is a GPU, else cpu")
         sub.add_argument("--num_workers", type=int, default=4, help="threads that read files")
         sub.add_argument("--batch_size", type=int, default=64, help="images at once")

@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 import numpy as np
 from tqdm import tqdm
 
+from speechbrain_qmargin.cli import GOES_ON
 from speechbrain_qmargin.data.align import align_face
 from speechbrain_qmargin.data.images import read_pixels
 from speechbrain_qmargin.data.skipped import Skipped
@@ -89,6 +90,7 @@ def _align(args: argparse.Namespace) -> None:
 def configure(add) -> None:
     """The subcommand that aligns photographs; see :mod:`speechbrain_qmargin.cli`."""
     sub = add("align", _align)
+    sub.set_defaults(again=GOES_ON)
     sub.formatter_class = argparse.RawDescriptionHelpFormatter
     sub.description = f"{sub.description}\n{ALIGN}"
     sub.add_argument("images", metavar="IMAGES", help="folder of photographs")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from speechbrain_qmargin.cli import status_of
+from speechbrain_qmargin.cli import GOES_ON, status_of
 
 __all__ = ["end_early", "run_recipe"]
 
@@ -41,7 +41,9 @@ def run_recipe(about: str | None, main: Callable[[list[str]], Any], argv: Sequen
         Exit status, as of :func:`~speechbrain_qmargin.cli.status_of`.
     """
     status = _early(about, list(argv))
-    return status_of(_program(), lambda: main(list(argv))) if status is None else status
+    if status is not None:
+        return status
+    return status_of(_program(), lambda: main(list(argv)), GOES_ON)
 
 
 def end_early(about: str | None, argv: Sequence[str]) -> None:

@@ -52,6 +52,7 @@ def divided_trials(
     from speechbrain_qmargin.scoring.pairing import every_pair, spread_over_sessions
     from speechbrain_qmargin.trials import write_trials
 
+    _refuse_single_files(most)
     out, people = Path(out), read_people(source)
     parts, rest = draw_parts(people.ids, counts, seed)
     units, files = names
@@ -69,6 +70,11 @@ def divided_trials(
         write_text(file, people.listed(ids))
         print(f"{file}: {len(ids):,} {files} of {len(drawn if part == 'trial' else rest)} {units}")
     write_text(out / f"train_{units}.txt", "".join(f"{one}\n" for one in sorted(rest)))
+
+
+def _refuse_single_files(most: int) -> None:
+    if most < 2:
+        raise ValueError(f"{most} files of a person: with fewer than 2 nobody has a pair")
 
 
 def _counted(trials) -> str:
@@ -91,6 +97,7 @@ def _trials(args: argparse.Namespace) -> None:
     if args.pairs:
         trials = _labelled(args.pairs, people)
     else:
+        _refuse_single_files(args.most)
         chosen = {one: spread_over_sessions(ids, args.most) for one, ids in people.ids.items()}
         trials = every_pair(chosen)
     write_trials(out / "trials.txt", trials)

@@ -20,6 +20,7 @@ import numpy as np
 from speechbrain_qmargin.data.classes import all_pairs, held_out_for_validation, training_classes
 from speechbrain_qmargin.data.images import IMAGE_SUFFIXES
 from speechbrain_qmargin.data.manifest import Item, Manifest
+from speechbrain_qmargin.files import named_file
 from speechbrain_qmargin.trials import LabelledTrials, match_ids, read_trials, speaker_in
 
 __all__ = ["FaceCorpus", "prepare_faces"]
@@ -99,9 +100,13 @@ def prepare_faces(
         logger.warning(f"{len(faults)} images are left out, the first is {name}: {fault}")
     trials: dict[str, LabelledTrials] = {}
     if verification_file is not None:
-        path = Path(verification_file)
+        path = named_file("verification_file", verification_file)
         trials[path.stem] = _pairs(path, everything, root)
-    valid_trials = None if valid_file is None else _pairs(Path(valid_file), everything, root)
+    valid_trials = None
+    if valid_file is not None:
+        valid_trials = _pairs(named_file("valid_file", valid_file), everything, root)
+    if train_identities is not None:
+        named_file("train_identities", train_identities)
     used = [*trials.values()] + ([] if valid_trials is None else [valid_trials])
     held_out = {speaker_in(name) for each in used for name in each.ids}
 
@@ -186,8 +191,6 @@ def _images_below(root: Path) -> Manifest:
 
 def _pairs(pair_list: Path, images: Manifest, root: Path) -> LabelledTrials:
     """The pairs of a list, of both kinds; all their images must be there."""
-    if not pair_list.is_file():
-        raise FileNotFoundError(f"{pair_list}: no such pair list")
     trials = read_trials(pair_list)
     known = images.class_of_id
     missing = [name for name in trials.ids if name not in known]

@@ -161,10 +161,10 @@ def draw_parts(
     """
     able = sorted(person for person, names in ids.items() if len(names) > 1)
     if min(counts.values()) < 2 or sum(counts.values()) > len(able):
-        asked = ", ".join(f"{part} {count}" for part, count in counts.items())
+        asked = " and ".join(f"{count} for {part}" for part, count in counts.items())
         raise ValueError(
-            f"{len(able)} of {len(ids)} people have two files or more; parts of two people at "
-            f"least and of no more together are wanted, not {asked}"
+            f"{asked}: give at least 2 people to each, and together no more than there are with "
+            f"two files or more, {len(able)} of {len(ids)}"
         )
     drawn = [able[row] for row in np.random.default_rng(seed).permutation(len(able))]
     parts, start = {}, 0

@@ -20,7 +20,7 @@ from speechbrain_qmargin.data.durations import check_recordings, durations
 from speechbrain_qmargin.data.manifest import Manifest
 from speechbrain_qmargin.data.readers import Read, read_corpus
 from speechbrain_qmargin.data.voxceleb import warn_of_too_many_speakers
-from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.files import named_file, write_text
 from speechbrain_qmargin.tables import read_models
 from speechbrain_qmargin.trials import (
     LabelledTrials,
@@ -138,8 +138,7 @@ def _named_lists(source: str | Path | Sequence | Mapping | None) -> dict[str, Pa
                 )
             lists[path.stem] = path
     for name, path in lists.items():
-        if not path.is_file():
-            raise FileNotFoundError(f"verification_file: {path} does not exist")
+        named_file("verification_file", path)
         if "/" in name:
             raise ValueError(f"verification_file: a list cannot be called {name!r}")
     return lists
@@ -351,17 +350,16 @@ def prepare_speech(
     save_folder = Path(save_folder)
     where = ", ".join(map(str, [*sources, *trials_sources]))
     lists = _named_lists(verification_file)
-    valid_list = {} if valid_file is None else {"valid": Path(valid_file)}
-    for path in valid_list.values():
-        if not path.is_file():
-            raise FileNotFoundError(f"valid_file: {path} does not exist")
+    valid_list = {} if valid_file is None else {"valid": named_file("valid_file", valid_file)}
+    if train_speakers is not None:
+        named_file("train_speakers", train_speakers)
     if "valid" in lists and valid_list:
         raise ValueError("verification_file: the name 'valid' is that of the validation trials")
     if valid_file is None and num_valid_speakers == 1:
         raise ValueError("num_valid_speakers: 1 speaker has no impostor trials; 0, or 2 and more")
     manifest, held_out = _read(sources, trials_sources, reader, progress)
 
-    enrolment = None if enrolment_file is None else Path(enrolment_file)
+    enrolment = None if enrolment_file is None else named_file("enrolment_file", enrolment_file)
     trials, named = _resolve_lists(
         lists | valid_list, enrolment, manifest, where, save_folder, allow_missing
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -164,6 +165,11 @@ def make_loss(
             )
         known = {"num_classes": num_classes, "embedding_dim": embedding_dim, "samples": samples}
         given |= {key: value for key, value in known.items() if value}
+    takes = inspect.signature(cls).parameters
+    if not any(one.kind is one.VAR_KEYWORD for one in takes.values()):  # of a loss of one's own
+        for key in options:
+            if key not in takes:
+                raise ValueError(f"loss: {name} takes no {key}; it takes {', '.join(takes)}")
     given |= options
     try:
         if given.get("margin") == "large":

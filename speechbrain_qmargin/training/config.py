@@ -24,7 +24,9 @@ import functools
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -147,13 +149,13 @@ def compose(hparams_file: str | Path, overrides: dict[str, str], trust: bool = F
     document = _compose(path, given, trust)
     for key, text in overrides.items():
         if key not in document.entries:
-            known = ", ".join(plain_settings(document.values()))
             raise ValueError(
-                f"--{key} is neither a setting of {path} nor an option of SpeechBrain; the "
-                f"settings are {known}"
+                f"--{key} is neither a setting of {path} nor an option of SpeechBrain; "
+                + _near(key, document.entries, path)
             )
         if key not in document.chosen:
-            document.change(key, given[key], text)
+            value, text = _of_its_kind(key, document.entries[key].value, given[key], text)
+            document.change(key, value, text)
     text = document.text()
     if document.borrowed is not None and not trust:
         refuse_outside(text, document.borrowed)
@@ -291,6 +293,42 @@ def _parsed(overrides: dict[str, str]) -> dict[str, Any]:
         except (YAMLError, TypeError, KeyError):
             raise ValueError(f"--{key}: {text!r} is no YAML value") from None
     return values
+
+
+def _of_its_kind(key: str, before: Any, value: Any, text: str) -> tuple[Any, str]:
+    """A value from the command line and its YAML, if it is of the kind of the one before.
+
+    A scalar in the place of a list is a list of one. None takes any place, and any value that of
+    None, of a string or of an object.
+    """
+    if value is None or tag_of(value) or tag_of(before):
+        return value, text
+    plain = not isinstance(value, (dict, list))
+    if isinstance(before, bool):
+        wanted = "" if isinstance(value, bool) or value in (0, 1) else "True or False"
+    elif isinstance(before, (int, float)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        wanted = "" if number else f"a number, such as {before}"
+    elif isinstance(before, dict):
+        wanted = "" if isinstance(value, dict) else "a mapping, such as '{key: value}'"
+    elif isinstance(before, list) and plain:
+        return [value], json.dumps([value], ensure_ascii=False)
+    else:
+        wanted = ""
+    if wanted:
+        raise ValueError(f"--{key}: {text!r} is not {wanted}")
+    return value, text
+
+
+def _near(key: str, known: Iterable[str], path: Path) -> str:
+    """Which settings may be meant by a name that is none; all, where none is near."""
+    names = sorted(known)
+    words = set(key.split("_"))
+    near = [name for name in names if words & set(name.split("_"))]
+    near += [name for name in get_close_matches(key, names) if name not in near]
+    if not near:
+        return f"the settings are {', '.join(names)}"
+    return f"is it {' or '.join(f'--{name}' for name in near)}? --help after {path} shows all"
 
 
 # ---------------------------------------------------------------- documents

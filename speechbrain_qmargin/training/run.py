@@ -117,6 +117,7 @@ def train_verifier(
         What the command line said.
     """
     experiment = load_experiment(argv)
+    _refuse_none_at_all(experiment.settings)
     if experiment.run_opts.device is not None:  # before the data are prepared
         usable_device(experiment.run_opts.device)
     folder = RunFolder(experiment)
@@ -131,6 +132,16 @@ def train_verifier(
     if export is not None and main and (trained or not inference.is_dir()):
         export(folder.path, trust=experiment.objects)
     return experiment
+
+
+def _refuse_none_at_all(settings: Mapping[str, Any]) -> None:
+    """Before the data are read: no epoch, no batch and no crop train nothing."""
+    for key in ("number_of_epochs", "batch_size"):
+        value = settings.get(key, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key}: {value}; a whole number from 1 on is wanted")
+    if not settings.get("sentence_len", 1) > 0:
+        raise ValueError(f"sentence_len: {settings['sentence_len']}; seconds above 0 are wanted")
 
 
 def count_classes(hparams: dict, train: Any) -> None:
@@ -159,6 +170,7 @@ def _train_and_verify(
 ) -> bool:
     """Whether there was an epoch left to train."""
     experiment = folder.experiment
+    main_process_first(folder.forget_false_start)
     folder.check()
     # until SpeechBrain sets up its own, in the output folder
     level = logging.INFO if if_main_process() else logging.ERROR

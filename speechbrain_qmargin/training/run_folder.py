@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -73,6 +74,8 @@ OPTIONS = (
     "skip_nonfinite_grads",
     "remove_vector_weight_decay",
 )
+# What is there once something was trained, beside the checkpoints
+TRAINED = ("history.jsonl", "results.json", "results.previous.json", "embeddings.npz", "inference")
 SAVED, SAVED_OPTIONS, LOCK = "experiment.yaml", "run_options.json", ".lock"
 
 
@@ -161,6 +164,22 @@ class RunFolder:
                 "or give another --output_folder."
             )
         return True
+
+    def forget_false_start(self) -> None:
+        """Take the folder over from a start that ended before its first checkpoint.
+
+        Nothing was trained there, so there is nothing to continue: a mistake in a setting may be
+        mended in the same folder.
+        """
+        saves = {self.path / "save", Path(self.experiment.settings["save_folder"])}
+        trained = any(next(save.glob("CKPT*"), None) for save in saves)
+        if trained or any((self.path / name).exists() for name in TRAINED):
+            return
+        if (self.path / SAVED).is_file():
+            for name in (SAVED_OPTIONS, "hyperparams.yaml", SAVED):  # the one looked for last
+                (self.path / name).unlink(missing_ok=True)
+            for save in saves:
+                (save / "label_encoder.txt").unlink(missing_ok=True)
 
     def check(self, **known_now: Any) -> None:
         """Refuse to continue another experiment's folder; names what differs.

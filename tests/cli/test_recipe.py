@@ -40,6 +40,19 @@ def test_the_plain_experiment_is_loaded_as_it_is(tmp_path, capsys):
     assert capsys.readouterr().out == text
 
 
+def test_an_interruption_is_a_line_that_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert run_recipe("", interrupted, ["that"]) == 130
+    told = capsys.readouterr().err
+    assert told.endswith(": interrupted; the same command goes on where it was\n")
+    assert told.strip().count("\n") == 0
+    monkeypatch.setenv("QMARGIN_TRACEBACK", "1")
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe("", interrupted, ["that"])
+
+
 def test_an_error_of_the_input_is_one_line(monkeypatch, capsys):
     def fails(argv):
         raise ValueError(f"no such thing as {argv[0]}")

@@ -42,7 +42,12 @@ def test_a_folder_is_divided_into_people_that_share_nobody(photographs, tmp_path
     assert all(path.is_file() for path in listed.values())
     assert "train_files.txt: 1 files of 1 people" in capsys.readouterr().out
     assert trials(photographs, out, "--dev=4", "--test=4") == 1
-    assert "4 of 5 people have two files or more" in capsys.readouterr().err
+    said = "4 for dev and 4 for test: give at least 2 people to each, and together no more than"
+    assert f"{said} there are with two files or more, 4 of 5\n" in capsys.readouterr().err
+    for everybody in ([], ["--all"]):
+        assert trials(photographs, tmp_path / "none", "--dev=2", "--most=1", *everybody) == 1
+        assert "1 files of a person: with fewer than 2" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_table_everybody_and_sessions(tmp_path):

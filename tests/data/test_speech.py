@@ -135,6 +135,12 @@ def test_missing_folder_and_missing_list(tmp_path, corpus):
         prepare_speech(tmp_path / "nowhere", tmp_path / "save")
     with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
         prepare(corpus, verification_file=corpus / "gone.txt")
+    for setting in ("verification_file", "valid_file", "train_speakers", "enrolment_file"):
+        lists = {"verification_file": corpus / "gone.txt", setting: tmp_path}
+        if setting != "verification_file":
+            lists["verification_file"] = None
+        with pytest.raises(IsADirectoryError, match=f"^{setting}: .* is a folder; give the file"):
+            prepare(corpus, **lists)
     (tmp_path / "bare" / "wav").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"no \.wav"):
         prepare_speech(tmp_path / "bare", tmp_path / "save2")

@@ -104,6 +104,11 @@ def test_the_family_by_name():
         ("entmax", {"margin": 0.2}, "entmax is margin = 0"),
         ("sparsemax", {"alpha": 1.5}, "sparsemax is alpha = 2"),
         ("qmargin", {"scale": -1}, "scale must be"),
+        (
+            "arcface",
+            {"options": {"easy": True}},
+            "arcface takes no easy; it takes scale, margin, easy_margin$",
+        ),
         ("qmargin", {"scale": 5, "options": {"scale": 7}}, "5 and, in the loss's options, 7"),
     ],
 )

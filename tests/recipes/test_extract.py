@@ -121,8 +121,9 @@ def test_an_interrupted_extraction_goes_on_where_it_was(run, audio, tmp_path, mo
         return read_audio(path, rate)
 
     monkeypatch.setattr(module, "read_audio", dies)
-    with pytest.raises(KeyboardInterrupt):
-        extract(run, audio, out, "--num_workers=1")
+    assert extract(run, audio, out, "--num_workers=1") == 130
+    told = capsys.readouterr().err
+    assert told.endswith("extract: interrupted; the same command goes on where it was\n")
     assert not out.exists()
     assert list((tmp_path / "out.npz.parts").glob("part*.npz"))
 
@@ -218,7 +219,12 @@ def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
         "test"
     ]
     assert make_trials([str(tmp_path), str(tmp_path), "--dev_speakers=9"]) == 1
-    assert "6 of 7 people have two files or more" in capsys.readouterr().err
+    assert "with two files or more, 6 of 7\n" in capsys.readouterr().err
+    assert make_trials([str(tmp_path / "wav"), str(tmp_path)]) == 1
+    assert "wav: it must hold wav/<speaker>/<session>/<utterance>" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # an abbreviation of --dev_speakers
+        make_trials([str(tmp_path), str(tmp_path / "none"), "--dev=2"])
+    assert "unrecognized arguments: --dev=2" in capsys.readouterr().err
     (tmp_path / "wav" / "g" / "1 2.wav").touch()
     spaced = ["--dev_speakers=3", "--test_speakers=4"]
     assert make_trials([str(tmp_path), str(tmp_path / "spaced"), *spaced]) == 0

@@ -1,5 +1,6 @@
 """Settings, sizes, overlays, the command line."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -135,14 +136,57 @@ def test_the_full_size_has_kaldis_features_and_the_others_speechbrains():
 
 
 def test_errors_name_what_is_wrong(yaml):
-    with pytest.raises(ValueError, match=r"--widht is neither a setting .* width"):
+    with pytest.raises(ValueError, match=r"--widht is neither a setting .* is it --width\?"):
         load_experiment([yaml, "--widht", "3"])
+    with pytest.raises(ValueError, match=r"is it --width\? --help after .*base.yaml shows all$"):
+        load_experiment([yaml, "--max_width", "3"])
+    with pytest.raises(ValueError, match=r"the settings are data_folder, deep, kind, .*, width$"):
+        load_experiment([yaml, "--epochs", "3"])
     with pytest.raises(ValueError, match="'huge' is unknown; choose auto, flat, full, mini"):
         load_experiment([yaml, "--size", "huge"])
     with pytest.raises(ValueError, match="--width is given twice"):
         load_experiment([yaml, "--width=3", "--width=4"])
     with pytest.raises(FileNotFoundError, match=r"gone\.yaml"):
         load_experiment(["gone.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "before", "given", "wanted"),
+    [
+        ("lr", "0.1", "high", "a number, such as 0.1"),
+        ("crop", "2.0", "2s", "a number, such as 2.0"),
+        ("epochs", "30", "[3]", "a number, such as 30"),
+        ("epochs", "30", "True", "a number, such as 30"),
+        ("missing", "False", "no", "True or False"),  # a string in YAML, hence true
+        ("missing", "False", "2", "True or False"),
+        ("options", "{}", "easy", "a mapping, such as '{key: value}'"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_name(tmp_path, setting, before, given, wanted):
+    file = tmp_path / "one.yaml"
+    file.write_text(f"{setting}: {before}  # why\n")
+    with pytest.raises(ValueError, match=re.escape(f"--{setting}: {given!r} is not {wanted}")):
+        load_experiment([str(file), f"--{setting}={given}"])
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "value"),
+    [
+        ("0.1", "1e-2", 0.01),
+        ("20", "null", None),
+        ("null", "a", "a"),
+        ("large", "0.5", 0.5),
+        ("False", "1", 1),
+        ("[1.0, 0.9]", "1", [1]),
+        ("[]", "it's, here.bin", ["it's, here.bin"]),
+        ("[]", "[a, b]", ["a", "b"]),
+    ],
+)
+def test_a_scalar_is_a_list_of_one_and_null_takes_any_place(tmp_path, before, given, value):
+    file = tmp_path / "one.yaml"
+    file.write_text(f"seed: 0\nsetting: {before}\n")
+    experiment = load_experiment([str(file), "--setting", given])
+    assert experiment.settings["setting"] == value == experiment.load()["setting"]
 
 
 def test_comments_stay_at_their_keys(yaml, tmp_path):
@@ -202,6 +246,15 @@ def test_the_partial_head_takes_its_own_rate_not_the_audios(recipe, tmp_path):
     folder = f"--output_folder={tmp_path}"
     experiment = load_experiment([str(HPARAMS / recipe), "--size=small", "--head=partial", folder])
     assert experiment.load(out_n_neurons=10)["classifier"].sample_rate == 0.1
+
+
+@pytest.mark.parametrize("option", ["number_of_epochs=0", "batch_size=-4", "batch_size=2.5"])
+def test_settings_that_train_nothing_are_refused_before_anything_is_done(tmp_path, option):
+    key, value = option.split("=")
+    argv = [str(HPARAMS / "qmargin.yaml"), f"--output_folder={tmp_path / 'run'}", f"--{option}"]
+    with pytest.raises(ValueError, match=f"^{key}: {value}; a whole number from 1 on"):
+        train_verifier(argv, SpeakerBrain, lambda settings: pytest.fail("data were prepared"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_device_that_is_not_here_is_named_before_anything_is_done(tmp_path):

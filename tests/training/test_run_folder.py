@@ -107,6 +107,30 @@ def test_another_recipes_folder_and_a_damaged_record_are_named(tmp_path):
             check(tmp_path)
 
 
+def test_a_start_before_the_first_checkpoint_binds_nobody(tmp_path):
+    def start(folder):
+        RunFolder(
+            load_experiment([*SPEECH, f"--output_folder={folder}", "--lr=0.01"])
+        ).forget_false_start()
+
+    begun(tmp_path / "false")
+    labels = tmp_path / "false" / "save" / "label_encoder.txt"
+    labels.parent.mkdir()
+    labels.write_text("of other speakers")
+    start(tmp_path / "false")
+    check(tmp_path / "false", "--lr=0.01", out_n_neurons=40)
+    assert not labels.exists()
+
+    for made in ("save/CKPT+2026/model.ckpt", "history.jsonl", "results.json", "inference/w"):
+        folder = tmp_path / made.replace("/", "_")
+        begun(folder)
+        (folder / made).parent.mkdir(parents=True, exist_ok=True)
+        (folder / made).write_text("")
+        start(folder)
+        with pytest.raises(ValueError, match=r"another experiment \(lr: 0.1 there, 0.01 now"):
+            check(folder, "--lr=0.01")
+
+
 def test_a_finished_run_is_announced_only_for_its_own_settings(tmp_path, capsys):
     begun(tmp_path)
     settings = load_experiment([*SPEECH, f"--output_folder={tmp_path}"]).settings
