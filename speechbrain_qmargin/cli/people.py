@@ -262,6 +262,8 @@ def _serve(args: argparse.Namespace) -> None:
         port=args.port,
         token_file=args.token_file,
         max_bytes=round(args.max_mb * 1e6),
+        max_seconds=args.max_seconds,
+        at_once=args.at_once,
     )
 
 
@@ -328,3 +330,5 @@ def configure(add) -> None:
     sub.add_argument("--port", type=int, default=8000)
     sub.add_argument("--token_file", metavar="FILE", help="its first line is the token")
     sub.add_argument("--max_mb", type=float, default=20.0, help="of a request")
+    sub.add_argument("--max_seconds", type=float, default=60.0, help="in which a request comes")
+    sub.add_argument("--at_once", type=int, default=8, help="requests answered at once")

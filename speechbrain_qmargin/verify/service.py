@@ -5,15 +5,18 @@ A client sends contents, never paths, and may be answered ``{"error": {"code", "
 ====  ======================================================================
 401   no token, or another one
 404   nobody is enrolled under a name
+408   a request whose content did not come in time
 409   no threshold, or templates of another encoder
 413   a request larger than allowed
 422   a recording or image that is not fit or cannot be decoded; a form that lacks something
 500   a fault of the service; its log has the traceback
-503   the disk or the file of enrolments failed
+503   too many requests at once (``busy``, with ``Retry-After``); the disk or the file of enrolments
+      failed (``unavailable``)
 ====  ======================================================================
 """
 
 # no `from __future__ import annotations`: FastAPI reads those of functions that are made in one
+import asyncio
 import hmac
 import os
 import secrets
@@ -34,6 +37,8 @@ __all__ = ["make_app", "serve"]
 
 MAX_BYTES = 20_000_000
 MAX_FILES = 20
+MAX_SECONDS = 60.0
+AT_ONCE = 8
 _PAGE = {
     "index.html": "text/html",
     "page.js": "text/javascript",
@@ -164,44 +169,78 @@ class _Guard:
 
 
 class _Limit:
-    """Refuse a body that is larger than allowed while it comes, whatever its header says."""
+    """Refuse what is too much: requests at once, and a body that is too large or too slow.
 
-    def __init__(self, app: Any, max_bytes: int) -> None:
+    A body is refused while it comes, whatever its header says. Only requests with content count
+    among those at once: decoding and embedding it is what takes memory and time.
+    """
+
+    def __init__(self, app: Any, max_bytes: int, max_seconds: float, at_once: int) -> None:
         self.app, self.max_bytes = app, max_bytes
+        self.max_seconds, self.at_once = max_seconds, at_once
+        self.running = 0  # changed by the event loop's thread alone
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        said = headers.get(b"content-length", b"0")
-        if not said.isdigit() or int(said) > self.max_bytes:
-            await self._refuse(scope, receive, send)
-            return
-        seen, over = 0, False
+        said = dict(scope["headers"]).get(b"content-length", b"0")
+        if not said.isdigit() or len(said) > 18 or int(said) > self.max_bytes:
+            await self._too_large()(scope, receive, send)
+        elif scope["method"] != "POST":
+            await self._limited(scope, receive, send)
+        elif self.running >= self.at_once:
+            message = f"{self.running} requests are being answered; ask again in a moment"
+            await _refused(503, "busy", message, **{"Retry-After": "1"})(scope, receive, send)
+        else:
+            self.running += 1
+            try:
+                await self._limited(scope, receive, send)
+            finally:
+                self.running -= 1
 
-        async def counted() -> Any:
-            nonlocal seen, over
-            message = await receive()
+    async def _limited(self, scope: Any, receive: Any, send: Any) -> None:
+        seen, whole = 0, False
+        refusal: Any = None
+        clock = asyncio.get_running_loop().time
+        end = clock() + self.max_seconds
+
+        async def watched() -> Any:
+            nonlocal seen, whole, refusal
+            if refusal is not None:
+                return {"type": "http.disconnect"}
+            if whole:  # what comes now is the client's leaving
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - clock()))
+            except asyncio.TimeoutError:
+                refusal = self._too_slow()
+                return {"type": "http.disconnect"}
             seen += len(message.get("body", b""))
-            over = over or seen > self.max_bytes
-            return {"type": "http.disconnect"} if over else message
+            whole = not message.get("more_body", False)
+            if seen > self.max_bytes:
+                refusal = self._too_large()
+                return {"type": "http.disconnect"}
+            return message
 
         async def sent(message: Any) -> None:
-            if not over:  # or it would complain of a body that is cut off
+            if refusal is None:  # or it would complain of a body that is cut off
                 await send(message)
 
         try:
-            await self.app(scope, counted, sent)
+            await self.app(scope, watched, sent)
         except Exception:
-            if not over:
+            if refusal is None:
                 raise
-        if over:
-            await self._refuse(scope, receive, send)
+        if refusal is not None:
+            await refusal(scope, receive, send)
 
-    async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
-        message = f"a request has at most {self.max_bytes:,} bytes"
-        await _refused(413, "too_large", message)(scope, receive, send)
+    def _too_large(self) -> Any:
+        return _refused(413, "too_large", f"a request has at most {self.max_bytes:,} bytes")
+
+    def _too_slow(self) -> Any:
+        message = f"the content has to come within {self.max_seconds:g} s"
+        return _refused(408, "too_slow", message, Connection="close")
 
 
 def _refused(status: int, code: str, message: str, **headers: str) -> Any:
@@ -216,6 +255,8 @@ def make_app(
     token: str,
     *,
     max_bytes: int = MAX_BYTES,
+    max_seconds: float = MAX_SECONDS,
+    at_once: int = AT_ONCE,
     hosts: tuple[str, ...] = LOOPBACK,
 ) -> Any:
     """The service as an ASGI application.
@@ -227,6 +268,10 @@ def make_app(
         What clients send as ``Authorization: Bearer <token>``; 16 characters at least.
     max_bytes : int
         Of a request's body.
+    max_seconds : float
+        In which the body has to come.
+    at_once : int
+        Requests with content that are answered at once; more are refused with 503.
     hosts : tuple of str
         What a request may name as host; with ``*`` anything. It keeps web pages that a user visits
         from speaking to a service on the user's own machine.
@@ -236,7 +281,7 @@ def make_app(
     ImportError
         The extra ``serve`` is not installed.
     ValueError
-        A token that is too short, or not of printable ASCII.
+        A token that is too short, or not of printable ASCII; a limit that is not positive.
     """
     require("fastapi", "python_multipart", why="the service", extra="serve")
     from fastapi import APIRouter, Depends, FastAPI, File, Request, UploadFile
@@ -250,6 +295,10 @@ def make_app(
     contents = File(description="contents; their names are not used")
     if len(token) < 16 or not token.isascii() or not token.isprintable():
         raise ValueError("the token wants 16 characters or more, of printable ASCII")
+    if min(max_bytes, max_seconds, at_once) <= 0:
+        raise ValueError(
+            f"limits must be positive, got {max_bytes} bytes, {max_seconds:g} s, {at_once} at once"
+        )
     folder = files("speechbrain_qmargin.verify") / "page"
     page = {name: (folder / name).read_text(encoding="utf-8") for name in _PAGE}
 
@@ -260,11 +309,11 @@ def make_app(
         docs_url=None,  # its pages are on a CDN
         redoc_url=None,
     )
-    app.add_middleware(_Limit, max_bytes=max_bytes)
+    app.add_middleware(_Limit, max_bytes=max_bytes, max_seconds=max_seconds, at_once=at_once)
     app.add_middleware(_Guard, token=token)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     refused: dict[int | str, dict[str, Any]] = {
-        status: {"model": Refused} for status in (401, 404, 409, 413, 422, 500, 503)
+        status: {"model": Refused} for status in (401, 404, 408, 409, 413, 422, 500, 503)
     }
     described = [Depends(HTTPBearer(auto_error=False))]  # for OpenAPI; the guard has seen to it
     api = APIRouter(prefix="/v1", dependencies=described, responses=refused)
@@ -424,6 +473,8 @@ def serve(
     port: int = 8000,
     token_file: str | Path | None = None,
     max_bytes: int = MAX_BYTES,
+    max_seconds: float = MAX_SECONDS,
+    at_once: int = AT_ONCE,
 ) -> None:
     """Listen until interrupted.
 
@@ -435,15 +486,22 @@ def serve(
         proxy that has.
     token_file : path, optional
         Without it a token is made and printed with the page's address.
-    max_bytes : int
-        Of a request's body.
+    max_bytes, max_seconds, at_once
+        As of :func:`make_app`.
     """
     require("uvicorn", why="the service", extra="serve")
     import uvicorn
 
     token = read_token(token_file) if token_file else secrets.token_urlsafe(24)
     hosts = LOOPBACK if host in LOOPBACK else ("*",)
-    app = make_app(verifier, token, max_bytes=max_bytes, hosts=hosts)
+    app = make_app(
+        verifier,
+        token,
+        max_bytes=max_bytes,
+        max_seconds=max_seconds,
+        at_once=at_once,
+        hosts=hosts,
+    )
     place = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     print(f"{place}#token={token}" if not token_file else place, flush=True)
     print(f"people: {verifier.people.path}", flush=True)

@@ -131,12 +131,22 @@ class Verifier:
     system : System or callable
         Callable: gives it, or raises what is to be said, when a decision is asked for; people can
         be enrolled before.
+    at_once : int
+        Files that are decoded and checked at once, by all threads together: a compressed file
+        takes many times its size in memory.
     """
 
     def __init__(
-        self, reader: Reader, people: People, system: System | Callable[[], System]
+        self,
+        reader: Reader,
+        people: People,
+        system: System | Callable[[], System],
+        at_once: int = 4,
     ) -> None:
+        if at_once < 1:
+            raise ValueError(f"at_once is {at_once}; one file at least")
         self.reader, self.people = reader, people
+        self._at_once, self._reading = at_once, threading.BoundedSemaphore(at_once)
         self._system = system if isinstance(system, System) else None
         self._find_system = system
         self._lock = threading.Lock()
@@ -195,13 +205,14 @@ class Verifier:
 
         def read(source: Source) -> Sample | Exception:
             try:
-                return self.reader.read(source)
+                with self._reading:
+                    return self.reader.read(source)
             except (OSError, Unfit) as error:
                 return error
 
         if len(sources) == 1:
             return [read(sources[0])]
-        with ThreadPoolExecutor(min(4, len(sources) or 1)) as pool:
+        with ThreadPoolExecutor(min(self._at_once, len(sources) or 1)) as pool:
             return list(pool.map(read, sources))
 
     def _tests(self, samples: Sequence[Sample]) -> list[Vectors]:

@@ -1,9 +1,11 @@
 """The HTTP service: what it answers, what it refuses, and that nothing else gets out."""
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
+import threading
 
 import numpy as np
 import pytest
@@ -165,6 +167,103 @@ def test_large_requests_are_refused_whatever_they_say(verifier):
         client_of(verifier).post("/v1/people/Ann", files=many), 422, "invalid"
     )
     assert verifier.people.list() == []
+
+
+def asked(app, path, body, receive=None):
+    """One request with content, as a coroutine: its status, headers and JSON."""
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"",
+             "headers": [(b"host", b"testserver"), (b"authorization", b"Bearer " + TOKEN.encode()),
+                         (b"content-type", b"multipart/form-data; boundary=b")]}  # fmt: skip
+    parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def whole():
+        return parts.pop() if parts else {"type": "http.disconnect"}
+
+    async def answer():
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        await app(scope, receive or whole, send)
+        return sent[0]["status"], dict(sent[0]["headers"]), json.loads(sent[1]["body"])
+
+    return answer()
+
+
+def form(*contents, field="files"):
+    head = f'Content-Disposition: form-data; name="{field}"; filename="a"'.encode()
+    parts = [b"--b\r\n" + head + b"\r\n\r\n" + content + b"\r\n" for content in contents]
+    return b"".join(parts) + b"--b--\r\n"
+
+
+def test_under_load_it_refuses_at_once_and_decodes_a_few(tmp_path):
+    """30 requests of 5 recordings each, of which 6 may run and 3 recordings be decoded."""
+    inside, most, lock, go = 0, 0, threading.Lock(), threading.Event()
+
+    class Slow(Stub):
+        def read(self, source):
+            nonlocal inside, most
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            assert go.wait(20)
+            with lock:
+                inside -= 1
+            return super().read(source)
+
+    verifier = Verifier(Slow(), People(tmp_path / "people.sqlite"), SYSTEM, at_once=3)
+    app = make_app(verifier, TOKEN, hosts=("testserver",), at_once=6)
+
+    async def load():
+        names = [f"person{n}" for n in range(30)]
+        bodies = [form(*(f"{name} {k}".encode() for k in range(5))) for name in names]
+        tasks = [
+            asyncio.ensure_future(asked(app, f"/v1/people/{name}", body))
+            for name, body in zip(names, bodies, strict=True)
+        ]
+        while sum(task.done() for task in tasks) < 24 or inside < 3:
+            await asyncio.sleep(0.01)
+        go.set()
+        answers = await asyncio.gather(*tasks)
+        return answers, await asked(app, "/v1/people/later", form(b"later 1"))
+
+    answers, later = asyncio.run(load())
+    refused = [one for one in answers if one[0] == 503]
+    assert [one[0] for one in answers].count(201) == 6
+    assert len(refused) == 24
+    for _, headers, content in refused:
+        assert content["error"]["code"] == "busy"
+        assert headers[b"retry-after"] == b"1"
+    assert later[0] == 201
+    assert most == 3
+    assert [one.recordings for one in verifier.people.list()] == [1] + 6 * [5]
+
+
+def test_a_slow_client_does_not_keep_its_place(verifier):
+    app = make_app(verifier, TOKEN, hosts=("testserver",), at_once=1, max_seconds=0.05)
+    begun = [{"type": "http.request", "body": form(b"ann 1")[:40], "more_body": True}]
+
+    async def slow():
+        return begun.pop() if begun else await asyncio.Event().wait()
+
+    async def both():
+        first = asyncio.ensure_future(asked(app, "/v1/people/Ann", b"", slow))
+        await asyncio.sleep(0)
+        between = await asked(app, "/v1/people/Bob", form(b"bob 1"))
+        return between, await first, await asked(app, "/v1/people/Bob", form(b"bob 1"))
+
+    between, first, after = asyncio.run(both())
+    assert (between[0], between[2]["error"]["code"]) == (503, "busy")
+    assert (first[0], first[2]["error"]["code"]) == (408, "too_slow")
+    assert after[0] == 201
+    assert [one.name for one in verifier.people.list()] == ["Bob"]
+
+
+def test_limits_must_be_positive(verifier):
+    for limit in ("max_bytes", "max_seconds", "at_once"):
+        with pytest.raises(ValueError, match="limits must be positive"):
+            make_app(verifier, TOKEN, **{limit: 0})
 
 
 @pytest.mark.parametrize(
