@@ -4,6 +4,7 @@ import threading
 import weakref
 from contextlib import contextmanager
 from importlib import import_module
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -88,22 +89,28 @@ class Counted(TorchDispatchMode):
 
 
 @contextmanager
-def interpreted(*modules):
-    """Triton's kernels of some modules in its interpreter: quicker, and unseen by :class:`Counted`.
+def interpreted():
+    """Triton's kernels in its interpreter: quicker, and unseen by :class:`Counted`.
 
-    The interpreter patches Triton anew for each call of a function within a kernel, which is most
-    of its time. Once for each kernel is enough for functions of these modules.
+    The interpreter patches Triton's language anew for each launch and for each call of a function
+    within a kernel, and makes its table of dtypes for each operation. Here both are done once.
     """
-    names = {module.__name__ for module in modules}
-    interpreter = import_module("triton.runtime.interpreter")
-    function, executor = interpreter.InterpretedFunction, interpreter.GridExecutor
-    one_at_a_time = threading.RLock()  # what it patches is the process's, and ranks are threads
-    call, run = function.__call__, executor.__call__
+    interpreter, language = (
+        import_module("triton.runtime.interpreter"),
+        import_module("triton.language"),
+    )
+    executor = interpreter.GridExecutor
+    patch, numpy_dtype, run = interpreter._patch_lang, interpreter._get_np_dtype, executor.__call__
+    one_at_a_time = threading.RLock()  # whose program it is is the process's, and ranks are threads
+    dtypes = {}
 
-    def quick_call(self, *args, **kwargs):
-        if self.fn.__module__ in names:
-            return self.rewrite()(*args, **kwargs)
-        return call(self, *args, **kwargs)
+    def known_dtype(kind):
+        scalar = kind.scalar
+        if isinstance(scalar, language.pointer_type):
+            return numpy_dtype(kind)
+        if scalar not in dtypes:
+            dtypes[scalar] = numpy_dtype(scalar)
+        return dtypes[scalar]
 
     def unseen_run(self, *args, **kwargs):
         with one_at_a_time:
@@ -116,8 +123,14 @@ def interpreted(*modules):
             finally:
                 self.pre_run_hooks = hooks
 
-    function.__call__, executor.__call__ = quick_call, unseen_run
+    places = {"tl": language, "core": language.core}  # what functions of kernels call
+    patched = patch(SimpleNamespace(__globals__=places))
+    interpreter._patch_lang = lambda _: SimpleNamespace(restore=lambda: None)
+    interpreter._get_np_dtype, executor.__call__ = known_dtype, unseen_run
     try:
         yield
     finally:
-        function.__call__, executor.__call__ = call, run
+        interpreter._patch_lang, interpreter._get_np_dtype = patch, numpy_dtype
+        executor.__call__ = run
+        if patched is not None:  # Triton 3.6 patches for good
+            patched.restore()

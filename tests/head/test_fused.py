@@ -37,7 +37,7 @@ def on_the_device(device, request):
     interprets = device.type == "cpu" and "compile" not in request.node.name
     if interprets and torch.__version__.startswith("2.7"):
         pytest.skip("the interpreter of its Triton, 3.3, knows no int1; its compiler does")
-    kind = interpreted(kernels, numbers) if device.type == "cpu" else nullcontext()
+    kind = interpreted() if device.type == "cpu" else nullcontext()
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     with kind, control_flow(host=False), device:
@@ -194,6 +194,7 @@ def test_few_classes_are_no_reason_for_the_torch_path(only_fused):
     assert not head.prototypes().are_screened
 
 
+@pytest.mark.slow
 def test_a_batch_whose_classes_do_not_fit_is_halved(only_fused, monkeypatch):
     """Each loss is the same to the last bit, and what is remembered decides nothing."""
     head, x, labels = problem(150, 12, 5)

@@ -22,7 +22,7 @@ BOUND = Sizes(screen_from=1, screen=torch.bfloat16)
 def in_the_interpreter(device):
     if device.type == "cpu" and torch.__version__.startswith("2.7"):
         pytest.skip("the interpreter of its Triton, 3.3, knows no int1; its compiler does")
-    with interpreted(row_kernels) if device.type == "cpu" else nullcontext():
+    with interpreted() if device.type == "cpu" else nullcontext():
         yield
 
 
