@@ -6,7 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechbrain_qmargin.models.resnet import silence, temporal_statistics
+from speechbrain_qmargin.models.frames import (
+    LEAST_VARIANCE,
+    kept_frames,
+    silence,
+    temporal_statistics,
+)
 
 __all__ = ["CAMPPlus"]
 
@@ -189,7 +194,7 @@ class CAMPPlus(nn.Module):
     Raises
     ------
     ValueError
-        Bands that are no multiple of 8.
+        Bands that are not a multiple of 8.
 
     Examples
     --------
@@ -205,7 +210,7 @@ class CAMPPlus(nn.Module):
         growth: int = 32,
         channels: int = 128,
         layers: tuple[int, ...] = tuple(one[0] for one in BLOCKS),
-        least_variance: float = 1e-7,
+        least_variance: float = LEAST_VARIANCE,
     ) -> None:
         super().__init__()
         if input_size % 8:
@@ -235,9 +240,7 @@ class CAMPPlus(nn.Module):
 
         `lengths` [B] are relative lengths in (0, 1] of a padded batch.
         """
-        kept = None
-        if lengths is not None:
-            kept = (lengths.to(x.device, torch.float32) * x.shape[1]).round().clamp(min=1)
+        kept = kept_frames(lengths, x)
         y = self.head(x.transpose(1, 2), kept)
         if kept is not None:
             kept = (kept / 2).ceil()

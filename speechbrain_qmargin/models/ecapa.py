@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechbrain_qmargin.models.resnet import silence, widened
+from speechbrain_qmargin.models.frames import LEAST_VARIANCE, kept_frames, silence, widened
 
 __all__ = ["WeSpeakerEcapa"]
 
 SCALE, POOLED = 8, 1536
-_LEAST_VARIANCE = 1e-7
 
 
 class _Convolution(nn.Module):
@@ -90,7 +89,7 @@ class _Pooling(nn.Module):
         if self.context:
             mean = silence(x, kept).sum(2, keepdim=True) / count
             squares = silence((x - mean).square(), kept).sum(2, keepdim=True)
-            std = (squares / (count - 1).clamp(min=1) + _LEAST_VARIANCE).sqrt()
+            std = (squares / (count - 1).clamp(min=1) + LEAST_VARIANCE).sqrt()
             seen = torch.cat([x, mean.expand_as(x), std.expand_as(x)], 1)
         weights = widened(self.linear2(torch.tanh(self.linear1(seen))))
         if kept is not None:
@@ -99,16 +98,16 @@ class _Pooling(nn.Module):
         weights = weights.softmax(2)
         mean = (weights * x).sum(2)
         variance = (weights * x.square()).sum(2) - mean.square()
-        return torch.cat([mean, variance.clamp(min=_LEAST_VARIANCE).sqrt()], 1)
+        return torch.cat([mean, variance.clamp(min=LEAST_VARIANCE).sqrt()], 1)
 
 
 class WeSpeakerEcapa(nn.Module):
-    """Frames to embeddings: 6.19 M parameters with 512 channels, 14.65 M with 1,024 (80, 192).
+    """Frames to embeddings: 6.19 M parameters with 512 channels, 14.65 M with 1,024.
 
-    Source: WeSpeaker's ``ECAPA_TDNN_GLOB_c512`` and ``_c1024``, ``context=False`` without ``GLOB``;
-    parameters have its names. It differs from SpeechBrain's in pooling, padding and the width
-    before the pooling. In a padded batch an item's embedding in evaluation is that of the item
-    alone, up to rounding.
+    Both with 80 bands and 192 dimensions. Source: WeSpeaker's ``ECAPA_TDNN_GLOB_c512`` and
+    ``_c1024``, with ``context=False`` those without ``GLOB``; parameters have its names. It differs
+    from SpeechBrain's in pooling, padding and the width before the pooling. In a padded batch an
+    item's embedding in evaluation is that of the item alone, up to rounding.
 
     Parameters
     ----------
@@ -154,9 +153,7 @@ class WeSpeakerEcapa(nn.Module):
 
         `lengths` [B] are relative lengths in (0, 1] of a padded batch.
         """
-        kept = None
-        if lengths is not None:
-            kept = (lengths.to(x.device, torch.float32) * x.shape[1]).round().clamp(min=1)
+        kept = kept_frames(lengths, x)
         first = self.layer1(silence(x.transpose(1, 2), kept), kept)
         second = self.layer2(first, kept)
         third = self.layer3(second, kept)

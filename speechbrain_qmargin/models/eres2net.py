@@ -6,7 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechbrain_qmargin.models.resnet import silence, temporal_statistics
+from speechbrain_qmargin.models.frames import (
+    LEAST_VARIANCE,
+    kept_frames,
+    silence,
+    temporal_statistics,
+)
 
 __all__ = ["ERes2Net", "ERes2NetV2"]
 
@@ -127,9 +132,7 @@ class _Backbone(nn.Module):
 
         `lengths` [B] are relative lengths in (0, 1] of a padded batch.
         """
-        now: Tensor | None = None
-        if lengths is not None:
-            now = (lengths.to(x.device, torch.float32) * x.shape[1]).round().clamp(min=1)
+        now = kept_frames(lengths, x)
         y = silence(x.transpose(1, 2).unsqueeze(1), now)
         y = silence(F.relu(self.bn1(self.conv1(y))), now)
         maps: list[Tensor] = []
@@ -166,8 +169,11 @@ class ERes2NetV2(_Backbone):
         Dimensions of the embedding.
     base, scale, expansion : int
         Width of a group in 64ths of the channels, number of groups, factor of a block's output.
-    least_variance : float
-        Added to the variances of the pooling.
+
+    Raises
+    ------
+    ValueError
+        Bands that are not a multiple of 8.
 
     Examples
     --------
@@ -184,11 +190,8 @@ class ERes2NetV2(_Backbone):
         base: int = 26,
         scale: int = 2,
         expansion: int = 2,
-        least_variance: float = 1e-8,
     ) -> None:
-        super().__init__(
-            input_size, channels, lin_neurons, base, scale, expansion, least_variance, False
-        )
+        super().__init__(input_size, channels, lin_neurons, base, scale, expansion, 1e-8, False)
 
     def _make_fusions(self, channels: int) -> None:
         self.layer3_ds = _halving(4 * channels)
@@ -206,8 +209,8 @@ class ERes2Net(_Backbone):
 
     Parameters
     ----------
-    input_size, channels, lin_neurons, base, scale, expansion, least_variance
-        As of :class:`ERes2NetV2`.
+    input_size, channels, lin_neurons, base, scale, expansion
+        As in :class:`ERes2NetV2`.
 
     Examples
     --------
@@ -224,10 +227,9 @@ class ERes2Net(_Backbone):
         base: int = 32,
         scale: int = 2,
         expansion: int = 2,
-        least_variance: float = 1e-7,
     ) -> None:
         super().__init__(
-            input_size, channels, lin_neurons, base, scale, expansion, least_variance, True
+            input_size, channels, lin_neurons, base, scale, expansion, LEAST_VARIANCE, True
         )
 
     def _make_fusions(self, channels: int) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from speechbrain_qmargin.models.resnet import widened
+from speechbrain_qmargin.models.frames import widened
 
 __all__ = ["MBF"]
 
 
 class _Layers(nn.Module):
-    """Parts below the name that arcface_torch gives them; with a shortcut round them if asked."""
+    """Parts below the name that arcface_torch gives them; with a shortcut around them if asked."""
 
     def __init__(self, *parts: nn.Module, shortcut: bool = False) -> None:
         super().__init__()

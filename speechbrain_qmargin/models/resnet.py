@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BLOCKS", "ResNet", "silence", "temporal_statistics", "widened"]
+from speechbrain_qmargin.models.frames import kept_frames, silence, temporal_statistics
+
+__all__ = ["BLOCKS", "ResNet"]
 
 BLOCKS = {
     18: (2, 2, 2, 2),
@@ -18,64 +19,6 @@ BLOCKS = {
     293: (10, 20, 64, 3),
 }
 _BOTTLENECKS_FROM = 50
-_LEAST_VARIANCE = 1e-7
-
-
-def temporal_statistics(
-    frames: Tensor, lengths: Tensor | None = None, least_variance: float = _LEAST_VARIANCE
-) -> Tensor:
-    """Mean and standard deviation over time of every channel and frequency, in float32 or wider.
-
-    Parameters
-    ----------
-    frames : Tensor, [B, C, F, T]
-    lengths : Tensor, [B], optional
-        Relative lengths in (0, 1]; frames beyond them do not count.
-    least_variance : float
-        Added to the variance. With 0 the gradient of a deviation of 0 is taken as 0.
-
-    Returns
-    -------
-    Tensor, [B, 2 C F]
-        Means, then standard deviations (of the sample, with T - 1).
-
-    Examples
-    --------
-    >>> frames = torch.tensor([1.0, 3.0, 9.0]).view(1, 1, 1, 3)
-    >>> temporal_statistics(frames, torch.tensor([2 / 3]))
-    tensor([[2.0000, 1.4142]])
-    """
-    frames = widened(frames)
-    count = frames.shape[3]
-    if lengths is None:
-        mask = frames.new_ones(1, 1, 1, count)
-    else:
-        kept = (lengths.to(frames) * count).round().clamp(min=1)
-        mask = (torch.arange(count, device=frames.device) < kept.unsqueeze(1)).to(frames)
-        mask = mask[:, None, None, :]
-    total = mask.sum(3)
-    mean = (frames * mask).sum(3) / total
-    squares = ((frames - mean.unsqueeze(3)) * mask).square().sum(3)
-    variance = squares / (total - 1).clamp(min=1) + least_variance
-    if least_variance == 0:  # the root has no gradient at 0
-        moving = variance > 0
-        std = variance.where(moving, torch.ones_like(variance)).sqrt() * moving
-    else:
-        std = variance.sqrt()
-    return torch.cat((mean.flatten(1), std.flatten(1)), 1)
-
-
-def widened(x: Tensor) -> Tensor:
-    """Half precision as float32; what is wider as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def silence(frames: Tensor, kept: Tensor | None) -> Tensor:
-    """Zeros beyond the first `kept` [B] frames of [B, ..., T]: what a convolution pads with."""
-    if kept is None:
-        return frames
-    beyond = torch.arange(frames.shape[-1], device=frames.device) >= kept.unsqueeze(1)
-    return frames.masked_fill(beyond.view(len(beyond), *[1] * (frames.ndim - 2), -1), 0.0)
 
 
 class _Block(nn.Module):
@@ -150,6 +93,7 @@ class ResNet(nn.Module):
 
     Examples
     --------
+    >>> import torch
     >>> model = ResNet(input_size=16, channels=4, lin_neurons=8).eval()
     >>> model(torch.randn(2, 50, 16)).shape
     torch.Size([2, 1, 8])
@@ -186,10 +130,8 @@ class ResNet(nn.Module):
 
         `lengths` [B] are relative lengths in (0, 1] of a padded batch.
         """
+        kept = kept_frames(lengths, x)
         y = x.transpose(1, 2).unsqueeze(1)
-        kept = None
-        if lengths is not None:
-            kept = (lengths.to(y.device, torch.float32) * y.shape[3]).round().clamp(min=1)
         y = silence(F.relu(self.bn1(self.conv1(silence(y, kept)))), kept)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from speechbrain_qmargin.models.resnet import ResNet, temporal_statistics
+from speechbrain_qmargin.models.frames import temporal_statistics
+from speechbrain_qmargin.models.resnet import ResNet
 
 
 def published_count(channels=32, bands=80, dim=256):
