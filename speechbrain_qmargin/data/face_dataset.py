@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -94,7 +93,7 @@ class FaceDataset(Dataset):
             return read_image(item.file, self.image_size)
         except OSError as error:
             self._skip(item, error)
-        same = self._rows_of_classes[int(self.manifest.labels[row])]
+        same = self.manifest.rows_of(int(self.manifest.labels[row]))
         at = int(np.searchsorted(same, row))
         for other in np.roll(same, -at)[1:].tolist():
             instead = self.manifest[other]
@@ -108,13 +107,6 @@ class FaceDataset(Dataset):
         if self.skipped.add(item.id, error):
             logger.warning(f"{error}; its identity's next image takes its place")
 
-    @cached_property
-    def _rows_of_classes(self) -> list[np.ndarray]:
-        return list(self.manifest.rows_by_class().values())
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_rows_of_classes"}
-
 
 class ImageDataset(Dataset):
     """Images to embed, each as it is; one that cannot be used raises OSError.
@@ -125,6 +117,12 @@ class ImageDataset(Dataset):
     images : sequence of path or bytes
         Files or their contents.
     image_size : int
+
+    Examples
+    --------
+    >>> data = ImageDataset(["ann/1.pgm"], [b"P5 2 1 255 " + bytes([7, 9])], 112)
+    >>> data[0]["id"], data[0]["image"].shape
+    ('ann/1.pgm', torch.Size([3, 112, 112]))
     """
 
     def __init__(self, ids: Sequence[str], images: Sequence[str | bytes], image_size: int) -> None:

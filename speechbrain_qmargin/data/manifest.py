@@ -56,7 +56,7 @@ class Texts(Sequence[str]):
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> Texts:
-        """Pack strings; those that are no valid Unicode are refused (UnicodeEncodeError)."""
+        """Pack strings; those that are not valid Unicode are refused (UnicodeEncodeError)."""
         content, offsets = bytearray(), array("q", [0])
         for one in strings:
             content += one.encode()
@@ -156,8 +156,8 @@ class Manifest:
     ...                         "ann", 1.0, 2.0)])
     >>> manifest[0]
     Item(id='ann/1', file='a.wav', label='ann', start=1.0, duration=2.0, part=False)
-    >>> manifest.row("bob/1"), manifest.class_of_id["bob/1"]
-    (1, 'bob')
+    >>> manifest.row("bob/1"), manifest.class_of_id["bob/1"], manifest.rows_of(1)
+    (1, 'bob', array([1]))
     >>> shared = manifest.kept_in(getfixture("tmp_path") / "train.manifest")
     >>> shared[1] == manifest[1], list(shared.classes)
     (True, ['ann', 'bob'])
@@ -183,7 +183,7 @@ class Manifest:
         Raises
         ------
         ValueError
-            An id twice; named.
+            An id that occurs twice; it is named.
         """
         ids, files = bytearray(), bytearray()
         ends = array("q", [0]), array("q", [0])
@@ -228,7 +228,7 @@ class Manifest:
         order = np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int64)
         for one, other in pairwise(order.tolist()):
             if ids[one] == ids[other]:
-                raise ValueError(f"{ids[one]}: there are two recordings of this id")
+                raise ValueError(f"{ids[one]}: there are two recordings with this id")
         return self.take(order)
 
     @staticmethod
@@ -300,11 +300,20 @@ class Manifest:
         """From id to class, without a dictionary's memory."""
         return _ClassOfId(self)
 
+    @cached_property
+    def _by_class(self) -> tuple[np.ndarray, np.ndarray]:
+        """All rows in the order of their classes, and where each class begins and the last ends."""
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        return np.argsort(self.labels, kind="stable"), np.append(0, np.cumsum(counts))
+
+    def rows_of(self, label: int) -> np.ndarray:
+        """The rows of one class, by its index in `classes`, ascending."""
+        order, begins = self._by_class
+        return order[begins[label] : begins[label + 1]]
+
     def rows_by_class(self) -> dict[str, np.ndarray]:
         """The rows of every class, ascending."""
-        order = np.argsort(self.labels, kind="stable")
-        ends = np.cumsum(np.bincount(self.labels, minlength=len(self.classes)))
-        return dict(zip(self.classes, np.split(order, ends[:-1]), strict=True))
+        return {name: self.rows_of(label) for label, name in enumerate(self.classes)}
 
     def evenly(self, count: int | None) -> Manifest:
         """At most `count` items of each class, evenly spread over its rows; all for None."""
@@ -365,7 +374,7 @@ class Manifest:
                 if about["format"] != _FORMAT:
                     raise ValueError(about["format"])
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}: no manifest") from None
+                raise ValueError(f"{path}: not a manifest") from None
             if digest and about["digest"] != digest:
                 raise ValueError(f"{path}: has changed; it is another corpus now")
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,10 +39,10 @@ class SpeechDataset(Dataset):
     sample_rate : int
         Hz.
     crop : float, optional
-        Seconds of a random crop, shorter recordings are repeated; None gives whole recordings, and
-        OSError of one that cannot be read.
-        Instead of a crop that cannot be read one of another utterance of the speaker is taken, the
-        same in every run, and a warning names the file; after 20 of them, or all, OSError.
+        Seconds of a random crop; shorter recordings are repeated. A crop of another utterance of
+        the speaker, the same in every run, takes the place of one that cannot be read, and a
+        warning names the file; after 20 of them, or all, OSError. None gives whole recordings, and
+        OSError for one that cannot be read.
     labels : mapping from class to int, optional
         With it, items also carry ``spk_id_encoded``.
     seed : int
@@ -57,11 +56,16 @@ class SpeechDataset(Dataset):
         ``augment(signal, rng, speaker)``, e.g. of
         :func:`~speechbrain_qmargin.data.augment.room_and_noise`.
     skipped : Skipped, optional
-        Where recordings are listed in whose place others are taken.
+        Where the recordings are listed whose place others have taken.
 
     Attributes
     ----------
     ids : Texts [N]
+
+    Raises
+    ------
+    ValueError
+        Several `speeds` of which 1.0 is not the first.
 
     Examples
     --------
@@ -176,7 +180,7 @@ class SpeechDataset(Dataset):
             try:
                 return self._cropped(item.id, chosen, draw, speed)
             except OSError as error:
-                same = self._rows_of_classes[int(self.manifest.labels[row])]
+                same = self.manifest.rows_of(int(self.manifest.labels[row]))
                 left = same[~np.isin(same, tried)]
                 if not len(left) or len(tried) == _TRIES:
                     raise OSError(
@@ -187,10 +191,3 @@ class SpeechDataset(Dataset):
                 rng = self._rng(item.id, draw, 3, len(tried))
                 tried.append(int(left[int(rng.integers(len(left)))]))
                 chosen = self.manifest[tried[-1]]
-
-    @cached_property
-    def _rows_of_classes(self) -> list[np.ndarray]:
-        return list(self.manifest.rows_by_class().values())
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_rows_of_classes"}
