@@ -38,7 +38,7 @@ def run_recipe(about: str | None, main: Callable[[list[str]], Any], argv: Sequen
     Returns
     -------
     int
-        Exit status, as of :func:`~speechbrain_qmargin.cli.status_of`.
+        Exit status, see :func:`~speechbrain_qmargin.cli.status_of`.
     """
     status = _early(about, list(argv))
     if status is not None:

@@ -65,10 +65,11 @@ def read_audio(
     sample_rate : int
         Hz; other rates are resampled.
     start, length : float
-        Seconds of the file and of the result. `length` None reads to the end.
+        Where to begin, in seconds of the file, and the seconds of the result. `length` None reads
+        to the end.
     speed : float
-        Played so much faster, pitch included (sox's ``speed``): ``length * speed`` seconds of the
-        file become `length`.
+        How much faster it is played, pitch included (sox's ``speed``): ``length * speed`` seconds
+        of the file become `length`.
     channel : int, optional
         Take this one; by default the mean of all. Of m4a it is always the mean.
 
@@ -80,10 +81,18 @@ def read_audio(
     ------
     OSError
         The file cannot be decoded, has no samples there, holds less than its header promises or
-        samples that are not finite, lasts more than an hour (of what is read in one piece), or has
-        a sample rate that no recording has. The message names it.
+        samples that are not finite, would be read in one piece of more than an hour, or has a
+        sample rate that no recording has. The message names it.
     ImportError
         An m4a file without PyAV, the extra ``voxceleb``.
+
+    Examples
+    --------
+    >>> import soundfile
+    >>> path = getfixture("tmp_path") / "a.wav"
+    >>> soundfile.write(path, np.zeros(8000), 8000)
+    >>> read_audio(path, 16000, start=0.5, length=0.25).shape
+    torch.Size([4000])
     """
     reach = None if length is None else length * speed
     if str(path).lower().endswith(".m4a"):
@@ -178,7 +187,7 @@ def _reason(path: str | Path, error: Exception) -> str:
 
 
 def _promises(path: str | Path) -> bool:
-    """Whether the number of samples in the header is said and not guessed; only mp3 may guess."""
+    """Whether the number of samples in the header is stated and not estimated, as mp3 may."""
     if not str(path).lower().endswith(".mp3"):
         return True
     with open(path, "rb") as file:
@@ -194,7 +203,7 @@ def _check_whole(path: str | Path) -> None:
 
 
 def _wav_lacks(path: str | Path) -> bool:
-    """Whether the data chunk of a RIFF file ends behind the file's end.
+    """Whether the data chunk of a RIFF file ends beyond the file's end.
 
     Sizes of 0 and near 2^31 and 2^32 are those of a stream, whose length was not known.
     """
@@ -214,7 +223,7 @@ def _wav_lacks(path: str | Path) -> bool:
 
 
 def _ogg_lacks(path: str | Path) -> bool:
-    """Whether the last page of an Ogg file ends behind the file's end."""
+    """Whether the last page of an Ogg file ends beyond the file's end."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         begin = max(0, size - (1 << 17))  # two pages of the largest size

@@ -32,7 +32,7 @@ __all__ = ["WESPEAKER_SPEEDS", "Augment", "DropChunk", "room_and_noise"]
 logger = logging.getLogger(__name__)
 
 WESPEAKER_SPEEDS = (1.0, 0.9, 1.1)
-"""Speed perturbation; at the second and third speed a speaker is another one."""
+"""Speed perturbation; at the second and third speed a speaker counts as another one."""
 
 SNR = {"noise": (0.0, 15.0), "speech": (10.0, 30.0), "music": (5.0, 15.0)}  # dB
 
@@ -65,7 +65,7 @@ def room_and_noise(
     speech : Manifest, optional
         Its recordings of 3 to 7 other speakers make synthetic babble.
     probability : float
-        Of a crop to be changed.
+        That a crop is changed.
 
     Raises
     ------
@@ -120,7 +120,7 @@ class _RoomsAndNoise:
 
 
 def _gain(signal: Tensor, noise: Tensor, snr: float) -> float:
-    """What to multiply the noise with for a ratio of `snr` dB; silence counts as -40 dB."""
+    """The factor on the noise for a ratio of `snr` dB; silence counts as -40 dB."""
     levels = [10 * np.log10(float(x.square().mean()) + 1e-4) for x in (signal, noise)]
     return float(10 ** ((levels[0] - levels[1] - snr) / 20))
 
@@ -224,7 +224,7 @@ def _synthetic_noise(
     length: int,
     speaker: str,
 ) -> tuple[Tensor, tuple[float, float]]:
-    """Noise with a spectrum between white and brown; in one draw of three babble, if there is."""
+    """Noise between white and brown; in one draw of three babble, if there is any."""
     if speech and rng.random() < 1 / 3:
 
         def read(index: int) -> Tensor:
@@ -268,7 +268,7 @@ def _synthetic_room(rate: int, rng: np.random.Generator) -> Tensor:
 
 
 class DropChunk(time_domain.DropChunk):
-    """SpeechBrain's DropChunk with one wait for a GPU a batch instead of two a crop.
+    """SpeechBrain's DropChunk, which waits for a GPU once per batch instead of twice per crop.
 
     The stretches are the same ones for the same seed: they are drawn on the CPU, for all crops,
     before the batch is touched. Parameters as SpeechBrain's; with a `noise_factor` it is

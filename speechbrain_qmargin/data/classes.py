@@ -1,4 +1,4 @@
-"""Training classes, speakers or identities: who is trained on, who validates, which label."""
+"""Training classes, speakers or identities: who trains, who is held out, which label."""
 
 from __future__ import annotations
 
@@ -111,6 +111,11 @@ def class_encoder(classes: Iterable[str], file: str | Path):
     ------
     ValueError
         `file` is of a run on other classes, whose classifier would not fit.
+
+    Examples
+    --------
+    >>> class_encoder(["bob", "ann"], getfixture("tmp_path") / "label_encoder.txt").lab2ind
+    {'ann': 0, 'bob': 1}
     """
     from speechbrain.dataio.encoder import CategoricalEncoder
 

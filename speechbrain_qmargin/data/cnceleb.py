@@ -8,7 +8,7 @@
 - ``eval/lists/enroll.lst``, ``enroll.map``: from a model (``id00800-enroll``) to its recording in
   ``enroll``, to its recordings in ``data``
 
-Its ids look like VoxCeleb2's and are other people.
+Its ids look like VoxCeleb2's and mean other people.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ def convert_to_flac(
 ) -> dict[str, int]:
     """Decode a corpus once: every audio file of `source` as FLAC below ``destination/wav``.
 
-    A file appears whole or not at all, those that are there already and not older than their
-    source are kept: started again, it goes on where it was interrupted. What cannot be decoded is
-    listed in ``destination/not_converted.txt``.
+    A file appears whole or not at all. Those that are there already and not older than their
+    source are kept, so that an interrupted conversion goes on when it is started again. What cannot
+    be decoded is listed in ``destination/not_converted.txt``.
 
     Parameters
     ----------
@@ -59,6 +59,17 @@ def convert_to_flac(
         Nothing to convert there.
     OSError
         A file cannot be written (the disk is full); what is converted stays.
+
+    Examples
+    --------
+    >>> import soundfile
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "wav/ann/0").mkdir(parents=True)
+    >>> soundfile.write(folder / "wav/ann/0/1.wav", torch.zeros(8000), 8000)
+    >>> convert_to_flac(folder, folder / "flac", jobs=1, progress=False)
+    {'converted': 1, 'kept': 0, 'failed': 0}
+    >>> soundfile.info(folder / "flac/wav/ann/0/1.flac").samplerate
+    16000
     """
     destination = Path(destination)
     tasks: list[tuple[str, Path, Path]] = []

@@ -1,6 +1,6 @@
 """How long recordings are and whether they can be read: opened once, then known to every run.
 
-One file a folder of recordings, ``<kind>/<hash of the folder's path>.npz`` below
+One file per folder of recordings, ``<kind>/<hash of the folder's path>.npz`` below
 :func:`~speechbrain_qmargin.files.cache_folder`, holds what was found. It is keyed by each
 recording's path, size and time of change, so it never goes stale. Recordings that could not be read
 are not in it: the next run tries them again.
@@ -169,7 +169,7 @@ def _pool(names: list[str]) -> Executor:
 
 
 def _still_true(known: _Known, names: Texts, sizes: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """What is known of the recordings in seconds, NaN where it is nothing or they have changed."""
+    """Seconds as known; NaN where nothing is known of a recording or it has changed."""
     rows = np.full(len(names), -1)
     if _equal(known.names, names):
         rows = np.arange(len(names))

@@ -1,10 +1,9 @@
-"""Folders of face images become manifests: who is trained on, who is validated and tested on.
+"""A folder of face images divided into training, validation and test.
 
-A folder holds ``<identity>/<image>.{jpg,png,...}``, itself or below ``images/``. An image's id is
+The folder holds ``<identity>/<image>.{jpg,png,...}``, itself or below ``images/``. An image's id is
 its path below that, as pair lists write it. Identities that a pair list names are never trained on.
-Images that cannot be decoded are found before training where they are tested on; of those that are
-trained on, another takes the place, and they are listed
-(:class:`~speechbrain_qmargin.data.skipped.Skipped`).
+Test images that cannot be decoded are found before training. In training another image takes the
+place of such a one, which is listed (:class:`~speechbrain_qmargin.data.skipped.Skipped`).
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def prepare_faces(
         Pairs, ``label image image`` per line, or LFW's ``pairs.txt``.
     num_valid_identities : int
         Without a `valid_file`: how many training identities to hold out; all pairs of up to ten
-        of their images become the validation pairs. 0 is no validation.
+        of their images become the validation pairs. 0: no validation.
     train_identities : path, optional
         A file of identities to train on, one a line; otherwise all that no pair list names.
     min_images : int
@@ -88,6 +87,19 @@ def prepare_faces(
         A missing folder or list, images deeper than ``<identity>/<image>``, a pair whose image is
         missing, a training list that shares identities with the pairs or names unknown ones: each
         is named.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> for name in ("ann", "bob", "cyd", "dan"):
+    ...     (folder / "images" / name).mkdir(parents=True)
+    ...     for number in (1, 2):
+    ...         (folder / "images" / name / f"{number}.png").touch()
+    >>> pairs = folder / "pairs.txt"
+    >>> _ = pairs.write_text("1 ann/1.png ann/2.png\\n0 ann/1.png bob/1.png\\n")
+    >>> corpus = prepare_faces(folder, folder / "save", verification_file=pairs)
+    >>> corpus.identities, len(corpus.train), list(corpus.test.ids)
+    (['cyd', 'dan'], 4, ['ann/1.png', 'ann/2.png', 'bob/1.png'])
     """
     root = Path(data_folder)
     if not root.is_dir():

@@ -1,4 +1,4 @@
-"""Images: of every kind that is published to the values that the networks take."""
+"""Images: from every kind that is published to the values that networks take."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def read_pixels(source: str | Path | bytes, size: int | None = None) -> np.ndarr
     """An image as uint8 [H, W, 3], RGB, the right way up.
 
     Grey images get three equal channels. Those of 16 bits (12 in PGM and TIFF) are scaled, so that
-    their white is white. What is transparent is put on black. A camera's note of how it was held
+    their white is white. Transparency is put on black. A camera's note of how it was held
     (EXIF orientation) is followed.
 
     Parameters
@@ -70,7 +70,8 @@ def read_pixels(source: str | Path | bytes, size: int | None = None) -> np.ndarr
     source : path or bytes
         A file of any format Pillow reads, or its content.
     size : int, optional
-        Others are resized to [size, size], antialiased; shapes that are not square are stretched.
+        Images of another size are resized to [size, size], antialiased; those that are not square
+        are stretched.
 
     Raises
     ------
@@ -97,7 +98,7 @@ def read_pixels(source: str | Path | bytes, size: int | None = None) -> np.ndarr
 
 
 def image_size(source: str | Path | bytes) -> tuple[int, int]:
-    """Width and height that an image's header says; nothing is decoded.
+    """Width and height as an image's header states them; nothing is decoded.
 
     Raises
     ------
@@ -175,6 +176,11 @@ def read_image(source: str | Path | bytes, size: int) -> Tensor:
     ----------
     source, size
         As :func:`read_pixels`, and so are the errors. An image of one colour is refused too.
+
+    Examples
+    --------
+    >>> read_image(b"P5 2 1 255 " + bytes([0, 255]), 2)[0, 0]
+    tensor([-1.,  1.])
     """
     values = read_pixels(source, size)
     _check_content(values, source)

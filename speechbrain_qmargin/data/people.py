@@ -1,4 +1,4 @@
-"""One's own people: whose recordings or images they are, and who is for what."""
+"""Your own people: whose recordings or images there are, and who is drawn into which part."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def draw_parts(
     Parameters
     ----------
     ids : mapping from person to ids
-        With a single one a person has no pair, and stays in the rest.
+        A person with a single one has no pair, and stays in the rest.
     counts : mapping from part to its number of people
     seed : int
 

@@ -40,7 +40,7 @@ class _Type:
             raise pickle.UnpicklingError(f"it holds arrays of {text!r:.40}, not of bytes or bools")
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and the like, which one byte has not."""
+        """Byte order and the like, which a single byte does not have."""
 
 
 class _Array:
@@ -141,6 +141,13 @@ def read_bin(path: str | Path) -> tuple[list[bytes], np.ndarray]:
     ValueError
         Something else: the file and what is wrong with it are named. A pickle that would call
         anything is refused before it does.
+
+    Examples
+    --------
+    >>> path = getfixture("tmp_path") / "lfw.bin"
+    >>> _ = path.write_bytes(pickle.dumps(([b"one", b"two"], [True])))
+    >>> read_bin(path)
+    ([b'one', b'two'], array([ True]))
     """
     path = Path(path)
     try:
@@ -175,7 +182,7 @@ def _image(content: object) -> bytes:
         return content.content
     if isinstance(content, bytes | bytearray):
         return bytes(content)
-    raise ValueError("an image that is no bytes")
+    raise ValueError("an image that is not bytes")
 
 
 def _flag(content: object) -> bool:

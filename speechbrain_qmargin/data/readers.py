@@ -1,4 +1,4 @@
-"""A reader a corpus: from where it lies to its manifest.
+"""Readers: from where a corpus lies to its manifest.
 
 A corpus that is published in a layout of its own gets a reader in one file, here or elsewhere::
 
@@ -43,7 +43,7 @@ class Read(Protocol):
             What the user gave, which exists.
         for_trials : bool
             Whether trials are taken from it and nobody in it is trained on: then all of it is
-            wanted, else the part that published systems are trained on.
+            wanted, otherwise the part that published systems are trained on.
 
         Returns
         -------
@@ -56,7 +56,7 @@ class Read(Protocol):
 
 @dataclass(frozen=True)
 class CorpusReader:
-    """A function that was declared to be a reader; no other is called by its name."""
+    """A function that was declared to be a reader; no other function is called by name."""
 
     read: Read
 
@@ -111,10 +111,24 @@ def read_corpus(
 ) -> Manifest:
     """The manifest of a corpus; without a `reader` by the one that knows what lies there.
 
+    Parameters
+    ----------
+    source, for_trials
+        See :class:`Read`.
+    reader : callable, optional
+
     Raises
     ------
     FileNotFoundError
         Nothing is there.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "wav/ann/0").mkdir(parents=True)
+    >>> (folder / "wav/ann/0/1.wav").touch()
+    >>> read_corpus(folder)[0].id
+    'ann/0/1.wav'
     """
     source = Path(source)
     if not source.exists():

@@ -30,7 +30,7 @@ class Record:
     def identity(self) -> int:
         """The first label; ValueError if no identity has such a number."""
         if not are_identities(self.labels[:1])[0]:
-            raise ValueError(f"its label {self.labels[0]} is no identity's")
+            raise ValueError(f"its label {self.labels[0]} is not an identity's")
         return int(self.labels[0])
 
 
@@ -72,6 +72,7 @@ def read_record(stream: BinaryIO) -> Record:
 
 
 def are_identities(labels: np.ndarray) -> np.ndarray:
+    """Which labels are numbers of identities: whole, from 0 on, and exact in float32; bool [N]."""
     return (labels >= 0) & (labels < EXACT) & (labels == np.floor(labels))
 
 
@@ -85,6 +86,15 @@ def write_records(path: str | Path, images: list[bytes], labels: list[int]) -> N
     ------
     ValueError
         More than 2^24 images and identities, which record 0 would round.
+
+    Examples
+    --------
+    >>> path = getfixture("tmp_path") / "train.rec"
+    >>> write_records(path, [b"one", b"two", b"three"], [0, 1, 0])
+    >>> with path.open("rb") as stream:
+    ...     header, *images = [read_record(stream) for _ in range(4)]
+    >>> header.labels.tolist(), [(one.identity, one.content) for one in images]
+    ([4.0, 6.0], [(0, b'one'), (0, b'three'), (1, b'two')])
     """
     path = Path(path)
     records = len(images) + len(np.unique(labels)) + 1

@@ -27,7 +27,7 @@ class FaceRecords(StoredFaces):
 
     16 bytes an image are held in memory. InsightFace's files say in record 0 which records are
     images. Those of im2rec (WebFace42M) do not, and above 2^24 records the float32 of record 0 is
-    rounded: then the labels are read once, of the ``.lst`` beside the file if it fits, else of
+    rounded: then the labels are read once, from the ``.lst`` beside the file if it fits, else from
     the records' headers (not the images), and kept as ``<name>.rec.index.npz``.
 
     Parameters
@@ -41,7 +41,7 @@ class FaceRecords(StoredFaces):
     epoch : callable
         Gives the current epoch.
     progress : bool
-        Of reading the labels.
+        Show a bar while the labels are read.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class FaceRecords(StoredFaces):
     Raises
     ------
     FileNotFoundError, ValueError
-        A file that is missing, is no RecordIO, or whose ``.idx`` is of another: named.
+        A file that is missing, is not RecordIO, or whose ``.idx`` belongs to another; it is named.
 
     Examples
     --------
@@ -121,9 +121,10 @@ class FaceRecords(StoredFaces):
 
 
 def _index_of_records(path: Path, progress: bool) -> dict[str, np.ndarray]:
-    """The images of a ``.rec``: key int32, offset int64, label int32, or [0] where record 0 counts.
+    """The images of a ``.rec``: key int32, offset int64, label int32, each [N].
 
-    Beside them ``num_classes``, and ``broken`` keys with a ``fault`` each.
+    Labels are empty where record 0 says which records are images. Beside them ``num_classes``, and
+    ``broken`` keys with a ``fault`` each.
     """
     index = path.with_suffix(".idx")
     try:
@@ -194,7 +195,7 @@ def _read_labels(
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Labels int32 [N] by the headers of the records, and what is wrong with row n.
 
-    A page of the file is read a record, by several threads, which wait for the disk at once.
+    One page of the file is read for each record, by several threads, which share the waiting.
     """
     size = path.stat().st_size
     labels = np.full(len(offsets), _BROKEN, dtype=np.int32)
@@ -247,7 +248,7 @@ def _read_labels(
 
 
 def _listed_labels(path: Path, keys: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
-    """Labels int32 [N] by im2rec's ``.lst`` (key, label, ..., file); None where it does not fit."""
+    """Labels int32 [N] from im2rec's ``.lst`` (key, label, ..., file); None if it does not fit."""
     listing = path.with_suffix(".lst")
     if not listing.is_file():
         return None

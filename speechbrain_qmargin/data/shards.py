@@ -1,4 +1,4 @@
-"""Images in webdataset's shards, and which of the two a path holds."""
+"""Images in webdataset's shards; and whether a path holds such, records, or neither."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def stored_faces(path: str | Path) -> FaceRecords | FaceShards | None:
-    """What keeps its images inside large files at a path.
+    """The images at a path that keeps them inside large files.
 
     Returns
     -------
     FaceRecords of a ``.rec``, or of the one in a folder (``train.rec`` where there are several);
-    FaceShards of a folder of ``.tar`` files; None for anything else, as a folder of images.
+    FaceShards of a folder of ``.tar`` files; None for anything else, such as a folder of images.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def _index_of_shards(shards: list[Path], progress: bool) -> dict[str, np.ndarray
 def _members(shard: Path) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]:
     """offset, size and label of the images of a tar file, in its order; (member, fault) of others.
 
-    Links and folders are no images, whatever they are called: they are faults.
+    Links and folders are not images, whatever they are called: they are faults.
     """
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
@@ -163,7 +163,7 @@ def _members(shard: Path) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]
                 elif image:
                     images[key] = (member.offset_data, member.size)
                 elif member.size > 20:  # no number of an identity is that long
-                    raise ValueError(f"{member.name}: {member.size} bytes are no label")
+                    raise ValueError(f"{member.name}: {member.size} bytes are not a label")
                 else:
                     labels[key] = int(stream.read())
         lost = {name.rpartition(".")[0] for name, _ in faults}

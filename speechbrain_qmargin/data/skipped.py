@@ -1,4 +1,4 @@
-"""What of a corpus cannot be used: listed once, by all who meet it."""
+"""What of a corpus cannot be used, each item listed once, whichever process meets it."""
 
 from __future__ import annotations
 

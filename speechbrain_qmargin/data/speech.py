@@ -1,7 +1,7 @@
-"""A corpus of speech is divided: who is trained on, who is validated and tested on.
+"""A speech corpus divided into training, validation and test.
 
-What there is says a manifest (:mod:`~speechbrain_qmargin.data.readers`). Speakers that a trial list
-names are never trained on.
+The corpus comes as a manifest (:mod:`~speechbrain_qmargin.data.readers`). Speakers that a trial
+list names are never trained on.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SpeechCorpus:
     ----------
     train, valid, test : Manifest
     valid_trials : LabelledTrials or None
-        Ids are those of the manifests, speakers are given.
+        Its ids are those of the manifests; its speakers are given.
     test_trials : dict from name to such Trials
     skipped : Path
         Lists the recordings that cannot be used.
@@ -68,9 +68,9 @@ class SpeechCorpus:
 def _read(
     sources: list[Path], trials_sources: list[Path], reader: Read | None, progress: bool
 ) -> tuple[Manifest, set[str]]:
-    """All recordings, with their durations, and the speakers of whom only trials are taken.
+    """All recordings, with their durations, and the speakers that appear in trials alone.
 
-    Of a recording that is in two sources, by its id without suffix, the first is taken.
+    A recording that is in two sources, by its id without suffix, is taken from the first.
     """
     parts, held_out, doubles = [], set(), []
     for number, source in enumerate([*sources, *trials_sources]):
@@ -133,8 +133,8 @@ def _named_lists(source: str | Path | Sequence | Mapping | None) -> dict[str, Pa
         for path in map(Path, paths):
             if path.stem in lists:
                 raise ValueError(
-                    f"verification_file: {lists[path.stem]} and {path} have one name, which "
-                    "their results would share; rename one of them"
+                    f"verification_file: {lists[path.stem]} and {path} have the same name, "
+                    "which their results would share; rename one of them"
                 )
             lists[path.stem] = path
     for name, path in lists.items():
@@ -182,7 +182,7 @@ class _Names:
 
 
 def _read_lists(lists: dict[str, Path], enrolment_file: Path | None) -> dict[str, LabelledTrials]:
-    """The lists, those whose enrolment ids are models of the table with their models."""
+    """The lists; where enrolment ids are models of the table, with those models."""
     read = {name: read_trials(path) for name, path in lists.items()}
     if enrolment_file is None:
         return read
@@ -205,9 +205,9 @@ def _resolve_lists(
     save_folder: Path,
     allow_missing: bool,
 ) -> tuple[dict[str, LabelledTrials], set[str]]:
-    """The lists with ids as in the manifest, less what is missing if that is allowed; all speakers.
+    """The lists with the manifest's ids, without what is missing if that is allowed; all speakers.
 
-    Both kinds of trials are demanded of each.
+    Each must have target and impostor trials.
     """
     read = _read_lists(lists, enrolment_file)
     names = _Names(manifest, {one for trials in read.values() for one in trials.recordings})
@@ -314,21 +314,21 @@ def prepare_speech(
         ``skipped_audio.txt`` are written. What the scan found is kept for all runs, see
         :func:`~speechbrain_qmargin.data.durations.durations`.
     trials_folder : path or list of paths, optional
-        Corpora that only trials are taken from: nobody in them is trained on, be they in a list or
-        not. For VoxCeleb1 beside training on VoxCeleb2. A source of `data_folder` again: its parts
-        that are not trained on.
+        Corpora from which only trials are taken: nobody in them is trained on, whether in a list or
+        not. For VoxCeleb1 beside training on VoxCeleb2. A source that `data_folder` names too
+        stands for its parts that are not trained on.
     verification_file : path, list of paths, or mapping from name to path, optional
         Test trials; a list's name is its file's unless given. A suffix that differs from the file
         on disk (``.wav`` in the list, ``.flac`` in the folder) is accepted, and so are the last
-        parts of the files' paths in the place of a table's ids. Their recordings are decoded once.
+        parts of the files' paths in place of a table's ids. The recordings are decoded once.
     enrolment_file : path, optional
-        From models to their recordings (:func:`~speechbrain_qmargin.tables.read_models`), for lists
-        whose enrolment ids name models; else those are recordings.
+        Models and their recordings (:func:`~speechbrain_qmargin.tables.read_models`), for lists
+        whose enrolment ids name models; without it they name recordings.
     valid_file : path, optional
         Validation trials, likewise.
     num_valid_speakers : int
         Without a `valid_file`: how many training speakers to hold out, at least 2; all pairs of up
-        to ten of their utterances each become the validation trials. 0 is no validation.
+        to ten of their utterances each become the validation trials. 0: no validation.
     train_speakers : path, optional
         A file of speaker names, one a line, to train on; otherwise all that no trial list names.
     min_utterances : int
@@ -337,7 +337,7 @@ def prepare_speech(
         Leave out trials whose recordings are missing or unreadable, and say so, instead of
         stopping.
     reader : callable, optional
-        See :class:`~speechbrain_qmargin.data.readers.Read`; by default what lies there decides.
+        See :class:`~speechbrain_qmargin.data.readers.Read`; by default chosen by what lies there.
 
     Raises
     ------
@@ -345,6 +345,20 @@ def prepare_speech(
         A missing folder or list, a trial that names a missing or broken file, a list without target
         or without impostor trials, a training list that shares speakers with the trials or names
         unknown ones: each is named.
+
+    Examples
+    --------
+    >>> import soundfile
+    >>> folder = getfixture("tmp_path")
+    >>> for name in ("ann", "bob", "cyd", "dan"):
+    ...     (folder / "wav" / name).mkdir(parents=True)
+    ...     for number in (1, 2):
+    ...         soundfile.write(folder / "wav" / name / f"{number}.wav", np.zeros(8000), 16000)
+    >>> trials = folder / "trials.txt"
+    >>> _ = trials.write_text("1 ann/1.wav ann/2.wav\\n0 ann/1.wav bob/1.wav\\n")
+    >>> corpus = prepare_speech(folder, folder / "save", verification_file=trials, progress=False)
+    >>> corpus.speakers, len(corpus.train), list(corpus.test.ids)
+    (['cyd', 'dan'], 4, ['ann/1.wav', 'ann/2.wav', 'bob/1.wav'])
     """
     sources, trials_sources = _paths(data_folder), _paths(trials_folder)
     save_folder = Path(save_folder)

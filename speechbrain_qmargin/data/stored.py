@@ -79,7 +79,7 @@ class StoredFaces(Dataset):
         return np.bincount(labels, minlength=self.num_classes) if len(labels) else None
 
     def labels(self) -> np.ndarray:
-        """Of all images, [N] or, where they are read with the images, [0]."""
+        """The label of every image, int [N]; [0] where they are read with the images."""
         raise NotImplementedError
 
     def _check_labels(self, what: str) -> None:

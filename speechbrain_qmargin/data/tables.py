@@ -23,21 +23,19 @@ def is_table(source: str | Path) -> bool:
     return source.is_file() or (source / "wav.scp").is_file()
 
 
-def read_table(source: Path, for_trials: bool = False, *, sample_rate: int = 16000) -> Manifest:
-    """A corpus from its table: by its name a CSV file or one of Kaldi's.
+def read_table(source: Path, for_trials: bool = False) -> Manifest:
+    """A corpus from its table; the name tells a CSV file from Kaldi's.
 
     Parameters
     ----------
     source : path
         ``*.csv``, ``wav.scp``, or a folder that holds one.
     for_trials : bool
-        All of a table is for both.
-    sample_rate : int
-        Of the samples in which SpeechBrain's CSV counts start and stop.
+        Without effect: a table is taken whole.
     """
     if source.is_dir() or source.suffix == ".scp":
         return read_kaldi(source)
-    return read_csv(source, sample_rate=sample_rate)
+    return read_csv(source)
 
 
 def read_csv(path: str | Path, *, sample_rate: int = 16000) -> Manifest:
@@ -45,7 +43,8 @@ def read_csv(path: str | Path, *, sample_rate: int = 16000) -> Manifest:
 
     Columns may come in any order, others are passed over. `start` and `stop` count samples, as
     SpeechBrain's recipes write them; a row is that stretch of the file. Without `duration` and
-    `stop` the file is asked. Relative paths are relative to the CSV's folder.
+    `stop` the duration is NaN, and :func:`~speechbrain_qmargin.data.speech.prepare_speech` asks the
+    file. Relative paths are relative to the CSV's folder.
 
     Parameters
     ----------
@@ -140,7 +139,7 @@ def write_csv(path: str | Path, manifest: Manifest, *, sample_rate: int = 16000)
 
 
 def read_kaldi(source: str | Path) -> Manifest:
-    """Kaldi's ``wav.scp`` with ``utt2spk`` beside it, and ``segments`` and ``utt2dur`` if there.
+    """Kaldi's ``wav.scp`` with ``utt2spk``, and ``segments`` and ``utt2dur`` if they are there.
 
     Relative paths are relative to the folder.
 

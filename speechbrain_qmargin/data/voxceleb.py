@@ -44,6 +44,13 @@ def audio_roots(folder: str | Path) -> list[Path]:
     ------
     FileNotFoundError
         The folder does not exist or has no such folders.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "vox1_dev_wav/wav").mkdir(parents=True)
+    >>> [root.relative_to(folder).as_posix() for root in audio_roots(folder)]
+    ['vox1_dev_wav/wav']
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -61,7 +68,7 @@ def audio_roots(folder: str | Path) -> list[Path]:
 
 
 def training_roots(folder: str | Path) -> list[Path]:
-    """:func:`audio_roots` less VoxCeleb2's test part, on which published systems are not trained.
+    """:func:`audio_roots` without VoxCeleb2's test part, which published systems do not train on.
 
     Where roots hold VoxCeleb2's speakers and some of them lie in a folder called ``dev`` or
     ``train``, or at least not in one called ``test``, the others are left out with a warning; but
@@ -93,7 +100,7 @@ def training_roots(folder: str | Path) -> list[Path]:
 
 
 def warn_of_too_many_speakers(speakers: Iterable[str]) -> None:
-    """Say so where more of VoxCeleb2's speakers are to be trained on than its dev part has."""
+    """Warn where more of VoxCeleb2's speakers would be trained on than its dev part has."""
     count = sum(_VOXCELEB2_SPEAKER.fullmatch(speaker) is not None for speaker in speakers)
     if count > _VOXCELEB2_TRAINING_SPEAKERS:
         logger.warning(
@@ -118,8 +125,8 @@ def _listed(roots: list[Path]) -> str:
 def read_voxceleb(folder: Path, for_trials: bool = False) -> Manifest:
     """A folder in VoxCeleb's layouts: ids are paths from the speaker on.
 
-    Each root is logged with what it holds. Of a recording that is there twice, as m4a and decoded,
-    the first root's is taken, in the order of :func:`audio_roots`.
+    Each root is logged with what it holds. A recording that is there twice, as m4a and decoded, is
+    taken from the first root, in the order of :func:`audio_roots`.
 
     Parameters
     ----------

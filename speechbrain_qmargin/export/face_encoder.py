@@ -117,7 +117,7 @@ def load_face_encoder(
     Parameters
     ----------
     folder : path
-        As of :func:`~speechbrain_qmargin.export.encoder.load_encoder`, and so is `trust`.
+        As in :func:`~speechbrain_qmargin.export.encoder.load_encoder`, and so is `trust`.
     flip : str, optional
         Another one than that of the run (its ``test_flip``).
 

@@ -77,7 +77,7 @@ def export_for_inference(
     max_classes : int
         With more labels the classifier is left out: ``classify_batch`` is then not available.
     trust : bool or collection of str
-        As of :func:`~speechbrain_qmargin.export.encoder.load_encoder`.
+        As in :func:`~speechbrain_qmargin.export.encoder.load_encoder`.
 
     Returns
     -------

@@ -279,7 +279,7 @@ def pair_scores(
     array([0.], dtype=float32)
     """
     if len(embeddings) % 2:
-        raise ValueError(f"{len(embeddings)} embeddings are no pairs")
+        raise ValueError(f"{len(embeddings)} embeddings do not make pairs")
     fused = np.asarray(flip_fusion(embeddings, mirrored, flip), dtype=np.float32)
     norms = np.sqrt(np.einsum("nd,nd->n", fused, fused))
     bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))

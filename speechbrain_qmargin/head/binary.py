@@ -24,7 +24,7 @@ class BinaryLoss(torch.autograd.Function):
     """(losses [b], target posteriors [b]) of this rank's samples; only the losses have a gradient.
 
     The gradient of the embeddings is that of this rank's loss, that of prototypes and parameters
-    that of the ranks' mean loss, as of :class:`~speechbrain_qmargin.head.step.HeadLoss`, of which
+    that of the ranks' mean loss, as in :class:`~speechbrain_qmargin.head.step.HeadLoss`, of which
     the arguments are; the objective's parameters follow.
     """
 

@@ -206,7 +206,7 @@ class AllOfGenerator:
     def posteriors(
         self, level: Tensor, with_slopes: bool = False
     ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None, Tensor | None]]:
-        """As of :class:`AllClasses`; `level` is the targets' depth, and nothing is moved."""
+        """As in :class:`AllClasses`; `level` is the targets' depth, and nothing is moved."""
         measure, target = self.query.of_generator, self.query.target.unsqueeze(1)
         for rows, logits, nearest in self._pieces:
             p, _ = masses(measure.generator, level.unsqueeze(1) - (logits - target))

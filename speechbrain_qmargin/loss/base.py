@@ -202,7 +202,7 @@ def value_of(loss: object, name: str) -> float:
     """A setting of a loss that a schedule is to change; ValueError for one that has no settings."""
     if not isinstance(loss, Loss):
         raise ValueError(
-            f"loss_schedule: {type(loss).__name__} is no speechbrain_qmargin.Loss, so its {name} "
-            "cannot be changed in training"
+            f"loss_schedule: {type(loss).__name__} is not a speechbrain_qmargin.Loss, so its "
+            f"{name} cannot be changed in training"
         )
     return loss.value(name)

@@ -31,7 +31,7 @@ def embeddings_of(loss: Loss, scores: Scores, what: str = "embeddings") -> Tenso
 
 
 def norms_of(loss: Loss, scores: Scores) -> Tensor:
-    """Norms [B], float64, in the graph; TypeError as of :func:`embeddings_of`."""
+    """Norms [B], float64, in the graph; TypeError as in :func:`embeddings_of`."""
     embeddings = embeddings_of(loss, scores, "embeddings' norms")
     return torch.linalg.vector_norm(embeddings.double(), dim=1)
 

@@ -99,7 +99,7 @@ def loss_class(name: str) -> type[Loss]:
             f"loss: {name!r}: {error}. The module must be importable: put its folder on PYTHONPATH"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Loss)):
-        raise ValueError(f"loss: {name!r} is no subclass of speechbrain_qmargin.Loss")
+        raise ValueError(f"loss: {name!r} is not a subclass of speechbrain_qmargin.Loss")
     return found
 
 

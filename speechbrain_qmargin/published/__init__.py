@@ -12,7 +12,7 @@ One function, :func:`load_published`, knows the formats; each is a module of
 ``load(source)``
     The :class:`Published`.
 
-A module that is put there is a format. Nothing in a published file or folder is executed: weights
+Any module put there is a format. Nothing in a published file or folder is executed: weights
 are read as tensors alone (what else is in a checkpoint is never imported), a YAML as data in which
 the names of known networks are looked up.
 """
@@ -83,7 +83,7 @@ def split_format(path: str | Path) -> tuple[str, Path]:
 
 
 def load_published(path: str | Path) -> Published:
-    """An encoder that somebody published, with its features or crop, ready to be used.
+    """An encoder that somebody published, with its features or crop, ready for use.
 
     Parameters
     ----------
@@ -103,6 +103,16 @@ def load_published(path: str | Path) -> Published:
     ValueError
         Of no known format, or of two; not the weights of the network that it says; damaged. The
         message names the file and the first entries that differ.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from speechbrain_qmargin.models.iresnet import IResNet
+    >>> path = getfixture("tmp_path") / "backbone.pth"
+    >>> torch.save(IResNet(18, embedding_dim=8, channels=4).state_dict(), path)
+    >>> published = load_published(path)
+    >>> published.format, published.network, published.encoder(torch.zeros(1, 3, 112, 112)).shape
+    ('arcface_torch', 'IResNet-18, 4 channels', torch.Size([1, 1, 8]))
     """
     known, (chosen, place) = known_formats(), split_format(path)
     if chosen:

@@ -24,7 +24,7 @@ def kaldi_input(
     Parameters
     ----------
     n_mels, sample_rate, window, full_scale, dither
-        As of :class:`~speechbrain_qmargin.features.KaldiFbank`.
+        As in :class:`~speechbrain_qmargin.features.KaldiFbank`.
     """
     fbank = KaldiFbank(
         sample_rate, n_mels, dither=dither, window=window, full_scale=full_scale

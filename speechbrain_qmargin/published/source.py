@@ -99,7 +99,7 @@ class Source:
         Raises
         ------
         ValueError
-            It is no YAML of plain data.
+            It is not a YAML of plain data.
         """
         path = self.file(*names)
         if path is None:
@@ -118,7 +118,7 @@ class Source:
         return self.state_of(self.path) if self.path.is_file() else {}
 
     def state_of(self, path: Path) -> dict[str, Tensor]:
-        """The weights of a file: float32, without what training scripts put round them.
+        """The weights of a file: float32, without what training scripts put around them.
 
         Raises
         ------

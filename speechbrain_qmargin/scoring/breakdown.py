@@ -265,7 +265,7 @@ def _binned(known: Sequence[str], edges: Sequence[float]) -> tuple[dict[str, int
         except ValueError:
             size = math.nan
         if math.isnan(size):
-            raise ValueError(f"{value!r} is no number, so it has no bin")
+            raise ValueError(f"{value!r} is not a number, so it has no bin")
         number[value] = int(np.searchsorted(edges, size, side="right"))
     names = [f"below {edges[0]:g}"]
     names += [f"{a:g} to {b:g}" for a, b in itertools.pairwise(edges)]

@@ -56,7 +56,7 @@ _LARGEST = 2  # of the statistics, where the largest support stands: no sum
 
 @register_checkpoint_hooks
 class VerificationBrain(OpenBrain):
-    """Trains embeddings with any loss of the family and compares them by cosine.
+    """Trains embeddings with any loss of this package, or SpeechBrain's, and embeds with them.
 
     Settings
     --------
@@ -65,7 +65,7 @@ class VerificationBrain(OpenBrain):
         the diagnostics as well.
     lr_schedule : callable
         ``lr = lr_schedule(epoch)`` with the time in epochs, for a batch of `lr_reference_batch`
-        samples; it is scaled to the batch that is used.
+        samples; it is scaled to the batch in use.
     loss_schedule : dict of callables, optional
         ``{"margin": f}``: before each step the loss's margin is ``f(epoch, its own margin)``.
     head_opt_class : callable, optional
@@ -74,16 +74,17 @@ class VerificationBrain(OpenBrain):
         How many of the last epochs' weights are averaged for :meth:`extract`.
     batch_size, lr_reference_batch : int
     max_grad_norm : float
-        To which the gradient is clipped: that of all modules in one, or of `clipped_alone`. A
-        classifier in shards is never clipped: its norm would depend on the number of processes.
+        To which the gradient's norm is clipped: that of all modules together, or of
+        `clipped_alone`. A classifier in shards is never clipped: its norm would depend on the
+        number of processes.
     freeze, freeze_epochs : str, int, optional
-        As of :class:`~speechbrain_qmargin.training.freezing.Freezing`.
+        See :class:`~speechbrain_qmargin.training.freezing.Freezing`.
     encoder_lr : float, optional
         The encoder's learning rate, relative to the others'. Where it is not 1, the gradient that
         is clipped is the encoder's alone.
     epoch_counter, train_logger : SpeechBrain objects
     output_folder : str
-        Where ``history.jsonl`` is written: one record an epoch.
+        Where ``history.jsonl`` is written: one record per epoch.
 
     Notes
     -----
@@ -174,7 +175,7 @@ class VerificationBrain(OpenBrain):
             return None
         head, cost = self.modules["classifier"], self.hparams.compute_cost
         if getattr(head, "subcentres", 1) > 1:
-            raise ValueError("reset_after_epochs: one prototype a class is wanted")
+            raise ValueError("reset_after_epochs: only with one prototype per class")
         if not isinstance(cost, Loss):
             raise ValueError("reset_after_epochs: for a loss of speechbrain_qmargin, as a3m")
         shards = self._sharded_head
@@ -338,7 +339,7 @@ class VerificationBrain(OpenBrain):
         )
 
     def fit_batch(self, batch):
-        """SpeechBrain's; patience with losses that are not finite ends after the step."""
+        """SpeechBrain's; losses that are not finite are counted after the step."""
         loss = super().fit_batch(batch)
         super().check_loss_isfinite(loss)  # which is on the CPU by now
         return loss
@@ -463,7 +464,7 @@ class VerificationBrain(OpenBrain):
             self._end_epoch(self.validate(self.embeddings))
 
     def _advise(self, zero_loss: float) -> None:
-        """Once a run, what the epoch says of the loss's settings: in the log and in the history."""
+        """Once per run, what the epoch says of the loss's settings: in the log and the history."""
         numbers, cost = vars(self.hparams), self.hparams.compute_cost
         if not (numbers.get("out_n_neurons") and numbers.get("embedding_dim")):
             return  # a recipe of one's own
@@ -530,7 +531,7 @@ class VerificationBrain(OpenBrain):
         return Path(self.hparams.output_folder) / "history.jsonl"
 
     def history(self) -> list[dict]:
-        """One record an epoch: loss, learning rate, seconds, support, validation."""
+        """One record per epoch: loss, learning rate, seconds, support, validation."""
         return read_history(self._history_file)
 
     # ---------------------------------------------------------------- embeddings

@@ -1,4 +1,4 @@
-"""One experiment of many YAMLs: what a recipe's file extends, its overlays, the command line.
+"""One experiment from several YAMLs: what a recipe's file extends, its overlays, the options.
 
 A recipe's YAML holds the full-size experiment and names the files that complete it, a model, a
 head, a size. :func:`load_experiment` makes one plain HyperPyYAML document of them, with the
@@ -11,8 +11,8 @@ Three keys of such a YAML are the composer's and not settings:
 ``overlays``
     YAMLs over it, such as ``models/<model>.yaml``, with ``<key>`` for a setting's value. The later
     one wins and whole entries are replaced; then comes the command line, which also chooses among
-    the overlays. Written as ``known: sizes/<size>.yaml`` an overlay changes the settings that there
-    are, and is silent about others: a size may speak of every model.
+    the overlays. Written as ``known: sizes/<size>.yaml`` an overlay changes only settings that
+    exist and is ignored for others: a size may name settings of every model.
 ``auto``
     For a setting its values, each with settings: ``auto`` means the first whose settings hold.
 """
@@ -88,7 +88,7 @@ class Experiment:
         return object_names(self.text)
 
     def load(self, **known_now: Any) -> dict:
-        """The hyperparameters as objects; `known_now` are values that the data decided."""
+        """The hyperparameters as objects; `known_now` are values that the data decide."""
         self.settings.update(known_now)  # the results say them too
         self.text = with_values(self.text, self.hparams_file, known_now)
         try:
@@ -102,7 +102,7 @@ def load_experiment(argv: list[str]) -> Experiment:
     """Parse ``hparams.yaml [--key value ...]`` and compose the experiment.
 
     SpeechBrain's options and the settings of the YAML are told apart by their full names;
-    abbreviations are refused. ``--trust`` lets what a run's folder brings build any object.
+    abbreviations are refused. ``--trust`` lets the YAML of a run's folder build any object.
 
     Raises
     ------
@@ -144,6 +144,20 @@ def compose(hparams_file: str | Path, overrides: dict[str, str], trust: bool = F
     trust : bool
         Whether the file of a folder that a setting names (``extends: <pretrained>/...``) may name
         any object; see :mod:`~speechbrain_qmargin.training.trust`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        A missing YAML, an unknown choice, an override that names no key of the experiment.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "base.yaml").write_text("epochs: 10  # of training\\nlr: 0.1\\n")
+    >>> _ = (folder / "mine.yaml").write_text("extends: base.yaml\\nlr: 0.2\\n")
+    >>> print(compose(folder / "mine.yaml", {"epochs": "3"}))
+    epochs: 3 # of training
+    lr: 0.2
     """
     path, given = Path(hparams_file), _parsed(overrides)
     document = _compose(path, given, trust)
@@ -181,7 +195,7 @@ def with_values(text: str, source: str | Path, values: dict[str, Any]) -> str:
 
 
 def settings_text(text: str) -> str:
-    """The part of a document that are plain settings, with their comments."""
+    """The part of a document that consists of plain settings, with their comments."""
     document = _Document.of(text, "settings")
     document.heading = ""
     document.entries = {
@@ -193,7 +207,13 @@ def settings_text(text: str) -> str:
 
 
 def plain_settings(tree: Any) -> dict:
-    """The untagged scalars and lists of a parsed YAML."""
+    """The untagged scalars and lists of a parsed YAML.
+
+    Examples
+    --------
+    >>> plain_settings(resolved("lr: 0.1\\nfinal_lr: !ref <lr> / 2\\nnet: !new:torch.nn.Identity"))
+    {'lr': 0.1, 'final_lr': 0.05}
+    """
     return {
         key: value
         for key, value in tree.items()
@@ -236,6 +256,12 @@ class CommandLine:
         ------
         ValueError
             No YAML, a setting without a value or given twice, an abbreviation of an option.
+
+        Examples
+        --------
+        >>> CommandLine.of(["hparams/qmargin.yaml", "--loss", "cosface", "--precision=fp16"])
+        CommandLine(hparams_file='hparams/qmargin.yaml', overrides={'loss': 'cosface'},
+        options=['--precision=fp16'], trust=False)
         """
         from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 
@@ -262,8 +288,8 @@ class CommandLine:
                         break
             elif near := sorted(one for one in known if one.startswith(name)):
                 raise ValueError(
-                    f"--{name} is no option; SpeechBrain would take it for --{near[0]}: options "
-                    "are written in full"
+                    f"--{name} is not an option; SpeechBrain would take it for --{near[0]}: "
+                    "options are written in full"
                 )
             elif name in found.overrides:
                 raise ValueError(f"--{name} is given twice on the command line")
@@ -272,7 +298,7 @@ class CommandLine:
                 while not given and waiting and not waiting[0].startswith("--"):
                     words.append(waiting.pop(0))
                 if not " ".join(words).strip():
-                    raise ValueError(f"--{name} wants a value; null is none")
+                    raise ValueError(f"--{name} needs a value; null stands for none")
                 found.overrides[name] = " ".join(words)
         if not found.hparams_file:
             raise ValueError("give the experiment's YAML first, such as hparams/qmargin.yaml")
@@ -291,7 +317,7 @@ def _parsed(overrides: dict[str, str]) -> dict[str, Any]:
         try:
             values[key] = _round_trip(f"{key}: {text}")[key]
         except (YAMLError, TypeError, KeyError):
-            raise ValueError(f"--{key}: {text!r} is no YAML value") from None
+            raise ValueError(f"--{key}: {text!r} is not a YAML value") from None
     return values
 
 
@@ -431,7 +457,7 @@ class _Document:
 
 @functools.lru_cache(maxsize=64)  # a YAML may be read for each of several starts in a process
 def _read(text: str) -> tuple[str, dict[str, _Entry]] | None:
-    """The heading and the entries of a YAML; None where it is no mapping."""
+    """The heading and the entries of a YAML; None where it is not a mapping."""
     node = YAML().compose(text)
     tree = _round_trip(text) or {}
     if not isinstance(tree, dict):

@@ -55,14 +55,14 @@ class Freezing:
     ----------
     encoder : Module
     layer : str or None
-        As of :func:`layers_until`; None freezes nothing, or everything where `epochs` is given.
+        As in :func:`layers_until`; None freezes nothing, or everything where `epochs` is given.
     epochs : int or None
-        The first so many; None: throughout.
+        How many of the first epochs; None: throughout.
 
     Raises
     ------
     ValueError
-        No such layer; a number of epochs that is none.
+        No such layer; `epochs` below 1 or not whole.
     """
 
     def __init__(self, encoder: nn.Module, layer: str | None, epochs: int | None) -> None:
@@ -91,7 +91,7 @@ class Freezing:
         """Freeze or thaw for an epoch, counted from 1.
 
         Over several processes what will learn later has gradients from the start, which are
-        dropped: DistributedDataParallel asks which there are but once.
+        dropped: DistributedDataParallel asks only once which there are.
         """
         self.now = bool(self.modules) and (self.epochs is None or epoch <= self.epochs)
         self.by_gradient = processes > 1 and self.epochs is not None

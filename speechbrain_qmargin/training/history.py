@@ -1,4 +1,4 @@
-"""``history.jsonl`` of a run: one record an epoch."""
+"""``history.jsonl`` of a run: one record per epoch."""
 
 from __future__ import annotations
 

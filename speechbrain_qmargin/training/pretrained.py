@@ -39,9 +39,9 @@ def published_overrides(settings: Mapping[str, Any], given: Mapping[str, str]) -
     Raises
     ------
     FileNotFoundError, ValueError
-        As of :func:`~speechbrain_qmargin.published.load_published`: it is loaded once, so that
-        what is wrong with it is said before the data are prepared. A network of faces for a
-        recipe of speech, or the other way; a setting on the command line that is not the model's.
+        As :func:`~speechbrain_qmargin.published.load_published`: it is loaded once, so that what
+        is wrong with it is said before the data are prepared. A face network for a speech recipe,
+        or the other way round; a setting on the command line that is not the model's.
     """
     source = settings.get("pretrained")
     if source is None or _is_run(source):

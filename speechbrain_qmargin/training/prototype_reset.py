@@ -11,8 +11,8 @@ which
 when
     After the epochs that are named, before validation and that epoch's checkpoint.
 what they become
-    The mean of the unit embeddings of their samples in that epoch, as they were trained on, in the
-    length that the prototype had. The optimiser's moments of these rows become zero.
+    The mean of the unit embeddings of their samples in that epoch, as they were trained on, with
+    the length that the prototype had. The optimiser's moments of these rows become zero.
 
 The sums are kept in the checkpoints, so that an interrupted epoch goes on with them. In several
 processes they are of all processes' samples: each process keeps the sums of the prototypes that it
@@ -37,12 +37,12 @@ _SEEN, _ACTIVE = -2, -1  # columns
 
 
 class PrototypeReset(nn.Module):
-    """Watches the epochs that are named, and resets prototypes at their ends.
+    """Watches the epochs that are named, and resets prototypes at the end of each.
 
     Parameters
     ----------
     num_classes, dim : int
-        Of all prototypes.
+        C over all processes, and D.
     after_epochs : list of int
         Counted from 1.
     which : {"collapsed", "all"}

@@ -77,7 +77,7 @@ class Task:
         images are in the test dataset by :func:`~speechbrain_qmargin.faces.pair_sets.pair_ids`.
     valid_trials : Trials, optional
     note : str
-        Said before training and in the results; synthetic data are called so.
+        Printed before training and in the results, where it says that data are synthetic.
     units : str
         What the tables call those who are verified.
     """
@@ -145,7 +145,7 @@ def _refuse_none_at_all(settings: Mapping[str, Any]) -> None:
 
 
 def count_classes(hparams: dict, train: Any) -> None:
-    """Tell a loss that wants it how many training items each class has.
+    """Tell a loss that needs it how many training items each class has.
 
     Raises
     ------
@@ -158,7 +158,7 @@ def count_classes(hparams: dict, train: Any) -> None:
     counts = train.class_counts()
     if counts is None:
         raise ValueError(
-            f"loss: {hparams['loss']} wants the number of images of each identity, which these "
+            f"loss: {hparams['loss']} needs the number of images of each identity, which these "
             "records do not list: give --loss_options='{counts: [...]}'"
         )
     counts = np.where(counts > 0, counts, 1)  # numbers without images

@@ -62,8 +62,8 @@ SCORING = {
     "trials_folder",
     "verification_file",
 }
-# Where the run lies: it may be moved, and be named by another path
-LIES = {"output_folder", "save_folder"}
+# Where the run is: it may be moved, and be named by another path
+LOCATION = {"output_folder", "save_folder"}
 # SpeechBrain's options that change what is trained, or what the embeddings are
 OPTIONS = (
     "precision",
@@ -83,7 +83,7 @@ class RunFolder:
     """The output folder of an experiment.
 
     It holds ``experiment.yaml`` (the experiment as one document, for another to extend) and
-    ``run_options.json`` (what SpeechBrain's options came to), by which a run is compared,
+    ``run_options.json`` (the values of SpeechBrain's options), by which a run is compared,
     SpeechBrain's ``hyperparams.yaml`` and log, and, once the run is done, ``results.json``.
 
     Parameters
@@ -103,8 +103,8 @@ class RunFolder:
     def begin(self) -> None:
         """Make the folder, on the main process.
 
-        Results of a scoring before become ``results.previous.json``: until there are new ones the
-        run is not done.
+        Earlier results become ``results.previous.json``: until there are new ones the run is not
+        done.
         """
         if if_main_process():
             text = self.experiment.text
@@ -185,7 +185,7 @@ class RunFolder:
         """Refuse to continue another experiment's folder; names what differs.
 
         Everything that the settings resolve to is compared, objects too, but for what may change
-        between two starts and where the run lies. `known_now` are values that the data decided.
+        between two starts and where the run is. `known_now` are values that the data decide.
 
         Raises
         ------
@@ -200,7 +200,7 @@ class RunFolder:
                     "--output_folder"
                 )
             return
-        free = MAY_CHANGE | SCORING | LIES
+        free = MAY_CHANGE | SCORING | LOCATION
         text = saved.read_text(encoding="utf-8", errors="replace")
         try:
             before = resolved(text)

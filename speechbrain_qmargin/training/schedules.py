@@ -97,7 +97,7 @@ def loss_schedule(
         :func:`margin_rise` from 0 to the loss's own; (0, 0) is full throughout.
     alpha, scale : (initial, last)
         :func:`linear_change` from `initial` to the loss's own, which is reached with that epoch;
-        an `initial` of None is no change.
+        an `initial` of None changes nothing.
 
     Raises
     ------

@@ -114,7 +114,7 @@ def refuse_code(text: str, source: str | Path, trust: bool | Collection[str] = F
         _refuse(source, found)
 
 
-@functools.lru_cache(maxsize=64)  # a run's YAML is asked of at each of several doors
+@functools.lru_cache(maxsize=64)  # a run's YAML is checked at several points
 def _refused(text: str, allowed: frozenset[str]) -> str | None:
     """What in a document would build or call what it should not; None where nothing would."""
     # before references are resolved: some tags act then already

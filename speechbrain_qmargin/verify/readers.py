@@ -272,7 +272,7 @@ def _as_file(source: Source) -> Iterator[Path]:
     elif not suffix and source[0] == 0xFF and source[1:2] and source[1] & 0xE0 == 0xE0:
         suffix = ".mp3"
     if not suffix:
-        raise OSError("the content is no wav, flac, ogg, mp3 or m4a")
+        raise OSError("the content is not wav, flac, ogg, mp3 or m4a")
     with tempfile.TemporaryDirectory(prefix="qmargin-") as folder:  # of this user alone
         path = Path(folder) / f"content{suffix}"
         path.write_bytes(source)

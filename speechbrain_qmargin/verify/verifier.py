@@ -173,7 +173,7 @@ class Verifier:
             folder, so that neither a copy nor a new export of the encoder touches it.
         device : str or torch.device
         trust : bool or collection of str
-            As of :func:`~speechbrain_qmargin.export.encoder.load_encoder`.
+            As in :func:`~speechbrain_qmargin.export.encoder.load_encoder`.
         **options
             Of the reader: ``limits``, ``checked``, of speech ``window``.
 
@@ -466,7 +466,7 @@ def load_reader(
         (:func:`~speechbrain_qmargin.published.load_published`).
     device : str or torch.device
     trust : bool or collection of str
-        As of :func:`~speechbrain_qmargin.export.encoder.load_encoder`.
+        As in :func:`~speechbrain_qmargin.export.encoder.load_encoder`.
     **options
         Of the reader.
     """

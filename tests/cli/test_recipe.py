@@ -70,7 +70,7 @@ def test_an_error_of_the_input_is_one_line(monkeypatch, capsys):
     assert run_recipe("", in_a_worker, ["that"]) == 1
     assert capsys.readouterr().err.endswith(": OSError: a.wav: cannot be decoded\n")
     assert run_recipe("", refuse, [RECIPE, "--optimizer", "adam", "--print_config"]) == 1
-    assert "--optimizer is no option" in capsys.readouterr().err
+    assert "--optimizer is not an option" in capsys.readouterr().err
     monkeypatch.setenv("QMARGIN_TRACEBACK", "1")
     with pytest.raises(ValueError, match="no such thing"):
         run_recipe("", fails, ["that"])

@@ -38,7 +38,7 @@ def test_rows_are_sorted_by_id_and_found_by_it():
     for name in ("", "ann/9.wav", "zz"):
         with pytest.raises(KeyError):
             manifest.row(name)
-    with pytest.raises(ValueError, match=r"bob/0\.wav: there are two recordings of this id"):
+    with pytest.raises(ValueError, match=r"bob/0\.wav: there are two recordings with this id"):
         Manifest.of([*ITEMS, ITEMS[8]])
     rows = manifest.rows_by_class()
     assert {name: rows[name].tolist() for name in rows} == {
@@ -81,7 +81,7 @@ def test_a_file_that_is_no_manifest_or_cut_off_is_named(tmp_path, size):
     file = tmp_path / "a.manifest"
     Manifest.of(Item(f"{n:04d}", "x" * 40, "y") for n in range(500)).kept_in(file)
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"a\.manifest: (no manifest|cut off)"):
+    with pytest.raises(ValueError, match=r"a\.manifest: (not a manifest|cut off)"):
         Manifest.load(file)
 
 

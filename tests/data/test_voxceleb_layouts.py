@@ -100,7 +100,7 @@ def test_a_list_without_targets_left_is_refused(tree, tmp_path):
 
 def test_lists_of_one_name_and_missing_lists(tree, tmp_path):
     (tmp_path / "veri_test2.txt").write_text("")
-    with pytest.raises(ValueError, match="have one name"):
+    with pytest.raises(ValueError, match="have the same name"):
         prepare(tree, tmp_path, verification_file=[tree.lists["O"], tmp_path / "veri_test2.txt"])
     with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
         prepare(tree, tmp_path, verification_file={"O": tmp_path / "gone.txt"})

@@ -97,7 +97,7 @@ def test_a_folder_executes_nothing(tmp_path):
             f"input_size: {bad}\n    channels",
             "!apply:pathlib.Path.touch",
         ),
-        ("!ref <n_mels>", "!ref <n_mels.__class__>", "is no reference"),
+        ("!ref <n_mels>", "!ref <n_mels.__class__>", "does not refer to a value"),
         ("speechbrain.lobes.features.Fbank", "os.getcwd", "compute_features is !new:os.getcwd"),
         ("n_mels: 20", "n_mels: !ref <n_mels>", "round in a circle"),
         ("lin_neurons: 12", "lin_neuron: 12", "lin_neuron"),

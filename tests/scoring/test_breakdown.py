@@ -61,7 +61,7 @@ def test_bins_and_same_session():
     assert group.tolist()[1:] == [-1, -1]
     with pytest.raises(ValueError, match="names none of the trials' recordings"):
         trial_groups(trials, {"c": "1"})
-    with pytest.raises(ValueError, match="'x' is no number"):
+    with pytest.raises(ValueError, match="'x' is not a number"):
         trial_groups(trials, {"a": "x"}, edges=[1])
     with pytest.raises(ValueError, match="must rise"):
         trial_groups(trials, {"a": "1"}, edges=[2, 1])

@@ -300,7 +300,7 @@ def test_a_recipe_with_other_names_gets_no_advice():
 
 
 def test_a_reset_that_cannot_be_is_named(folder, tmp_path):
-    with pytest.raises(ValueError, match="one prototype a class"):
+    with pytest.raises(ValueError, match="one prototype per class"):
         make_brain(folder, tmp_path, loss="a3m", reset_after_epochs=[1], subcentres=2)
 
 

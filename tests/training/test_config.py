@@ -219,9 +219,11 @@ def test_what_is_composed_is_plain_hyperpyyaml(tmp_path):
 
 
 def test_abbreviations_of_options_are_refused(yaml):
-    with pytest.raises(ValueError, match=r"--optimizer is no option; .* --optimizer_step_limit"):
+    with pytest.raises(
+        ValueError, match=r"--optimizer is not an option; .* --optimizer_step_limit"
+    ):
         load_experiment([yaml, "--optimizer", "adam"])
-    with pytest.raises(ValueError, match="--width wants a value; null is none"):
+    with pytest.raises(ValueError, match="--width needs a value; null stands for none"):
         load_experiment([yaml, "--width", "--size=flat"])
     with pytest.raises(ValueError, match="'stray': settings are given as --key value"):
         load_experiment([yaml, "--debug", "stray"])

@@ -1,1 +1,1 @@
-"""One module a format; see :mod:`speechbrain_qmargin.published`."""
+"""One module per format; see :mod:`speechbrain_qmargin.published`."""

@@ -81,7 +81,7 @@ def load(source: Source) -> Published:
     Raises
     ------
     ValueError
-        A network or features that are not here, a reference that is none; with the key.
+        A network or features that are not known, or a reference to nothing; with the key.
     """
     file, weights = source.file(YAML_FILE), source.file(WEIGHTS)
     if file is None or weights is None:
@@ -236,7 +236,7 @@ class _Document:
             text = str(node.value)
             if (whole := _REFERENCE.fullmatch(text)) and whole[1] in self.tree:
                 return self._value(self.tree[whole[1]], depth + 1)
-            raise ValueError(f"{self.file}: !ref {text} is no reference to a value of it")
+            raise ValueError(f"{self.file}: !ref {text} does not refer to a value in it")
         if tag:
             raise ValueError(f"{self.file}: {tag} among the arguments is not read")
         if isinstance(node, list):

@@ -96,7 +96,7 @@ def load(source: Source) -> Published:
     )
     notes = [f"the head of the training is left out ({head[0]})"] if head else []
     if not config:
-        notes.append("no config.yaml beside it: 16 kHz is assumed, as of all of WeSpeaker's")
+        notes.append("no config.yaml beside it: 16 kHz is assumed, as for all of WeSpeaker's")
     if name in _OF_ALIBABA:
         notes.append(
             "if it is WeSpeaker's campplus or eres2net of 200,000 Chinese speakers, its features "
