@@ -5,6 +5,7 @@ old module names in sys.modules, which raise ImportError when an attribute is re
 uses them.
 """
 
+import gc
 import importlib.util
 import inspect
 import logging
@@ -16,8 +17,10 @@ import sys
 # the other cores have tests of their own. Before torch is imported, which reads it
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import examples
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():  # Triton reads it when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -25,6 +28,7 @@ if not torch.cuda.is_available():  # Triton reads it when it is imported
 import speechbrain  # noqa: F401
 
 from speechbrain_qmargin.files import CACHE_VARIABLE
+from speechbrain_qmargin.scoring import plots
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     interpreter = importlib.import_module("triton.runtime.interpreter")
@@ -50,6 +54,20 @@ torch.set_num_threads(1)
 for name, module in list(sys.modules.items()):
     if type(module).__name__ in ("LazyModule", "DeprecatedModuleRedirect"):
         del sys.modules[name]
+
+
+def pytest_configure(config):
+    """While working (`-m "not slow"`) Hypothesis draws a fifth of its examples."""
+    if config.option.markexpr == "not slow":
+        examples.share = 0.2
+        settings.register_profile("working", max_examples=examples.some(100))
+        settings.load_profile("working")
+
+
+def pytest_collection_finish():
+    """What is imported stays: the collector need not look through it again and again."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_addoption(parser):
@@ -78,6 +96,23 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(request, monkeypatch):
+    """Pictures are written in few pixels, and not laid out, but where they are looked at."""
+    if request.path.name in ("test_plots.py", "test_html.py"):
+        return
+
+    def canvas(width, height):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(width, height))
+        write = figure.savefig
+        figure.savefig = lambda path, dpi: write(path, dpi=dpi / 3)
+        return figure, figure.subplots()
+
+    monkeypatch.setattr(plots, "canvas", canvas)
 
 
 @pytest.fixture(autouse=True)

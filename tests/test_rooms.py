@@ -1,6 +1,7 @@
 """The rooms of CONTRIBUTING: imports go down its list, and no private name leaves its module."""
 
 import ast
+import functools
 import re
 
 from scripts import ROOT
@@ -16,11 +17,14 @@ def rooms():
     return {room: place for place, row in enumerate(named) for room in row}
 
 
+@functools.cache
 def imports(file):
     """Module and names of every import of ours, and its line."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name):
-            yield node.module, [alias.name for alias in node.names], node.lineno
+    return [
+        (node.module, [alias.name for alias in node.names], node.lineno)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name)
+    ]
 
 
 def test_imports_go_down_the_list():

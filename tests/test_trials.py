@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from examples import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -255,7 +256,7 @@ NAMES = st.text(
 ).filter(lambda name: name == name.strip() and name)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=some(200), deadline=None)
 @given(st.lists(st.tuples(NAMES, NAMES, st.booleans()), min_size=1, max_size=12))
 def test_whatever_is_written_is_read_again(tmp_path_factory, rows):
     one, two, labels = zip(*rows, strict=True)
@@ -267,7 +268,7 @@ def test_whatever_is_written_is_read_again(tmp_path_factory, rows):
     assert again.is_target.tolist() == list(labels)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=some(200), deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30),
     st.integers(0, 2**32 - 1),

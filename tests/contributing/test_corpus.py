@@ -67,6 +67,7 @@ def calls(tmp_path, monkeypatch):
     sys.modules.pop("my_calls", None)
 
 
+@pytest.mark.slow
 def test_a_corpus_outside_the_package_is_trained_on_and_tested(calls, monkeypatch):
     monkeypatch.chdir(calls)
     argv = ["my_calls.yaml", "--data_folder", "calls", "--verification_file", "trials.txt"]

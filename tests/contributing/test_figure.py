@@ -1,11 +1,11 @@
 """A figure of one's own: one file outside the package, no other change."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 
+from speechbrain_qmargin.cli import main
+from speechbrain_qmargin.scoring import figures
 from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.trials import LabelledTrials
 
@@ -58,7 +58,7 @@ register(FarAtTar(0.9))
 '''
 
 
-def test_a_figure_is_one_file(tmp_path):
+def test_a_figure_is_one_file(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     left, right = np.triu_indices(80, 1)
     same = left // 4 == right // 4
@@ -67,15 +67,10 @@ def test_a_figure_is_one_file(tmp_path):
     write_scores(tmp_path / "a.tsv", trials, scores)
     write_scores(tmp_path / "b.tsv", trials, scores + 0.5 * rng.normal(size=len(left)))
     (tmp_path / "mine.py").write_text(FILE, encoding="utf-8")
-    command = "import sys; from speechbrain_qmargin.cli import main; sys.exit(main())"
+    monkeypatch.setattr(figures, "_registered", {})  # of this test alone
+    monkeypatch.chdir(tmp_path)
     arguments = ["--quiet", "report", "a.tsv", "b.tsv", "--output=out"]
-    run = subprocess.run(
-        [sys.executable, "-c", command, *arguments, "--figures_from=mine.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    assert main([*arguments, "--figures_from=mine.py"]) == 0
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     targets, impostors = np.sort(scores[same]), scores[~same]
     threshold = targets[int(0.1 * len(targets) + 1e-9)]
@@ -85,5 +80,5 @@ def test_a_figure_is_one_file(tmp_path):
     assert figure["low"] < figure["value"] < figure["high"]
     assert figure["support"] in ("indicative", "measured")
     assert "far_at_tar" in {d["kind"] for d in content["differences"][0]["figures"]}
-    assert "FAR@TAR=0.9" in run.stdout
+    assert "FAR@TAR=0.9" in capsys.readouterr().out
     assert "FAR@TAR=0.9" in (tmp_path / "out" / "report.html").read_text()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from examples import some
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -308,7 +309,7 @@ PIECES = [
     st.sampled_from(WHOLE),
     st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=3) | st.sampled_from(PIECES))),
 )
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=some(400), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_and_crafted_pickles_end_with_an_error_or_bytes_and_bools(tmp_path, whole, edits):
     content = bytearray(whole)
     for at, piece in edits:

@@ -387,6 +387,7 @@ class Mean(torch.nn.Linear):
         return super().forward(features).relu().mean(1, keepdim=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_starts_from_features_where_asked(tmp_path):
     pytest.importorskip("onnxscript")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from examples import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t
@@ -60,7 +61,7 @@ def test_crowded_scores_are_beyond_the_grid():
     assert grid_accuracy(crowded, is_same).mean() == 0.5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=some(60), deadline=None)
 @given(st.data())
 def test_no_threshold_is_better_on_the_other_folds(data):
     count = data.draw(st.integers(6, 24))
@@ -163,7 +164,7 @@ def test_flip_fusion_moves_the_result():
         (lambda: flip_fusion(np.ones((2, 2)), how="F1"), "none, concat, sum"),
         (lambda: flip_fusion(np.ones((2, 2))), "mirrored"),
         (lambda: flip_fusion(np.ones((2, 2)), np.ones((2, 3))), "(2, 3)"),
-        (lambda: pair_scores(np.ones((3, 2)), flip="none"), "no pairs"),
+        (lambda: pair_scores(np.ones((3, 2)), flip="none"), "do not make pairs"),
         (lambda: pair_scores(np.zeros((2, 2)), flip="none"), "row 0"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import brute_force
+from examples import some
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
@@ -133,7 +134,7 @@ def test_support_is_the_dense_one(screened):
     assert set(rows.tolist()) == set((p.abs() > 1e-12).any(0).nonzero().squeeze(1).tolist())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=some(60), deadline=None)
 @given(
     classes=st.integers(1, 700),
     batch=st.integers(1, 6),
@@ -158,7 +159,7 @@ def test_any_shape_with_ties(classes, batch, dim, parameters, noise, twins, kind
     check(head, near(head, labels, noise, seed), labels, *parameters, 3e-5, alike)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=some(25), deadline=None)
 @given(
     classes=st.integers(2, 400),
     parameters=st.sampled_from([(1.05, 20.0), (1.25, 32.0), (1.5, 10.0), (2.0, 5.0), (3.0, 4.0)]),
@@ -286,7 +287,7 @@ def test_most_classes_active(screened, monkeypatch, noise):
     check(head, near(head, labels, noise), labels, 1.05, 16.0, 0.2)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=some(50), deadline=None)
 @given(
     dim=st.integers(1, 600),
     seed=st.integers(0, 10_000),
@@ -310,7 +311,7 @@ def test_screening_keeps_whatever_is_above_a_floor(dim, seed, floors, kind):
     assert set(wanted.tolist()) <= set(found.tolist())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=some(50), deadline=None)
 @given(
     dim=st.integers(1, 600),
     seed=st.integers(0, 10_000),

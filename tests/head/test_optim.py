@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from examples import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launches import Counted
@@ -62,7 +63,7 @@ EVENTS = dict(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=some(15), deadline=None)
 @given(
     momentum=st.sampled_from([0.0, 0.5, 0.9]),
     decay=st.sampled_from([0.0, 1e-4, 0.1]),
@@ -75,7 +76,7 @@ def test_equals_dense_sgd(momentum, decay, nesterov, **events):
     compare(RowSparseSGD, torch.optim.SGD, options, **events)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=some(15), deadline=None)
 @given(
     betas=st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.5, 0.5)]),
     decay=st.sampled_from([0.0, 0.01]),

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from examples import some
 from hypothesis import example, given, settings
 from launches import Counted
 from scripts import ROOT
@@ -124,7 +125,7 @@ def test_a_device_that_is_not_here_is_named(name):
 cosine = st.one_of(st.sampled_from([-1.0, 0.0, 0.25, 1.0]), st.floats(-1, 1, width=32))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=some(60), deadline=None)
 @example([0.1], 0, 1.75, 64.0, 0.5)
 @given(
     st.lists(cosine, min_size=1, max_size=12),

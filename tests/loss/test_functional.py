@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from examples import some
 from hypothesis import example, given, settings
 
 from speechbrain_qmargin.loss.functional import (
@@ -215,7 +216,7 @@ def test_a_single_class_has_nothing_to_learn():
 cosine = st.one_of(st.sampled_from([-1.0, 0.0, 0.25, 1.0]), st.floats(-1, 1, width=32))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=some(150), deadline=None)
 @example([0.1], 0, 1.75, 64.0, 0.5)
 @given(
     st.lists(cosine, min_size=1, max_size=12),
@@ -394,7 +395,7 @@ def test_dim_shapes_and_absent_classes():
     assert torch.equal(solve_tau(logits, 1.5, 0.3), solve_tau(logits, 1.5, torch.tensor(0.3)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=some(100), deadline=None)
 @given(
     st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=10),
     st.data(),

@@ -287,10 +287,11 @@ def test_no_loss_mixes_devices(name):
     ("code", "loaded", "absent"),
     [
         ("import speechbrain_qmargin", set(), {"torch", "numpy"}),
-        (
+        pytest.param(
             "from speechbrain_qmargin import QMarginLoss, QMarginHead, RowSparseSGD, q_margin_loss",
             {"torch"},
             {"speechbrain", "scipy", "sklearn", "matplotlib", "torchaudio", "soundfile"},
+            marks=pytest.mark.slow,
         ),
         ("import speechbrain_qmargin.scoring.metrics", {"numpy"}, {"torch", "speechbrain"}),
     ],

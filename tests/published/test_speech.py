@@ -181,7 +181,13 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+# deep ones, and those that another of them stands for, take seconds
+SLOW = ("ERes2NetV2", "ResNet293")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in OTHERS]
+)
 def test_a_recipe_builds_each_network_from_what_it_says_of_itself(tmp_path, name):
     model = OTHERS[name]()
     if name == "ERes2NetV2":

@@ -157,6 +157,7 @@ def test_audio_broken_after_preparation_is_named(corpus, tmp_path, monkeypatch):
         run(*on(corpus, tmp_path / "out", folder=folder), module=module)
 
 
+@pytest.mark.slow
 def test_one_broken_training_recording_costs_neither_training_nor_results(
     corpus, tmp_path, monkeypatch
 ):
@@ -171,6 +172,7 @@ def test_one_broken_training_recording_costs_neither_training_nor_results(
     assert "cannot be decoded (an empty file)" in line
 
 
+@pytest.mark.slow
 def test_large_margin_fine_tuning_continues_a_run(finished, capsys):
     output = finished
     options = [f"--pretrained={output}", "--number_of_epochs=1", "--sentence_len=0.7"]
@@ -200,6 +202,7 @@ def test_processes_that_load_data_may_be_started_in_any_way(corpus, tmp_path):
     assert losses[0] == losses[1] == losses[2]
 
 
+@pytest.mark.slow
 def test_a_table_is_a_corpus(corpus, tmp_path):
     """SpeechBrain's CSV with ids of its own; the lists name files as VoxCeleb's do."""
     rows = ["ID,duration,wav,start,stop,spk_id\n"]

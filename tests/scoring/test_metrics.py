@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from examples import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
@@ -75,7 +76,7 @@ def hull_crossing(corners):
     return best
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=some(150), deadline=None)
 @given(classes)
 def test_equal_error_rates(both):
     corners = roc(*both)
@@ -88,7 +89,7 @@ def test_equal_error_rates(both):
     assert eer(points) <= eer(points, "nist") + 1e-12
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=some(100), deadline=None)
 @given(classes, st.floats(1e-3, 0.999), st.floats(0.1, 10), st.floats(0.1, 10))
 def test_detection_costs(both, p_target, c_miss, c_fa):
     miss, accept = c_miss * p_target, c_fa * (1 - p_target)
@@ -104,7 +105,7 @@ def test_detection_costs(both, p_target, c_miss, c_fa):
     assert actual >= min_dcf(points, p_target, c_miss, c_fa) - 1e-12
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=some(100), deadline=None)
 @given(classes, st.sampled_from([1.0, 0.5, 0.1, 0.04, 1e-2, 1e-6]))
 def test_true_accepts_at_the_largest_far_that_is_not_above(both, far):
     targets, impostors = both
@@ -118,7 +119,7 @@ def test_true_accepts_at_the_largest_far_that_is_not_above(both, far):
     assert tar == pytest.approx(sum(s >= threshold for s in targets) / len(targets))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=some(100), deadline=None)
 @given(classes)
 def test_log_likelihood_ratio_costs(both):
     targets, impostors = both

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from examples import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
@@ -76,7 +77,7 @@ def mean_contributions(trials, errors):
     return out
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=some(25), deadline=None)
 @given(st.integers(0, 10**6), st.integers(5, 8), st.booleans())
 def test_the_variance_is_the_sum_over_all_pairs_of_trials(seed, num_speakers, ties):
     rng = np.random.default_rng(seed)

@@ -39,7 +39,7 @@ def test_others_do_not_and_own_counts_stay():
     settings = hparams("qmargin_prior", counts=[1, 2])
     count_classes(settings, Counted(None))
     assert len(settings["compute_cost"].log_q) == 2
-    with pytest.raises(ValueError, match="qmargin_prior wants the number of images"):
+    with pytest.raises(ValueError, match="qmargin_prior needs the number of images"):
         count_classes(hparams("qmargin_prior"), Counted(None))
 
 

@@ -162,7 +162,7 @@ class Faces(torch.utils.data.Dataset):
 @pytest.mark.parametrize(
     ("where", "options"),
     [
-        (SLOW_CPU.values[0], {"precision": "bf16"}),
+        pytest.param("cpu", {"precision": "bf16"}, marks=pytest.mark.slow),
         pytest.param("cuda", {"precision": "fp16"}, marks=GPU),
         pytest.param("cuda", {"precision": "bf16"}, marks=GPU),
     ],

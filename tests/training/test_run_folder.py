@@ -28,6 +28,14 @@ def check(folder, *options, **known_now):
     RunFolder(load_experiment([*SPEECH, f"--output_folder={folder}", *options])).check(**known_now)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run that has begun with no options; for tests that only look at it."""
+    folder = tmp_path_factory.mktemp("plain")
+    begun(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("option", "named"),
     [
@@ -45,20 +53,18 @@ def check(folder, *options, **known_now):
         ("--max_grad_norm=1", r"--max_grad_norm: 5.0 there, 1.0 now"),
     ],
 )
-def test_everything_that_was_resolved_is_compared(tmp_path, option, named):
-    begun(tmp_path)
+def test_everything_that_was_resolved_is_compared(plain, option, named):
     with pytest.raises(ValueError, match=f"another experiment .*{named}"):
-        check(tmp_path, option)
+        check(plain, option)
 
 
-def test_what_may_change_may_change_in_objects_too(tmp_path):
-    begun(tmp_path)
-    check(tmp_path)
-    check(tmp_path, "--batch_size=8", "--num_workers=2", "--logger=tensorboard", out_n_neurons=12)
-    check(tmp_path, "--precision=fp32", "--max_grad_norm=5", "--device=cuda:0", "--noprogressbar")
-    check(tmp_path, "--verification_file=[a.txt, b.txt]", "--trials_folder=there", "--top_n=3")
+def test_what_may_change_may_change_in_objects_too(plain):
+    check(plain)
+    check(plain, "--batch_size=8", "--num_workers=2", "--logger=tensorboard", out_n_neurons=12)
+    check(plain, "--precision=fp32", "--max_grad_norm=5", "--device=cuda:0", "--noprogressbar")
+    check(plain, "--verification_file=[a.txt, b.txt]", "--trials_folder=there", "--top_n=3")
     with pytest.raises(ValueError, match="out_n_neurons = 12; these data give 13"):
-        check(tmp_path, out_n_neurons=13)
+        check(plain, out_n_neurons=13)
 
 
 def test_what_a_folder_holds_when_a_run_begins(tmp_path):

@@ -10,7 +10,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain_qmargin.cli import main
 from speechbrain_qmargin.export.encoder import load_encoder, load_run
 from speechbrain_qmargin.export.inference import export_for_inference, export_run
-from speechbrain_qmargin.training.config import load_experiment
+from speechbrain_qmargin.training.config import compose, load_experiment
 from speechbrain_qmargin.training.run_folder import RunFolder
 from speechbrain_qmargin.training.trust import load_checked, object_names, refuse_code
 
@@ -76,18 +76,20 @@ def test_what_is_meant_can_be_said(tmp_path, monkeypatch):
         refuse_code("x: !name:os.getlogin", "file", trust={"os.getcwd"})
 
 
-@pytest.mark.parametrize("recipe", ["qmargin.yaml", "face_qmargin.yaml"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param("qmargin.yaml", marks=pytest.mark.slow), "face_qmargin.yaml"]
+)
 def test_every_run_of_the_recipes_passes(recipe, tmp_path):
     kind = "face" if recipe.startswith("face") else "speech"
     options = {
-        "models": "--model", "sizes": "--size", "augments": "--augment", "features": "--features",
-        "heads": "--head", "loggers": "--logger",
+        "models": "model", "sizes": "size", "augments": "augment", "features": "features",
+        "heads": "head", "loggers": "logger",
     }  # fmt: skip
     for folder in (HPARAMS, HPARAMS / kind):
         for file in folder.glob("*/*.yaml"):
             if file.parent.name in options:
-                argv = [str(HPARAMS / recipe), f"{options[file.parent.name]}={file.stem}"]
-                refuse_code(load_experiment(argv).text, "experiment.yaml")
+                given = {options[file.parent.name]: file.stem}
+                refuse_code(compose(HPARAMS / recipe, given), "experiment.yaml")
 
 
 # ---------------------------------------------------------------- the doors
@@ -215,13 +217,13 @@ def test_weights_that_are_more_than_tensors_are_refused(run, tmp_path):
     ],
 )
 def test_a_folder_does_not_choose_where_a_run_writes(tmp_path, change):
-    own = [str(HPARAMS / "qmargin.yaml"), f"--output_folder={tmp_path / 'own'}", "--size=mini"]
+    own = {"output_folder": str(tmp_path / "own"), "size": "mini"}
     parent = tmp_path / "run"
     parent.mkdir()
-    text = load_experiment(own).text
+    text = compose(HPARAMS / "qmargin.yaml", own)
     (parent / "experiment.yaml").write_text(text)
-    start = [str(HPARAMS / "qmargin_lm.yaml"), f"--pretrained={parent}"]
-    load_experiment(start)
+    start = HPARAMS / "qmargin_lm.yaml", {"pretrained": str(parent)}
+    compose(*start)
 
     key = change.partition(":")[0]
     kept, skipping = [], False
@@ -233,5 +235,5 @@ def test_a_folder_does_not_choose_where_a_run_writes(tmp_path, change):
     with pytest.raises(
         ValueError, match=r"experiment\.yaml: .*victim is outside the output folder"
     ):
-        load_experiment(start)
-    assert load_experiment([*start, "--trust"]).settings["loss"] == "qmargin"
+        compose(*start)
+    assert "victim" in compose(*start, trust=True)
