@@ -69,6 +69,7 @@ FIRST_LISTS = {"trials_cv": "cv", "trials_gsc": "gsc", "trials_test": "acted"}
 SECOND_LISTS = {"second_cv": "second cv", "second_gsc": "second gsc"}
 LISTS = FIRST_LISTS | SECOND_LISTS
 TREATMENTS = ("cosine", "centred", "as-norm", "as-norm of strangers")
+TUNINGS = ("tune", "second_tune", "faces_tune")
 WORST = 100
 
 
@@ -369,7 +370,7 @@ def face_tables(folders: Mapping[tuple, Path]) -> str:
 
 def tables(stage: str, data: Path, out: Path) -> str:
     """What is finished of a stage; pictures beside it."""
-    if stage.endswith("tune"):
+    if stage in TUNINGS:
         systems = FACE_SYSTEMS if stage == "faces_tune" else list(SYSTEMS)
         return tuning_table(out, stage, systems)
     folders = finished(STAGES[stage].runs(data, out, list(SYSTEMS)))

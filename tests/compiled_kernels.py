@@ -9,8 +9,10 @@ from triton.compiler import ASTSource
 
 from speechbrain_qmargin.head.kernels import KERNELS
 from speechbrain_qmargin.head.row_kernels import KERNELS as ROW_KERNELS
+from speechbrain_qmargin.head.solve_kernels import KERNELS as SOLVE_KERNELS
 
 DOUBLES = ["prior", "length", "slack", "cosine", "log_q", "values", "levels", "cosines", "slope"]
+DOUBLES += ["shown", "lows", "highs", "parts"]
 INTEGERS = ["state", "counts", "peaks", "kept", "entries", "ordered", "flags", "numbered"]
 LONGS = ["labels", "found", "starts", "order"]
 FLOATS = ["raw", "weight", "residual", "out", "cuts", "shares", "loss", "posterior"]
@@ -21,6 +23,8 @@ TYPES |= {"rounded": "*bf16", "products": "*bf16", "sampled": "*bf16", "factor":
 # arguments of one name and several types
 OTHERS = {
     "_solve": {"residual": "*fp64"},
+    "_finish": {"residual": "*fp64"},
+    "_exchange": {"out": "*fp64"},
     "_exact_cosines": {"out": "*fp64"},
     "_write_segments": {"rows": "*i64"},
     "_report": {"out": "*i64"},
@@ -28,7 +32,7 @@ OTHERS = {
 }
 CONSTANTS = {"BLOCK_B": 128, "BLOCK_D": 512, "BLOCK_I": 16, "BLOCK": 1024}
 CONSTANTS |= {"CHUNK": 1024, "POWER": 4, "HAS_Q": False, "IN_LOGS": False}
-CONSTANTS |= {"LANES": 128, "FINAL": True, "SAFEGUARDED": False}
+CONSTANTS |= {"LANES": 128, "SHOWN": 128, "FIRST": True, "FINAL": True, "SAFEGUARDED": False}
 
 # of rows
 OF_ROWS = dict.fromkeys(["values", "momentum", "mean", "square"], "*fp32")
@@ -40,12 +44,20 @@ CONSTANTS |= {"MOMENTUM": True, "NESTEROV": True, "DECAY": True}
 
 # as they are launched at D = 512, and the other branches
 OWN = {"_exact_cosines": {"BLOCK_D": 128}, "_sample_floors": {"BLOCK": 16384}}
-OWN |= {"_embedding_gradient": {"BLOCK_I": 64}, "_solve": {"CHUNK": 512}}
+OWN |= {"_embedding_gradient": {"BLOCK_I": 64}}
+OWN |= {name: {"CHUNK": 512} for name in ("_solve", "_exchange", "_finish")}
 WARPS = {"_sample_floors": 16, "_embedding_gradient": 16}
 OTHER = {"POWER": 0, "HAS_Q": True, "IN_LOGS": True, "FINAL": False, "SAFEGUARDED": True}
-OTHER |= {"ALL": True, "SCREENED": False, "GLIDE": False, "MARK": False, "MOMENTUM": False}
+OTHER |= {
+    "FIRST": False,
+    "ALL": True,
+    "SCREENED": False,
+    "GLIDE": False,
+    "MARK": False,
+    "MOMENTUM": False,
+}
 
-for kernel in (*KERNELS, *ROW_KERNELS):
+for kernel in (*KERNELS, *SOLVE_KERNELS, *ROW_KERNELS):
     name = kernel.fn.__name__
     types = TYPES | OTHERS.get(name, OF_ROWS if kernel in ROW_KERNELS else {})
     names = [p.name for p in kernel.params if p.is_constexpr]

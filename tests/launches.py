@@ -58,9 +58,12 @@ class Counted(TorchDispatchMode):
         return super().__exit__(*raised)
 
     def _launched(self, name):
+        thread = threading.get_ident()  # operators are counted in one thread alone
+
         def hook(*_, **__):
-            self.launches += 1
-            self.names.append(name)
+            if threading.get_ident() == thread:
+                self.launches += 1
+                self.names.append(name)
 
         return hook
 

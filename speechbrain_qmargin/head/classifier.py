@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from speechbrain_qmargin.head import fused, shards
+from speechbrain_qmargin.head import fused, fused_shards, shards
 from speechbrain_qmargin.head import refusals as refusals  # kernels that name the remedy
 from speechbrain_qmargin.head.binary import BinaryLoss
 from speechbrain_qmargin.head.communicator import Communicator
@@ -548,9 +548,12 @@ class HeadOutput:
                     return rows
             unit = F.normalize(embeddings.float(), dim=1)
             sizes, finite, kernels = head._agree(unit, targets, refused)
+            if kernels and isinstance(objective, Objective):
+                rows = self._fused(targets, objective, sizes)
+                if rows is not None:
+                    return rows
             raw = embeddings.detach().float()
             shard, weight, names, classes = head.looked_at(targets, sizes)
-            shard = shard._replace(room=head._room if kernels else None)
             batch = (unit, weight, self.anchored, names, raw, finite, sizes, shard)
             if isinstance(objective, BinaryObjective):
                 loss, posterior = BinaryLoss.apply(*batch, objective, *objective.parameters)
@@ -571,8 +574,10 @@ class HeadOutput:
             rows = Rows(found.loss, found.target_posterior, found.support)
             return attach(rows, objective, found.target_cosines, found.residual)
 
-    def _fused(self, targets: Tensor, objective: Objective) -> Rows | None:
-        """By a few kernels, where that is the way."""
+    def _fused(
+        self, targets: Tensor, objective: Objective, sizes: list[int] | None = None
+    ) -> Rows | None:
+        """By a few kernels, where that is the way; `sizes` of all ranks' batches, of several."""
         head = self.head
         if not head.may_use_kernels:
             return None
@@ -588,7 +593,12 @@ class HeadOutput:
             target_log_q=target_log_q.detach().to(raw.device, torch.float64),
             log_q=None if log_q is None else log_q.to(raw.device),
         )
-        parts = fused.evaluate(raw.detach(), targets, asked, prototypes, head._room)
+        if sizes is None:
+            parts = fused.evaluate(raw.detach(), targets, asked, prototypes, head._room)
+        else:
+            shard = head.looked_at(targets, sizes).shard
+            step = fused_shards.evaluate(raw.detach(), targets, asked, shard, head._room, sizes)
+            parts = None if step is None else [(slice(0, len(raw)), step)]
         if parts is None:
             return None
         whole = len(parts) == 1  # of which no view is taken: its gradient would be copied
@@ -600,6 +610,8 @@ class HeadOutput:
                 step,
                 prototypes,
                 head.rows_in_order,
+                head.comm,
+                sizes,
             )
             for part, step in parts
         ]

@@ -26,10 +26,9 @@ is that of ``step``.
 
 from __future__ import annotations
 
-import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,16 +42,18 @@ from speechbrain_qmargin.head.kernel_search import (
     halvings_for,
     near_support,
     parts,
+    say_too_small,
 )
 from speechbrain_qmargin.head.precision import exact_accumulation
 from speechbrain_qmargin.head.prototypes import Prototypes
-from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.head.step import check_backward, of_rows, refuse_labels
 from speechbrain_qmargin.loss.interface import Objective, slope_of
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:  # they need Triton
+    from speechbrain_qmargin.head.kernels import Batch
+    from speechbrain_qmargin.head.solve_kernels import Solved
 
-__all__ = ["FusedLoss", "Step", "bytes_of_a_step", "evaluate", "ones", "stage"]
+__all__ = ["FusedLoss", "Step", "by_class", "bytes_of_a_step", "evaluate", "ones", "stage"]
 
 
 class Step(NamedTuple):
@@ -61,16 +62,20 @@ class Step(NamedTuple):
     Attributes
     ----------
     batch, solved
-        See ``kernels``.
+        See ``kernels`` and ``solve_kernels``; the batch's cosines of the targets are not moved.
     order, rows, starts : Tensor
         Entries in the order of their classes, the classes with a gradient, and where each begins.
     """
 
-    batch: Any
-    solved: Any
+    batch: Batch
+    solved: Solved
     order: Tensor
     rows: Tensor
     starts: Tensor
+
+    def with_rows(self, count: int) -> Step:
+        """Without the room that is left."""
+        return self._replace(rows=self.rows[:count], starts=self.starts[: count + 1])
 
 
 def evaluate(
@@ -112,7 +117,7 @@ def evaluate(
         enough = halvings_for(asked, samples, sizes)
         if enough > room.halvings:
             if room.halvings == MOST_HALVINGS:
-                _say_once(room, asked, samples, sizes)
+                say_too_small(room, asked, samples, sizes)
                 return None
             room.halvings += 1
         elif len(steps) < len(parts(samples, room.halvings)):
@@ -142,20 +147,6 @@ def _of_part(objective: Objective, part: slice, samples: int) -> Objective:
     )
 
 
-def _say_once(room: Room, asked: Asked, samples: int, sizes: Sizes) -> None:
-    if room.was_too_small:
-        return
-    room.was_too_small = True
-    most = Asked.most(-(-samples // 2**MOST_HALVINGS), sizes)
-    first = asked.screened > most.screened
-    needed, there = (asked.screened, most.screened) if first else (asked.kept, most.kept)
-    logger.warning(
-        f"{needed} classes of a sample may be active, and an eighth of a batch of {samples} has "
-        f"room for {there} each on this device: such a step is exact too, but many times slower. "
-        "Fewer samples a step, a larger alpha or scale leave room"
-    )
-
-
 def _evaluate_part(
     raw: Tensor, labels: Tensor, objective: Objective, prototypes: Prototypes, room: Room
 ) -> tuple[Step | None, Asked]:
@@ -170,9 +161,7 @@ def _evaluate_part(
         if bad_label:
             refuse_labels(labels, len(prototypes.weight))
         if asked.fits(here):
-            if failed:
-                return None, asked
-            return step._replace(rows=step.rows[:rows], starts=step.starts[: rows + 1]), asked
+            return None if failed else step.with_rows(rows), asked
         if not asked.fits(Asked.most(len(raw), sizes)):
             return None, asked
         room.grow(asked)
@@ -212,7 +201,7 @@ def bytes_of_a_step(
 def _attempt(
     raw: Tensor, labels: Tensor, objective: Objective, prototypes: Prototypes, room: Asked
 ) -> tuple[Step, list[int]]:
-    from speechbrain_qmargin.head import kernels
+    from speechbrain_qmargin.head import kernels, solve_kernels
 
     assert objective.target_log_q is not None
     device = raw.device
@@ -230,13 +219,23 @@ def _attempt(
             unmoved = batch.cosine
         kept, cosines = near_support(batch, prototypes, room)
     with stage("solve"):
-        solved = kernels.solve(batch, kept, cosines, slope)
+        solved = solve_kernels.solve(batch, kept, cosines, slope)
         del cosines, kept
-        ordered, order = solved.entries.view(-1).sort(stable=True)
-        numbered = kernels.mark_segments(ordered).cumsum(0, dtype=torch.int32)
-        rows, starts = kernels.write_segments(ordered, numbered)
-        facts = kernels.report(batch, numbered).tolist()  # the host waits
-    return Step(batch._replace(cosine=unmoved), solved, order, rows, starts), facts
+        step, facts = by_class(batch._replace(cosine=unmoved), solved)
+    return step, facts
+
+
+def by_class(batch: Batch, solved: Solved) -> tuple[Step, list[int]]:
+    """A step, its entries in the order of their classes, and what ``kernels.report`` says of it.
+
+    The host waits. There is more room than there are `rows`, the last of the numbers.
+    """
+    from speechbrain_qmargin.head import kernels
+
+    ordered, order = solved.entries.view(-1).sort(stable=True)
+    numbered = kernels.mark_segments(ordered).cumsum(0, dtype=torch.int32)
+    rows, starts = kernels.write_segments(ordered, numbered)
+    return Step(batch, solved, order, rows, starts), kernels.report(batch, numbered).tolist()
 
 
 def stage(name: str) -> AbstractContextManager:
@@ -262,28 +261,35 @@ class FusedLoss(torch.autograd.Function):
     """Like :class:`~speechbrain_qmargin.head.step.HeadLoss`, of what :func:`evaluate` gave."""
 
     @staticmethod
-    def forward(ctx: Any, raw, weight, anchor, step, prototypes, in_order):
+    def forward(ctx: Any, raw, weight, anchor, step, prototypes, in_order, comm, sizes):
         """
         Parameters
         ----------
-        raw : Tensor, [B, D], float32
-            The embeddings, in the graph.
+        raw : Tensor, [b, D], float32
+            This rank's embeddings, in the graph.
         weight, anchor : Parameter
             As there.
         step : Step
+            Of the samples of all ranks.
         prototypes : Prototypes
         in_order : RowsInOrder or None
             Of a shard.
+        comm : Communicator
+        sizes : list of int
+            b of all ranks.
         """
         ctx.set_materialize_grads(False)
         solved = step.solved
         # not the loss, whose graph this is
         ctx.entries = step.batch, solved.entries, solved.shares, step.order, step.rows, step.starts
         ctx.prototypes, ctx.in_order, ctx.anchored = prototypes, in_order, anchor is not None
-        ctx.weight, ctx.version = weight, weight._version
+        ctx.weight, ctx.version, ctx.comm, ctx.sizes = weight, weight._version, comm, sizes
         outputs = (
             solved.loss, solved.posterior, solved.support, solved.residual, step.batch.cosine,
         )  # fmt: skip
+        if comm.world > 1:
+            offset = sum(sizes[: comm.rank])
+            outputs = tuple(each[offset : offset + sizes[comm.rank]] for each in outputs)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -293,17 +299,21 @@ class FusedLoss(torch.autograd.Function):
 
         check_backward(ctx)
         (batch, entries, shares, order, rows, starts), prototypes = ctx.entries, ctx.prototypes
-        upstream = gradients[0]
-        if upstream is None:
-            return (None,) * 6
+        comm, upstream = ctx.comm, gradients[0]
+        if upstream is None and comm.world == 1:
+            return (None,) * 8
+        if upstream is None:  # of this rank; the others wait for it
+            upstream = batch.raw.new_zeros(ctx.sizes[comm.rank])
+        upstream = comm.gather(upstream, ctx.sizes)
         grad_raw = grad_weight = None
         with stage("backward"):
             if ctx.needs_input_grad[0]:
                 grad_raw = kernels.embedding_gradient(batch, prototypes, entries, shares, upstream)
+                grad_raw = comm.sum_of_own(grad_raw, ctx.sizes)
             if ctx.needs_input_grad[1]:
                 values = kernels.weight_gradient(
-                    batch, prototypes, order, shares, rows, starts, upstream, 1.0
+                    batch, prototypes, order, shares, rows, starts, upstream, 1.0 / comm.world
                 )
                 grad_weight = of_rows(rows, values, prototypes.weight, ctx.in_order)
         anchor = torch.zeros((), device=upstream.device) if ctx.anchored else None
-        return grad_raw, grad_weight, anchor, None, None, None
+        return grad_raw, grad_weight, anchor, *[None] * 5

@@ -1,4 +1,4 @@
-"""The search of ``search`` by the kernels of ``fused``, for a GPU: all sizes are fixed beforehand.
+"""The search of ``search`` by kernels, for a GPU: all sizes are fixed beforehand.
 
 A sample's classes have rooms of fixed size in two buffers; where they do not fit, the room grows,
 and where it cannot, the batch is taken in parts. What is found of a sample does not depend on
@@ -7,16 +7,14 @@ either.
 
 from __future__ import annotations
 
-import math
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from speechbrain_qmargin.head.prototypes import Prototypes
-from speechbrain_qmargin.head.search import Candidates, Query
 from speechbrain_qmargin.head.sizes import Sizes
 
 if TYPE_CHECKING:  # it needs Triton
@@ -26,12 +24,14 @@ __all__ = [
     "MOST_HALVINGS",
     "Asked",
     "Room",
-    "candidates",
     "halvings_for",
     "near_support",
     "parts",
+    "say_too_small",
     "takes",
 ]
+
+logger = logging.getLogger(__name__)
 
 MOST_HALVINGS = 3
 
@@ -103,6 +103,21 @@ def halvings_for(asked: Asked, samples: int, sizes: Sizes) -> int:
     return MOST_HALVINGS + 1
 
 
+def say_too_small(room: Room, asked: Asked, samples: int, sizes: Sizes) -> None:
+    """Log, once for a head, that a batch fits no room."""
+    if room.was_too_small:
+        return
+    room.was_too_small = True
+    most = Asked.most(-(-samples // 2**MOST_HALVINGS), sizes)
+    first = asked.screened > most.screened
+    needed, there = (asked.screened, most.screened) if first else (asked.kept, most.kept)
+    logger.warning(
+        f"{needed} classes of a sample may be active, and an eighth of a batch of {samples} has "
+        f"room for {there} each on this device: such a step is exact too, but many times slower. "
+        "Fewer samples a step, a larger alpha or scale leave room"
+    )
+
+
 def takes(prototypes: Prototypes, alpha: float) -> bool:
     """Whether this way is open: alpha > 1, prototypes with a screen in bf16, and kernels."""
     screen = prototypes.screen
@@ -135,79 +150,3 @@ def near_support(batch: Batch, prototypes: Prototypes, room: Asked) -> tuple[Ten
     del found
     kept = kept.sort(1).values
     return kept, kernels.exact_cosines(batch, prototypes, kept)
-
-
-def candidates(
-    raw: Tensor, query: Query, prototypes: Prototypes, room: Room
-) -> tuple[Candidates, Tensor] | None:
-    """What may be active of a shard, in float64, and lower bounds of the levels, [B].
-
-    None where no room is enough, or a prototype is no number. The bounds are those of the targets
-    and this shard's classes.
-
-    Parameters
-    ----------
-    raw : Tensor, [B, D], float32
-        The query's embeddings as they were, finite.
-    query : Query
-        Of an alpha-divergence, and one row a class.
-    prototypes : Prototypes
-        See :func:`takes`.
-    room : Room
-    """
-    samples, sizes = len(raw), prototypes.sizes
-    for halvings in range(room.halvings, MOST_HALVINGS + 1):
-        found, most = [], Asked(0, 0)
-        for part in parts(samples, halvings):
-            each = _of_part(raw[part], query.rows(part), prototypes, room)
-            if each is None:
-                break
-            found.append(each)
-            most = Asked(*map(max, most, each.asked))
-        else:
-            room.halvings = halvings_for(most, samples, sizes)
-            width = max(each.rows.shape[1] for each in found)
-            rows = [F.pad(each.rows, (0, width - each.rows.shape[1])) for each in found]
-            cosines = [
-                F.pad(each.cosines, (0, width - each.cosines.shape[1]), value=-math.inf)
-                for each in found
-            ]
-            levels = torch.cat([each.levels for each in found])
-            return Candidates(torch.cat(cosines), torch.cat(rows)), levels
-    return None
-
-
-class _Found(NamedTuple):
-    cosines: Tensor
-    rows: Tensor
-    levels: Tensor
-    asked: Asked
-
-
-def _of_part(raw: Tensor, query: Query, prototypes: Prototypes, room: Room) -> _Found | None:
-    from speechbrain_qmargin.head import kernels
-
-    measure, sizes = query.of_alpha, prototypes.sizes
-    while True:
-        # labels of other shards are no classes of this one; their cosines are known nevertheless
-        batch = kernels.prepare(
-            raw, query.labels, measure.target, measure.classes, measure.alpha, query.scale,
-            prototypes,
-        )._replace(cosine=query.target / query.scale)  # fmt: skip
-        here = room.of(len(raw), sizes)
-        rows, cosines = near_support(batch, prototypes, here)
-        absent = rows == kernels.ABSENT
-        cosines.masked_fill_(absent, -math.inf)
-        unsound = cosines.isnan().any()
-        # the host waits
-        *asked, unsound = torch.stack((batch.peaks.max(), batch.counts.max(), unsound)).tolist()
-        asked = Asked(*asked)
-        if asked.fits(here):
-            if unsound:
-                return None
-            width = max(asked.kept, 1)
-            rows = rows.masked_fill_(absent, 0)[:, :width].long()
-            return _Found(cosines[:, :width], rows, batch.levels, asked)
-        if not asked.fits(Asked.most(len(raw), sizes)):
-            return None
-        room.grow(asked)

@@ -2,7 +2,7 @@
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false
-r"""The kernels of ``fused``, written in Triton; alpha > 1.
+r"""The kernels of ``fused`` but those of ``solve_kernels``, written in Triton; alpha > 1.
 
 Each function is one launch, and none makes the host wait. What they compute, and why it is exact,
 is said there. Whatever decides or is returned is summed in an order that does not depend on which
@@ -28,7 +28,6 @@ from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.loss.solver import edge
 from speechbrain_qmargin.loss.triton_numbers import (
     level_alone,
-    moved_on,
     pieces,
     power_of_2,
     powers_of,
@@ -50,7 +49,6 @@ __all__ = [
     "sample_floors",
     "sample_scores",
     "screen",
-    "solve",
     "weight_gradient",
     "write_segments",
 ]
@@ -62,7 +60,6 @@ _BAD_LABEL, _NOT_FINITE, _NOT_CONVERGED = (tl.constexpr(2**bit) for bit in range
 _FIXED = tl.constexpr(float(2**40))  # of fixed point: a mass is at most 1, a room below 2**23
 _REACHED = tl.constexpr(2**40 + 2**30)  # whatever float32 rounded, the mass is at least 1
 _REACHED_IN_SUM = tl.constexpr(1.0 + 2.0**-10)  # likewise, of a sum of floats
-_MOST_STEPS = tl.constexpr(128)  # of Newton's method
 _ROUNDED = tl.constexpr(0.004)  # more than 2**-8, which bf16 may add to a product or take from it
 _INF = tl.constexpr(float("inf"))
 _LANES = 128  # of the filter: a thread each
@@ -119,20 +116,6 @@ def _rough_mass(lead, log_q, k, IN_LOGS: tl.constexpr, POWER: tl.constexpr, HAS_
 def _fixed(mass):
     """In fixed point, rounded down: its sums are the same in any order."""
     return (mass.to(tl.float64) * _FIXED).to(tl.int64)
-
-
-@triton.jit
-def _powers(lead, log_q, k, IN_LOGS: tl.constexpr, POWER: tl.constexpr, HAS_Q: tl.constexpr):
-    """p and q u^(k - 1) of other classes, in float64."""
-    if (POWER > 0) and not HAS_Q:
-        u = tl.maximum(lead, 0.0)
-        h = tl.where(u > 0.0, 1.0, 0.0).to(tl.float64)
-        for _ in tl.static_range(POWER - 1):
-            h = h * u
-        p = h * u
-    else:
-        p, h = powers_of(lead, log_q, k, IN_LOGS)
-    return p, h
 
 
 # --------------------------------------------------------------------------- embeddings
@@ -393,113 +376,6 @@ def _exact_cosines(
         tl.store(out + b * width + i, cosine, mask=there)
 
 
-@triton.jit
-def _candidates(
-    kept, cosines, log_q, row, start, n, scale, CHUNK: tl.constexpr, HAS_Q: tl.constexpr
-):
-    """Classes, logits (-inf where there is none) and log q of a chunk of a sample's candidates."""
-    i = start + tl.arange(0, CHUNK)
-    there = i < n
-    c = tl.load(kept + row + i, mask=there, other=0)
-    logit = tl.where(there, tl.load(cosines + row + i, mask=there, other=0.0) * scale, -_INF)
-    prior = tl.zeros((CHUNK,), tl.float64)
-    if HAS_Q:
-        prior = tl.load(log_q + c, mask=there, other=0.0).to(tl.float64)
-    return c, logit, prior
-
-
-@triton.jit
-def _solve(
-    kept, counts, cosines, labels, cosine, slope, prior, state, log_q, values, levels,
-    entries, shares, loss, posterior, support, residual,
-    batch, width,
-    CHUNK: tl.constexpr, BLOCK_B: tl.constexpr, SAFEGUARDED: tl.constexpr,
-    IN_LOGS: tl.constexpr, POWER: tl.constexpr, HAS_Q: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    gamma, k = tl.load(values), tl.load(values + 1)
-    scale, above = tl.load(values + 2), tl.load(values + 3)
-    own, q_own = tl.load(cosine + b) * scale, tl.load(prior + b)
-    n = tl.minimum(tl.load(counts + b), width)
-    alone = level_alone(own, q_own, gamma, IN_LOGS)
-    offset = tl.arange(0, CHUNK)
-    low, high = tl.maximum(tl.load(levels + b), alone), own
-    unknown = 0
-    for start in range(0, n, CHUNK):
-        _, logit, prior_i = _candidates(
-            kept, cosines, log_q, b * width, start, n, scale, CHUNK, HAS_Q
-        )
-        unknown += tl.sum((logit != logit).to(tl.int32), 0)
-        low = tl.maximum(low, tl.max(level_alone(logit, prior_i, gamma, IN_LOGS), 0))
-        high = tl.maximum(high, tl.max(logit, 0))
-    high = tl.maximum(high + above, low)
-    level, step, going = low, 0, 1
-    while going != 0:
-        s, h = powers_of(gamma * (own - level), q_own, k, IN_LOGS)
-        for start in range(0, n, CHUNK):
-            _, logit, prior_i = _candidates(
-                kept, cosines, log_q, b * width, start, n, scale, CHUNK, HAS_Q
-            )
-            p, slope_i = _powers(gamma * (logit - level), prior_i, k, IN_LOGS, POWER, HAS_Q)
-            s += tl.sum(p, 0)
-            h += tl.sum(slope_i, 0)
-        level, low, high, ended = moved_on(
-            level, low, high, s, h, gamma, step, 2.0**-52, SAFEGUARDED
-        )
-        step += 1
-        going = tl.where(ended | (step >= _MOST_STEPS), 0, 1)
-    failed = (step >= _MOST_STEPS) | ~(tl.abs(level) < _INF) | (unknown > 0)
-
-    # the loss as loss.solver.fenchel_young has it
-    p_own, _h_own = powers_of(gamma * (own - level), q_own, k, IN_LOGS)
-    others, gap = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
-    many = 0
-    for start in range(0, n, CHUNK):
-        _, logit, prior_i = _candidates(
-            kept, cosines, log_q, b * width, start, n, scale, CHUNK, HAS_Q
-        )
-        p, _h_i = _powers(gamma * (logit - level), prior_i, k, IN_LOGS, POWER, HAS_Q)
-        others += tl.sum(p, 0)
-        gap += tl.sum(tl.where(p > 0.0, p * (logit - own), 0.0), 0)
-        many += tl.sum((p > 0.0).to(tl.int32), 0)
-    excess = others + p_own - 1.0
-    inverse = 1.0 / (1.0 + excess)
-    tau = level if IN_LOGS else level + k
-    gap += excess * (own - tau)
-    value = gamma / (1.0 + gamma) * gap + (level - alone + excess) / (1.0 + gamma)
-    value = tl.where(others == 0.0, 0.0, tl.maximum(value, 0.0))
-    # a sample that is not finite spoils the batch
-    each = tl.arange(0, BLOCK_B)
-    states = tl.load(state + each, mask=each < batch, other=0)
-    valid = tl.sum(((states & _NOT_FINITE) != 0).to(tl.int32), 0) == 0
-    p_own = (p_own * inverse).to(tl.float32)
-    rest = 0.0 - others * inverse
-    tl.store(loss + b, tl.where(valid, value, float("nan")).to(tl.float32))
-    tl.store(posterior + b, p_own)
-    tl.store(support + b, (many + (p_own > 0.0).to(tl.int32)).to(tl.float32))
-    tl.store(residual + b, rest)
-    flag = tl.load(state + b)
-    tl.store(state + b, flag | tl.where(failed, _NOT_CONVERGED, 0))
-
-    # entries of the gradient: the target, then the active ones
-    base = b * (width + 1)
-    share = (rest * tl.load(slope + b)).to(tl.float32)
-    good = valid & (share != 0.0)
-    tl.store(shares + base, tl.where(good, share, 0.0))
-    label = tl.load(labels + b).to(tl.int32)
-    tl.store(entries + base, tl.where(good, label, _ABSENT))
-    for start in range(0, width, CHUNK):
-        i = start + offset
-        c, logit, prior_i = _candidates(
-            kept, cosines, log_q, b * width, start, n, scale, CHUNK, HAS_Q
-        )
-        p, _h_i = _powers(gamma * (logit - level), prior_i, k, IN_LOGS, POWER, HAS_Q)
-        share_i = (p * inverse).to(tl.float32)
-        good_i = valid & (i < n) & (share_i != 0.0)
-        tl.store(shares + base + 1 + i, tl.where(good_i, share_i, 0.0), mask=i < width)
-        tl.store(entries + base + 1 + i, tl.where(good_i, c, _ABSENT), mask=i < width)
-
-
 # --------------------------------------------------------------------------- segments
 
 
@@ -599,7 +475,7 @@ def _weight_gradient(
 # --------------------------------------------------------------------------- launches
 
 KERNELS = (
-    _prepare, _sample_floors, _filter, _raise_floors, _exact_cosines, _solve,
+    _prepare, _sample_floors, _filter, _raise_floors, _exact_cosines,
     _mark_segments, _write_segments, _report, _embedding_gradient, _weight_gradient,
 )  # fmt: skip
 
@@ -644,6 +520,13 @@ class Batch(NamedTuple):
     state: Tensor
     counts: Tensor
     peaks: Tensor
+
+    def rows(self, part: slice) -> Batch:
+        """The same for some samples, whose kernels write into this batch."""
+        of_all = {"log_q": self.log_q, "values": self.values, "alpha": self.alpha}
+        return Batch(
+            *(each if name in of_all else each[part] for name, each in self._asdict().items())
+        )
 
     def measure(self) -> tuple[Tensor, dict]:
         """log q of the classes, or anything, and what kernels are compiled for."""
@@ -737,56 +620,6 @@ def exact_cosines(batch: Batch, prototypes: Prototypes, kept: Tensor) -> Tensor:
         BLOCK_I=pairs, BLOCK_D=power_of_2(dim, most=128),
     )  # fmt: skip
     return out
-
-
-class Solved(NamedTuple):
-    """What :func:`solve` gives.
-
-    Attributes
-    ----------
-    loss, posterior, support : Tensor, [B], float32
-        The posterior is the target's.
-    residual : Tensor, [B], float64
-        The target's posterior less one.
-    entries : Tensor, [B, width + 1], int32
-        Classes with a gradient, the target first; ABSENT elsewhere.
-    shares : Tensor, [B, width + 1], float32
-        The gradient by their logits.
-    """
-
-    loss: Tensor
-    posterior: Tensor
-    support: Tensor
-    residual: Tensor
-    entries: Tensor
-    shares: Tensor
-
-
-def solve(batch: Batch, kept: Tensor, cosines: Tensor, slope: Tensor) -> Solved:
-    """Level, posteriors and loss, all of a sample in one program.
-
-    Parameters
-    ----------
-    kept, cosines : Tensor, [B, width]
-    slope : Tensor, [B], float64
-        Of the targets' cosines, by what they were before they moved.
-    """
-    log_q, kind = batch.measure()
-    samples, width = kept.shape
-    floats = torch.empty(3, samples, device=kept.device)
-    made = Solved(
-        *floats,
-        torch.empty(samples, dtype=torch.float64, device=kept.device),
-        torch.empty(samples, width + 1, dtype=torch.int32, device=kept.device),
-        torch.empty(samples, width + 1, device=kept.device),
-    )
-    _solve[(samples,)](
-        kept, batch.counts, cosines, batch.labels, batch.cosine, slope, batch.prior, batch.state,
-        log_q, batch.values, batch.levels, made.entries, made.shares, made.loss, made.posterior,
-        made.support, made.residual, samples, width,
-        CHUNK=512, BLOCK_B=power_of_2(samples), SAFEGUARDED=batch.alpha > 2, **kind,
-    )  # fmt: skip
-    return made
 
 
 def mark_segments(ordered: Tensor) -> Tensor:

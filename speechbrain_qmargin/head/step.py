@@ -13,8 +13,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.dense import AllClasses, AllOfGenerator
-from speechbrain_qmargin.head.kernel_search import Room, takes
-from speechbrain_qmargin.head.kernel_search import candidates as search_by_kernels
 from speechbrain_qmargin.head.precision import exact_accumulation
 from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.head.search import (
@@ -26,7 +24,6 @@ from speechbrain_qmargin.head.search import (
     refined,
     rounding,
     search,
-    shared_bound,
 )
 from speechbrain_qmargin.loss.device import add_rows
 from speechbrain_qmargin.loss.f_operators import GeneratorMeasure, Moments, masses
@@ -40,6 +37,7 @@ __all__ = [
     "RowsInOrder",
     "Shard",
     "check_backward",
+    "gathered",
     "of_rows",
     "refuse_labels",
     "target_cosines",
@@ -93,7 +91,6 @@ class Shard(NamedTuple):
     comm: Communicator
     in_order: RowsInOrder | None  # None: the gradient of the rows is dense
     subcentres: int = 1
-    room: Room | None = None  # None: the search is not that of ``kernel_search``
 
 
 class Evaluation(NamedTuple):
@@ -146,14 +143,9 @@ class HeadLoss(torch.autograd.Function):
         comm, prototypes = shard.comm, shard.prototypes
         offset = sum(sizes[: comm.rank])
         own = slice(offset, offset + sizes[comm.rank])
-        raw = torch.where(valid, raw, 0)
-        # in one exchange: two numbers of float64 as four of float32
-        names = torch.stack((labels.double(), objective.target_log_q), 1)
-        both = comm.gather(torch.cat((raw, names.view(torch.float32)), 1), sizes)
-        # a copy: a view of eight bytes wants strides and a beginning at multiples of eight
-        raw, names = both[:, :-4].contiguous(), both[:, -4:].flatten().clone()
-        names = names.view(torch.float64).view(-1, 2)
-        labels, target_log_q = names[:, 0].long(), names[:, 1]
+        raw, labels, target_log_q = gathered(
+            torch.where(valid, raw, 0), labels, objective.target_log_q, comm, sizes
+        )
         exact = F.normalize(raw.double(), dim=1)
         here = (labels >= shard.start) & (labels < shard.stop)
         labels = torch.where(here, labels - shard.start, -1)
@@ -181,7 +173,7 @@ class HeadLoss(torch.autograd.Function):
         )
         with exact_accumulation(raw.device):
             if objective.generator is None:
-                solved = _solved(query, raw, shard, objective)
+                solved = _solved(query, shard, objective)
             else:
                 solved = _solved_of_generator(query, prototypes, comm)
         solution, support = solved.solution, solved.support
@@ -223,6 +215,30 @@ class HeadLoss(torch.autograd.Function):
             (grad_weight._values() if grad_weight.is_sparse else grad_weight).div_(comm.world)
         anchor = torch.zeros((), device=upstream.device) if ctx.anchored else None
         return grad_unit, grad_weight, anchor, *[None] * 6
+
+
+def gathered(
+    raw: Tensor, labels: Tensor, target_log_q: Tensor, comm: Communicator, sizes: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings [B, D], labels and log q of the targets [B] of all ranks, in one exchange.
+
+    Parameters
+    ----------
+    raw : Tensor, [b, D], float32
+    labels : Tensor, [b], int64
+    target_log_q : Tensor, [b], float64
+    sizes : list of int
+        b of all ranks.
+    """
+    if comm.world == 1:
+        return raw, labels, target_log_q
+    # two numbers of float64 as four of float32
+    names = torch.stack((labels.double(), target_log_q), 1)
+    both = comm.gather(torch.cat((raw, names.view(torch.float32)), 1), sizes)
+    # a copy: a view of eight bytes wants strides and a beginning at multiples of eight
+    raw, names = both[:, :-4].contiguous(), both[:, -4:].flatten().clone()
+    names = names.view(torch.float64).view(-1, 2)
+    return raw, names[:, 0].long(), names[:, 1].contiguous()
 
 
 def target_cosines(
@@ -345,18 +361,12 @@ class _Solved(NamedTuple):
     everything: AllClasses | AllOfGenerator | None = None
 
 
-def _solved(query: Query, raw: Tensor, shard: Shard, objective: Objective) -> _Solved:
+def _solved(query: Query, shard: Shard, objective: Objective) -> _Solved:
     """For the alpha-divergences."""
     active = everything = candidates = lower = None
     bound, most, peak = None, False, None
     prototypes, comm = shard.prototypes, shard.comm
-    if shard.room is not None and takes(prototypes, objective.alpha):
-        found = search_by_kernels(raw, query, prototypes, shard.room)
-        shared = shared_bound(query, found, comm)
-        if shared is not None:
-            candidates, peak = shared.candidates, shared.peak
-            lower = shared.level - rounding(query, shared.level)
-    elif objective.alpha > 1:
+    if objective.alpha > 1:
         candidates, bound, most, peak = search(query, prototypes, comm)
         if candidates is not None:
             candidates, lower = refined(query, candidates, bound, prototypes)

@@ -22,8 +22,8 @@ from speechbrain_qmargin.loss.device import control_flow
 from speechbrain_qmargin.loss.interface import Objective
 
 kernels = pytest.importorskip("speechbrain_qmargin.head.kernels", exc_type=ImportError)
+solve_kernels = pytest.importorskip("speechbrain_qmargin.head.solve_kernels", exc_type=ImportError)
 row_kernels = pytest.importorskip("speechbrain_qmargin.head.row_kernels", exc_type=ImportError)
-numbers = pytest.importorskip("speechbrain_qmargin.loss.triton_numbers", exc_type=ImportError)
 
 EPS = 2.0**-23
 
@@ -408,7 +408,7 @@ def test_launches_and_waits_do_not_grow_with_the_classes(only_fused):
         head.prototypes()
         kernels.numbers(1.25, 32.0, x.device)  # which are brought to the device once
         fused.ones(2, x.device)
-        with Counted(kernels.KERNELS) as counted:
+        with Counted((*kernels.KERNELS, *solve_kernels.KERNELS)) as counted:
             head(x, labels).backward()
         assert counted.launches <= 25 + 3 * (classes == 3000), counted.names
         # the report is the one tensor whose values the host reads
@@ -427,7 +427,7 @@ def test_memory_beyond_weights_at_2_million_classes(only_fused):
     """What a step allocates, counted at a small size, is what the formula says of a large one."""
     head, x, labels = problem(300, 8, 2, alpha=1.25, scale=12.0, margin=0.2)
     head.prototypes()
-    with Counted(kernels.KERNELS) as counted:
+    with Counted((*kernels.KERNELS, *solve_kernels.KERNELS)) as counted:
         head(x, labels).backward()
     rows = head.weight.grad._nnz()
     sample = 38  # of 300 classes, every 8th
@@ -465,5 +465,5 @@ def test_the_kernels_compile_for_a_gpu():
         [sys.executable, str(script)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    every = (*kernels.KERNELS, *row_kernels.KERNELS)
+    every = (*kernels.KERNELS, *solve_kernels.KERNELS, *row_kernels.KERNELS)
     assert done.stdout.split() == [kernel.fn.__name__ for kernel in every]

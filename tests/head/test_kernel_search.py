@@ -1,22 +1,25 @@
 """Shards on a GPU: their search by kernels, here in Triton's interpreter, and ranks as threads."""
 
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from launches import FEW_CLASSES, interpreted
+from launches import FEW_CLASSES, Counted, interpreted
 from ranks import on_ranks
 
-from speechbrain_qmargin.head import QMarginHead, kernel_search, step
+from speechbrain_qmargin.head import QMarginHead, classifier, fused_shards
 from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.loss.device import control_flow
 from speechbrain_qmargin.loss.functional import q_margin_objective
+from speechbrain_qmargin.loss.interface import Objective
 
 kernels = pytest.importorskip("speechbrain_qmargin.head.kernels", exc_type=ImportError)
-row_kernels = pytest.importorskip("speechbrain_qmargin.head.row_kernels", exc_type=ImportError)
-numbers = pytest.importorskip("speechbrain_qmargin.loss.triton_numbers", exc_type=ImportError)
+solve_kernels = pytest.importorskip("speechbrain_qmargin.head.solve_kernels", exc_type=ImportError)
 
-DIM, ROWS, CLASSES = 12, 2, 201  # in shards of two sizes
+DIM, CLASSES = 12, 121  # in shards of two sizes
 SIZES = replace(FEW_CLASSES, sample=20, screened=256, kept=128)
 pytestmark = pytest.mark.skipif(
     torch.__version__.startswith("2.7"), reason="the interpreter of Triton 3.3 knows no int1"
@@ -30,13 +33,14 @@ def as_on_a_gpu():
 
 
 def batch(rank, weight, noise):
-    generator = torch.Generator().manual_seed(rank)
-    labels = torch.randint(len(weight), (ROWS,), generator=generator)
-    x = weight[labels] + noise * torch.randn(ROWS, DIM, generator=generator)
+    """One sample of the first rank, two of the second, ..."""
+    generator, rows = torch.Generator().manual_seed(rank), 1 + rank
+    labels = torch.randint(len(weight), (rows,), generator=generator)
+    x = weight[labels] + noise * torch.randn(rows, DIM, generator=generator)
     return (3 * x).requires_grad_(), labels
 
 
-def in_shards(parameters, noise, sizes=SIZES, log_q=None, only_kernels=True, world=2):
+def in_shards(parameters, noise, sizes=SIZES, ask=q_margin_objective, only_kernels=True, world=2):
     """Of each rank: losses, supports, gradients, collectives, and the head.
 
     The torch path would hide what the kernels miss, so as a rule it is not there.
@@ -48,27 +52,23 @@ def in_shards(parameters, noise, sizes=SIZES, log_q=None, only_kernels=True, wor
         head._check_not_broadcast()  # in the first step alone
         x, labels = batch(comm.rank, weight, noise)
         comm.calls = 0
-        rows = head.train()(x).evaluate(labels, q_margin_objective(labels, *parameters, log_q))
+        rows = head.train()(x).evaluate(labels, ask(labels, *parameters))
         rows.loss.mean().backward()
         gradients = x.grad, head.weight.grad.to_dense()
         return rows.loss.detach(), rows.support, *gradients, comm.calls, head
 
     with pytest.MonkeyPatch.context() as patch:
         if only_kernels:
-            patch.setattr(step, "search", None)
-            patch.setattr(step, "AllClasses", None)
+            patch.setattr(classifier.HeadLoss, "apply", None)
         return on_ranks(world, one)
 
 
-def check(found, parameters, noise, log_q=None):
+def check(found, parameters, noise, ask=q_margin_objective):
     """Against one process, whose step is another."""
     head = QMarginHead(DIM, CLASSES, *parameters, seed=0, sizes=Sizes())
     inputs = [batch(rank, head.weight.detach(), noise) for rank in range(len(found))]
     with control_flow(host=True):
-        rows = [
-            head.train()(x).evaluate(labels, q_margin_objective(labels, *parameters, log_q))
-            for x, labels in inputs
-        ]
+        rows = [head.train()(x).evaluate(labels, ask(labels, *parameters)) for x, labels in inputs]
         (sum(each.loss.mean() for each in rows) / len(found)).backward()
     for rank, (loss, support, by_x, *_) in enumerate(found):
         torch.testing.assert_close(loss, rows[rank].loss.detach(), rtol=1e-6, atol=1e-6)
@@ -91,15 +91,64 @@ def test_the_step_is_that_of_one_process(parameters, noise, world):
 
 def test_a_prior_of_each_class():
     log_q = 4 * torch.rand(CLASSES, dtype=torch.float64) - 2
-    check(in_shards((1.5, 10.0, 0.2), 0.3, log_q=log_q), (1.5, 10.0, 0.2), 0.3, log_q)
+    ask = partial(q_margin_objective, log_q=log_q)
+    check(in_shards((1.5, 10.0, 0.2), 0.3, ask=ask), (1.5, 10.0, 0.2), 0.3, ask)
+
+
+def test_targets_that_move():
+    """As a margin on the angle moves them, of each sample its own."""
+
+    def ask(labels, alpha, scale, margin):
+        margins = margin * (1 + labels.double() / CLASSES)
+        return Objective(scale, alpha, move_target=lambda x: torch.cos(torch.acos(x) + margins))
+
+    check(in_shards((1.5, 10.0, 0.2), 0.3, ask=ask), (1.5, 10.0, 0.2), 0.3, ask)
+
+
+def test_an_embedding_that_is_not_finite_spoils_the_batch(monkeypatch):
+    one = batch
+
+    def spoiled(rank, weight, noise):
+        x, labels = one(rank, weight, noise)
+        with torch.no_grad():
+            x[0, 3] = torch.inf if rank == 1 else x[0, 3]
+        return x, labels
+
+    monkeypatch.setattr(sys.modules[__name__], "batch", spoiled)
+    for loss, _, by_x, by_weight, *_ in in_shards((1.5, 10.0, 0.2), 0.3):
+        assert loss.isnan().all()
+        assert not by_x.any()
+        assert not by_weight.any()
+
+
+def test_launches_do_not_grow_with_the_ranks():
+    """Of one rank: at most 100 launches, and 12 collectives; a prior costs five more."""
+
+    def one(comm):
+        head = QMarginHead(DIM, CLASSES, 1.25, 32.0, 0.2, seed=0, group=comm, sizes=SIZES)
+        head._check_not_broadcast()
+        x, labels = batch(comm.rank, weight, 0.1)
+        head.prototypes()
+        comm.calls = 0
+        own = Counted((*kernels.KERNELS, *solve_kernels.KERNELS)) if comm.rank == 0 else None
+        with own or nullcontext():
+            head(x, labels).backward()
+        return own, comm.calls
+
+    weight = QMarginHead(DIM, CLASSES, seed=0).weight.detach()
+    kernels.numbers(1.25, 32.0, weight.device)  # which are brought to the device once
+    for world in (2, 3):
+        counted, collectives = on_ranks(world, one)[0]
+        assert counted.launches <= 100, counted.names
+        assert collectives <= 12
 
 
 @pytest.mark.slow
 def test_a_room_too_small_grows_or_the_batch_is_halved(monkeypatch):
     parameters, noise = (1.25, 12.0, 0.2), 0.3
-    needed, one = [], kernel_search.halvings_for
+    needed, one = [], fused_shards.halvings_for
     monkeypatch.setattr(
-        kernel_search,
+        fused_shards,
         "halvings_for",
         lambda asked, *rest: needed.append(asked) or one(asked, *rest),
     )
@@ -107,7 +156,7 @@ def test_a_room_too_small_grows_or_the_batch_is_halved(monkeypatch):
     check(found, parameters, noise)
     kept = max(each[5]._room.kept for each in found)
     assert kept > 2
-    # room for what one of four samples needs, if they are two at a time
+    # room for what one of three samples needs, if they are two at a time
     most = max(asked.kept for asked in needed)
     tight = replace(SIZES, screened=4, kept=2, max_candidates=4 * 2 * most)
     found = in_shards(parameters, noise, sizes=tight)
@@ -131,6 +180,6 @@ def test_one_rank_without_kernels_is_enough_for_the_other_way(monkeypatch):
         property(lambda self: self.comm.rank != 1 and kernels_of.fget(self)),
     )
     asked = []
-    monkeypatch.setattr(step, "search_by_kernels", lambda *_: asked.append(1))
+    monkeypatch.setattr(fused_shards, "evaluate", lambda *_: asked.append(1))
     check(in_shards(parameters, noise, only_kernels=False), parameters, noise)
     assert not asked
