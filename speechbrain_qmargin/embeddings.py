@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ __all__ = [
 
 ENROLMENT_RULES = ("embedding", "score")
 _BLOCK = 16384
+_LONGEST_ID = 4096
 
 
 class Embeddings(Mapping):
@@ -342,9 +344,9 @@ def _load_kaldi(path: Path) -> Embeddings:
         with ExitStack() as files:
             opened: dict[str, BinaryIO] = {}
             for number, line in enumerate(read_lines(path)[0], 1):
-                name, _, place = line.strip().partition(" ")
+                name, place = [*line.split(maxsplit=1), "", ""][:2]
                 ark, _, offset = place.strip().rpartition(":")
-                if not ark or not offset.isdigit():
+                if not ark or not offset.isdigit() or len(offset) > 18:
                     raise ValueError(
                         f"{path}:{number}: expected 'id file.ark:offset', got {line!r}"
                     )
@@ -369,6 +371,8 @@ def _token(stream: BinaryIO, path: Path) -> str:
     token = bytearray()
     while (byte := stream.read(1)) not in (b"", b" "):
         token += byte
+        if len(token) > _LONGEST_ID:
+            raise ValueError(f"{path}: not a Kaldi ark: an id of more than {_LONGEST_ID} bytes")
     try:
         return token.decode().strip()
     except UnicodeDecodeError:
@@ -388,7 +392,10 @@ def _kaldi_vector(stream: BinaryIO, where: str) -> np.ndarray:
             if size != 1:
                 raise ValueError(f"{where} is a matrix of {size} rows; an embedding has one")
             size = int.from_bytes(stream.read(5)[1:], "little")
-        data = stream.read(size * dtype.itemsize)
+        place = stream.tell()  # what the header claims is not asked for before it is there
+        left = stream.seek(0, os.SEEK_END) - place
+        stream.seek(place)
+        data = stream.read(min(size * dtype.itemsize, left))
         if len(data) != size * dtype.itemsize:
             raise ValueError(f"{where} ends after {len(data)} of {size * dtype.itemsize} bytes")
         return np.frombuffer(data, dtype)

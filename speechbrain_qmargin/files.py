@@ -34,6 +34,8 @@ __all__ = [
 
 CACHE_VARIABLE = "SPEECHBRAIN_QMARGIN_CACHE"
 
+_LARGE, _DENSEST = 2**26, 100  # bytes; ids in UTF-32 are packed by 10 to 40, floats hardly
+
 
 def cache_folder() -> Path:
     """Where runs share what can be made again: generated corpora, durations.
@@ -188,7 +190,8 @@ def load_arrays(
     Raises
     ------
     ValueError
-        A damaged file, or one with objects in it; with the file.
+        A damaged file, one with objects in it, or a few bytes that unpack to gigabytes; with the
+        file.
     FileNotFoundError
         No such file.
 
@@ -203,11 +206,19 @@ def load_arrays(
     import numpy as np
 
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            return {name: loaded[name] for name in loaded.files if names is None or name in names}
+        with open(path, "rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            with loaded:
+                wanted = [name for name in loaded.files if names is None or name in names]
+                for name in wanted:
+                    _refuse_bomb(loaded.zip, name)
+                arrays = {name: loaded[name] for name in wanted}
+            for name, array in arrays.items():
+                if not isinstance(array, np.ndarray):  # numpy gives what is no array as bytes
+                    raise ValueError(f"{name} is no array")
+            return arrays
     except FileNotFoundError:
         raise
     # numpy's, zip's and Python's own words for damage and pickles
@@ -215,6 +226,15 @@ def load_arrays(
             NotImplementedError, MemoryError, OverflowError, SyntaxError,
             AttributeError, TypeError) as error:  # fmt: skip
         raise ValueError(f"{path}: damaged, or not {what} ({error})") from None
+
+
+def _refuse_bomb(archive: zipfile.ZipFile, name: str) -> None:
+    """Refuse a member that is packed as no embeddings and no ids are."""
+    for member in archive.infolist():
+        if member.filename in (name, f"{name}.npy"):
+            packed, size = member.compress_size, member.file_size
+            if size > _LARGE and size > _DENSEST * packed:
+                raise ValueError(f"{name}: {packed:,} bytes unpack to {size:,}")
 
 
 def save_record(path: str | Path, kind: str, content: dict) -> None:
@@ -243,6 +263,6 @@ def load_record(path: str | Path, kind: str, make: Callable[..., Any]) -> Any:
         if content.pop("format") != f"speechbrain_qmargin {kind} 1":
             raise KeyError("format")
         return make(**content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         article = "an" if kind[0] in "aeiou" else "a"
         raise ValueError(f"{path}: not {article} {kind} file ({error})") from None

@@ -39,6 +39,7 @@ _NAMES = {
     "score": "score scores llr",
     "label": "label labels target targettype istarget key trialtype",
 }
+_SIDES = ("side", "channel")
 _COLUMN = {alias: name for name, aliases in _NAMES.items() for alias in aliases.split()}
 
 
@@ -100,6 +101,8 @@ class Table:
         case; None without a header.
     comment : str
         A first line that starts with "#", without it.
+    separator : str or None
+        What stands between the columns; None for blanks.
     """
 
     path: str | Path
@@ -108,6 +111,7 @@ class Table:
     numbers: list[int]
     header: list[str] | None
     comment: str = ""
+    separator: str | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -115,7 +119,34 @@ class Table:
     def row(self, index: int) -> str:
         """A row for a message: its file, line and cells."""
         cells = " ".join(column[index] for column in self.columns)
-        return f"{self.path}:{self.numbers[index]}: {cells!r}"
+        return f"{self.path}:{self.numbers[index]}: {_cut(cells)!r}"
+
+    def refuse_sides(self, test: int) -> None:
+        """Refuse one id for the two sides of a telephone call (NIST SRE's ``side``).
+
+        Parameters
+        ----------
+        test : int
+            The column of the ids.
+
+        Raises
+        ------
+        ValueError
+            An id with two sides; with file and line.
+        """
+        for column, name in enumerate(self.header or []):
+            if name not in _SIDES or column == test:
+                continue
+            first: dict[str, str] = {}
+            for row, (one, side) in enumerate(
+                zip(self.columns[test], self.columns[column], strict=True)
+            ):
+                if first.setdefault(one, side) != side:
+                    raise ValueError(
+                        f"{self.row(row)}: {one} is there with the {name}s {first[one]} and "
+                        f"{side}, which are two recordings: write their ids apart in the test "
+                        "column, and in the embeddings"
+                    )
 
     def label_columns(self) -> list[int]:
         """The columns that hold nothing but labels."""
@@ -137,6 +168,11 @@ class Table:
                 f"{', '.join(LABELS)}"
             )
         return np.array(found, dtype=bool)
+
+
+def _cut(text: str) -> str:
+    """A line for a message, which nobody reads a megabyte of."""
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _all_labels(cells: Sequence[str]) -> bool:
@@ -195,7 +231,7 @@ def read_table(path: str | Path, *, fewest: int = 2) -> Table:
                 continue
             raise ValueError(
                 f"{path}:{number + 1}: expected {max(width, fewest)} columns as in the first line, "
-                f"got {lines[number]!r}"
+                f"got {_cut(lines[number])!r}"
             )
         cells += row
         numbers.append(number + 1)
@@ -207,11 +243,14 @@ def read_table(path: str | Path, *, fewest: int = 2) -> Table:
         columns, numbers = [column[1:] for column in columns], numbers[1:]
         if not numbers:
             raise ValueError(f"{path}: a header and nothing below it")
-    return Table(path, source, columns, numbers, header, comment)
+    return Table(path, source, columns, numbers, header, comment, separator)
 
 
 def _comma_cells(line: str, _) -> list[str]:
-    return next(csv.reader([line], skipinitialspace=True), [])
+    try:
+        return next(csv.reader([line], skipinitialspace=True), [])
+    except csv.Error:  # a cell of more than 131,072 characters: no table
+        return [line]
 
 
 def _header(cells: Sequence[str], columns: Sequence[Sequence[str]]) -> list[str] | None:

@@ -1,5 +1,7 @@
 """Embeddings by id: what is read and refused; cosines; models."""
 
+import zipfile
+
 import kaldiio
 import numpy as np
 import pytest
@@ -95,6 +97,22 @@ def test_kaldi_archives_never_run_code(tmp_path):
         load_embeddings(ark)
 
 
+def test_what_an_archive_claims_is_not_asked_for(tmp_path):
+    ark = tmp_path / "e.ark"
+    ark.write_bytes(b"a \0BDV \x04\xff\xff\xff\xff1234")
+    with pytest.raises(ValueError, match=r"a ends after 4 of 34359738360 bytes"):
+        load_embeddings(ark)
+    ark.write_bytes(b"x" * 100_000)  # was read to its end, byte by byte, and printed
+    with pytest.raises(ValueError, match=r"e\.ark: not a Kaldi ark: an id of more than 4096"):
+        load_embeddings(ark)
+    ark.write_bytes(b"a \0BFV \x04\x02\0\0\0" + np.float32([1, 2]).tobytes())
+    scp = write(tmp_path / "e.scp", f"a\t{ark}:2\n")  # Kaldi parts at any blank
+    assert load_embeddings(scp)["a"].tolist() == [1, 2]
+    write(scp, f"a {ark}:{'9' * 30}\n")
+    with pytest.raises(ValueError, match=r"e\.scp:1: expected 'id file\.ark:offset'"):
+        load_embeddings(scp)
+
+
 def enrolments():
     trials = LabelledTrials(
         ["m0", "m1", "a3", "b2"],
@@ -150,6 +168,24 @@ def test_damaged_files_are_one_line(tmp_path, position):
         with pytest.raises(ValueError, match=rf"{name}\.npz: damaged") as error:
             load_embeddings(tmp_path / f"{name}.npz")
         assert "\n" not in str(error.value)
+
+
+def test_a_few_bytes_that_unpack_to_gigabytes_are_refused(tmp_path):
+    path = tmp_path / "bomb.npz"
+    rows, ids = np.zeros((1, 2**24), np.float32), np.array(["a"])  # 64 MiB and a header
+    np.savez_compressed(path, ids=ids, embeddings=rows)
+    with pytest.raises(ValueError, match=r"bomb\.npz: .*embeddings: .* bytes unpack to 67,108,"):
+        load_embeddings(path)
+    np.savez(path, ids=ids, embeddings=rows)  # as large as it says
+    assert load_embeddings(path).matrix.shape == rows.shape
+
+
+def test_members_that_are_no_arrays_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "e.npz", "w") as archive:
+        archive.writestr("ids", b"a")
+        archive.writestr("embeddings", b"b")
+    with pytest.raises(ValueError, match=r"e\.npz: damaged, or not embeddings \(ids is no array"):
+        load_embeddings(tmp_path / "e.npz")
 
 
 def test_ids_as_bytes_and_half_precision(tmp_path):

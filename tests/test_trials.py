@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from speechbrain_qmargin.tables import read_map, read_models
 from speechbrain_qmargin.trials import (
     LabelledTrials,
+    Lost,
     index_pairs,
     match_ids,
     read_trials,
@@ -237,7 +238,45 @@ def test_models_without_slashes_are_linked_with_their_recordings(tmp_path):
         trials.with_models({"m0": ["a1"], "m1": ["b2", "a1"]}).speakers()
 
 
+def test_the_mean_of_equal_scores_is_that_score():
+    """0.1 + 0.1 + 0.1 is not 3 x 0.1 in floating point, and a tie with others would be lost."""
+    trials = LabelledTrials(["a", "b", "c"], np.zeros(8, int), np.array([1, 1, 1, 2, 2, 2, 2, 2]),
+                            np.array([True] * 3 + [False] * 5))  # fmt: skip
+    with pytest.warns(UserWarning, match="2 distinct pairs"):
+        distinct = trials.distinct
+    for value in [*np.random.default_rng(0).normal(size=50).tolist(), 0.1, 1e300, 5e-324]:
+        assert distinct.scores(np.full(8, value)).tolist() == [value, value]
+    given = np.arange(8.0)
+    assert distinct.scores(given).tolist() == [1, 5]
+    assert distinct.scores(given.astype(np.float32)).dtype == np.float32
+
+
+@pytest.mark.parametrize("column", ["side", "Channel"])
+def test_two_sides_of_a_call_under_one_id_are_refused(tmp_path, column):
+    """They were merged into one trial, or called a contradiction."""
+    file = tmp_path / "sre.tsv"
+    head = f"modelid\tsegmentid\t{column}\ttargettype\n"
+    file.write_text(head + "m\ts1\ta\ttarget\nm\ts2\tb\tnontarget\nn\ts2\tb\tnontarget\n")
+    assert read_trials(file).is_target.tolist() == [True, False, False]
+    file.write_text(head + "m\ts1\ta\ttarget\nm\ts2\tb\tnontarget\nm\ts2\ta\tnontarget\n")
+    said = rf"sre.tsv:4: .*s2 is there with the {column.lower()}s b and a, .* two recordings"
+    for read in (read_trials, read_unlabelled):
+        with pytest.raises(ValueError, match=said):
+            read(file)
+
+
+def test_failures_are_counts():
+    with pytest.raises(ValueError, match="tried is '7', not a count"):
+        Lost(1, "7", 0, 0)
+    with pytest.raises(ValueError, match="targets is -1, not a count"):
+        Lost(1, 7, -1, 0)
+
+
 def test_ids_match_by_the_strictest_rule():
+    assert match_ids(["Zo\u00eb/1.wav", "b"], ["b", "Zoe\u0308/1.wav"])[0].tolist() == [1, 0]
+    assert match_ids(["Zo\u00eb"], ["Zoe\u0308"])[1] == "in Unicode's normal form C"
+    both = ["Zo\u00eb", "Zoe\u0308"]  # two ids that the rule would make one
+    assert match_ids(both, both[::-1])[0].tolist() == [1, 0]
     held = ["a/1", "a/2", "b.x/1"]
     assert match_ids(held[::-1], held)[0].tolist() == [2, 1, 0]
     assert match_ids(held, held)[1] == ""

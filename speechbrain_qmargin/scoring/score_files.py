@@ -140,6 +140,7 @@ def read_score_file(
     """
     table = read_table(path, fewest=3)
     order = _order(table, columns)
+    table.refuse_sides(order["test"])
     labels = table.labels(order["label"]) if "label" in order else None
     scores = _numbers(table, order["score"])
     enrolment, test = table.columns[order["enrolment"]], table.columns[order["test"]]
@@ -150,8 +151,8 @@ def read_score_file(
         if "lost" in about:
             try:
                 own = replace(own, lost=Lost(**json.loads(about["lost"])))
-            except (TypeError, ValueError):
-                raise ValueError(f"{path}:1: malformed failures {about['lost']!r}") from None
+            except (TypeError, ValueError, RecursionError):
+                raise ValueError(f"{path}:1: malformed failures {about['lost']!r:.200}") from None
         return ScoreFile(own, scores, table.source, about)
     return ScoreFile(trials, _in_order_of(trials, own, scores, path), table.source, about)
 
@@ -162,8 +163,8 @@ def _about(table: Table) -> dict[str, str]:
     try:
         said = json.loads(table.comment.removeprefix(_MARK))
         return {str(key): str(value) for key, value in said.items()}
-    except (ValueError, AttributeError):
-        raise ValueError(f"{table.path}:1: malformed comment {table.comment!r}") from None
+    except (ValueError, AttributeError, RecursionError):
+        raise ValueError(f"{table.path}:1: malformed comment {table.comment!r:.200}") from None
 
 
 def _order(table: Table, columns: str | None) -> dict[str, int]:
@@ -194,6 +195,11 @@ def _order(table: Table, columns: str | None) -> dict[str, int]:
             "be told by their values. Say it: columns='enrolment test label score' (SpeechBrain), "
             "'enrolment test score label' (WeSpeaker), or another order"
         )
+    if table.separator == "," and not words and all(map(str.isdigit, table.columns[numbers[0]])):
+        raise ValueError(  # a,b,0,5: the label 0 and the score 5, or 0.5?
+            f"{table.row(0)}: the scores are whole numbers, or have commas as decimal points; "
+            "write points, or name the columns in a first line"
+        )
     return {"enrolment": one, "test": two, "score": numbers[0], "label": labels[0]}
 
 
@@ -202,13 +208,15 @@ def _is_number(text: str) -> bool:
         float(text)
     except ValueError:
         return False
-    return True
+    return "_" not in text  # which Python allows between digits
 
 
 def _numbers(table: Table, column: int) -> np.ndarray:
     cells = table.columns[column]
     try:
         scores = np.array(list(map(float, cells)))
+        if any("_" in cell for cell in cells):
+            raise ValueError
     except ValueError:
         at = next(n for n, cell in enumerate(cells) if not _is_number(cell))
         raise ValueError(

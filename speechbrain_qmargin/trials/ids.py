@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ def speaker_in(name: str) -> str:
     return name.split("/", 1)[0]
 
 
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
 def _without_suffix(name: str) -> str:
     folder, slash, file = name.rpartition("/")
     return folder + slash + (file.rpartition(".")[0] or file)
@@ -33,8 +38,9 @@ def _to_first_dot(name: str) -> str:
 def match_ids(wanted: Sequence[str], held: Sequence[str]) -> tuple[np.ndarray, str]:
     """Where each wanted id is among those held, suffixes aside where they differ.
 
-    Toolkits write ids with the file's suffix, without it, or cut at the first dot (SpeechBrain).
-    The strictest of the three rules is taken that finds every id, else that finds the most.
+    Toolkits write ids with the file's suffix, without it, or cut at the first dot (SpeechBrain),
+    and file systems write an accent as a part of its letter or as a character of its own.
+    The strictest of the rules is taken that finds every id, else that finds the most.
 
     Parameters
     ----------
@@ -53,6 +59,7 @@ def match_ids(wanted: Sequence[str], held: Sequence[str]) -> tuple[np.ndarray, s
     """
     best, said = _places(wanted, held, None), ""
     for rule, how in (
+        (_composed, "in Unicode's normal form C"),
         (_without_suffix, "without their suffix"),
         (_to_first_dot, "up to their first dot"),
     ):

@@ -62,6 +62,7 @@ def read_trials(path: str | Path) -> LabelledTrials:
             "label'"
         )
     labels = table.labels(label)
+    table.refuse_sides(sides[1])
     enrolment, test = (table.columns[side] for side in sides)
     _refuse_empty(table, enrolment, test)
     return index_pairs(enrolment, test, labels, table.source).labelled()
@@ -86,6 +87,7 @@ def read_unlabelled(path: str | Path) -> Trials:
     if not named and table.label_columns():
         raise ValueError(_no_label(table, table.label_columns()))
     at = (header.index("enrolment"), header.index("test")) if named else (0, 1)
+    table.refuse_sides(at[1])
     enrolment, test = (table.columns[side] for side in at)
     _refuse_empty(table, enrolment, test)
     return index_pairs(enrolment, test, None, table.source)

@@ -7,6 +7,7 @@ the last figure. A list may name enrolment models, each of several recordings
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,11 @@ class Lost:
     impostors: int
     models: int = 0
     tried_models: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, numbers.Integral) or value < 0:
+                raise ValueError(f"{name} is {value!r}, not a count")
 
     def __str__(self) -> str:
         rate = 100 * self.recordings / self.tried if self.tried else 0.0
@@ -300,8 +306,12 @@ class Distinct(NamedTuple):
             return scores
         kept = self.group >= 0
         group = self.group[kept]
-        total = np.bincount(group, scores[kept].astype(float), minlength=len(self.trials))
-        mean = total / np.bincount(group, minlength=len(self.trials))
+        given, count = scores[kept].astype(float), len(self.trials)
+        one = np.empty(count)
+        one[group] = given
+        # from one of them on: equal scores have exactly their value as mean, and tie with others
+        apart = np.bincount(group, given - one[group], minlength=count)
+        mean = one + apart / np.bincount(group, minlength=count)
         return mean.astype(scores.dtype) if np.issubdtype(scores.dtype, np.floating) else mean
 
 

@@ -62,14 +62,34 @@ def test_score_files_of_others(tmp_path):
             r":2: 'a c much': malformed line: the score 'much' is not a number",
         ),
         ("a b 0.5\na c nan\n", r":2: 'a c nan': the score nan is not finite"),
+        ("a b 0,5\na c 0,25\n", r":1: 'a b 0,5': malformed line: the score '0,5' is not a number"),
+        ("a b 0.5\na c 1_0\n", r":2: 'a c 1_0': malformed line: the score '1_0' is not a number"),
+        # a label of 0 and a score of 5, or a score of 0.5?
+        ("a,b,0,5\na,c,0,25\n", r":1: 'a b 0 5': the scores are whole numbers, or have commas as"),
+        ("a,b,1,5\na,c,0,25\n", r":1: 'a b 1 5': the scores are whole numbers, or have commas as"),
+        ("# speechbrain_qmargin scores " + "[" * 20_000 + "\na b 1\n", r":1: malformed comment"),
+        (
+            '# speechbrain_qmargin scores {"lost": "{\\"recordings\\": \\"1\\", \\"tried\\": 1, '
+            '\\"targets\\": 1, \\"impostors\\": 1}"}\na b 1\n',
+            r":1: malformed failures",
+        ),
+        ('{"a":"' + "x" * 200_000 + '",1}\n', r":1: expected 3 columns as in the first line, got"),
         ("a b 0.5\n\na b 0.6\n", r":3: the trial of line 1 again, with another score: a b"),
         ("", "there is nothing in it"),
     ],
 )
 def test_bad_score_files_are_named_with_their_line(tmp_path, text, message):
     path = write(tmp_path / "scores", text)
-    with pytest.raises(ValueError, match=str(path) + ".*" + message):
+    with pytest.raises(ValueError, match=str(path) + ".*" + message) as error:
         read_scores(path)
+    assert len(str(error.value)) < 500 + len(str(path))
+
+
+def test_commas_and_points_are_read_with_a_header_or_a_fraction(tmp_path):
+    for text in ("a,b,0,0.5\na,c,1,25\n", "enrol,test,label,score\na,b,0,5\na,c,1,25\n"):
+        found, scores = read_scores(write(tmp_path / "scores.csv", text))
+        assert found.is_target.tolist() == [False, True]
+        assert scores[1] == 25
 
 
 def test_scores_and_list_that_disagree(tmp_path):
