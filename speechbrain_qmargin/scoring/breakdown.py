@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,6 +53,11 @@ class Breakdown:
     groups : list of GroupRates
     units : str
         What people are called.
+    confidence : float
+        Of the intervals.
+    speakers_known : bool
+        Otherwise people are groups of recordings that target trials link, and nothing is called
+        measured.
     """
 
     column: str
@@ -60,6 +65,8 @@ class Breakdown:
     overall: GroupRates
     groups: list[GroupRates]
     units: str = "speakers"
+    confidence: float = 0.95
+    speakers_known: bool = True
 
     def rows(self) -> list[GroupRates]:
         """All trials, then the groups."""
@@ -75,9 +82,11 @@ class Breakdown:
                 text, trials = ("-", "0") if found is None else (str(found), f"{found.trials:,}")
                 cells += [f"{text:42}", f"{trials:>10}"]
             lines.append(f"{row.group:{wide}}  " + "  ".join(cells))
+        over = self.units if self.speakers_known else f"linked groups ({self.units} not known)"
         lines.append(
-            f"at the threshold {self.threshold:.6g} for all; 95 % intervals over {self.units}. A "
-            "group's rate tells nothing of why: groups differ in their recordings too"
+            f"at the threshold {self.threshold:.6g} for all; {100 * self.confidence:g} % intervals "
+            f"over {over}. A group's rate tells nothing of why: groups differ in their recordings "
+            "too"
         )
         return "\n".join(line.rstrip() for line in lines)
 
@@ -120,8 +129,9 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     lines = text.splitlines()
     header = lines[0] if lines else ""
     separator = max("\t,;", key=header.count)
-    rows = csv.reader(lines, delimiter=separator)
-    columns = [name.strip() for name in next(rows, [])]
+    rows = _csv_rows(lines, separator, path)
+    _, fields = next(rows, (1, []))
+    columns = [name.strip() for name in fields]
     if len(columns) < 2 or not all(columns) or len(set(columns)) < len(columns):
         raise ValueError(
             f"{path}:1: expected a header of distinct names, an id's first and then columns, "
@@ -129,8 +139,7 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
         )
     table: dict[str, dict[str, str]] = {name: {} for name in columns[1:]}
     seen: dict[str, int] = {}
-    for row in rows:
-        number = rows.line_num
+    for number, row in rows:
         if not any(field.strip() for field in row):
             continue
         if len(row) != len(columns):
@@ -145,6 +154,16 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     if not seen:
         raise ValueError(f"{path}: a header and no lines")
     return table
+
+
+def _csv_rows(lines: Sequence[str], separator: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows with the number of their last line."""
+    rows = csv.reader(lines, delimiter=separator)
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}:{rows.line_num}: not a table ({error})") from None
 
 
 def choose_columns(path: str | Path, columns: Sequence[str] = ()) -> dict[str, dict[str, str]]:
@@ -336,7 +355,9 @@ def breakdown(
         for kind, wrong in ((~target, accepted), (target, ~accepted)):
             rows = np.flatnonzero(chosen & kind)
             found.append(
-                share_of_trials(wrong[rows], one[rows], two[rows], confidence)
+                share_of_trials(
+                    wrong[rows], one[rows], two[rows], confidence, trials.speakers_known
+                )
                 if len(rows)
                 else None
             )
@@ -347,4 +368,5 @@ def breakdown(
         parts.append(rates("not in the table", group < 0))
     parts = [row for row in parts if row.fmr or row.fnmr]
     whole = rates("all trials", np.ones(len(trials), dtype=bool))
-    return Breakdown(column, float(threshold), whole, parts, units)
+    known = trials.speakers_known
+    return Breakdown(column, float(threshold), whole, parts, units, confidence, known)

@@ -178,8 +178,8 @@ def fit_log_odds(
     Raises
     ------
     ValueError
-        One class missing, a prior outside (0, 1), features that separate the classes (the best
-        log-likelihood ratio would be infinite).
+        One class missing, a prior outside (0, 1), features that are all equal, or that separate
+        the classes but for ties at one value (the best log-likelihood ratio would be infinite).
 
     Examples
     --------
@@ -196,27 +196,37 @@ def fit_log_odds(
     number = np.count_nonzero(is_target)
     if number in (0, len(is_target)):
         raise ValueError("calibration needs target and impostor trials")
+    if (features == features[0]).all():
+        raise ValueError("the development scores are all equal: they tell nothing")
     centre, spread = features.mean(0), np.asarray(features.std(0))
     spread = np.where(spread == 0, 1.0, spread)
     weight = np.where(is_target, p_target / number, (1 - p_target) / (len(is_target) - number))
     model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10, max_iter=1000)
-    apart = features[is_target, 0].min() > features[~is_target, 0].max()
+    apart = _apart(features[:, 0], is_target)
     if not apart:
         with warnings.catch_warnings():  # scikit-learn's words for classes that are apart
             warnings.simplefilter("ignore")
             model.fit((features - centre) / spread, is_target, sample_weight=weight * len(weight))
         found = features @ (model.coef_[0] / spread)
-        apart = found[is_target].min() > found[~is_target].max()
+        apart = _apart(found, is_target)
     if apart:
         raise ValueError(
-            "the development scores separate targets and impostors entirely: their best "
-            "log-likelihood ratios are infinite. Use a harder or larger list"
+            "the development scores separate targets and impostors entirely, but for ties perhaps: "
+            "their best log-likelihood ratios are infinite. Use a harder or larger list"
         )
     weights = model.coef_[0] / spread
     offset = (
         np.asarray(model.intercept_)[0] - weights @ centre - math.log(p_target / (1 - p_target))
     )
     return weights, float(offset)
+
+
+def _apart(values: np.ndarray, is_target: np.ndarray) -> bool:
+    """Whether no target is below an impostor: then the likelihood has no maximum.
+
+    Ties at the one value where the classes touch do not change that.
+    """
+    return bool(values[is_target].min() >= values[~is_target].max() and values.min() < values.max())
 
 
 def fit_calibration(

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_qmargin.files import load_record, save_record
+from speechbrain_qmargin.scoring.figures import TarAtFar
 from speechbrain_qmargin.scoring.metrics import (
     OperatingPoints,
     allowed_false_accepts,
     tar_at_far,
 )
 from speechbrain_qmargin.scoring.separation import refuse_other_kind
-from speechbrain_qmargin.scoring.uncertainty import Spread, badge
+from speechbrain_qmargin.scoring.uncertainty import FEWEST_ERRORS, Spread, badge
 from speechbrain_qmargin.trials import Trials
 
 __all__ = [
@@ -42,7 +43,8 @@ class OperatingPoint:
         Measured at the threshold, on the trials of `measured_on`.
     false_accepts, misses, num_impostors, num_targets : int
     support : str
-        "measured", "indicative" or "unsupported" (errors and speakers).
+        "measured", "indicative" or "unsupported", of the weaker of both rates: by the scarcer of
+        their errors, and the speakers.
     optimistic : bool
         The threshold was chosen on the very scores that `far` and `tar` are measured on, or it is
         not known that the speakers of the two are apart.
@@ -299,13 +301,13 @@ def choose_operating_point(
     >>> points = operating_points(np.arange(100.0), np.arange(100) >= 90)
     >>> point = choose_operating_point("a", points, 0.1)
     >>> point.accepts(81.0), point.accepts(80.0), point.false_accepts, point.support
-    (True, False, 9, 'indicative')
+    (True, False, 9, 'unsupported')
     """
     chosen = development or points
     threshold = clear_threshold(chosen, tar_at_far(chosen, far).threshold)
     allowed = allowed_false_accepts(far, chosen.num_impostors)
     misses, false_accepts = points.errors_at(threshold)
-    errors = allowed if development is None else min(allowed, false_accepts)
+    errors = min(allowed, misses) if development is None else min(allowed, misses, false_accepts)
     far_interval = tar_interval = None
     if spread is not None and development is not None:
         rates = spread.rates_at(threshold, confidence)
@@ -314,6 +316,10 @@ def choose_operating_point(
             tar_interval = 1 - rates.frr_interval[1], 1 - rates.frr_interval[0]
     elif spread is not None:  # its FAR is what was asked for, whatever other people's may be
         tar_interval = spread.tar_at_far(far).interval(1 - misses / points.num_targets, confidence)
+        if tar_interval is not None and errors < FEWEST_ERRORS:
+            measure = TarAtFar(far)
+            few = measure.few_errors(measure.find(points), points, confidence)
+            tar_interval = min(tar_interval[0], few[0]), max(tar_interval[1], few[1])
     return OperatingPoint(
         system=system,
         threshold=threshold,

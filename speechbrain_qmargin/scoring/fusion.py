@@ -8,14 +8,18 @@ others.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from speechbrain_qmargin.files import load_record, save_record
 from speechbrain_qmargin.scoring.calibration import fit_log_odds
-from speechbrain_qmargin.scoring.separation import name_digest, speaker_digests
+from speechbrain_qmargin.scoring.separation import (
+    name_digest,
+    refuse_other_kind,
+    speaker_digests,
+)
 from speechbrain_qmargin.trials import Trials
 
 __all__ = ["Fusion", "fit_fusion"]
@@ -40,6 +44,8 @@ class Fusion:
         Of development.
     fitted_on : str
         The development list, with its SHA-256, if it came from a file.
+    kinds : mapping from system to str
+        What its scores are ("cosine", "as-norm", ...), where that is known.
     """
 
     systems: list[str]
@@ -49,6 +55,7 @@ class Fusion:
     speakers: list[str]
     num_trials: int
     fitted_on: str = ""
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     def apply(
         self,
@@ -56,6 +63,7 @@ class Fusion:
         trials: Trials,
         *,
         allow_shared_speakers: bool = False,
+        kinds: Mapping[str, str] | None = None,
     ) -> np.ndarray:
         """Log-likelihood ratios of the systems' scores: float64 [N].
 
@@ -66,17 +74,21 @@ class Fusion:
         trials : Trials
         allow_shared_speakers : bool
             Figures on the result are optimistic.
+        kinds : mapping from system to str, optional
+            What the scores are.
 
         Raises
         ------
         ValueError
-            Other systems, scores of another shape or not finite, speakers of development in the
-            trials (unless allowed).
+            Other systems, scores of another kind, of another shape or not finite, speakers of
+            development in the trials (unless allowed).
         """
         if set(systems) != set(self.systems):
             raise ValueError(
                 f"the fusion was fitted on {', '.join(self.systems)}; got {', '.join(systems)}"
             )
+        for name, kind in (kinds or {}).items():
+            refuse_other_kind(kind, self.kinds.get(name, ""), f"the fusion's weight of {name}")
         names = set(trials.speaker_names())
         shared = sorted(name for name in names if name_digest(name) in set(self.speakers))
         if shared and not allow_shared_speakers:
@@ -131,7 +143,11 @@ def _matrix(systems: Mapping[str, np.ndarray], trials: Trials) -> np.ndarray:
 
 
 def fit_fusion(
-    systems: Mapping[str, np.ndarray], trials: Trials, *, p_target: float = 0.01
+    systems: Mapping[str, np.ndarray],
+    trials: Trials,
+    *,
+    p_target: float = 0.01,
+    kinds: Mapping[str, str] | None = None,
 ) -> Fusion:
     """Fit on development trials.
 
@@ -141,6 +157,8 @@ def fit_fusion(
     trials : Trials
         Of development, with labels; of other speakers than those to be reported.
     p_target : float
+    kinds : mapping from system to str, optional
+        What the scores are; the fusion is refused for others.
 
     Raises
     ------
@@ -173,4 +191,5 @@ def fit_fusion(
         speaker_digests(trials),
         len(trials),
         trials.source,
+        {name: kind for name, kind in (kinds or {}).items() if kind},
     )

@@ -156,7 +156,8 @@ def write_report(
             spread=reports[name].spread,
             confidence=confidence,
         )
-    figure = det_figure({n: (r.points, r.spread) for n, r in reports.items()}, title)
+    curves = {name: (report.points, report.spread) for name, report in reports.items()}
+    figure = det_figure(curves, title, confidence)
     pictures["det"] = figure
     save_figure(figure, folder / "det.svg")
     for number, (name, report) in enumerate(reports.items(), 1):
@@ -186,7 +187,14 @@ def write_report(
     }
     groups = {
         name: [
-            breakdown(scores, trials, decisions[name].threshold, values, column=column)
+            breakdown(
+                scores,
+                trials,
+                decisions[name].threshold,
+                values,
+                column=column,
+                confidence=confidence,
+            )
             for column, values in (metadata or {}).items()
         ]
         for name, scores in systems.items()

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from speechbrain_qmargin.scoring.metrics import allowed_false_accepts
-from speechbrain_qmargin.scoring.shares import Share, share
+from speechbrain_qmargin.scoring.shares import Share, effective_number, share
 from speechbrain_qmargin.scoring.uncertainty import badge
 
 __all__ = ["COMBINE", "Identification", "OpenSet", "identify"]
@@ -71,6 +71,8 @@ class Identification:
     mate_scores : float32 array [mated probes]
     highest : float32 array [other probes]
         The highest score of an identity of the whole list.
+    confidence : float
+        Of the intervals.
     """
 
     identities: int
@@ -81,6 +83,7 @@ class Identification:
     ranks: np.ndarray = field(repr=False)
     mate_scores: np.ndarray = field(repr=False)
     highest: np.ndarray = field(repr=False)
+    confidence: float = 0.95
 
     def match_curve(self) -> np.ndarray:
         """The share of mated probes found among the k best, for k = 1 to `identities`."""
@@ -93,7 +96,7 @@ class Identification:
             f"{self.identities:,} identities of {self.templates:,} templates; "
             f"{len(self.ranks):,} mated probes, {len(self.highest):,} of others",
             "",
-            "rank   found (95 % interval over identities)",
+            f"rank   found ({100 * self.confidence:g} % interval over identities)",
         ]
         lines += [f"{rank:<6} {found}" for rank, found in self.cmc.items()]
         if self.open_set:
@@ -120,6 +123,7 @@ class Identification:
             "mated_probes": len(self.ranks),
             "other_probes": len(self.highest),
             "rank_limit": self.rank_limit,
+            "confidence": self.confidence,
             "cmc": {str(rank): asdict(found) for rank, found in self.cmc.items()},
             "open_set": [asdict(row) for row in self.open_set],
         }
@@ -295,7 +299,7 @@ def identify(
                                min(missed.people, fpir.people))  # fmt: skip
         open_set.append(OpenSet(size, wanted[cell], threshold, fpir, fnir))
     return Identification(count, len(table.gallery), rank_limit, cmc, open_set, above + 1,
-                          mate_scores, highest)  # fmt: skip
+                          mate_scores, highest, confidence)  # fmt: skip
 
 
 class _Table:
@@ -412,8 +416,10 @@ def _found_share(found: np.ndarray, identity: np.ndarray, swayed: np.ndarray, co
     own = np.bincount(identity, found - rate, minlength=count)
     left_out = (swayed - own) / len(found)
     variance = (count - 1) / count * np.sum((left_out - left_out.mean()) ** 2)
-    identities = len(np.unique(identity))
-    return share(rate, float(variance), len(found), identities, confidence)
+    number = np.unique(identity, return_counts=True)[1]
+    return share(
+        rate, float(variance), len(found), len(number), confidence, effective_number(number)
+    )
 
 
 def _alarm_share(alarm: np.ndarray, identity: np.ndarray, swayed: np.ndarray, confidence: float):
@@ -425,7 +431,7 @@ def _alarm_share(alarm: np.ndarray, identity: np.ndarray, swayed: np.ndarray, co
     variance = (count - 1) / count * np.sum((left_out - left_out.mean()) ** 2)
     if people > 1:
         variance += people / (people - 1) * np.sum((total - rate * number) ** 2) / len(alarm) ** 2
-    return share(rate, float(variance), len(alarm), people, confidence)
+    return share(rate, float(variance), len(alarm), people, confidence, effective_number(number))
 
 
 def _with_threshold(

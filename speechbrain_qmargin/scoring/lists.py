@@ -73,6 +73,8 @@ class Cohort:
     top_n : int
     speakers : tuple of str
         Who is in it.
+    recordings : tuple of str
+        The ids that it was made of.
     """
 
     entries: Embeddings
@@ -80,6 +82,7 @@ class Cohort:
     method: str = "as"
     top_n: int = 300
     speakers: tuple[str, ...] = ()
+    recordings: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -126,7 +129,7 @@ class Cohort:
             mean = embeddings.matrix.mean(axis=0)
         entries = make_cohort(embeddings, None if utterances else speakers, mean=mean)
         entries.source = embeddings.source
-        return cls(entries, mean, method, top_n, tuple(names))
+        return cls(entries, mean, method, top_n, tuple(names), tuple(embeddings.ids))
 
     @property
     def kind(self) -> str:
@@ -134,9 +137,11 @@ class Cohort:
         return f"{self.method}-norm"
 
     def refuse_speakers_of(self, lists: Iterable[Trials]) -> None:
-        """ValueError where a cohort's speaker is in a trial."""
+        """ValueError where a speaker or a recording of the cohort is in a trial."""
         for trials in lists:
             refuse_shared_speakers(self.speakers or self.entries.ids, trials.speaker_names())
+            # the two sides' names of speakers may be of different tables
+            refuse_shared_speakers(self.recordings, trials.recordings, "recordings")
 
     def scores(
         self,

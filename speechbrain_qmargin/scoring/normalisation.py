@@ -99,18 +99,20 @@ def make_cohort(
     return Embeddings(embeddings.ids, embeddings.unit(embeddings.ids, mean))
 
 
-def refuse_shared_speakers(cohort: Iterable[str], trials: Iterable[str]) -> None:
-    """A cohort must be of other speakers than the trials.
+def refuse_shared_speakers(
+    cohort: Iterable[str], trials: Iterable[str], what: str = "speakers"
+) -> None:
+    """A cohort must be of other speakers than the trials, and hence of other recordings.
 
     Raises
     ------
     ValueError
-        Speakers in both; named.
+        Names in both; some of them.
     """
     shared = sorted(set(cohort) & set(trials))
     if shared:
         raise ValueError(
-            f"{len(shared)} speakers are in the cohort and in the trials: {', '.join(shared[:5])}. "
+            f"{len(shared)} {what} are in the cohort and in the trials: {', '.join(shared[:5])}. "
             "Normalised scores would be optimistic; take them out of the cohort"
         )
 

@@ -372,12 +372,14 @@ def _confidence(page: Page) -> str:
 
 
 def _decision(page: Page, name: str, point: OperatingPoint) -> str:
-    rates = page.reports[name].spread.rates_at(point.threshold)
-    far_range, tar_range = "too few people for an interval", ""
-    if rates.far_interval is not None and rates.frr_interval is not None:
-        far_range = "{:.3g} to {:.3g} %".format(*(100 * end for end in rates.far_interval))
-        ends = (100 - 100 * end for end in reversed(rates.frr_interval))
-        tar_range = " ({:.2f} to {:.2f} %)".format(*ends)
+    far_range = "too few people for an interval"
+    if point.far_interval is not None:
+        far_range = "{:.3g} to {:.3g} %".format(*(100 * end for end in point.far_interval))
+    elif point.optimistic:
+        far_range = "as asked for, so without an interval"
+    tar_range = ""
+    if point.tar_interval is not None:
+        tar_range = " ({:.2f} to {:.2f} %)".format(*(100 * end for end in point.tar_interval))
     chosen = (
         '<span class="unsupported">Optimistic</span>: the threshold was chosen on these very '
         "scores; give development scores to choose it on."
@@ -475,17 +477,18 @@ def render(page: Page) -> str:
         ]
     parts += [
         "<h2>Detection error trade-off</h2>",
-        _picture(page, "det", "Bands are 95 % intervals over people, with each system's own "
-                 "hatching. In the shaded region there are fewer than 30 false accepts, dashed "
-                 "parts rest on fewer than 30 errors of either kind."),
+        _picture(page, "det", f"Bands are {_confidence(page)} intervals over people, with each "
+                 "system's own hatching. In the shaded region there are fewer than 30 false "
+                 "accepts, dashed parts rest on fewer than 30 errors of either kind."),
         "<h2>Decision</h2>",
         *(_decision(page, name, point) for name, point in page.decisions.items()),
     ]  # fmt: skip
     if page.breakdowns:
         parts += [
             "<h2>Groups</h2>",
-            "<p class=\"note\">All groups at the decision's threshold. A group's rate does not say "
-            "why: groups differ in their recordings too.</p>",
+            f'<p class="note">All groups at the decision\'s threshold, with {_confidence(page)} '
+            "intervals over people. A group's rate does not say why: groups differ in their "
+            "recordings too.</p>",
             *_breakdowns(page),
         ]
     parts.append("<h2>Scores</h2>")

@@ -73,12 +73,16 @@ def save_figure(figure, path: str | Path) -> None:
         figure.savefig(partial, dpi=150)
 
 
-def det_figure(systems: Mapping[str, tuple[OperatingPoints, Spread | None]], title: str = ""):
+def det_figure(
+    systems: Mapping[str, tuple[OperatingPoints, Spread | None]],
+    title: str = "",
+    confidence: float = 0.95,
+):
     """Detection error trade-offs on normal-deviate axes, as a matplotlib figure.
 
     Each curve ends at the lowest FAR its impostors can show; the region below 30 false accepts is
-    shaded, the curve in it (and below 30 misses) dashed. With a spread, the band is the 95 %
-    interval over speakers of FRR at every FAR.
+    shaded, the curve in it (and below 30 misses) dashed. With a spread, the band is the interval
+    over speakers, of that confidence, of FRR at every FAR.
     """
     from scipy.stats import norm
 
@@ -103,7 +107,7 @@ def det_figure(systems: Mapping[str, tuple[OperatingPoints, Spread | None]], tit
             least_frr, most_frr = min(least_frr, frr.min()), max(most_frr, frr.max())
         if spread is not None:
             grid = np.geomspace(1 / points.num_impostors, 0.5, 60)
-            band = spread.band(grid.tolist())
+            band = spread.band(grid.tolist(), confidence)
             if band is not None:
                 low, high = norm.ppf(np.clip(band, 0.2 / points.num_targets, 1 - 1e-6))
                 hatch = next(hatches) if len(systems) > 1 else ""

@@ -9,13 +9,14 @@ trials only, or few people.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from speechbrain_qmargin.scoring.influence import FEWEST_SPEAKERS
 from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval
 
-__all__ = ["Share", "share", "share_of_trials"]
+__all__ = ["Share", "effective_number", "share", "share_of_trials"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Share:
     trials, people : int
         Trials (or probes) that it is of, and their people.
     support : str
-        Its :func:`~speechbrain_qmargin.scoring.uncertainty.badge`.
+        Its :func:`~speechbrain_qmargin.scoring.uncertainty.badge`, by the effective number of
+        people.
     """
 
     value: float
@@ -52,13 +54,36 @@ class Share:
         return f"{shown} {self.support}"
 
 
+def effective_number(counts: np.ndarray) -> float:
+    """How many people of equal weight they amount to: Kish's effective number.
+
+    Parameters
+    ----------
+    counts : array [people]
+        Trials of each.
+
+    Examples
+    --------
+    >>> effective_number(np.array([5, 5, 5])), round(effective_number(np.array([400, 5, 5])), 2)
+    (3.0, 1.05)
+    """
+    counts = np.asarray(counts, dtype=float)
+    return float(counts.sum() ** 2 / (counts @ counts)) if counts.any() else 0.0
+
+
 def share(
-    rate: float, variance: float, trials: int, people: int, confidence: float = 0.95
+    rate: float,
+    variance: float,
+    trials: int,
+    people: int,
+    confidence: float = 0.95,
+    effective: float | None = None,
 ) -> Share:
     """A rate and its variance over people as a :class:`Share`.
 
-    The interval is Student's t on the logit scale; where fewer than 30 errors carry the rate, the
-    wider of that and Clopper-Pearson.
+    The interval is Student's t on the logit scale, with one degree of freedom less than there are
+    people of effect; where fewer than 30 errors carry the rate, the wider of that and
+    Clopper-Pearson.
 
     Parameters
     ----------
@@ -68,6 +93,8 @@ def share(
         Of the rate, over people.
     trials, people : int
     confidence : float
+    effective : float, optional
+        The :func:`effective_number` of people; all of them by default.
 
     Examples
     --------
@@ -78,21 +105,30 @@ def share(
     from scipy.stats import t
 
     errors = trials * min(rate, 1 - rate)
+    effective = people if effective is None else effective
     low, high = rate, rate
     if 0 < rate < 1 and people > 1:
-        reach = t.ppf(0.5 + confidence / 2, people - 1) * np.sqrt(variance) / (rate * (1 - rate))
+        reach = (
+            t.ppf(0.5 + confidence / 2, max(effective - 1, 1))
+            * np.sqrt(variance)
+            / (rate * (1 - rate))
+        )
         low, high = expit(logit(rate) - reach), expit(logit(rate) + reach)
     if people < 2:
         low, high = 0.0, 1.0
     if errors < 30:
         widest = rate_interval(round(rate * trials), trials, confidence)
         low, high = min(low, widest[0]), max(high, widest[1])
-    support = badge(errors, people)
+    support = badge(errors, effective)
     return Share(rate, float(low), float(high), float(errors), trials, people, support)
 
 
 def share_of_trials(
-    outcome: np.ndarray, one: np.ndarray, two: np.ndarray, confidence: float = 0.95
+    outcome: np.ndarray,
+    one: np.ndarray,
+    two: np.ndarray,
+    confidence: float = 0.95,
+    known: bool = True,
 ) -> Share:
     """The share of trials with an outcome, with an interval over their people.
 
@@ -102,6 +138,9 @@ def share_of_trials(
     one, two : int arrays [N]
         The people of each side; the same person twice in a target trial.
     confidence : float
+    known : bool
+        Whether they are people, not groups of recordings of which two may be one person: these are
+        never called measured.
 
     Raises
     ------
@@ -139,4 +178,8 @@ def share_of_trials(
     twice = in_pair[pair // count != pair % count].sum()
     left_out = total / np.maximum(number - held, 1)
     variance = max((count - 1) / count * np.sum(left_out**2) - twice, in_pair.sum())
-    return share(rate, float(variance), number, count, confidence)
+    found = share(rate, float(variance), number, count, confidence, effective_number(held))
+    if known:
+        return found
+    few = min(effective_number(held), FEWEST_SPEAKERS - 1)
+    return replace(found, support=badge(found.errors, few))

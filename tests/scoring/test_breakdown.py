@@ -99,6 +99,13 @@ def test_a_bad_table_is_named(tmp_path, text, message):
     assert "table.csv" in str(caught.value)
 
 
+def test_what_is_no_table_is_named(tmp_path):
+    file = tmp_path / "people.csv"
+    file.write_text("id,x\na,1\n" + "y" * 200_000 + ",1\n")
+    with pytest.raises(ValueError, match=r"people\.csv:3: not a table \(field larger"):
+        read_metadata(file)
+
+
 def test_a_table_is_read(tmp_path):
     path = tmp_path / "table.tsv"
     path.write_bytes('\ufeffid\tlanguage\tyears\na b/1\t"de"\t\nb\tfr\t3\n'.encode())
@@ -126,7 +133,9 @@ def test_the_variance_is_that_of_the_formula():
     from scipy.stats import t
 
     rate = outcome.mean()
-    reach = t.ppf(0.975, 8) * np.sqrt(variance) / (rate * (1 - rate))
+    each = [np.count_nonzero((one == s) | (two == s)) for s in range(9)]
+    freedom = sum(each) ** 2 / sum(n * n for n in each) - 1
+    reach = t.ppf(0.975, freedom) * np.sqrt(variance) / (rate * (1 - rate))
     assert found.high == pytest.approx(1 / (1 + (1 - rate) / rate * np.exp(-reach)))
 
 
@@ -170,3 +179,35 @@ def test_one_person_and_no_errors_claim_nothing():
     assert found.support == "unsupported"
     assert found.low == 0
     assert found.high == pytest.approx(0.0122, abs=1e-4)
+
+
+def test_people_of_few_trials_do_not_make_a_rate_measured():
+    """One person has 400 of 495 trials: the rate is that person's, with one degree of freedom."""
+    from scipy.stats import t
+
+    who = np.repeat(np.arange(20), [400] + 19 * [5])
+    missed = np.random.default_rng(0).random(len(who)) < 0.1
+    found = share_of_trials(missed, who, who)
+    assert (found.people, found.support) == (20, "unsupported")
+    each = np.bincount(who)
+    apart = missed - missed.mean()
+    variance = 19 / 20 * np.sum((np.bincount(who, apart) / (len(who) - each)) ** 2)
+    variance = max(variance, np.sum((np.bincount(who, apart) / len(who)) ** 2))
+    rate = missed.mean()
+    reach = t.ppf(0.975, 1) * np.sqrt(variance) / (rate * (1 - rate))
+    assert found.high == pytest.approx(1 / (1 + (1 - rate) / rate * np.exp(-reach)))
+    equal = share_of_trials(missed, np.arange(495) % 20, np.arange(495) % 20)
+    assert equal.support == "measured"
+
+
+def test_where_people_are_not_known_nothing_is_measured_and_the_table_says_it():
+    scores, trials = simulated()
+    flat = replace(trials, ids=[name.replace("/", "-") for name in trials.ids], speaker_of=None)
+    sex = {name: "fm"[n % 2] for n, name in enumerate(flat.ids)}
+    found = breakdown(scores, flat, 0.5, sex, confidence=0.9)
+    supports = {share.support for row in found.rows() for share in (row.fmr, row.fnmr) if share}
+    assert "measured" not in supports
+    assert "90 % intervals over linked groups (speakers not known)" in found.table()
+    known = breakdown(scores, trials, 0.5, {str(name): "x" for name in trials.ids})
+    assert known.overall.fmr.support == "measured"
+    assert "95 % intervals over speakers" in known.table()

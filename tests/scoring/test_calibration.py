@@ -95,6 +95,12 @@ def test_what_cannot_be_calibrated_is_refused():
         calibration.apply(scores[order], shuffled)
     with pytest.raises(ValueError, match="separate targets and impostors entirely"):
         fit_calibration(scores + 9 * trials.is_target, trials)
+    # no target is below an impostor, and one value is of both: the weight still has no maximum
+    touching = np.where(trials.is_target, np.maximum(scores, 0), np.minimum(scores, 0))
+    with pytest.raises(ValueError, match="but for ties"):
+        fit_calibration(touching, trials)
+    with pytest.raises(ValueError, match="all equal: they tell nothing"):
+        fit_calibration(np.full(len(scores), 0.5), trials)
     with pytest.raises(ValueError, match=r"p_target must be in \(0, 1\), got 0"):
         fit_calibration(scores, trials, p_target=0)
     none = LabelledTrials(trials.ids, trials.enrolment, trials.test, np.zeros(4000, bool))

@@ -12,6 +12,7 @@ from speechbrain_qmargin.scoring.decision import (
     clear_threshold,
 )
 from speechbrain_qmargin.scoring.metrics import operating_points
+from speechbrain_qmargin.scoring.report import evaluate
 from speechbrain_qmargin.scoring.separation import refuse_shared, speaker_digests
 from speechbrain_qmargin.scoring.uncertainty import Spread
 from speechbrain_qmargin.trials import LabelledTrials
@@ -59,8 +60,9 @@ def test_another_file_is_refused(tmp_path):
     broken = [{}, content | {"format": "x"}, content | {"threshold": float("nan")}]
     broken += [content | {"threshold": x} for x in ("0.5", None, True, float("inf"))]
     broken += [content | {"misses": -1}, content | {"far": "0"}]
-    for value in [*broken, content | {"more": 1}]:
-        (tmp_path / "bad.json").write_text(json.dumps(value))
+    for value in [*broken, content | {"more": 1}, "[" * 20_000]:
+        text = value if isinstance(value, str) else json.dumps(value)
+        (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=r"bad\.json: not an operating point"):
             OperatingPoint.load(tmp_path / "bad.json")
 
@@ -158,3 +160,17 @@ def test_development_that_has_seen_the_test_speakers_is_refused():
         "a", points_of(0)[0], 0.01, development=points_of(1)[0], apart=False
     )
     assert point.optimistic
+
+
+def test_no_misses_do_not_make_an_interval_without_width():
+    """Nor a rate that rests on them anything but unsupported, as in the table of figures."""
+    trials = list_of([f"s{n}" for n in range(12)])
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=len(trials)) + 20 * trials.is_target
+    report = evaluate(scores, trials, fars=[0.05])
+    point = choose_operating_point("a", report.points, 0.05, spread=report.spread, speakers=12)
+    figure = report["tar_at_far", 0.05]
+    assert point.tar == 1
+    assert point.tar_interval == (figure.low, figure.high)
+    assert figure.low == pytest.approx(0.025 ** (1 / 12))  # Clopper-Pearson of no misses of 12
+    assert point.support == figure.support == "unsupported"

@@ -61,6 +61,16 @@ def test_speakers_of_development_are_refused():
     assert len(fusion.apply(systems, other, allow_shared_speakers=True)) == len(trials)
 
 
+def test_another_kind_of_score_is_refused(tmp_path):
+    systems, trials = simulated()
+    fit_fusion(systems, trials, kinds={"one": "cosine", "two": ""}).save(tmp_path / "f.json")
+    fusion, (others, unseen) = Fusion.load(tmp_path / "f.json"), simulated(1, "t")
+    for kinds in (None, {"one": "cosine", "two": "as-norm"}, {"one": "", "two": ""}):
+        assert len(fusion.apply(others, unseen, kinds=kinds)) == len(unseen)
+    with pytest.raises(ValueError, match="weight of one is for cosine scores, and these are as-no"):
+        fusion.apply(others, unseen, kinds={"one": "as-norm", "two": ""})
+
+
 def test_bad_input_is_named(tmp_path):
     systems, trials = simulated()
     fusion = fit_fusion(systems, trials)

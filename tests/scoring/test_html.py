@@ -2,11 +2,13 @@
 
 import json
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from speechbrain_qmargin.scoring.breakdown import breakdown
 from speechbrain_qmargin.scoring.html import write_report
 from speechbrain_qmargin.scoring.page import Provenance, in_points
 from speechbrain_qmargin.scoring.report import Difference, compare, evaluate
@@ -150,6 +152,52 @@ def test_groups_are_on_the_page(tmp_path):
     assert "f × m" in page
     groups = json.loads((tmp_path / "report.json").read_text())["groups"]["a"][0]["groups"]
     assert [row["group"] for row in groups] == ["f", "f × m", "m"]
+
+
+def test_every_interval_on_the_page_is_of_one_confidence_and_that_of_the_json(tmp_path):
+    """The decision's and the groups' were 95 % whatever was asked for and said."""
+    (scores, trials), (held_out, others) = simulated(1, 10), simulated(2, 10)
+    others = replace(others, ids=[f"dev{name}" for name in others.ids], source="dev sha256:1")
+    gender = {f"s{i:02}": "fm"[i % 2] for i in range(10)}
+    systems = {"chosen elsewhere": scores, "chosen here": scores}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report(tmp_path, systems, trials, metadata={"gender": gender}, confidence=0.8,
+                     development={"chosen elsewhere": (held_out, others)})  # fmt: skip
+    page = (tmp_path / "report.html").read_text(encoding="utf-8").replace("&nbsp;", " ")
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert "95 %" not in page
+    assert "Bands are 80 % intervals" in page
+    for name, point in content["operating_points"].items():
+        assert point["confidence"] == 0.8
+        low, high = (100 * end for end in point["tar_interval"])
+        assert f"TAR {100 * point['tar']:.2f} % ({low:.2f} to {high:.2f} %)" in page
+        if point["far_interval"]:
+            low, high = (100 * end for end in point["far_interval"])
+            assert f"FAR {100 * point['far']:.3g} % ({low:.3g} to {high:.3g} %)" in page
+        else:
+            assert name == "chosen here"
+    point = content["operating_points"]["chosen here"]
+    figure = content["systems"]["chosen here"]["figures"]["TAR@FAR=0.01"]
+    assert point["tar_interval"] == [figure["low"], figure["high"]]
+    table = content["groups"]["chosen here"][0]
+    expected = breakdown(scores, trials, point["threshold"], gender, confidence=0.8)
+    assert table["overall"]["fmr"]["high"] == expected.overall.fmr.high
+
+
+def test_names_of_others_are_text_on_the_page(tmp_path):
+    evil = '<script>alert("1")</script>\'"&'
+    scores, trials = simulated(1, 10, f"{evil} sha256:0")
+    ids = [f"{evil}{name}" for name in trials.ids]
+    trials = replace(trials, ids=ids, speaker_of=trials.speaker_names())
+    values = {name: evil + "ab"[n % 2] for n, name in enumerate(ids)}
+    made = Provenance(command=evil, files={evil: evil}, about={evil: {evil: evil}}, notes=[evil])
+    write_report(tmp_path, {evil: scores, "b": -scores}, trials, title=evil, provenance=made,
+                 metadata={evil: values})  # fmt: skip
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;" in page
+    assert "<script" not in page
+    assert '"1"' not in page
 
 
 def test_ratios_have_their_picture(tmp_path):

@@ -44,6 +44,20 @@ def test_the_mean_of_speakers_is_not_that_of_utterances():
         utterances.refuse_speakers_of([trials])
 
 
+def test_a_cohort_of_the_trials_own_recordings_is_refused_whatever_their_speakers_are_called():
+    """Flat ids, an utt2spk for the trials and none for the cohort: no name of a speaker tells."""
+    raw = {name.replace("/", "-"): row for name, row in vectors("c", 12, 3).items()}
+    cohort = Cohort.of(raw, {name: name for name in raw}, centre=False)
+    trials = LabelledTrials(["c3-0", "x-1"], np.array([0]), np.array([1]), np.array([False]))
+    trials = trials.with_speakers({"c3-0": "c3", "x-1": "x"})
+    with pytest.raises(ValueError, match="1 recordings are in the cohort and in the trials: c3-0"):
+        cohort.scores(raw, trials)
+    models = LabelledTrials(["m", "x-1"], np.array([0]), np.array([1]), np.array([False]))
+    models = models.with_models({"m": ["c5-1"]}).with_speakers({"c5-1": "c5", "x-1": "x"})
+    with pytest.raises(ValueError, match="1 recordings are in the cohort and in the trials: c5-1"):
+        cohort.refuse_speakers_of([models])
+
+
 def test_models_are_normalised_by_either_rule():
     raw = vectors("t", 4, 4)
     models = {f"m{s}": [f"t{s}/0", f"t{s}/1"] for s in range(4)}
