@@ -34,7 +34,8 @@ def _breakdown(args) -> None:
     from speechbrain_qmargin.scoring.metrics import operating_points, tar_at_far
     from speechbrain_qmargin.scoring.separation import refuse_other_kind
 
-    refuse_overwriting(filter(None, [args.output]), [args.scores, args.metadata, args.trials])
+    inputs = [args.scores, args.metadata, args.trials, args.operating_point]
+    refuse_overwriting(filter(None, [args.output]), [*inputs, args.utt2spk, args.models])
     found = read_scored(args.scores, args, columns_of(args.columns))
     trials = found.trials.labelled()
     table = choose_columns(args.metadata, args.by)
@@ -78,7 +79,9 @@ def _fuse(args) -> None:
     from speechbrain_qmargin.scoring.fusion import Fusion, fit_fusion
 
     inputs = [path.rpartition("=")[2] for path in [*args.systems, *args.development]]
-    refuse_overwriting(filter(None, [args.output, args.save]), [*inputs, args.trials, args.fusion])
+    inputs += [args.trials, args.utt2spk, args.models, args.fusion]
+    inputs += [args.development_trials, args.development_utt2spk]
+    refuse_overwriting(filter(None, [args.output, args.save]), inputs)
     if args.fusion:
         fusion = Fusion.load(args.fusion)
     else:
@@ -88,9 +91,11 @@ def _fuse(args) -> None:
         own.trials, own.utt2spk = args.development_trials, args.development_utt2spk
         dev_trials, dev_files = read_systems(args.development, own)
         dev_scores = {name: read.scores for name, read in dev_files.items()}
-        fusion = fit_fusion(dev_scores, dev_trials.labelled(), p_target=args.p_target)
+        kinds = {name: read.kind for name, read in dev_files.items()}
+        fusion = fit_fusion(dev_scores, dev_trials.labelled(), p_target=args.p_target, kinds=kinds)
     trials, files = read_systems(args.systems, args, labelled=False)
-    llrs = fusion.apply({name: read.scores for name, read in files.items()}, trials)
+    kinds = {name: read.kind for name, read in files.items()}
+    llrs = fusion.apply({name: read.scores for name, read in files.items()}, trials, kinds=kinds)
     if args.save:
         fusion.save(args.save)
     write_scores(args.output, trials, llrs, {"kind": "llr", "fused": ", ".join(files)})
@@ -116,6 +121,8 @@ def _people(path: str) -> dict[str, str]:
 def _watchlist(args) -> None:
     from speechbrain_qmargin.scoring.identification import identify
 
+    inputs = [args.embeddings, args.gallery, args.probes, args.mean]
+    refuse_overwriting(filter(None, [args.output]), inputs)
     embeddings = load_embeddings(args.embeddings)
     gallery, probes = _people(args.gallery), _people(args.probes)
     both = sorted(gallery.keys() & probes.keys())
@@ -182,7 +189,8 @@ def _quality(args) -> None:
         refuse_shared_speakers,
     )
 
-    refuse_overwriting([args.output], [args.embeddings, args.cohort])
+    inputs = [args.embeddings, args.cohort, args.utt2spk, args.cohort_utt2spk]
+    refuse_overwriting([args.output], inputs)
     embeddings, raw = load_embeddings(args.embeddings), load_embeddings(args.cohort)
     speakers = _speakers_of(raw, args.cohort_utt2spk)
     own = _speakers_of(embeddings, args.utt2spk)
@@ -204,9 +212,9 @@ def _plda(args) -> None:
     from speechbrain_qmargin.scoring.plda import PLDA, fit_plda
     from speechbrain_qmargin.scoring.separation import name_digest, refuse_shared
 
-    refuse_overwriting(
-        filter(None, [args.output, args.save]), [args.embeddings, args.train, args.trials]
-    )
+    inputs = [args.embeddings, args.train, args.trials, args.plda, args.train_utt2spk]
+    inputs += [args.utt2spk, args.models]
+    refuse_overwriting(filter(None, [args.output, args.save]), inputs)
     trials = with_tables(read_unlabelled(args.trials), args.utt2spk, args.models)
     if args.plda:
         plda = PLDA.load(args.plda)

@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,9 +31,6 @@ from speechbrain_qmargin.scoring.normalisation import METHODS
 from speechbrain_qmargin.scoring.score_files import read_score_file, write_scores
 from speechbrain_qmargin.tables import file_source, read_map
 from speechbrain_qmargin.trials import Trials, read_trials, read_unlabelled
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["configure"]
 
