@@ -103,7 +103,7 @@ def test_two_files_and_a_recording(place, voices, tmp_path):
         browser.choose("#other input", tmp_path / "noise.txt")
         browser.run("document.getElementById('compare').click()")
         browser.wait_for("!document.getElementById('problem').hidden")
-        assert "no wav, flac" in browser.run("document.getElementById('problem').innerText")
+        assert "not wav, flac" in browser.run("document.getElementById('problem').innerText")
 
         browser.run("document.querySelector('#other .record').click()")
         browser.wait_for("document.querySelector('#other .record').textContent == 'Stop'")
