@@ -1,5 +1,6 @@
 """Counts of what a GPU would be asked to do, on a CPU."""
 
+import gc
 import threading
 import weakref
 from contextlib import contextmanager
@@ -46,15 +47,19 @@ class Counted(TorchDispatchMode):
         self.launches, self.waits, self.names = 0, 0, []
         self.bytes, self.peak = 0, 0
         self._kernels, self._known = kernels, set()
+        self._thresholds = gc.get_threshold()
 
     def __enter__(self):
         for kernel in self._kernels:
             kernel.add_pre_run_hook(self._launched(kernel.fn.__name__))
+        self._thresholds = gc.get_threshold()
+        gc.set_threshold(20, 2, 2)  # Triton's interpreter keeps its arguments in cycles
         return super().__enter__()
 
     def __exit__(self, *raised):
         for kernel in self._kernels:
             kernel.pre_run_hooks.pop()
+        gc.set_threshold(*self._thresholds)
         return super().__exit__(*raised)
 
     def _launched(self, name):

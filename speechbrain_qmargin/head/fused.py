@@ -182,8 +182,8 @@ def bytes_of_a_step(
 
     Examples
     --------
-    >>> bytes_of_a_step(1024, 512, sample=16384, products=114688, screened=4096, kept=2048) // 10**6
-    282
+    >>> bytes_of_a_step(1024, 512, sample=16384, products=74716, screened=15625, kept=2048) // 10**6
+    294
     """
     embeddings = batch * (2 * dim + 8 * 4 + 4 + 3 * 4 + 100)  # rounded, numbers, what is returned
     first = 2 * sample * batch

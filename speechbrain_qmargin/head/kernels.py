@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from speechbrain_qmargin.head.prototypes import Prototypes
+from speechbrain_qmargin.loss.device import sent
 from speechbrain_qmargin.loss.solver import edge
 from speechbrain_qmargin.loss.triton_numbers import (
     level_alone,
@@ -80,7 +81,7 @@ def numbers(alpha: float, scale: float, device: torch.device) -> Tensor:
     """[4], float64: alpha - 1, k, scale, and by how much a level is above its edge."""
     above = -edge(0.0, alpha)
     values = [alpha - 1, 1 / (alpha - 1), scale, above]
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    return sent(torch.tensor(values, dtype=torch.float64), device)
 
 
 @lru_cache(maxsize=64)
@@ -578,11 +579,11 @@ def screen(batch: Batch, prototypes: Prototypes, part: slice, found: Tensor) -> 
     """Adds the classes of a part that may be active to `found` [B, room], int64, in any order.
 
     The upper half of a number is the class, the lower its product's bits. Beyond the room they are
-    counted only. Two launches for each `output_bytes` of products.
+    counted only. Two launches for each piece of products.
     """
     assert prototypes.screen is not None
     samples, rows = len(batch.raw), prototypes.screen.rows
-    step = prototypes.sizes.rows_of_product(samples, rows.element_size(), least=1024)
+    step = prototypes.sizes.rows_of_products(samples)
     # rows begin where 16 numbers are read at once, whatever the number of classes
     step = step // 16 * 16
     stride = min(step, 16 * pieces(part.stop - part.start, 16))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from speechbrain_qmargin.head.prototypes import Mark, mark
 from speechbrain_qmargin.head.sizes import constants
-from speechbrain_qmargin.loss.device import kernels_run
+from speechbrain_qmargin.loss.device import kernels_run, sent
 
 __all__ = ["RowOwner", "RowSparse", "RowSparseAdam", "RowSparseSGD"]
 
@@ -98,6 +98,7 @@ class RowSparse(torch.optim.Optimizer):
         raise NotImplementedError
 
     _moments: tuple[str, ...]
+    _only: dict[str, Any]  # of a group's settings, what the rows can follow
 
     # ------------------------------------------------------------ heads
 
@@ -127,7 +128,20 @@ class RowSparse(torch.optim.Optimizer):
                     "assign=True). Make the optimiser anew from the head"
                 )
             found[head.weight] = head
+        for group in self.param_groups:
+            if any(p in found for p in group["params"]):
+                self._refuse(group)
         return found
+
+    def _refuse(self, group: dict) -> None:
+        """Settings of a group that the rows would not follow, as of a dense optimiser's state."""
+        for name, value in self._only.items():
+            if group.get(name, value) != value:
+                raise ValueError(
+                    f"{type(self).__name__}: {name}={group[name]} of the group with the "
+                    f"prototypes, where it can be {value} alone; other parameters may have a "
+                    "group of their own"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_heads": self._heads}
@@ -150,6 +164,8 @@ class RowSparse(torch.optim.Optimizer):
         RuntimeError
             A row-sparse gradient of a parameter that belongs to no bound head, or a head whose
             weight is no longer the parameter given here.
+        ValueError
+            A setting of the prototypes' group that they cannot follow, as ``maximize``.
         """
         loss = None
         if closure is not None:
@@ -168,10 +184,13 @@ class RowSparse(torch.optim.Optimizer):
                 )
         mine = [(p, group) for p, group in mine if p in weights]
         grads = [p.grad for p, _ in mine]
+        others = super().step.__func__  # pyright: ignore[reportFunctionMemberAccess]
+        if getattr(others, "hooked", False):  # torch's own may be wrapped: hooks run once a step
+            others = others.__wrapped__
         try:
             for p, _ in mine:
                 p.grad = None
-            super().step()
+            others(self)
         finally:
             for (p, _), grad in zip(mine, grads, strict=True):
                 p.grad = grad
@@ -384,6 +403,7 @@ class RowSparseSGD(RowSparse, torch.optim.SGD):
     """
 
     _moments = ("momentum_buffer",)
+    _only = {"dampening": 0, "maximize": False}  # noqa: RUF012
 
     def __init__(
         self,
@@ -448,7 +468,7 @@ class RowSparseSGD(RowSparse, torch.optim.SGD):
 
         sgd_rows(
             p, state.get("momentum_buffer"), rows, values, state["idle_since"],
-            _on_device(state["idle"], p.device), present, lr=float(group["lr"]),
+            _sent(state["idle"], p.device), present, lr=float(group["lr"]),
             mu=group["momentum"], decay=group["weight_decay"], nesterov=group["nesterov"],
         )  # fmt: skip
 
@@ -500,6 +520,7 @@ class RowSparseAdam(RowSparse, torch.optim.AdamW):
     """
 
     _moments = ("exp_avg", "exp_avg_sq")
+    _only = {"amsgrad": False, "maximize": False, "decoupled_weight_decay": True}  # noqa: RUF012
 
     def __init__(
         self,
@@ -566,17 +587,15 @@ class RowSparseAdam(RowSparse, torch.optim.AdamW):
         c1, c2 = _corrections(group, state)
         adam_rows(
             p, state["exp_avg"], state["exp_avg_sq"], rows, values, state["idle_since"],
-            _on_device(state["idle"], p.device), present, lr=float(group["lr"]),
+            _sent(state["idle"], p.device), present, lr=float(group["lr"]),
             betas=group["betas"], eps=group["eps"], decay=group["weight_decay"], c1=c1,
             root_c2=math.sqrt(c2),
         )  # fmt: skip
 
 
-def _on_device(table: Tensor, device: torch.device) -> Tensor:
-    """A copy for which the host does not wait."""
-    if device.type == "cuda":
-        table = table.cpu().pin_memory()
-    return table.to(device, non_blocking=True)
+def _sent(idle: Tensor, device: torch.device) -> Tensor | None:
+    """Where the rows are; None where all of them are up to date and nobody asks for it."""
+    return sent(idle, device) if len(idle) > 1 else None
 
 
 def _at_once(p: Tensor) -> int:

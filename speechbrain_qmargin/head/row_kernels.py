@@ -171,7 +171,8 @@ def derive_rows(
 
 def sgd_rows(
     weight: Tensor, momentum: Tensor | None, rows: Tensor, values: Tensor, since: Tensor,
-    table: Tensor, present: int | None, *, lr: float, mu: float, decay: float, nesterov: bool,
+    table: Tensor | None, present: int | None, *, lr: float, mu: float, decay: float,
+    nesterov: bool,
 ) -> None:  # fmt: skip
     """SGD's step of some rows, their idle steps before it, in place.
 
@@ -185,23 +186,23 @@ def sgd_rows(
         Their gradient.
     since : Tensor, [C], int32
         A row's line of the table; `present` is written there, unless it is None.
-    table : Tensor, [n, 4], float64
-        See ``RowSparse``; one line alone is not looked at.
+    table : Tensor, [n, 4], float64, or None
+        See ``RowSparse``. None: no row has idle steps.
     """
     if not len(rows):
         return
     grid, blocks = _blocks(len(rows), weight.shape[1])
     _sgd[grid](
-        rows, values, weight, weight if momentum is None else momentum, since, table,
-        present or 0, lr, mu, decay, len(rows), weight.shape[1],
-        MOMENTUM=momentum is not None, NESTEROV=nesterov, DECAY=decay != 0, GLIDE=len(table) > 1,
-        MARK=present is not None, **blocks,
+        rows, values, weight, weight if momentum is None else momentum, since,
+        weight if table is None else table, present or 0, lr, mu, decay, len(rows),
+        weight.shape[1], MOMENTUM=momentum is not None, NESTEROV=nesterov, DECAY=decay != 0,
+        GLIDE=table is not None, MARK=present is not None, **blocks,
     )  # fmt: skip
 
 
 def adam_rows(
     weight: Tensor, mean: Tensor, square: Tensor, rows: Tensor, values: Tensor, since: Tensor,
-    table: Tensor, present: int | None, *, lr: float, betas: tuple[float, float], eps: float,
+    table: Tensor | None, present: int | None, *, lr: float, betas: tuple[float, float], eps: float,
     decay: float, c1: float, root_c2: float,
 ) -> None:  # fmt: skip
     """AdamW's step of some rows, their idle steps before it, in place; as :func:`sgd_rows`.
@@ -210,7 +211,7 @@ def adam_rows(
     ----------
     mean, square : Tensor, [C, D]
         The moments.
-    table : Tensor, [n, 5], float64
+    table : Tensor, [n, 5], float64, or None
     c1, root_c2 : float
         1 - b1^t, and the root of 1 - b2^t.
     """
@@ -220,7 +221,8 @@ def adam_rows(
     b1, b2 = betas
     # differences are taken here: on a device numbers arrive in float32
     _adam[grid](
-        rows, values, weight, mean, square, since, table, present or 0, 1 - lr * decay, 1 - b1, b2,
-        1 - b2, eps, lr / c1, root_c2, len(rows), weight.shape[1],
-        GLIDE=len(table) > 1, MARK=present is not None, **blocks,
+        rows, values, weight, mean, square, since, weight if table is None else table,
+        present or 0, 1 - lr * decay, 1 - b1, b2, 1 - b2, eps, lr / c1, root_c2, len(rows),
+        weight.shape[1],
+        GLIDE=table is not None, MARK=present is not None, **blocks,
     )  # fmt: skip

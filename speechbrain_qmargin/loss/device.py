@@ -33,6 +33,7 @@ __all__ = [
     "control_flow",
     "host_decides",
     "kernels_run",
+    "sent",
     "usable_device",
 ]
 
@@ -147,6 +148,19 @@ def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
         total.index_put_((index,), rows, accumulate=True)  # which sorts
     else:
         total.index_add_(0, index, rows)
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of values of the host, for which it does not wait.
+
+    Examples
+    --------
+    >>> sent(torch.ones(2), torch.device("cpu"))
+    tensor([1., 1.])
+    """
+    if device.type == "cuda":
+        values = values.cpu().pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def all_steps() -> bool:

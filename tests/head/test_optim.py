@@ -210,6 +210,51 @@ def test_unbound_optimisers_raise():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "dense_kind"), [(RowSparseSGD, torch.optim.SGD), (RowSparseAdam, torch.optim.AdamW)]
+)
+def test_hooks_run_once_a_step_whatever_other_optimisers_there_are(kind, dense_kind):
+    """torch wraps the step of a class when its first object is made, of the parents as well."""
+    dense_kind([parameter(torch.ones(2))], lr=0.1)
+    rows = parameter(torch.randn(20, 3))
+    optimizer = kind([rows], lr=0.1, head=Rows(rows))
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(rows.detach().clone()))
+    optimizer.register_step_post_hook(lambda *_: seen.append(rows.detach().clone()))
+    rows.grad = torch.ones(20, 3)
+    optimizer.step()
+    before, after = seen
+    assert (before != after).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dense_kind", "setting"),
+    [
+        (RowSparseSGD, torch.optim.SGD, {"maximize": True}),
+        (RowSparseSGD, torch.optim.SGD, {"dampening": 0.1, "momentum": 0.9}),
+        (RowSparseAdam, torch.optim.AdamW, {"maximize": True}),
+        (RowSparseAdam, torch.optim.AdamW, {"amsgrad": True}),
+    ],
+)
+def test_a_setting_that_rows_cannot_follow_is_refused(kind, dense_kind, setting):
+    """Given by a group, or by the state of a dense optimiser; other groups may have it."""
+    name = next(iter(setting))
+    start, other = torch.randn(20, 3), parameter(torch.zeros(2))
+    rows = parameter(start)
+    apart = [{"params": [rows]}, {"params": [other], **setting}]
+    optimizer = kind(apart, lr=0.1, head=Rows(rows))
+    rows.grad, other.grad = torch.ones(20, 3), torch.ones(2)
+    optimizer.step()
+    dense = parameter(start)
+    loaded = kind([dense], lr=0.1, head=Rows(dense))
+    loaded.load_state_dict(dense_kind([parameter(start)], lr=0.1, **setting).state_dict())
+    dense.grad = torch.ones(20, 3)
+    for bad in (kind([{"params": [rows], **setting}], lr=0.1, head=Rows(rows)), loaded):
+        with pytest.raises(ValueError, match=f"{name}=.* of the group with the prototypes"):
+            bad.step()
+    assert torch.equal(dense, start)
+
+
 def test_training_the_head_with_momentum_learns_as_the_dense_optimiser_does():
     """That the trajectory is the one of the docstring: test_training.py."""
     torch.manual_seed(0)
