@@ -16,8 +16,16 @@ from torch import Tensor
 from speechbrain_qmargin.head.precision import exact_accumulation
 from speechbrain_qmargin.head.search import chunked_cosines
 from speechbrain_qmargin.head.step import ChunkGradients, check_backward, target_cosines
+from speechbrain_qmargin.loss.device import assert_on_device, host_decides
+from speechbrain_qmargin.loss.interface import BinaryObjective, check_rows, learns_another
 
 __all__ = ["BinaryLoss"]
+
+
+_NOT_ALONE = (
+    "others gives a class another logit beside other classes, or twice; a sparse head takes some "
+    "classes at a time: element by element, nothing drawn within, or --head dense"
+)
 
 
 class BinaryLoss(torch.autograd.Function):
@@ -44,12 +52,16 @@ class BinaryLoss(torch.autograd.Function):
         cos_y, _ = target_cosines(exact, mine, labels[mine], shard)
         with torch.enable_grad():
             at = cos_y[own].detach().requires_grad_()
-            logits = objective.target(at)
+            logits = objective.target(at.clone())
+            check_rows("target", logits, at)
+            _check_learnt(logits, (at, *parameters))
             of_target = -objective.target_weight * F.logsigmoid(logits)
             (slope,) = torch.autograd.grad(of_target.sum(), at)
         total = torch.zeros_like(cos_y)
         with exact_accumulation(raw.device):
-            for _, cosines, absent, _ in _chunks(unit, labels, shard):
+            for number, (_, cosines, absent, _) in enumerate(_chunks(unit, labels, shard)):
+                if not number:
+                    _ask(objective, cosines)
                 terms = -F.logsigmoid(-objective.others(cosines))
                 total += terms.masked_fill_(absent, 0).sum(1)
         loss = of_target.detach() + objective.others_weight * comm.sum(total)[own]
@@ -102,6 +114,32 @@ class BinaryLoss(torch.autograd.Function):
         ]
         anchor = torch.zeros((), device=unit.device) if ctx.anchored else None
         return by_unit, by_weight, anchor, *[None] * 6, *of_parameters
+
+
+def _ask(objective: BinaryObjective, cosines: Tensor) -> None:
+    """Refuse an `others` that cannot be taken chunk by chunk."""
+    with torch.enable_grad():
+        together = objective.others(cosines.clone())
+        try:
+            alone = objective.others(cosines[:, :1].clone())
+        except (RuntimeError, IndexError) as error:  # say, more of the largest than there are
+            raise TypeError(_NOT_ALONE) from error
+    check_rows("others", together, cosines)
+    _check_learnt(alone, objective.parameters)
+    size = 1 + together[:, :1].abs()
+    same = ((alone - together[:, :1]).abs() <= 1e-5 * size).all()
+    if not host_decides(cosines.device):
+        assert_on_device(same, _NOT_ALONE)
+    elif not bool(same):
+        raise TypeError(_NOT_ALONE)
+
+
+def _check_learnt(logits: Tensor, parameters: tuple[Tensor, ...]) -> None:
+    if learns_another(logits, parameters):
+        raise TypeError(
+            "a BinaryObjective uses a tensor that requires a gradient and is not among its "
+            "parameters: list it there"
+        )
 
 
 def _chunks(unit: Tensor, labels: Tensor, shard: Any):

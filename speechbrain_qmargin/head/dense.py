@@ -10,13 +10,22 @@ from torch import Tensor
 
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.prototypes import Prototypes
-from speechbrain_qmargin.head.search import Query, agreed_level, chunked_cosines
+from speechbrain_qmargin.head.search import Query, agreed_level, chunked_cosines, rounding
+from speechbrain_qmargin.loss.device import assert_on_device, host_decides
 from speechbrain_qmargin.loss.f_operators import masses
-from speechbrain_qmargin.loss.interface import slope_of
+from speechbrain_qmargin.loss.interface import check_rows, slope_of
 from speechbrain_qmargin.loss.solver import Block, single_class_level
 
 __all__ = ["AllClasses", "AllOfGenerator"]
 
+_LEARNS = (
+    "move_others uses a tensor that requires a gradient, which a sparse head does not form: train "
+    "it with --head dense"
+)
+_NOT_ALONE = (
+    "move_others gives a class another cosine beside other classes, or twice; a sparse head takes "
+    "some classes at a time: element by element, nothing drawn within, or --head dense"
+)
 _KEPT_BYTES = 128 * 1024 * 1024  # of scores: above, they are computed again in each pass
 
 
@@ -96,6 +105,27 @@ class AllClasses:
         factor = alpha - 1 if alpha > 1 else 1.0
         self._pieces = Pieces(query, prototypes, self._scored, factor, move)
         self._block: Block | None = None
+        self._rounded, self._asked = rounded, move_others is None
+
+    def _ask(self, cosines: Tensor, target: Tensor) -> None:
+        """Refuse a `move_others` that cannot be taken chunk by chunk; once, of a first chunk."""
+        self._asked = True
+        move = self._move
+        assert move is not None
+        with torch.enable_grad():
+            all_of_them = move(cosines.clone(), target)
+            try:
+                alone = move(cosines[:, :1].clone(), target)
+            except (RuntimeError, IndexError) as error:  # say, more of the largest than there are
+                raise TypeError(_NOT_ALONE) from error
+        check_rows("move_others", all_of_them, cosines)
+        if all_of_them.requires_grad:
+            raise TypeError(_LEARNS)
+        same = torch.isclose(alone, all_of_them[:, :1], rtol=0, atol=1e-5, equal_nan=True).all()
+        if not host_decides(cosines.device):
+            assert_on_device(same, _NOT_ALONE)
+        elif not bool(same):
+            raise TypeError(_NOT_ALONE)
 
     def _moved(self, cosines: Tensor, with_slopes: bool) -> tuple[Tensor, Tensor | None]:
         """New cosines [B, chunk] and their slopes; -inf at the targets stays."""
@@ -104,8 +134,10 @@ class AllClasses:
         target = (self.query.target / self.query.scale).to(cosines.dtype).unsqueeze(1)
         absent = cosines == -math.inf
         finite, slopes = cosines.masked_fill(absent, 0), None
+        if not self._asked:
+            self._ask(finite, target)
         if with_slopes:
-            moved, slopes = slope_of(lambda at: move(at, target), finite)
+            moved, slopes = slope_of(lambda at: move(at, target), finite, asked=True)
         else:
             moved = move(finite, target).clone()
         return moved.masked_fill_(absent, -math.inf), slopes
@@ -136,6 +168,8 @@ class AllClasses:
             return comm.from_first(torch.logaddexp(total, target + measure.target))
         peak = torch.full_like(target, -math.inf)
         lower = peak if bound is None else bound.to(peak)
+        if bound is not None and not self._rounded:  # it is of float32 cosines
+            lower = lower - rounding(self.query, lower)
         for rows, v, _ in self._pieces:
             log_q = measure.of(rows)
             peak = torch.maximum(peak, v.amax(1).double() / (alpha - 1))

@@ -21,6 +21,7 @@ from speechbrain_qmargin.loss.interface import (
     Objective,
     Rows,
     Scores,
+    check_rows,
     prior_slope,
 )
 from speechbrain_qmargin.loss.solver import (
@@ -130,6 +131,8 @@ class DenseScores:
         if isinstance(objective, BinaryObjective):
             self._check()
             return binary_rows(cosines, targets.long(), objective)
+        if objective.target_log_q is not None:
+            check_rows("target_log_q", objective.target_log_q, targets)
         if objective.generator is not None:
             return self._of_generator(targets.long(), objective)
         log_q = objective.log_q
@@ -143,6 +146,7 @@ class DenseScores:
             if objective.move_target is not None:
                 own = cosines.gather(1, targets.unsqueeze(1)).squeeze(1)
                 moved = objective.move_target(own.to(row_dtype(cosines)))
+                check_rows("move_target", moved, targets)
             if objective.move_others is not None:
                 if objective.alpha != 1:
                     raise ValueError("move_others is for cross-entropies: alpha = 1")

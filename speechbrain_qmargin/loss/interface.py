@@ -9,14 +9,17 @@ themselves derive from :class:`~speechbrain_qmargin.loss.base.Loss`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from speechbrain_qmargin.loss.device import host_decides
 from speechbrain_qmargin.loss.generators import Generator
+from speechbrain_qmargin.loss.solver import check_alpha
 
 __all__ = [
     "BinaryObjective",
@@ -25,10 +28,17 @@ __all__ = [
     "Rows",
     "Scores",
     "attach",
+    "check_rows",
     "flat",
+    "learns_another",
     "prior_slope",
     "slope_of",
 ]
+
+_OF_OTHERS = (
+    "move_target: a sample's new cosine depends on the cosines of other samples, whose gradients a "
+    "sparse head cannot form: take them .detach()ed, or train it with --head dense"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,8 @@ class Objective:
 
     Attributes
     ----------
-    scale : float
+    scale : float, > 0
+        A number: where it is to be learnt, override :meth:`Loss.rows` and ask for all cosines.
     alpha : float, >= 1
     target_log_q : Tensor, [B], float64, or None
         log q of the samples' targets, the class's own included. None: q = 1. It may require a
@@ -54,17 +65,24 @@ class Objective:
         log(q_max / q_min) over both, where the loss knows it. None: it is looked up, for which the
         host waits for a GPU.
     move_target : callable, optional
-        ``moved = move_target(cosines)``: new cosines of this batch's targets, [B] float64 both, by
-        differentiable operations. Other tensors that it uses ([B] norms) may require gradients too.
+        ``moved = move_target(cosines)``: new cosines of this batch's targets, [B] float64 both,
+        element by element, by differentiable operations. Other tensors that it uses ([B] norms, a
+        parameter) may require gradients too.
     move_others : callable, optional
         ``moved = move_others(cosines, target)`` of cosines [B, K] of any K classes that are not the
         targets, and the targets' moved cosines [B, 1], which count as constants; element by
-        element, by differentiable operations. It sees finite cosines only. At alpha = 1.
+        element, by differentiable operations. It sees finite cosines only. At alpha = 1. On a
+        sparse head other tensors that it uses may not require gradients.
     generator : Generator, optional
         Another divergence than the alpha-divergences, with a finite f(0), in float64. It goes with
         `scale` and a `target_log_q` without a gradient, and with nothing else.
 
     Both functions give the same for the same cosines: what is random is drawn before.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Numbers outside the family, or tensors whose gradient would be lost.
     """
 
     scale: float
@@ -77,6 +95,15 @@ class Objective:
     generator: Generator | None = None
 
     def __post_init__(self) -> None:
+        _check_number("scale", self.scale)
+        if not self.scale > 0:
+            raise ValueError(f"scale must be a finite number > 0, got {self.scale}")
+        check_alpha(self.alpha)
+        prior = self.target_log_q
+        if prior is not None and prior.ndim != 1:
+            raise ValueError(f"target_log_q must be [B], got {list(prior.shape)}")
+        if self.generator is not None and prior is not None and prior.requires_grad:
+            raise ValueError("with a generator target_log_q has no gradient: pass .detach()")
         others = (self.log_q, self.move_target, self.move_others)
         if self.generator is not None and (self.alpha != 1 or any(x is not None for x in others)):
             raise ValueError("an Objective with a generator takes scale and target_log_q alone")
@@ -107,6 +134,20 @@ class BinaryObjective:
     others_weight: float = 1.0
     parameters: tuple[Tensor, ...] = ()
 
+    def __post_init__(self) -> None:
+        _check_number("target_weight", self.target_weight)
+        _check_number("others_weight", self.others_weight)
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{name} is a number here: as a tensor it would not be learnt. Override rows() and ask "
+            "for scores.cosines(), or pass float(...)"
+        )
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+
 
 class Rows(NamedTuple):
     """What :meth:`Scores.evaluate` gives of every sample of this process; only losses have a graph.
@@ -132,8 +173,9 @@ class QMarginStats(NamedTuple):
     support_mean, support_max : Tensor
         Active classes per sample (those with a positive posterior).
     zero_loss : Tensor
-        Share of samples at exactly zero loss, in [0, 1]: they have passed the hard margin. 0 at
-        alpha = 1, whose loss vanishes by rounding at most.
+        Share of samples whose target alone is active, in [0, 1]: they have passed the hard margin,
+        and their loss is exactly zero, but for what a loss may add to it. 0 at alpha = 1, where
+        that is rounding.
     target_posterior : Tensor
         Mean posterior of the target class, in [0, 1].
     """
@@ -146,9 +188,15 @@ class QMarginStats(NamedTuple):
     @classmethod
     def of(cls, rows: Rows, alpha: float) -> QMarginStats:
         """Of evaluated rows that were asked for their support."""
-        assert rows.support is not None
+        if rows.support is None:
+            raise TypeError(
+                "rows(..., statistics=True) gave no support: of a loss's own, [B] numbers"
+            )
         loss, count = rows.loss.detach(), rows.support.to(rows.loss.dtype)
-        zero = (loss == 0).to(loss.dtype).mean() if alpha > 1 else loss.new_zeros(())
+        zero = loss.new_zeros(())
+        if alpha > 1:
+            alone = (rows.support == 1) & (rows.target_posterior > 0) & (loss == loss)
+            zero = alone.to(loss.dtype).mean()
         return cls(count.mean(), count.max(), zero, rows.target_posterior.mean())
 
 
@@ -159,7 +207,7 @@ class Scores(Protocol):
     What an implementation owes its losses:
 
     * :meth:`evaluate` is exact for every objective, or raises TypeError and names what it lacks
-      (say, `move_others` where classes are searched).
+      (say, a parameter in `move_others`, whose gradient a sparse head does not form).
     * Targets are checked: integers [B] in [0, num_classes).
     * `move_target` is called with the cosines of this process's targets alone, float64, in the
       order of the batch; in shards, what it returns is gathered, not what it takes. Slopes come
@@ -198,19 +246,89 @@ class Scores(Protocol):
         ...
 
 
-def slope_of(move: Callable[[Tensor], Tensor], cosines: Tensor) -> tuple[Tensor, Tensor]:
+def slope_of(
+    move: Callable[[Tensor], Tensor], cosines: Tensor, *, asked: bool = False
+) -> tuple[Tensor, Tensor]:
     """(moved, slopes) of a function that works element by element, both without a graph.
+
+    Parameters
+    ----------
+    move : callable
+    cosines : Tensor
+    asked : bool
+        Whether it is known to work element by element.
+
+    Raises
+    ------
+    ValueError
+        A result of another shape.
+    TypeError
+        On a CPU, where that is found out: a result whose gradient is not of its own element alone.
 
     Examples
     --------
     >>> slope_of(torch.square, torch.tensor([0.5, 1.0]))
     (tensor([0.2500, 1.0000]), tensor([1., 2.]))
+    >>> slope_of(lambda cosines: cosines - cosines.mean(), torch.tensor([0.5, 1.0]))
+    Traceback (most recent call last):
+    TypeError: move_target: a sample's new cosine depends on the cosines of other samples, ...
     """
     with torch.enable_grad():
         at = cosines.detach().requires_grad_()
-        moved = move(at)
-        (slopes,) = torch.autograd.grad(moved.sum(), at)
+        moved = move(at.clone())  # it may write there
+        check_rows("move_target", moved, at)
+        looks = not asked and at.numel() > 1 and host_decides(at.device)
+        slopes = _slopes(moved, at, torch.ones_like(moved), again=looks)
+        if looks:
+            weights = torch.linspace(1, 2, at.numel(), dtype=at.dtype).view_as(at)
+            crossed = _slopes(moved, at, weights.to(moved.dtype)) - slopes * weights
+            if bool((crossed.abs() > 1e-4 * (1 + slopes.abs())).any()):
+                raise TypeError(_OF_OTHERS)
     return moved.detach(), slopes
+
+
+def _slopes(moved: Tensor, at: Tensor, weights: Tensor, again: bool = False) -> Tensor:
+    """Gradient by `at` of the sum of moved times weights; zero where it does not depend on it."""
+    if not moved.requires_grad:
+        return torch.zeros_like(at)
+    (found,) = torch.autograd.grad(moved, at, weights, retain_graph=again, allow_unused=True)
+    return torch.zeros_like(at) if found is None else found
+
+
+def check_rows(name: str, values: Tensor, like: Tensor) -> None:
+    """Refuse what is not one number for each of `like`: it would broadcast to something else.
+
+    Examples
+    --------
+    >>> check_rows("target_log_q", torch.zeros(2, 1), torch.zeros(2))
+    Traceback (most recent call last):
+    ValueError: target_log_q must be [2], got [2, 1]
+    """
+    if values.shape != like.shape:
+        raise ValueError(f"{name} must be {list(like.shape)}, got {list(values.shape)}")
+
+
+def learns_another(result: Tensor, listed: Sequence[Tensor]) -> bool:
+    """Whether a result's graph ends at a leaf that is neither listed nor behind a listed tensor.
+
+    Examples
+    --------
+    >>> b, c = torch.zeros(2, requires_grad=True)[0], torch.ones((), requires_grad=True)
+    >>> learns_another(2 * b, [b]), learns_another(b * c, [b])
+    (False, True)
+    """
+    ends = [tensor.grad_fn for tensor in listed if tensor.grad_fn is not None]
+    ahead, seen = [result.grad_fn], set()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen or any(node is end for end in ends):
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and all(leaf is not tensor for tensor in listed):
+            return True
+        ahead.extend(after for after, _ in node.next_functions)
+    return False
 
 
 def attach(rows: Rows, objective: Objective, target_cosines: Tensor, residual: Tensor) -> Rows:
@@ -232,7 +350,7 @@ def attach(rows: Rows, objective: Objective, target_cosines: Tensor, residual: T
     """
     loss, residual = rows.loss, residual.detach().double()
     if objective.move_target is not None and torch.is_grad_enabled():
-        moved = objective.move_target(target_cosines.detach())
+        moved = objective.move_target(target_cosines.detach().clone())
         if moved.requires_grad:
             zero = objective.scale * residual * (moved - moved.detach())
             loss = loss + zero.to(loss.dtype)

@@ -220,6 +220,28 @@ def test_too_many_candidates_for_memory(screened, alpha):
     check(head, torch.randn(5, 16), labels, alpha, 10, 0.2)
 
 
+@pytest.mark.parametrize("parameters", [(1.5, 10.0, 0.2), (2.0, 5.0, 0.0), (2.5, 4.0, 0.1)])
+def test_passes_in_float64_are_not_held_up_by_a_float32_bound(parameters):
+    """Where the search found too much, its lower bound is of float32 cosines: within their rounding
+    it may lie beyond the root. Each sample's gradient is exact relative to itself.
+    """
+    generator = torch.Generator().manual_seed(2)
+    torch.manual_seed(1)
+    head = QMarginHead(24, 400, *parameters, sizes=Sizes(max_candidates=20))
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(400, 24))
+    labels = torch.randint(400, (64,))
+    x = F.normalize(head.weight[labels].detach()) + 0.1 * torch.randn(64, 24, generator=generator)
+    x = x.requires_grad_()
+    (len(x) * head(x, labels)).backward()
+    _, _, wanted, _ = dense_reference(x, head.weight, labels, *parameters)
+    wanted = len(x) * wanted
+    active = wanted.norm(dim=1) > 1e-6
+    assert active.any()
+    error = (x.grad.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
+    assert float(error[active].max()) < 7e-7
+
+
 def test_a_pass_over_all_classes_is_not_taken_in_vain(screened, monkeypatch):
     """On a GPU too: a pass takes longer than to ask whether the last one was enough."""
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from pytorch_metric_learning import losses as pml
 from speechbrain_qmargin import LOSSES, KappaFaceLoss, QMarginHead, make_loss, q_margin_loss
 from speechbrain_qmargin.head import PartialHead
 from speechbrain_qmargin.loss.combined import combined_margin
-from speechbrain_qmargin.loss.dense import DenseScores
+from speechbrain_qmargin.loss.dense import DenseScores, scores_of
 from speechbrain_qmargin.loss.elasticface import Draws
 from speechbrain_qmargin.loss.prior import PriorQMarginLoss
 
@@ -452,3 +452,21 @@ def test_every_name_on_every_head(name):
 def test_settings_outside_their_range_are_named(name, options, message):
     with pytest.raises(ValueError, match=message):
         make_loss(name, options=options)
+
+
+def test_a_cost_of_the_norm_does_not_wake_those_at_rest():
+    """The cost is never zero: what rests is whose target alone is active."""
+    x, weight, labels = batch()
+    x = torch.cat((x, 60 * weight[labels]))  # some at their own prototypes
+    labels = torch.cat((labels, labels))
+    loss = make_loss("qmargin_magnitude", options={"reach": 0.0})
+    cosines = cosines_of(x.double(), weight.double())
+    rests = q_margin_loss(cosines, labels, reduction="none") == 0
+    assert 0 < rests.double().mean() < 1
+    head = QMarginHead(weight.shape[1], len(weight))
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    for scores in (scores_of(cosines.float(), x), head(x)):
+        value, stats = loss.with_stats(scores, labels)
+        assert value > 0
+        torch.testing.assert_close(stats.zero_loss, rests.float().mean())
