@@ -23,7 +23,7 @@ from speechbrain_qmargin.head.binary import BinaryLoss
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.kernel_search import Room, takes
 from speechbrain_qmargin.head.optim import RowSparse
-from speechbrain_qmargin.head.prototypes import Derived, Mark, Prototypes
+from speechbrain_qmargin.head.prototypes import Derived, Mark, Prototypes, are_finite
 from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.head.step import Evaluation, HeadLoss, RowsInOrder, Shard, refuse_labels
 from speechbrain_qmargin.loss.device import assert_on_device, host_decides
@@ -34,6 +34,7 @@ from speechbrain_qmargin.loss.interface import (
     QMarginStats,
     Rows,
     attach,
+    check_rows,
     flat,
 )
 
@@ -56,20 +57,24 @@ class LookedAt(NamedTuple):
         This rank's, among the classes of all shards.
     classes : Tensor, [stop - start], or None
         The classes' own names, where the shard has some of them only; None: all of them.
+    finite : Tensor, bool, or None
+        Whether its rows are finite, and those of the other ranks; None: that was asked before.
     """
 
     shard: Shard
     weight: Tensor
     targets: Tensor
     classes: Tensor | None
+    finite: Tensor | None = None
 
 
 class Agreement(NamedTuple):
-    """What all ranks know of a step before it: their batch sizes, whether all embeddings are finite
-    (a bool on the device), and whether the kernels run everywhere."""
+    """What all ranks know of a step before it: their batch sizes, whether all embeddings and all
+    prototypes are finite (bools on the device), and whether the kernels run everywhere."""
 
     sizes: list[int]
     finite: Tensor
+    finite_rows: Tensor
     kernels: bool
 
 
@@ -131,7 +136,8 @@ class QMarginHead(nn.Module):
     it reaches one of 64 evenly spaced rows; call :meth:`written` after one that may not. Neither is
     in the checkpoint, in a copy or in a pickle. Second derivatives raise.
 
-    Embeddings that are not finite make the loss NaN, on all ranks, and give no gradient.
+    Embeddings or prototypes that are not finite make the loss NaN, on all ranks, and give no
+    gradient (prototypes on a GPU one that is not finite either, as nobody looks there).
 
     Examples
     --------
@@ -341,6 +347,10 @@ class QMarginHead(nn.Module):
         )
         return LookedAt(shard, self.weight, targets, None)
 
+    def rows_are_finite(self) -> Tensor:
+        """Whether this rank's prototypes are, a bool on the device: a search would pass one by."""
+        return are_finite(self.prototypes().inverse_norm)
+
     def training_cosines(self, embeddings: Tensor) -> Tensor:
         """[B, C] of embeddings [B, D], in the graph; TypeError where the classes are in shards."""
         if self.comm.world > 1:
@@ -381,15 +391,18 @@ class QMarginHead(nn.Module):
         if labels is not None and refused is None:
             wrong = ((labels < 0) | (labels >= self.num_classes)).sum()
         finite = unit.detach().isfinite().all()
+        finite_rows = torch.ones_like(finite)
+        if labels is not None and refused is None:
+            finite_rows = self.rows_are_finite()
         if self.comm.world == 1:
             if refused is not None:
                 raise refused
             if labels is not None:
                 _check_range(labels, wrong, self.num_classes)
-            return Agreement([len(unit)], finite, False)
+            return Agreement([len(unit)], finite, finite_rows, False)
         kernels = labels is not None and refused is None and self.may_use_kernels
         kernels = kernels and takes(self.prototypes(), alpha=2.0)
-        facts = [len(unit), wrong, refused is not None, ~finite, not kernels]
+        facts = [len(unit), wrong, refused is not None, ~finite, ~finite_rows, not kernels]
         facts = torch.stack([torch.as_tensor(fact, device=unit.device).long() for fact in facts])
         facts = torch.stack(self.comm.gather_rows(facts)).tolist()
         if refused is not None:
@@ -405,9 +418,9 @@ class QMarginHead(nn.Module):
                     f"rank {rank}: {wrong_labels} labels outside [0, {self.num_classes}){mine}: "
                     "set num_classes (out_n_neurons) to the size of the label encoder"
                 )
-        sizes, _, _, infinite, without = zip(*facts, strict=True)
-        finite = torch.tensor(not any(infinite), device=unit.device)
-        return Agreement(list(sizes), finite, not any(without))
+        sizes, _, _, *infinite, without = zip(*facts, strict=True)
+        finite, finite_rows = (torch.tensor(not any(one), device=unit.device) for one in infinite)
+        return Agreement(list(sizes), finite, finite_rows, not any(without))
 
     def _check_not_broadcast(self) -> None:
         """DDP around a larger module makes all ranks' prototypes those of the first."""
@@ -536,7 +549,7 @@ class HeadOutput:
             targets = self._checked(targets)
             objective = ask(targets)
             if isinstance(objective, Objective):
-                self._check_objective(objective)
+                self._check_objective(objective, targets)
         except (ValueError, TypeError) as error:
             refused = error  # raised where all ranks hear of it
         head._check_not_broadcast()
@@ -547,13 +560,17 @@ class HeadOutput:
                 if rows is not None:
                     return rows
             unit = F.normalize(embeddings.float(), dim=1)
-            sizes, finite, kernels = head._agree(unit, targets, refused)
+            sizes, finite, finite_rows, kernels = head._agree(unit, targets, refused)
             if kernels and isinstance(objective, Objective):
                 rows = self._fused(targets, objective, sizes)
                 if rows is not None:
                     return rows
             raw = embeddings.detach().float()
-            shard, weight, names, classes = head.looked_at(targets, sizes)
+            shard, weight, names, classes, of_drawn = head.looked_at(targets, sizes)
+            finite_rows = finite_rows if of_drawn is None else of_drawn
+            if host_decides(unit.device) and not bool(finite_rows):
+                return self._no_loss()
+            finite = finite & finite_rows
             batch = (unit, weight, self.anchored, names, raw, finite, sizes, shard)
             if isinstance(objective, BinaryObjective):
                 loss, posterior = BinaryLoss.apply(*batch, objective, *objective.parameters)
@@ -573,6 +590,15 @@ class HeadOutput:
             found = Evaluation(*HeadLoss.apply(*batch, asked))
             rows = Rows(found.loss, found.target_posterior, found.support)
             return attach(rows, objective, found.target_cosines, found.residual)
+
+    def _no_loss(self) -> Rows:
+        """NaN, without a gradient."""
+        graph = self.embeddings.float().sum(1)
+        if self.anchored is not None:
+            graph = graph + self.anchored
+        loss = torch.where(torch.zeros_like(graph, dtype=torch.bool), graph, torch.nan)
+        nothing = torch.zeros_like(loss).detach()
+        return Rows(loss, nothing, nothing)
 
     def _fused(
         self, targets: Tensor, objective: Objective, sizes: list[int] | None = None
@@ -630,8 +656,10 @@ class HeadOutput:
             raise TypeError(f"targets must be integer class labels, got {targets.dtype}")
         return targets.long()
 
-    def _check_objective(self, objective: Objective) -> None:
+    def _check_objective(self, objective: Objective, targets: Tensor) -> None:
         log_q, num_classes = objective.log_q, self.head.num_classes
+        if objective.target_log_q is not None:
+            check_rows("target_log_q", objective.target_log_q, targets)
         if log_q is not None and log_q.shape != (num_classes,):
             raise ValueError(
                 f"log_q must be one for each of {num_classes} classes, got {list(log_q.shape)}"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speechbrain_qmargin.head.classifier import LookedAt, QMarginHead
-from speechbrain_qmargin.head.prototypes import Prototypes
+from speechbrain_qmargin.head.prototypes import Prototypes, are_finite
 from speechbrain_qmargin.head.step import Shard
 
 __all__ = ["PartialHead"]
@@ -79,13 +79,6 @@ class PartialHead(QMarginHead):
         comm = self.comm
         everyone = comm.gather(targets, sizes)
         sampled = self.sample(everyone)
-        count = torch.tensor([len(sampled)], device=comm.device())
-        counts = [int(other) for other in comm.gather_rows(count)]
-        start = sum(counts[: comm.rank])
-        own = (everyone >= self.start) & (everyone < self.stop)
-        place = torch.searchsorted(sampled, (everyone - self.start).clamp(min=0))
-        place = comm.sum(torch.where(own, place + start, 0))
-        offset = sum(sizes[: comm.rank])
         centres = torch.arange(self.subcentres, device=sampled.device)
         rows = (sampled.unsqueeze(1) * self.subcentres + centres).flatten()
         known = self.rows_in_order
@@ -94,6 +87,17 @@ class PartialHead(QMarginHead):
         weight = F.embedding(rows, self.weight, sparse=known is not None)
         values = weight.detach()
         inverse_norm = values.norm(dim=1).clamp_(min=1e-12).reciprocal_()
+        finite = are_finite(inverse_norm)
+        counts = [len(sampled)]
+        if comm.world > 1:
+            facts = torch.tensor([len(sampled), int(finite)], device=comm.device())
+            counts, all_finite = torch.stack(comm.gather_rows(facts)).T.tolist()
+            finite = torch.tensor(all(all_finite), device=values.device)
+        start = sum(counts[: comm.rank])
+        own = (everyone >= self.start) & (everyone < self.stop)
+        place = torch.searchsorted(sampled, (everyone - self.start).clamp(min=0))
+        place = comm.sum(torch.where(own, place + start, 0))
+        offset = sum(sizes[: comm.rank])
         shard = Shard(
             Prototypes(values, inverse_norm, None, self._derived.sizes_on(values.device)),
             start,
@@ -103,7 +107,12 @@ class PartialHead(QMarginHead):
             None,
             self.subcentres,
         )
-        return LookedAt(shard, weight, place[offset : offset + len(targets)], sampled + self.start)
+        mine = place[offset : offset + len(targets)]
+        return LookedAt(shard, weight, mine, sampled + self.start, finite)
+
+    def rows_are_finite(self) -> Tensor:
+        """Those that are drawn are asked for when they are."""
+        return torch.ones((), dtype=torch.bool, device=self.weight.device)
 
     def training_cosines(self, embeddings: Tensor) -> Tensor:
         """There are none."""

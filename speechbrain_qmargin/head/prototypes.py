@@ -16,6 +16,7 @@ __all__ = [
     "Mark",
     "Prototypes",
     "Screen",
+    "are_finite",
     "int8_product",
     "mark",
     "screen_dtype",
@@ -52,8 +53,14 @@ def mark(weight: Tensor) -> Mark:
     content = 0
     if host_decides(weight.device) and weight.dtype == torch.float32:
         rows = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED)]
-        content = int(rows.view(torch.int32).sum(dtype=torch.int64))
+        content = int((rows.view(torch.int32) * _keys(*rows.shape)).sum(dtype=torch.int64))
     return Mark(weight.data_ptr(), weight.device, weight._version, content)
+
+
+@lru_cache(maxsize=8)
+def _keys(rows: int, dim: int) -> Tensor:
+    """Odd numbers, so that rows that change places change the sum too."""
+    return torch.arange(1, 2 * rows * dim, 2, dtype=torch.int32).view(rows, dim)
 
 
 class Screen(NamedTuple):
@@ -99,6 +106,18 @@ class Prototypes(NamedTuple):
             return self.weight[rows] * self.inverse_norm[rows].unsqueeze(1)
         unit = self.weight.index_select(0, rows)
         return unit.mul_(self.inverse_norm.index_select(0, rows).unsqueeze(1))
+
+
+def are_finite(inverse_norm: Tensor) -> Tensor:
+    """Whether the rows of these inverse norms are: a zero-dimensional bool.
+
+    Examples
+    --------
+    >>> are_finite(1 / torch.tensor([[3.0, 4.0], [0.0, torch.inf]]).norm(dim=1))
+    tensor(False)
+    """
+    low, high = torch.aminmax(inverse_norm)  # NaN propagates
+    return (low > 0) & (high < float("inf"))
 
 
 class Derived:

@@ -168,3 +168,15 @@ def test_what_it_refuses():
     with pytest.raises(TypeError, match=r"looks at some classes only.*--head dense"):
         make_loss("intertopk")(head(x), labels)
     assert len(head.sample(torch.arange(40))) == 40  # more targets than the rate
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_drawn_prototype_that_is_not_finite_is_not_passed_over(world):
+    def step(comm):
+        head = PartialHead(DIM, CLASSES, 1.0, group=comm, seed=0)
+        with torch.no_grad():
+            head.weight[0, 0] = torch.nan
+        return float(head(batch()[0], batch()[2]))
+
+    found = [step(None)] if world == 1 else on_ranks(world, step)
+    assert all(math.isnan(loss) for loss in found)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from processes import start
+from ranks import on_ranks
 from speechbrain import Brain
 from torch.optim.swa_utils import AveragedModel
 
@@ -281,3 +283,50 @@ def test_no_warning_in_a_step():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trained(steps=2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 3.0])
+@pytest.mark.parametrize("screened", [False, True])
+def test_a_prototype_that_is_not_finite_is_not_passed_over(value, alpha, screened):
+    """Whose class it is no matter: a comparison with NaN is false, so a search would not see it."""
+    head = make() if screened else QMarginHead(DIM, CLASSES)
+    with torch.no_grad():
+        head.weight[77, 2] = value
+    x = embeddings().requires_grad_()
+    loss = head(x).q_margin_loss(LABELS, alpha, 10.0, 0.2)
+    loss.backward()
+    assert loss.isnan()
+    assert head.weight.grad is None
+    assert not x.grad.any()
+    with torch.no_grad():
+        head.weight[77] = 1.0
+    assert head(x).q_margin_loss(LABELS, alpha, 10.0, 0.2).isfinite()
+
+
+def test_ranks_agree_that_a_prototype_is_not_finite():
+    def step(comm):
+        head = QMarginHead(DIM, CLASSES, group=comm, seed=0)
+        if comm.rank == 1:
+            with torch.no_grad():
+                head.weight[-1, 0] = torch.nan
+        return head(embeddings(comm.rank), LABELS).item()
+
+    assert all(math.isnan(loss) for loss in on_ranks(3, step))
+
+
+@pytest.mark.parametrize("classes", [100, 600])
+def test_prototypes_that_change_places_are_noticed(classes):
+    """All 64 rows that are looked at are the same ones, in another order."""
+    torch.manual_seed(0)
+    head = QMarginHead(DIM, classes, *PARAMETERS)
+    with torch.no_grad():
+        head.weight.mul_(torch.rand(classes, 1) * 3 + 0.1)  # the cache has their lengths
+    assert_true(head)
+    stride = max(1, classes // 64)
+    order = torch.arange(classes)
+    order[::stride] = order[::stride].flip(0)
+    head.weight.data.copy_(head.weight.data[order])
+    assert_true(head)
+    head.weight.data.copy_(head.weight.data.flip(1))
+    assert_true(head)
