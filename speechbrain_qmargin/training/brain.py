@@ -534,6 +534,14 @@ class VerificationBrain(OpenBrain):
         """One record per epoch: loss, learning rate, seconds, support, validation."""
         return read_history(self._history_file)
 
+    def loss_values(self) -> dict[str, float]:
+        """The loss's numbers after the last epoch, which may be that of an earlier process."""
+        cost = self.hparams.compute_cost
+        if not isinstance(cost, Loss):
+            return {}
+        last = self.history()[-1] if self.history() else {}
+        return cost.values() | {name: last[name] for name in self._full if name in last}
+
     # ---------------------------------------------------------------- embeddings
 
     def extract(

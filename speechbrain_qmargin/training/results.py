@@ -61,8 +61,8 @@ def verify(
     )
 
     seconds = sum(record["seconds"] for record in history)
-    name = settings["loss"]
-    lines = [f"{name}, {settings['model']}, {len(history)} epochs, seed {settings['seed']}"]
+    called = settings["loss"]
+    lines = [f"{called}, {settings['model']}, {len(history)} epochs, seed {settings['seed']}"]
     lines += [note] if note else []
     folds = {}
     for name, same in (pair_sets or {}).items():
@@ -78,7 +78,7 @@ def verify(
             f"at most {last['support_max']}; {100 * last['zero_loss']:.0f} % of the samples at "
             "zero loss"
         )
-    lines += [f"{name} is {one['advice']}" for one in history if "advice" in one]
+    lines += [f"{called} is {one['advice']}" for one in history if "advice" in one]
     pictures = [f"scores/{name}/det.png" for name in [*lists, *folds]]
     files = ", ".join([*pictures, "scores", "embeddings.npz", "history.jsonl"])
     lines.append(f"files: {folder}/ {files}")

@@ -224,7 +224,6 @@ def _train_and_verify(
         classes = {name: data.cohort_classes[name] for name in cohort_embeddings}
         top_n = min(hparams["top_n"], len(set(classes.values())))
         cohort = Cohort.of(cohort_embeddings, classes, top_n=top_n)
-    cost = hparams["compute_cost"]
     verify(
         folder,
         embeddings,
@@ -234,6 +233,6 @@ def _train_and_verify(
         cohort=cohort,
         pair_sets=task.pair_sets,
         units=task.units,
-        loss=cost.values() if isinstance(cost, Loss) else None,
+        loss=brain.loss_values(),
     )
     return brain.epochs_trained > 0

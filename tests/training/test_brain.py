@@ -545,6 +545,20 @@ def test_the_margin_follows_its_schedule_and_is_logged(folder, tmp_path):
     assert brain.hparams.compute_cost.margin == pytest.approx(0.3)
 
 
+def test_results_name_the_margin_that_was_reached_whichever_process_trained(folder, tmp_path):
+    """A schedule may end after the training, and results be written by a later start."""
+    schedule = {"margin_from_epoch": 1, "margin_until_epoch": 9, "number_of_epochs": 2}
+    fit, brain, _ = make_brain(folder, tmp_path, margin=0.3, **schedule)
+    fit()
+    reached = 0.3 * (1 - 1e-3 ** (1.75 / 8))  # before the last of four steps of the second epoch
+    fit, resumed, _ = make_brain(folder, tmp_path, margin=0.3, **schedule)
+    fit()
+    assert resumed.epochs_trained == 0
+    for each in (brain, resumed):
+        found = each.loss_values()
+        assert found == pytest.approx({"alpha": 1.5, "scale": 10.0, "margin": reached})
+
+
 def test_the_last_epochs_are_averaged(folder, tmp_path):
     fit, brain, test = make_brain(folder, tmp_path, average_checkpoints=2, lr=0.05)
     fit()
