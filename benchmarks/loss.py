@@ -2,6 +2,7 @@
 
     python benchmarks/loss.py [--repetitions 15] [--cpu_time]
     python benchmarks/loss.py --family --batch 128 --classes 5994       every loss beside ArcFace
+    python benchmarks/loss.py --sparse qmargin qmargin_f --batch 128    these on the sparse head
 
 Contenders take turns, so a drift of the machine's speed meets all of them; medians are printed.
 "Near" embeddings lie about their prototype (a trained network), "far" ones are independent of it
@@ -19,7 +20,8 @@ from entmax import entmax_bisect_loss
 from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
 from torch import Tensor
 
-from speechbrain_qmargin import LOSSES, Loss, QMarginLoss, make_loss
+from speechbrain_qmargin import LOSSES, Loss, QMarginHead, QMarginLoss, make_loss
+from speechbrain_qmargin.head import RowSparseSGD
 from speechbrain_qmargin.loss.dense import DenseScores
 
 # alpha: scale, as the paper pairs them
@@ -94,12 +96,39 @@ def measure(
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
+def measure_sparse(
+    names: list[str], batch: int, classes: int, noise: float | None, repetitions: int, clock
+) -> dict[str, float]:
+    """As :func:`measure`, of losses on the sparse head, with the step of the prototypes."""
+    torch.manual_seed(0)
+    heads = [QMarginHead(192, classes, seed=0) for _ in names]
+    optimizers = [RowSparseSGD([head.weight], lr=1e-6, head=head) for head in heads]
+    losses = [make_loss(name) for name in names]
+    labels = torch.randint(classes, (batch,))
+    embeddings = torch.randn(batch, 192)
+    if noise is not None:
+        embeddings = heads[0].weight.detach()[labels] + noise * embeddings
+    embeddings = 60 * F.normalize(embeddings, dim=1)  # between the norms of qmargin_magnitude
+    times: list[list[float]] = [[] for _ in names]
+    for repetition in range(repetitions + 1):
+        for each, head, optimizer, loss in zip(times, heads, optimizers, losses, strict=True):
+            x = embeddings.clone().requires_grad_()
+            start = clock()
+            loss(head(x), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if repetition:
+                each.append(clock() - start)
+    return {name: 1000 * statistics.median(each) for name, each in zip(names, times, strict=True)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--classes", type=int, nargs="+", default=[5994, 17982])
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--family", action="store_true", help="every loss of the registry")
+    parser.add_argument("--sparse", nargs="+", metavar="LOSS", help="these on the sparse head")
     parser.add_argument("--cpu_time", action="store_true", help="processor time of one thread")
     args = parser.parse_args()
     clock = time.process_time if args.cpu_time else time.perf_counter
@@ -111,11 +140,16 @@ def main() -> None:
     )
     settings = [(c, noise) for c in args.classes for noise in (0.05, None)]
     columns = [
-        measure(args.batch, c, noise, args.repetitions, clock, args.family) for c, noise in settings
+        measure_sparse(args.sparse, args.batch, c, noise, args.repetitions, clock)
+        if args.sparse
+        else measure(args.batch, c, noise, args.repetitions, clock, args.family)
+        for c, noise in settings
     ]
     heads = [f"C = {c:,}, {'far' if noise is None else 'near'}" for c, noise in settings]
     unit = "arcface" if args.family else "SpeechBrain AdditiveAngularMargin"
     against = "arcface" if args.family else "AAM; over entmax at the same alpha"
+    if args.sparse:
+        unit = against = args.sparse[0]
     print(f"| ms a step (over {against}) | " + " | ".join(heads) + " |")
     print("|---|" + "---|" * len(heads))
     for name in columns[0]:

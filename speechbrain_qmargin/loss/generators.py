@@ -95,6 +95,11 @@ class Generator:
     at_zero: float
     alpha: float | None = None
 
+    def __reduce__(self):  # by name: its functions have none
+        if GENERATORS.get(self.name) is self:
+            return generator_named, (self.name,)
+        return super().__reduce__()
+
     @property
     def is_sparse(self) -> bool:
         """Whether classes far behind have a posterior of exactly 0."""

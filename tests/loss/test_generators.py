@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -237,3 +238,10 @@ def test_thousands_of_classes_take_few_evaluations(name, lead):
     p = f_softargmax(logits.double(), counted, log_q)
     torch.testing.assert_close(p.sum(1), torch.ones(8, dtype=torch.float64), rtol=0, atol=1e-14)
     assert len(calls) <= 25
+
+
+@pytest.mark.parametrize("name", ["le_cam", "jensen_shannon"])
+def test_a_loss_is_pickled_with_its_divergence(name):
+    loss = pickle.loads(pickle.dumps(make_loss("qmargin_f", options={"divergence": name})))
+    assert repr(loss) == repr(make_loss("qmargin_f", options={"divergence": name}))
+    assert loss(torch.tensor([[0.5, 0.1, 0.3]]), torch.tensor([1])) > 0
