@@ -16,8 +16,10 @@ on the dense and on the sparse head. A cross-entropy says how cosines move; a Fe
 gives alpha and log q; one that decides about each class on its own gives a ``BinaryObjective``;
 what is none of these overrides :meth:`Loss.rows` and asks for all cosines.
 
-What a loss learns is an ``nn.Parameter`` of it, what it keeps a buffer. The recipes train the first
-with the encoder, the same in all processes, and save both with a checkpoint. In a recipe of
+What a loss learns is an ``nn.Parameter`` of it, what it keeps a buffer, both made in ``__init__``.
+The recipes train the first with the encoder, the same in all processes, and save both with a
+checkpoint. A buffer that follows the batches is of one process's samples, unless the loss gathers
+those of all (:func:`~speechbrain_qmargin.loss.norms.of_all_processes`). In a recipe of
 SpeechBrain's, list such a loss in ``modules`` and in the checkpointer's ``recoverables``.
 """
 

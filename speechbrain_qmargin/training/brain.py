@@ -119,6 +119,7 @@ class VerificationBrain(OpenBrain):
             cost.to(self.device)
             if self.checkpointer is not None and cost.state_dict():  # running values, counters
                 self.checkpointer.add_recoverable("loss", cost)
+        self._loss_state, self._loss_asked = set(_state_of(cost)), False
         self._reset = self._prototype_reset()
         encoder = self.modules["embedding_model"]
         self._freezing = Freezing.of(encoder, self.hparams)
@@ -342,7 +343,21 @@ class VerificationBrain(OpenBrain):
         """SpeechBrain's; losses that are not finite are counted after the step."""
         loss = super().fit_batch(batch)
         super().check_loss_isfinite(loss)  # which is on the CPU by now
+        if not self._loss_asked:
+            self._ask_loss()
         return loss
+
+    def _ask_loss(self) -> None:
+        """Refuse what a loss makes with its first batch: nobody would train it, or save it."""
+        self._loss_asked = True
+        cost = self.hparams.compute_cost
+        new = sorted(set(_state_of(cost)) - self._loss_state)
+        if new:
+            raise ValueError(
+                f"loss: {type(cost).__name__} has {', '.join(new)} since its first batch. What a "
+                "loss keeps or learns is made in its __init__ (or in count_classes): otherwise no "
+                "optimiser trains it, and no checkpoint has it"
+            )
 
     def check_loss_isfinite(self, loss):
         """Nothing: before the backward pass the host would wait for a GPU. See `fit_batch`."""
@@ -654,6 +669,11 @@ def _learnt_by(loss: Any) -> dict[str, nn.Parameter]:
     """What a loss of ours learns itself; SpeechBrain's learn nothing."""
     named = loss.named_parameters(prefix="loss") if isinstance(loss, Loss) else ()
     return {name: p for name, p in named if p.requires_grad}
+
+
+def _state_of(loss: Any) -> list[str]:
+    """Names of what a loss of ours keeps or learns."""
+    return list(loss.state_dict()) if isinstance(loss, Loss) else []
 
 
 def _average_gradient(parameter: nn.Parameter) -> None:

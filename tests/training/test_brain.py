@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -267,6 +268,30 @@ def test_what_a_loss_keeps_is_in_the_checkpoint(folder, tmp_path, loss, head):
     for parameter in whole.hparams.compute_cost.parameters():
         assert parameter.item() not in (0, math.log(10 * 4))  # it has moved
         assert parameter in whole.optimizer.state
+
+
+LAZY = """
+import torch
+from speechbrain_qmargin import CosFaceLoss
+
+
+class LazyLoss(CosFaceLoss):
+    def objective(self, scores, targets):
+        if not hasattr(self, "seen"):
+            self.register_buffer("seen", torch.zeros(()))
+        self.seen += len(targets)
+        return super().objective(scores, targets)
+"""
+
+
+def test_what_a_loss_makes_with_its_first_batch_is_named(folder, tmp_path, monkeypatch):
+    """No checkpoint would have it: a resumed run would count from zero."""
+    (tmp_path / "lazy_losses.py").write_text(LAZY)
+    monkeypatch.syspath_prepend(tmp_path)
+    fit, _, _ = make_brain(folder, tmp_path / "run", loss="lazy_losses:LazyLoss")
+    with pytest.raises(ValueError, match=r"LazyLoss has seen since its first batch.*__init__"):
+        fit()
+    sys.modules.pop("lazy_losses")
 
 
 @pytest.mark.slow
