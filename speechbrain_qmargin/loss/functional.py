@@ -385,6 +385,7 @@ def q_margin_objective(
         looked_at = host_decides(log_q.device) and not torch.compiler.is_compiling()
         if looked_at and not bool(log_q.detach().isfinite().all()):
             raise ValueError("log_q is not finite everywhere: q must be positive")
+        log_q = log_q.to(compute_dtype(log_q))  # powers of q in half precision would be coarse
         # a label beyond is refused where the number of classes is known
         prior = prior + log_q.to(prior.dtype)[targets.long().clamp(0, len(log_q) - 1)]
     return Objective(scale, alpha, target_log_q=prior, log_q=log_q, spread=spread)

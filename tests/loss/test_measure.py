@@ -244,6 +244,24 @@ def test_the_sparse_head_takes_the_same_measure(alpha, scale, classes):
         head(x).q_margin_loss(labels, alpha, scale, 0.2, log_q=log_q.requires_grad_())
 
 
+@pytest.mark.parametrize("alpha", [1.05, 1.5, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_measure_in_half_precision_is_taken_as_the_numbers_it_holds(dtype, alpha):
+    torch.manual_seed(0)
+    head = QMarginHead(8, 300)
+    x, labels = torch.randn(6, 8), torch.arange(6)
+    cosines = F.normalize(x) @ F.normalize(head.weight.detach()).T
+    log_q = (3 * torch.randn(300)).to(dtype)
+    exact = {"log_q": log_q.double(), "reduction": "none"}
+    wanted = q_margin_loss(cosines.double(), labels, alpha, 5, 0.2, **exact)
+    half = {"log_q": log_q, "reduction": "none"}
+    for found in (
+        q_margin_loss(cosines, labels, alpha, 5, 0.2, **half),
+        head(x).q_margin_loss(labels, alpha, 5, 0.2, **half),
+    ):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_zero_loss_counts_no_rounding():
     """At alpha = 1 a loss may round to 0, and none of them is."""
     cosines = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
