@@ -91,6 +91,12 @@ def load_shards(
         raise FileNotFoundError(f"{folder} holds no checkpoint of a head: no {_INDEX}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / _INDEX} is no index of a head's shards: {error}") from None
+    ends = [0, *(stop for _, stop, _ in stored_shards)]
+    if [start for start, _, _ in stored_shards] != ends[:-1] or ends[-1] != theirs[2]:
+        raise ValueError(
+            f"{folder / _INDEX} is no index of a head's shards: they do not follow each other from "
+            f"0 to {theirs[2]} classes"
+        )
     ours = (weight.shape[1], subcentres, num_classes)
     if theirs != ours and not (first_rows and theirs[:2] == ours[:2] and theirs[2] > ours[2]):
         raise ValueError(
@@ -104,6 +110,12 @@ def load_shards(
         if low >= high:
             continue
         stored = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+        rows = (stop - start) * subcentres
+        if stored["weight"].shape != (rows, weight.shape[1]):
+            raise ValueError(
+                f"{folder / name} has prototypes {list(stored['weight'].shape)}, its index says "
+                f"{[rows, weight.shape[1]]}"
+            )
         here, there = (
             slice((low - origin) * subcentres, (high - origin) * subcentres)
             for origin in (first, start)
@@ -111,7 +123,6 @@ def load_shards(
         weight[here] = stored["weight"][there].to(weight.device)
         if optimizer is not None and "optimizer" in stored:
             state = stored["optimizer"]
-            rows = (stop - start) * subcentres
             state = {
                 key: value[there] if value.ndim and len(value) == rows and key != "idle" else value
                 for key, value in state.items()

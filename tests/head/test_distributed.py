@@ -226,6 +226,22 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path):
         QMarginHead(DIM, 51).load_shards(tmp_path)
 
 
+def test_a_checkpoint_that_lacks_classes_is_refused(tmp_path):
+    """They would stay as they were drawn; and a file of one row would be everybody's prototype."""
+    head = QMarginHead(DIM, 50)
+    head.save_shards(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    name = index["shards"][0][2]
+    for shards in ([[0, 20, name], [30, 50, name]], [[0, 40, name]], []):
+        (tmp_path / "index.json").write_text(json.dumps({**index, "shards": shards}))
+        with pytest.raises(ValueError, match="do not follow each other from 0 to 50"):
+            head.load_shards(tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    torch.save({"weight": head.weight.detach()[:1].clone()}, tmp_path / name)
+    with pytest.raises(ValueError, match=r"prototypes \[1, 16\], its index says \[50, 16\]"):
+        head.load_shards(tmp_path)
+
+
 def bad_input(rank, world):
     head = QMarginHead(DIM, 50)
     x, labels = batch(rank, world, 50)
