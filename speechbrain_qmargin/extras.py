@@ -31,13 +31,13 @@ def require(*modules: str, why: str, extra: str) -> None:
     >>> require("numpy", "no_such_module", why="figures", extra="report")
     Traceback (most recent call last):
     ImportError: figures: No module named 'no_such_module'; in a clone of this project: pip install
-    '.[report]'
+    -e '.[report]'
     """
     for module in modules:
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise ImportError(
-                f"{why}: {error}; in a clone of this project: pip install '.[{extra}]'",
+                f"{why}: {error}; in a clone of this project: pip install -e '.[{extra}]'",
                 name=error.name,
             ) from error

@@ -110,15 +110,20 @@ def named_file(setting: str, path: str | Path) -> Path:
 
     Raises
     ------
-    FileNotFoundError, IsADirectoryError
-        Nothing there, or a folder; with the setting and the path.
+    FileNotFoundError, IsADirectoryError, ValueError
+        Nothing there, a folder, or no path; with the setting.
 
     Examples
     --------
     >>> named_file("valid_file", "gone.txt")
     Traceback (most recent call last):
     FileNotFoundError: valid_file: gone.txt does not exist
+    >>> named_file("valid_file", ["a.txt"])
+    Traceback (most recent call last):
+    ValueError: valid_file: ['a.txt'] is no path of one file
     """
+    if not isinstance(path, (str, Path)):  # of a YAML: a list, a number
+        raise ValueError(f"{setting}: {path} is no path of one file")
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{setting}: {path} is a folder; give the file")
@@ -260,8 +265,8 @@ def load_record(path: str | Path, kind: str, make: Callable[..., Any]) -> Any:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content.pop("format") != f"speechbrain_qmargin {kind} 1":
-            raise KeyError("format")
+        if content.pop("format", None) != f"speechbrain_qmargin {kind} 1":
+            raise ValueError(f"its format is not 'speechbrain_qmargin {kind} 1'")
         return make(**content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         article = "an" if kind[0] in "aeiou" else "a"

@@ -38,7 +38,7 @@ def test_the_package_is_not_said_to_be_on_an_index():
 
 
 def test_the_message_says_what_is_missing_and_how_it_is_had():
-    wanted = r"^plots: .*'no_such'; .* pip install '\.\[report\]'$"
+    wanted = r"^plots: .*'no_such'; .* pip install -e '\.\[report\]'$"
     with pytest.raises(ImportError, match=wanted) as raised:
         require("math", "no_such", why="plots", extra="report")
     assert raised.value.name == "no_such"

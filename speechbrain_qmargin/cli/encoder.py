@@ -112,6 +112,9 @@ def _export(args: argparse.Namespace) -> None:
 
     outputs = [one for one in (args.onnx, args.wespeaker, args.arcface_torch) if one]
     refuse_overwriting(outputs, [args.operating_point])
+    for option, file in (("--onnx", args.onnx), ("--arcface_torch", args.arcface_torch)):
+        if file and Path(file).is_dir():  # before minutes of work
+            raise IsADirectoryError(f"{option}: {file} is a folder; give the file to write")
     place = Path(args.run_folder)
     if not is_run(place) and not outputs and not args.operating_point and place.exists():
         raise ValueError(f"{place}: no run; say what to write of it: --onnx, --wespeaker or "

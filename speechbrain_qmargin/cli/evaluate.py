@@ -15,6 +15,8 @@ from speechbrain_qmargin.cli.inputs import (
     columns_of,
     read_scored,
     read_systems,
+    several,
+    share,
 )
 from speechbrain_qmargin.embeddings import Embeddings, load_embeddings, load_mean
 from speechbrain_qmargin.files import refuse_overwriting, replacing, write_text
@@ -234,14 +236,6 @@ def _plda(args) -> None:
     print(f"{args.output}: {len(trials):,} scores of {trials.source}")
 
 
-def _numbers(kind):
-    def parse(text: str) -> list:
-        return [kind(part) for part in text.split(",") if part]
-
-    parse.__name__ = f"list of {kind.__name__}"
-    return parse
-
-
 def configure(add) -> None:
     """The subcommands that evaluate further; see :mod:`speechbrain_qmargin.cli`."""
 
@@ -256,7 +250,7 @@ def configure(add) -> None:
     at = sub.add_mutually_exclusive_group()
     at.add_argument("--operating_point", metavar="FILE", help="its threshold")
     at.add_argument("--threshold", type=float)
-    at.add_argument("--far", type=float, default=1e-2, help="threshold for it on these scores")
+    at.add_argument("--far", type=share, default=1e-2, help="threshold for it on these scores")
     sub.add_argument("--output", help="JSON to write")
     add_scored(sub)
 
@@ -269,7 +263,7 @@ def configure(add) -> None:
     sub.add_argument("--development_utt2spk", help="speakers of the development recordings")
     sub.add_argument("--fusion", metavar="FILE", help="fitted before")
     sub.add_argument("--save", metavar="FILE", help="JSON of the fusion to write")
-    sub.add_argument("--p_target", type=float, default=0.01)
+    sub.add_argument("--p_target", type=share, default=0.01)
     add_scored(sub)
 
     sub = add("watchlist", _watchlist)
@@ -277,10 +271,10 @@ def configure(add) -> None:
     sub.add_argument("gallery", help="'recording identity' lines, several an identity")
     sub.add_argument("probes", help="'recording identity' lines")
     sub.add_argument("--mean", metavar="EMBEDDINGS", help="subtract the mean of these")
-    sub.add_argument("--ranks", type=_numbers(int), default=[1, 5, 10, 20])
-    sub.add_argument("--fpirs", type=_numbers(float), default=[0.1, 0.01, 0.001])
+    sub.add_argument("--ranks", **several(int), default=[1, 5, 10, 20])
+    sub.add_argument("--fpirs", **several(share), default=[0.1, 0.01, 0.001])
     sub.add_argument("--rank_limit", type=int, default=1, help="found: among so many")
-    sub.add_argument("--sizes", type=_numbers(int), default=[], help="of smaller watch lists")
+    sub.add_argument("--sizes", **several(int), default=[], help="of smaller watch lists")
     sub.add_argument("--combine", default="max", choices=("max", "mean"),
                      help="an identity's score from its templates'")  # fmt: skip
     sub.add_argument("--output", help="JSON to write")
@@ -288,7 +282,7 @@ def configure(add) -> None:
     sub = add("bayes", _bayes)
     sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES")
     sub.add_argument("--output", default="bayes_error.png", help="picture to write")
-    sub.add_argument("--priors", type=_numbers(float), default=[0.5, 0.05, 0.01, 0.001])
+    sub.add_argument("--priors", **several(share), default=[0.5, 0.05, 0.01, 0.001])
     add_scored(sub)
 
     sub = add("quality", _quality)

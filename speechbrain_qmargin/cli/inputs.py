@@ -3,14 +3,68 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from speechbrain_qmargin.scoring.score_files import ScoreFile, read_score_file
 from speechbrain_qmargin.trials import Trials, read_unlabelled
 
-__all__ = ["add_scored", "add_tables", "columns_of", "read_scored", "read_systems"]
+__all__ = [
+    "add_scored",
+    "add_tables",
+    "columns_of",
+    "read_scored",
+    "read_systems",
+    "several",
+    "share",
+]
+
+
+def share(text: str) -> float:
+    """A rate, prior or confidence of the command line.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        No number between 0 and 1; 1 % is 0.01.
+
+    Examples
+    --------
+    >>> share("1e-2")
+    0.01
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if 0 < value < 1:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1; 1 % is 0.01")
+
+
+def several(kind: Callable[[str], Any]) -> dict[str, Any]:
+    """Of an argument that takes some values, side by side or between commas: ``0.1,0.01``.
+
+    Examples
+    --------
+    >>> parser = argparse.ArgumentParser()
+    >>> _ = parser.add_argument("--sizes", **several(int))
+    >>> parser.parse_args(["--sizes", "5,10", "20"]).sizes
+    [5, 10, 20]
+    """
+
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",") if part]
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return {"type": parse, "nargs": "+", "action": _Joined}
+
+
+class _Joined(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, [one for part in values or () for one in part])
 
 
 def add_tables(sub: argparse.ArgumentParser) -> None:

@@ -7,10 +7,12 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from speechbrain_qmargin.cli.inputs import share
 
 __all__ = ["configure"]
 
@@ -23,7 +25,8 @@ be in both under two names. With --cohort, a folder of other people or their emb
 extract`), scores are normalised (AS-norm).
 
 The threshold is written beside the encoder with its error rates, their intervals, the calibration,
-the cohort and the score histogram, all bound to this encoder.
+the cohort and the score histogram, all bound to this encoder. People whom it was trained on, by the
+names of its classes, are left out.
 """
 ENROL = """
 Several recordings make a better template than one. They are refused, all together, if one is too
@@ -76,10 +79,14 @@ def _threshold(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from speechbrain_qmargin.embeddings import Embeddings, load_embeddings, save_embeddings
+    from speechbrain_qmargin.export.inference import trained_on
     from speechbrain_qmargin.files import refuse_overwriting
+    from speechbrain_qmargin.published import split_format
     from speechbrain_qmargin.verify import threshold as module
     from speechbrain_qmargin.verify.verifier import load_reader, place_of
 
+    if args.enrol_with < 1 or args.utterances < 2:  # before anything is embedded
+        raise ValueError("--enrol_with is 1 or more, --utterances 2 or more")
     if args.save:
         refuse_overwriting([args.save], [args.people, args.cohort])
         if Path(args.save).suffix != ".npz":
@@ -87,14 +94,18 @@ def _threshold(args: argparse.Namespace) -> None:
     place = place_of(args.encoder)
     reader = load_reader(args.encoder, args.device, args.trust, checked=not args.unchecked)
     folders = []
+    trained = trained_on(split_format(args.encoder)[1])
 
     def embedded(source: Path, part: str) -> Embeddings:
+        known = trained if part == "people" else frozenset()  # a cohort may be of them
         if source.suffix == ".npz":
             found = load_embeddings(source)
             if found.encoder != reader.digest:
                 raise ValueError(f"{source}: embeddings of another encoder, or of one not known")
-            return found
+            kept = _without(found, known, source)
+            return Embeddings(kept, found.matrix[found.rows(kept)], found.source, found.encoder)
         files, content = _files(source, reader.modality)
+        files = {name: files[name] for name in _without(files, known, source)}
         folders.append(place.with_name(f".{place.name}.{part}.parts"))
         with tqdm(total=len(files), desc=part, unit="file", disable=args.quiet) as bar:
             found, faults = module.embed_files(reader, files, folders[-1], bar.update, content)
@@ -136,6 +147,27 @@ def _threshold(args: argparse.Namespace) -> None:
     ]
     content = asdict(point) | {"eer": found.eer, "people": found.people, "notes": found.notes}
     _say(args, content, "\n".join(lines))
+
+
+def _without(ids: Iterable[str], trained: Collection[str], source: Path) -> list[str]:
+    """The ids but those of people whom the encoder was trained on: its errors on them are fewer."""
+    from speechbrain_qmargin.tables import some
+    from speechbrain_qmargin.trials import speaker_in
+
+    person = {name: speaker_in(name) for name in ids if "/" in name}
+    everybody = set(person.values())
+    known = sorted(everybody & set(trained))
+    if known and len(known) == len(everybody):
+        raise ValueError(
+            f"{source}: the encoder was trained on all {len(known)} people; a threshold wants "
+            "others"
+        )
+    if known:
+        print(
+            f"people: {len(known)} of the {len(everybody)} are left out, on whom the encoder was "
+            f"trained: {some(known)}"
+        )
+    return [name for name in ids if person.get(name) not in known]
 
 
 def _files(source: Path, modality: str) -> tuple[Mapping[str, Any], Callable[[Any], Any]]:
@@ -295,7 +327,7 @@ def configure(add) -> None:
     sub.add_argument("people", metavar="PEOPLE", help="a folder of your people, a list, or .npz")
     sub.add_argument("--save", metavar="FILE", help="keep PEOPLE's embeddings (.npz) for the next "
                      "time: for another --far or --cohort")  # fmt: skip
-    sub.add_argument("--far", type=float, default=0.01, help="share of impostors to let in")
+    sub.add_argument("--far", type=share, default=0.01, help="share of impostors to let in")
     sub.add_argument("--cohort", metavar="OTHERS", help="a folder or .npz of other people")
     sub.add_argument("--method", default="as", choices=("as", "s", "z", "t"))
     sub.add_argument("--top_n", type=int, help="of the cohort; a third of it, at most 300")

@@ -18,6 +18,8 @@ from speechbrain_qmargin.cli.inputs import (
     columns_of,
     read_scored,
     read_systems,
+    several,
+    share,
 )
 from speechbrain_qmargin.embeddings import (
     ENROLMENT_RULES,
@@ -269,11 +271,11 @@ def configure(add) -> None:
         sub.add_argument("--norm_of", metavar="EMBEDDINGS", help="embedding norm as a measure")
 
     def costs(sub, fars, priors, prior_name):
-        sub.add_argument("--fars", type=float, nargs="+", default=fars, help="of TAR@FAR")
-        sub.add_argument(prior_name, type=float, nargs="+", default=priors, help="of the DCFs")
+        sub.add_argument("--fars", **several(share), default=fars, help="of TAR@FAR")
+        sub.add_argument(prior_name, **several(share), default=priors, help="of the DCFs")
         sub.add_argument("--c_miss", type=float, default=1.0, help="cost of a miss")
         sub.add_argument("--c_fa", type=float, default=1.0, help="cost of a false accept")
-        sub.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
+        sub.add_argument("--confidence", type=share, default=0.95, help="of the intervals")
 
     sub = add("cosine", _cosine)
     embedded(sub)
@@ -294,7 +296,7 @@ def configure(add) -> None:
     sub.add_argument("output", help="calibration JSON to write")
     add_scored(sub)
     measured(sub)
-    sub.add_argument("--p_target", type=float, default=0.01)
+    sub.add_argument("--p_target", type=share, default=0.01)
 
     sub = add("apply", _apply)
     sub.add_argument("calibration")
@@ -325,7 +327,7 @@ def configure(add) -> None:
     sub.add_argument("--output", default="report", help="folder to write")
     add_scored(sub)
     sub.add_argument("--title", default="Verification report")
-    sub.add_argument("--far", type=float, default=1e-2, help="of the operating point")
+    sub.add_argument("--far", type=share, default=1e-2, help="of the operating point")
     costs(sub, FARS, PRIORS, "--priors")
     sub.add_argument("--llr", action="store_true", help="scores are log-likelihood ratios")
     sub.add_argument("--development", action="append", default=[], metavar="[NAME=]SCORES",

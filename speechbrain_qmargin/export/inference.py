@@ -30,6 +30,7 @@ __all__ = [
     "export_run",
     "set_operating_point",
     "set_plain_threshold",
+    "trained_on",
 ]
 
 MAX_CLASSES = 100_000
@@ -312,6 +313,23 @@ def _save(module: nn.Module, file: Path) -> bool:
     if state:
         torch.save(state, file)
     return bool(state)
+
+
+def trained_on(folder: str | Path) -> frozenset[str]:
+    """The names of the classes that an encoder was trained on; none where its folder tells none.
+
+    Parameters
+    ----------
+    folder : path
+        A run, an inference folder, or a folder that SpeechBrain published. Names that are mere
+        numbers, as records have them, are nobody's and left out.
+    """
+    for name in ("save/label_encoder.txt", "label_encoder.ckpt", "label_encoder.txt"):
+        encoder = CategoricalEncoder()
+        if (Path(folder) / name).is_file() and encoder.load_if_possible(Path(folder) / name):
+            labels = (str(label) for label in encoder.lab2ind)
+            return frozenset(label for label in labels if not label.isdigit())
+    return frozenset()
 
 
 def _labels(path: str | Path | None) -> int | None:

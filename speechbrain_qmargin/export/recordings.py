@@ -24,6 +24,8 @@ def find_recordings(audio: Path) -> dict[str, Path]:
     """Id to file, of a folder or of a list."""
     if audio.is_dir():
         return _recordings_in(audio)
+    if audio.suffix.lower() in AUDIO_SUFFIXES:
+        raise ValueError(f"{audio}: a recording; give its folder, or a list of recordings")
     return read_list(audio, "recordings")
 
 

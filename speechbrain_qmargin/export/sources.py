@@ -20,8 +20,9 @@ def read_list(path: str | Path, what: str) -> dict[str, Path]:
 
     Raises
     ------
-    ValueError
-        A line that is a command, an id twice, an empty list: with file and line.
+    FileNotFoundError, ValueError
+        A line that is a command, an id twice, an empty list: with file and line. A list none of
+        whose files is there.
     """
     found: dict[str, Path] = {}
     for number, line in enumerate(read_lines(path)[0], 1):
@@ -33,10 +34,17 @@ def read_list(path: str | Path, what: str) -> dict[str, Path]:
         if not file or Path(line.strip()).is_file():  # a path alone, perhaps with spaces in it
             name = file = line.strip()
         if name in found:
-            raise ValueError(f"{path}:{number}: {name} is there twice")
+            raise ValueError(
+                f"{path}:{number}: {name} is there twice; a line is a path, or an id and a path"
+            )
         found[name] = Path(file.strip())
     if not found:
         raise ValueError(f"{path}: no {what} in it")
+    if not any(file.is_file() for file in found.values()):
+        raise FileNotFoundError(
+            f"{path}: none of its {len(found):,} {what} is there, from {Path.cwd()}; the first is "
+            f"{next(iter(found.values()))}"
+        )
     return found
 
 

@@ -42,7 +42,8 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     except (
         pickle.UnpicklingError, EOFError, zipfile.BadZipFile, RuntimeError, ValueError, KeyError,
     ) as error:  # fmt: skip
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split())  # torch's, without what it says of running code
+        text = text.rpartition("WeightsUnpickler error: ")[2].partition(" Please use ")[0]
         raise ValueError(
             f"{path}: not a checkpoint of weights alone, or damaged; nothing of it was loaded "
             f"({text[:160]})"

@@ -156,6 +156,10 @@ def write_report(
             spread=reports[name].spread,
             confidence=confidence,
         )
+    if (folder / "report.json").is_file():  # of another report, whose thresholds must not stay
+        for pattern in ("operating_point*.json", "histogram_*.png", "bayes_error.png"):
+            for old in folder.glob(pattern):
+                old.unlink()
     curves = {name: (report.points, report.spread) for name, report in reports.items()}
     figure = det_figure(curves, title, confidence)
     pictures["det"] = figure

@@ -330,8 +330,8 @@ def refuse_cosines(points: OperatingPoints, force: bool = False) -> None:
     if largest <= 1 + 1e-6 and not force:
         raise ValueError(
             f"the largest |score| is {largest:.3g}: these look like cosines, not log-likelihood "
-            "ratios. Calibrate them first (speechbrain_qmargin.scoring.calibration), or pass "
-            "force=True"
+            "ratios. Calibrate them first (`qmargin calibrate`, or in Python fit_calibration; "
+            "force=True takes them as they are)"
         )
 
 

@@ -70,7 +70,8 @@ class Experiment:
         The whole experiment as one HyperPyYAML document: the YAML with what it extends, its
         overlays and the command line.
     settings : dict
-        The plain values (numbers, strings, lists) of `text`, resolved.
+        The plain values (numbers, strings, lists) of `text`, resolved. One that is not there is a
+        ValueError that names the YAML.
     """
 
     hparams_file: str
@@ -96,6 +97,21 @@ class Experiment:
         except TypeError as error:  # an argument of the wrong kind
             what = ": ".join(str(one) for one in error.args)
             raise ValueError(f"{self.hparams_file} with these settings: {what}") from error
+        except ModuleNotFoundError as error:  # of an object that a setting chose
+            raise ModuleNotFoundError(
+                f"{self.hparams_file} with these settings: {error}; pip install {error.name}, or "
+                "put its folder on PYTHONPATH",
+                name=error.name,
+            ) from error
+
+
+class _Settings(dict):
+    """Settings of a YAML; a recipe that is given another recipe's misses some."""
+
+    source = ""
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"{self.source} has no setting {key}: is it the YAML of another recipe?")
 
 
 def load_experiment(argv: list[str]) -> Experiment:
@@ -111,7 +127,8 @@ def load_experiment(argv: list[str]) -> Experiment:
     """
     given = CommandLine.of(argv)
     text = composed(given)
-    settings = plain_settings(resolved(text))
+    settings = _Settings(plain_settings(resolved(text)))
+    settings.source = given.hparams_file
     return Experiment(given.hparams_file, given.run_opts(), text, settings)
 
 

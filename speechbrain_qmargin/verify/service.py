@@ -17,9 +17,11 @@ A client sends contents, never paths, and may be answered ``{"error": {"code", "
 
 # no `from __future__ import annotations`: FastAPI reads those of functions that are made in one
 import asyncio
+import contextlib
 import hmac
 import os
 import secrets
+import socket
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -488,21 +490,42 @@ def serve(
         Without it a token is made and printed with the page's address.
     max_bytes, max_seconds, at_once
         As of :func:`make_app`.
+
+    Raises
+    ------
+    OSError, ValueError
+        The port is taken, or none; before an address is printed.
     """
     require("uvicorn", why="the service", extra="serve")
     import uvicorn
 
     token = read_token(token_file) if token_file else secrets.token_urlsafe(24)
     hosts = LOOPBACK if host in LOOPBACK else ("*",)
-    app = make_app(
-        verifier,
-        token,
-        max_bytes=max_bytes,
-        max_seconds=max_seconds,
-        at_once=at_once,
-        hosts=hosts,
-    )
-    place = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    print(f"{place}#token={token}" if not token_file else place, flush=True)
-    print(f"people: {verifier.people.path}", flush=True)
-    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False)
+    with _listening(host, port) as listening:
+        app = make_app(
+            verifier,
+            token,
+            max_bytes=max_bytes,
+            max_seconds=max_seconds,
+            at_once=at_once,
+            hosts=hosts,
+        )
+        port = listening.getsockname()[1]  # 0 asks for any that is free
+        place = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        print(f"{place}#token={token}" if not token_file else place, flush=True)
+        print(f"people: {verifier.people.path}", flush=True)
+        config = uvicorn.Config(app, log_level="warning", server_header=False)
+        with contextlib.suppress(KeyboardInterrupt):  # which ends it
+            uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OverflowError:
+        raise ValueError(f"port {port}: ports are from 0 to 65535") from None
+    except OSError as error:
+        raise OSError(
+            f"{host}:{port}: {error.strerror or error}; give another --port or --host"
+        ) from None

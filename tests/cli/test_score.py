@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -34,7 +35,7 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_from_embeddings_to_a_report(files, capsys):
+def test_from_embeddings_to_a_report(files, tmp_path, capsys):
     for part in ("test", "dev"):
         embedded = [files / f"{part}.npz", files / f"{part}.txt"]
         for command, extra, options in (
@@ -64,6 +65,16 @@ def test_from_embeddings_to_a_report(files, capsys):
     point = OperatingPoint.load(files / "report" / "operating_point_2.json")
     assert point.system == "AS-norm"
     assert not point.optimistic
+
+    again = shutil.copytree(files / "report", tmp_path / "report")  # of one system now
+    (again / "mine.txt").touch()
+    report = ["--quiet", "report", f"cosine={files / 'test_cosine.tsv'}", f"--output={again}"]
+    assert main([*report, "--fars=0.1,0.01"]) == 0
+    assert [file.name for file in again.glob("operating_point*")] == ["operating_point.json"]
+    assert [file.name for file in again.glob("histogram*")] == ["histogram_1.png"]
+    assert (again / "mine.txt").is_file()
+    figures = json.loads((again / "report.json").read_text())["systems"]["cosine"]["figures"]
+    assert sum(name.startswith("TAR@FAR") for name in figures) == 2
 
 
 def test_errors_end_with_a_message(files, capsys, tmp_path):
@@ -208,9 +219,8 @@ def test_a_threshold_must_not_have_seen_what_it_is_measured_on(files, tmp_path, 
     printed = capsys.readouterr().out
     assert "actDCF(p=0.5, c_miss=10, c_fa=1)" in printed
     assert "90 % interval" in printed
-    for option, said in (("--priors=0", "p_target must be in (0, 1)"), ("--c_fa=0", "costs must")):
-        assert run("report", tmp_path / "llr.tsv", f"--output={tmp_path / 'o'}", option) == 1
-        assert said in capsys.readouterr().err
+    assert run("report", tmp_path / "llr.tsv", f"--output={tmp_path / 'o'}", "--c_fa=0") == 1
+    assert "costs must" in capsys.readouterr().err
     list_hash = hashlib.sha256((files / "test.txt").read_bytes()).hexdigest()
     assert f"trials: test.txt sha256:{list_hash}" in printed  # the user's list, not the copy
 
@@ -299,3 +309,22 @@ print(sorted(heavy & set(sys.modules)))
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("report", "--far=1"),
+        ("report", "--far=1%"),
+        ("report", "--far=0,01"),
+        ("report", "--fars=0.1,1"),
+        ("report", "--confidence=95"),
+        ("report", "--priors=0"),
+        ("bayes", "--priors=0.5,1"),
+        ("threshold", "--far=1"),
+    ],
+)
+def test_rates_priors_and_confidences_are_shares(capsys, command, option):
+    with pytest.raises(SystemExit):
+        main([command, "one", "other", option])
+    assert "is not between 0 and 1; 1 % is 0.01" in capsys.readouterr().err

@@ -75,6 +75,9 @@ def test_a_list_of_pairs_gets_its_labels(photographs, tmp_path, capsys):
     assert made.is_target.tolist() == [True, False]
     assert made.pair(0) == "eve/0.jpg eve/4.jpg"
     assert sorted(read_list(tmp_path / "o/trial_files.txt", "")) == sorted(made.ids)
+    (tmp_path / "elsewhere.txt").write_text("a\twav/a.flac\nb\twav/b.flac\n")
+    with pytest.raises(FileNotFoundError, match=r"none of its 2 files is there, from /.*wav/a\.fl"):
+        read_list(tmp_path / "elsewhere.txt", "files")
     for text, message in (
         ("eve/0.jpg eve/9.jpg\n", r"1 of the names are of no file: eve/9.jpg (there is ann/0.jpg)"),
         (f"eve/4.jpg {image}\n", "it names a file in two ways"),

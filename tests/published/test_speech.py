@@ -158,6 +158,10 @@ def test_what_is_wrong_with_a_file_of_wespeakers_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a checkpoint of weights alone, or damaged"):
         load_published(file)
+    file.write_text("cv/a.flac\twav/a.flac\n")  # a list in the place of the model
+    with pytest.raises(ValueError, match=r"nothing of it was loaded \(Unsupported ") as refusal:
+        load_published(file)
+    assert "weights_only" not in str(refusal.value)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         load_published(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()

@@ -148,6 +148,10 @@ def test_errors_name_what_is_wrong(yaml):
         load_experiment([yaml, "--width=3", "--width=4"])
     with pytest.raises(FileNotFoundError, match=r"gone\.yaml"):
         load_experiment(["gone.yaml"])
+    with pytest.raises(
+        ValueError, match=r"base\.yaml has no setting manifest: is it the YAML of an"
+    ):
+        load_experiment([yaml]).settings["manifest"]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +191,14 @@ def test_a_scalar_is_a_list_of_one_and_null_takes_any_place(tmp_path, before, gi
     file.write_text(f"seed: 0\nsetting: {before}\n")
     experiment = load_experiment([str(file), "--setting", given])
     assert experiment.settings["setting"] == value == experiment.load()["setting"]
+
+
+def test_a_package_that_an_object_wants_is_named_with_how_it_is_had(tmp_path):
+    (tmp_path / "one.yaml").write_text("train_logger: !new:no_such_package.Logger\n")
+    experiment = load_experiment([str(tmp_path / "one.yaml")])
+    wanted = r"one\.yaml with these settings: .*no_such_package.*pip install no_such_package"
+    with pytest.raises(ImportError, match=wanted):
+        experiment.load()
 
 
 def test_comments_stay_at_their_keys(yaml, tmp_path):

@@ -59,6 +59,32 @@ def test_a_threshold_by_one_command(encoder, capsys, voices_folder, tmp_path):
     assert (status, "people.npz" in error) == (1, True)
 
 
+def test_whom_the_encoder_was_trained_on_is_left_out(encoder, capsys, voices_folder, tmp_path):
+    run = shutil.copytree(encoder, tmp_path / "run")
+    labels = run / "save" / "label_encoder.txt"
+    everybody = sorted(folder.name for folder in (voices_folder / "wav").iterdir())
+
+    def train_on(names):
+        rows = "".join(f"{name!r} => {row}\n" for row, name in enumerate(names))
+        labels.write_text(f"{rows}================\n'starting_index' => 0\n")
+
+    people = tmp_path / "people.npz"
+    given = ["threshold", run, voices_folder, "--far=0.2", f"--save={people}"]
+    train_on([*everybody[:2], "somebody", "7"])
+    status, out, _ = called(capsys, *given)
+    assert status == 0
+    assert (
+        f"people: 2 of the {len(everybody)} are left out, on whom the encoder was trained: " in out
+    )
+    assert {name.split("/")[0] for name in load_embeddings(people).ids} == {*everybody[2:]}
+    train_on(everybody[:3])  # embeddings of before
+    status, out, _ = called(capsys, "threshold", run, people, "--far=0.2", "--json")
+    assert (status, json.loads(out)["people"]) == (0, [len(everybody) - 3] * 2)
+    train_on(everybody)
+    status, _, error = called(capsys, *given[:-1])
+    assert (status, f"trained on all {len(everybody)} people" in error) == (1, True)
+
+
 def test_enrol_verify_identify_erase(encoder, capsys, voices, tmp_path):
     (ann, bob), people = [voices[one] for one in ("mv20001", "mv20002")], ["--json"]
     for name, files in (("Ann", ann), ("Bob Ray", bob)):
@@ -165,6 +191,8 @@ def test_errors_are_one_line(encoder, capsys, tmp_path, voices):
         (["threshold", encoder, tmp_path / "nowhere"], "no such folder or list"),
         (["threshold", tmp_path / "empty", tmp_path], "hyperparams.yaml: no such file"),
         (["serve", encoder, "--token_file", noise], "others may read it"),
+        (["threshold", encoder, tmp_path / "gone", "--enrol_with=0"], "--enrol_with is 1 or more"),
+        (["threshold", encoder, noise], "a recording; give its folder, or a list of recordings"),
     ]
     for arguments, fault in cases:
         status, _, error = called(capsys, *arguments)

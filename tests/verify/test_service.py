@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import socket
 import subprocess
 import threading
 
@@ -17,7 +18,7 @@ from fastapi.testclient import TestClient
 
 from speechbrain_qmargin.embeddings import Embeddings
 from speechbrain_qmargin.verify.people import People
-from speechbrain_qmargin.verify.service import make_app, read_token
+from speechbrain_qmargin.verify.service import make_app, read_token, serve
 from speechbrain_qmargin.verify.system import System
 from speechbrain_qmargin.verify.threshold import measure_threshold
 from speechbrain_qmargin.verify.verifier import Verifier
@@ -53,6 +54,17 @@ def refusal(answer, status, code):
     assert set(answer.json()) == {"error"}
     assert answer.json()["error"]["code"] == code
     return answer.json()["error"]["message"]
+
+
+def test_a_port_that_is_taken_or_none_is_named_before_an_address_is_printed(verifier, capsys):
+    pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"^127\.0\.0\.1:{port}: .*; give another --port"):
+            serve(verifier, port=port)
+    with pytest.raises(ValueError, match="port 99999: ports are from 0 to 65535"):
+        serve(verifier, port=99999)
+    assert capsys.readouterr().out == ""
 
 
 def test_from_enrolment_to_erasure(client, verifier):
