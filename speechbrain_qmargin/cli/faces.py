@@ -55,6 +55,8 @@ def _align(args: argparse.Namespace) -> None:
         raise ValueError(f"{out}: aligned images would overwrite the photographs; another OUT")
     if not images.is_dir():
         raise FileNotFoundError(f"{images}: no such folder of photographs")
+    if args.size < 1:
+        raise ValueError(f"--size {args.size}; height and width in pixels are wanted")
     landmarks = read_landmarks(args.landmarks)
 
     def align(name: str) -> str:

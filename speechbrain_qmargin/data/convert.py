@@ -59,6 +59,8 @@ def convert_to_flac(
         Nothing to convert there.
     OSError
         A file cannot be written (the disk is full); what is converted stays.
+    ValueError
+        `destination` is where the recordings are; two files would be one, as a.wav and a.mp3.
 
     Examples
     --------
@@ -75,12 +77,20 @@ def convert_to_flac(
     tasks: list[tuple[str, Path, Path]] = []
     failures: list[str] = []
     roots = training_roots(source)
+    if (destination / "wav").resolve() in [root.resolve() for root in roots]:
+        raise ValueError(
+            f"{destination}: FLAC files would lie among the recordings; another folder"
+        )
+    named: dict[Path, str] = {}
     for root in roots:
         for found in audio_files(root):
             if found.fault:
                 failures.append(f"{found.name}\t{found.fault}\n")
                 continue
             target = destination / "wav" / Path(found.name).with_suffix(".flac")
+            if target in named:
+                raise ValueError(f"{target} would be of both {named[target]} and {found.name}")
+            named[target] = found.name
             tasks.append((found.name, Path(found.path), target))
     if not tasks:
         raise FileNotFoundError(f"{source}: no audio below {', '.join(map(str, roots))}")

@@ -109,6 +109,20 @@ def test_conversion_does_not_clip_what_resampling_overshoots(tmp_path):
     np.testing.assert_allclose(converted, whole / whole.abs().max(), atol=2**-14)
 
 
+def test_conversion_overwrites_no_recording(tmp_path):
+    folder = tmp_path / "wav" / "ann" / "s"
+    folder.mkdir(parents=True)
+    for name in ("1.wav", "1.mp3"):
+        (folder / name).touch()
+    with pytest.raises(
+        ValueError, match=r"1\.flac would be of both ann/s/1\.\w+ and ann/s/1\.\w+$"
+    ):
+        convert_to_flac(tmp_path, tmp_path / "flac", jobs=1, progress=False)
+    with pytest.raises(ValueError, match="would lie among the recordings"):
+        convert_to_flac(tmp_path, tmp_path / "wav" / "..", jobs=1, progress=False)
+    assert sorted(file.name for file in folder.iterdir()) == ["1.mp3", "1.wav"]
+
+
 def test_conversion_lists_what_it_cannot_convert(tmp_path):
     write(tmp_path / "wav/ann/1/a.wav", np.full(100, np.nan), subtype="FLOAT")
     (tmp_path / "wav/ann/1/gone.wav").symlink_to("nowhere.wav")
