@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +280,7 @@ class RunFolder:
         if not if_main_process():
             yield
             return
-        made = not self.path.is_dir()
+        made = [one for one in (self.path, *self.path.parents) if not one.is_dir()]
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK)
         try:
@@ -295,7 +295,9 @@ class RunFolder:
         finally:
             if made and {file.name for file in self.path.iterdir()} == {LOCK}:  # nothing came of it
                 (self.path / LOCK).unlink()
-                self.path.rmdir()
+                with suppress(OSError):  # up to the first in which something else is
+                    for folder in made:
+                        folder.rmdir()
             lock.release()
 
 

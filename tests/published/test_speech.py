@@ -61,7 +61,7 @@ def test_speechbrains_folder_is_read_in_every_layout_and_says_what_it_is(tmp_pat
     }  # fmt: skip
     assert torch.equal(one.embedding_mean, torch.full((12,), 0.5))
     text = one.summary()
-    assert "20 SpeechBrain's filterbanks, mean of each recording removed; 16000 Hz" in text
+    assert "20 SpeechBrain filterbanks, mean of each recording removed; 16000 Hz" in text
     assert "no sample_rate: 16 kHz" in text
     assert "not subtracted" in text
     cached = huggingface(tmp_path, "speechbrain/spkrec-ecapa-voxceleb", files)

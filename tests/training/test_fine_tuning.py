@@ -55,7 +55,7 @@ def test_a_published_model_brings_its_network_and_features(folder, published, tm
     from speechbrain.lobes.features import Fbank
 
     other = {"compute_features": Fbank(n_mels=20, f_max=4000), "checkpointer": _Nothing()}
-    with pytest.raises(ValueError, match=r"takes 20 SpeechBrain's filterbanks.* are others"):
+    with pytest.raises(ValueError, match=r"takes 20 SpeechBrain filterbanks.* are others"):
         load_pretrained({**hparams, **other})
 
 

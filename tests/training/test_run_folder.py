@@ -173,7 +173,9 @@ def test_a_second_start_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
 
 
 def test_a_start_that_comes_to_nothing_leaves_no_folder(tmp_path):
-    run = RunFolder(load_experiment([*SPEECH, f"--output_folder={tmp_path / 'run'}"]))
+    (tmp_path / "mine").mkdir()
+    folder = tmp_path / "mine" / "results" / "run"
+    run = RunFolder(load_experiment([*SPEECH, f"--output_folder={folder}"]))
     with pytest.raises(ZeroDivisionError), run.locked():
         raise ZeroDivisionError
-    assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "mine").iterdir()) == []

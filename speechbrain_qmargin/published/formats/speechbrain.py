@@ -122,7 +122,7 @@ def load(source: Source) -> Published:
     ):
         settings["mean_var_norm"] = dict(norm_arguments)
     mels = features_arguments.get("n_mels", 40 if features_name == FBANK else 80)
-    kind = "SpeechBrain's" if features_name == FBANK else "Kaldi"
+    kind = "SpeechBrain" if features_name == FBANK else "Kaldi"
     removed = "mean and deviation" if norm_arguments.get("std_norm", True) else "mean"
     of = "each recording" if norm_arguments.get("norm_type") == "sentence" else "training"
     about = f"{mels} {kind} filterbanks, {removed} of {of} removed"
