@@ -130,6 +130,7 @@ def prepare_faces(
         minimum=min_images,
         names=("identities", "images"),
     )
+    able = len(candidates)
     if valid_file is None and num_valid_identities > 0:
         if num_valid_identities == 1:
             raise ValueError("num_valid_identities: 1 has no impostor pairs; 0, or 2 and more")
@@ -137,9 +138,11 @@ def prepare_faces(
         chosen = everything.take(np.array(sorted(rows), np.int64))
         valid_trials = all_pairs(chosen.class_of_id)
     if len(candidates) < 2:
+        tested = len(held_out.intersection(by_identity))
         raise ValueError(
-            f"{root}: {len(candidates)} identities left to train on, at least 2 are needed (the "
-            f"pair lists and validation hold out {len(held_out)})"
+            f"{root}: {len(candidates)} identities left to train on, at least 2 are needed. Of "
+            f"{len(by_identity)} the pair lists hold out {tested}, "
+            f"validation {able - len(candidates)} (num_valid_identities)"
         )
 
     def part(name: str, rows: Iterable[int]) -> Manifest:

@@ -132,7 +132,7 @@ def read_corpus(
     """
     source = Path(source)
     if not source.exists():
-        raise FileNotFoundError(f"data_folder: {source} does not exist")
+        raise FileNotFoundError(f"{source} does not exist; data_folder or manifest names it")
     if reader is None:
         reader = next(read for knows, read in _KNOWN.values() if knows(source))
     return reader(source, for_trials)

@@ -75,6 +75,12 @@ def _read(
     parts, held_out, doubles = [], set(), []
     for number, source in enumerate([*sources, *trials_sources]):
         part = _measured(read_corpus(source, number >= len(sources), reader), source, progress)
+        if part.faults and not len(part):
+            name, fault = next(iter(part.faults.items()))
+            raise OSError(
+                f"{source}: none of its {len(part.faults):,} recordings can be used; the first is "
+                f"{name}: {fault}"
+            )
         own = {_stem(name): row for row, name in enumerate(part.ids)} if parts else {}
         again = np.zeros(len(part), bool)
         for before in parts:
@@ -397,6 +403,7 @@ def prepare_speech(
         by_speaker, held_out, listed=train_speakers, minimum=min_utterances
     )
     warn_of_too_many_speakers(candidates)
+    able = len(candidates)
     if valid_file is None and num_valid_speakers > 0:
         candidates, rows = held_out_for_validation(by_speaker, candidates, num_valid_speakers)
         chosen = manifest.take(np.array(sorted(rows), np.int64))
@@ -404,8 +411,9 @@ def prepare_speech(
         write_trials(save_folder / "trials" / "valid.txt", valid_trials)
     if len(candidates) < 2:
         raise ValueError(
-            f"{where}: {len(candidates)} speakers left to train on, at least 2 are needed "
-            f"(the trial lists and validation hold out {len(held_out)})"
+            f"{where}: {len(candidates)} speakers left to train on, at least 2 are needed. Of "
+            f"{len(by_speaker)} the trials hold out {len(held_out.intersection(by_speaker))}, "
+            f"validation {able - len(candidates)} (num_valid_speakers)"
         )
 
     def part(name: str, rows: Iterable[int]) -> Manifest:

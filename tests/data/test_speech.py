@@ -77,6 +77,9 @@ def test_held_out_speakers_make_the_validation_pairs(corpus):
     assert (trials.is_target == (first[trials.enrolment] == first[trials.test])).all()
     with pytest.raises(ValueError, match="1 speaker has no impostor trials"):
         prepare(corpus, num_valid_speakers=1)
+    few = r"0 speakers left .* Of 6 the trials hold out 2, validation 4 \(num_valid_speakers\)"
+    with pytest.raises(ValueError, match=few):
+        prepare(corpus, num_valid_speakers=40)
 
 
 def test_broken_audio_is_named_and_left_out(corpus, caplog):
@@ -92,6 +95,10 @@ def test_broken_audio_is_named_and_left_out(corpus, caplog):
         assert name in skipped
         assert name not in found.train.ids
     assert "4 audio files are left out" in caplog.text
+    table = corpus / "train.csv"  # of files that are elsewhere
+    table.write_text("ID,wav,spk_id\nu1,gone/1.wav,a\nu2,gone/2.wav,b\n")
+    with pytest.raises(OSError, match=r"train\.csv: none of its 2 recordings .* the first is u1: "):
+        prepare_speech(table, corpus / "save", verification_file=corpus / "trials.txt")
 
 
 def test_speaker_with_one_utterance_is_named_and_left_out(corpus, caplog):
