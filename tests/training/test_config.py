@@ -194,7 +194,9 @@ def test_a_scalar_is_a_list_of_one_and_null_takes_any_place(tmp_path, before, gi
 
 
 def test_a_package_that_an_object_wants_is_named_with_how_it_is_had(tmp_path):
-    (tmp_path / "one.yaml").write_text("train_logger: !new:no_such_package.Logger\n")
+    (tmp_path / "one.yaml").write_text(
+        "train_logger: !apply:importlib.import_module [no_such_package]\n"
+    )
     experiment = load_experiment([str(tmp_path / "one.yaml")])
     wanted = r"one\.yaml with these settings: .*no_such_package.*pip install no_such_package"
     with pytest.raises(ImportError, match=wanted):
