@@ -2,8 +2,8 @@
 
     python benchmarks/groups.py
 
-Gaussian scores with known truth: all pairs of four recordings a speaker, an effect of the speaker
-on both sides, one threshold; 200 lists a row.
+Gaussian scores with known truth: all pairs of four recordings per speaker, an effect of the speaker
+on both sides, one threshold; 200 lists per row.
 """
 
 import numpy as np

@@ -113,13 +113,13 @@ def test_another_recipes_folder_and_a_damaged_record_are_named(tmp_path):
             check(tmp_path)
 
 
-def test_a_start_before_the_first_checkpoint_binds_nobody(tmp_path):
+def test_a_start_before_the_first_checkpoint_binds_nobody(tmp_path, plain):
     def start(folder):
         RunFolder(
             load_experiment([*SPEECH, f"--output_folder={folder}", "--lr=0.01"])
         ).forget_false_start()
 
-    begun(tmp_path / "false")
+    shutil.copytree(plain, tmp_path / "false")
     labels = tmp_path / "false" / "save" / "label_encoder.txt"
     labels.parent.mkdir()
     labels.write_text("of other speakers")
@@ -129,7 +129,7 @@ def test_a_start_before_the_first_checkpoint_binds_nobody(tmp_path):
 
     for made in ("save/CKPT+2026/model.ckpt", "history.jsonl", "results.json", "inference/w"):
         folder = tmp_path / made.replace("/", "_")
-        begun(folder)
+        shutil.copytree(plain, folder)
         (folder / made).parent.mkdir(parents=True, exist_ok=True)
         (folder / made).write_text("")
         start(folder)
