@@ -270,6 +270,7 @@ def test_a_published_network_embeds_and_is_measured(folder, tmp_path, capsys):
     assert qmargin("pairs", speech, tmp_path / "a.bin") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_gives_the_same_embeddings_in_other_batches(tmp_path, caplog):
     onnxruntime = pytest.importorskip("onnxruntime")

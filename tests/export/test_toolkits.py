@@ -36,7 +36,7 @@ def encoder_of(model, **features):
         (lambda: ResNet(16, 2, 8, 50), "ResNet50"),
         (lambda: CAMPPlus(16, 8, growth=4, channels=16, layers=(1, 1, 1)), "CAMPPlus"),
         (lambda: WeSpeakerEcapa(16, 8, 8, pooled=16), "ECAPA_TDNN_GLOB_c8"),
-        (lambda: ERes2Net(16, 8, 8), "ERes2Net34_Base"),
+        pytest.param(lambda: ERes2Net(16, 8, 8), "ERes2Net34_Base", marks=pytest.mark.slow),
     ],
 )
 def test_wespeakers_folder_and_back(tmp_path, make, name):

@@ -80,7 +80,11 @@ def check(found, parameters, noise, ask=q_margin_objective):
 
 @pytest.mark.parametrize(
     ("parameters", "noise", "world"),
-    [((1.25, 32.0, 0.2), 0.1, 3), ((1.5, 10.0, 0.2), 100.0, 2), ((3.0, 4.0, 0.1), 0.3, 2)],
+    [
+        pytest.param((1.25, 32.0, 0.2), 0.1, 3, marks=pytest.mark.slow),
+        ((1.5, 10.0, 0.2), 100.0, 2),
+        ((3.0, 4.0, 0.1), 0.3, 2),
+    ],
 )
 def test_the_step_is_that_of_one_process(parameters, noise, world):
     found = in_shards(parameters, noise, world=world)

@@ -53,7 +53,8 @@ class Dense:
 
 
 @pytest.mark.parametrize(
-    ("parameters", "momentum"), [((1.25, 32.0, 0.2), 0.0), ((1.5, 10.0, 0.2), 0.9)]
+    ("parameters", "momentum"),
+    [pytest.param((1.25, 32.0, 0.2), 0.0, marks=pytest.mark.slow), ((1.5, 10.0, 0.2), 0.9)],
 )
 def test_a_training_is_that_of_a_dense_head_in_float64(parameters, momentum, monkeypatch):
     """At a size where classes are screened; also the encoder, which moves with the gradients."""

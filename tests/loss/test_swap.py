@@ -137,7 +137,7 @@ def dataset(tmp_path_factory):
     return data
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_one_flag_swaps_the_loss_of_an_upstream_recipe(dataset, tmp_path, precision):
     recipe = tmp_path / "train_ecapa_tdnn.yaml"
     recipe.write_text(YAML)

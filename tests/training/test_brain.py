@@ -613,6 +613,7 @@ def test_fine_tuning_starts_from_the_runs_average(folder, tmp_path):
     np.testing.assert_allclose(now, before[test[0]["id"]], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_pretraining_that_does_not_fit_is_named(folder, tmp_path, trained):
     first = shutil.copytree(trained[0].hparams.output_folder, tmp_path / "first")
     there = first / "save" / "label_encoder.txt"

@@ -110,6 +110,7 @@ def test_a_run_can_be_extended(yaml, tmp_path):
         load_experiment([str(second), "--start=nowhere"])
 
 
+@pytest.mark.slow
 def test_every_value_of_a_size_is_some_models():
     for recipe, sizes in (("qmargin.yaml", "speech"), ("face_qmargin.yaml", "face")):
         models = sorted((HPARAMS / sizes / "models").glob("*.yaml"))
