@@ -67,7 +67,6 @@ def pytest_configure(config):
 def pytest_collection_finish():
     """What is imported stays: the collector need not look through it again and again."""
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_addoption(parser):
