@@ -17,6 +17,9 @@ from speechbrain_qmargin.training.trust import refuse_code
 
 __all__ = ["build", "canonical", "definitions", "hyperparams_tree"]
 
+# what recordings and images are brought to: memory goes by it
+_SIZES = {"sample_rate": (1_000, 768_000), "image_size": (8, 4_096)}
+
 
 def hyperparams_tree(
     path: str | Path,
@@ -28,7 +31,7 @@ def hyperparams_tree(
     Raises
     ------
     FileNotFoundError, ValueError
-        No such file; a key that is missing; a tag that would run code
+        No such file; a key that is missing, a size that is none; a tag that would run code
         (:func:`~speechbrain_qmargin.training.trust.refuse_code`).
     """
     path = Path(path)
@@ -42,6 +45,12 @@ def hyperparams_tree(
     missing = [key for key in wanted if key not in tree]
     if missing:
         raise ValueError(f"{path}: no {' and no '.join(missing)} in it")
+    if "modules" in wanted and not isinstance(tree["modules"], dict):
+        raise ValueError(f"{path}: its modules are not a mapping from names to objects")
+    for key, (low, high) in _SIZES.items():
+        value = tree.get(key, low)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"{path}: {key} is {str(value)[:60]}; {low} to {high} are read")
     return tree
 
 
@@ -88,5 +97,15 @@ def canonical(tree: Any, names: Iterable[str]) -> str:
 
 
 def build(tree: Any, names: Iterable[str]) -> dict[str, Any]:
-    """The modules themselves, with random weights."""
+    """The modules themselves, with random weights.
+
+    Raises
+    ------
+    ValueError
+        One that the YAML does not define.
+    """
+    names = list(names)
+    missing = [name for name in names if name not in tree["modules"]]
+    if missing:
+        raise ValueError(f"hyperparams.yaml: no {' and no '.join(missing)} among its modules")
     return load_hyperpyyaml(definitions(tree, names))

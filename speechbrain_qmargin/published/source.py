@@ -107,7 +107,7 @@ class Source:
             return None
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(
                 f"{path}: not plain YAML ({' '.join(str(error).split())[:160]})"
             ) from None

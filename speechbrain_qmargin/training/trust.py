@@ -75,6 +75,8 @@ _NAME = re.compile(r"[A-Za-z]\w*(?:\.[A-Za-z]\w*)+")
 _CORE = "tag:yaml.org,2002:"
 _PLAIN = {f"{_CORE}{name}" for name in ("str", "int", "float", "bool", "null")}
 _PLAIN |= {f"{_CORE}{name}" for name in ("map", "seq", "timestamp")}
+_REFERENCE = re.compile(r"<([^>]*)>")
+_LARGEST, _LONGEST, _DEEPEST = 1_000_000, 10_000, 100  # characters, of a text; references in turn
 _REFERENCE_TO_ATTRIBUTE = re.compile(r"<[^<>]*\.[^<>]*>")
 
 
@@ -94,7 +96,8 @@ def refuse_code(text: str, source: str | Path, trust: bool | Collection[str] = F
     Raises
     ------
     ValueError
-        A tag outside the list, or no YAML; with the file and what to do.
+        A tag outside the list, no YAML, or one whose aliases and references grow without bound;
+        with the file and what to do.
 
     Examples
     --------
@@ -108,7 +111,7 @@ def refuse_code(text: str, source: str | Path, trust: bool | Collection[str] = F
     allowed = NAMES if trust is False else NAMES | set(trust)
     try:
         found = _refused(text, frozenset(allowed))
-    except (YAMLError, RecursionError) as error:
+    except (YAMLError, RecursionError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{source}: not a YAML file ({_first_line(error)})") from None
     if found is not None:
         _refuse(source, found)
@@ -117,8 +120,10 @@ def refuse_code(text: str, source: str | Path, trust: bool | Collection[str] = F
 @functools.lru_cache(maxsize=64)  # a run's YAML is checked at several points
 def _refused(text: str, allowed: frozenset[str]) -> str | None:
     """What in a document would build or call what it should not; None where nothing would."""
+    tree = YAML().load(text)
+    _refuse_growth(tree)
     # before references are resolved: some tags act then already
-    for tag, value in [*_composed(text), *_written(YAML().load(text))]:
+    for tag, value in [*_composed(text), *_written(tree)]:
         if not (tag in ("!ref", "!copy", "!PLACEHOLDER") or _permitted(tag, value, allowed)):
             return tag
         if tag in ("!ref", "!copy") and value and _REFERENCE_TO_ATTRIBUTE.search(value):
@@ -131,6 +136,64 @@ def _refused(text: str, allowed: frozenset[str]) -> str | None:
         if value not in allowed:
             return f"{key}: {value}, a name of somebody's module,"
     return None
+
+
+def _refuse_growth(tree: Any) -> None:
+    """Refuse a document that a loader would write out to gigabytes, or compute for ever.
+
+    Lists of aliases of lists of aliases, texts of references to texts of references, 9 ** 9 ** 9.
+    """
+    sizes: dict[int, int | None] = {}  # None while a node is being measured
+
+    def size(node: Any) -> int:
+        """Its characters, aliases and references written out."""
+        tag = getattr(getattr(node, "tag", None), "value", None)
+        if not isinstance(node, (dict, list, tuple, set)) and tag not in ("!ref", "!copy"):
+            return len(str(getattr(node, "value", node))) + 1
+        if id(node) not in sizes:
+            sizes[id(node)] = None
+            if isinstance(node, dict):
+                total = 1 + sum(size(key) + size(value) for key, value in node.items())
+            elif isinstance(node, (list, tuple, set)):
+                total = 1 + sum(map(size, node))
+            else:
+                total = referred(str(getattr(node, "value", node)))
+            if total > _LARGEST:
+                raise YAMLError(f"its aliases and references grow beyond {_LARGEST:,} characters")
+            sizes[id(node)] = total
+        found = sizes[id(node)]
+        if found is None:
+            raise YAMLError("a part of it is made of itself")
+        return found
+
+    def referred(text: str) -> int:
+        whole = re.fullmatch(r"<([^<>]*)>", text)
+        if whole:
+            return size(target(whole[1]))
+        for _ in range(_DEEPEST):
+            if not _REFERENCE.search(text):
+                break
+            text = _REFERENCE.sub(lambda found: shown(target(found[1])), text)
+            if len(text) > _LONGEST:
+                raise YAMLError(f"a text of references grows beyond {_LONGEST:,} characters")
+        else:
+            raise YAMLError("a reference leads to itself")
+        if "**" in text or ("*" in text and re.search("['\"]", text)):
+            raise YAMLError(f"{text[:60]!r}: a power, or a text times a number, of any size")
+        return len(text)
+
+    def shown(node: Any) -> str:
+        if size(node) > _LONGEST:
+            raise YAMLError(f"a text of references grows beyond {_LONGEST:,} characters")
+        return str(getattr(node, "value", node))
+
+    def target(name: str) -> Any:
+        node = tree
+        for part in name.split(".")[0].split("["):
+            node = node.get(part.strip("]"), "") if isinstance(node, dict) else ""
+        return node  # what is not there the loader names
+
+    size(tree)
 
 
 def refuse_outside(text: str, source: str | Path) -> None:

@@ -27,7 +27,15 @@ import numpy as np
 
 from speechbrain_qmargin.files import json_values
 
-__all__ = ["NotEnrolled", "OtherEncoder", "People", "Person", "checked_name", "is_enrolments"]
+__all__ = [
+    "NotEnrolled",
+    "OtherEncoder",
+    "People",
+    "Person",
+    "StorageFault",
+    "checked_name",
+    "is_enrolments",
+]
 
 _FORMAT = 0x516D6567  # "Qmeg": SQLite's application_id
 _VERSION = 1
@@ -48,6 +56,9 @@ CREATE TABLE recordings (
 CREATE INDEX recordings_of ON recordings(person);
 """
 MAX_NAME = 200
+_JOINERS = (
+    "\u200c\u200d"  # invisible too, but Persian and the languages of India are spelt with them
+)
 
 
 class NotEnrolled(ValueError):
@@ -56,6 +67,10 @@ class NotEnrolled(ValueError):
 
 class OtherEncoder(ValueError):
     """Templates of another encoder than the one that is loaded."""
+
+
+class StorageFault(OSError):
+    """The file of enrolments cannot be read or written: damaged, locked, or the disk is full."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +99,8 @@ def checked_name(name: str) -> str:
     Raises
     ------
     ValueError
-        No text, longer than 200 characters, with control characters, or none that the service's
-        URLs could hold.
+        No text, longer than 200 characters, with control or invisible characters, or none that the
+        service's URLs could hold.
 
     Examples
     --------
@@ -102,6 +117,8 @@ def checked_name(name: str) -> str:
     bad = [letter for letter in name if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")]
     if bad:
         raise ValueError(f"the name {name!r} has control characters")
+    if any(unicodedata.category(one) == "Cf" and one not in _JOINERS for one in name):
+        raise ValueError(f"the name {name!a} has invisible characters: it could look like another")
     return name
 
 
@@ -148,9 +165,12 @@ class People:
             self._db = sqlite3.connect(
                 self.path, timeout=30, isolation_level=None, check_same_thread=False
             )
-            self._prepare()
-        except sqlite3.DatabaseError as error:
+            self._db.execute("SELECT count(*) FROM sqlite_master")
+        except sqlite3.OperationalError as error:
+            raise StorageFault(f"{self.path}: {error}") from None
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # in a message of SQLite's
             raise ValueError(f"{self.path}: no file of enrolments ({error})") from None
+        self._prepare()
 
     def _prepare(self) -> None:
         run = self._db.execute
@@ -158,13 +178,15 @@ class People:
         run("PRAGMA synchronous=EXTRA")
         run("PRAGMA foreign_keys=ON")
         run("PRAGMA temp_store=MEMORY")
+        run("PRAGMA trusted_schema=OFF")
+        statements = [one.strip() for one in _SCHEMA.split(";") if one.strip()]
         with self._writing():
             (kind,), (version,) = (
                 run(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
             )
-            (tables,) = run("SELECT count(*) FROM sqlite_master").fetchone()
-            if not tables and not kind:
-                for statement in _SCHEMA.split(";"):
+            schema = run("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+            if not schema and not kind:
+                for statement in statements:
                     run(statement)
                 run(f"PRAGMA application_id={_FORMAT}")
                 run(f"PRAGMA user_version={_VERSION}")
@@ -175,21 +197,33 @@ class People:
                     f"{self.path}: of version {version}, written by a newer release; this reads "
                     f"{_VERSION}"
                 )
+            elif sorted(sql for (sql,) in schema) != sorted(statements):
+                raise ValueError(  # a trigger may put one person's embedding in another's place
+                    f"{self.path}: not as this package writes it; it has other tables, or triggers "
+                    "that would act on enrolments"
+                )
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """The database in the hands of one thread; what it cannot do is a StorageFault."""
+        with self._lock:
+            try:
+                yield self._db
+            except (sqlite3.Error, UnicodeDecodeError) as error:
+                raise StorageFault(f"{self.path}: {error}") from None
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction, committed at the end or undone."""
-        with self._lock:
+        with self._reading() as db:
+            db.execute("BEGIN IMMEDIATE")
             try:
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._db
-                except BaseException:
-                    self._db.execute("ROLLBACK")
-                    raise
-                self._db.execute("COMMIT")
-            except sqlite3.OperationalError as error:
-                raise OSError(f"{self.path}: {error}") from None
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:  # some faults have undone it
+                    db.execute("ROLLBACK")
+                raise
 
     def close(self) -> None:
         """Close the file."""
@@ -230,8 +264,8 @@ class People:
         rows = np.ascontiguousarray(embeddings, dtype="<f4")
         if rows.ndim != 2 or not len(rows):
             raise ValueError(f"embeddings {rows.shape}; [recordings, D] is wanted, one at least")
-        if not np.isfinite(rows).all() or not rows.any(axis=1).all():
-            raise ValueError("an embedding is zero or not finite")
+        if not _usable(rows):
+            raise ValueError("an embedding is zero or not finite, or its length is")
         said = [json.dumps(json_values(one)) for one in qualities or []] or ["{}"] * len(rows)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         with self._writing() as db:
@@ -273,7 +307,7 @@ class People:
             Nobody of that name.
         """
         name = checked_name(name)
-        with self._lock:
+        with self._reading():
             with self._writing() as db:
                 person = self._person(name)
                 (count,) = db.execute(
@@ -282,8 +316,8 @@ class People:
                 db.execute("DELETE FROM people WHERE id = ?", (person,))
             try:
                 self._db.execute("VACUUM")
-            except sqlite3.OperationalError as error:
-                raise OSError(
+            except sqlite3.Error as error:
+                raise StorageFault(
                     f"{self.path}: {name} is deleted and overwritten, but the file could not be "
                     f"built anew: {error}"
                 ) from None
@@ -299,17 +333,17 @@ class People:
 
     def version(self) -> tuple[int, int]:
         """What changes with every change of the file, by this connection or by another."""
-        with self._lock:
+        with self._reading():
             (others,) = self._db.execute("PRAGMA data_version").fetchone()
             return others, self._db.total_changes
 
     def __len__(self) -> int:
-        with self._lock:
+        with self._reading():
             return self._db.execute("SELECT count(*) FROM people").fetchone()[0]
 
     def list(self) -> list[Person]:
         """Everybody, by name."""
-        with self._lock:
+        with self._reading():
             rows = self._db.execute(
                 "SELECT name, count(recordings.id), coalesce(max(encoder), ''), people.added "
                 "FROM people LEFT JOIN recordings ON person = people.id "
@@ -324,11 +358,13 @@ class People:
         ------
         NotEnrolled
             Nobody of that name.
-        ValueError
+        OtherEncoder
             They are of another encoder.
+        StorageFault
+            They are damaged.
         """
         name = checked_name(name)
-        with self._lock:
+        with self._reading():
             person = self._person(name)
             rows = self._db.execute(
                 "SELECT encoder, embedding FROM recordings WHERE person = ? ORDER BY id", (person,)
@@ -336,20 +372,39 @@ class People:
         other = [held for held, _ in rows if held != encoder]
         if other:
             raise OtherEncoder(_other_encoder(name, other[0], encoder))
-        return np.stack([np.frombuffer(blob, dtype="<f4") for _, blob in rows])
+        return self._matrix(name, [blob for _, blob in rows])
+
+    def _matrix(self, name: str, blobs: Sequence[Any]) -> np.ndarray:
+        """A person's embeddings, as far as they are what was written."""
+        sizes = {len(blob) if isinstance(blob, bytes) else 0 for blob in blobs}
+        if len(sizes) == 1 and (size := sizes.pop()) and size % 4 == 0:
+            rows = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(len(blobs), -1)
+            if _usable(rows):
+                return rows
+        raise StorageFault(f"{self.path}: the embeddings of {name} are damaged; enrol them anew")
 
     def everybody(self, encoder: str) -> dict[str, np.ndarray]:
-        """The embeddings of all who are enrolled with an encoder, by name, float32 [n, D] each."""
-        with self._lock:
+        """The embeddings of all who are enrolled with an encoder, by name, float32 [n, D] each.
+
+        Raises
+        ------
+        StorageFault
+            Somebody's are damaged.
+        """
+        with self._reading():
             rows = self._db.execute(
                 "SELECT name, embedding FROM recordings JOIN people ON person = people.id "
                 "WHERE encoder = ? ORDER BY name, recordings.id",
                 (encoder,),
             ).fetchall()
-        found: dict[str, list[np.ndarray]] = {}
+        found: dict[str, list[Any]] = {}
         for name, blob in rows:
-            found.setdefault(name, []).append(np.frombuffer(blob, dtype="<f4"))
-        return {name: np.stack(rows) for name, rows in found.items()}
+            found.setdefault(name, []).append(blob)
+        everybody = {name: self._matrix(name, blobs) for name, blobs in found.items()}
+        sizes = {matrix.shape[1] for matrix in everybody.values()}
+        if len(sizes) > 1:
+            raise StorageFault(f"{self.path}: damaged, embeddings of {len(sizes)} lengths in it")
+        return everybody
 
     def export(self, name: str) -> dict[str, Any]:
         """All that is held of a person, as plain values for JSON.
@@ -360,7 +415,7 @@ class People:
             Nobody of that name.
         """
         name = checked_name(name)
-        with self._lock:
+        with self._reading():
             person = self._person(name)
             (added,) = self._db.execute(
                 "SELECT added FROM people WHERE id = ?", (person,)
@@ -370,16 +425,29 @@ class People:
                 "ORDER BY id",
                 (person,),
             ).fetchall()
-        recordings = [
-            {
-                "encoder": encoder,
-                "embedding": np.frombuffer(blob, dtype="<f4").tolist(),
-                "quality": json.loads(quality),
-                "added": when,
-            }
-            for encoder, blob, quality, when in rows
-        ]
+        matrix = self._matrix(name, [blob for _, blob, _, _ in rows])
+        try:
+            recordings = [
+                {
+                    "encoder": encoder,
+                    "embedding": embedding,
+                    "quality": json.loads(quality),
+                    "added": when,
+                }
+                for (encoder, _, quality, when), embedding in zip(
+                    rows, matrix.tolist(), strict=True
+                )
+            ]
+        except (ValueError, TypeError, RecursionError):
+            raise StorageFault(f"{self.path}: what was measured on {name} is damaged") from None
         return {"name": name, "added": added, "recordings": recordings}
+
+
+def _usable(rows: np.ndarray) -> bool:
+    """Whether rows can be brought to unit length in float32."""
+    with np.errstate(invalid="ignore"):
+        norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+    return bool(((norms > 1e-19) & (norms < 1e19)).all())
 
 
 def _other_encoder(name: str, held: str, encoder: str) -> str:

@@ -19,6 +19,7 @@ A client sends contents, never paths, and may be answered ``{"error": {"code", "
 import asyncio
 import contextlib
 import hmac
+import logging
 import os
 import secrets
 import socket
@@ -30,7 +31,7 @@ from typing import Annotated, Any
 from speechbrain_qmargin import __version__
 from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import json_values
-from speechbrain_qmargin.verify.people import NotEnrolled, OtherEncoder
+from speechbrain_qmargin.verify.people import NotEnrolled, OtherEncoder, StorageFault
 from speechbrain_qmargin.verify.readers import Unfit
 from speechbrain_qmargin.verify.system import NoThreshold
 from speechbrain_qmargin.verify.verifier import Verifier
@@ -346,6 +347,9 @@ def make_app(
 
     @app.exception_handler(OSError)
     def _(request: Request, error: OSError) -> JSONResponse:
+        if isinstance(error, StorageFault):
+            logging.getLogger(__name__).error("%s", error)  # its message has the file
+            return _refused(503, "unavailable", "the enrolments cannot be read or written")
         if error.errno is not None:  # of the disk
             return _refused(503, "unavailable", error.strerror or "the storage failed")
         return _refused(422, "undecodable", str(error))

@@ -8,6 +8,7 @@ import torch
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_qmargin.cli import main
+from speechbrain_qmargin.export.definitions import build, hyperparams_tree
 from speechbrain_qmargin.export.encoder import load_encoder, load_run
 from speechbrain_qmargin.export.inference import export_for_inference, export_run
 from speechbrain_qmargin.training.config import compose, load_experiment
@@ -62,6 +63,51 @@ def test_a_document_with_code_is_refused_before_it_is_loaded(payload, tmp_path, 
     with pytest.raises(ValueError, match=r"run/hyperparams\.yaml: "):
         load_checked(payload, "run/hyperparams.yaml")
     assert not Path("MARKER").exists()
+
+
+def aliases(kind):
+    """Nine levels, each of the one below nine times: 9 ** 10 characters from 500."""
+    text = "a: &a [x,x,x,x,x,x,x,x,x]\n"
+    for above, below in zip("bcdefghij", "abcdefghi", strict=True):
+        text += f"{above}: &{above} [{','.join([kind.format(below)] * 9)}]\n"
+    return text
+
+
+BOMBS = {
+    "aliases": (aliases("*{}"), "grow beyond 1,000,000 characters"),
+    "references": (aliases("!ref <{}>"), "grow beyond 1,000,000 characters"),
+    "copies": (aliases("!copy <{}>"), "grow beyond 1,000,000 characters"),
+    "texts": ("a: xxxxxxxxx\n" + "".join(f"{n}: !ref {f'<{m}>' * 9}\n" for m, n in
+              zip("abcdefgh", "bcdefghi", strict=True)), "grows beyond 10,000"),
+    "squares": ("a: 99\n" + "".join(f"{n}: !ref <{m}>*<{m}>\n" for m, n in
+                zip("abcdefghijklmno", "bcdefghijklmnop", strict=True)), "grows beyond 10,000"),
+    "a power": ("a: 9\nb: !ref <a>**<a>**<a>**<a>", "a power"),
+    "a power in a text": ("a: 9**9**9**9\nb: !ref <a> + 0", "a power"),
+    "a text times a number": ("a: ''\nb: !ref <a>'x' * 99999999999", "a text times a number"),
+    "division by zero": ("a: 1\nb: !ref <a>/0", "division by zero"),
+    "a reference to itself": ("a: !ref <a>", "made of itself"),
+    "a reference around": ("a: [!ref <b>]\nb: [!ref <a>]", "made of itself"),
+    "a text of itself": ("a: x<b>\nb: !ref y<a>", "made of itself"),
+    "a number of 5,000 digits": (f"a: {'9' * 5000}", "4300 digits"),
+    "brackets": (f"a: {'[' * 500}", "recursion depth"),
+    "texts in a circle": ("a: <b>\nb: <a>\nc: !ref x<a>", "leads to itself"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), BOMBS.values(), ids=BOMBS.keys())
+def test_a_document_that_would_never_end_is_refused_at_once(text, message):
+    """Some hundred bytes in a folder took all memory, or computed for ever."""
+    with pytest.raises(
+        ValueError, match=rf"run/hyperparams\.yaml: not a YAML file \(.*({message})"
+    ):
+        refuse_code(text, "run/hyperparams.yaml")
+
+
+def test_sums_and_parts_of_other_settings_pass():
+    text = "a: 3\nb: !ref <a> * 2 + 1\nc: !ref <b>/x\nd: {e: !ref <a>}\nf: !ref <d[e]>\n"
+    text += "g: &g [1]\nh: *g"
+    found = load_checked(text, "run/hyperparams.yaml")
+    assert (found["b"], found["c"], found["f"], found["h"]) == (7, "7/x", 3, [1])
 
 
 def test_what_is_meant_can_be_said(tmp_path, monkeypatch):
@@ -237,3 +283,21 @@ def test_a_folder_does_not_choose_where_a_run_writes(tmp_path, change):
     ):
         compose(*start)
     assert "victim" in compose(*start, trust=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sample_rate: 16000\nmodules: 3", "its modules are not a mapping"),
+        ("sample_rate: 16000\nmodules: [1]", "its modules are not a mapping"),
+        ("sample_rate: 1000000000\nmodules: {}", "sample_rate is 1000000000; 1000 to 768000"),
+        ("sample_rate: [16000]\nmodules: {}", r"sample_rate is \[16000\]; 1000 to 768000"),
+        ("sample_rate: 16000\nimage_size: 99999\nmodules: {}", "image_size is 99999; 8 to 4096"),
+    ],
+)
+def test_what_decides_about_memory_is_a_number_of_its_size(text, message, tmp_path):
+    (tmp_path / "hyperparams.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"hyperparams\.yaml: {message}"):
+        hyperparams_tree(tmp_path / "hyperparams.yaml")
+    with pytest.raises(ValueError, match="no embedding_model among its modules"):
+        build({"modules": {}}, ["embedding_model"])

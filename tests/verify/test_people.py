@@ -11,7 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from speechbrain_qmargin.verify.people import NotEnrolled, People, checked_name, is_enrolments
+from speechbrain_qmargin.verify.people import (
+    NotEnrolled,
+    People,
+    StorageFault,
+    checked_name,
+    is_enrolments,
+)
 from speechbrain_qmargin.verify.speech_quality import SpeechQuality
 
 QUALITY = SpeechQuality(2.0, 1.5, -float("inf"), 0.0, 20.0, 0.8, 8.0)
@@ -167,6 +173,16 @@ def test_a_name_is_a_line_of_text(name):
         checked_name(name)
 
 
+@pytest.mark.parametrize("name", ["Ann\u200b", "\u202eAnn", "A\u00adnn", "\ufeffAnn", "\u2060Ann"])
+def test_names_that_only_look_like_others_are_refused(name):
+    with pytest.raises(ValueError, match=r"\\u?x?[0-9a-f]+.* has invisible characters"):
+        checked_name(name)
+
+
+def test_persian_is_spelt_with_a_joiner():
+    assert checked_name("\u0645\u06cc\u200c\u062e") == "\u0645\u06cc\u200c\u062e"
+
+
 def test_one_name_however_it_was_typed(file):
     people = People(file)
     people.enrol("Zoe\u0308", rows(0), "e1")
@@ -187,3 +203,75 @@ def test_a_database_is_told_from_weights(file, tmp_path):
     weights = tmp_path / "backbone.pth"
     weights.write_bytes(b"PK\x03\x04 weights")
     assert not is_enrolments(weights)
+
+
+TRIGGER = (
+    "CREATE TRIGGER evil AFTER INSERT ON recordings BEGIN UPDATE recordings SET embedding = "
+    "(SELECT embedding FROM recordings WHERE person = 1) WHERE id = NEW.id; END"
+)
+
+
+@pytest.mark.parametrize("statement", [TRIGGER, "CREATE VIEW v AS SELECT 1", "CREATE TABLE t (x)",
+                                       "CREATE INDEX i ON people(added)"])  # fmt: skip
+def test_a_file_with_more_in_it_is_refused(file, statement):
+    """The trigger gives everybody who is enrolled the voice of the first."""
+    People(file).enrol("Eve", rows(0), "e1")
+    with sqlite3.connect(file) as db:
+        db.execute(statement)
+    db.close()
+    with pytest.raises(ValueError, match="not as this package writes it; it has other tables, or"):
+        People(file)
+
+
+def test_a_damaged_file_is_named_whatever_is_asked_of_it(file, tmp_path):
+    people = People(file)
+    for n in range(4):
+        people.enrol(f"a{n}", rows(n), "e1", [QUALITY] * 3)
+    people.close()
+    whole, random, seen = file.read_bytes(), np.random.default_rng(0), {}
+    broken = tmp_path / "broken.sqlite"
+    asks = {
+        "list": People.list,
+        "embeddings": lambda people: people.embeddings("a1", "e1"),
+        "everybody": lambda people: people.everybody("e1"),
+        "export": lambda people: people.export("a1"),
+        "enrol": lambda people: people.enrol("new", rows(9), "e1"),
+        "delete": lambda people: people.delete("a2"),
+    }
+    for _ in range(60):
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[random.integers(100, len(data), 300)] = random.integers(0, 256, 300)
+        broken.write_bytes(data.tobytes())
+        tmp_path.joinpath("broken.sqlite-journal").unlink(missing_ok=True)
+        try:
+            people = People(broken)
+        except (ValueError, StorageFault) as error:
+            seen[f"open {len(seen)}"] = str(error)
+            continue
+        for name, ask in asks.items():
+            try:
+                ask(people)
+            except StorageFault as error:
+                seen[f"{name} {len(seen)}"] = str(error)
+            except ValueError:  # a name, an encoder that is another now
+                pass
+        people.close()
+    assert all(str(broken) in said for said in seen.values())
+    assert {what.split()[0] for what in seen} >= {"open", "list", "embeddings", "everybody"}
+
+
+def test_an_embedding_that_is_not_what_was_written_is_named(file):
+    for value in (b"", b"123", np.full(192, np.nan, "<f4").tobytes(), "text",
+                  np.full(192, 1e38, "<f4").tobytes(), np.zeros(192, "<f4").tobytes()):  # fmt: skip
+        file.unlink(missing_ok=True)
+        people = People(file)
+        people.enrol("Ann", rows(0), "e1")
+        with sqlite3.connect(file) as db:
+            db.execute("UPDATE recordings SET embedding = ? WHERE id = 2", (value,))
+        db.close()
+        for ask in (lambda p: p.embeddings("Ann", "e1"), lambda p: p.everybody("e1")):
+            with pytest.raises(StorageFault, match="the embeddings of Ann are damaged"):
+                ask(people)
+        people.enrol("Ann", rows(1), "e1", replace=True)
+        np.testing.assert_array_equal(people.embeddings("Ann", "e1"), rows(1))
+        people.close()

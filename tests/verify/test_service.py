@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import threading
 
@@ -142,6 +143,24 @@ def test_a_fault_of_the_service_is_json_and_says_nothing(client, verifier, monke
 
     monkeypatch.setattr(verifier.people, "list", fails)
     assert "secret" not in refusal(client.get("/v1/people"), 500, "internal")
+
+
+def test_a_fault_of_the_file_of_enrolments_is_503_and_names_no_place(client, verifier, caplog):
+    client.post("/v1/people/Ann", files=files(b"ann 1"))
+    place = str(verifier.people.path)
+    other = sqlite3.connect(place)
+    other.execute("UPDATE recordings SET embedding = x'00'")
+    other.commit()
+    for path in ("people/Ann/verify", "identify"):
+        answer = client.post(f"/v1/{path}", files=files(b"ann 2", field="file"))
+        assert place not in refusal(answer, 503, "unavailable")
+        assert place in caplog.text
+        caplog.clear()
+    verifier.people._db.execute("PRAGMA busy_timeout=1")
+    other.execute("BEGIN EXCLUSIVE")
+    assert place not in refusal(client.delete("/v1/people/Ann"), 503, "unavailable")
+    assert "locked" in caplog.text
+    other.close()
 
 
 def test_a_token_is_long_and_in_a_file_of_its_owners(verifier, tmp_path):

@@ -82,7 +82,7 @@ def _weights(source: Source) -> Path | None:
     if named is not None:
         try:
             file = json.loads(named.read_text(encoding="utf-8"))["model"]["pretrained_model"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             file = None
         if isinstance(file, str) and (found := source.file(Path(file).name)):
             return found
