@@ -19,6 +19,7 @@ __all__ = [
     "ENROLMENT_RULES",
     "Embeddings",
     "cosine_scores",
+    "id_texts",
     "load_embeddings",
     "load_mean",
     "pair_products",
@@ -265,8 +266,8 @@ def load_embeddings(path: str | Path, ids: str | Path | None = None) -> Embeddin
             raise ValueError(
                 f"{path}: no array {missing[0]!r} in it; wanted arrays 'ids' and 'embeddings'"
             )
-        names, matrix = _texts(loaded["ids"], path), loaded["embeddings"]
-        encoder = "".join(_texts(loaded["encoder"], path)) if "encoder" in loaded else ""
+        names, matrix = id_texts(loaded["ids"], path), loaded["embeddings"]
+        encoder = "".join(id_texts(loaded["encoder"], path)) if "encoder" in loaded else ""
     else:
         listed = Path(ids) if ids else path.with_suffix(".txt")
         if not listed.is_file():
@@ -311,8 +312,14 @@ def load_mean(path: str | Path) -> np.ndarray:
     return mean
 
 
-def _texts(ids: np.ndarray, path: Path) -> list[str]:
-    """Ids as text; some toolkits keep them as bytes."""
+def id_texts(ids: np.ndarray, path: Path) -> list[str]:
+    """Ids as text; some toolkits keep them as bytes.
+
+    Raises
+    ------
+    ValueError
+        Bytes that are not UTF-8; with the file.
+    """
     if ids.dtype.kind == "S":
         try:
             return [name.decode() for name in ids.reshape(-1).tolist()]

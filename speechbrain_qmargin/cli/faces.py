@@ -15,6 +15,7 @@ from speechbrain_qmargin.data.align import align_face
 from speechbrain_qmargin.data.images import read_pixels
 from speechbrain_qmargin.data.skipped import Skipped
 from speechbrain_qmargin.files import replacing, write_text
+from speechbrain_qmargin.tables import read_lines
 
 __all__ = ["configure", "read_landmarks"]
 
@@ -30,10 +31,12 @@ images that cannot be aligned are listed in OUT/skipped_images.txt.
 def read_landmarks(path: str | Path) -> dict[str, np.ndarray]:
     """Image to landmarks [5, 2]; a line that does not fit raises ValueError with its number."""
     landmarks, outputs = {}, {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path)[0], 1):
         name, *values = line.rsplit(maxsplit=10) or [""]
         try:
             points = np.array(values, dtype=float).reshape(5, 2)
+            if not np.isfinite(points).all():
+                raise ValueError
         except ValueError:
             raise ValueError(
                 f"{path}:{number}: expected 'image x1 y1 ... x5 y5', got {line!r}"

@@ -56,6 +56,7 @@ def test_photographs_are_aligned_and_broken_ones_listed(photographs, capsys):
         ("a.jpg 1 2 3", "landmarks.txt:4: expected 'image x1 y1"),
         ("a.jpg" + " x" * 10, "landmarks.txt:4: expected 'image x1 y1"),
         ("", "landmarks.txt:4: expected"),
+        ("a.jpg" + " 1" * 9 + " nan", "landmarks.txt:4: expected 'image x1 y1"),
         ("../a.jpg" + " 1" * 10, "landmarks.txt:4: ../a.jpg must be a path below"),
         ("bob/1.jpg" + " 1" * 10, "landmarks.txt:4: bob/1.jpg would overwrite the image of line 2"),
     ],

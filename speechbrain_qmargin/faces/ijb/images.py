@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from speechbrain_qmargin.embeddings import id_texts
 from speechbrain_qmargin.extraction import PART_SECONDS, extract_into, read_ahead
 from speechbrain_qmargin.faces.ijb.protocol import IJB
 from speechbrain_qmargin.faces.pair_sets import flip_fusion
@@ -90,7 +91,8 @@ def load_image_embeddings(path: str | Path, ijb: IJB) -> ImageEmbeddings:
     loaded = load_arrays(path, "embeddings", ("ids", "embeddings", "mirrored"))
     if not isinstance(loaded, dict) or not {"ids", "embeddings"} <= loaded.keys():
         raise ValueError(f"{path}: not an npz of embeddings; wanted arrays 'ids' and 'embeddings'")
-    names, plain, mirrored = loaded["ids"].tolist(), loaded["embeddings"], loaded.get("mirrored")
+    names, plain = id_texts(loaded["ids"], path), loaded["embeddings"]
+    mirrored = loaded.get("mirrored")
     if plain.ndim != 2 or len(names) != len(plain):
         raise ValueError(f"{path}: {len(names)} ids and embeddings {plain.shape}; want [N, D]")
     if mirrored is not None and mirrored.shape != plain.shape:
