@@ -97,15 +97,5 @@ def canonical(tree: Any, names: Iterable[str]) -> str:
 
 
 def build(tree: Any, names: Iterable[str]) -> dict[str, Any]:
-    """The modules themselves, with random weights.
-
-    Raises
-    ------
-    ValueError
-        One that the YAML does not define.
-    """
-    names = list(names)
-    missing = [name for name in names if name not in tree["modules"]]
-    if missing:
-        raise ValueError(f"hyperparams.yaml: no {' and no '.join(missing)} among its modules")
+    """The modules themselves, with random weights; those that the YAML does not define are left."""
     return load_hyperpyyaml(definitions(tree, names))

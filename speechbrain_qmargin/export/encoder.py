@@ -146,6 +146,9 @@ def load_encoder(
         return SpeakerEncoder(modules, tree["sample_rate"], definition).to(device)
     tree = hyperparams_tree(folder / "hyperparams.yaml", trust=trust)
     modules = build(tree, PARTS)
+    missing = [name for name in PARTS if name not in modules]
+    if missing:
+        raise ValueError(f"{folder / 'hyperparams.yaml'}: no {' and no '.join(missing)} in modules")
     if not (folder / "embedding_model.ckpt").is_file():
         raise FileNotFoundError(
             f"{folder}: neither a run (no save/) nor an inference folder (no embedding_model.ckpt)"

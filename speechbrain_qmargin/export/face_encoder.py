@@ -133,6 +133,8 @@ def load_face_encoder(
     tree = hyperparams_tree(file, ("modules",), trust)
     if not has_faces(tree):
         raise ValueError(f"{file}: no encoder of faces (no image_size in it)")
+    if "embedding_model" not in tree["modules"]:
+        raise ValueError(f"{file}: no embedding_model in modules")
     if is_run(folder):
         model = load_run(folder, ["embedding_model"], trust)[0]["embedding_model"]
         logger.info(f"{folder} has no inference/; the average of its last epochs is taken")

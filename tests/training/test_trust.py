@@ -8,9 +8,10 @@ import torch
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_qmargin.cli import main
-from speechbrain_qmargin.export.definitions import build, hyperparams_tree
+from speechbrain_qmargin.export.definitions import hyperparams_tree
 from speechbrain_qmargin.export.encoder import load_encoder, load_run
 from speechbrain_qmargin.export.inference import export_for_inference, export_run
+from speechbrain_qmargin.export.loading import load_any_encoder
 from speechbrain_qmargin.training.config import compose, load_experiment
 from speechbrain_qmargin.training.run_folder import RunFolder
 from speechbrain_qmargin.training.trust import load_checked, object_names, refuse_code
@@ -299,5 +300,11 @@ def test_what_decides_about_memory_is_a_number_of_its_size(text, message, tmp_pa
     (tmp_path / "hyperparams.yaml").write_text(text)
     with pytest.raises(ValueError, match=rf"hyperparams\.yaml: {message}"):
         hyperparams_tree(tmp_path / "hyperparams.yaml")
-    with pytest.raises(ValueError, match="no embedding_model among its modules"):
-        build({"modules": {}}, ["embedding_model"])
+
+
+@pytest.mark.parametrize("size", ["", "image_size: 112\n"])
+def test_a_folder_that_defines_no_network_is_named(size, tmp_path):
+    (tmp_path / "hyperparams.yaml").write_text(f"sample_rate: 16000\n{size}modules: {{x: 1}}\n")
+    (tmp_path / "embedding_model.ckpt").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"hyperparams\.yaml: no .*embedding_model in modules"):
+        load_any_encoder(tmp_path)
