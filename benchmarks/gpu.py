@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 SCALE, MARGIN, ALPHA, LR, MOMENTUM = 32.0, 0.2, 1.25, 0.01, 0.9
 TESTS = ["tests/loss/test_kernels.py", "tests/head/test_fused.py", "tests/head/test_row_kernels.py"]
+TESTS += ["tests/head/test_kernel_search.py"]
 SECONDS = {"exactness": 100, "step": 170, "anatomy": 30, "training": 140, "small": 20}
 DRY_SECONDS = dict.fromkeys(SECONDS, 600)
 ONE_RESULT = 60  # seconds, at most

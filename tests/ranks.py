@@ -45,12 +45,17 @@ class Threads(Communicator):
 
 
 def on_ranks(world, function, device="cpu"):
-    """What `function(communicator)` gives on each rank; the first error of a rank is raised."""
+    """What `function(communicator)` gives on each rank; the first error of a rank is raised.
+
+    Each has its backward pass in its own thread: on a GPU autograd has one for all of them, where
+    the first that waits for the others would wait for ever.
+    """
     barrier, places = threading.Barrier(world), [None] * world
 
     def one(rank):
         try:
-            return function(Threads(rank, barrier, places, torch.device(device)))
+            with torch.autograd.set_multithreading_enabled(False):
+                return function(Threads(rank, barrier, places, torch.device(device)))
         except Exception:
             barrier.abort()  # the others wait for nothing
             raise

@@ -172,6 +172,10 @@ def test_the_second_decision_reads_the_second_lists(tmp_path):
         assert float(points) == pytest.approx(100 * lead, abs=0.006)
 
 
+def test_fine_tuning_has_tables_of_its_own(people):
+    assert evidence.tables("finetune", *people) == ""  # nothing is finished: no tuning's table
+
+
 def test_a_page_takes_its_tables_from_the_runs(tmp_path):
     (tmp_path / "second.md").write_text("| the test |\n\n### cv, cosine\n\n| cv |\n\n### gsc\n")
     page = "# Page\n\n<!-- second -->\nold\n<!-- end -->\n\nText.\n"

@@ -1,9 +1,8 @@
-"""Shards on a GPU: their search by kernels, here in Triton's interpreter, and ranks as threads."""
+"""Shards on a GPU, by kernels: in Triton's interpreter or with ``--device cuda``; as threads."""
 
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -27,20 +26,26 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu():
-    with interpreted(), control_flow(host=False):
+def as_on_a_gpu(device):
+    with interpreted() if device.type == "cpu" else nullcontext(), control_flow(host=False):
         yield
 
 
 def batch(rank, weight, noise):
-    """One sample of the first rank, two of the second, ..."""
+    """One sample of the first rank, two of the second, ...; on a CPU."""
     generator, rows = torch.Generator().manual_seed(rank), 1 + rank
     labels = torch.randint(len(weight), (rows,), generator=generator)
     x = weight[labels] + noise * torch.randn(rows, DIM, generator=generator)
     return (3 * x).requires_grad_(), labels
 
 
-def in_shards(parameters, noise, sizes=SIZES, ask=q_margin_objective, only_kernels=True, world=2):
+def on(device, x, labels):
+    return x.detach().to(device).requires_grad_(), labels.to(device)
+
+
+def in_shards(
+    device, parameters, noise, sizes=SIZES, ask=q_margin_objective, only_kernels=True, world=2
+):
     """Of each rank: losses, supports, gradients, collectives, and the head.
 
     The torch path would hide what the kernels miss, so as a rule it is not there.
@@ -48,19 +53,20 @@ def in_shards(parameters, noise, sizes=SIZES, ask=q_margin_objective, only_kerne
     weight = QMarginHead(DIM, CLASSES, seed=0).weight.detach()
 
     def one(comm):
-        head = QMarginHead(DIM, CLASSES, *parameters, seed=0, group=comm, sizes=sizes)
+        head = QMarginHead(DIM, CLASSES, *parameters, seed=0, group=comm, sizes=sizes).to(device)
         head._check_not_broadcast()  # in the first step alone
-        x, labels = batch(comm.rank, weight, noise)
+        x, labels = on(device, *batch(comm.rank, weight, noise))
         comm.calls = 0
         rows = head.train()(x).evaluate(labels, ask(labels, *parameters))
         rows.loss.mean().backward()
         gradients = x.grad, head.weight.grad.to_dense()
-        return rows.loss.detach(), rows.support, *gradients, comm.calls, head
+        found = rows.loss.detach(), rows.support, *gradients
+        return *(each.cpu() for each in found), comm.calls, head
 
     with pytest.MonkeyPatch.context() as patch:
         if only_kernels:
             patch.setattr(classifier.HeadLoss, "apply", None)
-        return on_ranks(world, one)
+        return on_ranks(world, one, device)
 
 
 def check(found, parameters, noise, ask=q_margin_objective):
@@ -86,30 +92,33 @@ def check(found, parameters, noise, ask=q_margin_objective):
         ((3.0, 4.0, 0.1), 0.3, 2),
     ],
 )
-def test_the_step_is_that_of_one_process(parameters, noise, world):
-    found = in_shards(parameters, noise, world=world)
+def test_the_step_is_that_of_one_process(device, parameters, noise, world):
+    found = in_shards(device, parameters, noise, world=world)
     check(found, parameters, noise)
     if parameters[0] <= 2:  # above, Newton's steps are safeguarded and more
         assert max(each[4] for each in found) <= 12
 
 
-def test_a_prior_of_each_class():
+def test_a_prior_of_each_class(device):
     log_q = 4 * torch.rand(CLASSES, dtype=torch.float64) - 2
-    ask = partial(q_margin_objective, log_q=log_q)
-    check(in_shards((1.5, 10.0, 0.2), 0.3, ask=ask), (1.5, 10.0, 0.2), 0.3, ask)
+
+    def ask(labels, *parameters):
+        return q_margin_objective(labels, *parameters, log_q.to(labels.device))
+
+    check(in_shards(device, (1.5, 10.0, 0.2), 0.3, ask=ask), (1.5, 10.0, 0.2), 0.3, ask)
 
 
-def test_targets_that_move():
+def test_targets_that_move(device):
     """As a margin on the angle moves them, of each sample its own."""
 
     def ask(labels, alpha, scale, margin):
         margins = margin * (1 + labels.double() / CLASSES)
         return Objective(scale, alpha, move_target=lambda x: torch.cos(torch.acos(x) + margins))
 
-    check(in_shards((1.5, 10.0, 0.2), 0.3, ask=ask), (1.5, 10.0, 0.2), 0.3, ask)
+    check(in_shards(device, (1.5, 10.0, 0.2), 0.3, ask=ask), (1.5, 10.0, 0.2), 0.3, ask)
 
 
-def test_an_embedding_that_is_not_finite_spoils_the_batch(monkeypatch):
+def test_an_embedding_that_is_not_finite_spoils_the_batch(device, monkeypatch):
     one = batch
 
     def spoiled(rank, weight, noise):
@@ -119,19 +128,20 @@ def test_an_embedding_that_is_not_finite_spoils_the_batch(monkeypatch):
         return x, labels
 
     monkeypatch.setattr(sys.modules[__name__], "batch", spoiled)
-    for loss, _, by_x, by_weight, *_ in in_shards((1.5, 10.0, 0.2), 0.3):
+    for loss, _, by_x, by_weight, *_ in in_shards(device, (1.5, 10.0, 0.2), 0.3):
         assert loss.isnan().all()
         assert not by_x.any()
         assert not by_weight.any()
 
 
-def test_launches_do_not_grow_with_the_ranks():
+def test_launches_do_not_grow_with_the_ranks(device):
     """Of one rank: at most 100 launches, and 12 collectives; a prior costs five more."""
 
     def one(comm):
         head = QMarginHead(DIM, CLASSES, 1.25, 32.0, 0.2, seed=0, group=comm, sizes=SIZES)
+        head = head.to(device)
         head._check_not_broadcast()
-        x, labels = batch(comm.rank, weight, 0.1)
+        x, labels = on(device, *batch(comm.rank, weight, 0.1))
         head.prototypes()
         comm.calls = 0
         own = Counted((*kernels.KERNELS, *solve_kernels.KERNELS)) if comm.rank == 0 else None
@@ -140,15 +150,15 @@ def test_launches_do_not_grow_with_the_ranks():
         return own, comm.calls
 
     weight = QMarginHead(DIM, CLASSES, seed=0).weight.detach()
-    kernels.numbers(1.25, 32.0, weight.device)  # which are brought to the device once
+    kernels.numbers(1.25, 32.0, device)  # which are brought to the device once
     for world in (2, 3):
-        counted, collectives = on_ranks(world, one)[0]
+        counted, collectives = on_ranks(world, one, device)[0]
         assert counted.launches <= 100, counted.names
         assert collectives <= 12
 
 
 @pytest.mark.slow
-def test_a_room_too_small_grows_or_the_batch_is_halved(monkeypatch):
+def test_a_room_too_small_grows_or_the_batch_is_halved(device, monkeypatch):
     parameters, noise = (1.25, 12.0, 0.2), 0.3
     needed, one = [], fused_shards.halvings_for
     monkeypatch.setattr(
@@ -156,26 +166,26 @@ def test_a_room_too_small_grows_or_the_batch_is_halved(monkeypatch):
         "halvings_for",
         lambda asked, *rest: needed.append(asked) or one(asked, *rest),
     )
-    found = in_shards(parameters, noise, sizes=replace(SIZES, screened=4, kept=2))
+    found = in_shards(device, parameters, noise, sizes=replace(SIZES, screened=4, kept=2))
     check(found, parameters, noise)
     kept = max(each[5]._room.kept for each in found)
     assert kept > 2
     # room for what one of three samples needs, if they are two at a time
     most = max(asked.kept for asked in needed)
     tight = replace(SIZES, screened=4, kept=2, max_candidates=4 * 2 * most)
-    found = in_shards(parameters, noise, sizes=tight)
+    found = in_shards(device, parameters, noise, sizes=tight)
     check(found, parameters, noise)
     assert max(each[5]._room.halvings for each in found) == 1  # each rank as it has to
 
 
-def test_without_any_room_every_class_is_looked_at():
+def test_without_any_room_every_class_is_looked_at(device):
     """All ranks do, where one of them has to."""
     parameters, noise = (1.5, 0.5, 0.2), 100.0
     tight = replace(SIZES, screened=4, kept=2, max_candidates=40)
-    check(in_shards(parameters, noise, sizes=tight, only_kernels=False), parameters, noise)
+    check(in_shards(device, parameters, noise, sizes=tight, only_kernels=False), parameters, noise)
 
 
-def test_one_rank_without_kernels_is_enough_for_the_other_way(monkeypatch):
+def test_one_rank_without_kernels_is_enough_for_the_other_way(device, monkeypatch):
     parameters, noise = (1.5, 10.0, 0.2), 0.3
     kernels_of = QMarginHead.may_use_kernels
     monkeypatch.setattr(
@@ -185,5 +195,5 @@ def test_one_rank_without_kernels_is_enough_for_the_other_way(monkeypatch):
     )
     asked = []
     monkeypatch.setattr(fused_shards, "evaluate", lambda *_: asked.append(1))
-    check(in_shards(parameters, noise, only_kernels=False), parameters, noise)
+    check(in_shards(device, parameters, noise, only_kernels=False), parameters, noise)
     assert not asked
