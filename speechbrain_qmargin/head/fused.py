@@ -121,7 +121,7 @@ def evaluate(
                 return None
             room.halvings += 1
         elif len(steps) < len(parts(samples, room.halvings)):
-            return None  # some sample's level, or a prototype, is no number
+            return None  # some sample's level, or a prototype, is not a number
         elif enough == room.halvings:
             return steps
         else:

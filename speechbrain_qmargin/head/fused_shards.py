@@ -43,7 +43,7 @@ def evaluate(
 ) -> Step | None:
     """As :func:`speechbrain_qmargin.head.fused.evaluate`, for the samples of all ranks.
 
-    None on all of them where one has no room for its classes, or something is no number.
+    None on all of them where one has no room for its classes, or something is not a number.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ class _Found(NamedTuple):
 
 
 def _search(batch: Batch, prototypes: Prototypes, room: Room) -> _Found | None:
-    """None where no room is enough, or a cosine is no number."""
+    """None where no room is enough, or a cosine is not a number."""
     samples, sizes = len(batch.raw), prototypes.sizes
     most = Asked(0, 0)
     for halvings in range(room.halvings, MOST_HALVINGS + 1):
@@ -123,7 +123,7 @@ def _search(batch: Batch, prototypes: Prototypes, room: Room) -> _Found | None:
 def _search_part(
     batch: Batch, prototypes: Prototypes, room: Room
 ) -> tuple[_Found | None, Asked, bool]:
-    """Of samples that go at a time, if they can; what room they need; whether one is no number."""
+    """Of samples that go at a time, if they can; what room they need; whether one is not a number."""
     from speechbrain_qmargin.head import kernels
 
     sizes = prototypes.sizes

@@ -245,7 +245,7 @@ def _filter(
         i = g * (8 * LANES) + (lane[:, None] * 8 + e[None, :])
         # up to the stride, which is a multiple of what is read at once; the size may be none
         s = tl.load(row + i, mask=first + i < stride, other=0.0).to(tl.float32)
-        # a product that is no number is kept: nothing is known of its class
+        # a product that is not a number is kept: nothing is known of its class
         keep = ((s < cut) == 0) & (first + i < size)
         few = keep.to(tl.uint32) << (g * 8 + e).to(tl.uint32)[None, :]
         bits |= tl.sum(few, 1).to(tl.uint32)

@@ -570,7 +570,7 @@ def shared_bound(
     ----------
     query : Query
     found : (Candidates, Tensor [B]) or None
-        Of this shard, one row a class, and lower bounds of the levels.
+        Of this shard, one row per class, and lower bounds of the levels.
     comm : Communicator
     """
     failed = found is None
@@ -636,7 +636,7 @@ def chunked_cosines(
 def refined(
     query: Query, found: Candidates, level: Tensor, prototypes: Prototypes
 ) -> tuple[Candidates, Tensor]:
-    """The candidates that may be active, one row a class, in float64, and a bound of the level.
+    """The candidates that may be active, one row per class, in float64, and a bound of the level.
 
     A loss near zero is a difference of nearly equal cosines, whose float32 rounding would be most
     of it. Only what may be active is computed again, so the cost is the support's.

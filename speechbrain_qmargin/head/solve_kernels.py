@@ -129,6 +129,7 @@ def _write_outcome(
     tl.store(support + b, (many + (p_own > 0.0).to(tl.int32)).to(tl.float32))
     tl.store(residual + b, rest)
     flag = tl.load(state + b)
+    failed = failed | (excess < -0.5)  # as step._check_mass, which says why
     tl.store(state + b, flag | tl.where(failed, _NOT_CONVERGED, 0))
 
     base = b * (width + 1)

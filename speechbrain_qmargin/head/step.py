@@ -25,7 +25,7 @@ from speechbrain_qmargin.head.search import (
     rounding,
     search,
 )
-from speechbrain_qmargin.loss.device import add_rows
+from speechbrain_qmargin.loss.device import add_rows, assert_on_device, host_decides
 from speechbrain_qmargin.loss.f_operators import GeneratorMeasure, Moments, masses
 from speechbrain_qmargin.loss.interface import Objective, slope_of
 from speechbrain_qmargin.loss.solver import Block, Measure, Solution, fenchel_young
@@ -277,7 +277,7 @@ class ChunkGradients:
         self.by_weight = torch.empty_like(shard.prototypes.weight) if needed[1] else None
 
     def add(self, classes: slice, g: Tensor, nearest: Tensor | None) -> None:
-        """g [B, chunk], of all of some classes; `nearest` as of ``chunked_cosines``."""
+        """g [B, chunk], of all of some classes; `nearest` as in ``chunked_cosines``."""
         prototypes, centres = self._shard.prototypes, self._shard.subcentres
         rows = slice(classes.start * centres, classes.stop * centres)
         if nearest is not None:  # the other rows of a class have no gradient
@@ -384,7 +384,26 @@ def _solved(query: Query, shard: Shard, objective: Objective) -> _Solved:
         active = candidates.rows, p
     others, gap, support = moments
     solution = fenchel_young(query.of_alpha, query.target, level, others, gap)
+    _check_mass(solution, objective.alpha)
     return _Solved(solution, support, level, active, everything)
+
+
+def _check_mass(solution: Solution, alpha: float) -> None:
+    """Refuse posteriors that have lost most of their mass to rounding.
+
+    u of a class alone is q^(1 - alpha): where that is less than a logit's rounding, no level
+    holds it.
+    """
+    lost = solution.inverse_total > 2  # False where it is not a number
+    message = (
+        f"log_q: the posteriors of a sample do not sum to 1. At alpha = {alpha:g} it is too large "
+        "for float64 to hold next to the logits: take a smaller alpha, a smaller log_q, or "
+        "--head dense"
+    )
+    if not host_decides(lost.device):
+        assert_on_device(~lost.any(), message)
+    elif bool(lost.any()):
+        raise ValueError(message)
 
 
 def _solved_of_generator(query: Query, prototypes: Prototypes, comm: Communicator) -> _Solved:
@@ -457,7 +476,8 @@ def _sparse_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | N
     samples, entries, g = ctx.entries
     prototypes = ctx.shard.prototypes
     weight, inverse_norm = prototypes.weight, prototypes.inverse_norm
-    g = g * scale[samples]
+    factor = scale[samples]
+    g = torch.where(factor == 0, 0, g * factor)  # a share may be no number where the loss is none
     keep = (g != 0).nonzero().squeeze(1)
     samples, entries, g = samples[keep], entries[keep], g[keep]
     grad_unit = grad_weight = None

@@ -18,6 +18,7 @@ from speechbrain_qmargin.head.precision import product_roundoff
 from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.loss.arcface import ArcFaceLoss
 from speechbrain_qmargin.loss.device import control_flow
+from speechbrain_qmargin.loss.functional import q_margin_objective
 
 
 def dense_reference(embeddings, weight, labels, alpha, scale, margin):
@@ -418,6 +419,15 @@ def near_the_margin(parameters):
     noise = torch.linspace(0.8 * edge, 1.2 * edge, 256).unsqueeze(1)
     x = weight[labels] + noise * torch.randn(256, 256)
     return weight, labels, x, dense_reference(x, weight, labels, *parameters)
+
+
+def test_a_measure_that_float64_cannot_hold_next_to_the_logits_is_refused():
+    """u of a class alone is q^-9 here, e^-45: its edge is its logit, and all its mass was lost."""
+    head, x, labels = QMarginHead(8, 60, seed=1).train(), torch.randn(5, 8), torch.arange(5)
+    log_q = torch.linspace(-5, 5, 60, dtype=torch.float64)
+    head(x).evaluate(labels, q_margin_objective(labels, 3.0, 4.0, 0.1, log_q))
+    with pytest.raises(ValueError, match="log_q: the posteriors of a sample do not sum to 1"):
+        head(x).evaluate(labels, q_margin_objective(labels, 10.0, 4.0, 0.1, log_q))
 
 
 @pytest.mark.slow
