@@ -123,7 +123,7 @@ def _search(batch: Batch, prototypes: Prototypes, room: Room) -> _Found | None:
 def _search_part(
     batch: Batch, prototypes: Prototypes, room: Room
 ) -> tuple[_Found | None, Asked, bool]:
-    """Of samples that go at a time, if they can; what room they need; whether one is not a number."""
+    """Of samples that go at a time, if they can; what room they need; whether one is unsound."""
     from speechbrain_qmargin.head import kernels
 
     sizes = prototypes.sizes
