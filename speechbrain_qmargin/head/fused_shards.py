@@ -28,6 +28,7 @@ from speechbrain_qmargin.head.kernel_search import (
 )
 from speechbrain_qmargin.head.precision import exact_accumulation
 from speechbrain_qmargin.head.prototypes import Prototypes
+from speechbrain_qmargin.head.search import shown_by
 from speechbrain_qmargin.head.step import Shard, gathered
 from speechbrain_qmargin.loss.interface import Objective, slope_of
 
@@ -78,8 +79,9 @@ def evaluate(
             cosine, slope = comm.gather(moved, sizes).T.contiguous()
         batch = batch._replace(cosine=cosine)
         found = _search(batch, prototypes, room)
-        shown = torch.stack(comm.gather_rows(_shown(batch, found)))
-        if bool(shown[:, 0, solve_kernels.SHOWN + 1].any()) or found is None:  # the host waits
+        most = shown_by(comm.world)
+        shown = torch.stack(comm.gather_rows(_shown(batch, found, most)))
+        if bool(shown[:, 0, most + 1].any()) or found is None:  # the host waits
             return None
     with stage("solve"):
         bracket = solve_kernels.bound(batch, shown)
@@ -159,27 +161,25 @@ def _joined(found: list[_Found], width: int) -> _Found:
     return _Found(*whole)
 
 
-def _shown(batch: Batch, found: _Found | None) -> Tensor:
-    """What a shard shows the others for ``solve_kernels.bound``: [B, 2 or 3 columns more].
+def _shown(batch: Batch, found: _Found | None, most: int) -> Tensor:
+    """What a shard shows the others for ``solve_kernels.bound``: [B, most + 2 or 2 most + 2].
 
-    The largest cosines, a lower bound of the level, whether there is nothing to show, and with a
-    reference measure the log q of those classes.
+    The `most` largest cosines, a lower bound of the level, whether there is nothing to show, and
+    with a reference measure the log q of those classes.
     """
-    from speechbrain_qmargin.head.solve_kernels import SHOWN
-
-    columns = SHOWN + 2 + (0 if batch.log_q is None else SHOWN)
+    columns = most + 2 + (0 if batch.log_q is None else most)
     shown = batch.levels.new_zeros(len(batch.raw), columns)
     if found is None:
-        shown[:, SHOWN + 1] = 1
+        shown[:, most + 1] = 1
         return shown
-    width = min(SHOWN, found.cosines.shape[1])
-    shown[:, width:SHOWN] = -math.inf
+    width = min(most, found.cosines.shape[1])
+    shown[:, width:most] = -math.inf
     shown[:, :width], place = found.cosines.topk(width, 1, sorted=False)
-    shown[:, SHOWN] = batch.levels
+    shown[:, most] = batch.levels
     if batch.log_q is not None:
         there = shown[:, :width] > -math.inf
         classes = torch.where(there, found.kept.gather(1, place), 0)
-        shown[:, SHOWN + 2 : SHOWN + 2 + width] = batch.log_q[classes]
+        shown[:, most + 2 : most + 2 + width] = batch.log_q[classes]
     return shown
 
 

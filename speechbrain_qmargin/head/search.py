@@ -69,9 +69,19 @@ __all__ = [
     "screening_slack",
     "search",
     "shared_bound",
+    "shown_by",
 ]
 
-_SHARED = 128  # of a sample's logits, which shards show each other
+
+def shown_by(world: int) -> int:
+    """How many of a sample's logits each of so many shards shows the others: about 1,024 in all.
+
+    Examples
+    --------
+    >>> [shown_by(world) for world in (2, 8, 12, 64, 1000)]
+    [128, 128, 64, 16, 16]
+    """
+    return max(16, min(128, 1 << (1024 // world or 1).bit_length() - 1))
 
 
 class Query(NamedTuple):
@@ -573,22 +583,22 @@ def shared_bound(
         Of this shard, one row per class, and lower bounds of the levels.
     comm : Communicator
     """
-    failed = found is None
+    failed, most = found is None, shown_by(comm.world)
     candidates, level = found or (_joined([], query), query.target)
-    width = min(_SHARED, candidates.cosines.shape[1])
+    width = min(most, candidates.cosines.shape[1])
     top, place = candidates.cosines.topk(width, 1, sorted=False)
     log_q = query.log_q(candidates.rows.gather(1, place))
-    logits = query.exact.new_full((len(level), _SHARED), -math.inf)
+    logits = query.exact.new_full((len(level), most), -math.inf)
     logits[:, :width] = top.double() * query.scale
     mine = [logits, level.unsqueeze(1), torch.full_like(level, float(failed)).unsqueeze(1)]
     if log_q is not None:
-        mine.append(F.pad(log_q.double(), (0, _SHARED - width)))
+        mine.append(F.pad(log_q.double(), (0, most - width)))
     parts = torch.stack(comm.gather_rows(torch.cat(mine, 1)))
-    if bool(parts[:, :, _SHARED + 1].any()):
+    if bool(parts[:, :, most + 1].any()):
         return None
-    logits = parts[:, :, :_SHARED].transpose(0, 1).flatten(1)
-    log_q = parts[:, :, _SHARED + 2 :].transpose(0, 1).flatten(1) if log_q is not None else None
-    level, peak = parts[:, :, _SHARED].amax(0), logits.amax(1)
+    logits = parts[:, :, :most].transpose(0, 1).flatten(1)
+    log_q = parts[:, :, most + 2 :].transpose(0, 1).flatten(1) if log_q is not None else None
+    level, peak = parts[:, :, most].amax(0), logits.amax(1)
     slack = rounding(query, level)
     level = torch.maximum(level, _level_of(query, logits - slack.unsqueeze(1), log_q, None, True))
     return Found(candidates, level, False, peak + slack)

@@ -26,7 +26,6 @@ from speechbrain_qmargin.loss.triton_numbers import level_alone, moved_on, power
 __all__ = [
     "KERNELS",
     "MOST_STEPS",
-    "SHOWN",
     "Bracket",
     "Solved",
     "bound",
@@ -36,7 +35,6 @@ __all__ = [
 ]
 
 MOST_STEPS = 128  # of Newton's method
-SHOWN = 128  # of a sample's logits, which shards show each other
 _ABSENT, _INF = tl.constexpr(ABSENT), tl.constexpr(float("inf"))
 _NOT_FINITE, _NOT_CONVERGED = tl.constexpr(NOT_FINITE), tl.constexpr(NOT_CONVERGED)
 _MOST_STEPS = tl.constexpr(MOST_STEPS)
@@ -381,16 +379,17 @@ def bound(batch: Batch, shown: Tensor) -> Bracket:
 
     Parameters
     ----------
-    shown : Tensor, [ranks, B, SHOWN + 2 or 2 SHOWN + 2], float64
+    shown : Tensor, [ranks, B, n + 2 or, with a reference measure, 2 n + 2], float64
         Cosines (-inf where there is none), a lower bound of the shard's own, something else, and
-        with a reference measure the log q of these classes.
+        the log q of these classes; n is a power of two.
     """
     _, kind = batch.measure()
     world, samples, row = shown.shape
+    each = row - 2 if batch.log_q is None else (row - 2) // 2
     made = Bracket(*torch.empty(3, samples, dtype=torch.float64, device=shown.device))
     _bound[(samples,)](
         shown, batch.cosine, batch.prior, batch.values, made.levels, made.lows, made.highs,
-        world, samples, row, SHOWN=SHOWN, SAFEGUARDED=batch.alpha > 2, **kind,
+        world, samples, row, SHOWN=each, SAFEGUARDED=batch.alpha > 2, **kind,
     )  # fmt: skip
     return made
 

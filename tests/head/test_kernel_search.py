@@ -108,6 +108,15 @@ def test_a_prior_of_each_class(device):
     check(in_shards(device, (1.5, 10.0, 0.2), 0.3, ask=ask), (1.5, 10.0, 0.2), 0.3, ask)
 
 
+def test_many_shards_show_each_other_less(device, monkeypatch):
+    """What is not shown costs exchanges, not exactness."""
+    monkeypatch.setattr(fused_shards, "shown_by", lambda _: 4)
+    parameters, noise = (1.25, 8.0, 0.2), 0.5
+    found = in_shards(device, parameters, noise)
+    check(found, parameters, noise)
+    assert max(float(each[1].max()) for each in found) > 20  # more are active than are shown
+
+
 def test_targets_that_move(device):
     """As a margin on the angle moves them, of each sample its own."""
 
