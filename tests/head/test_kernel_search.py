@@ -143,6 +143,7 @@ def test_an_embedding_that_is_not_finite_spoils_the_batch(device, monkeypatch):
         assert not by_weight.any()
 
 
+@pytest.mark.slow
 def test_launches_do_not_grow_with_the_ranks(device):
     """Of one rank: at most 100 launches, and 12 collectives; a prior costs five more."""
 
