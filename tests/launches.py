@@ -107,7 +107,8 @@ def interpreted():
         import_module("triton.runtime.interpreter"),
         import_module("triton.language"),
     )
-    executor = interpreter.GridExecutor
+    executor, function = interpreter.GridExecutor, interpreter.InterpretedFunction
+    rewrite = function.rewrite
     patch, numpy_dtype, run = interpreter._patch_lang, interpreter._get_np_dtype, executor.__call__
     one_at_a_time = threading.RLock()  # whose program it is is the process's, and ranks are threads
     dtypes = {}
@@ -131,14 +132,19 @@ def interpreted():
             finally:
                 self.pre_run_hooks = hooks
 
+    def rewrite_alone(self):
+        with one_at_a_time:  # Python 3.11 builds one syntax tree at a time
+            return rewrite(self)
+
     places = {"tl": language, "core": language.core}  # what functions of kernels call
     patched = patch(SimpleNamespace(__globals__=places))
     interpreter._patch_lang = lambda _: SimpleNamespace(restore=lambda: None)
     interpreter._get_np_dtype, executor.__call__ = known_dtype, unseen_run
+    function.rewrite = rewrite_alone
     try:
         yield
     finally:
         interpreter._patch_lang, interpreter._get_np_dtype = patch, numpy_dtype
-        executor.__call__ = run
+        executor.__call__, function.rewrite = run, rewrite
         if patched is not None:  # Triton 3.6 patches for good
             patched.restore()

@@ -201,7 +201,7 @@ def test_script_without_main_guard(built, tmp_path):
 
 def test_missing_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(ImportError, match=r"pip install '\.\[demo\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[demo\]'"):
         build_mini_corpus(tmp_path / "mini", **TINY)
     assert not (tmp_path / "mini").exists()
 
