@@ -260,10 +260,11 @@ def _exchange(
             h += tl.load(parts + (rank * 5 + 1) * batch + b)
         low, high = tl.load(lows + b), tl.load(highs + b)
         level, low, high, done = moved_on(level, low, high, s, h, gamma, step, _EPS, SAFEGUARDED)
+        ended = tl.where(done, 1.0, 0.0)
+        tl.debug_barrier()  # all have read what is written
         tl.store(lows + b, low)
         tl.store(highs + b, high)
         tl.store(levels + b, level)
-        ended = tl.where(done, 1.0, 0.0)
     n = tl.minimum(tl.load(counts + b), width)
     s, h, gap, many = _moments(
         kept, cosines, log_q, b * width, n, own, level, gamma, k, scale,
