@@ -54,7 +54,8 @@ class Objective:
     Attributes
     ----------
     scale : float, > 0
-        A number: where it is to be learnt, override :meth:`Loss.rows` and ask for all cosines.
+        A number: where it is to be learnt, override
+        :meth:`~speechbrain_qmargin.loss.base.Loss.rows` and ask for all cosines.
     alpha : float, >= 1
     target_log_q : Tensor, [B], float64, or None
         log q of the samples' targets, the class's own included. None: q = 1. It may require a
