@@ -156,7 +156,7 @@ def _without(ids: Iterable[str], trained: Collection[str], source: Path) -> list
 
     person = {name: speaker_in(name) for name in ids if "/" in name}
     everybody = set(person.values())
-    known = sorted(everybody & set(trained))
+    known = everybody & set(trained)
     if known and len(known) == len(everybody):
         raise ValueError(
             f"{source}: the encoder was trained on all {len(known)} people; a threshold wants "
@@ -165,7 +165,7 @@ def _without(ids: Iterable[str], trained: Collection[str], source: Path) -> list
     if known:
         print(
             f"people: {len(known)} of the {len(everybody)} are left out, on whom the encoder was "
-            f"trained: {some(known)}"
+            f"trained: {some(sorted(known))}"
         )
     return [name for name in ids if person.get(name) not in known]
 
