@@ -33,8 +33,7 @@ class Threads(Communicator):
         return self._device
 
     def sum_of_own(self, tensor, sizes):
-        start = sum(sizes[: self.rank])
-        return self.sum(tensor)[start : start + sizes[self.rank]]
+        return self.sum(tensor)[self.own(sizes)]
 
     def barrier(self):
         self._barrier.wait(60)

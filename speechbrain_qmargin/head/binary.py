@@ -13,19 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from speechbrain_qmargin.head.dense import not_alone, of_a_chunk
 from speechbrain_qmargin.head.precision import exact_accumulation
 from speechbrain_qmargin.head.search import chunked_cosines
 from speechbrain_qmargin.head.step import ChunkGradients, check_backward, target_cosines
-from speechbrain_qmargin.loss.device import assert_on_device, host_decides
+from speechbrain_qmargin.loss.device import refuse_unless
 from speechbrain_qmargin.loss.interface import BinaryObjective, check_rows, learns_another
 
 __all__ = ["BinaryLoss"]
-
-
-_NOT_ALONE = (
-    "others gives a class another logit beside other classes, or twice; a sparse head takes some "
-    "classes at a time: element by element, nothing drawn within, or --head dense"
-)
 
 
 class BinaryLoss(torch.autograd.Function):
@@ -41,8 +36,7 @@ class BinaryLoss(torch.autograd.Function):
         ctx: Any, unit, weight, anchor, labels, raw, valid, sizes, shard, objective, *parameters
     ):
         comm = shard.comm
-        offset = sum(sizes[: comm.rank])
-        own = slice(offset, offset + sizes[comm.rank])
+        own = comm.own(sizes)
         raw = comm.gather(torch.where(valid, raw, 0), sizes)
         labels = comm.gather(labels, sizes)
         here = (labels >= shard.start) & (labels < shard.stop)
@@ -118,20 +112,12 @@ class BinaryLoss(torch.autograd.Function):
 
 def _ask(objective: BinaryObjective, cosines: Tensor) -> None:
     """Refuse an `others` that cannot be taken chunk by chunk."""
-    with torch.enable_grad():
-        together = objective.others(cosines.clone())
-        try:
-            alone = objective.others(cosines[:, :1].clone())
-        except (RuntimeError, IndexError) as error:  # say, more of the largest than there are
-            raise TypeError(_NOT_ALONE) from error
-    check_rows("others", together, cosines)
+    refusal = not_alone("others", "logit")
+    together, alone = of_a_chunk("others", objective.others, cosines, refusal)
     _check_learnt(alone, objective.parameters)
     size = 1 + together[:, :1].abs()
     same = ((alone - together[:, :1]).abs() <= 1e-5 * size).all()
-    if not host_decides(cosines.device):
-        assert_on_device(same, _NOT_ALONE)
-    elif not bool(same):
-        raise TypeError(_NOT_ALONE)
+    refuse_unless(same, TypeError, refusal)
 
 
 def _check_learnt(logits: Tensor, parameters: tuple[Tensor, ...]) -> None:

@@ -379,8 +379,7 @@ class QMarginHead(nn.Module):
             cosines = cosines.unflatten(0, (-1, self.subcentres)).amax(1)
             counts = [stop - start for start, stop in self.comm.shards(self.num_classes)]
             everything = self.comm.gather(cosines, counts)
-            offset = sum(sizes[: self.comm.rank])
-            return everything[:, offset : offset + unit.shape[0]].T.unsqueeze(1)
+            return everything[:, self.comm.own(sizes)].T.unsqueeze(1)
 
     def _agree(self, unit: Tensor, labels: Tensor | None, refused: Exception | None) -> Agreement:
         """What all ranks know of a step before it.

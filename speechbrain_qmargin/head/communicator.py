@@ -64,6 +64,17 @@ class Communicator:
         """[start, stop) of all ranks."""
         return [self.shard_of(num_classes, rank) for rank in range(self.world)]
 
+    def own(self, sizes: list[int]) -> slice:
+        """This rank's rows of what has sizes[r] rows of every rank r, one after the other.
+
+        Examples
+        --------
+        >>> Communicator().own([3])
+        slice(0, 3, None)
+        """
+        start = sum(sizes[: self.rank])
+        return slice(start, start + sizes[self.rank])
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Over the ranks, elementwise."""
         return self._reduced(tensor, dist.ReduceOp.SUM) if self.world > 1 else tensor
@@ -129,9 +140,8 @@ class Communicator:
         """
         if self.world == 1:
             return tensor
-        offset = sum(sizes[: self.rank])
         if dist.get_backend(self.group) != "nccl":
-            return self.sum(tensor)[offset : offset + sizes[self.rank]]
+            return self.sum(tensor)[self.own(sizes)]
         most = max(sizes)
         padded = tensor.new_zeros((self.world, most, *tensor.shape[1:]))
         for part, rows in zip(padded, tensor.split(sizes), strict=True):

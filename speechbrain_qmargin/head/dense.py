@@ -11,22 +11,43 @@ from torch import Tensor
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.head.search import Query, agreed_level, chunked_cosines, rounding
-from speechbrain_qmargin.loss.device import assert_on_device, host_decides
+from speechbrain_qmargin.loss.device import refuse_unless
 from speechbrain_qmargin.loss.f_operators import masses
 from speechbrain_qmargin.loss.interface import check_rows, slope_of
 from speechbrain_qmargin.loss.solver import Block, single_class_level
 
-__all__ = ["AllClasses", "AllOfGenerator"]
+__all__ = ["AllClasses", "AllOfGenerator", "not_alone", "of_a_chunk"]
 
 _LEARNS = (
     "move_others uses a tensor that requires a gradient, which a sparse head does not form: train "
     "it with --head dense"
 )
-_NOT_ALONE = (
-    "move_others gives a class another cosine beside other classes, or twice; a sparse head takes "
-    "some classes at a time: element by element, nothing drawn within, or --head dense"
-)
 _KEPT_BYTES = 128 * 1024 * 1024  # of scores: above, they are computed again in each pass
+
+
+def not_alone(name: str, value: str) -> str:
+    """The refusal of a function of cosines that cannot be taken chunk by chunk."""
+    return (
+        f"{name} gives a class another {value} beside other classes, or twice; a sparse head takes "
+        "some classes at a time: element by element, nothing drawn within, or --head dense"
+    )
+
+
+def of_a_chunk(
+    name: str, function: Callable[[Tensor], Tensor], cosines: Tensor, refusal: str
+) -> tuple[Tensor, Tensor]:
+    """What a function gives of cosines [B, K], and of the first of them alone, both in the graph.
+
+    TypeError, with `refusal`, where that fails, and as :func:`~.check_rows` says.
+    """
+    with torch.enable_grad():
+        together = function(cosines.clone())
+        try:
+            alone = function(cosines[:, :1].clone())
+        except (RuntimeError, IndexError) as error:  # say, more of the largest than there are
+            raise TypeError(refusal) from error
+    check_rows(name, together, cosines)
+    return together, alone
 
 
 class Pieces:
@@ -110,22 +131,15 @@ class AllClasses:
     def _ask(self, cosines: Tensor, target: Tensor) -> None:
         """Refuse a `move_others` that cannot be taken chunk by chunk; once, of a first chunk."""
         self._asked = True
-        move = self._move
+        move, refusal = self._move, not_alone("move_others", "cosine")
         assert move is not None
-        with torch.enable_grad():
-            all_of_them = move(cosines.clone(), target)
-            try:
-                alone = move(cosines[:, :1].clone(), target)
-            except (RuntimeError, IndexError) as error:  # say, more of the largest than there are
-                raise TypeError(_NOT_ALONE) from error
-        check_rows("move_others", all_of_them, cosines)
+        all_of_them, alone = of_a_chunk(
+            "move_others", lambda part: move(part, target), cosines, refusal
+        )
         if all_of_them.requires_grad:
             raise TypeError(_LEARNS)
         same = torch.isclose(alone, all_of_them[:, :1], rtol=1e-5, atol=1e-5, equal_nan=True).all()
-        if not host_decides(cosines.device):
-            assert_on_device(same, _NOT_ALONE)
-        elif not bool(same):
-            raise TypeError(_NOT_ALONE)
+        refuse_unless(same, TypeError, refusal)
 
     def _moved(self, cosines: Tensor, with_slopes: bool) -> tuple[Tensor, Tensor | None]:
         """New cosines [B, chunk] and their slopes; -inf at the targets stays."""

@@ -288,8 +288,8 @@ class FusedLoss(torch.autograd.Function):
             solved.loss, solved.posterior, solved.support, solved.residual, step.batch.cosine,
         )  # fmt: skip
         if comm.world > 1:
-            offset = sum(sizes[: comm.rank])
-            outputs = tuple(each[offset : offset + sizes[comm.rank]] for each in outputs)
+            own = comm.own(sizes)
+            outputs = tuple(each[own] for each in outputs)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 

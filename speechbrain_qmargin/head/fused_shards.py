@@ -62,8 +62,7 @@ def evaluate(
 
     comm, prototypes, device = shard.comm, shard.prototypes, raw.device
     assert objective.target_log_q is not None
-    offset = sum(sizes[: comm.rank])
-    own = slice(offset, offset + sizes[comm.rank])
+    own = comm.own(sizes)
     with stage("search"), exact_accumulation(device):
         raw, labels, target_log_q = gathered(raw, labels, objective.target_log_q, comm, sizes)
         log_q = None if objective.log_q is None else objective.log_q[shard.start : shard.stop]

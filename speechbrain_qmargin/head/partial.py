@@ -93,22 +93,20 @@ class PartialHead(QMarginHead):
             facts = torch.tensor([len(sampled), int(finite)], device=comm.device())
             counts, all_finite = torch.stack(comm.gather_rows(facts)).T.tolist()
             finite = torch.tensor(all(all_finite), device=values.device)
-        start = sum(counts[: comm.rank])
+        drawn = comm.own(counts)
         own = (everyone >= self.start) & (everyone < self.stop)
         place = torch.searchsorted(sampled, (everyone - self.start).clamp(min=0))
-        place = comm.sum(torch.where(own, place + start, 0))
-        offset = sum(sizes[: comm.rank])
+        place = comm.sum(torch.where(own, place + drawn.start, 0))
         shard = Shard(
             Prototypes(values, inverse_norm, None, self._derived.sizes_on(values.device)),
-            start,
-            start + len(sampled),
+            drawn.start,
+            drawn.stop,
             sum(counts),
             comm,
             None,
             self.subcentres,
         )
-        mine = place[offset : offset + len(targets)]
-        return LookedAt(shard, weight, mine, sampled + self.start, finite)
+        return LookedAt(shard, weight, place[comm.own(sizes)], sampled + self.start, finite)
 
     def rows_are_finite(self) -> Tensor:
         """Those that are drawn are asked for when they are."""

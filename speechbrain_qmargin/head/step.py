@@ -25,7 +25,7 @@ from speechbrain_qmargin.head.search import (
     rounding,
     search,
 )
-from speechbrain_qmargin.loss.device import add_rows, assert_on_device, host_decides
+from speechbrain_qmargin.loss.device import add_rows, refuse_unless
 from speechbrain_qmargin.loss.f_operators import GeneratorMeasure, Moments, masses
 from speechbrain_qmargin.loss.interface import Objective, slope_of
 from speechbrain_qmargin.loss.solver import Block, Measure, Solution, fenchel_young
@@ -141,8 +141,7 @@ class HeadLoss(torch.autograd.Function):
             Its `target_log_q` and `spread` are given.
         """
         comm, prototypes = shard.comm, shard.prototypes
-        offset = sum(sizes[: comm.rank])
-        own = slice(offset, offset + sizes[comm.rank])
+        own = comm.own(sizes)
         raw, labels, target_log_q = gathered(
             torch.where(valid, raw, 0), labels, objective.target_log_q, comm, sizes
         )
@@ -400,10 +399,7 @@ def _check_mass(solution: Solution, alpha: float) -> None:
         "for float64 to hold next to the logits: take a smaller alpha, a smaller log_q, or "
         "--head dense"
     )
-    if not host_decides(lost.device):
-        assert_on_device(~lost.any(), message)
-    elif bool(lost.any()):
-        raise ValueError(message)
+    refuse_unless(~lost.any(), ValueError, message)
 
 
 def _solved_of_generator(query: Query, prototypes: Prototypes, comm: Communicator) -> _Solved:

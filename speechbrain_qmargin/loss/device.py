@@ -33,6 +33,7 @@ __all__ = [
     "control_flow",
     "host_decides",
     "kernels_run",
+    "refuse_unless",
     "sent",
     "usable_device",
 ]
@@ -130,6 +131,27 @@ def assert_on_device(condition: Tensor, message: str) -> None:
             f"{_LONGEST_MESSAGE}: {message}"
         )
     torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def refuse_unless(condition: Tensor, error: type[Exception], message: str) -> None:
+    """Raise where the host looks at values; elsewhere see :func:`assert_on_device`.
+
+    Parameters
+    ----------
+    condition : Tensor, one element
+    error : exception
+        What a host raises if the condition does not hold.
+    message : str
+        At most 254 bytes.
+
+    Examples
+    --------
+    >>> refuse_unless(torch.tensor(True), ValueError, "a mass is lost")
+    """
+    if not host_decides(condition.device):
+        assert_on_device(condition, message)
+    elif not bool(condition):
+        raise error(message)
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
