@@ -24,7 +24,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from speechbrain_qmargin.faces.pair_sets import ten_fold_accuracy
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.loss.registry import loss_class
-from speechbrain_qmargin.scoring.figures import EqualErrorRate, TarAtFar
+from speechbrain_qmargin.scoring.figures import EqualErrorRate, Measure, TarAtFar
 from speechbrain_qmargin.scoring.influence import Influence
 from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.scoring.plots import pooled_det_figure, save_figure
@@ -151,16 +151,23 @@ def balanced_accuracy(file: Path) -> float:
     The impostor pairs and the folds are drawn at random, the same for every run.
     """
     trials, scores = scored(file)
+    return folded_accuracy(scores, trials.is_target)
+
+
+def folded_accuracy(scores: np.ndarray, is_target: np.ndarray) -> float:
+    """In ten folds that are drawn at random, with as many impostor as target pairs."""
     rng = np.random.default_rng(0)
-    targets, impostors = (rng.permutation(np.flatnonzero(trials.is_target == x)) for x in (1, 0))
+    targets, impostors = (rng.permutation(np.flatnonzero(is_target == x)) for x in (1, 0))
     pairs = np.stack([targets, impostors[: len(targets)]], axis=1).reshape(-1)
-    return ten_fold_accuracy(scores[pairs], trials.is_target[pairs]).mean
+    return ten_fold_accuracy(scores[pairs], is_target[pairs]).mean
 
 
-def figures_of(file: Path) -> tuple[np.ndarray, Sequence[Influence]]:
-    """Values [3] of FIGURES and influences of speakers or identities [3] of a file of scores."""
+def figures_of(
+    file: Path, figures: Mapping[str, Measure] = FIGURES
+) -> tuple[np.ndarray, Sequence[Influence]]:
+    """Values [F] of the figures of a file of scores; influences [F] of speakers or identities."""
     trials, scores = scored(file)
-    report = evaluate(scores, trials, figures=list(FIGURES.values()))
+    report = evaluate(scores, trials, figures=list(figures.values()))
     return np.array([figure.value for figure in report.figures]), report.influences
 
 
@@ -191,7 +198,7 @@ def figure_cells(found: Sequence[tuple]) -> list[str]:
 
 
 def difference(pairs: Sequence[tuple], at: int) -> tuple[np.ndarray, Influence]:
-    """First minus second of some seeds' two :func:`figures_of`, in one of FIGURES.
+    """First minus second of some seeds' two :func:`figures_of`, in one of the figures.
 
     The values [S], and what the speakers contribute to their mean.
     """
@@ -205,7 +212,7 @@ def difference_cells(pairs: Sequence[tuple]) -> list[str]:
     The interval is of the speakers' sampling; the seeds' own spread stands beside it.
     """
     cells = []
-    for at in range(len(FIGURES)):
+    for at in range(len(pairs[0][0][0])):
         value, moved = difference(pairs, at)
         seeds = f"; seeds ± {100 * value.std(ddof=1):.2f}" if len(value) > 1 else ""
         cells.append(f"{100 * value.mean():+.2f} ({interval(moved, value.mean(), '+')}{seeds})")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from evidence_runs import SECOND_SETTINGS, STAGES, SYSTEMS, settings_of
 
+from speechbrain_qmargin.embeddings import save_embeddings
 from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.training.config import CommandLine
 from speechbrain_qmargin.trials import LabelledTrials
@@ -174,6 +175,29 @@ def test_the_second_decision_reads_the_second_lists(tmp_path):
 
 def test_fine_tuning_has_tables_of_its_own(people):
     assert evidence.tables("finetune", *people) == ""  # nothing is finished: no tuning's table
+
+
+def test_faces_are_compared_on_all_pairs_and_on_the_official_ones(tmp_path):
+    people = {
+        f"f{n}/{k}.jpg": np.eye(24)[n] + 0.1 * np.eye(24)[int(k)] for n in range(20) for k in "01"
+    }
+    same = [f"1 f{n}/0.jpg f{n}/1.jpg" for n in range(10)]
+    other = [f"0 f{n}/0.jpg f{n + 1}/1.jpg" for n in range(10)]
+    (tmp_path / "lfw").mkdir()
+    # of which the errata leave out the last
+    lines = [*same, *other, "1 f20/0.jpg f20/1.jpg"]
+    (tmp_path / "lfw/pairs_fold8.txt").write_text("\n".join(lines) + "\n")
+    folders = {}
+    for system, lead in (("qmargin", 3.0), ("arcface", 2.0)):
+        folder = tmp_path / system
+        scores(folder, "faces_test", lead, seed=0)
+        save_embeddings(folder / "embeddings.npz", people)
+        folders["iresnet, 4+ images", system, 0] = folder
+    text = evidence.face_tables(tmp_path, folders)
+    all_pairs, official = text.split("### iresnet, 4+ images, official pairs")
+    assert "TAR@1e-4, %" in all_pairs
+    assert "qmargin minus the system" in all_pairs
+    assert "| qmargin | 1 | 20 | 100.00 |" in official
 
 
 def test_a_page_takes_its_tables_from_the_runs(tmp_path):
