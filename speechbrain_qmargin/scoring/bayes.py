@@ -31,6 +31,14 @@ class BayesError(NamedTuple):
         At the best threshold for each, or without scores; the normalised minDCF.
     misses, false_accepts : int arrays [K]
         Behind `actual`.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.scoring.metrics import operating_points
+    >>> points = operating_points(np.array([3.0, -0.5, 0.5, -3]), np.array([1, 1, 0, 0], bool))
+    >>> found = bayes_error(points, np.array([0.0]))  # even odds: ratios above 0 are accepted
+    >>> found.misses, found.false_accepts
+    (array([1]), array([1]))
     """
 
     log_odds: np.ndarray

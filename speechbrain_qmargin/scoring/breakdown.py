@@ -34,7 +34,24 @@ _MANY = 12  # values of a column, which make up to 78 groups of two
 
 @dataclass(frozen=True)
 class GroupRates:
-    """What a group of trials shows at the threshold; None where it has no such trials."""
+    """What a group of trials shows at the threshold; None where it has no such trials.
+
+    Attributes
+    ----------
+    group : str
+    fmr : Share or None
+        False match rate: of the impostor trials, those that are accepted.
+    fnmr : Share or None
+        False non-match rate: of the target trials, those that are rejected.
+
+    Examples
+    --------
+    >>> trials = LabelledTrials(["a/1", "a/2", "b/1"], np.array([0, 0]), np.array([1, 2]),
+    ...                         np.array([True, False]))
+    >>> across = breakdown(np.array([0.9, 0.1]), trials, 0.5, {"a": "f", "b": "m"}).groups[1]
+    >>> across.group, across.fmr.value, across.fnmr
+    ('f × m', 0.0, None)
+    """
 
     group: str
     fmr: Share | None
@@ -58,6 +75,14 @@ class Breakdown:
     speakers_known : bool
         Otherwise people are groups of recordings that target trials link, and nothing is called
         measured.
+
+    Examples
+    --------
+    >>> trials = LabelledTrials(["a/1", "a/2", "b/1"], np.array([0, 0]), np.array([1, 2]),
+    ...                         np.array([True, False]))
+    >>> found = breakdown(np.array([0.9, 0.1]), trials, 0.5, {"a": "f", "b": "m"}, column="gender")
+    >>> found.column, [row.group for row in found.rows()]
+    ('gender', ['all trials', 'f', 'f × m'])
     """
 
     column: str
@@ -173,6 +198,13 @@ def choose_columns(path: str | Path, columns: Sequence[str] = ()) -> dict[str, d
     ------
     ValueError
         As :func:`read_metadata`; a column that is not there.
+
+    Examples
+    --------
+    >>> path = getfixture("tmp_path") / "people.csv"
+    >>> _ = path.write_text("speaker,gender,city\\ns1,f,Bonn\\ns2,m,Graz\\n")
+    >>> choose_columns(path, ["gender"])
+    {'gender': {'s1': 'f', 's2': 'm'}}
     """
     table = read_metadata(path)
     for name in columns:

@@ -24,7 +24,7 @@ from speechbrain_qmargin.scoring.separation import (
 )
 from speechbrain_qmargin.trials import LabelledTrials, Trials
 
-__all__ = ["Calibration", "fit_calibration", "fit_log_odds"]
+__all__ = ["Calibration", "digest", "fit_calibration", "fit_log_odds"]
 
 Qualities = Mapping[str, Mapping[str, float]]
 
@@ -51,6 +51,19 @@ class Calibration:
         Digests of the development speakers (:func:`speaker_digests`).
     encoder, cohort : str
         Of the scores it was fitted on, as of an operating point; empty if not known.
+
+    Raises
+    ------
+    ValueError
+        Another number of weights than the measures want, numbers that are not finite, a weight of
+        the score that is not positive.
+
+    Examples
+    --------
+    >>> calibration = Calibration([], [10.0], -4.0, 0.01, "", 1000, kind="cosine")
+    >>> trials = Trials(["a/1", "b/1"], np.array([0]), np.array([1]))
+    >>> calibration.apply(np.array([0.5]), trials, kind="cosine")
+    array([1.])
     """
 
     qualities: list[str]
@@ -91,11 +104,22 @@ class Calibration:
     ) -> np.ndarray:
         """Log-likelihood ratios of new scores: float64 [N].
 
+        Parameters
+        ----------
+        scores : float array [N]
+        trials : Trials
+        qualities : mapping from measure to mapping from recording to float, optional
+            Those that it was fitted with; others are left.
+        kind : str
+            What the scores are.
+        allow_same : bool
+            Also of the development speakers; figures on the result are optimistic.
+
         Raises
         ------
         ValueError
             The trials it was fitted on or others of their speakers (unless `allow_same`), scores
-            of another `kind` or not finite, a missing quality measure.
+            of another `kind`, of another shape or not finite, a missing quality measure.
         """
         refuse_other_kind(kind, self.kind, "the calibration")
         if not allow_same:
@@ -110,10 +134,11 @@ class Calibration:
         if missing:
             raise ValueError(f"the calibration needs the quality measures {', '.join(missing)}")
         given = {name: available[name] for name in self.qualities}
-        if not np.isfinite(scores).all():
-            at = int(np.argmin(np.isfinite(scores)))
-            raise ValueError(f"the score of {trials.pair(at)} is {scores[at]}")
-        return _features(scores, trials, given) @ np.asarray(self.weights) + self.offset
+        features = _features(scores, trials, given)
+        if not np.isfinite(features[:, 0]).all():
+            at = int(np.argmin(np.isfinite(features[:, 0])))
+            raise ValueError(f"the score of {trials.pair(at)} is {features[at, 0]}")
+        return features @ np.asarray(self.weights) + self.offset
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
@@ -132,7 +157,14 @@ class Calibration:
 
 
 def digest(trials: Trials) -> str:
-    """Digest of the pairs, whatever their order."""
+    """SHA-256 of the pairs of ids, in hexadecimal digits; whatever the order of the trials.
+
+    Examples
+    --------
+    >>> trials = Trials(["a", "b", "c"], np.array([0, 1]), np.array([1, 2]))
+    >>> digest(trials) == digest(trials.rows([1, 0]))
+    True
+    """
     pairs = [
         f"{trials.ids[e]}\t{trials.ids[t]}\n"
         for e, t in zip(trials.enrolment.tolist(), trials.test.tolist(), strict=True)

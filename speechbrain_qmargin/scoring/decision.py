@@ -73,6 +73,18 @@ class OperatingPoint:
     ValueError
         A threshold that is no finite number, rates or counts that are no numbers, a text that is
         none.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.scoring.metrics import operating_points
+    >>> points = operating_points(np.array([0.2, 0.4, 0.7, 0.9]), np.array([0, 0, 1, 1], bool))
+    >>> point = choose_operating_point("mine", points, 0.5, kind="cosine")
+    >>> round(point.threshold, 3), point.far, point.tar
+    (0.3, 0.5, 1.0)
+    >>> file = getfixture("tmp_path") / "operating_point.json"
+    >>> point.save(file)
+    >>> OperatingPoint.load(file).accepts(0.35, kind="cosine")
+    True
     """
 
     system: str
@@ -203,7 +215,15 @@ def _is_number(value: object) -> bool:
 
 
 def recordings_enrolled(trials: Trials) -> int:
-    """Recordings of an enrolment: the models' median, 1 without models."""
+    """Recordings of an enrolment: the models' median, 1 without models.
+
+    Examples
+    --------
+    >>> trials = Trials(["anna", "anna/3"], np.array([0]), np.array([1]),
+    ...                 models={"anna": ("anna/1", "anna/2")})
+    >>> recordings_enrolled(trials)
+    2
+    """
     sizes = [len(trials.models.get(trials.ids[n], "1")) for n in np.unique(trials.enrolment)]
     return int(np.median(sizes)) if sizes else 0
 

@@ -82,6 +82,12 @@ class Figure:
         At that threshold.
     support : str
         "measured", "indicative", "unsupported", or "" where the figure rests on no count.
+
+    Examples
+    --------
+    >>> figure = Figure("eer", "rocch", "EER", 0.0123, low=0.01, high=0.015)
+    >>> figure.key, figure.shown, figure.interval
+    (('eer', 'rocch'), '1.23 %', '1.00 % to 1.50 %')
     """
 
     kind: str
@@ -125,8 +131,24 @@ class Figure:
 class Found(NamedTuple):
     """What a :class:`Measure` finds in the operating points of one system.
 
-    `errors` is the scarcer of the errors that the value rests on, which decides whether the figure
-    is called measured.
+    Attributes
+    ----------
+    value : float
+    threshold : float or None
+        The score at and above which trials are accepted; None where there is none.
+    errors : int or None
+        The scarcer of the errors that the value rests on, which decides whether the figure is
+        called measured; None where it rests on no count.
+    misses, false_accepts : int or None
+        At the threshold.
+
+    Examples
+    --------
+    >>> scores, labels = np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool)
+    >>> points = metrics.operating_points(scores, labels)
+    >>> found = TarAtFar(0.5).find(points)  # one of the two impostors may be accepted
+    >>> found.value, found.false_accepts, found.misses
+    (1.0, 1, 0)
     """
 
     value: float
@@ -137,7 +159,26 @@ class Found(NamedTuple):
 
 
 class Measure(Protocol):
-    """A kind of figure with its parameter: the contract of everything that a report can hold."""
+    """A kind of figure with its parameter: the contract of everything that a report can hold.
+
+    Examples
+    --------
+    >>> class MissRate:
+    ...     kind, unit, higher_is_better = "frr_at", "rate", False
+    ...     def __init__(self, threshold):
+    ...         self.parameter, self.name = threshold, f"FRR at {threshold:g}"
+    ...     def find(self, points):
+    ...         misses, accepts = points.errors_at(self.parameter)
+    ...         return Found(misses / points.num_targets, self.parameter, misses, misses, accepts)
+    ...     def influence(self, spread):
+    ...         return spread.frr(self.parameter)
+    ...     def few_errors(self, found, points, confidence=0.95):
+    ...         return rate_interval(found.misses, points.num_targets, confidence)
+    >>> scores, labels = np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool)
+    >>> points = metrics.operating_points(scores, labels)
+    >>> figure_of(MissRate(0.5), points).shown
+    '50.00 %'
+    """
 
     @property
     def kind(self) -> str: ...
@@ -178,7 +219,21 @@ class Measure(Protocol):
 
 
 def figure_of(measure: Measure, points: OperatingPoints) -> Figure:
-    """The figure of a measure, without interval and badge."""
+    """The figure of a measure, without interval and badge.
+
+    Raises
+    ------
+    ValueError
+        A unit that is none of :data:`UNITS`.
+
+    Examples
+    --------
+    >>> scores, labels = np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool)
+    >>> points = metrics.operating_points(scores, labels)
+    >>> figure = figure_of(TarAtFar(0.1), points)
+    >>> figure.name, figure.shown, figure.misses
+    ('TAR@FAR=0.1', '50.00 %', 1)
+    """
     if measure.unit not in UNITS:
         raise ValueError(f"{measure.name}: its unit is {measure.unit!r}, not {', '.join(UNITS)}")
     found = measure.find(points)
@@ -211,7 +266,17 @@ def _rate_intervals(found: Found | Figure, points: OperatingPoints, confidence: 
 
 @dataclass(frozen=True)
 class EqualErrorRate:
-    """EER by one of :data:`~speechbrain_qmargin.scoring.metrics.EER_METHODS`."""
+    """EER by one of :data:`~speechbrain_qmargin.scoring.metrics.EER_METHODS`.
+
+    Examples
+    --------
+    >>> scores, labels = np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool)
+    >>> points = metrics.operating_points(scores, labels)
+    >>> for measure in (EqualErrorRate(), EqualErrorRate("nist")):
+    ...     print(measure.name, round(measure.find(points).value, 3))
+    EER 0.25
+    EER(nist) 0.5
+    """
 
     method: str = "rocch"
 
@@ -285,7 +350,22 @@ class _DCF:
 
 @dataclass(frozen=True)
 class MinDCF(_DCF):
-    """Normalised minimum detection cost; the parameter is the effective prior."""
+    """Normalised minimum detection cost; the parameter is the effective prior.
+
+    Raises
+    ------
+    ValueError
+        A prior outside (0, 1), a cost that is not positive.
+
+    Examples
+    --------
+    >>> scores, labels = np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool)
+    >>> points = metrics.operating_points(scores, labels)
+    >>> MinDCF(0.5).find(points).value  # (0.5 * 0 misses + 0.5 * 1/2 false accepts) / 0.5
+    0.5
+    >>> round(MinDCF(0.01, c_miss=10).parameter, 4)  # 10 * 0.01 / (10 * 0.01 + 0.99)
+    0.0917
+    """
 
     kind = "min_dcf"
 
@@ -311,7 +391,21 @@ class MinDCF(_DCF):
 
 @dataclass(frozen=True)
 class ActDCF(_DCF):
-    """Normalised cost of log-likelihood ratios at the Bayes threshold."""
+    """Normalised cost of log-likelihood ratios at the Bayes threshold.
+
+    Raises
+    ------
+    ValueError
+        As :class:`MinDCF`.
+
+    Examples
+    --------
+    >>> ratios, labels = np.array([3.0, -0.5, 0.5, -3]), np.array([1, 1, 0, 0], bool)
+    >>> points = metrics.operating_points(ratios, labels)
+    >>> found = ActDCF(0.5).find(points)
+    >>> found.value, found.threshold, found.misses, found.false_accepts
+    (1.0, 0.0, 1, 1)
+    """
 
     kind = "act_dcf"
 
@@ -329,7 +423,15 @@ class ActDCF(_DCF):
 
 @dataclass(frozen=True)
 class TarAtFar:
-    """True accept rate at the largest FAR that does not exceed `far`."""
+    """True accept rate at the largest FAR that does not exceed `far`.
+
+    Examples
+    --------
+    >>> scores, labels = np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool)
+    >>> points = metrics.operating_points(scores, labels)
+    >>> TarAtFar(0.1).find(points).value, TarAtFar(0.5).find(points).value
+    (0.5, 1.0)
+    """
 
     far: float
 
@@ -373,7 +475,15 @@ class TarAtFar:
 
 @dataclass(frozen=True)
 class Cllr:
-    """Cost of log-likelihood ratios in bits."""
+    """Cost of log-likelihood ratios in bits.
+
+    Examples
+    --------
+    >>> scores = np.log([3, 1 / 3])  # odds of 3 to 1, both right: log2(1 + 1/3) bits
+    >>> points = metrics.operating_points(scores, np.array([True, False]))
+    >>> round(Cllr().find(points).value, 3)
+    0.415
+    """
 
     kind = "cllr"
     parameter = None
@@ -395,7 +505,15 @@ class Cllr:
 
 @dataclass(frozen=True)
 class MinCllr:
-    """Cllr after the best monotone calibration of these very scores."""
+    """Cllr after the best monotone calibration of these very scores.
+
+    Examples
+    --------
+    >>> scores, labels = np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool)
+    >>> points = metrics.operating_points(scores, labels)
+    >>> round(MinCllr().find(points).value, 3)  # two of four are certain, two are worth one bit
+    0.5
+    """
 
     kind = "min_cllr"
     parameter = None
@@ -471,6 +589,14 @@ def register(measure: Measure) -> Measure:
     ------
     ValueError
         A second measure of one kind and parameter.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.scoring import figures
+    >>> getfixture("monkeypatch").setattr(figures, "_registered", {})  # in this example alone
+    >>> _ = register(TarAtFar(1e-5))
+    >>> [measure.name for measure in registered()]
+    ['TAR@FAR=1e-05']
     """
     key = measure.kind, measure.parameter
     if _registered.get(key, measure) != measure:
@@ -480,5 +606,11 @@ def register(measure: Measure) -> Measure:
 
 
 def registered() -> list[Measure]:
-    """The figures that :func:`register` added."""
+    """The figures that :func:`register` added.
+
+    Examples
+    --------
+    >>> registered()  # nothing, until a module has registered one
+    []
+    """
     return list(_registered.values())

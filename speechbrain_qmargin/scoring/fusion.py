@@ -46,6 +46,15 @@ class Fusion:
         The development list, with its SHA-256, if it came from a file.
     kinds : mapping from system to str
         What its scores are ("cosine", "as-norm", ...), where that is known.
+
+    Examples
+    --------
+    >>> fusion = Fusion(["cosine", "plda"], [8.0, 0.5], -3.0, 0.01, [], 1000)
+    >>> print(fusion)
+    +8 cosine +0.5 plda -3
+    >>> trials = Trials(["a/1", "b/1"], np.array([0]), np.array([1]))
+    >>> fusion.apply({"cosine": np.array([0.5]), "plda": np.array([2.0])}, trials)
+    array([2.])
     """
 
     systems: list[str]

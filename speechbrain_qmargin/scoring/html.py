@@ -101,6 +101,11 @@ def write_report(
     ValueError
         Development trials that share speakers with the trials, and as
         :func:`~speechbrain_qmargin.scoring.report.evaluate`.
+
+    See Also
+    --------
+    speechbrain_qmargin.scoring.report.evaluate : The figures of one system, with an example.
+    speechbrain_qmargin.scoring.plots.det_figure : The picture of several systems, with an example.
     """
     folder = Path(folder)
     canvas(1, 1)  # without matplotlib it ends here, before anything is computed

@@ -43,6 +43,14 @@ class OpenSet:
         At this very threshold.
     fnir : Share
         Its interval also knows that the threshold was found on these probes.
+
+    Examples
+    --------
+    >>> probes = np.array([[1, 0.1, 0], [0, 0.9, 0.2], [0, 0, 0.5], [0.3, 0.2, 0.1]])
+    >>> found = identify(np.eye(3), "abc", probes, "abde", fpirs=[0.5])
+    >>> (row,) = found.open_set  # of d and e, who are not in the list, one may be found
+    >>> row.size, row.fpir.value, row.fnir.value, 0.3 < row.threshold < 0.5
+    (3, 0.5, 0.0, True)
     """
 
     size: int
@@ -73,6 +81,13 @@ class Identification:
         The highest score of an identity of the whole list.
     confidence : float
         Of the intervals.
+
+    Examples
+    --------
+    >>> probes = np.array([[1, 0.1, 0], [0, 1, 0.2], [0.6, 0.7, 0], [0.5, 0.5, 0.4]])
+    >>> found = identify(np.eye(3), "abc", probes, "abac", ranks=[1, 2], fpirs=[])
+    >>> found.ranks.tolist(), found.match_curve()
+    ([1, 1, 2, 3], array([0.5 , 0.75, 1.  ]))
     """
 
     identities: int

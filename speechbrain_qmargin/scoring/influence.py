@@ -36,6 +36,14 @@ class TrialStructure:
     speakers_known : bool
         Whether these are speakers, not groups of recordings that target trials link. Two groups
         may be one person, so nothing is called measured.
+
+    Examples
+    --------
+    >>> trials = LabelledTrials(["a/1", "a/2", "b/1"], np.array([0, 0]), np.array([1, 2]),
+    ...                         np.array([True, False]))
+    >>> structure = TrialStructure.of(trials)
+    >>> structure.targets, structure.impostors
+    (array([1., 0.]), array([1., 1.]))
     """
 
     targets: np.ndarray
@@ -133,6 +141,22 @@ class PairSums:
     """Contributions by pair of speakers: ``sums`` at ``index``, minus ``centre`` times the count.
 
     Sparse: at low FAR few pairs have an error, and every pair has the centring.
+
+    Attributes
+    ----------
+    structure : TrialStructure
+    index : int array [H]
+        Ascending, into the structure's pairs.
+    sums : float array [H]
+    centre : float
+
+    Examples
+    --------
+    >>> trials = LabelledTrials(["a/1", "a/2", "b/1", "c/1"], np.array([0, 0, 0, 2]),
+    ...                         np.array([1, 2, 3, 3]), np.array([True, False, False, False]))
+    >>> sums = PairSums(TrialStructure.of(trials), np.array([0]), np.array([1 / 3]), 1 / 9)
+    >>> round(sums.dot(sums), 4)  # FAR of 1/3, its error of a and b: (1/3 - 1/9) ** 2 + 2 / 9 ** 2
+    0.0741
     """
 
     structure: TrialStructure
@@ -168,6 +192,21 @@ class Influence:
         On which the interval is symmetric.
     bias : float
         By how much the figure is expected to be above what it estimates.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.scoring.metrics import operating_points
+    >>> from speechbrain_qmargin.scoring.uncertainty import Spread
+    >>> left, right = np.triu_indices(12, 1)
+    >>> trials = LabelledTrials([f"{s}/{n}" for s in "abcdef" for n in "12"], left, right,
+    ...                         left // 2 == right // 2)
+    >>> scores = trials.is_target.astype(float)
+    >>> scores[0] = 0  # the target trial of a is missed, those of b to f are not
+    >>> moved = Spread(scores, trials, operating_points(scores, trials.is_target)).frr(0.5)
+    >>> moved.targets.round(3)  # (1 - 1/6) / 6, and five times -1/36
+    array([ 0.139, -0.028, -0.028, -0.028, -0.028, -0.028])
+    >>> round(moved.variance, 4)  # as of six independent trials: 1/6 * 5/6 / 5
+    0.0278
     """
 
     structure: TrialStructure

@@ -44,6 +44,22 @@ def with_tables(
     models : path, optional
         The recordings of every enrolment model, see
         :func:`~speechbrain_qmargin.tables.read_models`.
+
+    Raises
+    ------
+    ValueError, OSError
+        As :func:`~speechbrain_qmargin.tables.read_map` and
+        :func:`~speechbrain_qmargin.tables.read_models`, and as the trials'
+        :meth:`~speechbrain_qmargin.trials.pairs.Trials.with_models` and
+        :meth:`~speechbrain_qmargin.trials.pairs.Trials.with_speakers`.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "utt2spk"
+    >>> _ = file.write_text("r1 anna\\nr2 anna\\n")
+    >>> trials = with_tables(Trials(["r1", "r2"], np.array([0]), np.array([1])), speakers=file)
+    >>> trials.speaker_names()
+    ['anna', 'anna']
     """
     if models:
         trials = trials.with_models(read_models(models))
@@ -54,6 +70,16 @@ def speakers_in_cohort(ids: Sequence[str], utt2spk: str | Path | None = None) ->
     """The speaker of every cohort id: of an utt2spk, else what it names before its first slash.
 
     An id without a slash is a speaker of its own, as in a file of speakers' means.
+
+    Raises
+    ------
+    ValueError, OSError
+        As :func:`~speechbrain_qmargin.tables.read_map`.
+
+    Examples
+    --------
+    >>> speakers_in_cohort(["anna/1", "anna/2", "bert"])
+    {'anna/1': 'anna', 'anna/2': 'anna', 'bert': 'bert'}
     """
     return read_map(utt2spk) if utt2spk else {name: speaker_in(name) for name in ids}
 
@@ -75,6 +101,16 @@ class Cohort:
         Who is in it.
     recordings : tuple of str
         The ids that it was made of.
+
+    Examples
+    --------
+    >>> raw = {"a/1": np.array([2.0, 0]), "a/2": np.array([4.0, 0]), "b/1": np.array([0, 5.0])}
+    >>> speakers = {"a/1": "a", "a/2": "a", "b/1": "b"}
+    >>> cohort = Cohort.of(raw, speakers, "s", centre=False)  # (1, 0) and (0, 1)
+    >>> given = {"x": np.array([1.0, 0]), "y": np.array([1.0, 0]), "z": np.array([0, 1.0])}
+    >>> trials = Trials(["x", "y", "z"], np.array([0, 0]), np.array([1, 2]))
+    >>> cohort.kind, cohort.scores(given, trials)  # cosines 1, 0; every cohort mean and std is 0.5
+    ('s-norm', array([ 1., -1.]))
     """
 
     entries: Embeddings
@@ -150,7 +186,14 @@ class Cohort:
         enrolment: str = "embedding",
         quiet: bool = False,
     ) -> np.ndarray:
-        """Normalised scores [N] of trials."""
+        """Normalised scores of trials: float64 [N].
+
+        Raises
+        ------
+        ValueError
+            As :meth:`refuse_speakers_of` and
+            :func:`~speechbrain_qmargin.scoring.normalisation.normalize`.
+        """
         self.refuse_speakers_of([trials])
         with tqdm(
             total=len(trials.ids), desc=self.kind, leave=False, disable=quiet, unit=" recordings"
@@ -208,6 +251,20 @@ def score_lists(
     Returns
     -------
     dict from list to system to Report, and the tables with the systems' paired differences.
+
+    Raises
+    ------
+    ValueError
+        A speaker of the cohort in a trial; as
+        :func:`~speechbrain_qmargin.embeddings.cosine_scores`,
+        :func:`~speechbrain_qmargin.scoring.normalisation.normalize`, the calibration's
+        :meth:`~speechbrain_qmargin.scoring.calibration.Calibration.apply` and
+        :func:`~speechbrain_qmargin.scoring.report.evaluate`.
+
+    See Also
+    --------
+    Cohort : What the scores are normalised with, with an example.
+    speechbrain_qmargin.scoring.report.evaluate : The figures of one system, with an example.
     """
     folder, text = Path(folder), []
     if cohort is not None:
@@ -322,6 +379,11 @@ def score_files(
     ValueError, OSError
         Two lists of one name, speakers in two parts that must be apart, and as everything that
         reads and scores.
+
+    See Also
+    --------
+    score_lists : The same of objects.
+    with_tables, speakers_in_cohort : How the tables are read, with examples.
     """
     paths = [Path(one) for one in ([trials] if isinstance(trials, str | Path) else trials)]
     if not paths:

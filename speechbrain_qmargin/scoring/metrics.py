@@ -50,6 +50,14 @@ class OperatingPoints:
         Targets below, impostors at or above, each threshold.
     above : int array [T]
         Impostors above each distinct target score: fewer than `false_accepts` where scores tie.
+
+    Examples
+    --------
+    >>> points = operating_points(np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool))
+    >>> points.thresholds, points.misses, points.false_accepts
+    (array([0.4, 0.9, inf]), array([0, 1, 2]), array([1, 0, 0]))
+    >>> points.errors_at(0.5)
+    (1, 1)
     """
 
     targets: np.ndarray
@@ -139,6 +147,12 @@ def operating_points(scores: np.ndarray, is_target: np.ndarray) -> OperatingPoin
     ------
     ValueError
         Shapes that disagree, scores that are not finite, or one class missing.
+
+    Examples
+    --------
+    >>> points = operating_points(np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool))
+    >>> points.frr, points.far
+    (array([0. , 0.5, 1. ]), array([0.5, 0. , 0. ]))
     """
     scores, is_target = np.asarray(scores), np.asarray(is_target, dtype=bool)
     if scores.shape != is_target.shape or scores.ndim != 1:
@@ -238,7 +252,14 @@ def _meet(far0: float, frr0: float, far1: float, frr1: float) -> float:
 
 
 def eer_point(points: OperatingPoints) -> tuple[float, int, int]:
-    """Threshold nearest FAR = FRR among the target scores, with its misses and false accepts."""
+    """Threshold nearest FAR = FRR among the target scores, with its misses and false accepts.
+
+    Examples
+    --------
+    >>> scores = np.array([0.9, 0.7, 0.4, 0.8, 0.2, 0.1])
+    >>> eer_point(operating_points(scores, np.array([1, 1, 1, 0, 0, 0], bool)))
+    (0.7, 1, 1)
+    """
     gap = np.abs(points.misses * points.num_impostors - points.false_accepts * points.num_targets)
     at = int(np.argmin(gap[:-1]))
     return float(points.thresholds[at]), int(points.misses[at]), int(points.false_accepts[at])
@@ -325,6 +346,12 @@ def refuse_cosines(points: OperatingPoints, force: bool = False) -> None:
     ------
     ValueError
         Such scores, unless `force`.
+
+    Examples
+    --------
+    >>> refuse_cosines(operating_points(np.array([0.9, 0.1]), np.array([True, False])))
+    Traceback (most recent call last):
+    ValueError: the largest |score| is 0.9: these look like cosines, not log-likelihood ratios...
     """
     largest = max(abs(float(s[i])) for s in (points.targets, points.impostors) for i in (0, -1))
     if largest <= 1 + 1e-6 and not force:
@@ -363,6 +390,12 @@ def log_likelihood_ratios(points: OperatingPoints) -> tuple[np.ndarray, np.ndarr
     (scores, llrs) : arrays [B]
         Scores at or above ``scores[b]`` and below the next have ``llrs[b]`` (natural log, +-inf
         at the ends of separable scores).
+
+    Examples
+    --------
+    >>> points = operating_points(np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool))
+    >>> log_likelihood_ratios(points)  # one target and one impostor from 0.4 up to 0.9
+    (array([0.1, 0.4, 0.9]), array([-inf,   0.,  inf]))
     """
     targets, impostors, first = points._pav
     with np.errstate(divide="ignore"):
@@ -388,7 +421,15 @@ def min_cllr(points: OperatingPoints) -> float:
 
 
 class TarAtFar(NamedTuple):
-    """An operating point: accept ``score >= threshold``."""
+    """An operating point: accept ``score >= threshold``.
+
+    Examples
+    --------
+    >>> points = operating_points(np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool))
+    >>> tar, threshold, false_accepts, misses = tar_at_far(points, 0.1)
+    >>> tar, 0.6 < threshold < 0.9, false_accepts, misses
+    (0.5, True, 0, 1)
+    """
 
     tar: float
     threshold: float
@@ -397,7 +438,19 @@ class TarAtFar(NamedTuple):
 
 
 def allowed_false_accepts(far: float, num_impostors: int) -> int:
-    """The largest count whose rate is not above `far`."""
+    """The largest count of false accepts whose rate is not above `far`.
+
+    Parameters
+    ----------
+    far : float
+        In [0, 1].
+    num_impostors : int
+
+    Examples
+    --------
+    >>> allowed_false_accepts(0.01, 250), allowed_false_accepts(0.29, 100)
+    (2, 29)
+    """
     count = math.floor(far * num_impostors)
     if (count + 1) / num_impostors <= far:
         count += 1

@@ -88,6 +88,23 @@ def make_cohort(
         Without it every utterance is an entry.
     mean : array [D], optional
         The mean that is subtracted from the trials' embeddings too; usually of these embeddings.
+
+    Returns
+    -------
+    Embeddings
+        float32 [C, D], by speaker (sorted) or by utterance.
+
+    Raises
+    ------
+    ValueError
+        An id without a speaker; as :meth:`~speechbrain_qmargin.embeddings.Embeddings.unit`.
+
+    Examples
+    --------
+    >>> raw = {"a/1": np.array([2.0, 0]), "a/2": np.array([4.0, 0]), "b/1": np.array([0, 5.0])}
+    >>> cohort = make_cohort(raw, {"a/1": "a", "a/2": "a", "b/1": "b"})
+    >>> cohort.ids, cohort.matrix.tolist()
+    (['a', 'b'], [[1.0, 0.0], [0.0, 1.0]])
     """
     embeddings = Embeddings.of(embeddings)
     if speakers is not None:
@@ -108,6 +125,12 @@ def refuse_shared_speakers(
     ------
     ValueError
         Names in both; some of them.
+
+    Examples
+    --------
+    >>> refuse_shared_speakers(["anna", "bert"], ["bert", "cleo"])
+    Traceback (most recent call last):
+    ValueError: 1 speakers are in the cohort and in the trials: bert. ...
     """
     shared = sorted(set(cohort) & set(trials))
     if shared:
@@ -306,7 +329,18 @@ def normalize(
     Raises
     ------
     ValueError
-        An unknown method; as :func:`cohort_statistics` and :meth:`Embeddings.unit`.
+        Another `method` or `enrolment`, a cohort of another number of dimensions; as
+        :func:`cohort_statistics` and :meth:`~speechbrain_qmargin.embeddings.Embeddings.enrolled`.
+
+    Examples
+    --------
+    >>> given = {"x": np.array([1.0, 0]), "y": np.array([0, 1.0]), "z": np.array([0.6, 0.8])}
+    >>> trials = Trials(["x", "y", "z"], np.array([0, 0]), np.array([1, 2]))
+    >>> cohort = make_cohort({"a": np.array([1.0, 0]), "b": np.array([0, 1.0])})
+    >>> normalize(given, trials, cohort, method="z").round(3)  # of x: mean 0.5, std 0.5
+    array([-1. ,  0.2])
+    >>> normalize(given, trials, cohort, top_n=2).round(3)  # of z: mean 0.7, std 0.1
+    array([-1. , -0.4])
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -394,5 +428,26 @@ def _cross_selected(unit, trials, cohort, top_n, scores, device, progress) -> np
 def cohort_mean_quality(
     unit: np.ndarray, cohort: np.ndarray, ids: Sequence[str], top_n: int | None
 ) -> dict[str, float]:
-    """Mean of each recording's highest cohort scores, a quality measure for calibration."""
+    """Mean of each recording's highest cohort scores, a quality measure for calibration.
+
+    Parameters
+    ----------
+    unit : float array [N, D]
+        Unit length.
+    cohort : float array [C, D]
+        Unit length.
+    ids : sequence of str [N]
+    top_n : int or None
+        Of the cohort; all of it for None.
+
+    Raises
+    ------
+    ValueError
+        As :func:`cohort_statistics`.
+
+    Examples
+    --------
+    >>> cohort_mean_quality(np.array([[0.6, 0.8]]), np.eye(2), ["x"], top_n=None)
+    {'x': 0.7...}
+    """
     return dict(zip(ids, cohort_statistics(unit, cohort, top_n)[0].tolist(), strict=True))

@@ -148,6 +148,19 @@ def merged_figures(reports: Mapping[str, Report]) -> list[tuple[str, list[Figure
     """The rows of the table, a figure of every system each; the same ones in a row are one.
 
     Below the data's limit TAR at smaller and smaller FARs is the same figure: no false accept.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from speechbrain_qmargin.scoring.report import evaluate
+    >>> from speechbrain_qmargin.trials import LabelledTrials
+    >>> ids = ["a/1", "a/2", "b/1", "b/2", "c/1", "c/2", "d/1", "d/2"]
+    >>> left, right = np.triu_indices(8, 1)  # 24 impostor trials: a FAR of 0.1 allows 2, 0.01 none
+    >>> trials = LabelledTrials(ids, left, right, left // 2 == right // 2)
+    >>> scores = np.where(trials.is_target, 0.5, np.linspace(0, 1, 28))
+    >>> report = evaluate(scores, trials, fars=[0.1, 0.01, 0.001])
+    >>> [name for name, _ in merged_figures({"mine": report})]
+    ['EER', 'minDCF(p=0.01)', 'TAR@FAR=0.1', 'TAR@FAR=0.01 to 0.001']
     """
     rows = [
         [report[figure.key] for report in reports.values()]
@@ -447,9 +460,9 @@ def _worst(page: Page) -> list[str]:
 def render(page: Page) -> str:
     """The page as one HTML document.
 
-    Examples
+    See Also
     --------
-    See :func:`speechbrain_qmargin.scoring.html.write_report`, which makes one.
+    speechbrain_qmargin.scoring.html.write_report : Makes a page, with its pictures.
     """
     title = html.escape(page.title)
     parts = [

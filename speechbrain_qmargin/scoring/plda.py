@@ -41,6 +41,14 @@ class PLDA:
         Of the normalised embeddings.
     between, within : float64 arrays [D, D]
         Covariances of people and of their recordings.
+
+    Examples
+    --------
+    >>> plda = PLDA(np.zeros(2), np.zeros(2), between=np.eye(2), within=np.eye(2))
+    >>> given = {"x": np.array([1.0, 0]), "y": np.array([2.0, 0]), "z": np.array([0, 1.0])}
+    >>> trials = Trials(["x", "y", "z"], np.array([0, 0]), np.array([1, 2]))
+    >>> plda.scores(given, trials).round(3)  # log(4/3) - 1/6 + cosine / 3
+    array([0.454, 0.121])
     """
 
     centre: np.ndarray

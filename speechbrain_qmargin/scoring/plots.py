@@ -53,7 +53,19 @@ def plain(text: str, width: int = 0) -> str:
 
 
 def canvas(width: float, height: float):
-    """An empty matplotlib figure of inches, drawn without a display, and its axes."""
+    """An empty matplotlib figure of `width` by `height` inches, and its axes; no display is needed.
+
+    Raises
+    ------
+    ImportError
+        No matplotlib.
+
+    Examples
+    --------
+    >>> figure, axes = canvas(4, 3)
+    >>> figure.get_size_inches()
+    array([4., 3.])
+    """
     require("matplotlib", why="plots", extra="report")
     from matplotlib.figure import Figure
 
@@ -68,7 +80,17 @@ def _probit(rate: float) -> float:
 
 
 def save_figure(figure, path: str | Path) -> None:
-    """Write a matplotlib figure whole or not at all; the suffix is the format."""
+    """Write a matplotlib figure whole or not at all; the suffix is the format, with 150 dpi.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "line.png"
+    >>> figure, axes = canvas(2, 2)
+    >>> _ = axes.plot([0, 1], [0, 1])
+    >>> save_figure(figure, file)
+    >>> file.read_bytes()[1:4]
+    b'PNG'
+    """
     with replacing(path) as partial:
         figure.savefig(partial, dpi=150)
 
@@ -81,8 +103,22 @@ def det_figure(
     """Detection error trade-offs on normal-deviate axes, as a matplotlib figure.
 
     Each curve ends at the lowest FAR its impostors can show; the region below 30 false accepts is
-    shaded, the curve in it (and below 30 misses) dashed. With a spread, the band is the interval
-    over speakers, of that confidence, of FRR at every FAR.
+    shaded, the curve in it (and below 30 misses) dashed.
+
+    Parameters
+    ----------
+    systems : mapping from name to (OperatingPoints, Spread or None)
+        With a spread there is a band: the interval over speakers of FRR at every FAR.
+    title : str
+    confidence : float
+        Of the bands.
+
+    Examples
+    --------
+    >>> points = operating_points(np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool))
+    >>> figure = det_figure({"mine": (points, None)}, title="VoxCeleb1-O")
+    >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    ['mine (EER 25.00 %)']
     """
     from scipy.stats import norm
 
@@ -164,6 +200,17 @@ def pooled_det_figure(
     ------
     ValueError
         A system without seeds, or seeds on other trials.
+
+    Examples
+    --------
+    >>> ids = ["a/1", "a/2", "b/1", "b/2", "c/1", "c/2", "d/1", "d/2"]
+    >>> left, right = np.triu_indices(8, 1)
+    >>> trials = LabelledTrials(ids, left, right, left // 2 == right // 2)
+    >>> scores = trials.is_target.astype(float)
+    >>> points = operating_points(scores, trials.is_target)
+    >>> figure = pooled_det_figure({"mine": [(points, Spread(scores, trials, points))] * 2})
+    >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    ['mine (EER 0.00 %, 2 seeds)']
     """
     from scipy.stats import norm
 
@@ -245,6 +292,12 @@ def plot_det(
     path : path
         Its suffix is the format.
     title : str
+
+    Examples
+    --------
+    >>> labels = np.array([True, True, False, False])
+    >>> systems = {"mine": (np.array([0.9, 0.4, 0.6, 0.1]), labels)}
+    >>> plot_det(systems, getfixture("tmp_path") / "det.svg", title="VoxCeleb1-O")
     """
     curves = {}
     for name, (scores, labels) in systems.items():
@@ -258,7 +311,15 @@ def plot_det(
 
 
 def histogram_figure(name: str, points: OperatingPoints, thresholds: Mapping[str, float]):
-    """Densities of target and impostor scores, with thresholds as lines."""
+    """Densities of target and impostor scores, with thresholds as lines.
+
+    Examples
+    --------
+    >>> points = operating_points(np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool))
+    >>> axes = histogram_figure("mine", points, {"decision": 0.5}).axes[0]
+    >>> [text.get_text() for text in axes.get_legend().get_texts()]
+    ['impostors', 'targets']
+    """
     figure, axes = canvas(6.6, 3.0)
     low = min(points.targets[0], points.impostors[0])
     high = max(points.targets[-1], points.impostors[-1])
@@ -290,6 +351,13 @@ def calibration_figure(systems: Mapping[str, OperatingPoints], llr: bool):
     """The log-likelihood ratio that each score is worth, by pooling adjacent violators.
 
     Calibrated scores lie on the diagonal, which is drawn if they claim to be (`llr`).
+
+    Examples
+    --------
+    >>> points = operating_points(np.array([3.0, -0.5, 0.5, -3]), np.array([1, 1, 0, 0], bool))
+    >>> axes = calibration_figure({"mine": points}, llr=True).axes[0]
+    >>> axes.get_xlabel(), axes.get_ylabel()
+    ('log-likelihood ratio given', 'log-likelihood ratio found')
     """
     figure, axes = canvas(6.6, 3.6)
     for name, points in systems.items():
@@ -310,6 +378,13 @@ def bayes_error_figure(systems: Mapping[str, OperatingPoints], log_odds: np.ndar
 
     Solid: at the threshold that each prior asks for. Dashed: the minimum. Thin where fewer than 30
     misses or fewer than 30 false accepts carry it.
+
+    Examples
+    --------
+    >>> points = operating_points(np.array([3.0, -0.5, 0.5, -3]), np.array([1, 1, 0, 0], bool))
+    >>> axes = bayes_error_figure({"mine": points}).axes[0]
+    >>> [text.get_text() for text in axes.get_legend().get_texts()]
+    ['mine']
     """
     figure, axes = canvas(6.6, 4.2)
     highest = 1.0

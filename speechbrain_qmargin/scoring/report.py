@@ -56,6 +56,15 @@ class Report:
         What the reader must know: scores that seem inverted, speakers that are not known.
     lost : Lost or None
         Failures to acquire and to enrol.
+
+    Examples
+    --------
+    >>> ids = ["a/1", "a/2", "b/1", "b/2", "c/1", "c/2", "d/1", "d/2"]
+    >>> left, right = np.triu_indices(8, 1)  # 4 target and 24 impostor trials
+    >>> trials = LabelledTrials(ids, left, right, left // 2 == right // 2)
+    >>> report = evaluate(trials.is_target.astype(float), trials)
+    >>> report["eer"].value, report["tar_at_far", 0.01].shown
+    (0.0, '100.00 % (unsupported)')
     """
 
     figures: list[Figure]
@@ -281,6 +290,12 @@ class Difference:
     """``value`` is the second system minus the first; the interval is paired over speakers.
 
     `support` is the weaker one of both figures' badges.
+
+    Examples
+    --------
+    >>> difference = Difference("eer", "rocch", "EER", -0.01, -0.018, -0.002, support="measured")
+    >>> difference.show(difference.value), difference.significant
+    ('-1.00 %', True)
     """
 
     kind: str
@@ -310,6 +325,18 @@ def compare(first: Report, second: Report) -> list[Difference]:
     ------
     ValueError
         Reports on other trials.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.scoring.figures import TarAtFar
+    >>> ids = ["a/1", "a/2", "b/1", "b/2", "c/1", "c/2", "d/1", "d/2"]
+    >>> left, right = np.triu_indices(8, 1)  # 4 target and 24 impostor trials
+    >>> trials = LabelledTrials(ids, left, right, left // 2 == right // 2)
+    >>> good = trials.is_target.astype(float)
+    >>> bad = np.where((left == 0) & (right == 1), -1.0, good)  # misses the target trial of a
+    >>> reports = [evaluate(scores, trials, figures=[TarAtFar(0.1)]) for scores in (bad, good)]
+    >>> [(difference.name, difference.value) for difference in compare(*reports)]
+    [('TAR@FAR=0.1', 0.25)]
     """
     same = (first.num_targets, first.num_impostors, first.num_speakers, first.source) == (
         second.num_targets,

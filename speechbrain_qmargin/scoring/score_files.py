@@ -41,6 +41,15 @@ class ScoreFile:
         What our commands write: "kind" ("cosine", "as-norm", "llr", ...), "trials" (the list's
         name and SHA-256), "embeddings", "lost" (failures to acquire) and more; empty for files of
         others.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "cosine.tsv"
+    >>> trials = Trials(["a/1", "a/2"], np.array([0]), np.array([1]), np.array([True]))
+    >>> write_scores(file, trials, np.array([0.75]), {"kind": "cosine"})
+    >>> read = read_score_file(file)
+    >>> read.kind, read.scores, read.trials.pair(0)
+    ('cosine', array([0.75]), 'a/1 a/2')
     """
 
     trials: Trials
@@ -76,6 +85,16 @@ def write_scores(
     ------
     ValueError
         Another number of scores, or an id with a tab or a line break.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "cosine.tsv"
+    >>> trials = Trials(["a/1", "a/2"], np.array([0]), np.array([1]), np.array([True]))
+    >>> write_scores(file, trials, np.array([0.75]), {"kind": "cosine"})
+    >>> print(file.read_text())
+    # speechbrain_qmargin scores {"kind": "cosine"}
+    enrolment test score label
+    a/1 a/2 0.75 1
     """
     scores = np.asarray(scores)
     if scores.shape != (len(trials),):
@@ -107,7 +126,16 @@ def write_scores(
 def read_scores(
     path: str | Path, trials: Trials | None = None, columns: str | None = None
 ) -> tuple[Trials, np.ndarray]:
-    """The trials and the float64 scores [N] of :func:`read_score_file`."""
+    """The trials and the float64 scores [N] of :func:`read_score_file`, whose errors it raises.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "scores.txt"
+    >>> _ = file.write_text("a/1 a/2 0.75\\na/1 b/1 0.1\\n")
+    >>> trials, scores = read_scores(file)
+    >>> trials.pair(1), scores, trials.is_target
+    ('a/1 b/1', array([0.75, 0.1 ]), None)
+    """
     read = read_score_file(path, trials, columns)
     return read.trials, read.scores
 
@@ -137,6 +165,14 @@ def read_score_file(
         Columns that cannot be told apart, a malformed line, a score that is not a finite number, a
         trial with two scores: with file and line. Trials without a score, labels that contradict
         the list's.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "wespeaker.score"
+    >>> _ = file.write_text("a/1 a/2 0.75 target\\na/1 b/1 0.1 nontarget\\n")
+    >>> read = read_score_file(file)
+    >>> read.scores, read.trials.is_target
+    (array([0.75, 0.1 ]), array([ True, False]))
     """
     table = read_table(path, fewest=3)
     order = _order(table, columns)

@@ -28,7 +28,15 @@ def name_digest(name: str) -> str:
 
 
 def speaker_digests(trials: Trials) -> list[str]:
-    """The digests of all speakers, sorted; of the recordings where the speakers are not known."""
+    """The digests of all speakers, sorted; of the recordings where the speakers are not known.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> trials = Trials(["anna/1", "anna/2"], np.array([0]), np.array([1]))
+    >>> speaker_digests(trials)
+    ['55579b557896d0ce']
+    """
     names = trials.speaker_names() if trials.speakers_known else trials.recordings
     return sorted({name_digest(name) for name in names})
 
@@ -54,6 +62,16 @@ def refuse_shared(
     ------
     ValueError
         Speakers (where they are not known: recordings) in both; named.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> test = Trials(["anna/1", "bert/1"], np.array([0]), np.array([1]))
+    >>> refuse_shared(test, Trials(["cleo/1", "dora/1"], np.array([0]), np.array([1])))
+    ''
+    >>> refuse_shared(test, Trials(["anna/2", "dora/1"], np.array([0]), np.array([1])))
+    Traceback (most recent call last):
+    ValueError: the development trials: 1 speakers are in trials too: anna. ...
     """
     known = trials.speakers_known
     if isinstance(development, Trials):

@@ -33,6 +33,14 @@ class Share:
     support : str
         Its :func:`~speechbrain_qmargin.scoring.uncertainty.badge`, by the effective number of
         people.
+
+    Examples
+    --------
+    >>> found = Share(0.1, 0.07, 0.15, errors=100, trials=1000, people=50, support="measured")
+    >>> print(found)
+    10 % (7 to 15 %) measured
+    >>> print(found.complement)
+    90 % (85 to 93 %) measured
     """
 
     value: float

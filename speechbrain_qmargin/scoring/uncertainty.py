@@ -126,6 +126,11 @@ def rate_interval(
     confidence : float
     method : {"clopper-pearson", "wilson"}
 
+    Raises
+    ------
+    ValueError
+        Errors that are not from 0 to `trials`, no trials, another method.
+
     Examples
     --------
     >>> low, high = rate_interval(0, 300)
@@ -161,6 +166,18 @@ class RatesAt:
     false_accepts, misses : int
     far_support, frr_support : str
         Their badges.
+
+    Examples
+    --------
+    >>> ids = [f"{speaker}/{take}" for speaker in "abcdef" for take in "12"]
+    >>> left, right = np.triu_indices(12, 1)
+    >>> trials = LabelledTrials(ids, left, right, left // 2 == right // 2)
+    >>> scores = trials.is_target.astype(float)
+    >>> scores[0] = 0  # of the six target trials one is missed
+    >>> points = metrics.operating_points(scores, trials.is_target)
+    >>> rates = Spread(scores, trials, points).rates_at(0.5)
+    >>> rates.misses, rates.frr, rates.false_accepts, rates.frr_support
+    (1, 0.16666666666666666, 0, 'unsupported')
     """
 
     threshold: float

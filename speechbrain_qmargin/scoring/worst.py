@@ -14,9 +14,23 @@ def worst_trials(
 ) -> dict[str, list[dict]]:
     """The impostor trials with the highest scores and the target trials with the lowest.
 
+    Parameters
+    ----------
+    scores : float array [N]
+    trials : LabelledTrials
+    count : int
+        Of each kind, at most.
+
     Returns
     -------
     dict with "impostors" and "targets": lists of {"score", "enrolment", "test"}
+
+    Examples
+    --------
+    >>> trials = LabelledTrials(["a/1", "a/2", "b/1"], np.array([0, 0, 1]), np.array([1, 2, 2]),
+    ...                         np.array([True, False, False]))
+    >>> worst_trials(np.array([0.9, 0.1, 0.7]), trials, count=1)["impostors"]
+    [{'score': 0.7, 'enrolment': 'a/2', 'test': 'b/1'}]
     """
     worst = {}
     for kind, sign, chosen in (
@@ -40,10 +54,34 @@ def worst_speakers(
 ) -> list[dict]:
     """The speakers with the most errors at a threshold: Doddington's goats and lambs.
 
+    In the order of their share of all misses plus their share of all false accepts; those without
+    an error are left out.
+
+    Parameters
+    ----------
+    scores : float array [N]
+    trials : LabelledTrials
+    threshold : float
+        Accepted is ``score >= threshold``.
+    count : int
+        At most.
+
+    Raises
+    ------
+    ValueError
+        As :meth:`~speechbrain_qmargin.trials.pairs.LabelledTrials.speakers`.
+
     Returns
     -------
     list of {"speaker", "misses", "targets", "false_accepts", "impostors"}
         A false accept counts for both its speakers.
+
+    Examples
+    --------
+    >>> trials = LabelledTrials(["a/1", "a/2", "b/1"], np.array([0, 0, 1]), np.array([1, 2, 2]),
+    ...                         np.array([True, False, False]))
+    >>> worst_speakers(np.array([0.4, 0.1, 0.7]), trials, 0.5)[0]
+    {'speaker': 'a', 'misses': 1, 'targets': 1, 'false_accepts': 1, 'impostors': 2}
     """
     speakers = trials.speakers()
     size = int(speakers.max()) + 1

@@ -145,3 +145,5 @@ def test_distances_and_broken_calibrations_are_refused(tmp_path):
     other[3] = np.nan
     with pytest.raises(ValueError, match=r"the score of g/0 h/0 is nan"):
         calibration.apply(other, others)
+    with pytest.raises(ValueError, match=r"\d+ trials and scores \(\d+,\)"):
+        calibration.apply(np.append(other[4:], [0.0] * 5 + [np.nan]), others)
