@@ -40,7 +40,25 @@ def angular_margin(cosines: Tensor, margin: float | Tensor, easy: bool = False) 
 
 
 def check_angle(margin: float) -> None:
-    """Refuse a margin that is no angle; what is wrong with it otherwise is the loss's to say."""
+    """Refuse a margin that is no angle; what is wrong with it otherwise is the loss's to say.
+
+    Parameters
+    ----------
+    margin : float
+        In radians.
+
+    Raises
+    ------
+    ValueError
+        Beyond pi.
+
+    Examples
+    --------
+    >>> check_angle(0.5)
+    >>> check_angle(28.6)       # the same angle in degrees
+    Traceback (most recent call last):
+    ValueError: margin is an angle in radians, at most pi, got 28.6
+    """
     if margin > math.pi:
         raise ValueError(f"margin is an angle in radians, at most pi, got {margin}")
 

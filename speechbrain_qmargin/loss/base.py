@@ -66,6 +66,22 @@ class Loss(nn.Module):
         Whether its constructor takes `num_classes`, `embedding_dim` and `samples` (training samples
         over all epochs, or None), which the recipes know and
         :func:`~speechbrain_qmargin.make_loss` hands on.
+
+    Examples
+    --------
+    >>> import torch
+    >>> class Shifted(Loss):
+    ...     def __init__(self, scale=10.0, margin=0.2):
+    ...         super().__init__(scale=scale, margin=margin)
+    ...
+    ...     def objective(self, scores, targets):
+    ...         return Objective(scale=self.scale, move_target=lambda cosine: cosine - self.margin)
+    >>> loss = Shifted(scale=1.0, margin=0.5)
+    >>> loss(torch.tensor([[1.0, 0.5]]), torch.tensor([0]))     # two equal logits: log 2
+    tensor(0.6931)
+    >>> loss.set(margin=0.0)
+    >>> loss
+    Shifted(scale=1, margin=0)
     """
 
     settings: ClassVar[tuple[str, ...]] = ("scale", "margin")
@@ -201,7 +217,22 @@ class Loss(nn.Module):
 
 
 def value_of(loss: object, name: str) -> float:
-    """A setting of a loss that a schedule is to change; ValueError for one that has no settings."""
+    """A setting of a loss that a schedule is to change.
+
+    Raises
+    ------
+    ValueError
+        A setting that the loss does not have, or a loss that has none.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin import QMarginLoss
+    >>> value_of(QMarginLoss(margin=0.3), "margin")
+    0.3
+    >>> value_of(nn.CrossEntropyLoss(), "margin")
+    Traceback (most recent call last):
+    ValueError: loss_schedule: CrossEntropyLoss is not a speechbrain_qmargin.Loss, so its margin ...
+    """
     if not isinstance(loss, Loss):
         raise ValueError(
             f"loss_schedule: {type(loss).__name__} is not a speechbrain_qmargin.Loss, so its "

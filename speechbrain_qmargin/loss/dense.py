@@ -194,6 +194,14 @@ def scores_of(outputs: Tensor | Scores, embeddings: Tensor | None = None) -> Sco
     ------
     TypeError
         Neither cosines nor Scores.
+
+    Examples
+    --------
+    >>> scores = scores_of(torch.tensor([[[1.0, 0.0]]]))    # [B, 1, C], as SpeechBrain's classifier
+    >>> scores.cosines()
+    tensor([[1., 0.]])
+    >>> scores_of(scores) is scores
+    True
     """
     if isinstance(outputs, Tensor):
         return DenseScores(outputs, embeddings)
@@ -422,7 +430,27 @@ def _float32_holds(log_q: Tensor, alpha: float) -> bool:
 
 
 def check_labels(targets: Tensor, num_classes: int) -> None:
-    """Refuse labels outside [0, num_classes). On CUDA the check is asynchronous: no host wait."""
+    """Refuse labels outside [0, num_classes). On CUDA the check is asynchronous: no host wait.
+
+    Parameters
+    ----------
+    targets : Tensor, integer
+    num_classes : int
+
+    Raises
+    ------
+    TypeError
+        Targets that are not integers.
+    ValueError
+        A label outside. On CUDA a device-side assertion; nothing while torch compiles.
+
+    Examples
+    --------
+    >>> check_labels(torch.tensor([0, 2]), 3)
+    >>> check_labels(torch.tensor([1, 3]), 3)       # labels that count from 1
+    Traceback (most recent call last):
+    ValueError: target label 3 is outside [0, 3): the outputs have 3 classes. ...
+    """
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"targets must be integer class labels, got {targets.dtype}")
     if torch.compiler.is_compiling():

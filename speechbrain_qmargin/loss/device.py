@@ -201,6 +201,15 @@ def control_flow(*, host: bool | None = None, kernels: bool | None = None) -> It
     kernels : bool, optional
         What :func:`kernels_run` answers. On a CPU the kernels need Triton's interpreter
         (``TRITON_INTERPRET=1`` in the environment before they are imported).
+
+    Examples
+    --------
+    >>> cpu = torch.device("cpu")
+    >>> with control_flow(host=False, kernels=True):        # a GPU's flow, on a CPU
+    ...     host_decides(cpu), kernels_run(cpu)
+    (False, True)
+    >>> host_decides(cpu), kernels_run(cpu)
+    (True, False)
     """
     before = _forced.host, _forced.kernels
     _forced.host = before[0] if host is None else host

@@ -27,6 +27,13 @@ class Progress:
     num_classes, embedding_dim : int
     samples : int or None
         Training samples over all epochs.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin import QMarginLoss
+    >>> halfway = Progress(zero_loss=0.3, done=0.5, num_classes=5994, embedding_dim=192)
+    >>> advice(QMarginLoss(), halfway) is None      # three in ten rest: nothing is wrong
+    True
     """
 
     zero_loss: float

@@ -71,6 +71,15 @@ def root(
         Bounds of the level.
     settled : callable, optional
         Whether to stop, from which rows are done: for processes that must stop together.
+
+    Examples
+    --------
+    >>> logits = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
+    >>> def mass(level):                            # of sparsemax: 1 - level + 0.5 - level
+    ...     above = (logits - level).clamp(min=0)
+    ...     return above.sum(1, keepdim=True), (above > 0).double().sum(1, keepdim=True)
+    >>> root(mass, logits[:, :1] - 1, logits[:, :1])
+    tensor([[0.2500]], dtype=torch.float64)
     """
     high = torch.maximum(high, low)
     level, previous = low, high - low
@@ -130,6 +139,15 @@ class Moments(NamedTuple):
         Sum of f(0) - f(p) + p times (logit - target's logit).
     support : Tensor
         How many are active.
+
+    Examples
+    --------
+    >>> measure = GeneratorMeasure(generator_named("chi_square"), torch.zeros(1).double())
+    >>> leads = torch.tensor([[0.0, -9.0]]).double()    # of a class as near as the target; far away
+    >>> half = torch.tensor([0.5]).double()             # the depth at which each of two has p = 0.5
+    >>> moments = measure.moments([leads], half)
+    >>> float(moments.mass), float(moments.support)
+    (0.5, 1.0)
     """
 
     mass: Tensor
@@ -153,6 +171,18 @@ class GeneratorMeasure(NamedTuple):
     generator : Generator
     target : Tensor, [B], float64
         log q of the targets.
+
+    Examples
+    --------
+    A class as near as the target, with q = 1 for both: each has half of the mass, and the loss of
+    ``chi_square``, which is alpha = 2, is (1 - 0.5^2 - 0.5^2) / 2.
+
+    >>> measure = GeneratorMeasure(generator_named("chi_square"), torch.zeros(1).double())
+    >>> leads = [torch.zeros(1, 1).double()]
+    >>> depth = measure.depth(lambda: leads, torch.zeros(1).double(), classes=2)
+    >>> solution = measure.solution(depth, measure.moments(leads, depth))
+    >>> float(solution.target_posterior), float(solution.loss)
+    (0.5, 0.25)
     """
 
     generator: Generator

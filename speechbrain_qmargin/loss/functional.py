@@ -339,7 +339,28 @@ def alpha_softmax_value(
 
 
 def check_loss_parameters(alpha: float, scale: float, margin: float | Tensor) -> None:
-    """Refuse parameters outside the family; the message names the field and the value."""
+    """Refuse parameters outside the family; the message names the field and the value.
+
+    Parameters
+    ----------
+    alpha, scale : float
+        Order (>= 1) and scale (> 0), finite.
+    margin : float, >= 0, or Tensor, [B]
+        In cosine; a tensor may have either sign.
+
+    Raises
+    ------
+    TypeError
+        alpha as a tensor.
+    ValueError
+
+    Examples
+    --------
+    >>> check_loss_parameters(alpha=1.5, scale=10.0, margin=0.2)
+    >>> check_loss_parameters(alpha=0.5, scale=10.0, margin=0.2)
+    Traceback (most recent call last):
+    ValueError: alpha must be a finite number >= 1, got 0.5
+    """
     if isinstance(margin, Tensor) and margin.ndim:
         if host_decides(margin.device) and not bool(margin.detach().isfinite().all()):
             raise ValueError("margin is not finite for every sample")
@@ -361,6 +382,20 @@ def q_margin_objective(
     """Q-Margin as :class:`~speechbrain_qmargin.loss.interface.Objective`, for any classifier.
 
     Parameters are those of :func:`q_margin_loss`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Parameters outside the family, and tensors of another shape.
+
+    Examples
+    --------
+    Where two cosines are equal, posteriors are as their q; a margin of log 3 at scale 1 makes q_y a
+    third of the other's.
+
+    >>> objective = q_margin_objective(torch.tensor([0]), alpha=1.5, scale=1.0, margin=math.log(3))
+    >>> DenseScores(torch.ones(1, 2)).evaluate(torch.tensor([0]), objective).target_posterior
+    tensor([0.2500])
     """
     check_loss_parameters(alpha, scale, margin)
     spread = None

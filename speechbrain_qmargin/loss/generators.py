@@ -228,7 +228,21 @@ def alpha_generator(alpha: float) -> Generator:
 
 
 def generator_named(name: str) -> Generator:
-    """One of :data:`GENERATORS`; ValueError for another name."""
+    """One of :data:`GENERATORS`.
+
+    Raises
+    ------
+    ValueError
+        Another name.
+
+    Examples
+    --------
+    >>> generator_named("chi_square").alpha         # f(u) is that of alpha = 2
+    2.0
+    >>> generator_named("chi2")
+    Traceback (most recent call last):
+    ValueError: divergence: 'chi2'; choose one of ...
+    """
     if name not in GENERATORS:
         raise ValueError(f"divergence: {name!r}; choose one of {', '.join(GENERATORS)}")
     return GENERATORS[name]

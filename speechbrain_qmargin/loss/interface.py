@@ -84,6 +84,17 @@ class Objective:
     ------
     ValueError, TypeError
         Numbers outside the family, or tensors whose gradient would be lost.
+
+    Examples
+    --------
+    Two classes at the same cosine: log 2 with the softmax (alpha = 1), 1/4 with sparsemax.
+
+    >>> from speechbrain_qmargin.loss.dense import DenseScores
+    >>> scores, target = DenseScores(torch.ones(1, 2)), torch.tensor([0])
+    >>> scores.evaluate(target, Objective(scale=1.0)).loss
+    tensor([0.6931])
+    >>> scores.evaluate(target, Objective(scale=1.0, alpha=2.0)).loss
+    tensor([0.2500])
     """
 
     scale: float
@@ -127,6 +138,16 @@ class BinaryObjective:
         w_y and w_o.
     parameters : tuple of Tensor
         What both use and has a gradient: parameters of the loss, the same in all processes.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.loss.dense import DenseScores
+    >>> def logits(cosines):
+    ...     return 10 * cosines
+    >>> objective = BinaryObjective(target=logits, others=logits, others_weight=0.5)
+    >>> scores = DenseScores(torch.zeros(1, 3))
+    >>> scores.evaluate(torch.tensor([0]), objective).loss      # (1 + 0.5 + 0.5) log 2
+    tensor([1.3863])
     """
 
     target: Callable[[Tensor], Tensor]
@@ -159,6 +180,14 @@ class Rows(NamedTuple):
     target_posterior : Tensor, [B]
     support : Tensor, [B], or None where nobody asked
         Classes with a positive posterior, the target included.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.loss.dense import DenseScores
+    >>> scores, sparsemax = DenseScores(torch.tensor([[1.0, 0.0]])), Objective(scale=2.0, alpha=2.0)
+    >>> rows = scores.evaluate(torch.tensor([0]), sparsemax, statistics=True)
+    >>> rows.loss, rows.target_posterior, rows.support
+    (tensor([0.]), tensor([1.]), tensor([1]))
     """
 
     loss: Tensor
@@ -179,6 +208,14 @@ class QMarginStats(NamedTuple):
         that is rounding.
     target_posterior : Tensor
         Mean posterior of the target class, in [0, 1].
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin import SparsemaxLoss
+    >>> cosines = torch.tensor([[1.0, 0.0], [1.0, 1.0]])        # far ahead; a tie
+    >>> loss, stats = SparsemaxLoss(scale=2.0).with_stats(cosines, torch.tensor([0, 0]))
+    >>> float(stats.support_mean), float(stats.zero_loss), float(stats.target_posterior)
+    (1.5, 0.5, 0.75)
     """
 
     support_mean: Tensor
@@ -217,6 +254,12 @@ class Scores(Protocol):
       uses, and a BinaryObjective's `parameters`, in shards that of the processes' mean loss. Where
       the loss comes from a function of one's own, :func:`attach` adds those of `target_log_q` and
       `move_target`.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.loss.dense import DenseScores
+    >>> isinstance(DenseScores(torch.eye(2)), Scores), isinstance(torch.eye(2), Scores)
+    (True, False)
     """
 
     @property
@@ -348,6 +391,16 @@ def attach(rows: Rows, objective: Objective, target_cosines: Tensor, residual: T
         Of the targets, not moved.
     residual : Tensor, [B]
         p_y - 1, without the rounding of that difference.
+
+    Examples
+    --------
+    >>> log_q = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    >>> rows = Rows(torch.ones(1), torch.zeros(1), None)        # one sample, with p_y = 0
+    >>> objective = Objective(scale=10.0, target_log_q=log_q)
+    >>> attached = attach(rows, objective, torch.zeros(1).double(), residual=-torch.ones(1))
+    >>> attached.loss.sum().backward()
+    >>> log_q.grad
+    tensor([-1.], dtype=torch.float64)
     """
     loss, residual = rows.loss, residual.detach().double()
     if objective.move_target is not None and torch.is_grad_enabled():
@@ -376,5 +429,11 @@ def prior_slope(log_q: Tensor, residual: Tensor, alpha: float) -> Tensor:
 
 
 def flat(targets: Tensor) -> Tensor:
-    """Targets [B] of [B] or [B, 1]."""
+    """Targets [B] of [B] or [B, 1].
+
+    Examples
+    --------
+    >>> flat(torch.tensor([[3], [1]]))
+    tensor([3, 1])
+    """
     return targets.squeeze(1) if targets.ndim == 2 and targets.shape[1] == 1 else targets

@@ -28,6 +28,13 @@ def softargmax_of_orders(logits: Tensor, alpha: Tensor, log_q: Tensor | None) ->
 
     Differentiable, and twice, in all three. At alpha = 1 the derivative by alpha is the one to the
     right.
+
+    Examples
+    --------
+    >>> logits = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    >>> softargmax_of_orders(logits, torch.tensor([[1.0], [2.0]]), None)    # softmax, sparsemax
+    tensor([[0.7311, 0.2689],
+            [1.0000, 0.0000]])
     """
     return _SoftargmaxOfOrders.apply(logits, alpha, log_q)
 

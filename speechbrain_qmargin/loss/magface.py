@@ -46,13 +46,35 @@ def magnitude_cost(norms: Tensor, lower: float, upper: float) -> Tensor:
 def with_magnitude_cost(
     rows: Rows, norms: Tensor, lower: float, upper: float, regulariser: float
 ) -> Rows:
-    """Losses [B] with :func:`magnitude_cost` of their norms [B] added."""
+    """Losses [B] with :func:`magnitude_cost` of their norms [B] added.
+
+    Examples
+    --------
+    >>> import torch
+    >>> rows = Rows(torch.ones(1), torch.ones(1), None)
+    >>> norms = torch.tensor([2.0])                     # 2 / 4^2 + 1 / 2 = 0.625
+    >>> with_magnitude_cost(rows, norms, lower=1.0, upper=4.0, regulariser=2.0).loss
+    tensor([2.2500])
+    """
     cost = regulariser * magnitude_cost(norms, lower, upper)
     return rows._replace(loss=rows.loss + cost.to(rows.loss.dtype))
 
 
 def check_norms(lower: float, upper: float, regulariser: float) -> None:
-    """Refuse bounds that are none, and a reward for short embeddings."""
+    """Refuse bounds that are none, and a reward for short embeddings.
+
+    Raises
+    ------
+    ValueError
+        Bounds other than 0 < lower < upper; regulariser < 0.
+
+    Examples
+    --------
+    >>> check_norms(lower=10.0, upper=110.0, regulariser=35.0)
+    >>> check_norms(lower=110.0, upper=10.0, regulariser=35.0)
+    Traceback (most recent call last):
+    ValueError: lower_norm must be in (0, upper_norm), got 110.0 and 10.0
+    """
     if not 0 < lower < upper:
         raise ValueError(f"lower_norm must be in (0, upper_norm), got {lower} and {upper}")
     if regulariser < 0:

@@ -21,6 +21,14 @@ def embeddings_of(loss: Loss, scores: Scores, what: str = "embeddings") -> Tenso
     ------
     TypeError
         Where the classifier shows cosines only; `what` is what the loss looks at.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin import ArcFaceLoss
+    >>> from speechbrain_qmargin.loss.dense import scores_of
+    >>> embeddings_of(ArcFaceLoss(), scores_of(torch.ones(1, 2)))
+    Traceback (most recent call last):
+    TypeError: ArcFaceLoss looks at the embeddings, which cosines have not: use it in ...
     """
     if scores.embeddings is None:
         raise TypeError(
@@ -31,13 +39,27 @@ def embeddings_of(loss: Loss, scores: Scores, what: str = "embeddings") -> Tenso
 
 
 def norms_of(loss: Loss, scores: Scores) -> Tensor:
-    """Norms [B], float64, in the graph; TypeError as in :func:`embeddings_of`."""
+    """Norms [B], float64, in the graph; TypeError as in :func:`embeddings_of`.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin import MagFaceLoss
+    >>> from speechbrain_qmargin.loss.dense import scores_of
+    >>> norms_of(MagFaceLoss(), scores_of(torch.ones(1, 2), embeddings=torch.tensor([[3.0, 4.0]])))
+    tensor([5.], dtype=torch.float64)
+    """
     embeddings = embeddings_of(loss, scores, "embeddings' norms")
     return torch.linalg.vector_norm(embeddings.double(), dim=1)
 
 
 def of_all_processes(tensor: Tensor) -> Tensor:
-    """[n, ...] of every process, one below the other; they may have different n."""
+    """[n, ...] of every process, one below the other; they may have different n.
+
+    Examples
+    --------
+    >>> of_all_processes(torch.tensor([5.0, 7.0]))      # of one process: its own
+    tensor([5., 7.])
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensor
     sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device)] * dist.get_world_size()
@@ -58,6 +80,14 @@ class RunningNorms(nn.Module):
     ----------
     mean, deviation : Tensor
         Buffers; 20 and 100 at first, as in AdaFace's code.
+
+    Examples
+    --------
+    >>> norms = RunningNorms()
+    >>> norms.quality(torch.tensor([10.0, 20.0, 30.0]).double(), h=1 / 3, weight=1.0)
+    tensor([-0.3333,  0.0000,  0.3333], dtype=torch.float64)
+    >>> norms.mean, norms.deviation
+    (tensor(20., dtype=torch.float64), tensor(10., dtype=torch.float64))
     """
 
     mean: Tensor

@@ -46,7 +46,16 @@ _DRAWN, _NEAREST = 512, 1024  # samples, and the wrong classes of each that are 
 
 @dataclass(frozen=True)
 class ClassStatistics:
-    """Mean and deviation of a sample's cosines with the wrong classes."""
+    """Mean and deviation of a sample's cosines with the wrong classes.
+
+    Examples
+    --------
+    >>> wrong = ClassStatistics(mean=0.1, deviation=0.05)
+    >>> round(wrong.largest(2), 4)                      # the median of one wrong cosine
+    0.1
+    >>> wrong.largest(1000) > wrong.largest(10)
+    True
+    """
 
     mean: float
     deviation: float
@@ -96,6 +105,12 @@ class Expected:
         Active classes, the target included where it is.
     zero_loss : float
         Probability that it rests.
+
+    Examples
+    --------
+    >>> wrong = ClassStatistics(mean=0.0, deviation=0.05)
+    >>> expected(1000, 1.0, 32.0, 0.2, 0.9, wrong)      # alpha = 1: all are active, none rests
+    Expected(support=1000.0, zero_loss=0.0)
     """
 
     support: float
@@ -176,6 +191,14 @@ class Suggestion:
     alpha, scale, margin : float
     reasons : tuple of str
         One sentence for each decision.
+
+    Examples
+    --------
+    >>> found = suggest_parameters(5994)
+    >>> round(found.hard_margin, 2), found.remedy is None
+    (0.54, True)
+    >>> found.pushes is None                            # how long the training is was not said
+    True
     """
 
     num_classes: int

@@ -59,7 +59,6 @@ __all__ = [
     "single_class_level",
     "solve",
     "spread_of",
-    "target_powers",
     "tau_of",
 ]
 
@@ -83,6 +82,15 @@ class Measure(NamedTuple):
         log q of each row's target: ``-scale * margin``, plus the class's own log q if any.
     classes : Tensor, [C], or None
         log q of the classes where they are not the target. None: q = 1.
+
+    Examples
+    --------
+    >>> measure = Measure(alpha=2.0, target=torch.tensor([-1.0, -2.0]))
+    >>> measure.rows(slice(1, 2)).target
+    tensor([-2.])
+    >>> level = torch.tensor(0.5)                       # the edge: k = 1
+    >>> measure.edge(level), measure.tau(level)
+    (tensor(0.5000), tensor(1.5000))
     """
 
     alpha: float
@@ -127,12 +135,24 @@ class Solution(NamedTuple):
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64 input, else float32, whatever autocast says."""
+    """float64 for float64 input, else float32, whatever autocast says.
+
+    Examples
+    --------
+    >>> compute_dtype(torch.ones(1, dtype=torch.bfloat16)), compute_dtype(torch.ones(1).double())
+    (torch.float32, torch.float64)
+    """
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def row_dtype(tensor: Tensor) -> torch.dtype:
-    """Of what is kept once a row: there u nearly cancels. float64 where the device has it."""
+    """Of what is kept once a row: there u nearly cancels. float64 where the device has it.
+
+    Examples
+    --------
+    >>> row_dtype(torch.ones(1))
+    torch.float64
+    """
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
@@ -145,6 +165,13 @@ def check_alpha(alpha: float) -> None:
         A tensor: its gradient would be lost.
     ValueError
         alpha < 1, or not finite.
+
+    Examples
+    --------
+    >>> check_alpha(1.5)
+    >>> check_alpha(0.5)
+    Traceback (most recent call last):
+    ValueError: alpha must be a finite number >= 1, got 0.5
     """
     if isinstance(alpha, Tensor):
         raise TypeError(
@@ -159,7 +186,13 @@ def check_alpha(alpha: float) -> None:
 
 
 def in_logs(alpha: float) -> bool:
-    """Whether levels are tau and powers exp(k log1p(.)): where k > 8."""
+    """Whether levels are tau and powers exp(k log1p(.)): where k > 8.
+
+    Examples
+    --------
+    >>> in_logs(1.1), in_logs(1.5)                      # k = 10, k = 2
+    (True, False)
+    """
     return (alpha - 1) * _LOG_DOMAIN_POWER < 1
 
 
@@ -193,6 +226,11 @@ def single_class_level(logits: Tensor, alpha: float, log_q: Tensor | None = None
     logits : Tensor, any shape
     alpha : float
     log_q : Tensor broadcastable to `logits`, or None for q = 1
+
+    Examples
+    --------
+    >>> single_class_level(torch.tensor([1.0, 0.0]), 2.0)       # sparsemax: 1 is logit - edge
+    tensor([ 0., -1.])
     """
     if in_logs(alpha):
         if log_q is None:
@@ -205,7 +243,7 @@ def single_class_level(logits: Tensor, alpha: float, log_q: Tensor | None = None
     return logits - torch.exp(log_q * (1 - alpha)) / (alpha - 1)
 
 
-def target_powers(logit: Tensor, level: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
+def _target_powers(logit: Tensor, level: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
     """(p, q u^(k-1)) of the targets at a level, all [B]; both zero outside the support. alpha > 1.
 
     Parameters
@@ -235,6 +273,13 @@ def jacobian(
     :math:`h = q^{\alpha-1} p^{2-\alpha}` on the support; by log q it is
     :math:`diag(p) - p h^T / \sum h`, whose product with g is :math:`p \circ centred` too. Made of
     differentiable operations.
+
+    Examples
+    --------
+    >>> p, g = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([1.0, 0.0, 7.0])
+    >>> h, centred = jacobian(p, g, 2.0, None)          # sparsemax: g less its mean on the support
+    >>> h * centred
+    tensor([ 0.5000, -0.5000,  0.0000])
     """
     active = p > 0
     h = torch.where(active, p, 1).pow(2 - alpha)
@@ -365,6 +410,11 @@ def newton_steps(alpha: float, classes: int, spread: float, dtype: torch.dtype) 
         log(q_max / q_min).
     dtype : torch.dtype
         Whose eps is to be reached.
+
+    Examples
+    --------
+    >>> newton_steps(2.0, 2, 0.0, torch.float32)        # 1 + (2 log2(2) + 23 bits) / 2, rounded up
+    14
     """
     bits = (alpha - 1) * (2 * math.log2(classes) + spread / math.log(2))
     return 1 + math.ceil((bits - math.log2(torch.finfo(dtype).eps)) / 2)
@@ -410,6 +460,14 @@ def newton(
     ------
     RuntimeError
         On a GPU, and asynchronously: rows that have not converged after `few` steps.
+
+    Examples
+    --------
+    >>> block = Block(torch.tensor([[0.0, -0.5]]), alpha=2.0)
+    >>> newton(block.sums, torch.tensor([-1.0]), torch.tensor([0.0]), 2.0, steps=14)
+    tensor([-0.7500])
+    >>> block.posterior(torch.tensor([-0.75]))
+    tensor([[0.7500, 0.2500]])
     """
     safeguarded = alpha > 2
     level = lower
@@ -489,11 +547,25 @@ def solve(
     few : int, optional
     exact : bool
         As for :func:`newton`.
+
+    Examples
+    --------
+    >>> others, target = Block(torch.tensor([[-0.5]]), alpha=2.0), torch.tensor([0.0])
+    >>> solve(
+    ...     others.sums,
+    ...     target,
+    ...     Measure(2.0, torch.zeros(1)),
+    ...     lower=torch.tensor([-1.5]),
+    ...     peak=torch.tensor([-0.5]),
+    ...     classes=2,
+    ...     spread=0.0,
+    ... )
+    tensor([-0.7500])
     """
 
     def mass(level: Tensor) -> tuple[Tensor, Tensor]:
         s, h = sums(level)
-        p_y, h_y = target_powers(target, level, measure)
+        p_y, h_y = _target_powers(target, level, measure)
         return s + p_y.to(s.dtype), h + h_y.to(h.dtype)
 
     alpha = measure.alpha
@@ -546,6 +618,17 @@ def fenchel_young(
         Sum of the other classes' posteriors.
     gap : Tensor, [B], or 0 at alpha = 1
         Sum of posterior times (logit - target's logit) over the other classes.
+
+    Examples
+    --------
+    Sparsemax of the logits 0 (the target's) and -0.5: p = (0.75, 0.25), and the loss is
+    0.25 (-0.5) - 0 + (1 - 0.75^2 - 0.25^2) / 2.
+
+    >>> measure, target, level = Measure(2.0, torch.zeros(1)), torch.zeros(1), torch.tensor([-0.75])
+    >>> others = torch.tensor([0.25])
+    >>> solution = fenchel_young(measure, target, level, others, gap=-0.5 * others)
+    >>> solution.loss, solution.residual
+    (tensor([0.0625]), tensor([-0.2500]))
     """
     alpha = measure.alpha
     alone = single_class_level(target, alpha, measure.target)
@@ -555,7 +638,7 @@ def fenchel_young(
         loss = torch.where(p_y > 0.5, torch.log1p(others / p_y), level - alone)
         inverse_total = 1 / (others + p_y)
     else:
-        p_y, _ = target_powers(target, level, measure)
+        p_y, _ = _target_powers(target, level, measure)
         excess = others + p_y - 1
         inverse_total = 1 / (1 + excess)
         gap = gap + excess * (target - tau_of(level, alpha))

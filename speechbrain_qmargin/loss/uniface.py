@@ -47,7 +47,7 @@ class UniFaceLoss(Loss):
     >>> loss
     UniFaceLoss(scale=64, margin=0.4, balance=1)
     >>> _ = loss(torch.zeros(1, 1000), torch.tensor([0]))
-    >>> round(float(loss.threshold), 2)
+    >>> round(loss.threshold.item(), 2)
     9.21
     """
 
