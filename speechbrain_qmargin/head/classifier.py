@@ -59,6 +59,13 @@ class LookedAt(NamedTuple):
         The classes' own names, where the shard has some of them only; None: all of them.
     finite : Tensor, bool, or None
         Whether its rows are finite, and those of the other ranks; None: that was asked before.
+
+    Examples
+    --------
+    >>> head = QMarginHead(embedding_dim=2, num_classes=3)
+    >>> step = head.looked_at(torch.tensor([2]), sizes=[1])
+    >>> step.shard.start, step.shard.stop, step.classes is None     # all of its classes
+    (0, 3, True)
     """
 
     shard: Shard
@@ -68,7 +75,7 @@ class LookedAt(NamedTuple):
     finite: Tensor | None = None
 
 
-class Agreement(NamedTuple):
+class _Agreement(NamedTuple):
     """What all ranks know of a step before it: their batch sizes, whether all embeddings and all
     prototypes are finite (bools on the device), and whether the kernels run everywhere."""
 
@@ -381,7 +388,7 @@ class QMarginHead(nn.Module):
             everything = self.comm.gather(cosines, counts)
             return everything[:, self.comm.own(sizes)].T.unsqueeze(1)
 
-    def _agree(self, unit: Tensor, labels: Tensor | None, refused: Exception | None) -> Agreement:
+    def _agree(self, unit: Tensor, labels: Tensor | None, refused: Exception | None) -> _Agreement:
         """What all ranks know of a step before it.
 
         All ranks raise if one of them has bad input, so that none waits.
@@ -398,7 +405,7 @@ class QMarginHead(nn.Module):
                 raise refused
             if labels is not None:
                 _check_range(labels, wrong, self.num_classes)
-            return Agreement([len(unit)], finite, finite_rows, False)
+            return _Agreement([len(unit)], finite, finite_rows, False)
         kernels = labels is not None and refused is None and self.may_use_kernels
         kernels = kernels and takes(self.prototypes(), alpha=2.0)
         facts = [len(unit), wrong, refused is not None, ~finite, ~finite_rows, not kernels]
@@ -419,7 +426,7 @@ class QMarginHead(nn.Module):
                 )
         sizes, _, _, *infinite, without = zip(*facts, strict=True)
         finite, finite_rows = (torch.tensor(not any(one), device=unit.device) for one in infinite)
-        return Agreement(list(sizes), finite, finite_rows, not any(without))
+        return _Agreement(list(sizes), finite, finite_rows, not any(without))
 
     def _check_not_broadcast(self) -> None:
         """DDP around a larger module makes all ranks' prototypes those of the first."""
@@ -490,6 +497,17 @@ class HeadOutput:
         As the head was given them.
     anchored : Tensor or None
         The head's anchor in the graph: DDP looks for tensors in a dataclass's fields.
+
+    Examples
+    --------
+    >>> head = QMarginHead(embedding_dim=2, num_classes=2)
+    >>> _ = head.load_state_dict({"weight": torch.eye(2)})
+    >>> output = head(torch.tensor([[1.0, 1.0]]))           # as near to one as to the other
+    >>> output.cosines().detach()
+    tensor([[0.7071, 0.7071]])
+    >>> loss = output.q_margin_loss(torch.tensor([0]), alpha=2.0, scale=1.0, margin=0.0)
+    >>> round(loss.item(), 4)                               # (1 - 0.5^2 - 0.5^2) / 2
+    0.25
     """
 
     head: QMarginHead

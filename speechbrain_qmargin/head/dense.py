@@ -26,7 +26,13 @@ _KEPT_BYTES = 128 * 1024 * 1024  # of scores: above, they are computed again in 
 
 
 def not_alone(name: str, value: str) -> str:
-    """The refusal of a function of cosines that cannot be taken chunk by chunk."""
+    """The refusal of a function of cosines that cannot be taken chunk by chunk.
+
+    Examples
+    --------
+    >>> not_alone("others", "logit")
+    'others gives a class another logit beside other classes, or twice; a sparse head takes ...'
+    """
     return (
         f"{name} gives a class another {value} beside other classes, or twice; a sparse head takes "
         "some classes at a time: element by element, nothing drawn within, or --head dense"
@@ -38,7 +44,22 @@ def of_a_chunk(
 ) -> tuple[Tensor, Tensor]:
     """What a function gives of cosines [B, K], and of the first of them alone, both in the graph.
 
-    TypeError, with `refusal`, where that fails, and as :func:`~.check_rows` says.
+    Raises
+    ------
+    TypeError
+        With `refusal`, where the function fails on one class.
+    ValueError
+        What it gives is not [B, K], see :func:`~speechbrain_qmargin.loss.interface.check_rows`.
+
+    Examples
+    --------
+    >>> of_a_chunk("others", torch.square, torch.tensor([[0.5, 1.0]]), "not by itself")
+    (tensor([[0.2500, 1.0000]]), tensor([[0.2500]]))
+    >>> def largest_two(cosines):
+    ...     return cosines.topk(2, dim=1).values
+    >>> of_a_chunk("others", largest_two, torch.tensor([[0.5, 1.0]]), "not by itself")
+    Traceback (most recent call last):
+    TypeError: not by itself
     """
     with torch.enable_grad():
         together = function(cosines.clone())
@@ -50,7 +71,7 @@ def of_a_chunk(
     return together, alone
 
 
-class Pieces:
+class _Pieces:
     """The logits of all classes of a shard times a factor, chunk by chunk.
 
     They are kept where they fit 128 MB; else nothing is stored, and each pass forms them again.
@@ -109,6 +130,20 @@ class AllClasses:
     for a batch that has most classes active, float32 as the dense loss's.
 
     `move_others` is that of :class:`~speechbrain_qmargin.loss.interface.Objective`.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.head.prototypes import Derived
+    >>> from speechbrain_qmargin.loss.solver import Measure
+    >>> unit, label = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+    >>> zero, one = torch.zeros(1).double(), torch.ones(1).double()
+    >>> query = Query(unit, unit.double(), label, one, Measure(1.0, zero), 1.0, 0.0, classes=2)
+    >>> everything = AllClasses(query, Derived().of(torch.eye(2)))
+    >>> level = everything.level(Communicator())            # log(e^1 + e^0)
+    >>> level
+    tensor([1.3133], dtype=torch.float64)
+    >>> [p for _, p, *_ in everything.posteriors(level)]    # 1 / (1 + e); the target's is left out
+    [tensor([[0.0000, 0.2689]])]
     """
 
     def __init__(
@@ -124,7 +159,7 @@ class AllClasses:
         move = None if move_others is None else lambda at: self._moved(at, with_slopes=False)[0]
         # logits, times alpha - 1 above alpha = 1
         factor = alpha - 1 if alpha > 1 else 1.0
-        self._pieces = Pieces(query, prototypes, self._scored, factor, move)
+        self._pieces = _Pieces(query, prototypes, self._scored, factor, move)
         self._block: Block | None = None
         self._rounded, self._asked = rounded, move_others is None
 
@@ -240,11 +275,22 @@ class AllOfGenerator:
     query : Query
         Whose measure is a ``GeneratorMeasure``.
     prototypes : Prototypes
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.head.prototypes import Derived
+    >>> from speechbrain_qmargin.loss.f_operators import GeneratorMeasure
+    >>> from speechbrain_qmargin.loss.generators import generator_named
+    >>> unit, label, one = torch.tensor([[1.0, 0.0]]), torch.tensor([0]), torch.ones(1).double()
+    >>> measure = GeneratorMeasure(generator_named("le_cam"), torch.zeros(1).double())
+    >>> query = Query(unit, unit.double(), label, one, measure, 1.0, 0.0, classes=2)
+    >>> list(AllOfGenerator(query, Derived().of(torch.eye(2))).leads())
+    [tensor([[-inf, -1.]], dtype=torch.float64)]
     """
 
     def __init__(self, query: Query, prototypes: Prototypes) -> None:
         self.query = query
-        self._pieces = Pieces(query, prototypes, query.exact)
+        self._pieces = _Pieces(query, prototypes, query.exact)
 
     def leads(self) -> Iterator[Tensor]:
         """Logits less the target's, [B, chunk]; -inf at the targets."""

@@ -56,6 +56,20 @@ class RowSparse(torch.optim.Optimizer):
     State of a head's weight: the moments, `idle_since` [C], int32, which numbers a line of `idle`
     [n, 4 or 5], float64: what the idle steps since that line's step amount to. Both are part of
     ``state_dict``, as they are: saving changes nothing, and a resumed run goes on the same.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.head import QMarginHead
+    >>> head = QMarginHead(embedding_dim=2, num_classes=5, alpha=2.0, scale=1.0, margin=0.0)
+    >>> optimizer = RowSparseSGD(head.parameters(), lr=0.1, weight_decay=0.5, head=head)
+    >>> _ = head.load_state_dict({"weight": torch.tensor([[1.0, 0.0]] + 4 * [[-1.0, 0.0]])})
+    >>> head(torch.tensor([[1.0, 0.0]]), torch.tensor([0])).backward()      # the others are behind
+    >>> optimizer.step()
+    >>> head.weight.detach()[1]         # as it was: nobody has needed it since
+    tensor([-1.,  0.])
+    >>> optimizer.catch_up()
+    >>> head.weight.detach()[1]         # times 1 - 0.1 * 0.5
+    tensor([-0.9500,  0.0000])
     """
 
     _heads: tuple[RowOwner, ...]

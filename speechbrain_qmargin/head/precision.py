@@ -38,7 +38,15 @@ def product_roundoff(device: torch.device) -> float:
 
 @contextmanager
 def exact_accumulation(device: torch.device) -> Iterator[None]:
-    """Sums of bf16 products in float32: on a GPU torch may otherwise add parts of them in bf16."""
+    """Sums of bf16 products in float32: on a GPU torch may otherwise add parts of them in bf16.
+
+    Examples
+    --------
+    >>> ones = torch.ones(1, 300, dtype=torch.bfloat16)
+    >>> with exact_accumulation(ones.device):
+    ...     ones @ ones.T
+    tensor([[300.]], dtype=torch.bfloat16)
+    """
     if device.type != "cuda":
         yield
         return

@@ -75,6 +75,15 @@ class Screen(NamedTuple):
         None: 1.
     residual : Tensor, zero-dimensional
         Bounds the length of what a unit row lacks, in units of its factor.
+
+    Examples
+    --------
+    >>> prototypes = Derived(Sizes(screen_from=1, screen=torch.int8)).of(torch.tensor([[3.0, 4.0]]))
+    >>> screen = prototypes.screen
+    >>> screen.rows                     # (0.6, 0.8) in units of 0.8 / 127
+    tensor([[ 95, 127]], dtype=torch.int8)
+    >>> screen.factor * screen.rows
+    tensor([[0.5984, 0.8000]])
     """
 
     rows: Tensor
@@ -83,8 +92,27 @@ class Screen(NamedTuple):
 
 
 class Prototypes(NamedTuple):
-    """What a search reads: rows [C, D] float32, 1/norm [C], and from 32,768 classes on, or for
-    ``fused`` of any number, a screen; and how much of them at a time."""
+    """What a search reads of the classes, and how much of it at a time.
+
+    Attributes
+    ----------
+    weight : Tensor, [C, D], float32
+    inverse_norm : Tensor, [C], float32
+        1 / norm of each row.
+    screen : Screen or None
+        From 32,768 classes on, or for ``fused`` of any number.
+    sizes : Sizes
+
+    Examples
+    --------
+    >>> prototypes = Derived().of(torch.tensor([[3.0, 4.0], [0.0, -2.0]]))
+    >>> prototypes.inverse_norm
+    tensor([0.2000, 0.5000])
+    >>> prototypes.unit(slice(0, 1))
+    tensor([[0.6000, 0.8000]])
+    >>> prototypes.are_screened         # there are two only
+    False
+    """
 
     weight: Tensor
     inverse_norm: Tensor
@@ -121,7 +149,17 @@ def are_finite(inverse_norm: Tensor) -> Tensor:
 
 
 class Derived:
-    """The :class:`Prototypes` of a weight, rebuilt when it was written, refreshed row by row."""
+    """The :class:`Prototypes` of a weight, rebuilt when it was written, refreshed row by row.
+
+    Examples
+    --------
+    >>> derived, weight = Derived(), torch.tensor([[3.0, 4.0]])
+    >>> derived.of(weight).inverse_norm
+    tensor([0.2000])
+    >>> _ = weight.mul_(2)
+    >>> derived.of(weight).inverse_norm
+    tensor([0.1000])
+    """
 
     def __init__(self, sizes: Sizes | None = None) -> None:
         self.sizes = sizes
@@ -175,7 +213,13 @@ class Derived:
 
 def screen_dtype(device: torch.device) -> torch.dtype:
     """In what a product is cheapest: bf16 on GPUs and where the processor has it, else int8, else
-    float32."""
+    float32.
+
+    Examples
+    --------
+    >>> screen_dtype(torch.device("cuda"))
+    torch.bfloat16
+    """
     if device.type != "cpu":
         return torch.bfloat16
     has = {
@@ -190,7 +234,14 @@ def screen_dtype(device: torch.device) -> torch.dtype:
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
-    """int32 [N, M] of int8 [N, K] and [K, M]."""
+    """int32 [N, M] of int8 [N, K] and [K, M].
+
+    Examples
+    --------
+    >>> a = torch.tensor([[100, 100]], dtype=torch.int8)
+    >>> int8_product(a, a.T)
+    tensor([[20000]], dtype=torch.int32)
+    """
     return torch._int_mm(a, b)  # pyright: ignore[reportPrivateImportUsage]
 
 

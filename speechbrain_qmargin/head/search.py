@@ -68,7 +68,6 @@ __all__ = [
     "rounding",
     "screening_slack",
     "search",
-    "shared_bound",
     "shown_by",
 ]
 
@@ -104,6 +103,23 @@ class Query(NamedTuple):
         In all shards.
     subcentres : int
         Rows of each class, one after the other.
+
+    Examples
+    --------
+    >>> unit = torch.tensor([[0.6, 0.8]])
+    >>> query = Query(
+    ...     unit=unit,
+    ...     exact=unit.double(),
+    ...     labels=torch.tensor([1]),
+    ...     target=torch.tensor([8.0]).double(),        # the scale times a cosine of 0.8
+    ...     measure=Measure(2.0, torch.zeros(1).double()),
+    ...     scale=10.0,
+    ...     spread=0.0,                                 # q = 1 for all
+    ...     classes=2,
+    ...     subcentres=2,
+    ... )
+    >>> [rows.item() for rows in query.target_rows()]   # class 0 has rows 0 and 1
+    [2, 3]
     """
 
     unit: Tensor
@@ -146,7 +162,15 @@ class Query(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """A superset of the active rows, the target's left out, padded: cosine -inf, row 0."""
+    """A superset of the active rows, the target's left out, padded: cosine -inf, row 0.
+
+    Examples
+    --------
+    >>> cosines = torch.tensor([[0.8, 0.5], [0.7, -torch.inf]])
+    >>> found = Candidates(cosines, torch.tensor([[4, 9], [4, 0]]))
+    >>> (found.cosines > -torch.inf).sum(1)             # two of the first sample, one of the second
+    tensor([2, 1])
+    """
 
     cosines: Tensor  # [B, K] float32 or float64
     rows: Tensor  # [B, K] int64
@@ -161,6 +185,14 @@ def screening_slack(embeddings: Tensor, rounded: Tensor, residual: Tensor) -> Te
     estimated. Accumulation in float32 adds :math:`D 2^{-23}` at most. Rounding the result to bf16
     is monotone, so it never takes a value from above a bf16 number to below it; thresholds are
     bf16 numbers and need no slack for it.
+
+    Examples
+    --------
+    >>> x = torch.tensor([[0.6, 0.8]])                  # 0.6 is no bf16 number, and nor is 0.8
+    >>> slack = screening_slack(x, x.bfloat16(), residual=torch.tensor(0.0))
+    >>> missing = (x - x.bfloat16().float()).norm(dim=1)
+    >>> bool(slack >= missing), bool(slack < missing + 1e-5)
+    (True, True)
     """
     dx = (embeddings - rounded.float()).norm(dim=1)
     xb = rounded.float().norm(dim=1)
@@ -191,6 +223,16 @@ class Screening:
         In cosine.
     prototypes : Prototypes
         With a screen.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.head.prototypes import Derived
+    >>> from speechbrain_qmargin.head.sizes import Sizes
+    >>> rows = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    >>> prototypes = Derived(Sizes(screen_from=1)).of(rows)
+    >>> screening = Screening(torch.tensor([[1.0, 0.0]]), torch.tensor([0.5]), prototypes)
+    >>> screening.survivors(slice(0, 3))                # cosines 1, 0.8 and 0
+    tensor([0, 1])
     """
 
     def __init__(self, embeddings: Tensor, floor: Tensor, prototypes: Prototypes) -> None:
@@ -324,7 +366,17 @@ def _joined(found: list[Candidates], query: Query) -> Candidates:
 
 
 def nearest_rows(query: Query, found: Candidates) -> Candidates:
-    """The same with one row of each class, the nearest (of equal ones the first)."""
+    """The same with one row of each class, the nearest (of equal ones the first).
+
+    Examples
+    --------
+    >>> unit, exact = torch.ones(1, 1), torch.ones(1, 1).double()
+    >>> measure = Measure(2.0, torch.zeros(1).double())
+    >>> query = Query(unit, exact, torch.tensor([0]), exact[0], measure, 1.0, 0.0, 2, subcentres=2)
+    >>> found = Candidates(torch.tensor([[0.3, 0.4]]), torch.tensor([[2, 3]]))  # both of class 1
+    >>> nearest_rows(query, found).cosines
+    tensor([[  -inf, 0.4000]])
+    """
     if query.subcentres == 1:
         return found
     samples, place = (found.cosines > -math.inf).nonzero(as_tuple=True)
@@ -355,6 +407,15 @@ def candidate_level(
         A lower bound of the level, where one is known.
     bound : bool
         Whether a lower bound will do.
+
+    Examples
+    --------
+    >>> unit, target = torch.ones(1, 1), torch.tensor([2.0]).double()   # scale 2, cosine 1
+    >>> measure = Measure(2.0, torch.zeros(1).double())
+    >>> query = Query(unit, unit.double(), torch.tensor([0]), target, measure, 2.0, 0.0, classes=2)
+    >>> found = Candidates(torch.tensor([[0.8]]).double(), torch.tensor([[1]]))
+    >>> candidate_level(query, found)                   # sparsemax of (2, 1.6) is (0.7, 0.3)
+    tensor([1.3000], dtype=torch.float64)
     """
     logits = found.cosines * query.scale
     return _level_of(query, logits, query.log_q(found.rows), lower, bound)
@@ -418,6 +479,17 @@ def agreed_solution(
     lower, peak : Tensor, [B], float64
         A lower bound of the level, and an upper one of all logits.
     comm : Communicator
+
+    Examples
+    --------
+    >>> unit, target = torch.ones(1, 1), torch.tensor([2.0]).double()
+    >>> measure = Measure(2.0, torch.zeros(1).double())
+    >>> query = Query(unit, unit.double(), torch.tensor([0]), target, measure, 2.0, 0.0, classes=2)
+    >>> found = Candidates(torch.tensor([[0.8]]).double(), torch.tensor([[1]]))
+    >>> agreed_solution(query, found, target - 1, target, Communicator())   # 0.3, 0.3 * -0.4, 1
+    Agreed(level=tensor([1.3000], dtype=torch.float64), moments=tensor([[ 0.3000],
+            [-0.1200],
+            [ 1.0000]], dtype=torch.float64))
     """
     logits = found.cosines * query.scale
     lead = logits - query.target.unsqueeze(1)
@@ -450,6 +522,15 @@ def agreed_level(query: Query, sums, lower: Tensor, peak: Tensor, comm: Communic
     """The level [B] from the sums of each shard; loop counts and result are the first rank's.
 
     For sums that cost a pass over the classes.
+
+    Examples
+    --------
+    >>> unit, target = torch.ones(1, 1), torch.tensor([2.0]).double()
+    >>> measure = Measure(2.0, torch.zeros(1).double())
+    >>> query = Query(unit, unit.double(), torch.tensor([0]), target, measure, 2.0, 0.0, classes=2)
+    >>> block = Block(torch.tensor([[1.6]]).double(), 2.0)
+    >>> agreed_level(query, block.sums, target - 1, target, Communicator())
+    tensor([1.3000], dtype=torch.float64)
     """
 
     def of_all(level: Tensor) -> tuple[Tensor, Tensor]:
@@ -494,7 +575,16 @@ def _sampled_level(query: Query, prototypes: Prototypes) -> tuple[Tensor, float]
 
 
 def rounding(query: Query, level: Tensor) -> Tensor:
-    """[B]: more than computed cosines and levels can move a class across the edge, in logits."""
+    """[B]: more than computed cosines and levels can move a class across the edge, in logits.
+
+    Examples
+    --------
+    >>> unit, target = F.normalize(torch.ones(1, 192)), torch.tensor([10.0]).double()
+    >>> measure = Measure(1.5, torch.zeros(1).double())
+    >>> query = Query(unit, unit.double(), torch.tensor([0]), target, measure, 10.0, 0.0, classes=9)
+    >>> bool(rounding(query, target) < 1e-3)            # of logits up to 10
+    True
+    """
     dim = query.unit.shape[1]
     cosine = dim * 2**-23 + 2 * product_roundoff(query.unit.device)
     return query.scale * cosine + 2**-20 * (1 + query.measure.tau(level).abs())
@@ -528,6 +618,17 @@ def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
     Of posteriors that are sparse: alpha > 1, or a generator with an edge.
 
     All ranks go the same way.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.head.prototypes import Derived
+    >>> rows = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])   # cosines 1, 0.8 and 0
+    >>> unit, target = rows[:1], torch.tensor([2.0]).double()
+    >>> measure = Measure(2.0, torch.zeros(1).double())
+    >>> query = Query(unit, unit.double(), torch.tensor([0]), target, measure, 2.0, 0.0, classes=3)
+    >>> found = search(query, Derived().of(rows), Communicator())
+    >>> found.candidates.rows                           # sparsemax of (2, 1.6, 0) is (0.7, 0.3, 0)
+    tensor([[1]])
     """
 
     def floor_of(level: Tensor) -> Tensor:
@@ -565,11 +666,11 @@ def search(query: Query, prototypes: Prototypes, comm: Communicator) -> Found:
         if found is None:
             return Found(None, bound, False)
         return Found(whole, candidate_level(query, nearest, level, bound=True), False)
-    shared = shared_bound(query, (nearest, level) if found is not None else None, comm)
+    shared = _shared_bound(query, (nearest, level) if found is not None else None, comm)
     return shared._replace(candidates=whole) if shared is not None else Found(None, bound, False)
 
 
-def shared_bound(
+def _shared_bound(
     query: Query, found: tuple[Candidates, Tensor] | None, comm: Communicator
 ) -> Found | None:
     """With lower bounds of the levels from the largest logits of each shard; None if one has none.
@@ -605,7 +706,13 @@ def shared_bound(
 
 
 def product(embeddings: Tensor, rows: Tensor) -> Tensor:
-    """[B, R], in the precision in force, of which :func:`rounding` knows."""
+    """[B, R], in the precision in force, of which :func:`rounding` knows.
+
+    Examples
+    --------
+    >>> product(torch.tensor([[0.6, 0.8]]), torch.eye(2))
+    tensor([[0.6000, 0.8000]])
+    """
     return embeddings @ rows.T
 
 
@@ -625,6 +732,17 @@ def chunked_cosines(
         The targets among these classes; -1 where they are in another shard.
     subcentres : int
         Rows of each class.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.head.prototypes import Derived
+    >>> from speechbrain_qmargin.head.sizes import Sizes
+    >>> prototypes = Derived(Sizes(chunk=2)).of(torch.eye(3))
+    >>> unit = torch.tensor([[0.6, 0.8, 0.0]])
+    >>> for classes, cosines, _ in chunked_cosines(unit, torch.tensor([1]), prototypes):
+    ...     print(classes, cosines)
+    slice(0, 2, None) tensor([[0.6000,   -inf]])
+    slice(2, 3, None) tensor([[0.]])
     """
     classes, nearest = prototypes.weight.shape[0] // subcentres, None
     sizes, each = prototypes.sizes, embeddings.element_size()
@@ -656,6 +774,18 @@ def refined(
     query : Query
     found, level
         What :func:`search` gave.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.head.prototypes import Derived
+    >>> rows = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    >>> unit, target = rows[:1], torch.tensor([2.0]).double()
+    >>> measure = Measure(2.0, torch.zeros(1).double())
+    >>> query = Query(unit, unit.double(), torch.tensor([0]), target, measure, 2.0, 0.0, classes=3)
+    >>> found = Candidates(torch.tensor([[0.8, 0.0]]), torch.tensor([[1, 2]]))
+    >>> kept, _ = refined(query, found, torch.tensor([1.3]).double(), Derived().of(rows))
+    >>> kept.rows, kept.cosines.dtype                   # a logit of 0 is below the edge, 1.3
+    (tensor([[1]]), torch.float64)
     """
     slack = rounding(query, level)
     floor = query.measure.edge(level) - slack
@@ -672,7 +802,16 @@ def refined(
 
 
 def exact_cosines(exact: Tensor, samples: Tensor, rows: Tensor, prototypes: Prototypes) -> Tensor:
-    """cos(exact[samples], prototypes[rows]) in float64, a few megabytes at a time."""
+    """cos(exact[samples], prototypes[rows]) in float64, a few megabytes at a time.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.head.prototypes import Derived
+    >>> prototypes = Derived().of(torch.tensor([[1.0, 0.0], [0.0, 5.0]]))
+    >>> exact = torch.tensor([[0.6, 0.8]], dtype=torch.float64)
+    >>> exact_cosines(exact, torch.tensor([0, 0]), torch.tensor([0, 1]), prototypes)
+    tensor([0.6000, 0.8000], dtype=torch.float64)
+    """
     cosines = exact.new_empty(samples.numel())
     at_once = prototypes.sizes.fit(prototypes.sizes.exact, 32 * exact.shape[1])
     for start in range(0, samples.numel(), at_once):

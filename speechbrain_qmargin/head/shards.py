@@ -38,6 +38,15 @@ def save_shards(
     ------
     ValueError
         On all ranks, where some of them have an optimiser and some have none.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> comm, weight, loaded = Communicator(), torch.eye(3), torch.zeros(3, 3)
+    >>> save_shards(folder, weight, 3, comm)
+    >>> load_shards(folder, loaded, 3, comm)
+    >>> torch.equal(loaded, weight)
+    True
     """
     folder = Path(folder)
     ranks = comm.gather_rows(torch.tensor([optimizer is not None], device=comm.device()))
@@ -81,6 +90,16 @@ def load_shards(
     ------
     FileNotFoundError, ValueError
         No checkpoint, or one of another size: the message names the folder and both sizes.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> comm, weight = Communicator(), torch.zeros(2, 3)
+    >>> save_shards(folder, torch.eye(3), 3, comm)
+    >>> load_shards(folder, weight, 2, comm, first_rows=True)       # two classes of three
+    >>> weight
+    tensor([[1., 0., 0.],
+            [0., 1., 0.]])
     """
     folder = Path(folder)
     try:

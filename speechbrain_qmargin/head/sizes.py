@@ -49,6 +49,14 @@ class Sizes:
     screened, kept : int
         Room for a sample's classes there: above a floor of the screening pass, and near the
         support. It grows where it was too small.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.head import QMarginHead
+    >>> head = QMarginHead(4, 10, sizes=Sizes(screen_from=1))   # it searches however few there are
+    >>> Sizes(parts=1)
+    Traceback (most recent call last):
+    ValueError: parts: the classes seen have to grow, got 1
     """
 
     screen_from: int = 32768

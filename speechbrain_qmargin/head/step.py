@@ -82,7 +82,27 @@ def _place(rows: Tensor) -> tuple:
 
 
 class Shard(NamedTuple):
-    """The classes [start, stop) of all, their rows, and whom to ask about the others."""
+    """The classes [start, stop) of all, their rows, and whom to ask about the others.
+
+    Attributes
+    ----------
+    prototypes : Prototypes
+        Of this shard.
+    start, stop, classes : int
+        `classes` is the number of all.
+    comm : Communicator
+    in_order : RowsInOrder or None
+        None: the gradient of the rows is dense.
+    subcentres : int
+        Rows of each class.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.head.prototypes import Derived
+    >>> shard = Shard(Derived().of(torch.eye(3)), 0, 3, 3, Communicator(), None)
+    >>> shard.stop - shard.start == shard.classes       # of one process
+    True
+    """
 
     prototypes: Prototypes
     start: int
@@ -228,6 +248,13 @@ def gathered(
     target_log_q : Tensor, [b], float64
     sizes : list of int
         b of all ranks.
+
+    Examples
+    --------
+    >>> raw, labels, log_q = torch.ones(2, 4), torch.tensor([3, 1]), torch.zeros(2).double()
+    >>> everywhere = gathered(raw, labels, log_q, Communicator(), sizes=[2])
+    >>> everywhere[1]                                   # of one process: its own
+    tensor([3, 1])
     """
     if comm.world == 1:
         return raw, labels, target_log_q
@@ -251,6 +278,15 @@ def target_cosines(
     mine, labels : Tensor, [n]
         The samples whose targets are in this shard, and the targets among its classes.
     shard : Shard
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.head.prototypes import Derived
+    >>> prototypes = Derived().of(torch.tensor([[1.0, 0.0], [0.0, 5.0]]))
+    >>> shard = Shard(prototypes, 0, 2, 2, Communicator(), None)
+    >>> exact = torch.tensor([[0.6, 0.8]]).double()
+    >>> target_cosines(exact, torch.tensor([0]), torch.tensor([1]), shard)
+    (tensor([0.8000], dtype=torch.float64), tensor([1]))
     """
     cosines = torch.zeros_like(exact[:, 0])
     centres = torch.arange(shard.subcentres, device=exact.device)
@@ -268,6 +304,19 @@ class ChunkGradients:
     ----------
     by_unit, by_weight : Tensor or None
         The first of this shard's classes alone.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.head.prototypes import Derived
+    >>> prototypes = Derived().of(torch.tensor([[1.0, 0.0], [0.0, 5.0]]))
+    >>> shard = Shard(prototypes, 0, 2, 2, Communicator(), None)
+    >>> found = ChunkGradients(torch.tensor([[0.6, 0.8]]), shard, needed=(True, True))
+    >>> found.add(slice(0, 2), torch.tensor([[0.0, 1.0]]), None)        # by the cosine of class 1
+    >>> found.by_unit                                   # its direction
+    tensor([[0., 1.]])
+    >>> found.by_weight                                 # the embedding across it, by its length
+    tensor([[0.0000, 0.0000],
+            [0.1200, 0.0000]])
     """
 
     def __init__(self, unit: Tensor, shard: Shard, needed: tuple[bool, bool]) -> None:
@@ -304,7 +353,19 @@ def check_backward(ctx: Any) -> None:
 
 
 def refuse_labels(labels: Tensor, num_classes: int) -> None:
-    """Raise for labels, of which one at least is outside [0, num_classes)."""
+    """Raise for labels, of which one at least is outside [0, num_classes).
+
+    Raises
+    ------
+    ValueError
+        The first of them, and how many classes there are.
+
+    Examples
+    --------
+    >>> refuse_labels(torch.tensor([0, 3]), 3)
+    Traceback (most recent call last):
+    ValueError: target label 3 is outside [0, 3): the outputs have 3 classes. ...
+    """
     valid = (labels >= 0) & (labels < num_classes)
     raise ValueError(
         f"target label {int(labels[~valid][0])} is outside [0, {num_classes}): the outputs have "
@@ -317,6 +378,16 @@ def of_rows(rows: Tensor, values: Tensor, like: Tensor, known: RowsInOrder | Non
     """A gradient like a weight, from its rows [R], in order, and their values [R, D].
 
     Row-sparse, and remembered by `known`; dense where that is None.
+
+    Examples
+    --------
+    >>> rows, values, weight = torch.tensor([1]), torch.tensor([[5.0, 6.0]]), torch.zeros(3, 2)
+    >>> of_rows(rows, values, weight, None)
+    tensor([[0., 0.],
+            [5., 6.],
+            [0., 0.]])
+    >>> of_rows(rows, values, weight, RowsInOrder()).is_sparse
+    True
     """
     if known is not None:
         # torch.sparse_coo_tensor of torch 2.11 warns of unchecked invariants in spite of
