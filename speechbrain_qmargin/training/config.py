@@ -46,6 +46,7 @@ __all__ = [
     "load_experiment",
     "plain_settings",
     "resolved",
+    "settings_of",
     "settings_text",
     "tag_of",
     "with_values",
@@ -209,6 +210,26 @@ def with_values(text: str, source: str | Path, values: dict[str, Any]) -> str:
     for key, value in values.items():
         document.give(key, value)
     return document.text()
+
+
+def settings_of(text: str, entries: Iterable[str]) -> dict[str, Any]:
+    """The plain settings that entries of a document refer to, by others or not; nothing is built.
+
+    Examples
+    --------
+    >>> text = "lr: 0.1\\nsize: 2\\nwidth: !ref <size> * 2\\nnet: !new:my.Net {width: !ref <width>}"
+    >>> settings_of(text, ["net"])
+    {'width': 4, 'size': 2}
+    """
+    document, values = _Document.of(text, "settings"), plain_settings(resolved(text))
+    found: dict[str, Any] = {}
+    waiting = [key for key in entries if key in document.entries]
+    for key in waiting:
+        for name in re.findall(r"<(\w+)", document.entries[key].lines):
+            if name in values and name not in found:
+                found[name] = values[name]
+                waiting.append(name)
+    return found
 
 
 def settings_text(text: str) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from ruamel.yaml.error import YAMLError
 
 from speechbrain_qmargin.published import Published, load_published
 from speechbrain_qmargin.training.checkpoints import AtomicCheckpointer, load_average
+from speechbrain_qmargin.training.config import plain_settings, resolved, settings_of
 from speechbrain_qmargin.training.internals import has_statistics, load_statistics, statistics
+from speechbrain_qmargin.training.trust import object_names, refuse_code
 
 __all__ = ["load_pretrained", "published_overrides"]
 
@@ -143,6 +146,30 @@ def _check_features(hparams: dict, published: Published) -> None:
         )
 
 
+def _other_sizes(saved: Path, hparams: Mapping[str, Any], modules: Sequence[str]) -> str:
+    """Which settings of a run's modules have other values here; empty where none is found."""
+    try:
+        text = saved.read_text(encoding="utf-8")
+        refuse_code(text, saved, object_names(text))  # nothing of it is built: that it is small
+        model = {key: plain_settings(resolved(text)).get(key) for key in ("model", "head")}
+        there = {key: value for key, value in model.items() if value is not None}
+        there |= settings_of(text, modules)
+    except (OSError, ValueError, YAMLError):
+        return ""
+    differing = {
+        key: value for key, value in there.items() if key in hparams and hparams[key] != value
+    }
+    if "classifier" not in modules:
+        differing.pop("head", None)
+    if not differing:
+        return ""
+    each = "; ".join(f"{key}: {old} there, {hparams[key]} now" for key, old in differing.items())
+    words = " ".join(
+        f"--{key} {_text(old)}" for key, old in differing.items() if key != "out_n_neurons"
+    )
+    return f": {each}." + (f" To start from it, say {words}" if words else "")
+
+
 def _load_run(hparams: dict, source: Path, classes: str) -> None:
     save = source / "save"
     if not save.is_dir():
@@ -167,7 +194,8 @@ def _load_run(hparams: dict, source: Path, classes: str) -> None:
         averaged = load_average(modules, checkpointer, number, classes == "first")
     except RuntimeError as error:
         raise ValueError(
-            f"pretrained: {source} was trained with another model or other sizes (--model, --size, "
-            f"--channels, ...) than this run; see its experiment.yaml. {str(error)[:300]}"
-        ) from error
+            f"pretrained: {source} was trained with another model or other sizes than this run"
+            + (_other_sizes(source / "experiment.yaml", hparams, names) or
+               f" (--model, --size, --channels, ...); see its experiment.yaml. {str(error)[:300]}")
+        ) from error  # fmt: skip
     logger.info(f"starting from {source}: {', '.join(names)}, {len(averaged)} epochs averaged")

@@ -10,6 +10,7 @@ from torch import nn
 from speechbrain_qmargin.models.iresnet import IResNet
 from speechbrain_qmargin.models.resnet import ResNet
 from speechbrain_qmargin.published import load_published
+from speechbrain_qmargin.training.checkpoints import AtomicCheckpointer
 from speechbrain_qmargin.training.config import load_experiment
 from speechbrain_qmargin.training.freezing import Freezing, layers_until
 from speechbrain_qmargin.training.pretrained import load_pretrained
@@ -151,3 +152,20 @@ def test_layers_are_named_and_what_never_learns_stays_so():
     with pytest.raises(ValueError, match="freeze_epochs: 0"):
         Freezing(model, None, 0)
     assert str(Freezing(model, None, None)) == ""
+
+
+def test_a_run_of_other_sizes_is_named_by_its_settings(tmp_path):
+    saved = AtomicCheckpointer(tmp_path / "run/save", {"embedding_model": nn.Linear(3, 2)})
+    saved.save_checkpoint(meta={"epoch": 1})
+    text = "lr: 1\nsize: 3\nmodel: one\nn_mels: !ref <size>\nembedding_dim: 2\nembedding_model: "
+    text += "!new:torch.nn.Linear [!ref <n_mels>, !ref <embedding_dim>]\n"
+    (tmp_path / "run/experiment.yaml").write_text(text)
+    hparams = {"pretrained": str(tmp_path / "run"), "pretrained_classes": "none", "lr": 2}
+    hparams |= {"model": "one", "size": 3, "n_mels": 4, "embedding_dim": 2}
+    hparams |= {"embedding_model": nn.Linear(4, 2), "checkpointer": _Nothing()}
+    said = r"other sizes than this run: n_mels: 3 there, 4 now\. To start from it, say --n_mels 3$"
+    with pytest.raises(ValueError, match=said):
+        load_pretrained(hparams)
+    (tmp_path / "run/experiment.yaml").unlink()
+    with pytest.raises(ValueError, match=r"\(--model, --size, --channels, \.\.\.\); see its"):
+        load_pretrained(hparams)
