@@ -10,10 +10,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
+import numpy as np
+
 from speechbrain_qmargin.tables import some
 from speechbrain_qmargin.trials import Trials
 
-__all__ = ["name_digest", "refuse_other_kind", "refuse_shared", "speaker_digests"]
+__all__ = [
+    "name_digest",
+    "refuse_other_kind",
+    "refuse_shared",
+    "refuse_tested",
+    "speaker_digests",
+]
 
 
 def name_digest(name: str) -> str:
@@ -96,6 +104,66 @@ def refuse_shared(
         f"{what} share no recording with {trials.name}; whether they share speakers is not known "
         "(give utt2spk)"
     )  # fmt: skip
+
+
+def refuse_tested(trials: Trials, validation: Trials, what: str = "valid_file") -> str:
+    """Refuse to validate on what is tested: epochs and settings would be chosen on the test.
+
+    Trials are compared, whatever their lists are called, in whatever order and direction.
+
+    Parameters
+    ----------
+    trials : Trials
+        Those of the test.
+    validation : Trials
+    what : str
+        What messages call the validation trials.
+
+    Returns
+    -------
+    str
+        What the two share short of that, trials or speakers, for a warning; empty if nothing.
+
+    Raises
+    ------
+    ValueError
+        One of the lists is in the other.
+
+    Examples
+    --------
+    >>> ids, is_target = ["a/1", "a/2", "b/1"], np.array([True, False])
+    >>> test = Trials(ids, np.array([0, 0]), np.array([1, 2]), is_target)
+    >>> refuse_tested(test, Trials(ids, np.array([2, 1]), np.array([0, 0]), is_target[::-1]))
+    Traceback (most recent call last):
+    ValueError: valid_file: its 2 trials are those of ...
+    """
+    number = {name: n for n, name in enumerate(dict.fromkeys([*trials.ids, *validation.ids]))}
+
+    def pairs(of: Trials) -> np.ndarray:
+        ids = np.array([number[name] for name in of.ids], np.int64)
+        sides = np.sort(np.stack((ids[of.enrolment], ids[of.test])), axis=0)
+        return np.unique(sides[0] * len(number) + sides[1])
+
+    tested, validated = pairs(trials), pairs(validation)
+    both = int(np.isin(validated, tested, assume_unique=True).sum())
+    if both and both in (len(tested), len(validated)):
+        same = len(tested) == len(validated)
+        how = "those of" if same else "all in" if both == len(validated) else "more than all of"
+        raise ValueError(
+            f"{what}: its {len(validated):,} trials are {how} {trials.name}, which is tested on: "
+            "settings and epochs would be chosen on the test; take other speakers, or leave it out"
+        )
+    if both:
+        shared = f"{both:,} of its {len(validated):,} trials"
+    else:
+        people = sorted({*validation.speaker_names()} & {*trials.speaker_names()})
+        if not people:
+            return ""
+        shared = f"{len(people)} speakers ({some(people)})"
+    return (
+        f"{what}: {shared} are in {trials.name} too: what is chosen by validation is chosen on "
+        "people who are tested"
+    )
 
 
 def refuse_other_kind(kind: str, wanted: str, what: str) -> None:

@@ -19,6 +19,7 @@ from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.device import usable_device
 from speechbrain_qmargin.scoring.lists import Cohort
+from speechbrain_qmargin.scoring.separation import refuse_tested
 from speechbrain_qmargin.training.brain import VerificationBrain
 from speechbrain_qmargin.training.config import Experiment, load_experiment
 from speechbrain_qmargin.training.pretrained import load_pretrained
@@ -144,6 +145,15 @@ def _refuse_none_at_all(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"sentence_len: {settings['sentence_len']}; seconds above 0 are wanted")
 
 
+def _refuse_tested(task: Task) -> None:
+    """Before anything is trained: validation on the very trials of the test."""
+    if task.valid_trials is None:
+        return
+    for trials in task.test_trials.values():
+        if shared := refuse_tested(trials, task.valid_trials):
+            logger.warning(shared)
+
+
 def count_classes(hparams: dict, train: Any) -> None:
     """Tell a loss that needs it how many training items each class has.
 
@@ -179,6 +189,7 @@ def _train_and_verify(
     task = main_process_first(lambda: prepare(experiment.settings))
     if task.note and if_main_process():
         print(f"Training on {task.note}.", flush=True)
+    _refuse_tested(task)
     folder.check(out_n_neurons=task.num_classes)
     # of the first start, or of the run that this one fine-tunes
     known = folder.saved_setting("training_samples") or experiment.settings.get("training_samples")

@@ -126,6 +126,9 @@ def test_bad_input_is_named_before_anything_is_trained(corpus, tmp_path):
         run(*on(corpus, output, folder="/nowhere"))
     with pytest.raises(ValueError, match="verification_file"):
         run(f"--data_folder={corpus.folder}", f"--output_folder={tmp_path / 'a'}")
+    copy = shutil.copy(corpus.trials_valid, tmp_path / "t.txt")  # by its trials, not its name
+    with pytest.raises(ValueError, match=r"valid_file: its \d+ trials are those of"):
+        run(*on(corpus, output, trials=copy))
     with pytest.raises(ValueError, match="loss: unknown name 'softmax'"):
         run(*on(corpus, output, "--loss=softmax"))
     trials = tmp_path / "trials.txt"

@@ -13,9 +13,9 @@ from speechbrain_qmargin.scoring.decision import (
 )
 from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.scoring.report import evaluate
-from speechbrain_qmargin.scoring.separation import refuse_shared, speaker_digests
+from speechbrain_qmargin.scoring.separation import refuse_shared, refuse_tested, speaker_digests
 from speechbrain_qmargin.scoring.uncertainty import Spread
-from speechbrain_qmargin.trials import LabelledTrials
+from speechbrain_qmargin.trials import LabelledTrials, Trials
 
 
 def points_of(seed, count=5000):
@@ -174,3 +174,26 @@ def test_no_misses_do_not_make_an_interval_without_width():
     assert point.tar_interval == (figure.low, figure.high)
     assert figure.low == pytest.approx(0.025 ** (1 / 12))  # Clopper-Pearson of no misses of 12
     assert point.support == figure.support == "unsupported"
+
+
+def test_validation_on_the_test_is_seen_by_its_trials():
+    def listed(*pairs, source="test.txt"):
+        ids = sorted({name for pair in pairs for name in pair})
+        sides = np.array([[ids.index(name) for name in pair] for pair in pairs])
+        return Trials(ids, sides[:, 0], sides[:, 1], source=source)
+
+    test = listed(("a/1", "a/2"), ("a/1", "b/1"), ("b/1", "c/1"))
+    again = listed(("c/1", "b/1"), ("a/2", "a/1"), ("a/1", "b/1"), ("b/1", "a/1"))
+    for validation, said in (
+        (again, r"its 3 trials are those of test\.txt, which is tested on"),
+        (listed(("a/2", "a/1")), r"its 1 trials are all in test\.txt"),
+        (listed(*[(f"{n}/1", f"{n}/2") for n in "abc"], ("a/1", "b/1"), ("b/1", "c/1")),
+         r"its 5 trials are more than all of test\.txt"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            refuse_tested(test, validation)
+    some = refuse_tested(test, listed(("a/1", "a/2"), ("d/1", "e/1")))
+    assert "valid_file: 1 of its 2 trials are in test.txt too" in some
+    people = refuse_tested(test, listed(("b/7", "d/1"), ("c/8", "e/1")))
+    assert "valid_file: 2 speakers (b, c) are in test.txt too" in people
+    assert refuse_tested(test, listed(("d/1", "e/1"))) == ""
