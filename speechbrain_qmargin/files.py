@@ -29,6 +29,7 @@ __all__ = [
     "replacing_folder",
     "save_record",
     "to_disk",
+    "write_new",
     "write_text",
 ]
 
@@ -132,28 +133,86 @@ def named_file(setting: str, path: str | Path) -> Path:
     return path
 
 
-def refuse_overwriting(outputs: Iterable[str | Path], inputs: Iterable[str | Path | None]) -> None:
-    """Refuse to write over what is read.
+def refuse_overwriting(
+    outputs: Iterable[str | Path | None],
+    inputs: Iterable[str | Path | None],
+    overwrite: bool = False,
+) -> None:
+    """Refuse to write over what is read and, unless that is wanted, over what is there.
+
+    For before the work. A command asks it for whatever files it is told to write; what it keeps
+    in a place of its own, a run's folder or an encoder's, it replaces unasked.
+
+    Parameters
+    ----------
+    outputs, inputs : iterable of path; None is passed over
+    overwrite : bool
+        Whether what is there may be replaced; never what is read.
 
     Raises
     ------
     ValueError
         An output that is an input, by whatever path; named.
+    FileExistsError
+        An output that is there already; named.
 
     Examples
     --------
     >>> refuse_overwriting(["a.tsv"], ["b.tsv", None])
+    >>> refuse_overwriting(["a.tsv"], ["./a.tsv"])
+    Traceback (most recent call last):
+    ValueError: a.tsv: the output is an input too (./a.tsv)
     """
+    outputs = [path for path in outputs if path]
     read = {Path(path).resolve(): path for path in inputs if path}
     for path in outputs:
         if Path(path).resolve() in read:
             raise ValueError(f"{path}: the output is an input too ({read[Path(path).resolve()]})")
+    there = [] if overwrite else [path for path in outputs if os.path.lexists(path)]
+    if there:
+        raise FileExistsError(
+            f"{there[0]} is there already; give another name, or say --overwrite to replace it"
+        )
 
 
 def to_disk(path: str | Path) -> None:
     """Wait until what was written to a file is on the disk."""
     with open(path, "r+b") as stream:
         os.fsync(stream.fileno())
+
+
+def write_new(texts: Mapping[Path, str], overwrite: bool = False) -> None:
+    """Write UTF-8 text files, but none of them where one is there with another text.
+
+    What is there with the same text is left as it is.
+
+    Raises
+    ------
+    FileExistsError
+        A file with another text, unless `overwrite`; named, and nothing is written.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "list.txt"
+    >>> write_new({file: "one"})
+    >>> write_new({file: "one"})
+    >>> write_new({file: "two"})
+    Traceback (most recent call last):
+    FileExistsError: ...list.txt is there already, with another content; give another folder, or ...
+    """
+    other = {
+        path: text
+        for path, text in texts.items()
+        if not (path.is_file() and path.read_bytes() == text.encode())
+    }
+    for path in other:
+        if os.path.lexists(path) and not overwrite:
+            raise FileExistsError(
+                f"{path} is there already, with another content; give another folder, or say "
+                "--overwrite to replace it"
+            )
+    for path, text in other.items():
+        write_text(path, text)
 
 
 def write_text(path: str | Path, text: str) -> None:

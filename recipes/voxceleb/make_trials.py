@@ -7,7 +7,8 @@ share none: those of dev.txt, on which to validate and to choose a threshold; th
 which to measure it; and the others, to train on or for a cohort. Every pair of the chosen
 recordings is a trial, but two of one speaker only if they are of different sessions, wherever the
 speaker has several. For extract.py, trial_recordings.txt lists the recordings of the trials, and
-train_recordings.txt those of the others.
+train_recordings.txt those of the others. Lists that are there with another content are not replaced
+unless you say --overwrite.
 """
 
 import argparse
@@ -15,10 +16,13 @@ import sys
 from pathlib import Path
 
 from speechbrain_qmargin.cli import status_of
+from speechbrain_qmargin.cli.inputs import add_overwrite
 from speechbrain_qmargin.cli.trials import divided_trials
 
 
-def make_trials(data_folder, out_folder, dev_speakers, test_speakers, utterances=10, seed=0):
+def make_trials(
+    data_folder, out_folder, dev_speakers, test_speakers, utterances=10, seed=0, overwrite=False
+):
     """Write the two trial lists and the two lists of recordings; print what is in them."""
     root = Path(data_folder) / "wav"
     if not root.parent.is_dir():
@@ -28,7 +32,8 @@ def make_trials(data_folder, out_folder, dev_speakers, test_speakers, utterances
             f"{data_folder}: it must hold wav/<speaker>/<session>/<utterance>, and has no wav/"
         )
     counts = {"dev": dev_speakers, "test": test_speakers}
-    divided_trials(root, out_folder, counts, utterances, seed, ("speakers", "recordings"))
+    names = ("speakers", "recordings")
+    divided_trials(root, out_folder, counts, utterances, seed, names, overwrite)
 
 
 def main(argv: list[str]) -> int:
@@ -43,6 +48,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--test_speakers", type=int, default=20)
     parser.add_argument("--utterances", type=int, default=10, help="of a speaker, at most")
     parser.add_argument("--seed", type=int, default=0)
+    add_overwrite(parser)
     args = vars(parser.parse_args(argv))
     return status_of("make_trials.py", lambda: make_trials(**args))
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from speechbrain_qmargin.cli import GOES_ON
+from speechbrain_qmargin.cli.inputs import add_overwrite
 
 __all__ = ["configure"]
 
@@ -52,11 +53,12 @@ def _extract(args: argparse.Namespace) -> None:
 
     from speechbrain_qmargin.export.encoder import SpeakerEncoder
     from speechbrain_qmargin.export.loading import load_any_encoder
-    from speechbrain_qmargin.export.sources import check_output, write_embeddings
+    from speechbrain_qmargin.export.sources import check_output, output_files, write_embeddings
     from speechbrain_qmargin.files import refuse_overwriting, write_text
 
     source, out = Path(args.source), Path(args.out)
-    refuse_overwriting([out], [source])
+    outputs = output_files(out)
+    refuse_overwriting(outputs, [source], args.overwrite)
     encoder = load_any_encoder(
         args.run_folder, args.device or _device(), args.trust, args.flip, print
     )
@@ -111,10 +113,12 @@ def _export(args: argparse.Namespace) -> None:
     from speechbrain_qmargin.scoring.decision import OperatingPoint
 
     outputs = [one for one in (args.onnx, args.wespeaker, args.arcface_torch) if one]
-    refuse_overwriting(outputs, [args.operating_point])
     for option, file in (("--onnx", args.onnx), ("--arcface_torch", args.arcface_torch)):
         if file and Path(file).is_dir():  # before minutes of work
             raise IsADirectoryError(f"{option}: {file} is a folder; give the file to write")
+    if args.wespeaker and Path(args.wespeaker).exists():  # with whatever lies in it
+        raise FileExistsError(f"--wespeaker: {args.wespeaker} is there already; give a new folder")
+    refuse_overwriting(outputs, [args.operating_point], args.overwrite)
     place = Path(args.run_folder)
     if not is_run(place) and not outputs and not args.operating_point and place.exists():
         raise ValueError(f"{place}: no run; say what to write of it: --onnx, --wespeaker or "
@@ -145,7 +149,7 @@ def _pairs(args: argparse.Namespace) -> None:
     from speechbrain_qmargin.export.face_encoder import FaceEncoder
     from speechbrain_qmargin.export.loading import load_any_encoder
     from speechbrain_qmargin.faces.pair_sets import pair_set_figures
-    from speechbrain_qmargin.files import write_text
+    from speechbrain_qmargin.files import refuse_overwriting, write_text
 
     output = Path(args.output)
     sets = {}
@@ -153,6 +157,7 @@ def _pairs(args: argparse.Namespace) -> None:
         if path.stem in sets:
             raise ValueError(f"two sets are called {path.stem}; their results would be one folder")
         sets[path.stem] = _read_pairs(path, args.images)
+    refuse_overwriting([output / "pairs.json"], args.sets, args.overwrite)
     encoder = load_any_encoder(
         args.run_folder, args.device or _device(), args.trust, args.flip, print
     )
@@ -264,12 +269,14 @@ def configure(add) -> None:
     sub = loads("extract", _extract, EXTRACT)
     sub.add_argument("source", metavar="SOURCE", help="a folder, a list, records")
     sub.add_argument("out", metavar="OUT", help=".npz, .ark or .scp")
+    add_overwrite(sub)
     embeds(sub)
 
     sub = loads("pairs", _pairs, PAIRS)
     sub.add_argument("sets", metavar="SET", nargs="+", help=".bin, or a list of pairs")
     sub.add_argument("--images", metavar="FOLDER", help="the images of lists of pairs")
     sub.add_argument("--output", default="pairs", help="folder to write")
+    add_overwrite(sub)
     embeds(sub)
 
     sub = loads("export", _export, EXPORT)
@@ -277,6 +284,7 @@ def configure(add) -> None:
         "--operating_point", metavar="FILE", help="operating_point.json, chosen on cosines"
     )
     sub.add_argument("--onnx", metavar="OUT", help="file to write")
+    add_overwrite(sub)
     sub.add_argument("--wespeaker", metavar="OUT", help="folder: avg_model.pt and config.yaml")
     sub.add_argument("--arcface_torch", metavar="OUT", help="file: weights of a face backbone")
     flips(sub)

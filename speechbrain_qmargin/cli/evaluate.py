@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speechbrain_qmargin.cli.inputs import (
+    add_overwrite,
     add_scored,
     add_tables,
     columns_of,
@@ -37,7 +38,7 @@ def _breakdown(args) -> None:
     from speechbrain_qmargin.scoring.separation import refuse_other_kind
 
     inputs = [args.scores, args.metadata, args.trials, args.operating_point]
-    refuse_overwriting(filter(None, [args.output]), [*inputs, args.utt2spk, args.models])
+    refuse_overwriting([args.output], [*inputs, args.utt2spk, args.models], args.overwrite)
     found = read_scored(args.scores, args, columns_of(args.columns))
     trials = found.trials.labelled()
     table = choose_columns(args.metadata, args.by)
@@ -83,7 +84,7 @@ def _fuse(args) -> None:
     inputs = [path.rpartition("=")[2] for path in [*args.systems, *args.development]]
     inputs += [args.trials, args.utt2spk, args.models, args.fusion]
     inputs += [args.development_trials, args.development_utt2spk]
-    refuse_overwriting(filter(None, [args.output, args.save]), inputs)
+    refuse_overwriting([args.output, args.save], inputs, args.overwrite)
     if args.fusion:
         fusion = Fusion.load(args.fusion)
     else:
@@ -124,7 +125,7 @@ def _watchlist(args) -> None:
     from speechbrain_qmargin.scoring.identification import identify
 
     inputs = [args.embeddings, args.gallery, args.probes, args.mean]
-    refuse_overwriting(filter(None, [args.output]), inputs)
+    refuse_overwriting([args.output], inputs, args.overwrite)
     embeddings = load_embeddings(args.embeddings)
     gallery, probes = _people(args.gallery), _people(args.probes)
     both = sorted(gallery.keys() & probes.keys())
@@ -160,6 +161,9 @@ def _bayes(args) -> None:
     from speechbrain_qmargin.scoring.metrics import operating_points
     from speechbrain_qmargin.scoring.plots import bayes_error_figure, save_figure
 
+    inputs = [path.rpartition("=")[2] for path in args.systems]
+    inputs += [args.trials, args.utt2spk, args.models]
+    refuse_overwriting([args.output], inputs, args.overwrite)
     found, files = read_systems(args.systems, args)
     is_target = found.labelled().is_target
     points = {name: operating_points(read.scores, is_target) for name, read in files.items()}
@@ -192,7 +196,7 @@ def _quality(args) -> None:
     )
 
     inputs = [args.embeddings, args.cohort, args.utt2spk, args.cohort_utt2spk]
-    refuse_overwriting([args.output], inputs)
+    refuse_overwriting([args.output], inputs, args.overwrite)
     embeddings, raw = load_embeddings(args.embeddings), load_embeddings(args.cohort)
     speakers = _speakers_of(raw, args.cohort_utt2spk)
     own = _speakers_of(embeddings, args.utt2spk)
@@ -216,7 +220,7 @@ def _plda(args) -> None:
 
     inputs = [args.embeddings, args.train, args.trials, args.plda, args.train_utt2spk]
     inputs += [args.utt2spk, args.models]
-    refuse_overwriting(filter(None, [args.output, args.save]), inputs)
+    refuse_overwriting([args.output, args.save], inputs, args.overwrite)
     trials = with_tables(read_unlabelled(args.trials), args.utt2spk, args.models)
     if args.plda:
         plda = PLDA.load(args.plda)
@@ -252,11 +256,13 @@ def configure(add) -> None:
     at.add_argument("--threshold", type=float)
     at.add_argument("--far", type=share, default=1e-2, help="threshold for it on these scores")
     sub.add_argument("--output", help="JSON to write")
+    add_overwrite(sub)
     add_scored(sub)
 
     sub = add("fuse", _fuse)
     sub.add_argument("systems", nargs="+", metavar="NAME=SCORES")
     sub.add_argument("--output", required=True, help="score file to write")
+    add_overwrite(sub)
     sub.add_argument("--development", action="append", default=[], metavar="NAME=SCORES",
                      help="fit on these, of other speakers")  # fmt: skip
     sub.add_argument("--development_trials", help="trial list, for scores without labels")
@@ -278,10 +284,12 @@ def configure(add) -> None:
     sub.add_argument("--combine", default="max", choices=("max", "mean"),
                      help="an identity's score from its templates'")  # fmt: skip
     sub.add_argument("--output", help="JSON to write")
+    add_overwrite(sub)
 
     sub = add("bayes", _bayes)
     sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES")
     sub.add_argument("--output", default="bayes_error.png", help="picture to write")
+    add_overwrite(sub)
     sub.add_argument("--priors", **several(share), default=[0.5, 0.05, 0.01, 0.001])
     add_scored(sub)
 
@@ -289,6 +297,7 @@ def configure(add) -> None:
     sub.add_argument("embeddings", help="npz, npy, ark or scp")
     sub.add_argument("cohort", help="embeddings of training utterances")
     sub.add_argument("output", help="'id value' lines, for calibrate --quality NAME=FILE")
+    add_overwrite(sub)
     sub.add_argument("--top_n", type=int, default=300)
     sub.add_argument("--utt2spk", help="speakers of the embeddings, where ids do not tell")
     sub.add_argument("--cohort_utt2spk", help="by default the part of an id before its slash")
@@ -299,6 +308,7 @@ def configure(add) -> None:
     sub.add_argument("embeddings", help="npz, npy, ark or scp")
     sub.add_argument("trials", help="trial list, in any published form")
     sub.add_argument("output", help="score file to write")
+    add_overwrite(sub)
     add_tables(sub)
     sub.add_argument("--train", metavar="EMBEDDINGS", help="fit on these, of other speakers")
     sub.add_argument("--train_utt2spk", help="by default the part of an id before its slash")

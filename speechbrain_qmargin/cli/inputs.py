@@ -12,6 +12,7 @@ from speechbrain_qmargin.scoring.score_files import ScoreFile, read_score_file
 from speechbrain_qmargin.trials import Trials, read_unlabelled
 
 __all__ = [
+    "add_overwrite",
     "add_scored",
     "add_tables",
     "columns_of",
@@ -65,6 +66,11 @@ def several(kind: Callable[[str], Any]) -> dict[str, Any]:
 class _Joined(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, [one for part in values or () for one in part])
+
+
+def add_overwrite(sub: argparse.ArgumentParser) -> None:
+    """Whether what is there may be replaced."""
+    sub.add_argument("--overwrite", action="store_true", help="replace files that are there")
 
 
 def add_tables(sub: argparse.ArgumentParser) -> None:

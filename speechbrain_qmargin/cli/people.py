@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from speechbrain_qmargin.cli.inputs import share
+from speechbrain_qmargin.cli.inputs import add_overwrite, share
 
 __all__ = ["configure"]
 
@@ -88,7 +88,7 @@ def _threshold(args: argparse.Namespace) -> None:
     if args.enrol_with < 1 or args.utterances < 2:  # before anything is embedded
         raise ValueError("--enrol_with is 1 or more, --utterances 2 or more")
     if args.save:
-        refuse_overwriting([args.save], [args.people, args.cohort])
+        refuse_overwriting([args.save], [args.people, args.cohort], args.overwrite)
         if Path(args.save).suffix != ".npz":
             raise ValueError(f"--save {args.save}: embeddings are written as .npz")
     place = place_of(args.encoder)
@@ -246,7 +246,7 @@ def _identify(args: argparse.Namespace) -> int:
 
 
 def _people(args: argparse.Namespace) -> None:
-    from speechbrain_qmargin.files import write_text
+    from speechbrain_qmargin.files import refuse_overwriting, write_text
     from speechbrain_qmargin.published import split_format
     from speechbrain_qmargin.verify.people import People, is_enrolments
     from speechbrain_qmargin.verify.verifier import people_file
@@ -268,6 +268,7 @@ def _people(args: argparse.Namespace) -> None:
         text = "\n".join(lines) or f"{path}: nobody is enrolled"
         _say(args, [asdict(one) for one in found], text)
     elif args.action == "export":
+        refuse_overwriting([args.output], [path], args.overwrite)
         text = json.dumps(people.export(args.name), ensure_ascii=False, indent=2)
         if args.output:
             write_text(args.output, text + "\n")
@@ -327,6 +328,7 @@ def configure(add) -> None:
     sub.add_argument("people", metavar="PEOPLE", help="a folder of your people, a list, or .npz")
     sub.add_argument("--save", metavar="FILE", help="keep PEOPLE's embeddings (.npz) for the next "
                      "time: for another --far or --cohort")  # fmt: skip
+    add_overwrite(sub)
     sub.add_argument("--far", type=share, default=0.01, help="share of impostors to let in")
     sub.add_argument("--cohort", metavar="OTHERS", help="a folder or .npz of other people")
     sub.add_argument("--method", default="as", choices=("as", "s", "z", "t"))
@@ -355,6 +357,7 @@ def configure(add) -> None:
     sub.add_argument("place", metavar="WHAT", help="file of enrolments, or ENCODER")
     sub.add_argument("name", metavar="NAME", nargs="?")
     sub.add_argument("--output", metavar="FILE", help="of export; printed by default")
+    add_overwrite(sub)
 
     sub = sub_of("serve", _serve, SERVE)
     enrolled(sub)

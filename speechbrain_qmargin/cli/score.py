@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_qmargin.cli.inputs import (
+    add_overwrite,
     add_scored,
     add_tables,
     columns_of,
@@ -58,7 +59,7 @@ def _done(path: str, trials: Trials) -> None:
 
 def _cosine(args) -> None:
     inputs = [args.embeddings, args.trials, args.utt2spk, args.models, args.mean]
-    refuse_overwriting([args.output], inputs)
+    refuse_overwriting([args.output], inputs, args.overwrite)
     embeddings = load_embeddings(args.embeddings)
     trials = _trials(args, embeddings)
     mean = load_mean(args.mean) if args.mean else None
@@ -81,7 +82,7 @@ def _normalize(args) -> None:
     from speechbrain_qmargin.scoring.lists import Cohort, speakers_in_cohort
 
     inputs = [args.embeddings, args.trials, args.utt2spk, args.models, args.mean, args.cohort]
-    refuse_overwriting([args.output], [*inputs, args.cohort_utt2spk])
+    refuse_overwriting([args.output], [*inputs, args.cohort_utt2spk], args.overwrite)
     embeddings, raw = load_embeddings(args.embeddings), load_embeddings(args.cohort)
     trials = _trials(args, embeddings)
     cohort = Cohort.of(
@@ -102,6 +103,10 @@ def _normalize(args) -> None:
         about["top_n"] = str(args.top_n)
     write_scores(args.output, trials, scores, _enrolled(about, args, trials))
     _done(args.output, trials)
+
+
+def _quality_files(args) -> list[str | None]:
+    return [args.norm_of, *(item.partition("=")[2] for item in args.quality)]
 
 
 def _qualities(given: Sequence[str], embeddings: str | None) -> dict[str, dict[str, float]]:
@@ -128,7 +133,8 @@ def _qualities(given: Sequence[str], embeddings: str | None) -> dict[str, dict[s
 def _calibrate(args) -> None:
     from speechbrain_qmargin.scoring.calibration import fit_calibration
 
-    refuse_overwriting([args.output], [args.scores, args.trials, args.utt2spk, args.models])
+    inputs = [args.scores, args.trials, args.utt2spk, args.models, *_quality_files(args)]
+    refuse_overwriting([args.output], inputs, args.overwrite)
     read = read_scored(args.scores, args, columns_of(args.columns))
     qualities = _qualities(args.quality, args.norm_of)
     trials = read.trials.labelled()
@@ -144,7 +150,7 @@ def _apply(args) -> None:
     from speechbrain_qmargin.scoring.calibration import Calibration
 
     inputs = [args.calibration, args.scores, args.trials, args.utt2spk, args.models]
-    refuse_overwriting([args.output], inputs)
+    refuse_overwriting([args.output], [*inputs, *_quality_files(args)], args.overwrite)
     read = read_scored(args.scores, args, columns_of(args.columns))
     qualities = _qualities(args.quality, args.norm_of)
     calibration = Calibration.load(args.calibration)
@@ -210,6 +216,11 @@ def _report(args) -> None:
         if args.development_utt2spk:
             labelled = labelled.with_speakers(read_map(args.development_utt2spk))
         development[name] = read.scores, labelled
+    inputs = [path.rpartition("=")[2] for path in [*args.systems, *args.development]]
+    inputs += [args.trials, args.utt2spk, args.models, args.development_trials]
+    names = ("report.html", "report.json", "operating_point.json")
+    outputs = [Path(args.output) / name for name in names]
+    refuse_overwriting(outputs, [*inputs, args.development_utt2spk, args.metadata], args.overwrite)
     metadata = None
     if args.metadata:
         from speechbrain_qmargin.scoring.breakdown import choose_columns
@@ -259,6 +270,7 @@ def configure(add) -> None:
         sub.add_argument("trials", help="trial list, in any published form")
         sub.add_argument("output", help="score file to write")
         add_tables(sub)
+        add_overwrite(sub)
         enrolled(sub)
         sub.add_argument("--missing", choices=("error", "leave_out"), default="error",
                          help="recordings without embedding: an error, or left out and reported as "
@@ -294,6 +306,7 @@ def configure(add) -> None:
     sub = add("calibrate", _calibrate)
     sub.add_argument("scores")
     sub.add_argument("output", help="calibration JSON to write")
+    add_overwrite(sub)
     add_scored(sub)
     measured(sub)
     sub.add_argument("--p_target", type=share, default=0.01)
@@ -302,6 +315,7 @@ def configure(add) -> None:
     sub.add_argument("calibration")
     sub.add_argument("scores")
     sub.add_argument("output")
+    add_overwrite(sub)
     add_scored(sub)
     measured(sub)
 
@@ -309,6 +323,7 @@ def configure(add) -> None:
     sub.add_argument("embeddings", help="npz, npy, ark or scp")
     sub.add_argument("trials", nargs="+", help="trial lists; each gets its own table")
     sub.add_argument("--output_folder", default="scores")
+    add_overwrite(sub)
     sub.add_argument("--speakers", metavar="UTT2SPK", help="where ids do not tell")
     sub.add_argument("--models", help="table of enrolment models and their recordings")
     enrolled(sub)
@@ -325,6 +340,7 @@ def configure(add) -> None:
     sub = add("report", _report)
     sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES")
     sub.add_argument("--output", default="report", help="folder to write")
+    add_overwrite(sub)
     add_scored(sub)
     sub.add_argument("--title", default="Verification report")
     sub.add_argument("--far", type=share, default=1e-2, help="of the operating point")

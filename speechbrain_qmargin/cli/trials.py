@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from speechbrain_qmargin.cli.inputs import add_overwrite
+
 __all__ = ["configure", "divided_trials"]
 
 TRIALS = """
@@ -23,6 +25,8 @@ only if they are of different sessions, wherever there are several.
 
 With --all everybody is in one list, trials.txt. With --pairs your own list of pairs, two names a
 line, gets its labels: trials.txt. A pair may be named by id or by file.
+
+Lists that are there with another content are not replaced unless you say --overwrite.
 """
 
 
@@ -33,6 +37,7 @@ def divided_trials(
     most: int,
     seed: int = 0,
     names: tuple[str, str] = ("people", "files"),
+    overwrite: bool = False,
 ) -> None:
     """Write a trial list for each part of the people, and lists of the files.
 
@@ -46,30 +51,42 @@ def divided_trials(
     seed : int
     names : (str, str)
         What people and their files are called.
+    overwrite : bool
+        Whether other lists may be replaced that are there.
+
+    Raises
+    ------
+    FileExistsError
+        Another list is there; named, and nothing is written.
     """
     from speechbrain_qmargin.data.people import draw_parts, read_people
-    from speechbrain_qmargin.files import write_text
+    from speechbrain_qmargin.files import write_new
     from speechbrain_qmargin.scoring.pairing import every_pair, spread_over_sessions
-    from speechbrain_qmargin.trials import write_trials
+    from speechbrain_qmargin.trials import trials_text
 
     _refuse_single_files(most)
     out, people = Path(out), read_people(source)
     parts, rest = draw_parts(people.ids, counts, seed)
     units, files = names
     listed: dict[str, list[str]] = {"trial": [], "train": []}
+    texts: dict[Path, str] = {}
+    lines = []
     drawn = [one for each in parts.values() for one in each]
     for part, chosen in parts.items():
         ids = {one: spread_over_sessions(people.ids[one], most) for one in chosen}
         listed["trial"] += [name for each in ids.values() for name in each]
         trials = every_pair(ids)
-        write_trials(out / f"{part}.txt", trials)
-        print(f"{out / part}.txt: {len(chosen)} {units}, {_counted(trials)}")
+        texts[out / f"{part}.txt"] = trials_text(trials)
+        lines.append(f"{out / part}.txt: {len(chosen)} {units}, {_counted(trials)}")
     listed["train"] = [name for one in rest for name in people.ids[one]]
     for part, ids in listed.items():
         file = out / f"{part}_{files}.txt"
-        write_text(file, people.listed(ids))
-        print(f"{file}: {len(ids):,} {files} of {len(drawn if part == 'trial' else rest)} {units}")
-    write_text(out / f"train_{units}.txt", "".join(f"{one}\n" for one in sorted(rest)))
+        texts[file] = people.listed(ids)
+        whose = drawn if part == "trial" else rest
+        lines.append(f"{file}: {len(ids):,} {files} of {len(whose)} {units}")
+    texts[out / f"train_{units}.txt"] = "".join(f"{one}\n" for one in sorted(rest))
+    write_new(texts, overwrite)
+    print("\n".join(lines))
 
 
 def _refuse_single_files(most: int) -> None:
@@ -84,14 +101,17 @@ def _counted(trials) -> str:
 
 def _trials(args: argparse.Namespace) -> None:
     from speechbrain_qmargin.data.people import read_people
-    from speechbrain_qmargin.files import refuse_overwriting, write_text
+    from speechbrain_qmargin.files import refuse_overwriting, write_new
     from speechbrain_qmargin.scoring.pairing import every_pair, spread_over_sessions
-    from speechbrain_qmargin.trials import write_trials
+    from speechbrain_qmargin.trials import trials_text
 
     out = Path(args.out)
-    refuse_overwriting([out / "trials.txt"], [args.source, args.pairs])
+    names = ["trials", "dev", "test", "trial_files", "train_files", "train_people"]
+    files = [out / f"{name}.txt" for name in names]
+    refuse_overwriting(files, [args.source, args.pairs], overwrite=True)  # others: write_new
     if not (args.all or args.pairs):
-        divided_trials(args.source, out, {"dev": args.dev, "test": args.test}, args.most, args.seed)
+        counts = {"dev": args.dev, "test": args.test}
+        divided_trials(args.source, out, counts, args.most, args.seed, overwrite=args.overwrite)
         return
     people = read_people(args.source)
     if args.pairs:
@@ -100,8 +120,11 @@ def _trials(args: argparse.Namespace) -> None:
         _refuse_single_files(args.most)
         chosen = {one: spread_over_sessions(ids, args.most) for one, ids in people.ids.items()}
         trials = every_pair(chosen)
-    write_trials(out / "trials.txt", trials)
-    write_text(out / "trial_files.txt", people.listed(trials.ids))
+    texts = {
+        out / "trials.txt": trials_text(trials),
+        out / "trial_files.txt": people.listed(trials.ids),
+    }
+    write_new(texts, args.overwrite)
     print(f"{out / 'trials.txt'}: {_counted(trials)}")
 
 
@@ -144,3 +167,4 @@ def configure(add) -> None:
     sub.add_argument("--seed", type=int, default=0, help="of the draw")
     sub.add_argument("--all", action="store_true", help="everybody in one list")
     sub.add_argument("--pairs", metavar="FILE", help="your own list of pairs, to be labelled")
+    add_overwrite(sub)

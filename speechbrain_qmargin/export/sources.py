@@ -12,7 +12,7 @@ from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import replacing
 from speechbrain_qmargin.tables import read_lines
 
-__all__ = ["check_output", "read_list", "write_embeddings"]
+__all__ = ["check_output", "output_files", "read_list", "write_embeddings"]
 
 
 def read_list(path: str | Path, what: str) -> dict[str, Path]:
@@ -55,19 +55,30 @@ def write_embeddings(out: Path, embeddings: Mapping[str, np.ndarray], encoder: s
         return
     import kaldiio
 
-    ark, scp = out.with_suffix(".ark"), out.with_suffix(".scp")
+    ark, scp = output_files(out)
     with replacing(ark) as partial, replacing(scp) as index:
         kaldiio.save_ark(str(partial), embeddings, scp=str(index))
         text = index.read_text(encoding="utf-8")
         index.write_text(text.replace(str(partial), str(ark.resolve())), encoding="utf-8")
 
 
+def output_files(out: Path) -> list[Path]:
+    """The files that :func:`write_embeddings` writes.
+
+    Examples
+    --------
+    >>> [file.name for file in output_files(Path("a.scp"))]
+    ['a.ark', 'a.scp']
+    """
+    if out.suffix in (".ark", ".scp"):
+        return [out.with_suffix(".ark"), out.with_suffix(".scp")]
+    return [out]
+
+
 def check_output(out: Path, items: Iterable[str]) -> None:
-    """Refuse, before anything is computed, a file that could not be written, or is there."""
+    """Refuse, before anything is computed, a file that could not be written."""
     if out.suffix not in (".npz", ".ark", ".scp"):
         raise ValueError(f"{out}: embeddings are written as .npz, .ark or .scp")
-    if out.exists():
-        raise FileExistsError(f"{out} is there already; delete it, or give another OUT")
     if out.suffix != ".npz":
         require("kaldiio", why=f"{out}: Kaldi's files", extra="kaldi")
         spaced = [name for name in items if len(name.split()) != 1]

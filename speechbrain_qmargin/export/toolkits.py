@@ -114,13 +114,11 @@ def export_arcface_torch(encoder: SpeakerEncoder | FaceEncoder, file: str | Path
 
     Raises
     ------
-    FileExistsError, ValueError
-        The file is there already; a network that arcface_torch does not have; what was written
-        gives other embeddings when it is loaded again. Nothing is left then.
+    ValueError
+        A network that arcface_torch does not have; what was written gives other embeddings when it
+        is loaded again. Nothing is left then, or what was there before.
     """
     file = Path(file)
-    if file.exists():
-        raise FileExistsError(f"{file} is there already; give another file")
     if not isinstance(encoder, FaceEncoder):
         raise ValueError("arcface_torch's files are of faces; this is an encoder of speech")
     model, size = encoder.embedding_model, encoder.image_size

@@ -344,6 +344,7 @@ def score_files(
     c_miss: float = 1.0,
     c_fa: float = 1.0,
     confidence: float = 0.95,
+    overwrite: bool = False,
     say: Callable[[str], object] = print,
 ) -> dict[str, dict[str, Report]]:
     """Everything of :func:`score_lists` from files; ``results.txt`` and ``results.json``.
@@ -371,14 +372,16 @@ def score_files(
         Of the development list; by default those of the trials.
     fars, p_target, c_miss, c_fa, confidence
         See :func:`score_lists`.
+    overwrite : bool
+        Whether results that are there may be replaced.
     say : callable
         Gets the tables.
 
     Raises
     ------
     ValueError, OSError
-        Two lists of one name, speakers in two parts that must be apart, and as everything that
-        reads and scores.
+        Two lists of one name, results that are there, speakers in two parts that must be apart,
+        and as everything that reads and scores.
 
     See Also
     --------
@@ -392,13 +395,14 @@ def score_files(
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         raise ValueError("trials: two lists of one name; their results would overwrite each other")
-    written = [folder / name for name in ("calibration.json", "results.txt", "results.json")]
-    systems = ("cosine", "centred", f"{norm}-norm", "calibrated")
+    systems = ["cosine", *(["centred", f"{norm}-norm"] if cohort else [])]
+    systems += ["calibrated"] if dev_trials else []
+    written = [folder / name for name in ("results.txt", "results.json")]
+    written += [folder / "calibration.json"] if dev_trials else []
     written += [folder / name / f"{system}.tsv" for name in names for system in systems]
-    refuse_overwriting(
-        written,
-        [*paths, embeddings, speakers, models, cohort, cohort_speakers, dev_trials, dev_embeddings],
-    )
+    inputs = [*paths, embeddings, speakers, models, cohort, cohort_speakers]
+    inputs += [dev_trials, dev_embeddings, dev_speakers, dev_models]
+    refuse_overwriting(written, inputs, overwrite)
     lists = {path.stem: with_tables(read_trials(path), speakers, models) for path in paths}
     vectors = load_embeddings(embeddings)
 

@@ -12,7 +12,7 @@ from speechbrain_qmargin.tables import LABELS, Table, could_be_header, read_tabl
 from speechbrain_qmargin.trials.lfw_pairs import read_lfw_pairs
 from speechbrain_qmargin.trials.pairs import LabelledTrials, Trials, index_pairs
 
-__all__ = ["read_trials", "read_unlabelled", "write_trials"]
+__all__ = ["read_trials", "read_unlabelled", "trials_text", "write_trials"]
 
 
 def read_trials(path: str | Path) -> LabelledTrials:
@@ -120,8 +120,8 @@ def _no_label(table: Table, found: list[int]) -> str:
     )
 
 
-def write_trials(path: str | Path, trials: LabelledTrials) -> None:
-    """Write ``label enrolment test`` lines, between tabs where an id holds a blank.
+def trials_text(trials: LabelledTrials) -> str:
+    """Trials as ``label enrolment test`` lines, between tabs where an id holds a blank.
 
     A header is written where an id could be taken for a label or for a header.
 
@@ -144,4 +144,9 @@ def write_trials(path: str | Path, trials: LabelledTrials) -> None:
     )
     lines = (f"{label}{blank}{ids[one]}{blank}{ids[two]}\n" for label, one, two in rows)
     head = "label\tenrolment\ttest\n" if header else ""
-    write_text(path, head + "".join(lines))
+    return head + "".join(lines)
+
+
+def write_trials(path: str | Path, trials: LabelledTrials) -> None:
+    """Write a list: :func:`trials_text`."""
+    write_text(path, trials_text(trials))

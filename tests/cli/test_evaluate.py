@@ -136,3 +136,36 @@ def test_plda(files, capsys):
     assert "12 speakers are in test.txt too" in capsys.readouterr().err
     assert run("plda", *given, files / "no.tsv") == 1
     assert "give --train embeddings" in capsys.readouterr().err
+
+
+def test_no_command_replaces_what_is_there_unasked(files, tmp_path, capsys):
+    (tmp_path / "mine").write_text("by hand\n")
+    mine, one = tmp_path / "mine", files / "test_one.tsv"
+    embedded = [files / "test_one.npz", files / "test.txt", mine]
+    systems = [f"{n}={one}" for n in "ab"] + [
+        f"--development={n}={files / 'dev_one.tsv'}" for n in "ab"
+    ]
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores/results.txt").write_text("by hand\n")
+    (tmp_path / "people").write_text("test0/0\n")
+    for words in (
+        ["cosine", *embedded],
+        ["normalize", *embedded, files / "cohort_one.npz"],
+        ["plda", *embedded, f"--train={files / 'cohort_one.npz'}"],
+        ["plda", *embedded[:2], tmp_path / "out", f"--save={mine}"],
+        ["calibrate", one, mine],
+        ["apply", files / "gone.json", one, mine],
+        ["score", *embedded[:2], f"--output_folder={tmp_path / 'scores'}"],
+        ["breakdown", one, f"--metadata={files / 'people.csv'}", f"--output={mine}"],
+        ["fuse", *systems, f"--output={mine}"],
+        ["fuse", *systems, f"--output={tmp_path / 'out'}", f"--save={mine}"],
+        ["watchlist", embedded[0], tmp_path / "people", tmp_path / "people", f"--output={mine}"],
+        ["bayes", one, f"--output={mine}"],
+        ["quality", embedded[0], files / "cohort_one.npz", mine],
+    ):
+        assert run(*words) == 1, words
+        assert "is there already; give another name, or say --overwrite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert mine.read_text() == "by hand\n"
+    assert run("cosine", *embedded, "--overwrite") == 0
+    assert len(read_scores(mine)[1]) == len(read_scores(one)[1])

@@ -69,7 +69,9 @@ def test_from_embeddings_to_a_report(files, tmp_path, capsys):
     again = shutil.copytree(files / "report", tmp_path / "report")  # of one system now
     (again / "mine.txt").touch()
     report = ["--quiet", "report", f"cosine={files / 'test_cosine.tsv'}", f"--output={again}"]
-    assert main([*report, "--fars=0.1,0.01"]) == 0
+    assert main([*report, "--fars=0.1,0.01"]) == 1  # what is there is not replaced unasked
+    assert "report.html is there already" in capsys.readouterr().err
+    assert main([*report, "--fars=0.1,0.01", "--overwrite"]) == 0
     assert [file.name for file in again.glob("operating_point*")] == ["operating_point.json"]
     assert [file.name for file in again.glob("histogram*")] == ["histogram_1.png"]
     assert (again / "mine.txt").is_file()
@@ -143,7 +145,7 @@ def test_systems_of_five_toolkits_in_one_report(peers, capsys):
     assert "warnings.warn" not in said
     # the labels of any system do for all
     order = [f"3d={peers / '3d.score'}", f"sb={peers / 'sb.txt'}"]
-    assert run("report", *order, f"--output={peers / 'o'}") == 0
+    assert run("report", *order, f"--output={peers / 'o'}", "--overwrite") == 0
     assert figures(peers / "o")["3d"] == found["ours"]
     assert run("report", peers / "3d.score", f"--output={peers / 'o'}") == 1
     assert "no file says which trials are targets" in capsys.readouterr().err
@@ -184,7 +186,7 @@ def test_what_cannot_be_concluded_is_said(peers, capsys):
     assert "scores seem inverted" in capsys.readouterr().err
     lines = [f"{p} {q} {float(y)} {y:d}".replace("/", "-") for p, q, y in PAIRS]
     written(peers / "noslash", lines)
-    assert run("report", peers / "noslash", f"--output={peers / 'o'}") == 0
+    assert run("report", peers / "noslash", f"--output={peers / 'o'}", "--overwrite") == 0
     assert "the speakers are not known" in capsys.readouterr().out
     system = json.loads((peers / "o" / "report.json").read_text())["systems"]["noslash"]
     assert "speakers" not in system["trials"]
@@ -214,12 +216,12 @@ def test_a_threshold_must_not_have_seen_what_it_is_measured_on(files, tmp_path, 
     assert run("apply", tmp_path / "c.json", tmp_path / "as.tsv", tmp_path / "llr.tsv") == 1
     assert "for cosine scores, and these are as-norm scores" in capsys.readouterr().err
     assert run("apply", tmp_path / "c.json", tmp_path / "test.tsv", tmp_path / "llr.tsv") == 0
-    options = ("--priors", "0.5", "--fars", "0.2", "--confidence=0.9", "--c_miss=10")
+    options = ("--priors", "0.5", "--fars", "0.2", "--confidence=0.9", "--c_miss=10", "--overwrite")
     assert run("report", tmp_path / "llr.tsv", f"--output={tmp_path / 'o'}", *options) == 0
     printed = capsys.readouterr().out
     assert "actDCF(p=0.5, c_miss=10, c_fa=1)" in printed
     assert "90 % interval" in printed
-    assert run("report", tmp_path / "llr.tsv", f"--output={tmp_path / 'o'}", "--c_fa=0") == 1
+    assert run("report", tmp_path / "llr.tsv", f"--output={tmp_path / 'p'}", "--c_fa=0") == 1
     assert "costs must" in capsys.readouterr().err
     list_hash = hashlib.sha256((files / "test.txt").read_bytes()).hexdigest()
     assert f"trials: test.txt sha256:{list_hash}" in printed  # the user's list, not the copy
@@ -260,7 +262,7 @@ def test_models_in_a_report(files, tmp_path, capsys):
         given = ("cosine", files / "test.npz", trials, tmp_path / f"{rule}.tsv")
         assert run(*given, f"--models={models}", f"--enrolment={rule}") == 0
         normalised = (files / "test.npz", trials, tmp_path / "as.tsv", files / "cohort.npz")
-        options = (f"--models={models}", f"--enrolment={rule}", "--top_n=6")
+        options = (f"--models={models}", f"--enrolment={rule}", "--top_n=6", "--overwrite")
         assert run("normalize", *normalised, *options) == 0
     systems = (tmp_path / "embedding.tsv", tmp_path / "score.tsv")
     assert run("report", *systems, f"--models={models}", f"--output={tmp_path / 'o'}") == 0

@@ -50,6 +50,36 @@ def test_a_folder_is_divided_into_people_that_share_nobody(photographs, tmp_path
     assert not (tmp_path / "none").exists()
 
 
+def test_lists_that_are_there_are_not_lost(photographs, tmp_path, capsys):
+    """Another draw would put people of one list into the other; a list may be made by hand."""
+    out = tmp_path / "lists"
+    options = ["--dev=2", "--test=2"]
+    assert trials(photographs, out, *options) == 0
+    before = {file.name: (file.read_text(), file.stat().st_mtime_ns) for file in out.iterdir()}
+    assert trials(photographs, out, *options) == 0  # the same lists stay as they are
+    (out / "test.txt").write_text("1 mine mine\n")
+    assert trials(photographs, out, *options) == 1
+    said = "lists/test.txt is there already, with another content; give another folder, or say --ov"
+    assert said in capsys.readouterr().err
+    assert (out / "test.txt").read_text() == "1 mine mine\n"
+    mine = {file.name: (file.read_text(), file.stat().st_mtime_ns) for file in out.iterdir()}
+    del mine["test.txt"]
+    assert mine.items() < before.items()
+    assert trials(photographs, out, *options, "--overwrite") == 0
+    assert {file.name: file.read_text() for file in out.iterdir()} == {
+        name: text for name, (text, _) in before.items()
+    }
+    (out / "trials.txt").write_text("1 mine mine\n")
+    pairs = tmp_path / "pairs.txt"
+    pairs.write_text("eve/0.jpg dan/1.jpg\n")
+    for given in (["--all"], [f"--pairs={pairs}"]):
+        assert trials(photographs, out, *given) == 1
+        assert "trials.txt is there already" in capsys.readouterr().err
+    assert (out / "trials.txt").read_text() == "1 mine mine\n"
+    assert trials(photographs, tmp_path, f"--pairs={tmp_path / 'trials.txt'}") == 1
+    assert "the output is an input too" in capsys.readouterr().err
+
+
 def test_a_table_everybody_and_sessions(tmp_path):
     rows = [("x/1.jpg", "ann", "mon"), ("x/2.jpg", "ann", "mon"), ("3.jpg", "ann", "tue")]
     rows += [("bob/s/4.jpg", "bob", "")]

@@ -180,7 +180,9 @@ def test_pair_sets_by_any_encoder(run, folder, tmp_path, capsys):
     assert qmargin("pairs", run, tmp_path / "own.txt", f"--output={output}") == 1
     assert "say where its images are" in capsys.readouterr().err
     given = ["pairs", run, tmp_path / "own.txt", f"--images={folder}", f"--output={output}"]
-    assert qmargin(*given, "--device=cpu") == 0
+    assert qmargin(*given, "--device=cpu") == 1
+    assert "out/pairs.json is there already; give another name" in capsys.readouterr().err
+    assert qmargin(*given, "--device=cpu", "--overwrite") == 0
     assert extract(run, folder, tmp_path / "e.npz") == 0
     trials = read_trials(tmp_path / "own.txt")
     wanted = cosine_scores(load_embeddings(tmp_path / "e.npz"), trials)

@@ -165,6 +165,14 @@ def test_an_output_is_none_of_the_inputs(run, audio, tmp_path, capsys):
     assert point.read_text() == "{}"
 
 
+def test_what_is_there_is_not_exported_over(run, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
+    for option, path in (("onnx", "file"), ("arcface_torch", "file"), ("wespeaker", "there")):
+        assert main(["export", str(run), f"--{option}={tmp_path / path}"]) == 1
+        assert f"{path} is there already" in capsys.readouterr().err
+
+
 def test_bad_input_is_named(run, audio, tmp_path, capsys):
     def error(*arguments):
         assert extract(*arguments) == 1
@@ -176,7 +184,10 @@ def test_bad_input_is_named(run, audio, tmp_path, capsys):
     assert "nowhere" in error(run, tmp_path / "nowhere", tmp_path / "out.npz")
     assert "of no known format" in error(tmp_path, audio, tmp_path / "out.npz")
     (tmp_path / "there.npz").touch()
-    assert "there already" in error(run, audio, tmp_path / "there.npz")
+    (tmp_path / "pair.scp").touch()  # Kaldi's other half
+    for out in ("there.npz", "pair.ark"):
+        said = error(run, audio, tmp_path / out)
+        assert "is there already; give another name, or say --overwrite" in said
     (tmp_path / "list.txt").write_text("a x.wav\na y.wav\n")
     assert "list.txt:2: a is there twice" in error(run, tmp_path / "list.txt", tmp_path / "o.npz")
     (tmp_path / "list.txt").write_text("a sox x.wav -t wav - |\n")
