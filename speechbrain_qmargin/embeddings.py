@@ -210,11 +210,24 @@ def cosine_scores(
 
 
 def pair_products(matrix: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Inner products of rows ``left[n]`` and ``right[n]``: float32 [N], in blocks."""
+    """Inner products of rows ``left[n]`` and ``right[n]``: float32 [N], in blocks.
+
+    Parameters
+    ----------
+    matrix : float array [R, D]
+    left, right : int arrays [N]
+
+    Examples
+    --------
+    >>> unit = np.array([[1.0, 0.0], [0.6, 0.8]], dtype=np.float32)
+    >>> pair_products(unit, np.array([0, 1]), np.array([1, 1]))
+    array([0.6, 1. ], dtype=float32)
+    """
     scores = np.empty(len(left), dtype=np.float32)
     for start in range(0, len(left), _BLOCK):
         block = slice(start, start + _BLOCK)
-        np.einsum("nd,nd->n", matrix[left[block]], matrix[right[block]], out=scores[block])
+        one, two = matrix[left[block]], matrix[right[block]]
+        np.einsum("nd,nd->n", one, two, out=scores[block], casting="same_kind")
     return scores
 
 
@@ -224,6 +237,27 @@ def save_embeddings(
     """Write ``ids`` [N] and ``embeddings`` float32 [N, D] as npz.
 
     With it goes the digest of the encoder, if known: a threshold for scores is bound to that.
+
+    Parameters
+    ----------
+    path : path
+    embeddings : mapping from id to array [D]
+    encoder : str
+        The digest; that of `embeddings` by default, if it is an :class:`Embeddings`.
+
+    Raises
+    ------
+    ValueError
+        No embeddings.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "test.npz"
+    >>> rows = {"a/1": np.array([1.0, 0]), "a/2": np.array([0, 1.0])}
+    >>> save_embeddings(file, rows, encoder="5e11")
+    >>> loaded = load_embeddings(file)
+    >>> loaded["a/2"], loaded.encoder
+    (array([0., 1.], dtype=float32), '5e11')
     """
     embeddings = Embeddings.of(embeddings)
     encoder = encoder or embeddings.encoder
@@ -248,11 +282,26 @@ def load_embeddings(path: str | Path, ids: str | Path | None = None) -> Embeddin
     ids : path, optional
         One id a line, for ``.npy``; by default the file of the same name with ``.txt``.
 
+    Returns
+    -------
+    Embeddings
+        float32 [N, D], or float64 where the file has that.
+
     Raises
     ------
     ValueError
         Another format, missing arrays, objects inside, an scp line that is a command, a vector of
         another length, an id twice: with the file.
+    FileNotFoundError
+        No such file.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "xvector.ark"  # Kaldi's, as text
+    >>> _ = file.write_text("a/1 [ 1 0 ]\\na/2 [ 0.6 0.8 ]\\n")
+    >>> embeddings = load_embeddings(file)
+    >>> embeddings.ids, embeddings["a/2"]
+    (['a/1', 'a/2'], array([0.6, 0.8], dtype=float32))
     """
     path = Path(path)
     if path.suffix in (".ark", ".scp"):
@@ -290,6 +339,13 @@ def load_mean(path: str | Path) -> np.ndarray:
     ------
     ValueError
         As :func:`load_embeddings`; a value that is not finite.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "mean_vec.npy"
+    >>> np.save(file, np.array([0.5, -0.25]))
+    >>> load_mean(file)
+    array([ 0.5 , -0.25], dtype=float32)
     """
     path = Path(path)
     if path.suffix == ".npy":
@@ -319,6 +375,11 @@ def id_texts(ids: np.ndarray, path: Path) -> list[str]:
     ------
     ValueError
         Bytes that are not UTF-8; with the file.
+
+    Examples
+    --------
+    >>> id_texts(np.array([b"anna/1", b"anna/2"]), Path("test.npz"))
+    ['anna/1', 'anna/2']
     """
     if ids.dtype.kind == "S":
         try:

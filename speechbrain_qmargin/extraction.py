@@ -37,7 +37,23 @@ PART_SECONDS, PART_SIZE = 60, 5000  # what an interruption may cost; what is hel
 
 
 class Sink(Protocol):
-    """Where :func:`extract_into` puts embeddings."""
+    """Where :func:`extract_into` puts embeddings.
+
+    Examples
+    --------
+    >>> class Memory(dict):
+    ...     def add(self, name, embedding):
+    ...         self[name] = embedding
+    ...     def flush(self):
+    ...         pass
+    ...     def note_faults(self, faults):
+    ...         pass
+    >>> kept = Memory()
+    >>> extract_into(kept, [(["a", "b"], [[1.0], [2.0]])], np.array)
+    {}
+    >>> kept
+    {'a': array([1.], dtype=float32), 'b': array([2.], dtype=float32)}
+    """
 
     def add(self, name: str, embedding: np.ndarray) -> None:
         """Keep an embedding [D]."""

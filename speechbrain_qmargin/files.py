@@ -43,6 +43,12 @@ def cache_folder() -> Path:
 
     It is the environment variable ``SPEECHBRAIN_QMARGIN_CACHE`` if that is set, else
     ``~/.cache/speechbrain_qmargin``.
+
+    Examples
+    --------
+    >>> getfixture("monkeypatch").setenv(CACHE_VARIABLE, "scratch/qmargin")
+    >>> cache_folder().as_posix()
+    'scratch/qmargin'
     """
     base = os.environ.get(CACHE_VARIABLE)
     return (Path(base) if base else Path.home() / ".cache" / "speechbrain_qmargin").expanduser()
@@ -176,7 +182,14 @@ def refuse_overwriting(
 
 
 def to_disk(path: str | Path) -> None:
-    """Wait until what was written to a file is on the disk."""
+    """Wait until what was written to a file is on the disk, as before it takes another's place.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "table.txt"
+    >>> _ = file.write_text("done")
+    >>> to_disk(file)
+    """
     with open(path, "r+b") as stream:
         os.fsync(stream.fileno())
 
@@ -216,7 +229,15 @@ def write_new(texts: Mapping[Path, str], overwrite: bool = False) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file whole or not at all."""
+    """Write a UTF-8 text file whole or not at all.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "results" / "table.txt"
+    >>> write_text(file, "done")
+    >>> [file.name for file in file.parent.iterdir()]
+    ['table.txt']
+    """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -302,7 +323,18 @@ def _refuse_bomb(archive: zipfile.ZipFile, name: str) -> None:
 
 
 def save_record(path: str | Path, kind: str, content: dict) -> None:
-    """Write a JSON file that says what kind of record it is."""
+    """Write a JSON file that says what kind of record it is, for :func:`load_record`.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "point.json"
+    >>> save_record(file, "point", {"x": 1})
+    >>> print(file.read_text())
+    {
+      "format": "speechbrain_qmargin point 1",
+      "x": 1
+    }
+    """
     record = {"format": f"speechbrain_qmargin {kind} 1", **content}
     write_text(path, json.dumps(record, indent=2) + "\n")
 

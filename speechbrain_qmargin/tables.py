@@ -55,7 +55,15 @@ def some(names: Sequence[str]) -> str:
 
 
 def file_source(path: str | Path) -> str:
-    """A file's name with its SHA-256."""
+    """A file's name with its SHA-256: "name sha256:" and 64 hexadecimal digits.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "greeting.txt"
+    >>> _ = file.write_bytes(b"hello")
+    >>> file_source(file)
+    'greeting.txt sha256:2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824'
+    """
     with Path(path).open("rb") as stream:
         digest = hashlib.sha256()
         while block := stream.read(2**20):
@@ -70,6 +78,14 @@ def read_lines(path: str | Path) -> tuple[list[str], str]:
     ------
     ValueError
         Another encoding; with the file.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "ids.txt"
+    >>> _ = file.write_text("anna/1\\nanna/2\\n")
+    >>> lines, source = read_lines(file)
+    >>> lines, source == file_source(file)
+    (['anna/1', 'anna/2'], True)
     """
     content = Path(path).read_bytes()
     try:
@@ -103,6 +119,16 @@ class Table:
         A first line that starts with "#", without it.
     separator : str or None
         What stands between the columns; None for blanks.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "trials.txt"
+    >>> _ = file.write_text("anna/1 anna/2 target\\nanna/1 bert/1 nontarget\\n")
+    >>> table = read_table(file)
+    >>> table.columns[1], table.label_columns(), table.labels(2)
+    (('anna/2', 'bert/1'), [2], array([ True, False]))
+    >>> table.row(1)
+    "...trials.txt:2: 'anna/1 bert/1 nontarget'"
     """
 
     path: str | Path
@@ -211,6 +237,14 @@ def read_table(path: str | Path, *, fewest: int = 2) -> Table:
     ------
     ValueError
         No rows, or a row of another length or of fewer than `fewest` cells; with file and line.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "trials.csv"
+    >>> _ = file.write_text("modelid,segmentid,targettype\\nanna,7.sph,target\\n")
+    >>> table = read_table(file)
+    >>> table.header, table.columns
+    (['enrolment', 'test', 'label'], [('anna',), ('7.sph',), ('target',)])
     """
     lines, source = read_lines(path)
     comment = lines[0][1:].strip() if lines and lines[0].startswith("#") else ""
@@ -271,10 +305,27 @@ def read_map(path: str | Path, kind: type = str) -> dict:
 
     Between tabs or commas ids may hold spaces.
 
+    Parameters
+    ----------
+    path : path
+    kind : type
+        Of the values; called with their text.
+
+    Returns
+    -------
+    dict from id to value
+
     Raises
     ------
     ValueError
         A line without two fields, a value that is not finite, an id twice: with file and line.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "utt2dur"
+    >>> _ = file.write_text("anna/1 4.5\\nanna/2 8\\n")
+    >>> read_map(file, float)
+    {'anna/1': 4.5, 'anna/2': 8.0}
     """
     values: dict = {}
     separator = None
@@ -307,7 +358,15 @@ def read_models(path: str | Path) -> Mapping[str, tuple[str, ...]]:
     Raises
     ------
     ValueError
-        A line without a recording, a recording twice in one model; with file and line.
+        A line without a recording, a recording twice in one model, no models; with the file, and
+        the line where there is one.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "enroll.map"
+    >>> _ = file.write_text("anna anna/1 anna/2\\nbert bert/1\\n")
+    >>> read_models(file)
+    {'anna': ('anna/1', 'anna/2'), 'bert': ('bert/1',)}
     """
     lines, _ = read_lines(path)
     models: dict[str, list[str]] = {}

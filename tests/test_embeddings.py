@@ -10,6 +10,7 @@ from speechbrain_qmargin.embeddings import (
     cosine_scores,
     load_embeddings,
     load_mean,
+    pair_products,
     save_embeddings,
 )
 from speechbrain_qmargin.trials import LabelledTrials, Trials
@@ -42,6 +43,13 @@ def test_cosines_equal_one_pair_at_a_time():
     for i in range(0, 70000, 997):
         a, b = matrix[enrolment[i]] - mean, matrix[test[i]] - mean
         assert scores[i] == pytest.approx(a @ b / np.sqrt(a @ a * (b @ b)), abs=1e-6)
+
+
+def test_products_of_float64_are_float32_too():
+    rows = np.random.default_rng(0).normal(size=(5, 8))
+    found = pair_products(rows, np.arange(5), np.arange(5)[::-1])
+    assert found.dtype == np.float32
+    assert found == pytest.approx((rows * rows[::-1]).sum(axis=1), rel=1e-6)
 
 
 def test_embeddings_that_cannot_be_scored_are_named():

@@ -27,6 +27,14 @@ class LfwPairs(NamedTuple):
     same : bool array [N]
     source : str
         The file's name and SHA-256.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "pairs.txt"
+    >>> _ = file.write_text("1\\t1\\nAnna_A\\t1\\t4\\nAnna_A\\t2\\tBert_B\\t1\\n")
+    >>> pairs = read_lfw_pairs(file)
+    >>> pairs.first[1], pairs.second[1], pairs.same.tolist()
+    ('Anna_A/Anna_A_0002.jpg', 'Bert_B/Bert_B_0001.jpg', [True, False])
     """
 
     first: list[str]

@@ -75,6 +75,14 @@ def read_unlabelled(path: str | Path) -> Trials:
     ------
     ValueError
         As :func:`read_trials`.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "trials.txt"
+    >>> _ = file.write_text("anna/1 anna/2\\nanna/1 bert/1\\n")
+    >>> trials = read_unlabelled(file)
+    >>> trials.pair(1), trials.is_target
+    ('anna/1 bert/1', None)
     """
     pairs = read_lfw_pairs(path)
     if pairs is not None:
@@ -129,6 +137,16 @@ def trials_text(trials: LabelledTrials) -> str:
     ------
     ValueError
         An id with a tab or a line break; named.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "trials.txt"
+    >>> labels = np.array([True, False])
+    >>> trials = index_pairs(["anna/1", "anna/1"], ["anna/2", "bert/1"], labels, "")
+    >>> write_trials(file, trials.labelled())
+    >>> print(file.read_text())
+    1 anna/1 anna/2
+    0 anna/1 bert/1
     """
     ids = trials.ids
     bad = [name for name in ids if any(letter in name for letter in "\t\n\r")]

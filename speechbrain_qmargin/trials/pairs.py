@@ -37,6 +37,11 @@ class Lost:
         Enrolment models without a recording left, of how many.
     targets, impostors : int
         Trials that went with them.
+
+    Examples
+    --------
+    >>> print(Lost(recordings=1, tried=10, targets=20, impostors=40))
+    failure to acquire 1 of 10 recordings (10.00 %): 20 target and 40 impostor trials are lost
     """
 
     recordings: int
@@ -93,6 +98,15 @@ class Trials:
         The recordings of every id that is a model; empty where recordings are enrolled.
     lost : Lost, optional
         What :meth:`without` left out.
+
+    Examples
+    --------
+    >>> trials = Trials(["a/1", "a/2", "b/1"], np.array([0, 0]), np.array([1, 2]))
+    >>> len(trials), trials.pair(1), trials.speaker_names()
+    (2, 'a/1 b/1', ['a', 'a', 'b'])
+    >>> left = trials.without(["a/2"])
+    >>> len(left), left.lost.recordings
+    (1, 1)
     """
 
     ids: list[str]
@@ -295,6 +309,14 @@ class Distinct(NamedTuple):
     group : int64 array [N] or None
         For every trial before, its place among them, -1 for a recording with itself; None where
         nothing was left out.
+
+    Examples
+    --------
+    >>> trials = LabelledTrials(["a/1", "a/2"], np.array([0, 1]), np.array([1, 0]),
+    ...                         np.array([True, True]))
+    >>> distinct = Distinct(trials.rows([0]), np.array([0, 0]))  # as trials.distinct, which warns
+    >>> distinct.scores(np.array([0.5, 0.7]))
+    array([0.6])
     """
 
     trials: LabelledTrials
@@ -487,7 +509,32 @@ class LabelledTrials(Trials):
 def index_pairs(
     enrolment: Sequence[str], test: Sequence[str], labels: np.ndarray | None, source: str
 ) -> Trials:
-    """Trials of the ids of both sides, in their order."""
+    """Trials of the ids of both sides, in their order.
+
+    Parameters
+    ----------
+    enrolment, test : sequence of str [N]
+    labels : bool array [N] or None
+        Whether each is a target trial; without it the trials are unlabelled.
+    source : str
+        The list's file by name and SHA-256; empty for trials made in memory.
+
+    Returns
+    -------
+    Trials
+        With labels LabelledTrials. An id stands where it is met first.
+
+    Raises
+    ------
+    ValueError
+        Sides, or labels, of other lengths.
+
+    Examples
+    --------
+    >>> trials = index_pairs(["a/1", "a/1"], ["a/2", "b/1"], np.array([True, False]), "mine.txt")
+    >>> trials.ids, trials.enrolment, trials.test
+    (['a/1', 'a/2', 'b/1'], array([0, 0]), array([1, 2]))
+    """
     names = dict.fromkeys(chain.from_iterable(zip(enrolment, test, strict=True)))
     place = {name: n for n, name in enumerate(names)}
     one, two = (
