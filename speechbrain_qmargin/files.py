@@ -31,6 +31,7 @@ __all__ = [
     "to_disk",
     "write_new",
     "write_text",
+    "zip_damage",
 ]
 
 CACHE_VARIABLE = "SPEECHBRAIN_QMARGIN_CACHE"
@@ -264,6 +265,8 @@ def load_arrays(
 ) -> np.ndarray | dict[str, np.ndarray]:
     """The array of a npy, or those of a npz; never executes code.
 
+    A npz has a checksum for each array, which is compared; a npy has none.
+
     Parameters
     ----------
     path : path
@@ -297,6 +300,8 @@ def load_arrays(
                 return loaded
             with loaded:
                 wanted = [name for name in loaded.files if names is None or name in names]
+                for member in loaded.zip.infolist():  # the directory has no checksum:
+                    loaded.zip.open(member).close()  # each name is compared with the other one
                 for name in wanted:
                     _refuse_bomb(loaded.zip, name)
                 arrays = {name: loaded[name] for name in wanted}
@@ -308,7 +313,7 @@ def load_arrays(
         raise
     # numpy's, zip's and Python's own words for damage and pickles
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError,
-            NotImplementedError, MemoryError, OverflowError, SyntaxError,
+            RuntimeError, MemoryError, OverflowError, SyntaxError,
             AttributeError, TypeError) as error:  # fmt: skip
         raise ValueError(f"{path}: damaged, or not {what} ({error})") from None
 
@@ -320,6 +325,35 @@ def _refuse_bomb(archive: zipfile.ZipFile, name: str) -> None:
             packed, size = member.compress_size, member.file_size
             if size > _LARGE and size > _DENSEST * packed:
                 raise ValueError(f"{name}: {packed:,} bytes unpack to {size:,}")
+
+
+def zip_damage(path: str | Path) -> str | None:
+    """What is wrong with a file that may be a zip archive, as torch's are; None if nothing is.
+
+    Each entry has a checksum, which torch does not compare: flipped bits would be other weights.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "weights.pt"
+    >>> with zipfile.ZipFile(file, "w") as archive:
+    ...     archive.writestr("data/0", "1234")
+    >>> zip_damage(file)
+    >>> _ = file.write_bytes(file.read_bytes().replace(b"1234", b"1239"))
+    >>> zip_damage(file)
+    'data/0 is not what was written'
+    """
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(2)
+        if not start:
+            return "empty"
+        if start == b"PK":
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+            return f"{bad} is not what was written" if bad else None
+    except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        return " ".join(str(error).split())[:200]
+    return None
 
 
 def save_record(path: str | Path, kind: str, content: dict) -> None:

@@ -238,3 +238,31 @@ def test_matrices_of_one_row_over_several_arks(tmp_path):
     kaldiio.save_ark(str(tmp_path / "two.ark"), {"a": np.ones((2, 3), np.float32)})
     with pytest.raises(ValueError, match="a is a matrix of 2 rows; an embedding has one"):
         load_embeddings(tmp_path / "two.ark")
+
+
+def test_flipped_bits_of_stored_embeddings_are_noticed(tmp_path):
+    """Each array has its CRC-32 in the zip; the directory, which has none, names each twice."""
+    rng = np.random.default_rng(0)
+    file = tmp_path / "e.npz"
+    rows = rng.normal(size=(3, 5)).astype(np.float32)
+    save_embeddings(file, dict(zip(("a/1", "a/2", "b/1"), rows, strict=True)), "a digest")
+    whole, said = file.read_bytes(), []
+    with zipfile.ZipFile(file) as archive:
+        places = [whole.index(member.filename.encode()) for member in archive.infolist()]
+        places += [whole.rindex(member.filename.encode()) for member in archive.infolist()]
+    places += range(0, whole.index(b"PK\x01\x02"), 5)
+    places += [whole.index(b"PK\x01\x02") + 8]  # the flag of an encrypted member
+    for place in places:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        file.write_bytes(flipped)
+        try:
+            found = load_embeddings(file)
+        except ValueError as error:
+            said.append(str(error))
+        else:  # of the time, or of padding
+            assert found.ids == ["a/1", "a/2", "b/1"]
+            assert found.encoder == "a digest"
+            np.testing.assert_array_equal(found.matrix, rows)
+    assert len(said) > 0.8 * len(places)
+    assert all("e.npz: damaged" in one for one in said)

@@ -21,7 +21,7 @@ from speechbrain_qmargin.training.checkpoints import (
     AtomicCheckpointer,
     bare,
     load_average,
-    load_module,
+    load_weights,
 )
 from speechbrain_qmargin.training.internals import has_statistics
 
@@ -156,7 +156,7 @@ def load_encoder(
     for name in PARTS:
         file = folder / f"{name}.ckpt"
         if file.is_file():
-            load_module(modules[name], file)
+            load_weights(modules[name], file)
     return SpeakerEncoder(modules, tree["sample_rate"], canonical(tree, PARTS)).to(device)
 
 

@@ -15,7 +15,7 @@ from speechbrain_qmargin.export.encoder import is_run, load_run
 from speechbrain_qmargin.faces.pair_sets import FLIPS
 from speechbrain_qmargin.models.digest import digest_of_modules
 from speechbrain_qmargin.published import Published
-from speechbrain_qmargin.training.checkpoints import bare, load_module
+from speechbrain_qmargin.training.checkpoints import bare, load_weights
 
 __all__ = ["FaceEncoder", "has_faces", "load_face_encoder"]
 
@@ -145,7 +145,7 @@ def load_face_encoder(
                 f"{folder}: neither a run (no save/) nor an inference folder (no {weights.name})"
             )
         model = build(tree, ["embedding_model"])["embedding_model"]
-        load_module(model, weights)
+        load_weights(model, weights)
     own = "sum" if tree.get("test_flip", False) else "none"
     definition = canonical(tree, ["embedding_model"])
     return FaceEncoder(model, tree["image_size"], flip or own, definition).to(device)

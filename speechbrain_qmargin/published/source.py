@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from speechbrain_qmargin.files import zip_damage
 from speechbrain_qmargin.published.inert import is_program, read_without_objects
 
 __all__ = ["Source", "first_keys", "fit", "parts_below", "read_tensors", "without_prefix"]
@@ -38,6 +39,8 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
             "would run; give the weights (torch.save of a state_dict)"
         )
     try:
+        if fault := zip_damage(path):
+            raise ValueError(fault)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError, EOFError, zipfile.BadZipFile, RuntimeError, ValueError, KeyError,
@@ -130,6 +133,8 @@ class Source:
             try:
                 found = read_tensors(path)
             except ValueError as refused:
+                if zip_damage(path):
+                    raise
                 try:
                     found, objects = read_without_objects(path)
                 except Exception:  # damaged in one of many ways

@@ -7,7 +7,6 @@ import pickle
 import re
 import shutil
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
-from speechbrain_qmargin.files import to_disk
+from speechbrain_qmargin.files import to_disk, zip_damage
 from speechbrain_qmargin.training.internals import (
     HiddenCheckpointer,
     has_statistics,
@@ -38,6 +37,7 @@ __all__ = [
     "ends_an_epoch",
     "load_average",
     "load_module",
+    "load_weights",
 ]
 
 logger = logging.getLogger(__name__)
@@ -62,19 +62,7 @@ def damage(checkpoint: Checkpoint) -> str | None:
     """
     for path in checkpoint.paramfiles.values():
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            fault = None
-            try:
-                with file.open("rb") as stream:
-                    start = stream.read(2)
-                if not start:
-                    fault = "empty"
-                elif start == b"PK":
-                    with zipfile.ZipFile(file) as archive:
-                        bad = archive.testzip()
-                    fault = bad and f"{bad} is not what was written"
-            except (OSError, zipfile.BadZipFile, NotImplementedError, zlib.error) as error:
-                fault = _one_line(error)
-            if fault:
+            if fault := zip_damage(file):
                 return f"{file}: damaged ({fault})"
     return None
 
@@ -269,6 +257,13 @@ def bare(module: Any) -> Any:
 def ends_an_epoch(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is of a finished epoch."""
     return checkpoint.meta["end-of-epoch"]
+
+
+def load_weights(module: Any, path: str | Path) -> None:
+    """As :func:`load_module` of a file by itself, whose checksums nobody has compared yet."""
+    if fault := zip_damage(path):
+        raise OSError(f"{path}: damaged ({fault})")
+    load_module(module, path)
 
 
 def load_module(module: Any, path: str | Path, first_rows: bool = False) -> None:

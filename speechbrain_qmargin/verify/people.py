@@ -8,6 +8,9 @@ An enrolment is one transaction, on the disk before :meth:`People.enrol` returns
 (``synchronous=EXTRA``, a rollback journal). What is deleted is overwritten (``secure_delete``), and
 the file is built anew (``VACUUM``), so that nothing of a person is left in it; copies of the file,
 backups and the blocks that a file system or a drive has freed are beyond this module.
+
+SQLite does not notice flipped bits in what it keeps: each recording has a checksum (CRC-32) of
+whose it is and of all that is held of it, which every reader of embeddings compares.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import sqlite3
 import threading
 import unicodedata
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,10 +55,12 @@ CREATE TABLE recordings (
     encoder TEXT NOT NULL,
     embedding BLOB NOT NULL,
     quality TEXT NOT NULL,
-    added TEXT NOT NULL
+    added TEXT NOT NULL,
+    checksum INTEGER NOT NULL
 );
 CREATE INDEX recordings_of ON recordings(person);
 """
+_HELD = "encoder, embedding, quality, added, checksum"
 MAX_NAME = 200
 _JOINERS = (
     "\u200c\u200d"  # invisible too, but Persian and the languages of India are spelt with them
@@ -275,11 +281,11 @@ class People:
                 db.execute("DELETE FROM recordings WHERE person = ?", (person,))
             self._refuse_other(person, name, encoder, rows.shape[1])
             db.executemany(
-                "INSERT INTO recordings(person, encoder, embedding, quality, added) "
-                "VALUES (?, ?, ?, ?, ?)",
+                f"INSERT INTO recordings(person, {_HELD}) VALUES (?, ?, ?, ?, ?, ?)",
                 [
-                    (person, encoder, row.tobytes(), quality, now)
+                    (person, *held, _checksum(name, *held))
                     for row, quality in zip(rows, said, strict=True)
+                    for held in [(encoder, row.tobytes(), quality, now)]
                 ],
             )
 
@@ -367,21 +373,26 @@ class People:
         with self._reading():
             person = self._person(name)
             rows = self._db.execute(
-                "SELECT encoder, embedding FROM recordings WHERE person = ? ORDER BY id", (person,)
+                f"SELECT {_HELD} FROM recordings WHERE person = ? ORDER BY id", (person,)
             ).fetchall()
-        other = [held for held, _ in rows if held != encoder]
+        matrix = self._matrix(name, rows)
+        other = [held for held, *_ in rows if held != encoder]
         if other:
             raise OtherEncoder(_other_encoder(name, other[0], encoder))
-        return self._matrix(name, [blob for _, blob in rows])
+        return matrix
 
-    def _matrix(self, name: str, blobs: Sequence[Any]) -> np.ndarray:
-        """A person's embeddings, as far as they are what was written."""
+    def _matrix(self, name: str, rows: Sequence[Sequence[Any]]) -> np.ndarray:
+        """The embeddings in a person's rows of `_HELD`, as far as they are what was written."""
+        blobs = [row[1] for row in rows]
         sizes = {len(blob) if isinstance(blob, bytes) else 0 for blob in blobs}
-        if len(sizes) == 1 and (size := sizes.pop()) and size % 4 == 0:
-            rows = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(len(blobs), -1)
-            if _usable(rows):
-                return rows
-        raise StorageFault(f"{self.path}: the embeddings of {name} are damaged; enrol them anew")
+        written = all(_checksum(name, *held) == checksum for *held, checksum in rows)
+        if written and len(sizes) == 1 and (size := sizes.pop()) and size % 4 == 0:
+            matrix = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(len(blobs), -1)
+            if _usable(matrix):
+                return matrix
+        raise StorageFault(
+            f"{self.path}: the embeddings of {name} are damaged; enrol them anew (--replace)"
+        )
 
     def everybody(self, encoder: str) -> dict[str, np.ndarray]:
         """The embeddings of all who are enrolled with an encoder, by name, float32 [n, D] each.
@@ -392,15 +403,16 @@ class People:
             Somebody's are damaged.
         """
         with self._reading():
+            held = _HELD.replace("added", "recordings.added")
             rows = self._db.execute(
-                "SELECT name, embedding FROM recordings JOIN people ON person = people.id "
+                f"SELECT name, {held} FROM recordings JOIN people ON person = people.id "
                 "WHERE encoder = ? ORDER BY name, recordings.id",
                 (encoder,),
             ).fetchall()
         found: dict[str, list[Any]] = {}
-        for name, blob in rows:
-            found.setdefault(name, []).append(blob)
-        everybody = {name: self._matrix(name, blobs) for name, blobs in found.items()}
+        for name, *row in rows:
+            found.setdefault(name, []).append(row)
+        everybody = {name: self._matrix(name, theirs) for name, theirs in found.items()}
         sizes = {matrix.shape[1] for matrix in everybody.values()}
         if len(sizes) > 1:
             raise StorageFault(f"{self.path}: damaged, embeddings of {len(sizes)} lengths in it")
@@ -421,11 +433,9 @@ class People:
                 "SELECT added FROM people WHERE id = ?", (person,)
             ).fetchone()
             rows = self._db.execute(
-                "SELECT encoder, embedding, quality, added FROM recordings WHERE person = ? "
-                "ORDER BY id",
-                (person,),
+                f"SELECT {_HELD} FROM recordings WHERE person = ? ORDER BY id", (person,)
             ).fetchall()
-        matrix = self._matrix(name, [blob for _, blob, _, _ in rows])
+        matrix = self._matrix(name, rows)
         try:
             recordings = [
                 {
@@ -434,13 +444,23 @@ class People:
                     "quality": json.loads(quality),
                     "added": when,
                 }
-                for (encoder, _, quality, when), embedding in zip(
+                for (encoder, _, quality, when, _), embedding in zip(
                     rows, matrix.tolist(), strict=True
                 )
             ]
         except (ValueError, TypeError, RecursionError):
             raise StorageFault(f"{self.path}: what was measured on {name} is damaged") from None
         return {"name": name, "added": added, "recordings": recordings}
+
+
+def _checksum(name: Any, encoder: Any, embedding: Any, quality: Any, added: Any) -> int:
+    """CRC-32 of a recording's row; of what was not written here too, which it then contradicts."""
+    parts = (name, encoder, embedding, quality, added)
+    return zlib.crc32(
+        b"\0".join(
+            one if isinstance(one, bytes) else str(one).encode("utf-8", "replace") for one in parts
+        )
+    )
 
 
 def _usable(rows: np.ndarray) -> bool:

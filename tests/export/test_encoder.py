@@ -186,6 +186,17 @@ def test_every_file_is_weights_alone(exported):
     assert not list(exported.glob(".inference*"))
 
 
+def test_flipped_bits_of_an_exported_encoder_are_noticed(run):
+    """torch reads them as they are: an encoder that is nearly the one that was trained."""
+    file = run / "inference" / "embedding_model.ckpt"
+    weights = torch.load(file, weights_only=True)
+    content = bytearray(file.read_bytes())
+    content[content.index(weights["fc.conv.weight"].numpy().tobytes()) + 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(OSError, match=r"embedding_model\.ckpt: damaged \(.*not what was written"):
+        load_encoder(run)
+
+
 def test_a_run_loads_before_and_after_its_export(tmp_path):
     modules = make_run(tmp_path, epochs=3)
     load_average(modules, Checkpointer(tmp_path / "save"), 2)

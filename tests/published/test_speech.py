@@ -155,6 +155,11 @@ def test_what_is_wrong_with_a_file_of_wespeakers_is_named(tmp_path):
     save({f"backbone.{key}": value for key, value in state.items() if key != "bn1.weight"}, file)
     with pytest.raises(ValueError, match=r"begin with backbone\.conv1.*WeSpeaker, .* lacks bn1\.w"):
         load_published(file)
+    whole = bytearray(file.read_bytes())
+    whole[whole.index(state["seg_1.weight"].numpy().tobytes()) + 3] ^= 1  # another exponent
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"or damaged; .*data/\d+ is not what was written\)"):
+        load_published(file)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a checkpoint of weights alone, or damaged"):
         load_published(file)

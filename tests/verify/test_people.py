@@ -1,6 +1,7 @@
 """The file of enrolments: atomic, of one encoder a person, and forgetful."""
 
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -79,6 +80,34 @@ def test_an_enrolment_is_whole_or_not_at_all(file):
     assert [one.name for one in people.list()] == ["Ann"]
 
 
+def test_flipped_bits_of_an_enrolment_are_noticed(file):
+    """SQLite gives them as they are: a value of another size, a name that is somebody else's."""
+    people = People(file)
+    people.enrol("Ann", rows(0), "e1", [QUALITY] * 3)
+    people.enrol("Bob", rows(1), "e1", [QUALITY] * 3)
+    people.close()
+    value = rows(0)[1].copy()
+    value.view(np.uint32)[7] ^= 1 << 21
+    for statement, given, name in (
+        ("UPDATE recordings SET embedding = ? WHERE id = 2", value.tobytes(), "Ann"),
+        ("UPDATE recordings SET person = 2 WHERE id = ?", 1, "Bob"),
+        ("UPDATE people SET name = ? WHERE id = 1", "Amn", "Amn"),
+        ("UPDATE recordings SET quality = ? WHERE id = 5", "{}", "Bob"),
+    ):
+        whole = file.read_bytes()
+        with sqlite3.connect(file) as db:
+            db.execute(statement, (given,))
+        db.close()
+        people = People(file)
+        said = f"{file}: the embeddings of {name} are damaged; enrol them anew"
+        for ask in (lambda p, n=name: p.embeddings(n, "e1"), lambda p: p.everybody("e1"),
+                    lambda p, n=name: p.export(n)):  # fmt: skip
+            with pytest.raises(StorageFault, match=re.escape(said)):
+                ask(people)
+        people.close()
+        file.write_bytes(whole)
+
+
 def test_killed_in_the_middle_of_an_enrolment_nothing_of_it_is_there(file):
     People(file).enrol("Ann", rows(0), "e1")
     script = """
@@ -87,8 +116,8 @@ def test_killed_in_the_middle_of_an_enrolment_nothing_of_it_is_there(file):
         db.execute("PRAGMA cache_size=1")  # pages go to the file before the transaction ends
         db.execute("BEGIN IMMEDIATE")
         db.execute("INSERT INTO people(name, added) VALUES ('Bob', '')")
-        db.executemany("INSERT INTO recordings(person, encoder, embedding, quality, added) "
-                       "VALUES (2, 'e1', ?, '', '')", [(os.urandom(4096),)] * 500)
+        db.executemany("INSERT INTO recordings(person, encoder, embedding, quality, added, "
+                       "checksum) VALUES (2, 'e1', ?, '', '', 0)", [(os.urandom(4096),)] * 500)
         os.kill(os.getpid(), 9)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(file)], check=False)
