@@ -77,6 +77,25 @@ def held_out_for_validation(
     """The classes that stay, and up to ten items, evenly spread, of each of `count` others.
 
     Who is held out depends on the number of classes alone.
+
+    Parameters
+    ----------
+    items : mapping from class to its items
+    classes : list of str
+    count : int
+        Classes to hold out.
+
+    Returns
+    -------
+    (classes, members)
+        Those that stay, in their order; the set of the items of the others.
+
+    Examples
+    --------
+    >>> items = {name: [f"{name}/{number}" for number in range(20)] for name in ("a", "b", "c")}
+    >>> classes, members = held_out_for_validation(items, ["a", "b", "c"], 1)
+    >>> classes, len(members), "c/0" in members, "c/1" in members
+    (['a', 'b'], 10, True, False)
     """
     order = np.random.default_rng(0).permutation(len(classes))[:count]
     chosen = {classes[i] for i in order}

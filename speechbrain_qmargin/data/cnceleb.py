@@ -29,7 +29,18 @@ logger = logging.getLogger(__name__)
 
 
 def is_cnceleb(folder: str | Path) -> bool:
-    """Whether a folder is CN-Celeb by its ``data`` and its lists."""
+    """Whether a folder is CN-Celeb by its ``data`` and its lists.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "data").mkdir()
+    >>> is_cnceleb(folder)
+    False
+    >>> (folder / "eval/lists").mkdir(parents=True)
+    >>> is_cnceleb(folder)
+    True
+    """
     folder = Path(folder)
     return (folder / "data").is_dir() and (
         _training_list(folder) is not None or (folder / "eval" / "lists").is_dir()
@@ -43,10 +54,28 @@ def read_cnceleb(folder: Path, for_trials: bool = False) -> Manifest:
     test recordings where there is no list. For trials everything is there, the test speakers'
     recordings in ``data`` too, of which ``enroll.map`` makes models.
 
+    Parameters
+    ----------
+    folder : path
+    for_trials : bool
+        Whether trials are taken from it and nobody in it is trained on.
+
     Raises
     ------
     FileNotFoundError
         No audio.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> for file in ("data/id00000/singing-01-001.flac", "data/id00800/vlog-01-001.flac",
+    ...              "eval/test/id00800-vlog-01-001.flac"):
+    ...     (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    ...     (folder / file).touch()
+    >>> list(read_cnceleb(folder).ids)
+    ['id00000/singing-01-001.flac']
+    >>> sorted(read_cnceleb(folder, for_trials=True).ids)
+    ['id00000/singing-01-001.flac', 'id00800/vlog-01-001.flac', 'test/id00800-vlog-01-001.flac']
     """
     test_speakers = {item.label for part in ("enroll", "test") for item in _tested(folder, part)}
     listing = _training_list(folder)

@@ -42,7 +42,16 @@ class _Known(NamedTuple):
 
 
 def durations_file(folder: str | Path, kind: str = "durations") -> Path:
-    """The cache of a folder of recordings, the same by whichever path one comes to it."""
+    """The cache of a folder of recordings, the same by whichever path one comes to it.
+
+    It lies in :func:`~speechbrain_qmargin.files.cache_folder`, and need not exist yet.
+
+    Examples
+    --------
+    >>> one, two = (durations_file(folder) for folder in ("VoxCeleb1", "../VoxCeleb1/"))
+    >>> one.suffix, one == durations_file("VoxCeleb1/wav/.."), one == two
+    ('.npz', True, False)
+    """
     digest = hashlib.sha256(os.fsencode(Path(folder).resolve())).hexdigest()
     return cache_folder() / kind / f"{digest[:32]}.npz"
 
@@ -144,6 +153,19 @@ def check_recordings(folder: str | Path, files: Sequence[str], *, progress: bool
     ------
     OSError
         Some cannot be decoded: their number, and the first three of them.
+
+    Examples
+    --------
+    >>> import soundfile
+    >>> folder = getfixture("tmp_path")
+    >>> getfixture("monkeypatch").setenv("SPEECHBRAIN_QMARGIN_CACHE", str(folder / "cache"))
+    >>> soundfile.write(folder / "a.wav", np.zeros(8000), 16000)
+    >>> files = [str(folder / "a.wav"), str(folder / "b.wav")]
+    >>> check_recordings(folder, files[:1], progress=False)
+    >>> _ = (folder / "b.wav").write_bytes(b"no audio")
+    >>> check_recordings(folder, files, progress=False)
+    Traceback (most recent call last):
+    OSError: 1 of 2 recordings to test on cannot be used, repair them or take their trials out: ...
     """
     distinct = sorted(set(files))
     _, faults = durations(

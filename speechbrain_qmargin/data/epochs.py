@@ -8,7 +8,13 @@ __all__ = ["CurrentEpoch", "first_epoch"]
 
 
 def first_epoch() -> int:
-    """Always 0: for datasets whose items do not change."""
+    """Always 0: for datasets whose items do not change.
+
+    Examples
+    --------
+    >>> first_epoch()
+    0
+    """
     return 0
 
 

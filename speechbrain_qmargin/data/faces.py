@@ -38,6 +38,13 @@ class FaceCorpus:
     valid_trials : LabelledTrials or None
     test_trials : dict from name to LabelledTrials
         Pairs, ids as in the manifests.
+
+    Examples
+    --------
+    >>> train = Manifest.of([Item("ann/1.png", "/faces/ann/1.png", "ann")])
+    >>> nothing = Manifest.of([])
+    >>> FaceCorpus(Path("/faces"), train, nothing, nothing, None, {}).identities
+    ['ann']
     """
 
     root: Path

@@ -22,6 +22,15 @@ class FoundFile(NamedTuple):
     path : str
     fault : str
         Why it cannot be used by its name; usually empty. `name` is then escaped.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "ann").mkdir()
+    >>> (folder / "ann/1.wav").touch()
+    >>> (found,) = audio_files(folder)
+    >>> found.name, found.fault
+    ('ann/1.wav', '')
     """
 
     name: str
@@ -30,7 +39,16 @@ class FoundFile(NamedTuple):
 
 
 def audio_files(folder: str | Path) -> Iterator[FoundFile]:
-    """Every audio file below a folder, see :func:`files_below`."""
+    """Every audio file below a folder, see :func:`files_below`.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> for name in ("1.wav", "2.FLAC", "notes.txt", ".3.wav"):
+    ...     (folder / name).touch()
+    >>> sorted(found.name for found in audio_files(folder))
+    ['1.wav', '2.FLAC']
+    """
     return files_below(folder, AUDIO_SUFFIXES)
 
 

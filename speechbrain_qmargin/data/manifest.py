@@ -119,6 +119,14 @@ class Item(NamedTuple):
         is not known is NaN.
     part : bool
         Whether it is a stretch of the file and not the whole.
+
+    Examples
+    --------
+    >>> Item("ann/1.wav", "/data/ann/1.wav", "ann").duration
+    nan
+    >>> corpus = Manifest.of([Item("ann--2", "/data/ann/1.wav", "ann", 1.5, 3.0, part=True)])
+    >>> corpus[0].start, corpus[0].duration
+    (1.5, 3.0)
     """
 
     id: str

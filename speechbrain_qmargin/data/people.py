@@ -31,6 +31,12 @@ class People:
     ids : dict from person to list of id
         An id begins with its person and a slash; what stands before the file is the session.
     files : dict from id to path
+
+    Examples
+    --------
+    >>> people = People({"ann": ["ann/1.jpg"]}, {"ann/1.jpg": Path("images/ann/1.jpg")})
+    >>> print(people.listed(people.ids["ann"]))
+    ann/1.jpg images/ann/1.jpg
     """
 
     ids: Mapping[str, Sequence[str]]

@@ -32,7 +32,19 @@ __all__ = ["CorpusReader", "Read", "corpus_reader", "read_corpus", "reader_named
 
 
 class Read(Protocol):
-    """What a reader does."""
+    """What a reader does.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.data.manifest import Item
+    >>> class OneFile:
+    ...     def __call__(self, source, for_trials=False):
+    ...         return Manifest.of([Item("ann/1.wav", str(source), "ann")])
+    >>> file = getfixture("tmp_path") / "1.wav"
+    >>> file.touch()
+    >>> read_corpus(file, reader=OneFile())[0].label
+    'ann'
+    """
 
     def __call__(self, source: Path, for_trials: bool = False, /) -> Manifest:
         """The corpus at a path.
@@ -56,7 +68,14 @@ class Read(Protocol):
 
 @dataclass(frozen=True)
 class CorpusReader:
-    """A function that was declared to be a reader; no other function is called by name."""
+    """A function that was declared to be a reader; no other function is called by name.
+
+    Examples
+    --------
+    >>> reader = CorpusReader(lambda folder, for_trials=False: Manifest.of([]))
+    >>> len(reader(Path("calls")))
+    0
+    """
 
     read: Read
 
@@ -65,7 +84,21 @@ class CorpusReader:
 
 
 def corpus_reader(function: Read) -> CorpusReader:
-    """Declare a reader, as a decorator; see :class:`Read` for what it takes and gives."""
+    """Declare a reader, as a decorator; see :class:`Read` for what it takes and gives.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.data.manifest import Item
+    >>> @corpus_reader
+    ... def read_calls(folder, for_trials=False):
+    ...     files = sorted(folder.glob("*.wav"))
+    ...     return Manifest.of(Item(one.name, str(one), one.name.split("_")[0]) for one in files)
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "ann_1.wav").touch()
+    >>> manifest = read_corpus(folder, reader=read_calls)
+    >>> manifest[0].id, manifest[0].label
+    ('ann_1.wav', 'ann')
+    """
     return CorpusReader(function)
 
 

@@ -21,7 +21,20 @@ EXACT = 1 << 24
 
 @dataclass(frozen=True)
 class Record:
-    """One record: its labels and its bytes (an encoded image; none in header records)."""
+    """One record.
+
+    Attributes
+    ----------
+    labels : float32 array [L]
+        Of an image its identity, perhaps with more behind it.
+    content : bytes
+        An encoded image; none in header records.
+
+    Examples
+    --------
+    >>> Record(np.array([7.0]), b"an encoded image").identity
+    7
+    """
 
     labels: np.ndarray
     content: bytes
@@ -41,6 +54,15 @@ def read_record(stream: BinaryIO) -> Record:
     ------
     ValueError
         No record begins there, or it is cut off.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "train.rec"
+    >>> write_records(file, [b"an image"], [0])
+    >>> with file.open("rb") as stream:
+    ...     header, image = read_record(stream), read_record(stream)
+    >>> image.identity, image.content
+    (0, b'an image')
     """
     parts, flag = [], -1
     while flag not in (0, 3):
@@ -72,7 +94,13 @@ def read_record(stream: BinaryIO) -> Record:
 
 
 def are_identities(labels: np.ndarray) -> np.ndarray:
-    """Which labels are numbers of identities: whole, from 0 on, and exact in float32; bool [N]."""
+    """Which labels [N] are numbers of identities: whole, from 0 on, exact in float32; bool [N].
+
+    Examples
+    --------
+    >>> are_identities(np.array([0, 93430, 2.5, -1, 2.0**24]))
+    array([ True,  True, False, False, False])
+    """
     return (labels >= 0) & (labels < EXACT) & (labels == np.floor(labels))
 
 

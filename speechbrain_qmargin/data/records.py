@@ -58,9 +58,14 @@ class FaceRecords(StoredFaces):
 
     Examples
     --------
-    >>> data = FaceRecords("ms1m-retinaface-t1/train.rec")              # doctest: +SKIP
-    >>> data[0]["image"].shape, data.num_classes                        # doctest: +SKIP
-    (torch.Size([3, 112, 112]), 93431)
+    >>> from speechbrain_qmargin.data.recordio import write_records
+    >>> file, image = getfixture("tmp_path") / "train.rec", b"P5 2 1 255 " + bytes([0, 255])
+    >>> write_records(file, [image, image, image], [0, 1, 1])
+    >>> data = FaceRecords(file, image_size=112)
+    >>> len(data), data.num_classes
+    (3, 2)
+    >>> data[2]["image"].shape, data[2]["identity_encoded"]
+    (torch.Size([3, 112, 112]), tensor([1]))
     """
 
     def __init__(

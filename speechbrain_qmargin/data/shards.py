@@ -36,6 +36,14 @@ def stored_faces(path: str | Path) -> FaceRecords | FaceShards | None:
     ------
     ValueError
         Several ``.rec`` files, none of which is ``train.rec``.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.data.recordio import write_records
+    >>> folder = getfixture("tmp_path")
+    >>> write_records(folder / "train.rec", [b"P5 2 1 255 " + bytes([0, 255])], [0])
+    >>> type(stored_faces(folder)).__name__, stored_faces(folder / "images")
+    ('FaceRecords', None)
     """
     path = Path(path)
     if path.suffix == ".rec":
@@ -68,6 +76,19 @@ class FaceShards(StoredFaces):
     ------
     FileNotFoundError, ValueError
         No shards; a shard that is cut off, compressed, or has an image without its ``.cls``: named.
+
+    Examples
+    --------
+    >>> import io
+    >>> folder, image = getfixture("tmp_path"), b"P5 2 1 255 " + bytes([0, 255])
+    >>> with tarfile.open(folder / "0.tar", "w") as tar:
+    ...     for name, content in (("a.pgm", image), ("a.cls", b"7")):
+    ...         member = tarfile.TarInfo(name)
+    ...         member.size = len(content)
+    ...         tar.addfile(member, io.BytesIO(content))
+    >>> data = FaceShards(folder, image_size=112, progress=False)
+    >>> data[0]["image"].shape, data[0]["identity_encoded"]
+    (torch.Size([3, 112, 112]), tensor([7]))
     """
 
     def __init__(

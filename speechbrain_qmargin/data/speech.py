@@ -47,6 +47,14 @@ class SpeechCorpus:
     test_trials : dict from name to such Trials
     skipped : Path
         Lists the recordings that cannot be used.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.data.manifest import Item
+    >>> train = Manifest.of([Item("ann/1.wav", "/data/ann/1.wav", "ann", duration=4.0)])
+    >>> nothing = Manifest.of([])
+    >>> SpeechCorpus(train, nothing, nothing, None).speakers
+    ['ann']
     """
 
     train: Manifest

@@ -35,6 +35,41 @@ class StoredFaces(Dataset):
 
     An image that cannot be used is listed in `skipped`, and the next one takes its place. It can be
     pickled if `epoch` can.
+
+    Parameters
+    ----------
+    image_size : int
+        Pixels; an item's ``image`` is float32 [3, image_size, image_size] in [-1, 1].
+    flip : bool
+        Mirror half of the images, others in every epoch.
+    seed : int
+    epoch : callable
+        Gives the current epoch.
+
+    Attributes
+    ----------
+    num_classes : int
+        Set by the subclass: labels are below it.
+    skipped : Skipped
+        The broken images met so far.
+
+    Examples
+    --------
+    >>> class InMemory(StoredFaces):
+    ...     def __init__(self, images):
+    ...         super().__init__(image_size=112, flip=False, seed=0, epoch=lambda: 0)
+    ...         self.images, self.num_classes = images, len(images)
+    ...     def __len__(self):
+    ...         return len(self.images)
+    ...     def labels(self):
+    ...         return np.arange(len(self.images))
+    ...     def name(self, row):
+    ...         return f"image {row}"
+    ...     def image(self, row):
+    ...         return self.images[row], row
+    >>> data = InMemory([b"broken", b"P5 2 1 255 " + bytes([0, 255])])
+    >>> data[0]["id"], data[0]["identity_encoded"], len(data.skipped)
+    ('image 1', tensor([1]), 1)
     """
 
     def __init__(self, image_size: int, flip: bool, seed: int, epoch: Callable[[], int]) -> None:
@@ -120,6 +155,30 @@ def kept_beside(
     """Arrays that are made once for all runs and made anew when a file changes.
 
     They lie at the path `beside` where that can be written, else in the cache folder.
+
+    Parameters
+    ----------
+    beside : path
+        An ``.npz``.
+    files : sequence of paths
+        What the arrays are of: made anew when the name, size or time of one changes.
+    make : callable
+        Gives the arrays, none of which may be called ``state``.
+
+    Raises
+    ------
+    FileNotFoundError
+        One of the files is not there.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "a.tar").write_bytes(b"images")
+    >>> index, files = folder / "index.npz", [folder / "a.tar"]
+    >>> kept_beside(index, files, lambda: {"offset": np.array([512])})
+    {'offset': array([512])}
+    >>> kept_beside(index, files, lambda: 1 / 0)  # is not asked again
+    {'offset': array([512])}
     """
     states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     state = hashlib.sha256(json.dumps([_INDEX_VERSION, *states]).encode()).hexdigest()

@@ -18,7 +18,17 @@ _COLUMNS = ("ID", "duration", "wav", "start", "stop", "spk_id")
 
 
 def is_table(source: str | Path) -> bool:
-    """Whether a path is a CSV file, a ``wav.scp``, or a folder with one."""
+    """Whether a path is a CSV file, a ``wav.scp``, or a folder with one.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> is_table(folder)
+    False
+    >>> (folder / "wav.scp").touch()
+    >>> is_table(folder), is_table(folder / "wav.scp")
+    (True, True)
+    """
     source = Path(source)
     return source.is_file() or (source / "wav.scp").is_file()
 
@@ -32,6 +42,20 @@ def read_table(source: Path, for_trials: bool = False) -> Manifest:
         ``*.csv``, ``wav.scp``, or a folder that holds one.
     for_trials : bool
         Without effect: a table is taken whole.
+
+    Raises
+    ------
+    ValueError, OSError
+        As :func:`read_csv` and :func:`read_kaldi`.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "train.csv").write_text("ID,wav,spk_id\\nann--1,/data/a.wav,ann\\n")
+    >>> _ = (folder / "wav.scp").write_text("ann-1 /data/a.wav")
+    >>> _ = (folder / "utt2spk").write_text("ann-1 ann")
+    >>> read_table(folder / "train.csv")[0].id, read_table(folder)[0].id
+    ('ann--1', 'ann-1')
     """
     if source.is_dir() or source.suffix == ".scp":
         return read_kaldi(source)
@@ -127,14 +151,29 @@ def _csv_rows(path: Path, reader, header: list[str], folder: str, rate: int) -> 
 
 
 def write_csv(path: str | Path, manifest: Manifest, *, sample_rate: int = 16000) -> None:
-    """The table of a manifest as :func:`read_csv` reads it, samples counted at `sample_rate`."""
+    """The table of a manifest as :func:`read_csv` reads it, samples counted at `sample_rate`.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "train.csv"
+    >>> whole = Item("ann--1", "/data/a.wav", "ann", duration=4.0)
+    >>> part = Item("ann--2", "/data/b.wav", "ann", start=1.0, duration=2.0, part=True)
+    >>> write_csv(file, Manifest.of([whole, part]))
+    >>> print(file.read_text())
+    ID,duration,wav,start,stop,spk_id
+    ann--1,4.0,/data/a.wav,,,ann
+    ann--2,,/data/b.wav,16000,48000,ann
+    """
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(_COLUMNS)
         for item in manifest:
             seconds = "" if item.part or math.isnan(item.duration) else item.duration
             ends = item.start, item.start + item.duration
-            start, stop = (round(one * sample_rate) if item.part else "" for one in ends)
+            start, stop = (
+                round(one * sample_rate) if item.part and not math.isnan(one) else ""
+                for one in ends
+            )
             writer.writerow((item.id, seconds, item.file, start, stop, item.label))
 
 

@@ -79,6 +79,14 @@ def training_roots(folder: str | Path) -> list[Path]:
     ------
     FileNotFoundError
         As :func:`audio_roots`.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "vox2_dev_aac/dev/aac/id00012").mkdir(parents=True)
+    >>> (folder / "vox2_test_aac/aac/id00017").mkdir(parents=True)
+    >>> [root.relative_to(folder).as_posix() for root in training_roots(folder)]
+    ['vox2_dev_aac/dev/aac']
     """
     folder = Path(folder)
     roots = audio_roots(folder)
@@ -100,7 +108,14 @@ def training_roots(folder: str | Path) -> list[Path]:
 
 
 def warn_of_too_many_speakers(speakers: Iterable[str]) -> None:
-    """Warn where more of VoxCeleb2's speakers would be trained on than its dev part has."""
+    """Warn in the log where more of VoxCeleb2's speakers are trained on than its dev part has.
+
+    Examples
+    --------
+    >>> warn_of_too_many_speakers(f"id{number:05}" for number in range(5995))
+    >>> print(getfixture("caplog").messages[0])
+    5,995 training speakers are VoxCeleb2's by their ids, and its development part has 5,994: ...
+    """
     count = sum(_VOXCELEB2_SPEAKER.fullmatch(speaker) is not None for speaker in speakers)
     if count > _VOXCELEB2_TRAINING_SPEAKERS:
         logger.warning(
@@ -138,6 +153,15 @@ def read_voxceleb(folder: Path, for_trials: bool = False) -> Manifest:
     ------
     FileNotFoundError
         No folder, no such layout, no audio.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "wav/id10001/1zcIwhmdeo4").mkdir(parents=True)
+    >>> (folder / "wav/id10001/1zcIwhmdeo4/00001.wav").touch()
+    >>> manifest = read_voxceleb(folder)
+    >>> manifest[0].id, manifest[0].label
+    ('id10001/1zcIwhmdeo4/00001.wav', 'id10001')
     """
     roots = audio_roots(folder) if for_trials else training_roots(folder)
     taken: dict[str, str] = {}

@@ -104,6 +104,10 @@ def test_speechbrains_csv_is_read_with_its_segments(tmp_path):
     ]
     write_csv(tmp_path / "again.csv", read_csv(path))
     assert list(read_csv(tmp_path / "again.csv")) == list(read_csv(path))
+    path.write_text("ID,wav,start,spk_id\nann 1,/1.wav,16000,ann\n")  # to an end not known
+    write_csv(tmp_path / "again.csv", read_csv(path))
+    (item,) = read_csv(tmp_path / "again.csv")
+    assert (item.start, item.part, np.isnan(item.duration)) == (1.0, True, True)
     path.write_text("spk_id,wav,ID,age\nann,/1.wav,ann 1,30\n")
     (item,) = read_csv(path)
     assert (item.id, item.part, np.isnan(item.duration)) == ("ann 1", False, True)
