@@ -31,6 +31,12 @@ class FaceQuality:
         Deviation of the Laplacian of the luminance, scaled to 112 pixels, over its contrast.
     faults : tuple of str
         Why it is refused; empty for a good one.
+
+    Examples
+    --------
+    >>> black = measure_face(np.zeros((112, 112, 3), dtype=np.uint8))
+    >>> black.height, black.brightness, black.contrast
+    (112, 0.0, 0.0)
     """
 
     height: int
@@ -58,6 +64,14 @@ class FaceLimits:
         The least.
     cut_off : float
         The most.
+
+    Examples
+    --------
+    >>> dark = FaceQuality(112, 112, 8, contrast=30, cut_off=0, likeness=0.9, sharpness=0.2)
+    >>> FaceLimits().faults(dark)
+    ('too dark: brightness 8 of 255, 20 to 235',)
+    >>> FaceLimits(brightness=(5, 235)).faults(dark)
+    ()
     """
 
     side: int = 48

@@ -68,15 +68,41 @@ _JOINERS = (
 
 
 class NotEnrolled(ValueError):
-    """Nobody of that name."""
+    """Nobody of that name.
+
+    Examples
+    --------
+    >>> people = People(getfixture("tmp_path") / "people.sqlite")
+    >>> people.delete("Bob")
+    Traceback (most recent call last):
+    speechbrain_qmargin.verify.people.NotEnrolled: nobody is enrolled as 'Bob'
+    >>> people.close()
+    """
 
 
 class OtherEncoder(ValueError):
-    """Templates of another encoder than the one that is loaded."""
+    """Templates of another encoder than the one that is loaded.
+
+    Examples
+    --------
+    >>> people = People(getfixture("tmp_path") / "people.sqlite")
+    >>> people.enrol("Ann", np.ones((1, 2)), "encoder 1")
+    >>> people.embeddings("Ann", "encoder 2")
+    Traceback (most recent call last):
+    speechbrain_qmargin.verify.people.OtherEncoder: Ann is enrolled with the encoder encoder 1, ...
+    >>> people.close()
+    """
 
 
 class StorageFault(OSError):
-    """The file of enrolments cannot be read or written: damaged, locked, or the disk is full."""
+    """The file of enrolments cannot be read or written: damaged, locked, or the disk is full.
+
+    Examples
+    --------
+    >>> People(getfixture("tmp_path"))      # a folder
+    Traceback (most recent call last):
+    speechbrain_qmargin.verify.people.StorageFault: ...: unable to open database file
+    """
 
 
 @dataclass(frozen=True)
@@ -129,7 +155,17 @@ def checked_name(name: str) -> str:
 
 
 def is_enrolments(path: str | Path) -> bool:
-    """Whether a file is a database, or will be one: empty, or not there and named as one."""
+    """Whether a file is a database, or will be one: empty, or not there and named as one.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> is_enrolments(folder / "people.sqlite"), is_enrolments(folder / "people.txt")
+    (True, False)
+    >>> _ = (folder / "list.sqlite").write_text("ann.wav")
+    >>> is_enrolments(folder / "list.sqlite")
+    False
+    """
     path = Path(path)
     if not path.is_file():
         return path.suffix == ".sqlite"

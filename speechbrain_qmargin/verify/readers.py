@@ -56,6 +56,14 @@ class Unfit(ValueError):
         Why, each with its figure.
     quality : SpeechQuality, FaceQuality or None
         What was measured, as far as that went.
+
+    Examples
+    --------
+    >>> error = Unfit("ann.wav", ["too short: 0.1 s, at least 0.5 s are wanted"])
+    >>> print(error)
+    ann.wav: too short: 0.1 s, at least 0.5 s are wanted
+    >>> error.faults
+    ('too short: 0.1 s, at least 0.5 s are wanted',)
     """
 
     def __init__(self, source: Source, faults: Sequence[str], quality: Quality | None = None):
@@ -87,6 +95,21 @@ class Reader(Protocol):
         "speech" or "faces".
     digest : str
         The encoder's.
+
+    Examples
+    --------
+    >>> class Written:      # embeddings as text
+    ...     modality, digest = "speech", "encoder 1"
+    ...
+    ...     def read(self, source):
+    ...         return Sample([torch.tensor([float(number) for number in source.split()])], None)
+    ...
+    ...     def embed(self, samples):
+    ...         return np.stack([sample.inputs[0].numpy() for sample in samples])
+    >>> reader = Written()
+    >>> reader.embed([reader.read(b"1 0"), reader.read(b"0.6 0.8")])
+    array([[1. , 0. ],
+           [0.6, 0.8]], dtype=float32)
     """
 
     modality: str
@@ -105,7 +128,13 @@ class Reader(Protocol):
 
 
 def called(source: Source) -> str:
-    """What a message calls a source."""
+    """What a message calls a source.
+
+    Examples
+    --------
+    >>> called("ann.wav"), called(b"RIFF")
+    ('ann.wav', 'the content')
+    """
     return "the content" if isinstance(source, bytes) else str(source)
 
 
@@ -122,6 +151,19 @@ class SpeechReader:
         at once: ECAPA-TDNN with 1,024 channels takes gigabytes for some minutes.
     checked : bool
         Whether what is no speech is refused, or only what is too short for the network.
+
+    Examples
+    --------
+    What nobody speaks in is refused before the encoder sees it.
+
+    >>> import soundfile
+    >>> from speechbrain_qmargin.export.encoder import PARTS
+    >>> encoder = SpeakerEncoder(dict.fromkeys(PARTS, torch.nn.Identity()))
+    >>> path = getfixture("tmp_path") / "silence.wav"
+    >>> soundfile.write(path, np.zeros(16000), 16000)
+    >>> SpeechReader(encoder).read(path)
+    Traceback (most recent call last):
+    speechbrain_qmargin.verify.readers.Unfit: ...silence.wav: silent: all its samples are equal
     """
 
     modality = "speech"
@@ -209,6 +251,17 @@ class FaceReader:
         Images embedded at once.
     checked : bool
         Whether images are refused by `limits`, or only those that show nothing.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> from PIL import Image
+    >>> path = getfixture("tmp_path") / "black.png"
+    >>> Image.new("RGB", (112, 112)).save(path)
+    >>> encoder = SimpleNamespace(image_size=112, digest=lambda: "encoder 1")
+    >>> FaceReader(encoder).read(path)
+    Traceback (most recent call last):
+    speechbrain_qmargin.verify.readers.Unfit: ...black.png: shows nothing: all its pixels are equal
     """
 
     modality = "faces"

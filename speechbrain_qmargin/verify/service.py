@@ -462,6 +462,14 @@ def read_token(path: str | Path) -> str:
     ------
     ValueError
         An empty file, or one that others may read.
+
+    Examples
+    --------
+    >>> path = getfixture("tmp_path") / "token"
+    >>> path.touch(mode=0o600)
+    >>> _ = path.write_text("correct horse battery staple")
+    >>> read_token(path)
+    'correct horse battery staple'
     """
     path = Path(path)
     if os.name == "posix" and path.stat().st_mode & 0o077:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["SpeechLimits", "SpeechQuality", "frames_of", "measure_speech"]
+__all__ = ["SpeechLimits", "SpeechQuality", "measure_speech", "summarised"]
 
 _FRAME, _HOP = 0.032, 0.016  # seconds
 _ACTIVE, _LOUD = 30.0, 20.0  # dB below the 95th percentile
@@ -52,6 +52,12 @@ class SpeechQuality:
         The share of active frames that have a pitch.
     faults : tuple of str
         Why it is refused; empty for a good one.
+
+    Examples
+    --------
+    >>> silent = measure_speech(np.zeros(8000), 16000)
+    >>> silent.seconds, silent.active_seconds, silent.level
+    (0.5, 0.0, -inf)
     """
 
     seconds: float
@@ -76,6 +82,14 @@ class SpeechLimits:
         Longer ones are refused before they are read.
     level, clipped, modulation, voiced, variation : float
         `clipped` is the most, the others are the least.
+
+    Examples
+    --------
+    >>> clipped = SpeechQuality(2, 1.5, -3, clipped=0.25, modulation=20, voiced=0.5, variation=6)
+    >>> SpeechLimits().faults(clipped)
+    ("clipped: 25.0 % of its samples are cut off, at most 2 %; lower the microphone's level",)
+    >>> SpeechLimits(clipped=0.3).faults(clipped)
+    ()
     """
 
     seconds: float = 0.5
@@ -121,7 +135,7 @@ class SpeechLimits:
         return tuple(faults)
 
 
-def frames_of(signal: np.ndarray, sample_rate: int) -> np.ndarray:
+def _frames_of(signal: np.ndarray, sample_rate: int) -> np.ndarray:
     """Frames [N, samples] of 32 ms, every 16 ms; at least one, padded with zeros."""
     size, hop = round(_FRAME * sample_rate), round(_HOP * sample_rate)
     if len(signal) < size:
@@ -150,7 +164,7 @@ def measure_speech(signal: np.ndarray, sample_rate: int) -> SpeechQuality:
     if not len(signal) or signal.min() == signal.max():
         return SpeechQuality(seconds, 0.0, -math.inf, 0.0, 0.0, 0.0, 0.0)
     signal = signal - signal.mean(dtype=np.float64).astype(np.float32)
-    frames = frames_of(signal, sample_rate)
+    frames = _frames_of(signal, sample_rate)
     power = np.einsum("ns,ns->n", frames, frames, dtype=np.float64) / frames.shape[1]
     levels = 10 * np.log10(power + _FLOOR)
     top = np.percentile(levels, 95)
@@ -158,7 +172,7 @@ def measure_speech(signal: np.ndarray, sample_rate: int) -> SpeechQuality:
     heights = 10 * np.log10(_bands(frames[loud], sample_rate) + _FLOOR)
     shapes = heights - heights.mean(axis=1, keepdims=True)
     emphasised = np.append(signal[:1], signal[1:] - np.float32(_PRE_EMPHASIS) * signal[:-1])
-    voices = frames_of(emphasised, sample_rate)
+    voices = _frames_of(emphasised, sample_rate)
     low, high = np.percentile(levels, (10, 90))
     lower, upper = np.percentile(shapes, (16, 84), axis=0)
     return SpeechQuality(
@@ -220,7 +234,16 @@ def _clipped(signal: np.ndarray) -> float:
 
 
 def summarised(parts: Iterable[SpeechQuality]) -> SpeechQuality:
-    """One of several stretches: lengths added, measures weighted by what is active in each."""
+    """One of several stretches: lengths added, measures weighted by what is active in each.
+
+    Examples
+    --------
+    >>> one = SpeechQuality(10.0, 6.0, -20.0, 0.0, 30.0, voiced=0.4, variation=5.0)
+    >>> other = SpeechQuality(10.0, 2.0, -20.0, 0.0, 30.0, voiced=0.8, variation=5.0)
+    >>> both = summarised([one, other])
+    >>> both.seconds, both.active_seconds, round(both.voiced, 4)        # (6 * 0.4 + 2 * 0.8) / 8
+    (20.0, 8.0, 0.5)
+    """
     parts = list(parts)
     weights = np.array([part.active_seconds for part in parts])
     weights = weights / weights.sum() if weights.sum() else np.full(len(parts), 1 / len(parts))

@@ -33,7 +33,14 @@ _NORMALISED = ("as", "s", "z", "t")
 
 
 class NoThreshold(ValueError):
-    """No threshold was measured for an encoder, or the one that is there is not of it."""
+    """No threshold was measured for an encoder, or the one that is there is not of it.
+
+    Examples
+    --------
+    >>> System.load(getfixture("tmp_path"), "encoder 1")
+    Traceback (most recent call last):
+    speechbrain_qmargin.verify.system.NoThreshold: ...: no threshold in it (no operating_point...
+    """
 
 
 class Vectors(NamedTuple):
@@ -88,7 +95,17 @@ class Histogram:
 
 
 def cohort_digest(cohort: Cohort | None) -> str:
-    """SHA-256 of all that a cohort does to scores; empty for none."""
+    """SHA-256 of all that a cohort does to scores; empty for none.
+
+    Examples
+    --------
+    >>> cohort_digest(None)
+    ''
+    >>> entries = Embeddings(["ann", "bob"], np.eye(2))
+    >>> of_two, of_three = (cohort_digest(Cohort(entries, None, top_n=n)) for n in (2, 3))
+    >>> of_two == of_three
+    False
+    """
     if cohort is None:
         return ""
     digest = hashlib.sha256(
@@ -117,6 +134,20 @@ class System:
     ------
     ValueError
         Parts that are of different encoders, cohorts or scores; a kind that is not known.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.scoring.decision import choose_operating_point
+    >>> from speechbrain_qmargin.scoring.metrics import operating_points
+    >>> points = operating_points(np.array([0.0, 0.25, 0.75]), np.array([False, False, True]))
+    >>> system = System(choose_operating_point("demo", points, 0.01, kind="cosine"))
+    >>> system.point.threshold                      # between the impostors and the target
+    0.5
+    >>> ann = system.vectors([np.array([[2.0, 0.0]])])
+    >>> test = system.vectors([np.array([[3.0, 4.0]])])
+    >>> score = float(system.scores(ann, test)[0, 0])
+    >>> round(score, 4), system.accepts(score)
+    (0.6, True)
     """
 
     point: OperatingPoint

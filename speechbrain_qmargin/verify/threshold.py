@@ -84,6 +84,26 @@ def embed_files(
     ------
     ValueError
         None is fit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from speechbrain_qmargin.verify.readers import Sample
+    >>> class Written:      # a reader of embeddings as text
+    ...     modality, digest = "speech", "encoder 1"
+    ...
+    ...     def read(self, source):
+    ...         if not source:
+    ...             raise OSError("the content is empty")
+    ...         return Sample([torch.tensor([float(number) for number in source.split()])], None)
+    ...
+    ...     def embed(self, samples):
+    ...         return np.stack([sample.inputs[0].numpy() for sample in samples])
+    >>> files = {"ann/1": b"1 0", "bob/1": b"0 1", "bob/2": b""}
+    >>> folder = getfixture("tmp_path") / "parts"
+    >>> found, faults = embed_files(Written(), files, folder, content=bytes)
+    >>> list(found), faults
+    (['ann/1', 'bob/1'], {'bob/2': 'the content is empty'})
     """
     parts = EmbeddingParts(folder, f"{reader.digest} verified")
     merged, faults = extract_items(
@@ -112,6 +132,16 @@ def cohort_of(
         By default a third of the people, from 2 to 300.
     centre : bool
         Whether their mean is subtracted from everything.
+
+    Examples
+    --------
+    >>> raw = Embeddings(["ann/1", "ann/2", "bob/1"], np.array([[1, 0], [1, 0.2], [0, 1]]))
+    >>> cohort = cohort_of(raw)
+    >>> cohort.kind, cohort.speakers, cohort.top_n
+    ('as-norm', ('ann', 'bob'), 2)
+    >>> cohort_of(Embeddings(["ann/1"], np.eye(1)))
+    Traceback (most recent call last):
+    ValueError: the cohort has 1 people; dozens at least are wanted
     """
     people = {name: speaker_in(name) for name in embeddings.ids}
     count = len(set(people.values()))

@@ -134,6 +134,33 @@ class Verifier:
     at_once : int
         Files that are decoded and checked at once, by all threads together: a compressed file
         takes many times its size in memory.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.scoring.decision import choose_operating_point
+    >>> from speechbrain_qmargin.scoring.metrics import operating_points
+    >>> class Written:      # a reader of embeddings as text
+    ...     modality, digest = "speech", "encoder 1"
+    ...
+    ...     def read(self, source):
+    ...         return Sample([torch.tensor([float(number) for number in source.split()])], None)
+    ...
+    ...     def embed(self, samples):
+    ...         return np.stack([sample.inputs[0].numpy() for sample in samples])
+    >>> points = operating_points(np.array([0.0, 0.25, 0.75]), np.array([False, False, True]))
+    >>> system = System(choose_operating_point("demo", points, 0.01, kind="cosine"))
+    >>> people = People(getfixture("tmp_path") / "people.sqlite")
+    >>> verifier = Verifier(Written(), people, system)
+    >>> _ = verifier.enrol("Ann", b"1 0")
+    >>> decision = verifier.verify("Ann", b"3 4")
+    >>> round(decision.score, 4), decision.threshold, decision.accept
+    (0.6, 0.5, True)
+    >>> found = verifier.identify(b"0 1")           # at right angles to Ann
+    >>> [one.name for one in found.candidates], found.name
+    (['Ann'], None)
+    >>> verifier.erase("Ann")
+    1
+    >>> people.close()
     """
 
     def __init__(
@@ -436,6 +463,15 @@ def place_of(encoder: str | Path) -> Path:
 
     A run's ``inference/``, or the inference folder itself; of a published model, which is left as
     it is, ``<file or folder>.verifier`` beside it, whether or not its format is named before it.
+
+    Examples
+    --------
+    >>> place_of("models/voices.onnx").name
+    'voices.onnx.verifier'
+    >>> run = getfixture("tmp_path")
+    >>> (run / "save").mkdir()
+    >>> place_of(run).name
+    'inference'
     """
     path = split_format(encoder)[1]
     if path.name in ("", ".."):
@@ -446,7 +482,13 @@ def place_of(encoder: str | Path) -> Path:
 
 
 def people_file(encoder: str | Path) -> Path:
-    """The file of enrolments that belongs to an encoder: beside where its threshold is."""
+    """The file of enrolments that belongs to an encoder: beside where its threshold is.
+
+    Examples
+    --------
+    >>> people_file("models/voices.onnx").name
+    'voices.onnx.verifier.people.sqlite'
+    """
     place = place_of(encoder)
     return place.with_name(f"{place.name}.people.sqlite")
 
