@@ -33,6 +33,17 @@ def hyperparams_tree(
     FileNotFoundError, ValueError
         No such file; a key that is missing, a size that is none; a tag that would run code
         (:func:`~speechbrain_qmargin.training.trust.refuse_code`).
+
+    Examples
+    --------
+    >>> path = getfixture("tmp_path") / "hyperparams.yaml"
+    >>> _ = path.write_text("{sample_rate: 16000, bands: 80, modules: {n_mels: !ref <bands>}}")
+    >>> hyperparams_tree(path)["modules"]["n_mels"]
+    80
+    >>> _ = path.write_text("{sample_rate: 16000, modules: {network: !apply:os.system [ls]}}")
+    >>> hyperparams_tree(path)
+    Traceback (most recent call last):
+    ValueError: ...
     """
     path = Path(path)
     if not path.is_file():
@@ -55,7 +66,15 @@ def hyperparams_tree(
 
 
 def definitions(tree: Any, names: Iterable[str]) -> str:
-    """The YAML of some modules and of what they are made of; each a key of its own."""
+    """The YAML of some modules and of what they are made of; each a key of its own.
+
+    Examples
+    --------
+    >>> linear = "!new:torch.nn.Linear {in_features: 2, out_features: 1}"
+    >>> tree = resolved(f"modules: {{network: {linear}, classifier: 0}}")
+    >>> print(definitions(tree, ["network"]).strip())
+    network: !new:torch.nn.Linear {in_features: 2, out_features: 1}
+    """
 
     def without_comments(node: Any) -> None:
         if isinstance(node, (CommentedMap, CommentedSeq)):
@@ -74,7 +93,14 @@ def definitions(tree: Any, names: Iterable[str]) -> str:
 
 
 def canonical(tree: Any, names: Iterable[str]) -> str:
-    """What some modules are, as JSON that is the same however the YAML was laid out."""
+    """What some modules are, as JSON that is the same however the YAML was laid out.
+
+    Examples
+    --------
+    >>> tree = resolved("{sample_rate: 8000, modules: {net: !new:torch.nn.ReLU {inplace: True}}}")
+    >>> canonical(tree, ["net"])
+    '[{"net": {"!new:torch.nn.ReLU": {"inplace": true}}}, 8000]'
+    """
 
     def plain(node: Any) -> Any:
         tag = str(getattr(getattr(node, "tag", None), "value", None) or "")
@@ -97,5 +123,12 @@ def canonical(tree: Any, names: Iterable[str]) -> str:
 
 
 def build(tree: Any, names: Iterable[str]) -> dict[str, Any]:
-    """The modules themselves, with random weights; those that the YAML does not define are left."""
+    """The modules themselves, with random weights; those that the YAML does not define are left.
+
+    Examples
+    --------
+    >>> tree = resolved("modules: {net: !new:torch.nn.Linear {in_features: 2, out_features: 1}}")
+    >>> build(tree, ["net", "classifier"])
+    {'net': Linear(in_features=2, out_features=1, bias=True)}
+    """
     return load_hyperpyyaml(definitions(tree, names))

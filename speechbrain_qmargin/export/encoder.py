@@ -135,6 +135,20 @@ def load_encoder(
         The YAML would run code, or the weights are not of the modules that it describes.
     OSError
         Damaged weights; with the file.
+
+    Examples
+    --------
+    One layer for a network, of half a second at 16 kHz.
+
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "hyperparams.yaml").write_text(
+    ...     "{sample_rate: 16000, modules: {compute_features: !new:torch.nn.Identity {}, "
+    ...     "mean_var_norm: !new:torch.nn.Identity {}, "
+    ...     "embedding_model: !new:torch.nn.Linear {in_features: 8000, out_features: 4}}}"
+    ... )
+    >>> torch.save(nn.Linear(8000, 4).state_dict(), folder / "embedding_model.ckpt")
+    >>> load_encoder(folder)(torch.zeros(1, 8000)).shape
+    torch.Size([1, 4])
     """
     folder = Path(folder)
     if is_run(folder) and (folder / "inference" / "hyperparams.yaml").is_file():
@@ -161,14 +175,41 @@ def load_encoder(
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's output folder, with checkpoints."""
+    """Whether a folder is a run's output folder, with checkpoints.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> is_run(folder)
+    False
+    >>> (folder / "save").mkdir()
+    >>> is_run(folder)
+    True
+    """
     return (folder / "save").is_dir()
 
 
 def load_run(
     folder: str | Path, names: Iterable[str], trust: bool | Collection[str] = False
 ) -> tuple[dict[str, nn.Module], Mapping[str, Any]]:
-    """Modules of a run, by name, with the average of its last epochs; the settings it ran with."""
+    """Modules of a run, by name, with the average of its last epochs; the settings it ran with.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "hyperparams.yaml").write_text(
+    ...     "{average_checkpoints: 2, modules: {"
+    ...     "embedding_model: !new:torch.nn.Linear {in_features: 1, out_features: 1}}}"
+    ... )
+    >>> network = nn.Linear(1, 1, bias=True)
+    >>> checkpointer = AtomicCheckpointer(folder / "save", {"embedding_model": network})
+    >>> for weight in (1.0, 3.0):
+    ...     _ = nn.init.constant_(network.weight, weight)
+    ...     _ = checkpointer.save_checkpoint()
+    >>> modules, settings = load_run(folder, ["embedding_model"])
+    >>> modules["embedding_model"].weight.item()
+    2.0
+    """
     folder = Path(folder)
     tree = hyperparams_tree(folder / "hyperparams.yaml", ("modules",), trust)
     checkpointer = AtomicCheckpointer(folder / "save")

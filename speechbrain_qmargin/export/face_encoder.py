@@ -102,7 +102,15 @@ class FaceEncoder(nn.Module):
 
 def has_faces(tree: Any) -> bool:
     """Whether a YAML's modules, as :func:`~speechbrain_qmargin.export.definitions.hyperparams_tree`
-    reads it, take images."""
+    reads it, take images.
+
+    Examples
+    --------
+    >>> has_faces({"image_size": 112, "modules": {"embedding_model": None}})
+    True
+    >>> has_faces({"sample_rate": 16000, "modules": {"compute_features": None}})
+    False
+    """
     return "image_size" in tree and "compute_features" not in tree["modules"]
 
 
@@ -125,6 +133,17 @@ def load_face_encoder(
     ------
     FileNotFoundError, ValueError, OSError
         As :func:`~speechbrain_qmargin.export.encoder.load_encoder`; a run of speech.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "hyperparams.yaml").write_text(
+    ...     "{image_size: 32, modules: {embedding_model: "
+    ...     "!new:torch.nn.Conv2d {in_channels: 3, out_channels: 8, kernel_size: 32}}}"
+    ... )
+    >>> torch.save(nn.Conv2d(3, 8, 32).state_dict(), folder / "embedding_model.ckpt")
+    >>> load_face_encoder(folder)(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 8])
     """
     folder = Path(folder)
     if is_run(folder) and (folder / "inference" / "hyperparams.yaml").is_file():

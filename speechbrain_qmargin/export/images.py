@@ -39,6 +39,12 @@ class FaceImages:
         What cannot be used, found without decoding.
     named : str
         What the ids are, for people.
+
+    Examples
+    --------
+    >>> images = FaceImages({"ann/1.png": b"a file's content", "bob/1.png": b"another's"}, bytes)
+    >>> images.content(images.items["bob/1.png"])
+    b"another's"
     """
 
     items: Mapping[str, Any]
@@ -62,6 +68,16 @@ def find_images(source: str | Path) -> FaceImages:
     ------
     FileNotFoundError, ValueError
         Nothing there, no images in it, a list that does not fit; named.
+
+    Examples
+    --------
+    >>> from PIL import Image
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "images" / "ann").mkdir(parents=True)
+    >>> Image.new("RGB", (112, 112)).save(folder / "images" / "ann" / "1.png")
+    >>> images = find_images(folder)
+    >>> list(images.items)
+    ['ann/1.png']
     """
     source = Path(source)
     if not source.exists():
@@ -87,6 +103,15 @@ def select_images(images: FaceImages, ids: Sequence[str], what: str | Path) -> F
     ------
     FileNotFoundError
         Some are not there; named, beside one that is.
+
+    Examples
+    --------
+    >>> images = FaceImages({"ann/1.png": b"a file's content", "bob/1.png": b"another's"}, bytes)
+    >>> list(select_images(images, ["bob/1", "ann/1"], "trials.txt").items)
+    ['bob/1', 'ann/1']
+    >>> select_images(images, ["eve/1"], "trials.txt")
+    Traceback (most recent call last):
+    FileNotFoundError: trials.txt: 1 of the images it names are not there, the first: eve/1 ...
     """
     held = list(images.items)
     places = match_ids(ids, held)[0].tolist()
@@ -152,6 +177,18 @@ def extract_images(
         In the order of the images.
     faults : dict from id to str
         What could not be embedded, and why.
+
+    Examples
+    --------
+    >>> from PIL import Image
+    >>> folder = getfixture("tmp_path")
+    >>> Image.linear_gradient("L").save(folder / "1.png")
+    >>> _ = (folder / "2.png").write_text("no image")
+    >>> network = torch.nn.Conv2d(3, 8, kernel_size=32)     # as large as the image
+    >>> encoder = FaceEncoder(network, image_size=32)
+    >>> found, faults = extract_images(encoder, find_images(folder), folder / "parts")
+    >>> found["1.png"].shape, list(faults)
+    ((8,), ['2.png'])
     """
     parts = EmbeddingParts(folder, f"{encoder.digest()} on {about}")
 

@@ -90,6 +90,21 @@ def export_for_inference(
     ValueError
         The YAML does not describe `modules`; labels and classes that do not fit; an operating point
         of other scores than this encoder's cosines.
+
+    Examples
+    --------
+    One layer for a network, of one second at 8 kHz.
+
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "hyperparams.yaml").write_text(
+    ...     "{sample_rate: 8000, modules: {compute_features: !new:torch.nn.Identity {}, "
+    ...     "mean_var_norm: !new:torch.nn.Identity {}, "
+    ...     "embedding_model: !new:torch.nn.Linear {in_features: 8000, out_features: 4}}}"
+    ... )
+    >>> modules = dict.fromkeys(PARTS, nn.Identity()) | {"embedding_model": nn.Linear(8000, 4)}
+    >>> written = export_for_inference(folder / "hyperparams.yaml", modules, folder / "inference")
+    >>> sorted(file.name for file in written.iterdir())
+    ['embedding_model.ckpt', 'hyperparams.yaml']
     """
     tree = hyperparams_tree(hyperparams, trust=trust)
     folder, modules = Path(folder), dict(modules.items())
@@ -136,6 +151,21 @@ def export_faces(
     ValueError
         The YAML does not describe `embedding_model`, or is of no encoder of faces; an operating
         point of other scores than this encoder's cosines.
+
+    Examples
+    --------
+    A convolution as large as the image is the smallest network there is.
+
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "hyperparams.yaml").write_text(
+    ...     "{image_size: 32, modules: {embedding_model: "
+    ...     "!new:torch.nn.Conv2d {in_channels: 3, out_channels: 8, kernel_size: 32}}}"
+    ... )
+    >>> network = nn.Conv2d(3, 8, kernel_size=32)
+    >>> written = export_faces(folder / "hyperparams.yaml", network, folder / "inference")
+    >>> image = torch.ones(1, 3, 32, 32)
+    >>> torch.equal(load_face_encoder(written)(image), network(image).flatten(1))
+    True
     """
     tree = hyperparams_tree(hyperparams, ("modules", "image_size"), trust)
     folder = Path(folder)
@@ -173,8 +203,33 @@ def export_faces(
 def export_run(run_folder: str | Path, **options: Any) -> Path:
     """Write ``inference/`` into a run's output folder, from its checkpoints.
 
-    `options` are those of :func:`export_for_inference`, or of a run of faces
-    those of :func:`export_faces`.
+    `options` are those of :func:`export_for_inference`, or of a run of faces those of
+    :func:`export_faces`.
+
+    Returns
+    -------
+    Path
+        ``<run_folder>/inference``.
+
+    Raises
+    ------
+    FileNotFoundError
+        Not a run's output folder; a run without a finished epoch.
+    ValueError, OSError
+        As those functions and :func:`~speechbrain_qmargin.export.encoder.load_encoder`.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.training.checkpoints import AtomicCheckpointer
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "hyperparams.yaml").write_text(
+    ...     "{image_size: 32, modules: {embedding_model: "
+    ...     "!new:torch.nn.Conv2d {in_channels: 3, out_channels: 8, kernel_size: 32}}}"
+    ... )
+    >>> checkpointer = AtomicCheckpointer(folder / "save", {"embedding_model": nn.Conv2d(3, 8, 32)})
+    >>> _ = checkpointer.save_checkpoint()      # as training does after each epoch
+    >>> load_face_encoder(export_run(folder))(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 8])
     """
     run_folder = Path(run_folder)
     if not is_run(run_folder):
@@ -208,6 +263,24 @@ def set_operating_point(
     ValueError
         A threshold for other scores than plain cosines, or of another encoder. One whose encoder is
         not known is warned of.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from speechbrain_qmargin.scoring.decision import choose_operating_point
+    >>> from speechbrain_qmargin.scoring.metrics import operating_points
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "hyperparams.yaml").write_text(
+    ...     "image_size: 32\\nmodules: {embedding_model: "
+    ...     "!new:torch.nn.Conv2d {in_channels: 3, out_channels: 8, kernel_size: 32}}"
+    ... )
+    >>> torch.save(nn.Conv2d(3, 8, 32).state_dict(), folder / "embedding_model.ckpt")
+    >>> points = operating_points(np.array([0.0, 0.25, 0.75]), np.array([False, False, True]))
+    >>> digest = load_any_encoder(folder).digest()
+    >>> point = choose_operating_point("mine", points, 0.01, kind="cosine", encoder=digest)
+    >>> set_operating_point(folder, point)
+    >>> (folder / "hyperparams.yaml").read_text().splitlines()[-1]
+    'threshold: 0.5'
     """
     folder = Path(folder)
     _set_threshold(folder, point, load_any_encoder(folder, trust=trust).digest())
@@ -235,7 +308,16 @@ def _set_threshold(folder: Path, point: OperatingPoint, encoder: str) -> None:
 
 
 def set_plain_threshold(folder: str | Path, threshold: float | None) -> None:
-    """``threshold`` of an inference folder's YAML, for SpeechBrain's classes; None takes it out."""
+    """``threshold`` of an inference folder's YAML, for SpeechBrain's classes; None takes it out.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "hyperparams.yaml").write_text("sample_rate: 16000")
+    >>> set_plain_threshold(folder, 0.25)
+    >>> (folder / "hyperparams.yaml").read_text().splitlines()
+    ['sample_rate: 16000', 'threshold: 0.25']
+    """
     yaml = Path(folder) / "hyperparams.yaml"
     if not yaml.is_file():
         return
@@ -323,6 +405,14 @@ def trained_on(folder: str | Path) -> frozenset[str]:
     folder : path
         A run, an inference folder, or a folder that SpeechBrain published. Names that are mere
         numbers, as records have them, are nobody's and left out.
+
+    Examples
+    --------
+    >>> folder, encoder = getfixture("tmp_path"), CategoricalEncoder()
+    >>> encoder.update_from_iterable(["ann", "bob", "17"])
+    >>> encoder.save(folder / "label_encoder.txt")
+    >>> sorted(trained_on(folder))
+    ['ann', 'bob']
     """
     for name in ("save/label_encoder.txt", "label_encoder.ckpt", "label_encoder.txt"):
         encoder = CategoricalEncoder()

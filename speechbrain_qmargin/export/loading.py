@@ -43,6 +43,18 @@ def load_any_encoder(
     ------
     FileNotFoundError, ValueError, OSError
         As those functions; a `flip` for speech; a device that is not here.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "hyperparams.yaml").write_text(
+    ...     "image_size: 32\\nmodules: {embedding_model: "
+    ...     "!new:torch.nn.Conv2d {in_channels: 3, out_channels: 8, kernel_size: 32}}"
+    ... )
+    >>> torch.save(torch.nn.Conv2d(3, 8, 32).state_dict(), folder / "embedding_model.ckpt")
+    >>> encoder = load_any_encoder(folder, flip="concat")
+    >>> type(encoder).__name__, encoder(torch.zeros(1, 3, 32, 32)).shape
+    ('FaceEncoder', torch.Size([1, 16]))
     """
     folder, device = Path(place), usable_device(device)
     if is_exported(folder):
@@ -66,6 +78,16 @@ def is_exported(folder: str | Path) -> bool:
     """Whether a folder is a run of ours or an inference folder, and not somebody's publication.
 
     An inference folder says what it takes, as those that SpeechBrain publishes do not.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "hyperparams.yaml").write_text("pretrained_path: somebody/published-this")
+    >>> is_exported(folder)
+    False
+    >>> _ = (folder / "hyperparams.yaml").write_text("sample_rate: 16000")
+    >>> is_exported(folder)
+    True
     """
     folder = Path(folder)
     file = folder / "hyperparams.yaml"

@@ -21,7 +21,29 @@ __all__ = ["extract_recordings", "find_recordings"]
 
 
 def find_recordings(audio: Path) -> dict[str, Path]:
-    """Id to file, of a folder or of a list."""
+    """Id to file, of a folder or of a list.
+
+    Parameters
+    ----------
+    audio : Path
+        A folder of recordings, at any depth: an id is the path below it, or in a layout of
+        VoxCeleb the path from the speaker on; which of the two is printed. A text file: a path a
+        line, or an id and a path.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No recording in the folder; a recording in the place of a folder; a list that does not
+        fit, see :func:`~speechbrain_qmargin.export.sources.read_list`.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "a.wav").touch()
+    >>> _ = (folder / "recordings.txt").write_text(f"ann/1 {folder / 'a.wav'}")
+    >>> {name: path.name for name, path in find_recordings(folder / "recordings.txt").items()}
+    {'ann/1': 'a.wav'}
+    """
     if audio.is_dir():
         return _recordings_in(audio)
     if audio.suffix.lower() in AUDIO_SUFFIXES:
@@ -86,6 +108,19 @@ def extract_recordings(
         In the order of the recordings.
     faults : dict from id to str
         What could not be embedded, and why.
+
+    Examples
+    --------
+    >>> import soundfile
+    >>> same, network = torch.nn.Identity(), torch.nn.Linear(16000, 4)      # of one second
+    >>> parts = {"compute_features": same, "mean_var_norm": same, "embedding_model": network}
+    >>> folder = getfixture("tmp_path")
+    >>> soundfile.write(folder / "a.wav", np.sin(np.arange(16000)), 16000)
+    >>> soundfile.write(folder / "b.wav", np.zeros(16000), 16000)
+    >>> recordings = {"ann/a": folder / "a.wav", "bob/b": folder / "b.wav"}
+    >>> found, faults = extract_recordings(SpeakerEncoder(parts), recordings, folder / "parts")
+    >>> found["ann/a"].shape, faults
+    ((4,), {'bob/b': '...b.wav: silent, all samples are equal'})
     """
     parts = EmbeddingParts(folder, f"{encoder.digest()} on {about}")
 

@@ -23,6 +23,18 @@ def read_list(path: str | Path, what: str) -> dict[str, Path]:
     FileNotFoundError, ValueError
         A line that is a command, an id twice, an empty list: with file and line. A list none of
         whose files is there.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "a.wav").touch()
+    >>> _ = (folder / "list.txt").write_text(f"ann/1 {folder / 'a.wav'}")
+    >>> list(read_list(folder / "list.txt", "recordings"))
+    ['ann/1']
+    >>> _ = (folder / "wav.scp").write_text("ann/1 sox a.mp3 -t wav - |")
+    >>> read_list(folder / "wav.scp", "recordings")
+    Traceback (most recent call last):
+    ValueError: ...wav.scp:1: 'ann/1 sox a.mp3 -t wav - |' is a command; only files are read
     """
     found: dict[str, Path] = {}
     for number, line in enumerate(read_lines(path)[0], 1):
@@ -49,7 +61,16 @@ def read_list(path: str | Path, what: str) -> dict[str, Path]:
 
 
 def write_embeddings(out: Path, embeddings: Mapping[str, np.ndarray], encoder: str = "") -> None:
-    """Write ``.npz``, with the encoder's digest, or Kaldi's pair of ``.ark`` and ``.scp``."""
+    """Write ``.npz``, with the encoder's digest, or Kaldi's pair of ``.ark`` and ``.scp``.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.embeddings import load_embeddings
+    >>> file = getfixture("tmp_path") / "voices.npz"
+    >>> write_embeddings(file, {"ann/1": np.array([1.0, 2.0])}, encoder="its digest")
+    >>> load_embeddings(file)["ann/1"]
+    array([1., 2.], dtype=float32)
+    """
     if out.suffix == ".npz":
         save_embeddings(out, embeddings, encoder)
         return
@@ -76,7 +97,28 @@ def output_files(out: Path) -> list[Path]:
 
 
 def check_output(out: Path, items: Iterable[str]) -> None:
-    """Refuse, before anything is computed, a file that could not be written."""
+    """Refuse, before anything is computed, a file that could not be written.
+
+    Parameters
+    ----------
+    out : Path
+    items : iterable of str
+        The ids that are to be written.
+
+    Raises
+    ------
+    ValueError
+        Another suffix than .npz, .ark and .scp; for Kaldi's, an id with a space in it.
+    ImportError
+        The extra ``kaldi`` is not installed, for Kaldi's.
+
+    Examples
+    --------
+    >>> check_output(getfixture("tmp_path") / "voices.npz", ["ann/1"])
+    >>> check_output(Path("voices.csv"), ["ann/1"])
+    Traceback (most recent call last):
+    ValueError: voices.csv: embeddings are written as .npz, .ark or .scp
+    """
     if out.suffix not in (".npz", ".ark", ".scp"):
         raise ValueError(f"{out}: embeddings are written as .npz, .ark or .scp")
     if out.suffix != ".npz":

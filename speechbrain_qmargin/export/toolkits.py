@@ -38,6 +38,17 @@ def export_wespeaker(encoder: SpeakerEncoder | FaceEncoder, folder: str | Path) 
     FileExistsError, ValueError
         The folder is there already; a network or features that WeSpeaker does not have; what was
         written gives other embeddings when it is loaded again. Nothing is left then.
+
+    Examples
+    --------
+    >>> from speechbrain.processing.features import InputNormalization
+    >>> small = {
+    ...     "compute_features": KaldiFbank(n_mels=16),
+    ...     "mean_var_norm": InputNormalization(norm_type="sentence", std_norm=False),
+    ...     "embedding_model": ResNet(input_size=16, channels=4, lin_neurons=8),
+    ... }
+    >>> export_wespeaker(SpeakerEncoder(small), getfixture("tmp_path") / "model")
+    "ResNet34 of a size that WeSpeaker's own functions do not build"
     """
     folder = Path(folder)
     if folder.exists():
@@ -117,6 +128,12 @@ def export_arcface_torch(encoder: SpeakerEncoder | FaceEncoder, file: str | Path
     ValueError
         A network that arcface_torch does not have; what was written gives other embeddings when it
         is loaded again. Nothing is left then, or what was there before.
+
+    Examples
+    --------
+    >>> encoder = FaceEncoder(IResNet(18, embedding_dim=8, channels=4, image_size=32), 32)
+    >>> export_arcface_torch(encoder, getfixture("tmp_path") / "backbone.pth")
+    'IResNet at 32 x 32, a size that get_model does not build'
     """
     file = Path(file)
     if not isinstance(encoder, FaceEncoder):
