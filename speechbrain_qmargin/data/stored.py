@@ -5,6 +5,7 @@ Where the images lie is found once and kept for all runs, beside the data or in 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _INDEX_VERSION = 2  # of what is kept beside the data; raised when that changes
 _IN_A_ROW = 100  # broken images, one after the other, that are passed over
+_LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # of the process, not faults of an image
 
 
 class StoredFaces(Dataset):
@@ -80,11 +82,16 @@ class StoredFaces(Dataset):
         self._process = -1
 
     def stream(self, path: Path) -> BinaryIO:
+        """A file, open; of many files those that were read last stay open."""
         if self._process != os.getpid():  # a stream for each worker
             self._streams, self._process = {}, os.getpid()
-        if path not in self._streams:
-            self._streams[path] = path.open("rb")
-        return self._streams[path]
+        stream = self._streams.pop(path, None)
+        if stream is None:
+            while len(self._streams) >= _most_open():
+                self._streams.pop(next(iter(self._streams))).close()
+            stream = path.open("rb")
+        self._streams[path] = stream
+        return stream
 
     def __getstate__(self):
         return self.__dict__ | {"_streams": {}, "_process": -1}
@@ -138,6 +145,8 @@ class StoredFaces(Dataset):
                 if not 0 <= label < self.num_classes:
                     raise ValueError(f"its label {label} is outside 0 to {self.num_classes - 1}")
             except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in _LACKS:
+                    raise
                 fault = f"{name}: {error}"
                 if self.skipped.add(name, error):
                     logger.warning(f"{name} is skipped, the next takes its place ({error})")
@@ -147,6 +156,16 @@ class StoredFaces(Dataset):
                 image = image.flip(2) if rng.random() < 0.5 else image
             return {"id": name, "image": image, "identity_encoded": torch.tensor([label])}
         raise OSError(f"{step + 1} images in a row cannot be read, the last is {fault}")
+
+
+def _most_open() -> int:
+    """How many files a process keeps open at a time: half of those it may."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 256
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**16 if most == resource.RLIM_INFINITY else max(1, most // 2)
 
 
 def kept_beside(

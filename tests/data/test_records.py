@@ -1,5 +1,6 @@
 """InsightFace's formats, written here byte by byte."""
 
+import errno
 import io
 import logging
 import os
@@ -494,6 +495,26 @@ def test_shards_are_read_at_random_and_their_index_is_kept(tmp_path, caplog, mon
     (tmp_path / "1.tar").rename(tmp_path / "2.tar")
     data = FaceShards(tmp_path, 16, progress=False)
     assert data[2]["id"].startswith("2.tar")
+
+
+def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
+    """They would pass for broken, and the images of the first ones be trained on alone."""
+    for number in range(9):
+        write_shard(tmp_path / f"{number}.tar", [encoded(number)], [number])
+    data = FaceShards(tmp_path, 16, progress=False)
+    monkeypatch.setattr(stored_module, "_most_open", lambda: 3)
+    assert labels_of(data) == list(range(9))
+    assert [path.name for path in data._streams] == ["6.tar", "7.tar", "8.tar"]
+    assert data[6]["identity_encoded"].item() == 6
+    assert [path.name for path in data._streams] == ["7.tar", "8.tar", "6.tar"]  # the last last
+
+    def full(path):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(data, "stream", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        data[0]
+    assert not data.skipped
 
 
 def test_an_index_of_shards_is_20_bytes_an_image(tmp_path):
