@@ -38,6 +38,9 @@ def save_shards(
     ------
     ValueError
         On all ranks, where some of them have an optimiser and some have none.
+    OSError
+        On all ranks, where the first does not see what the others wrote: the folder is not in a
+        file system that their machines share.
 
     Examples
     --------
@@ -61,8 +64,14 @@ def save_shards(
     with replacing(folder / f"classes-{start}-{stop}-{token}.pt") as partial:
         torch.save(state, partial)
     comm.barrier()
+    shards = [[a, b, f"classes-{a}-{b}-{token}.pt"] for a, b in comm.shards(num_classes)]
+    unseen = [name for *_, name in shards if comm.rank == 0 and not (folder / name).is_file()]
+    if comm.any(bool(unseen)):
+        raise OSError(
+            f"{folder}: the shards of some ranks are not there, where the first rank looks. With "
+            "several machines the folder has to lie in a file system that all of them share"
+        )
     if comm.rank == 0:
-        shards = [[a, b, f"classes-{a}-{b}-{token}.pt"] for a, b in comm.shards(num_classes)]
         sizes = {"embedding_dim": weight.shape[1], "num_classes": num_classes}
         sizes["subcentres"] = subcentres  # rows of each class; the shards are in classes
         write_text(folder / _INDEX, json.dumps({**sizes, "shards": shards}))

@@ -6,17 +6,19 @@ import functools
 import json
 import logging
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from hyperpyyaml import resolve_references
 from ruamel.yaml.error import YAMLError
 from speechbrain.core import DEFAULT_LOG_CONFIG
-from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_process
 from speechbrain.utils.logger import get_environment_description, setup_logging
 from speechbrain.utils.quirks import log_applied_quirks
 
@@ -105,6 +107,11 @@ class RunFolder:
 
         Earlier results become ``results.previous.json``: until there are new ones the run is not
         done.
+
+        Raises
+        ------
+        OSError
+            This process does not see the folder that the main process made.
         """
         if if_main_process():
             text = self.experiment.text
@@ -121,7 +128,25 @@ class RunFolder:
             log_applied_quirks()
             logger.info(f"Experiment folder: {self.path}")
             write_text(self.path / "env.log", _environment())
+        self._refuse_another_machines()
+
+    def _refuse_another_machines(self) -> None:
+        """Each machine would keep its shards, of which none could make the checkpoint whole."""
+        # a name that nobody has looked for: what is missing is remembered by network file systems
+        seen = self.path / f".seen-{ddp_broadcast(uuid4().hex)}"
+        if if_main_process():
+            seen.touch()
         ddp_barrier()
+        shared = seen.exists()
+        ddp_barrier()
+        if if_main_process():
+            seen.unlink()
+        if not shared:
+            raise OSError(
+                f"{self.path}: {platform.node()} does not see the folder that the first process "
+                "made. With several machines output_folder has to lie in a file system that all of "
+                "them share"
+            )
 
     def _options(self) -> dict[str, Any]:
         """What decides: the command line, then the YAML, then SpeechBrain's default."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import start
+from ranks import on_ranks
 
 from speechbrain_qmargin import QMarginLoss
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
@@ -218,6 +219,18 @@ def test_a_killed_rank_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     other = QMarginHead(DIM, 50, seed=5)
     other.load_shards(tmp_path)
     assert torch.equal(other.weight, before)
+
+
+def test_shards_that_the_first_rank_does_not_see_are_no_checkpoint(tmp_path):
+    """As on two machines whose folders are called alike: found out when it is resumed from."""
+
+    def save(comm):
+        head = QMarginHead(DIM, 50, group=comm, seed=0)
+        with pytest.raises(OSError, match="a file system that all of them share"):
+            head.save_shards(tmp_path / f"machine{comm.rank}")
+
+    on_ranks(2, save)
+    assert not list(tmp_path.rglob("index.json"))
 
 
 def test_a_checkpoint_of_another_size_is_refused(tmp_path):

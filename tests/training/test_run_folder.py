@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hyperpyyaml import load_hyperpyyaml
 
+from speechbrain_qmargin.training import run_folder
 from speechbrain_qmargin.training.config import load_experiment
 from speechbrain_qmargin.training.run_folder import RunFolder
 
@@ -76,6 +77,13 @@ def test_what_a_folder_holds_when_a_run_begins(tmp_path):
     (tmp_path / "run_options.json").write_text('{"precision": "bf16"}')
     with pytest.raises(ValueError, match=r"run_options\.json: damaged"):
         check(tmp_path)
+
+
+def test_a_machine_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch):
+    """It would write its shards where the others never look, and nobody would know until then."""
+    monkeypatch.setattr(run_folder, "if_main_process", lambda: False)
+    with pytest.raises(OSError, match=r"does not see .* file system that all of them share"):
+        begun(tmp_path)
 
 
 def test_a_run_that_was_moved_or_is_named_otherwise_is_the_same(tmp_path, monkeypatch):
