@@ -1,13 +1,16 @@
-"""The order of training items: every speaker equally often."""
+"""The order of training items: every speaker equally often, or all at random, shared out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
 
-__all__ = ["BalancedSampler"]
+__all__ = ["BalancedSampler", "SharedOrder"]
+
+_AT_ONCE = 2**16  # numbers that become Python's
 
 
 class BalancedSampler(Sampler[int]):
@@ -85,3 +88,45 @@ class BalancedSampler(Sampler[int]):
                 row[start : start + len(part)] = part + draw * self._size * self._distinct
         for column in table.T:
             yield from rng.permutation(column).tolist()
+
+
+class SharedOrder(Sampler[int]):
+    """One process's items of a random order of all of them, the same order in every process.
+
+    Item n of the order is process n % `processes`'s, so that a step trains on the items of one
+    process's step with the whole batch; those at the end that do not go round are left out. The
+    order is that of SpeechBrain's ReproducibleRandomSampler. Its numbers are not Python's until
+    they are needed, which for 42 million items are gigabytes in each process.
+
+    Parameters
+    ----------
+    items : int
+        In all.
+    rank, processes : int
+    seed : int
+
+    Examples
+    --------
+    >>> orders = [SharedOrder(7, rank, 2) for rank in (0, 1)]
+    >>> [len(order) for order in orders], len({*orders[0], *orders[1]})
+    ([3, 3], 6)
+    """
+
+    def __init__(self, items: int, rank: int, processes: int, seed: int = 0) -> None:
+        self.items, self.rank, self.processes, self.seed = items, rank, processes, seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self.items // self.processes
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self._epoch)
+        order = torch.randperm(self.items, generator=generator)
+        own = order[self.rank : len(self) * self.processes : self.processes].clone()
+        del order
+        for part in own.split(_AT_ONCE):
+            yield from part.tolist()

@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ from speechbrain.utils.distributed import if_main_process
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from speechbrain_qmargin.data.sampling import SharedOrder
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.loss.base import Loss, value_of
 from speechbrain_qmargin.loss.dense import scores_of
@@ -54,7 +56,7 @@ _NOTHING = {"items_at_once": None, "seconds": 0.0, "stats": [0.0] * 5}
 _LARGEST = 2  # of the statistics, where the largest support stands: no sum
 
 
-@register_checkpoint_hooks
+@partial(register_checkpoint_hooks, save_on_main_only=False)
 class VerificationBrain(OpenBrain):
     """Trains embeddings with any loss of this package, or SpeechBrain's, and embeds with them.
 
@@ -218,7 +220,11 @@ class VerificationBrain(OpenBrain):
         if stage == sb.Stage.TRAIN and self.distributed_launch and kwargs.get("shuffle"):
             # the order of a run of one process: a step trains on the same items, shared out
             seed = int(os.environ.get("SB_GLOBAL_SEED", 0))
-            kwargs |= {"sampler": ReproducibleRandomSampler(dataset, seed=seed), "shuffle": False}
+            if kwargs.get("drop_last"):
+                sampler = SharedOrder(len(dataset), self.rank, self._processes, seed)
+            else:  # dealt out by SpeechBrain, which repeats some items at the end
+                sampler = ReproducibleRandomSampler(dataset, seed=seed)
+            kwargs |= {"sampler": sampler, "shuffle": False}
         loader = super().make_dataloader(dataset, stage, **kwargs)
         if stage == sb.Stage.TRAIN:
             if len(loader) < self.grad_accumulation_factor:
@@ -409,21 +415,26 @@ class VerificationBrain(OpenBrain):
 
     @mark_as_saver
     def _save(self, path):
+        # every process calls it: what is saved are the losses of all
         state = {
             "step": self.step,
-            "avg_train_loss": float(self.avg_train_loss),
+            "avg_train_loss": self._mean_loss(self.avg_train_loss),
             "optimizer_step": self.optimizer_step,
             "items_at_once": self._items_at_once,
             "seconds": self._seconds(),
-            "stats": self._totals().tolist(),
+            "stats": self._totals_of_all().tolist(),
         }
-        Path(path).write_text(json.dumps(state), encoding="utf-8")
+        if if_main_process():
+            Path(path).write_text(json.dumps(state), encoding="utf-8")
 
     @mark_as_loader
     def _recover(self, path, end_of_epoch):
         state = json.loads(Path(path).read_text(encoding="utf-8"))
         for name in ("step", "avg_train_loss", "optimizer_step"):
             setattr(self, name, state.pop(name))
+        largest = state["stats"][_LARGEST]
+        state["stats"] = [total / self._processes for total in state["stats"]]  # a share of each
+        state["stats"][_LARGEST] = largest
         self._earlier = state
 
     # ---------------------------------------------------------------- epochs
@@ -454,17 +465,28 @@ class VerificationBrain(OpenBrain):
         total[_LARGEST] = max(earlier[_LARGEST], stats[:, _LARGEST - 1].max())
         return total
 
+    def _totals_of_all(self) -> Tensor:
+        """The same of the batches of all processes."""
+        each = self._over_processes(self._totals()[None])
+        total = each.sum(0)
+        total[_LARGEST] = each[:, _LARGEST].max()
+        return total
+
+    def _mean_loss(self, loss: float) -> float:
+        """Over the processes, each with its own."""
+        return float(self._over_processes(torch.tensor([loss], dtype=torch.float64)).mean())
+
     def on_stage_end(self, stage, stage_loss, epoch=None):
         if stage == sb.Stage.TRAIN:
             self._record = {"epoch": epoch, "lr": self._lr}
-            self._record["loss"] = float(self._over_processes(torch.tensor([stage_loss])).mean())
+            self._record["loss"] = self._mean_loss(stage_loss)
             self._record |= {"seconds": self._seconds(), **self._loss_now}
-            totals = self._over_processes(self._totals()[None])
-            if totals[0, 0]:
-                mean = (totals.sum(0) / totals[:, 0].sum()).tolist()
+            totals = self._totals_of_all()
+            if totals[0]:
+                mean = (totals / totals[0]).tolist()
                 self._record |= {
                     "support_mean": mean[1],
-                    "support_max": int(totals[:, _LARGEST].max()),
+                    "support_max": int(totals[_LARGEST]),
                     "zero_loss": mean[3],
                     "target_posterior": mean[4],
                 }

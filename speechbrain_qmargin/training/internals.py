@@ -14,6 +14,7 @@ from speechbrain.utils.checkpoints import CKPT_PREFIX, Checkpoint, Checkpointer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from speechbrain_qmargin.data.sampling import SharedOrder
 from speechbrain_qmargin.training.batch_norm import synchronised_batch_norm
 
 __all__ = [
@@ -47,6 +48,13 @@ class OpenBrain(sb.Brain):
 
     def _should_save_intra_epoch_ckpt(self, *args: Any) -> bool:
         return self.may_save_within_epoch() and super()._should_save_intra_epoch_ckpt(*args)
+
+    def _train_loader_specifics(self, dataset: Any, loader_kwargs: dict) -> dict:
+        sampler = loader_kwargs.get("sampler")
+        if isinstance(sampler, SharedOrder):  # SpeechBrain's own would share it out again
+            self.train_sampler = sampler
+            return loader_kwargs
+        return super()._train_loader_specifics(dataset, loader_kwargs)
 
     def _wrap_distributed(self) -> None:
         if self.distributed_launch and self.distributed_backend == "gloo":

@@ -21,13 +21,21 @@ T = TypeVar("T")
 
 @contextmanager
 def processes(run_opts: Any) -> Iterator[None]:
-    """The processes that torchrun started, joined for the time of a run."""
+    """The processes that torchrun started, joined for the time of a run.
+
+    To leave NCCL's group is to wait for the others. After an error they wait for this process in
+    a collective of their own, so neither would end, and the error would not be seen: the group is
+    left to the end of the process, upon which torchrun ends the others.
+    """
     ddp_init_group(run_opts)
+    done = False
     try:
         yield
         ddp_barrier()  # none leaves while another still needs it
+        done = True
     finally:
-        if torch.distributed.is_initialized():
+        together = torch.distributed.is_initialized()
+        if together and (done or torch.distributed.get_backend() != "nccl"):
             gc.collect()  # what still holds the group would end its threads too late
             torch.distributed.destroy_process_group()
 

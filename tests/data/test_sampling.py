@@ -8,10 +8,10 @@ import soundfile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from speechbrain.dataio.sampler import DistributedSamplerWrapper
+from speechbrain.dataio.sampler import DistributedSamplerWrapper, ReproducibleRandomSampler
 
 from speechbrain_qmargin.data.manifest import Item, Manifest
-from speechbrain_qmargin.data.sampling import BalancedSampler
+from speechbrain_qmargin.data.sampling import BalancedSampler, SharedOrder
 from speechbrain_qmargin.data.speech_dataset import SpeechDataset
 
 CLASSES = ["b", "a", "a", "c", "a", "c", "a"]
@@ -87,3 +87,23 @@ def test_another_draw_of_an_item_is_another_crop(tmp_path):
     assert torch.equal(again[0]["sig"], again[3]["sig"])
     assert torch.equal(again[1]["sig"], again[4]["sig"])
     assert torch.equal(again[0]["sig"], again[5]["sig"])
+
+
+@pytest.mark.parametrize(("items", "processes"), [(103, 4), (8, 2), (3, 1), (2, 3)])
+def test_a_shared_order_is_that_of_speechbrain(items, processes):
+    """Which holds it as Python's numbers, several times, in every process."""
+    for rank in range(processes):
+        dealt = DistributedSamplerWrapper(
+            ReproducibleRandomSampler(range(items), seed=5),
+            num_replicas=processes,
+            rank=rank,
+            shuffle=False,
+            drop_last=True,
+        )
+        order = SharedOrder(items, rank, processes, seed=5)
+        for epoch in (1, 2):
+            order.set_epoch(epoch)
+            dealt.set_epoch(epoch)
+            assert len(order) == len(list(order)) == items // processes
+            if len(order) > 1:  # of one item theirs makes a number
+                assert list(order) == list(dealt)

@@ -1,0 +1,71 @@
+"""The processes of a run: how they part, and what one of them keeps of all."""
+
+import numpy as np
+import pytest
+import torch
+from ranks import on_ranks
+
+from speechbrain_qmargin.training import processes as module
+from speechbrain_qmargin.training.brain import VerificationBrain
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_after_an_error_nobody_waits_for_the_others(monkeypatch, backend):
+    """They wait for this process, in a collective: NCCL's end would be a wait for them."""
+    ended = []
+    monkeypatch.setattr(module, "ddp_init_group", lambda _: None)
+    monkeypatch.setattr(module, "ddp_barrier", lambda: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append(backend))
+    with pytest.raises(OSError, match="an image"), module.processes({}):
+        raise OSError("an image")
+    assert ended == ([] if backend == "nccl" else ["gloo"])
+    with module.processes({}):
+        pass
+    assert ended[-1] == backend  # at the end of a run
+
+
+class Rank(VerificationBrain):
+    """What a process keeps of an epoch, without a model."""
+
+    _processes = property(lambda self: 2)
+    _items_at_once = property(lambda self: 16)
+    optimizer_step = 0
+
+    def __init__(self, comm):
+        self.comm, self.step, self.avg_train_loss = comm, 0, 0.0
+        self._stats, self._earlier, self._started = [], {"stats": [0.0] * 5, "seconds": 0.0}, 0.0
+
+    def _over_processes(self, rows):
+        return torch.cat(self.comm.gather_rows(rows))
+
+    def see(self, steps):
+        for self.step in steps:
+            rng = np.random.default_rng([self.comm.rank, self.step])
+            self._stats.append(torch.from_numpy(rng.uniform(0, 9, 4)))
+            loss = torch.tensor(rng.uniform(0, 9))
+            self.avg_train_loss = self.update_average(loss, self.avg_train_loss)
+
+    def record(self):
+        mean = torch.tensor([self._mean_loss(self.avg_train_loss)], dtype=torch.float64)
+        return torch.cat((mean, self._totals_of_all()))
+
+
+def test_an_epoch_that_goes_on_has_the_losses_of_all_processes(tmp_path):
+    """What the main process saw alone would stand for the others' before the interruption."""
+
+    def run(comm):
+        brain = Rank(comm)
+        brain.see(range(1, 4))
+        brain._save(tmp_path / f"{comm.rank}")
+        comm.barrier()
+        brain.see(range(4, 6))
+        other = Rank(comm)
+        other._recover(tmp_path / "0", False)
+        other.see(range(4, 6))
+        return brain.record(), other.record()
+
+    for whole, resumed in on_ranks(2, run):
+        assert whole[1] == 10  # batches
+        assert resumed.tolist() == pytest.approx(whole.tolist(), rel=1e-12)
