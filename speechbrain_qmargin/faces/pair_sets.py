@@ -71,6 +71,15 @@ class FoldFigure:
         Of every fold; pairs are called the same where ``score >= threshold``.
     far : float array [folds] or None
         The FAR that a fold realised at its threshold, of :func:`ten_fold_tar`.
+
+    Examples
+    --------
+    >>> is_same = np.tile([True, False], 30)
+    >>> scores = np.where(is_same, 0.8, 0.1)
+    >>> scores[0] = 0  # one pair of the six of the first fold
+    >>> figure = ten_fold_accuracy(scores, is_same)
+    >>> figure.values[:2].round(3), round(figure.mean, 4), figure.support
+    (array([0.833, 1.   ]), 0.9833, 'unsupported')
     """
 
     kind: str
@@ -326,6 +335,10 @@ def pair_set_figures(
     ------
     ValueError
         As :func:`pair_scores` and :func:`ten_fold_tar`.
+
+    See Also
+    --------
+    pair_scores, ten_fold_accuracy, ten_fold_tar : Its parts, with examples.
     """
     folder = Path(folder)
     scores = pair_scores(embeddings, flip="none")

@@ -283,7 +283,25 @@ def _convolve(samples: np.ndarray, response: np.ndarray) -> np.ndarray:
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    """To SAMPLE_RATE by cutting the spectrum; the end is padded, so that nothing wraps around."""
+    """To SAMPLE_RATE by cutting the spectrum; the end is padded, so that nothing wraps around.
+
+    Parameters
+    ----------
+    samples : float array [N]
+    rate : int
+        Of `samples`, in Hz.
+
+    Returns
+    -------
+    float64 array [N * SAMPLE_RATE // rate]
+
+    Examples
+    --------
+    >>> tone = np.sin(2 * np.pi * 100 * np.arange(8000) / 8000)  # a second of 100 Hz
+    >>> twice = resample(tone, 8000)
+    >>> len(twice), np.allclose(twice[::2], tone)
+    (16000, True)
+    """
     common = np.gcd(rate, SAMPLE_RATE)
     up, down = SAMPLE_RATE // common, rate // common
     before = _even_length(len(samples) + rate // 10, 2 * down)

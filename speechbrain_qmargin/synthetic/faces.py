@@ -33,6 +33,13 @@ class MiniFaces:
         ``<identity>/<image>.png``, 112 x 112.
     trials_test, trials_valid : Path
         Pairs of identities that are in no other part, ``label image image``.
+
+    Examples
+    --------
+    >>> corpus = build_mini_faces(getfixture("tmp_path"), num_train=1, num_valid=1, num_test=1,
+    ...                           num_images=1, progress=False)
+    >>> sorted(path.name for path in corpus.folder.iterdir())
+    ['test000', 'train000', 'trials_test.txt', 'trials_valid.txt', 'valid000']
     """
 
     folder: Path
@@ -66,9 +73,10 @@ def build_mini_faces(
 
     Examples
     --------
-    >>> corpus = build_mini_faces()                                     # doctest: +SKIP
-    >>> corpus.trials_test.read_text().splitlines()[0]                  # doctest: +SKIP
-    '1 test000/00.png test000/01.png'
+    >>> corpus = build_mini_faces(getfixture("tmp_path"), num_train=0, num_valid=0, num_test=1,
+    ...                           num_images=2, progress=False)
+    >>> print(corpus.trials_test.read_text().splitlines()[0])
+    1 test000/00.png test000/01.png
     """
     if folder is None:
         counts = f"{seed}-{num_train}-{num_valid}-{num_test}-{num_images}"
@@ -110,10 +118,22 @@ def draw_face(identity: tuple[int, ...], number: int, size: int = SIZE):
     number : int
         Seeds what differs from image to image.
     size : int
+        Pixels.
 
     Returns
     -------
     PIL.Image.Image, RGB
+
+    Raises
+    ------
+    ImportError
+        Pillow is not installed.
+
+    Examples
+    --------
+    >>> one, again, other = (draw_face((0, 7), number, size=32) for number in (0, 0, 1))
+    >>> one.size, one == again, one == other
+    ((32, 32), True, False)
     """
     require("PIL", why="generated faces", extra="face")
     from PIL import Image, ImageFilter

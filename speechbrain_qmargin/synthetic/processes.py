@@ -158,11 +158,26 @@ def _flac(samples: np.ndarray) -> bytes:
 
 
 def checksum(content: bytes) -> str:
+    """SHA-256 in hexadecimal digits, as the corpus's manifest has it.
+
+    Examples
+    --------
+    >>> checksum(b"hello")[:16]
+    '2cf24dba5fb0a30e'
+    """
     return hashlib.sha256(content).hexdigest()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write so that `path` holds either the whole of `content` or what it held before."""
+    """Write so that `path` holds either the whole of `content` or what it held before.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "00001.flac"
+    >>> write_bytes(file, b"samples")
+    >>> [path.name for path in file.parent.iterdir()]
+    ['00001.flac']
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)

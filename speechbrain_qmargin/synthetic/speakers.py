@@ -23,7 +23,29 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines the samples and lists, besides CORPUS_VERSION."""
+    """What determines the samples and lists, besides CORPUS_VERSION.
+
+    Attributes
+    ----------
+    seed : int
+    num_train_speakers, num_valid_speakers, num_test_speakers : int
+        At least 2 each.
+    num_sessions : int
+        Of a speaker; at least 2.
+    num_utterances : int
+        Of a session; at least 1.
+
+    Raises
+    ------
+    ValueError
+        A number out of range, or none; named.
+
+    Examples
+    --------
+    >>> Settings(0, 2, 2, 2, num_sessions=1, num_utterances=1)
+    Traceback (most recent call last):
+    ValueError: num_sessions must be an integer from 2 to 9999, not 1
+    """
 
     seed: int
     num_train_speakers: int
@@ -42,21 +64,50 @@ class Settings:
 
 @dataclass(frozen=True)
 class Speaker:
+    """A voice, and the part of the corpus that it is in.
+
+    Attributes
+    ----------
+    name : str
+        "mv" and five digits.
+    split : str
+        "train", "valid" or "test".
+    language : str
+        As espeak-ng names it.
+    register : str
+        "high" or "low".
+    key : tuple of int
+        Seeds every draw about this speaker, with session and utterance (from 1) appended. What is
+        about the speaker or the session alone has a zero there.
+
+    Examples
+    --------
+    >>> speaker = all_speakers(Settings(0, 2, 2, 2, num_sessions=2, num_utterances=1))[-1]
+    >>> speaker.name, speaker.split, speaker.group
+    ('mv20002', 'test', ('en-us', 'low'))
+    """
+
     name: str
     split: str
     language: str
     register: str
-    # Seeds every draw about this speaker, with session and utterance (from 1) appended. What is
-    # about the speaker or the session alone has a zero there.
     key: tuple[int, int, int]
 
     @property
     def group(self) -> tuple[str, str]:
+        """Language and register, which most impostor trials share."""
         return self.language, self.register
 
 
 def all_speakers(settings: Settings) -> list[Speaker]:
-    """All speakers, split by split; groups are dealt in turn, so a smaller corpus is a prefix."""
+    """All speakers, split by split; groups are dealt in turn, so a smaller corpus is a prefix.
+
+    Examples
+    --------
+    >>> speakers = all_speakers(Settings(0, 2, 2, 2, num_sessions=2, num_utterances=1))
+    >>> [speaker.name for speaker in speakers]
+    ['mv00001', 'mv00002', 'mv10001', 'mv10002', 'mv20001', 'mv20002']
+    """
     speakers = []
     for number, (split, groups) in enumerate(SPLITS.items()):
         for i in range(getattr(settings, f"num_{split}_speakers")):
@@ -67,6 +118,14 @@ def all_speakers(settings: Settings) -> list[Speaker]:
 
 
 def utterances_of(speaker: Speaker, settings: Settings) -> list[str]:
+    """The paths of a speaker's utterances below ``wav/``, session by session.
+
+    Examples
+    --------
+    >>> settings = Settings(0, 2, 2, 2, num_sessions=2, num_utterances=1)
+    >>> utterances_of(all_speakers(settings)[0], settings)
+    ['mv00001/session1/00001.flac', 'mv00001/session2/00001.flac']
+    """
     return [
         f"{speaker.name}/session{session}/{utterance:05d}.flac"
         for session in range(1, settings.num_sessions + 1)
@@ -75,7 +134,18 @@ def utterances_of(speaker: Speaker, settings: Settings) -> list[str]:
 
 
 def trials_of(settings: Settings, speakers: list[Speaker]) -> list[str]:
-    """All cross-session targets; impostors within the group, and half as many across languages."""
+    """Lines ``label enrolment test``, shuffled by the settings' seed.
+
+    All targets across sessions; impostors within the group, and half as many across languages.
+    Where no two speakers are of one group, all impostors across languages, else all there are.
+
+    Examples
+    --------
+    >>> settings = Settings(0, 2, 2, 2, num_sessions=2, num_utterances=1)
+    >>> lines = trials_of(settings, all_speakers(settings)[-2:])
+    >>> sorted(line[0] for line in lines)  # a target trial each, every utterance of the other's two
+    ['0', '0', '0', '0', '1', '1']
+    """
     lines, within, across, others = [], [], [], []
     for speaker in speakers:
         for one, two in itertools.combinations(utterances_of(speaker, settings), 2):

@@ -36,6 +36,20 @@ class IJBSearch:
     options : IJBOptions
     found : dict from gallery to Identification
         "G1", "G2" and "G1+G2" (IJB-B: "S1", "S2", "S1+S2").
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.trials import LabelledTrials
+    >>> pairs = LabelledTrials(list("123456"), np.array([0]), np.array([4]), np.array([True]))
+    >>> lists = {"G1": {"1": "ann", "2": "bob"}, "G2": {"3": "cyd", "4": "dan"},
+    ...          "mixed": {"5": "ann", "6": "dan"}}
+    >>> each = np.arange(6)  # every template is of one image
+    >>> ijb = IJB("IJBC", pairs.ids, np.zeros((6, 5, 2)), np.ones(6), each, each, each, pairs,
+    ...           lists=lists)
+    >>> images = ImageEmbeddings(np.eye(4)[[0, 1, 2, 3, 0, 2]])  # the probe 6 looks like cyd
+    >>> search = identify_ijb(ijb, images, IJBOptions(flip="none"), ranks=[1], fpirs=[])
+    >>> search.means()
+    {'rank 1': 0.5}
     """
 
     target: str
@@ -106,6 +120,20 @@ def identify_ijb(
     ValueError
         A 1:N list that is missing, a listed template without images; named. As
         :func:`~speechbrain_qmargin.faces.ijb.templates.template_embeddings`.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.trials import LabelledTrials
+    >>> pairs = LabelledTrials(list("123456"), np.array([0]), np.array([4]), np.array([True]))
+    >>> lists = {"G1": {"1": "ann", "2": "bob"}, "G2": {"3": "cyd", "4": "dan"},
+    ...          "mixed": {"5": "ann", "6": "dan"}}
+    >>> each = np.arange(6)  # every template is of one image
+    >>> ijb = IJB("IJBC", pairs.ids, np.zeros((6, 5, 2)), np.ones(6), each, each, each, pairs,
+    ...           lists=lists)
+    >>> images = ImageEmbeddings(np.eye(4)[[0, 1, 2, 3, 0, 2]])  # the probe 6 looks like cyd
+    >>> search = identify_ijb(ijb, images, IJBOptions(flip="none"), ranks=[1], fpirs=[])
+    >>> {name: found.cmc[1].value for name, found in search.found.items()}
+    {'G1': 1.0, 'G2': 0.0, 'G1+G2': 0.5}
     """
     options = options or IJBOptions()
     galleries = [name for name in ijb.lists if name != _PROBES]

@@ -35,6 +35,12 @@ class ImageEmbeddings:
         As the network gives them, not normalised; `mirrored` may be None.
     rows : int array [M] or None
         The row of every image of the protocol; None where they are in its order.
+
+    Examples
+    --------
+    >>> images = ImageEmbeddings(np.array([[1.0, 0.0]]), mirrored=np.array([[0.0, 2.0]]))
+    >>> images.fused(slice(0, 1), "sum"), images.fused(slice(0, 1), "none")
+    (array([[1., 2.]], dtype=float32), array([[1., 0.]], dtype=float32))
     """
 
     plain: np.ndarray
@@ -42,7 +48,15 @@ class ImageEmbeddings:
     rows: np.ndarray | None = None
 
     def fused(self, block: slice, flip: str) -> np.ndarray:
-        """Float32 embeddings of some images of the protocol."""
+        """Float32 embeddings of some images of the protocol.
+
+        Parameters
+        ----------
+        block : slice
+            Of the protocol's images.
+        flip : str
+            As :func:`~speechbrain_qmargin.faces.pair_sets.flip_fusion`, and so are the errors.
+        """
         rows = block if self.rows is None else self.rows[block]
         plain = np.asarray(self.plain[rows], dtype=np.float32)
         if flip == "none" or self.mirrored is None:
@@ -53,7 +67,24 @@ class ImageEmbeddings:
 def save_image_embeddings(
     path: str | Path, names: Sequence[str], plain: np.ndarray, mirrored: np.ndarray | None = None
 ) -> None:
-    """Write ``ids`` [N], ``embeddings`` and perhaps ``mirrored`` float32 [N, D] as npz."""
+    """Write ``ids`` [N], ``embeddings`` and perhaps ``mirrored`` float32 [N, D] as npz.
+
+    Parameters
+    ----------
+    path : path
+    names : sequence of str [N]
+        As the protocol names its images.
+    plain, mirrored : float arrays [N, D]
+        Of the images and of their mirror images, as the network gives them.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "images.npz"
+    >>> save_image_embeddings(file, ["1.jpg", "2.jpg"], np.eye(2), mirrored=np.eye(2))
+    >>> with np.load(file) as arrays:
+    ...     print({name: array.shape for name, array in arrays.items()})
+    {'ids': (2,), 'embeddings': (2, 2), 'mirrored': (2, 2)}
+    """
     arrays = {"ids": np.asarray(names, dtype=np.str_), "embeddings": np.asarray(plain, np.float32)}
     if mirrored is not None:
         arrays["mirrored"] = np.asarray(mirrored, np.float32)
@@ -76,6 +107,21 @@ def load_image_embeddings(path: str | Path, ijb: IJB) -> ImageEmbeddings:
     ValueError
         An unfinished cache or one of other images; arrays missing or of shapes that disagree, a
         name twice, images without an embedding: with the file.
+    FileNotFoundError
+        No such file.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.trials import LabelledTrials
+    >>> pair = LabelledTrials(["4", "9"], np.array([0]), np.array([1]), np.array([True]))
+    >>> each = np.arange(2)  # every template is of one image
+    >>> ijb = IJB("IJBC", ["1.jpg", "2.jpg"], np.zeros((2, 5, 2)), np.ones(2), each, each, each,
+    ...           pair)
+    >>> file = getfixture("tmp_path") / "images.npz"
+    >>> save_image_embeddings(file, ["2.jpg", "1.jpg"], np.array([[0.0, 2.0], [1.0, 0.0]]))
+    >>> load_image_embeddings(file, ijb).fused(slice(0, 2), "none")  # in the protocol's order
+    array([[1., 0.],
+           [0., 2.]], dtype=float32)
     """
     path = Path(path)
     if path.is_dir():
@@ -195,6 +241,20 @@ def extract_ijb(
     ValueError
         A cache of other images or of another model, an embedding that is not finite: with the
         file. Embeddings of another shape. What was computed is kept.
+
+    Examples
+    --------
+    >>> from PIL import Image
+    >>> from speechbrain_qmargin.trials import LabelledTrials
+    >>> folder = getfixture("tmp_path")
+    >>> Image.linear_gradient("L").resize((112, 112)).save(folder / "1.png")
+    >>> points = np.array([[[38, 52], [74, 52], [56, 72], [42, 92], [71, 92]]], dtype=np.float32)
+    >>> one = np.array([0])
+    >>> pair = LabelledTrials(["4"], one, one, np.array([True]))
+    >>> ijb = IJB("IJBC", ["1.png"], points, np.ones(1), one, one, one, pair)
+    >>> found = extract_ijb(lambda images: images.mean((2, 3)), folder, ijb, folder / "cache")
+    >>> found.plain.shape, np.allclose(found.plain, found.mirrored)  # mirror images have one mean
+    ((1, 3), True)
     """
     import torch
     from tqdm import tqdm

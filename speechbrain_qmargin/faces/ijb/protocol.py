@@ -40,6 +40,15 @@ class IJB:
     lists : mapping from list to mapping from template to subject
         Those lists of the 1:N protocol that are there: "G1" and "G2" (IJB-B: "S1" and "S2") are
         galleries, "mixed" are the probes.
+
+    Examples
+    --------
+    >>> pair = LabelledTrials(["4", "9"], np.array([0]), np.array([1]), np.array([True]))
+    >>> ijb = IJB("IJBC", ["1.jpg", "2.jpg", "3.jpg"], np.zeros((3, 5, 2)), np.ones(3),
+    ...           image=np.array([0, 1, 2, 2]), template=np.array([0, 0, 0, 1]),
+    ...           media=np.array([7, 7, 8, 8]), trials=pair)
+    >>> ijb.num_templates, ijb.template_media  # a video of two frames and a still; the still again
+    (2, array([0, 0, 1, 2]))
     """
 
     target: str
@@ -125,6 +134,19 @@ def read_ijb(folder: str | Path, target: str = "IJBC") -> IJB:
         unknown template: with file and line.
     FileNotFoundError
         A meta file is missing; named.
+
+    Examples
+    --------
+    >>> meta = getfixture("tmp_path") / "meta"
+    >>> meta.mkdir()
+    >>> points = "30 50 80 50 56 70 40 90 75 90 0.99"  # five landmarks and the detector's score
+    >>> for name, text in (("name_5pts_score", f"1.jpg {points}\\n2.jpg {points}\\n"),
+    ...                    ("face_tid_mid", "1.jpg 4 7\\n2.jpg 9 8\\n"),
+    ...                    ("template_pair_label", "4 9 1\\n")):
+    ...     _ = (meta / f"ijbc_{name}.txt").write_text(text)
+    >>> ijb = read_ijb(meta.parent)
+    >>> ijb.trials.ids, ijb.landmarks.shape
+    (['4', '9'], (2, 5, 2))
     """
     if target not in ("IJBB", "IJBC"):
         raise ValueError(f"target must be IJBB or IJBC, got {target!r}")

@@ -41,6 +41,21 @@ class IJBResult:
         What is known of the people behind the templates.
     size : str
         Images, media and templates.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.trials import LabelledTrials
+    >>> pairs = LabelledTrials(["4", "9", "12"], np.array([0, 0]), np.array([1, 2]),
+    ...                        np.array([True, False]))
+    >>> each = np.arange(3)  # every template is of one image
+    >>> ijb = IJB("IJBC", ["1.jpg", "2.jpg", "3.jpg"], np.zeros((3, 5, 2)), np.ones(3), each, each,
+    ...           each, pairs)
+    >>> images = ImageEmbeddings(np.array([[1, 0], [0.8, 0.6], [0, 1]]))
+    >>> result = evaluate_ijb(ijb, images, IJBOptions(flip="none"))
+    >>> print(result.size)
+    3 images, 3 media of 3 templates, 2 pairs
+    >>> print(result.table().splitlines()[0])
+    IJBC 1:1, N1 D1 F0: embeddings keep their norm, weighted by the detector's score, no flip
     """
 
     target: str
@@ -109,6 +124,19 @@ def evaluate_ijb(
     ValueError
         As :func:`template_embeddings` and
         :func:`~speechbrain_qmargin.scoring.report.evaluate`.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.trials import LabelledTrials
+    >>> pairs = LabelledTrials(["4", "9", "12"], np.array([0, 0]), np.array([1, 2]),
+    ...                        np.array([True, False]))
+    >>> each = np.arange(3)  # every template is of one image
+    >>> ijb = IJB("IJBC", ["1.jpg", "2.jpg", "3.jpg"], np.zeros((3, 5, 2)), np.ones(3), each, each,
+    ...           each, pairs)
+    >>> images = ImageEmbeddings(np.array([[1, 0], [0.8, 0.6], [0, 1]]))
+    >>> result = evaluate_ijb(ijb, images, IJBOptions(flip="none"))
+    >>> result.scores, result.report["tar_at_far", 0.1].shown
+    (array([0.8, 0. ], dtype=float32), '100.00 % (unsupported)')
     """
     options = options or IJBOptions()
     unit = template_embeddings(ijb, images, options)
@@ -139,6 +167,25 @@ def sweep_table(
     images : ImageEmbeddings
     every : iterable of IJBOptions
     fars : sequence of float
+
+    Raises
+    ------
+    ValueError
+        As :func:`~speechbrain_qmargin.faces.ijb.templates.template_embeddings` and
+        :func:`~speechbrain_qmargin.scoring.metrics.tar_at_far`.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.trials import LabelledTrials
+    >>> each, angle = np.arange(37), np.linspace(0, 3, 37)  # every template is of one image
+    >>> same = np.isin(each[1:], [1, 2, 3, 34, 35, 36])  # three score highest, three lowest
+    >>> ids = [f"{number}" for number in each]
+    >>> pairs = LabelledTrials(ids, np.zeros(36, int), each[1:], same)
+    >>> ijb = IJB("IJBC", pairs.ids, np.zeros((37, 5, 2)), np.ones(37), each, each, each, pairs)
+    >>> images = ImageEmbeddings(np.column_stack([np.cos(angle), np.sin(angle)]))
+    >>> print(sweep_table(ijb, images, [IJBOptions(flip="none")], fars=[0.1, 0.01]))
+    options        FAR 0.1   FAR 0.01
+    N1 D1 F0         50.00          -
     """
     rows = ["options    " + "".join(f"{f'FAR {far:g}':>11}" for far in fars)]
     for options in every:
