@@ -671,6 +671,21 @@ class FaceBrain(VerificationBrain):
     `modules` has ``embedding_model`` and ``classifier``. Batches have ``image``, [B, 3, H, W] in
     [-1, 1]. With ``hparams.test_flip`` an embedding outside training is the sum of the image's and
     its mirror image's, the field's usual test; ``hparams.channels_last`` is for GPUs.
+
+    Examples
+    --------
+    >>> from speechbrain.dataio.batch import PaddedBatch
+    >>> convolution = nn.Conv2d(3, 8, kernel_size=32)       # as large as the image
+    >>> network = nn.Sequential(convolution, nn.Flatten(), nn.Unflatten(1, (1, 8)))
+    >>> brain = FaceBrain(
+    ...     modules={"embedding_model": network, "classifier": nn.Identity()},
+    ...     hparams={"test_flip": True, "channels_last": False},
+    ...     run_opts={"device": "cpu"},
+    ... )
+    >>> batch = PaddedBatch([{"id": "ann/1", "image": torch.ones(3, 32, 32)}])
+    >>> twice = brain.embed(batch, sb.Stage.TEST)           # an image and its mirror image, equal
+    >>> torch.allclose(twice, 2 * brain.embed(batch, sb.Stage.TRAIN))
+    True
     """
 
     label_key = "identity_encoded"

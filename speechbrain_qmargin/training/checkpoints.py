@@ -59,6 +59,17 @@ def damage(checkpoint: Checkpoint) -> str | None:
 
     torch's files are zip archives with a checksum for each entry: truncation and flipped bits are
     found without loading anything.
+
+    Examples
+    --------
+    >>> checkpointer = AtomicCheckpointer(getfixture("tmp_path"), {"net": torch.nn.Linear(1, 1)})
+    >>> checkpoint = checkpointer.save_checkpoint()
+    >>> damage(checkpoint) is None
+    True
+    >>> file = checkpoint.paramfiles["net"]
+    >>> _ = file.write_bytes(file.read_bytes()[:100])       # cut off
+    >>> damage(checkpoint)
+    '...net.ckpt: damaged (File is not a zip file)'
     """
     for path in checkpoint.paramfiles.values():
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -105,6 +116,18 @@ class AtomicCheckpointer(HiddenCheckpointer):
     a checkpoint that cannot be loaded. This one writes beside it and renames at the end. A
     checkpoint that was damaged since is named in the log, and the one before it is taken. Files of
     weights hold tensors alone: nothing in them is executed.
+
+    Examples
+    --------
+    >>> net = torch.nn.Linear(1, 1)
+    >>> checkpointer = AtomicCheckpointer(getfixture("tmp_path"), {"net": net})
+    >>> for weight in (1.0, 2.0):
+    ...     _ = torch.nn.init.constant_(net.weight, weight)
+    ...     newest = checkpointer.save_checkpoint()
+    >>> _ = newest.paramfiles["net"].write_bytes(b"PK")     # damaged
+    >>> _ = checkpointer.recover_if_possible()
+    >>> net.weight.item()                                   # of the one before
+    1.0
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -220,6 +243,16 @@ def load_average(
     ------
     FileNotFoundError, OSError
         No epoch was finished; no checkpoint of one is whole.
+
+    Examples
+    --------
+    >>> net = torch.nn.Linear(1, 1)
+    >>> checkpointer = AtomicCheckpointer(getfixture("tmp_path"), {"net": net})
+    >>> for weight in (1.0, 2.0, 4.0):
+    ...     _ = torch.nn.init.constant_(net.weight, weight)
+    ...     _ = checkpointer.save_checkpoint()
+    >>> len(load_average({"net": net}, checkpointer, 2)), net.weight.item()
+    (2, 3.0)
     """
     found = checkpointer.find_checkpoints(ckpt_predicate=ends_an_epoch, max_num_checkpoints=count)
     if not found:
@@ -248,19 +281,49 @@ def load_average(
 
 
 def bare(module: Any) -> Any:
-    """A module without what wraps it: DDP for several processes, torch.compile."""
+    """A module without what wraps it: DDP for several processes, torch.compile.
+
+    Examples
+    --------
+    >>> net = torch.nn.Linear(1, 1)
+    >>> bare(torch.nn.DataParallel(net)) is net, bare(net) is net
+    (True, True)
+    """
     for wrapper in ("module", "_orig_mod"):
         module = getattr(module, wrapper, module)
     return module
 
 
 def ends_an_epoch(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is of a finished epoch."""
+    """Whether a checkpoint is of a finished epoch.
+
+    Examples
+    --------
+    >>> checkpointer = AtomicCheckpointer(getfixture("tmp_path"), {"net": torch.nn.Linear(1, 1)})
+    >>> ends_an_epoch(checkpointer.save_checkpoint(end_of_epoch=False))
+    False
+    """
     return checkpoint.meta["end-of-epoch"]
 
 
 def load_weights(module: Any, path: str | Path) -> None:
-    """As :func:`load_module` of a file by itself, whose checksums nobody has compared yet."""
+    """As :func:`load_module` of a file by itself, whose checksums nobody has compared yet.
+
+    Raises
+    ------
+    OSError, RuntimeError
+        As :func:`load_module`.
+
+    Examples
+    --------
+    >>> file, net = getfixture("tmp_path") / "net.ckpt", torch.nn.Linear(1, 1)
+    >>> torch.save(net.state_dict(), file)
+    >>> load_weights(net, file)
+    >>> _ = file.write_bytes(file.read_bytes()[:-9])        # cut off
+    >>> load_weights(net, file)
+    Traceback (most recent call last):
+    OSError: ...net.ckpt: damaged (File is not a zip file)
+    """
     if fault := zip_damage(path):
         raise OSError(f"{path}: damaged ({fault})")
     load_module(module, path)
@@ -275,6 +338,14 @@ def load_module(module: Any, path: str | Path, first_rows: bool = False) -> None
         The file is damaged, or holds more than tensors.
     RuntimeError
         The weights are of another module.
+
+    Examples
+    --------
+    >>> file, net = getfixture("tmp_path") / "net.ckpt", torch.nn.Linear(1, 2, bias=False)
+    >>> torch.save({"weight": torch.tensor([[1.0], [2.0], [3.0]])}, file)
+    >>> load_module(net, file, first_rows=True)             # two classes of three
+    >>> net.weight.tolist()
+    [[1.0], [2.0]]
     """
     if Path(path).is_dir():
         module.load_shards(path, first_rows=first_rows)

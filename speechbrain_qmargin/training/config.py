@@ -73,6 +73,19 @@ class Experiment:
     settings : dict
         The plain values (numbers, strings, lists) of `text`, resolved. One that is not there is a
         ValueError that names the YAML.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "mine.yaml"
+    >>> _ = file.write_text(
+    ...     "output_folder: results/mine\\nlr: 0.1\\nclasses: 2\\n"
+    ...     "network: !new:torch.nn.Linear {in_features: 4, out_features: !ref <classes>}\\n"
+    ... )
+    >>> experiment = load_experiment([str(file), "--lr", "0.2"])
+    >>> experiment.settings["lr"], experiment.output_folder.name
+    (0.2, 'mine')
+    >>> experiment.load(classes=3)["network"]
+    Linear(in_features=4, out_features=3, bias=True)
     """
 
     hparams_file: str
@@ -125,6 +138,16 @@ def load_experiment(argv: list[str]) -> Experiment:
     ------
     FileNotFoundError, ValueError
         A missing YAML, an unknown choice, an override that names no key of the experiment.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "mine.yaml"
+    >>> _ = file.write_text("output_folder: results/mine\\nlr: 0.1\\nfinal_lr: !ref <lr> / 10\\n")
+    >>> load_experiment([str(file), "--lr=0.5", "--device=cpu"]).settings
+    {'output_folder': 'results/mine', 'lr': 0.5, 'final_lr': 0.05}
+    >>> load_experiment([str(file), "--learning_rate", "0.5"])
+    Traceback (most recent call last):
+    ValueError: --learning_rate is neither a setting of ...mine.yaml nor an option of SpeechBrain...
     """
     given = CommandLine.of(argv)
     text = composed(given)
@@ -138,6 +161,13 @@ def composed(given: CommandLine) -> str:
 
     Where ``pretrained`` is a published model, its network and its features are the experiment's,
     as if the command line had named them.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "mine.yaml"
+    >>> _ = file.write_text("lr: 0.1  # of the encoder\\n")
+    >>> print(composed(CommandLine(str(file), {"lr": "0.2"})))
+    lr: 0.2 # of the encoder
     """
     from speechbrain_qmargin.training.pretrained import published_overrides
 
@@ -195,7 +225,13 @@ def compose(hparams_file: str | Path, overrides: dict[str, str], trust: bool = F
 
 
 def resolved(text: str) -> Any:
-    """The tree of a HyperPyYAML document, references resolved; tags are kept, nothing is run."""
+    """The tree of a HyperPyYAML document, references resolved; tags are kept, nothing is run.
+
+    Examples
+    --------
+    >>> resolved("lr: 0.1\\nfinal_lr: !ref <lr> / 2")["final_lr"]
+    0.05
+    """
     return copy.deepcopy(_resolved(text))
 
 
@@ -205,7 +241,14 @@ def _resolved(text: str) -> Any:
 
 
 def with_values(text: str, source: str | Path, values: dict[str, Any]) -> str:
-    """A document whose entries have other plain values."""
+    """A document whose entries have other plain values.
+
+    Examples
+    --------
+    >>> print(with_values("classes: 2  # of the data\\nlr: 0.1", "mine.yaml", {"classes": 3}))
+    classes: 3 # of the data
+    lr: 0.1
+    """
     document = _Document.of(text, source)
     for key, value in values.items():
         document.give(key, value)
@@ -233,7 +276,13 @@ def settings_of(text: str, entries: Iterable[str]) -> dict[str, Any]:
 
 
 def settings_text(text: str) -> str:
-    """The part of a document that consists of plain settings, with their comments."""
+    """The part of a document that consists of plain settings, with their comments.
+
+    Examples
+    --------
+    >>> print(settings_text("lr: 0.1  # of all\\nnetwork: !new:torch.nn.ReLU\\n"))
+    lr: 0.1 # of all
+    """
     document = _Document.of(text, "settings")
     document.heading = ""
     document.entries = {
@@ -260,7 +309,13 @@ def plain_settings(tree: Any) -> dict:
 
 
 def tag_of(node: Any) -> str:
-    """The tag that a node of a parsed YAML was written with; empty without one."""
+    """The tag that a node of a parsed YAML was written with; empty without one.
+
+    Examples
+    --------
+    >>> tag_of(resolved("network: !new:torch.nn.ReLU {inplace: True}")["network"]), tag_of(0.1)
+    ('!new:torch.nn.ReLU', '')
+    """
     return getattr(getattr(node, "tag", None), "value", None) or ""
 
 

@@ -45,7 +45,15 @@ class _Readable(torch.utils.data.Dataset):
 
 
 class ReadableBatch:
-    """A `collate_fn`: the batch of what could be read (None where nothing could), and the rest."""
+    """A `collate_fn`: the batch of what could be read (None where nothing could), and the rest.
+
+    Examples
+    --------
+    >>> items = [{"id": "ann/1", "x": torch.ones(2)}, Unreadable("bob/1", "bob/1.wav: damaged")]
+    >>> batch, unreadable = ReadableBatch()(items)
+    >>> batch.id, [one.name for one in unreadable]
+    (['ann/1'], ['bob/1'])
+    """
 
     def __call__(self, items: list) -> tuple[Any, list[Unreadable]]:
         unreadable = [item for item in items if isinstance(item, Unreadable)]
@@ -83,6 +91,26 @@ def extract_dataset(
     ------
     OSError
         Without `faults`: those items, named once all others are embedded and kept.
+
+    Examples
+    --------
+    >>> class Vectors:
+    ...     ids = ["ann/1", "bob/1"]
+    ...
+    ...     def describe(self, row):
+    ...         return {}
+    ...
+    ...     def __getitem__(self, row):
+    ...         if row:
+    ...             raise OSError("bob/1.wav: damaged")
+    ...         return {"id": self.ids[row], "x": torch.tensor([3.0, 4.0])}
+    >>> def load(dataset):
+    ...     return torch.utils.data.DataLoader(dataset, batch_size=2, collate_fn=ReadableBatch())
+    >>> folder, faults = getfixture("tmp_path"), {}
+    >>> extract_dataset(Vectors(), folder, "model 1", load, lambda batch: batch.x.data, faults)
+    {'ann/1': array([3., 4.], dtype=float32)}
+    >>> faults
+    {'bob/1': 'bob/1.wav: damaged'}
     """
     together = torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if together else 0

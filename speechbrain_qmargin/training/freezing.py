@@ -63,6 +63,19 @@ class Freezing:
     ------
     ValueError
         No such layer; `epochs` below 1 or not whole.
+
+    Examples
+    --------
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    >>> freezing = Freezing(net, "0", epochs=1)
+    >>> print(freezing)
+    6 parameters of the encoder are frozen for 1 epoch
+    >>> freezing.begin(1)
+    >>> net[0].weight.requires_grad, net[1].weight.requires_grad
+    (False, True)
+    >>> freezing.begin(2)
+    >>> net[0].weight.requires_grad
+    True
     """
 
     def __init__(self, encoder: nn.Module, layer: str | None, epochs: int | None) -> None:

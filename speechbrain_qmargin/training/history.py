@@ -41,6 +41,22 @@ def read_history(file: str | Path) -> list[dict]:
 
 
 def write_history(file: str | Path, record: dict) -> None:
-    """Put an epoch's record in the place of its own and of those after it."""
+    """Put an epoch's record in the place of its own and of those after it.
+
+    Parameters
+    ----------
+    file : path
+    record : dict
+        With ``epoch`` and ``seconds``, for JSON.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "history.jsonl"
+    >>> for epoch in (1, 2, 3):
+    ...     write_history(file, {"epoch": epoch, "seconds": 9.0})
+    >>> write_history(file, {"epoch": 2, "seconds": 8.0})      # resumed after the first epoch
+    >>> [(record["epoch"], record["seconds"]) for record in read_history(file)]
+    [(1, 9.0), (2, 8.0)]
+    """
     history = [old for old in read_history(file) if old["epoch"] < record["epoch"]]
     write_text(file, "".join(json.dumps(entry) + "\n" for entry in [*history, record]))

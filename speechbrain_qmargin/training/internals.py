@@ -96,7 +96,14 @@ def skip_to(loader: Any, step: int) -> None:
 
 
 def has_statistics(module: nn.Module) -> bool:
-    """Whether a module is an InputNormalization, which keeps its statistics in no state_dict."""
+    """Whether a module is an InputNormalization, which keeps its statistics in no state_dict.
+
+    Examples
+    --------
+    >>> from speechbrain.processing.features import InputNormalization
+    >>> has_statistics(InputNormalization()), has_statistics(nn.BatchNorm1d(2))
+    (True, False)
+    """
     return hasattr(module, "_statistics_dict")
 
 
@@ -106,5 +113,16 @@ def statistics(module: Any) -> dict:
 
 
 def load_statistics(module: Any, state: dict) -> None:
-    """Give an InputNormalization the statistics of another."""
+    """Give an InputNormalization the statistics of another.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from speechbrain.processing.features import InputNormalization
+    >>> one, other = (InputNormalization(norm_type="global", std_norm=False) for _ in range(2))
+    >>> _ = one(torch.tensor([[[1.0], [3.0]]]), torch.ones(1))      # it follows in training
+    >>> load_statistics(other, statistics(one))
+    >>> other.eval()(torch.tensor([[[2.0]]]), torch.ones(1))        # less the mean
+    tensor([[[0.]]])
+    """
     module._load_statistics_dict(state)

@@ -45,6 +45,15 @@ def published_overrides(settings: Mapping[str, Any], given: Mapping[str, str]) -
         As :func:`~speechbrain_qmargin.published.load_published`: it is loaded once, so that what
         is wrong with it is said before the data are prepared. A face network for a speech recipe,
         or the other way round; a setting on the command line that is not the model's.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.models.iresnet import IResNet
+    >>> path = getfixture("tmp_path") / "backbone.pth"
+    >>> torch.save(IResNet(18, embedding_dim=8, channels=4).state_dict(), path)
+    >>> overrides = published_overrides({"pretrained": str(path)}, {})
+    >>> overrides["model"], overrides["depth"], overrides["embedding_dim"]
+    ('iresnet', '18', '8')
     """
     source = settings.get("pretrained")
     if source is None or _is_run(source):
@@ -79,6 +88,21 @@ def load_pretrained(hparams: dict) -> None:
     ------
     FileNotFoundError, ValueError
         No finished epoch there; another model, other features or other classes there than here.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> theirs, ours = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    >>> run = AtomicCheckpointer(folder / "run" / "save", {"embedding_model": theirs})
+    >>> _ = run.save_checkpoint()
+    >>> load_pretrained({
+    ...     "pretrained": folder / "run",
+    ...     "pretrained_classes": "none",
+    ...     "embedding_model": ours,
+    ...     "checkpointer": AtomicCheckpointer(folder / "mine" / "save"),
+    ... })
+    >>> torch.equal(ours.weight, theirs.weight)
+    True
     """
     source, classes = hparams["pretrained"], hparams["pretrained_classes"]
     if source is None or hparams["checkpointer"].list_checkpoints():

@@ -26,6 +26,12 @@ def processes(run_opts: Any) -> Iterator[None]:
     To leave NCCL's group is to wait for the others. After an error they wait for this process in
     a collective of their own, so neither would end, and the error would not be seen: the group is
     left to the end of the process, upon which torchrun ends the others.
+
+    Examples
+    --------
+    >>> with processes({}):         # of one process nothing is joined
+    ...     torch.distributed.is_initialized()
+    False
     """
     ddp_init_group(run_opts)
     done = False
@@ -73,6 +79,12 @@ def scaler_of_shards(scaler: GradScaler, device: str, comm: Communicator) -> Gra
     device : str
     comm : Communicator
         Of the ranks that step together.
+
+    Examples
+    --------
+    >>> scaler = GradScaler("cpu")
+    >>> scaler_of_shards(scaler, "cpu", Communicator()) is scaler       # of one rank
+    True
     """
     if comm.world == 1 or not scaler.is_enabled():
         return scaler
@@ -82,7 +94,13 @@ def scaler_of_shards(scaler: GradScaler, device: str, comm: Communicator) -> Gra
 
 
 def main_process_first(function: Callable[[], T]) -> T:
-    """Call a function on the main process, then on the others, which find its files in place."""
+    """Call a function on the main process, then on the others, which find its files in place.
+
+    Examples
+    --------
+    >>> main_process_first(lambda: "the files are made")
+    'the files are made'
+    """
     if not if_main_process():
         ddp_barrier()
     try:

@@ -23,7 +23,16 @@ __all__ = ["validation", "verify"]
 def validation(
     trials: LabelledTrials | None,
 ) -> Callable[[Mapping[str, np.ndarray]], dict] | None:
-    """What a Brain measures on validation embeddings: EER, TAR at FAR 1e-2. None without trials."""
+    """What a Brain measures on validation embeddings: EER, TAR at FAR 1e-2. None without trials.
+
+    Examples
+    --------
+    >>> ids = ["ann/1", "ann/2", "bob/1"]
+    >>> pairs = np.array([0, 0]), np.array([1, 2]), np.array([True, False])
+    >>> validate = validation(LabelledTrials(ids, *pairs))
+    >>> validate(dict(zip(ids, np.array([[1, 0], [1, 0.1], [0, 1]]), strict=True)))
+    {'eer': 0.0, 'tar_at_1e-2': 1.0}
+    """
     if trials is None:
         return None
 

@@ -161,6 +161,18 @@ def count_classes(hparams: dict, train: Any) -> None:
     ------
     ValueError
         The labels are in the images, which are not read before training.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> from speechbrain_qmargin import make_loss
+    >>> loss = make_loss("qmargin_prior", num_classes=2)
+    >>> hparams = {"compute_cost": loss, "loss": "qmargin_prior", "loss_options": {}}
+    >>> train = SimpleNamespace(class_counts=lambda: np.array([9, 1]))
+    >>> count_classes(hparams | {"embedding_dim": 192}, train)
+    >>> q = loss.log_q.exp()
+    >>> round(float(q[0] / q[1]), 4)        # (9 / 1) ** 0.5, the temperature
+    3.0
     """
     cost = hparams.get("compute_cost")
     if not isinstance(cost, Loss) or not cost.needs_counts or "counts" in hparams["loss_options"]:

@@ -95,6 +95,15 @@ class RunFolder:
     Attributes
     ----------
     path, results_file : Path
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.training.config import load_experiment
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "mine.yaml").write_text(f"output_folder: {folder / 'run'}\\nlr: 0.1\\n")
+    >>> run = RunFolder(load_experiment([str(folder / "mine.yaml")]))
+    >>> run.path.name, run.announce_finished(), run.saved_setting("lr")
+    ('run', False, None)
     """
 
     def __init__(self, experiment: Experiment) -> None:

@@ -251,7 +251,16 @@ def _places(node: Any, writes: bool = False) -> Iterator[str]:
 
 
 def load_checked(text: str, source: str | Path, trust: bool | Collection[str] = False) -> dict:
-    """The objects of a HyperPyYAML document, once :func:`refuse_code` has let it pass."""
+    """The objects of a HyperPyYAML document, once :func:`refuse_code` has let it pass.
+
+    Examples
+    --------
+    >>> load_checked("network: !new:torch.nn.ReLU", "run/hyperparams.yaml")
+    {'network': ReLU()}
+    >>> load_checked("network: !apply:os.system [ls]", "run/hyperparams.yaml")
+    Traceback (most recent call last):
+    ValueError: run/hyperparams.yaml: !apply:os.system would run code that came with the folder; ...
+    """
     refuse_code(text, source, trust)
     return load_hyperpyyaml(text)
 
