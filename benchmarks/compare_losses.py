@@ -11,7 +11,7 @@ A loss is a name of docs/losses.md or module:Class, with what the recipe is to b
 
     --losses qmargin adaface 'arcface --subcentres=3' \
         'cosface --head=partial --class_sample_rate=0.3' \
-        "elasticface --loss_options='{kind: cos, margin: 0.35}'"
+        "elasticface --loss_options='{kind: cos}'"
 """
 
 import argparse

@@ -27,7 +27,7 @@ from speechbrain_qmargin.head.search import (
 )
 from speechbrain_qmargin.loss.device import add_rows, refuse_unless
 from speechbrain_qmargin.loss.f_operators import GeneratorMeasure, Moments, masses
-from speechbrain_qmargin.loss.interface import Objective, slope_of
+from speechbrain_qmargin.loss.interface import Objective, label_outside, slope_of
 from speechbrain_qmargin.loss.solver import Block, Measure, Solution, fenchel_young
 
 __all__ = [
@@ -367,11 +367,7 @@ def refuse_labels(labels: Tensor, num_classes: int) -> None:
     ValueError: target label 3 is outside [0, 3): the outputs have 3 classes. ...
     """
     valid = (labels >= 0) & (labels < num_classes)
-    raise ValueError(
-        f"target label {int(labels[~valid][0])} is outside [0, {num_classes}): the outputs have "
-        f"{num_classes} classes. Set out_n_neurons (the classifier's number of classes) to the "
-        "size of the label encoder"
-    )
+    raise ValueError(label_outside(int(labels[~valid][0]), num_classes))
 
 
 def of_rows(rows: Tensor, values: Tensor, like: Tensor, known: RowsInOrder | None) -> Tensor:

@@ -163,6 +163,8 @@ class MagnitudeQMarginLoss(QMarginLoss):
 class ElasticQMarginLoss(QMarginLoss):
     r"""Q-Margin whose margins are drawn from :math:`N(m, \sigma^2)`, as ElasticFace's.
 
+    In evaluation they are m, and nothing is drawn.
+
     Parameters
     ----------
     alpha, scale, margin : float
@@ -199,5 +201,5 @@ class ElasticQMarginLoss(QMarginLoss):
             raise ValueError(f"sigma must be >= 0, got {sigma}")
 
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
-        margins = self.margin + self.sigma * self.draws.next(len(targets), targets.device)
+        margins = self.draws.margins(self.margin, self.sigma, targets)
         return q_margin_objective(targets, self.alpha, self.scale, margins)

@@ -22,6 +22,7 @@ from speechbrain_qmargin.loss.interface import (
     Rows,
     Scores,
     check_rows,
+    label_outside,
     prior_slope,
 )
 from speechbrain_qmargin.loss.solver import (
@@ -456,14 +457,15 @@ def check_labels(targets: Tensor, num_classes: int) -> None:
     if torch.compiler.is_compiling():
         return
     valid = (targets >= 0) & (targets < num_classes)
-    message = (
-        f"outside [0, {num_classes}): the outputs have {num_classes} classes. Set out_n_neurons "
-        "(the classifier's number of classes) to the size of the label encoder"
-    )
     if not host_decides(targets.device):
-        assert_on_device(valid.all(), f"a target label is {message}")
+        assert_on_device(
+            valid.all(),
+            f"a target label is outside [0, {num_classes}): the outputs have {num_classes} "
+            "classes. Set out_n_neurons (the classifier's number of classes) to the size of the "
+            "label encoder; no label is ignored",
+        )
     elif not bool(valid.all()):
-        raise ValueError(f"target label {int(targets[~valid][0])} is {message}")
+        raise ValueError(label_outside(int(targets[~valid][0]), num_classes))
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -506,3 +508,11 @@ def _check_cosines(cosines: Tensor) -> None:
         )
     if value > 1 + tolerance:
         raise ValueError(f"outputs reach |{value:.4g}| > 1: {_advice(classes)}")
+    # a softmax's rows; cosines that are all positive and sum to 1 in every row do not happen
+    if float(low) > 0 and len(cosines) > 1 and classes > 2:
+        sums = cosines.detach().sum(1, dtype=torch.float64)
+        if bool(((sums - 1).abs() <= tolerance).all()):
+            raise ValueError(
+                f"outputs are probabilities, positive and 1 in sum: {_advice(classes)}. Leave the "
+                "softmax out"
+            )

@@ -12,6 +12,10 @@ from speechbrain_qmargin.loss.interface import Objective, Scores
 
 __all__ = ["Draws", "ElasticFaceLoss"]
 
+_MARGINS = {"arc": 0.5, "cos": 0.35}
+_SIGMAS = {"arc": 0.0125, "cos": 0.0125}
+_SIGMAS_PLUS = {"arc": 0.0175, "cos": 0.02}
+
 
 class Draws(torch.nn.Module):
     """Normal numbers for each batch, which repeat when a run is resumed.
@@ -54,18 +58,28 @@ class Draws(torch.nn.Module):
         drawn = torch.randn(size, generator=generator, dtype=torch.float64)
         return drawn if device is None else drawn.to(device, non_blocking=True)
 
+    def margins(self, mean: float, sigma: float, targets: Tensor) -> Tensor:
+        """Of targets [B], float64: drawn from N(mean, sigma^2) in training, else `mean`."""
+        if not self.training:
+            return torch.full(targets.shape, mean, dtype=torch.float64, device=targets.device)
+        return mean + sigma * self.next(len(targets), targets.device)
+
 
 class ElasticFaceLoss(Loss):
     r"""ElasticFace (Boutros, Damer, Kirchbuchner and Kuijper, CVPR workshops 2022).
 
-    The margin of each sample is drawn from :math:`N(m, \sigma^2)` in every step.
+    The margin of each sample is drawn from :math:`N(m, \sigma^2)` in every step of training; in
+    evaluation it is m, and nothing is drawn.
 
     Parameters
     ----------
-    scale, margin : float
-        64 and, in radians, 0.5 as published for "arc"; 0.35 for "cos".
-    sigma : float, >= 0
-        0.0125 as published; 0.0175 with `plus`.
+    scale : float
+        64 as published.
+    margin : float, optional
+        None: 0.5 radians for "arc" and 0.35 for "cos", as published.
+    sigma : float, >= 0, optional
+        None: 0.0125, the default of the authors' code; with `plus` 0.0175 for "arc" and 0.02 for
+        "cos", as in their settings.
     kind : "arc" or "cos"
         ArcFace's margin or CosFace's.
     plus : bool
@@ -87,15 +101,20 @@ class ElasticFaceLoss(Loss):
     def __init__(
         self,
         scale: float = 64.0,
-        margin: float = 0.5,
-        sigma: float = 0.0125,
+        margin: float | None = None,
+        sigma: float | None = None,
         kind: str = "arc",
         plus: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(scale=scale, margin=margin, sigma=sigma)
-        if kind not in ("arc", "cos"):
+        if kind not in _MARGINS:
             raise ValueError(f"kind must be 'arc' or 'cos', got {kind!r}")
+        sigmas = _SIGMAS_PLUS if plus else _SIGMAS
+        super().__init__(
+            scale=scale,
+            margin=_MARGINS[kind] if margin is None else margin,
+            sigma=sigmas[kind] if sigma is None else sigma,
+        )
         self.kind, self.plus = kind, bool(plus)
         self.draws = Draws(seed)
 
@@ -105,7 +124,7 @@ class ElasticFaceLoss(Loss):
             raise ValueError(f"sigma must be >= 0, got {values['sigma']}")
 
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
-        drawn = self.margin + self.sigma * self.draws.next(len(targets), targets.device)
+        drawn = self.draws.margins(self.margin, self.sigma, targets)
 
         def move(cosines: Tensor) -> Tensor:
             margins = drawn.to(cosines.dtype)

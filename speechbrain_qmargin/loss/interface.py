@@ -30,6 +30,7 @@ __all__ = [
     "attach",
     "check_rows",
     "flat",
+    "label_outside",
     "learns_another",
     "prior_slope",
     "slope_of",
@@ -431,9 +432,46 @@ def prior_slope(log_q: Tensor, residual: Tensor, alpha: float) -> Tensor:
 def flat(targets: Tensor) -> Tensor:
     """Targets [B] of [B] or [B, 1].
 
+    Raises
+    ------
+    TypeError
+        No tensor.
+    ValueError
+        Another shape, such as the one-hot rows that SpeechBrain's ``LogSoftmaxWrapper`` makes.
+
     Examples
     --------
     >>> flat(torch.tensor([[3], [1]]))
     tensor([3, 1])
     """
-    return targets.squeeze(1) if targets.ndim == 2 and targets.shape[1] == 1 else targets
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a tensor of class labels, got {type(targets).__name__}")
+    if targets.ndim == 1:
+        return targets
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        return targets.squeeze(1)
+    raise ValueError(
+        f"targets must be one class label a sample, [B] or [B, 1], got {tuple(targets.shape)}. If "
+        "they are one-hot: SpeechBrain's LogSoftmaxWrapper makes them so, and the loss takes its "
+        "place, compute_cost: !new:speechbrain_qmargin.QMarginLoss, instead of its loss_fn's"
+    )
+
+
+def label_outside(label: int, num_classes: int) -> str:
+    """What is wrong with a label that is not in [0, num_classes).
+
+    Examples
+    --------
+    >>> label_outside(-100, 5)
+    'target label -100 is outside [0, 5): no label is ignored here; ...'
+    """
+    if label < 0:
+        return (
+            f"target label {label} is outside [0, {num_classes}): no label is ignored here; leave "
+            "such samples out of the batch"
+        )
+    return (
+        f"target label {label} is outside [0, {num_classes}): the outputs have {num_classes} "
+        "classes. Set out_n_neurons (the classifier's number of classes) to the size of the label "
+        "encoder"
+    )

@@ -14,6 +14,8 @@ from speechbrain_qmargin.loss.interface import Objective, Rows, Scores
 
 __all__ = ["InterTopKLoss"]
 
+_MARGIN = 0.2  # of ArcFace, at which m' is what it is said to be
+
 
 class InterTopKLoss(Loss):
     r"""ArcFace with the inter-top-k penalty (Zhao et al., SpeakIn's VoxSRC 2021 system).
@@ -27,9 +29,14 @@ class InterTopKLoss(Loss):
     ----------
     scale, margin : float
     top_margin : float, >= 0
-        m', in radians; 0.06 as in WeSpeaker.
+        m' at a margin of 0.2, in radians; 0.06 as in WeSpeaker. It grows and falls with the margin:
+        while a schedule keeps that at 0, so is m'.
     k : int
         5 as in WeSpeaker. All classes that tie with the k-th count.
+
+    Notes
+    -----
+    In large-margin fine-tuning WeSpeaker has no m': give a `top_margin` of 0 there.
 
     Examples
     --------
@@ -55,6 +62,11 @@ class InterTopKLoss(Loss):
         for name in ("margin", "top_margin"):
             if not 0 <= values[name] <= math.pi:
                 raise ValueError(f"{name} is an angle in radians, in [0, pi], got {values[name]}")
+        if values["top_margin"] * values["margin"] / _MARGIN > math.pi:
+            raise ValueError(
+                f"top_margin: {values['top_margin']} at a margin of {_MARGIN}, which at "
+                f"{values['margin']} is more than pi"
+            )
 
     def rows(self, scores: Scores, targets: Tensor, *, statistics: bool = False) -> Rows:
         dense = DenseScores(scores.cosines(), scores.embeddings)
@@ -62,11 +74,12 @@ class InterTopKLoss(Loss):
         places = targets.long().clamp(0, dense.num_classes - 1).unsqueeze(1)  # checked below
         wrong = dense.cosines().detach().scatter(1, places, -math.inf)
         least = wrong.topk(k, 1).values[:, -1:]
+        angle = self.top_margin * self.margin / _MARGIN
 
         def move_others(cosines: Tensor, target: Tensor) -> Tensor:
             eps = torch.finfo(cosines.dtype).eps
             sine = (1 - cosines.square()).clamp(min=eps).sqrt()
-            nearer = cosines * math.cos(self.top_margin) + sine * math.sin(self.top_margin)
+            nearer = cosines * math.cos(angle) + sine * math.sin(angle)
             return torch.where(cosines >= least, nearer, cosines)
 
         objective = Objective(

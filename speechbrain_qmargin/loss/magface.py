@@ -97,11 +97,14 @@ class MagFaceLoss(Loss):
         l_a and u_a.
     regulariser : float, >= 0
         lambda_g.
+    easy_margin : bool
+        Only cosines above 0 move, as in the authors' code; otherwise as in
+        :class:`~speechbrain_qmargin.loss.arcface.ArcFaceLoss`.
 
     Notes
     -----
-    The defaults are the published ones for IResNet-100; norms of other encoders may all lie
-    outside [l_a, u_a], where nothing moves.
+    The numbers are the published ones; norms of other encoders than IResNet's may all lie outside
+    [l_a, u_a], where nothing moves.
 
     Examples
     --------
@@ -134,6 +137,7 @@ class MagFaceLoss(Loss):
         lower_norm: float = 10.0,
         upper_norm: float = 110.0,
         regulariser: float = 35.0,
+        easy_margin: bool = False,
     ) -> None:
         super().__init__(
             scale=scale,
@@ -143,6 +147,7 @@ class MagFaceLoss(Loss):
             upper_norm=upper_norm,
             regulariser=regulariser,
         )
+        self.easy_margin = bool(easy_margin)
 
     def check(self, **values: float) -> None:
         super().check(**values)
@@ -161,7 +166,8 @@ class MagFaceLoss(Loss):
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
         margins = self.margin_at(norms_of(self, scores))
         return Objective(
-            scale=self.scale, move_target=lambda cosines: angular_margin(cosines, margins)
+            scale=self.scale,
+            move_target=lambda cosines: angular_margin(cosines, margins, self.easy_margin),
         )
 
     def rows(self, scores: Scores, targets: Tensor, *, statistics: bool = False) -> Rows:

@@ -139,16 +139,18 @@ def test_adaface_s_running_values_are_its_state():
         loss(cosines_of(x, weight), labels)
 
 
-def test_magface():
+@pytest.mark.parametrize("easy", [False, True])
+def test_magface(easy):
     def naive(cosines, norms, labels):
         a = norms.clamp(10, 110)
         m = 0.45 + (0.8 - 0.45) * (a - 10) / 100
         own = target(cosines, labels)
         angle = torch.acos(own)
-        own = torch.where(angle < math.pi - m, torch.cos(angle + m), own - m * torch.sin(m))
+        far = own if easy else own - m * torch.sin(m)
+        own = torch.where(own > 0 if easy else angle < math.pi - m, torch.cos(angle + m), far)
         return margin_softmax(cosines, labels, own, 16) + 35 * (a / 110**2 + 1 / a)
 
-    check(lambda: make_loss("magface", scale=16), naive)
+    check(lambda: make_loss("magface", scale=16, options={"easy_margin": easy}), naive)
 
 
 @pytest.mark.parametrize("plus", [False, True])
@@ -169,6 +171,35 @@ def test_elasticface(kind, plus):
 
     options = {"sigma": 0.1, "kind": kind, "plus": plus, "seed": 3}
     check(lambda: make_loss("elasticface", scale=16, margin=0.35, options=options), naive)
+
+
+@pytest.mark.parametrize(
+    ("options", "margin", "sigma"),
+    [
+        ({}, 0.5, 0.0125),
+        ({"kind": "cos"}, 0.35, 0.0125),
+        ({"plus": True}, 0.5, 0.0175),
+        ({"kind": "cos", "plus": True}, 0.35, 0.02),
+        ({"kind": "cos", "plus": True, "sigma": 0.0}, 0.35, 0.0),
+    ],
+)
+def test_elasticface_has_the_numbers_of_its_kind(options, margin, sigma):
+    loss = make_loss("elasticface", options=options)
+    assert (loss.margin, loss.sigma) == (margin, sigma)
+    assert make_loss("elasticface", margin=0.2, options=options).margin == 0.2
+
+
+@pytest.mark.parametrize("name", ["elasticface", "qmargin_elastic"])
+def test_in_evaluation_no_margin_is_drawn(name):
+    x, weight, labels = batch()
+    cosines = cosines_of(x, weight)
+    loss = make_loss(name, options={"sigma": 0.1})
+    drawn = loss(cosines, labels)
+    state = loss.state_dict()
+    found = loss.eval()(cosines, labels)
+    fixed = make_loss(name, options={"sigma": 0.0})(cosines, labels)
+    assert found == fixed != drawn
+    assert loss.state_dict() == state
 
 
 def test_elasticface_s_draws_repeat_on_resume():
@@ -213,20 +244,23 @@ def test_curricularface():
     assert loss.t == 0.3 * mean  # evaluation changes nothing
 
 
-def test_intertopk():
+@pytest.mark.parametrize("margin", [0.2, 0.3, 0.0])
+def test_intertopk(margin):
+    """The penalty of the others grows with the margin, as in WeSpeaker."""
+
     def naive(cosines, norms, labels):
         own = target(cosines, labels)
         angle = torch.acos(own)
         moved = torch.where(
-            angle < math.pi - 0.2, torch.cos(angle + 0.2), own - 0.2 * math.sin(0.2)
+            angle < math.pi - margin, torch.cos(angle + margin), own - margin * math.sin(margin)
         )
         wrong = cosines.detach().clone()
         wrong[torch.arange(len(labels)), labels] = -2
         top = torch.zeros_like(cosines, dtype=torch.bool).scatter(1, wrong.topk(5, 1).indices, True)
-        others = torch.where(top, torch.cos(torch.acos(cosines) - 0.06), cosines)
-        return margin_softmax(cosines, labels, moved, 16, others)
+        nearer = torch.cos(torch.acos(cosines) - 0.06 * margin / 0.2)
+        return margin_softmax(cosines, labels, moved, 16, torch.where(top, nearer, cosines))
 
-    check(lambda: make_loss("intertopk", scale=16), naive)
+    check(lambda: make_loss("intertopk", scale=16, margin=margin), naive)
     scores = DenseScores(torch.tensor([[0.5, 0.2]]))
     assert make_loss("intertopk")(scores, torch.tensor([0])) > 0  # fewer classes than k
     with pytest.raises(ValueError, match=r"label 2 is outside \[0, 2\)"):
@@ -445,6 +479,7 @@ def test_every_name_on_every_head(name):
         ("elasticface", {"kind": "sphere"}, "kind must be 'arc' or 'cos', got 'sphere'"),
         ("curricularface", {"momentum": 0}, "momentum must be in"),
         ("intertopk", {"k": 0}, "k must be a whole number"),
+        ("intertopk", {"margin": 3.0, "top_margin": 0.5}, "at 3.0 is more than pi"),
         ("qmargin_norm", {"reach": 2}, "reach must be in"),
         ("adaface", {"t": 2}, "adaface takes no t; it takes scale, margin, h, t_alpha"),
     ],

@@ -432,11 +432,11 @@ def test_parameters_are_checked(kwargs, message):
         q_margin_loss(cosines, targets, **kwargs)
 
 
-@pytest.mark.parametrize("label", [-1, 50])
-def test_a_label_outside_names_itself_and_the_setting(label):
+@pytest.mark.parametrize(("label", "remedy"), [(-1, "no label is ignored"), (50, "out_n_neurons")])
+def test_a_label_outside_names_itself_and_the_remedy(label, remedy):
     cosines, targets = batch()
     targets[2] = label
-    with pytest.raises(ValueError, match=rf"label {label} is outside \[0, 50\).*out_n_neurons"):
+    with pytest.raises(ValueError, match=rf"label {label} is outside \[0, 50\).*{remedy}"):
         q_margin_loss(cosines, targets)
 
 

@@ -181,6 +181,32 @@ def test_shapes_that_disagree_are_named():
         QMarginLoss()(outputs.expand(5, 2, 9), labels)
 
 
+@pytest.mark.parametrize("name", ["qmargin", "arcface", "intertopk", "sphereface2"])
+def test_labels_of_another_kind_are_named(name):
+    outputs, labels = outputs_and_labels()
+    loss = make_loss(name)
+    with pytest.raises(ValueError, match=r"one class label a sample.*\(5, 9\).*LogSoftmaxWrapper"):
+        loss(outputs, F.one_hot(labels[:, 0], 9))
+    for other in (labels.T, labels.unsqueeze(2), labels[0, 0]):
+        with pytest.raises(ValueError, match="one class label a sample"):
+            loss(outputs, other)
+    with pytest.raises(TypeError, match="a tensor of class labels, got list"):
+        loss(outputs, labels[:, 0].tolist())
+    labels[3] = -100  # torch's ignore_index
+    with pytest.raises(ValueError, match=r"label -100 is outside \[0, 9\): no label is ignored"):
+        loss(outputs, labels)
+
+
+def test_probabilities_are_no_cosines():
+    outputs, labels = outputs_and_labels()
+    with pytest.raises(ValueError, match=r"outputs are probabilities.*Leave the softmax out"):
+        QMarginLoss()(F.softmax(outputs, 2), labels)
+    with pytest.raises(ValueError, match="outputs are probabilities"):
+        make_loss("arcface")(F.softmax(outputs, 2).bfloat16(), labels)
+    assert QMarginLoss()(torch.eye(5), torch.arange(5)) == 0  # orthogonal classes, all recognised
+    assert QMarginLoss()(outputs.abs(), labels) > 0
+
+
 def test_it_trains_a_classifier():
     generator = torch.Generator().manual_seed(0)
     prototypes = F.normalize(torch.randn(20, 16, generator=generator), dim=1)

@@ -207,6 +207,17 @@ classifier: !new:speechbrain.lobes.models.Xvector.Classifier
     assert QMarginLoss()(outputs, labels) > 0
 
 
+def test_in_the_place_of_loss_fn_alone_it_says_where_it_belongs():
+    """The wrapper would take a log-softmax of the loss."""
+    text = YAML.replace(
+        YAML[YAML.index("    loss_fn:") : YAML.index("opt_class:")],
+        "    loss_fn: !new:speechbrain_qmargin.QMarginLoss\n\n",
+    )
+    wrapped = load_hyperpyyaml(text)["compute_cost"]
+    with pytest.raises(ValueError, match=r"LogSoftmaxWrapper.*takes its place, compute_cost: !new"):
+        wrapped(torch.rand(4, 1, 3), torch.tensor([[0], [2], [1], [1]]), torch.ones(4))
+
+
 def test_the_yaml_form_takes_arguments():
     text = "cost: !new:speechbrain_qmargin.QMarginLoss\n    alpha: 1.75\n    scale: 5\n"
     assert load_hyperpyyaml(text)["cost"].alpha == 1.75
