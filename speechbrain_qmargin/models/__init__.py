@@ -28,7 +28,21 @@ __all__ = ["Encoder", "ImageEncoder", "check_embeddings"]
 
 
 class Encoder(Protocol):
-    """Features to embeddings."""
+    """Features to embeddings.
+
+    Examples
+    --------
+    >>> import torch
+    >>> class Mean(torch.nn.Module):        # of the frames that count
+    ...     def forward(self, features, lengths=None):
+    ...         whole = torch.ones(len(features)) if lengths is None else lengths
+    ...         counts = (whole * features.shape[1]).round().int().tolist()
+    ...         means = [item[:count].mean(0) for item, count in zip(features, counts, strict=True)]
+    ...         return torch.stack(means).unsqueeze(1)
+    >>> features = torch.tensor([[[1.0], [3.0], [0.0]], [[1.0], [3.0], [5.0]]])
+    >>> Mean()(features, torch.tensor([2 / 3, 1.0])).tolist()
+    [[[2.0]], [[3.0]]]
+    """
 
     def __call__(self, features: Tensor, lengths: Tensor | None = None, /) -> Tensor:
         """Embed a batch.
@@ -51,7 +65,17 @@ class Encoder(Protocol):
 
 
 class ImageEncoder(Protocol):
-    """Aligned images to embeddings."""
+    """Aligned images to embeddings.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> convolution = nn.Conv2d(3, 8, kernel_size=32)       # as large as the image
+    >>> network = nn.Sequential(convolution, nn.Flatten(), nn.Unflatten(1, (1, 8)))
+    >>> check_embeddings(network(torch.zeros(2, 3, 32, 32)), 2).shape
+    torch.Size([2, 1, 8])
+    """
 
     def __call__(self, images: Tensor, /) -> Tensor:
         """Embeddings [B, 1, D] of images [B, 3, image_size, image_size], RGB in [-1, 1]."""

@@ -28,8 +28,21 @@ def digest_of(definition: str, state: Mapping[str, Any]) -> str:
 
 
 def digest_of_modules(definition: str, modules: Mapping[str, nn.Module]) -> str:
-    """:func:`digest_of` the weights of some modules by name, with what SpeechBrain's
-    ``InputNormalization`` has learnt, which is in no ``state_dict``."""
+    """:func:`digest_of` the weights of some modules by name.
+
+    With them goes what SpeechBrain's ``InputNormalization`` has learnt, which is in no
+    ``state_dict``.
+
+    Examples
+    --------
+    >>> network = nn.Linear(2, 1)
+    >>> before = digest_of_modules("one layer", {"embedding_model": network})
+    >>> len(before), before == digest_of_modules("one layer", {"embedding_model": network})
+    (64, True)
+    >>> _ = nn.init.zeros_(network.weight)
+    >>> before == digest_of_modules("one layer", {"embedding_model": network})
+    False
+    """
     state: dict[str, Any] = {}
     for name, module in modules.items():
         state |= {f"{name}.{key}": value for key, value in module.state_dict().items()}

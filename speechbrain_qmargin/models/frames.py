@@ -35,7 +35,14 @@ def kept_frames(lengths: Tensor | None, features: Tensor) -> Tensor | None:
 
 
 def silence(frames: Tensor, kept: Tensor | None) -> Tensor:
-    """Zeros beyond the first `kept` [B] frames of [B, ..., T]: what a convolution pads with."""
+    """Zeros beyond the first `kept` [B] frames of [B, ..., T]: what a convolution pads with.
+
+    Examples
+    --------
+    >>> silence(torch.tensor([[[1.0, 2.0, 3.0]], [[4.0, 5.0, 6.0]]]), torch.tensor([2.0, 3.0]))
+    tensor([[[1., 2., 0.]],
+            [[4., 5., 6.]]])
+    """
     if kept is None:
         return frames
     beyond = torch.arange(frames.shape[-1], device=frames.device) >= kept.unsqueeze(1)
@@ -87,5 +94,11 @@ def temporal_statistics(
 
 
 def widened(x: Tensor) -> Tensor:
-    """Half precision as float32; what is wider as it is."""
+    """Half precision as float32; what is wider as it is.
+
+    Examples
+    --------
+    >>> widened(torch.ones(1, dtype=torch.bfloat16)).dtype, widened(torch.ones(1).double()).dtype
+    (torch.float32, torch.float64)
+    """
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -41,7 +41,14 @@ __all__ = [
 
 
 class Format(Protocol):
-    """A module of :mod:`speechbrain_qmargin.published.formats`."""
+    """A module of :mod:`speechbrain_qmargin.published.formats`.
+
+    Examples
+    --------
+    >>> one = known_formats()["wespeaker"]
+    >>> one.NAME, "seg_1.weight" in one.KEYS
+    ('WeSpeaker', True)
+    """
 
     NAME: str
     KEYS: tuple[str, ...]

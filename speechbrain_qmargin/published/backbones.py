@@ -36,6 +36,12 @@ def as_iresnet(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     ------
     ValueError
         A network with squeeze-and-excitation or with bottlenecks, or entries of another.
+
+    Examples
+    --------
+    >>> state = {"body.7.res_layer.1.weight": torch.zeros(1)}       # of eight blocks the last
+    >>> list(as_iresnet(state, Path("adaface.ckpt")))
+    ['layer4.1.conv1.weight', 'features.weight', 'features.bias']
     """
     if any(".se_block." in key for key in state):
         raise ValueError(
@@ -63,5 +69,12 @@ def as_iresnet(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def exchange_channels(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a network of BGR as one of RGB: the first convolution's input turned round."""
+    """The weights of a network of BGR as one of RGB: the first convolution's input turned round.
+
+    Examples
+    --------
+    >>> weight = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
+    >>> exchange_channels({"conv1.weight": weight})["conv1.weight"].flatten()
+    tensor([3., 2., 1.])
+    """
     return state | {"conv1.weight": state["conv1.weight"].flip(1)}

@@ -46,7 +46,17 @@ class _Nothing:
 
 
 def is_program(path: Path) -> bool:
-    """Whether a file is a TorchScript program, whose code ``torch.load`` runs without a word."""
+    """Whether a file is a TorchScript program, whose code ``torch.load`` runs without a word.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> torch.save({"weight": torch.zeros(1)}, folder / "weights.pt")
+    >>> with zipfile.ZipFile(folder / "program.pt", "w") as archive:        # as torch.jit.save
+    ...     archive.writestr("program/constants.pkl", b"")
+    >>> is_program(folder / "weights.pt"), is_program(folder / "program.pt")
+    (False, True)
+    """
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -60,6 +70,15 @@ def read_without_objects(path: Path) -> tuple[dict[str, Any], list[str]]:
     ------
     pickle.UnpicklingError, RuntimeError, ValueError
         It is damaged, or of another format.
+
+    Examples
+    --------
+    >>> from fractions import Fraction
+    >>> path = getfixture("tmp_path") / "last.ckpt"
+    >>> torch.save({"state_dict": {"weight": torch.ones(2)}, "callback": Fraction(1, 2)}, path)
+    >>> found, left_out = read_without_objects(path)
+    >>> found["state_dict"], left_out
+    ({'weight': tensor([1., 1.])}, ['fractions.Fraction'])
     """
     left_out: set[str] = set()
 

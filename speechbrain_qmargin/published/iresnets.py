@@ -27,6 +27,16 @@ def iresnet_of(
     ------
     ValueError
         Weights of no IResNet, or of a depth that is not known.
+
+    Examples
+    --------
+    >>> state = IResNet(18, embedding_dim=8, channels=4, image_size=32).state_dict()
+    >>> model, name, settings = iresnet_of(state, Path("backbone.pth"))
+    >>> name, settings["image_size"]
+    ('IResNet-18, 4 channels', 32)
+    >>> iresnet_of({}, Path("backbone.pth"))
+    Traceback (most recent call last):
+    ValueError: backbone.pth: not the weights of an IResNet: conv1.weight is missing
     """
     missing = [name for name in NAMES if name not in state]
     if missing:

@@ -25,6 +25,14 @@ def kaldi_input(
     ----------
     n_mels, sample_rate, window, full_scale, dither
         As in :class:`~speechbrain_qmargin.features.KaldiFbank`.
+
+    Examples
+    --------
+    >>> speech, settings = kaldi_input(80)
+    >>> print(speech.summary)
+    80 Kaldi filterbanks of 16-bit samples, hamming window, mean of each recording removed; 16000 Hz
+    >>> settings
+    {'features': 'kaldi', 'n_mels': 80, 'sample_rate': 16000}
     """
     fbank = KaldiFbank(
         sample_rate, n_mels, dither=dither, window=window, full_scale=full_scale

@@ -28,6 +28,11 @@ class SpeechInput:
         Hz.
     about : str
         The features in words.
+
+    Examples
+    --------
+    >>> SpeechInput(nn.Identity(), nn.Identity(), 8000, "the samples themselves").summary
+    'the samples themselves; 8000 Hz'
     """
 
     compute_features: nn.Module
@@ -56,6 +61,11 @@ class FaceInput:
         ``RGB`` or ``BGR``: what it was trained on, and what its own toolkit gives it.
     flip : str
         What its toolkit embeds in a test: ``sum`` of the image and its mirror image.
+
+    Examples
+    --------
+    >>> FaceInput().summary
+    "aligned 112 x 112, RGB in [-1, 1]; tests add the mirror image's"
     """
 
     image_size: int = 112
@@ -92,6 +102,16 @@ class Published:
     embedding_mean : Tensor [D] or None
         The mean of training embeddings that was published beside the network (SpeechBrain's
         ``mean_var_norm_emb``). It is not subtracted; neither does SpeechBrain when it verifies.
+
+    Examples
+    --------
+    >>> network = nn.Conv2d(3, 8, kernel_size=32)
+    >>> face = Published(network, FaceInput(32), 8, "no toolkit", "one convolution", Path("net.pt"))
+    >>> face.faces().image_size, list(face.modules)
+    (32, ['embedding_model'])
+    >>> face.speech()
+    Traceback (most recent call last):
+    ValueError: net.pt: no toolkit's one convolution is of faces, not speech
     """
 
     encoder: nn.Module

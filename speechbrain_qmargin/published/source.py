@@ -29,6 +29,18 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     ------
     FileNotFoundError, ValueError
         No such file; it is damaged, or holds objects.
+
+    Examples
+    --------
+    >>> from fractions import Fraction
+    >>> path = getfixture("tmp_path") / "last.ckpt"
+    >>> torch.save({"weight": torch.ones(2), "epoch": 3}, path)
+    >>> read_tensors(path)
+    {'weight': tensor([1., 1.]), 'epoch': 3}
+    >>> torch.save({"weight": torch.ones(2), "callback": Fraction(1, 2)}, path)
+    >>> read_tensors(path)
+    Traceback (most recent call last):
+    ValueError: ...last.ckpt: not a checkpoint of weights alone, or damaged; nothing of it was ...
     """
     path = Path(path)
     if not path.is_file():
@@ -75,6 +87,16 @@ class Source:
     ------
     FileNotFoundError, ValueError
         There is nothing; a cache of several snapshots of which none is current.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> state = {"module.conv.weight": torch.ones(1).half(), "module.steps": torch.tensor(7)}
+    >>> torch.save({"state_dict": state, "epoch": 3}, folder / "model.pt")
+    >>> Source(folder / "model.pt").state
+    {'conv.weight': tensor([1.]), 'steps': tensor(7)}
+    >>> Source(folder).weights("best.pt", "model.pt").name
+    'model.pt'
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -167,7 +189,13 @@ def _state_of(path: Path, found: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries below a prefix, without it."""
+    """The entries below a prefix, without it.
+
+    Examples
+    --------
+    >>> without_prefix({"net.weight": torch.ones(1), "head.weight": torch.zeros(1)}, "net.")
+    {'weight': tensor([1.])}
+    """
     return {
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
     }
@@ -193,6 +221,16 @@ def fit(module: nn.Module, state: Mapping[str, Tensor], path: Path, network: str
     ------
     ValueError
         What differs, the first key of each kind.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> fit(layer, {"weight": torch.tensor([[2.0]])}, Path("net.pt"), "one layer")
+    >>> layer.weight.item()
+    2.0
+    >>> fit(layer, {"weight": torch.ones(1, 2)}, Path("net.pt"), "one layer")
+    Traceback (most recent call last):
+    ValueError: net.pt: not the weights of one layer: 1 have another shape, the first is weight, ...
     """
     own = module.state_dict()
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
@@ -216,7 +254,13 @@ def fit(module: nn.Module, state: Mapping[str, Tensor], path: Path, network: str
 
 
 def first_keys(state: Iterable[str], count: int = 3) -> str:
-    """Some keys, for a message."""
+    """Some keys, for a message.
+
+    Examples
+    --------
+    >>> first_keys({"a": 1, "b": 2, "c": 3}, 2)
+    'a, b'
+    """
     return ", ".join(list(state)[:count])
 
 

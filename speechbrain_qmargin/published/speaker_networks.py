@@ -45,7 +45,18 @@ class Known(NamedTuple):
 
 
 def network_of(state: State, known: Mapping[str, Known]) -> str | None:
-    """The name of the network that weights are of; None for none of them."""
+    """The name of the network that weights are of; None for none of them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> known = {"ResNet": Known(load_resnet, has=("conv1.weight",), has_not=("fuse",))}
+    >>> weight = torch.zeros(1)
+    >>> network_of({"conv1.weight": weight}, known)
+    'ResNet'
+    >>> network_of({"conv1.weight": weight, "fuse1.weight": weight}, known) is None
+    True
+    """
     for name, one in known.items():
         alien = any(part in key for key in state for part in one.has_not)
         if not alien and all(key in state for key in one.has):
@@ -54,7 +65,15 @@ def network_of(state: State, known: Mapping[str, Known]) -> str | None:
 
 
 def load_resnet(state: State, path: Path) -> Loaded:
-    """WeSpeaker's ResNet18 to ResNet293."""
+    """WeSpeaker's ResNet18 to ResNet293.
+
+    Examples
+    --------
+    >>> network = ResNet(input_size=16, channels=4, lin_neurons=8, depth=18)
+    >>> loaded = load_resnet(network.state_dict(), Path("avg_model.pt"))
+    >>> loaded.name, loaded.bands, loaded.settings["embedding_dim"]
+    ('ResNet18', 16, 8)
+    """
     counts = tuple(parts_below(state, f"layer{stage}.") for stage in (1, 2, 3, 4))
     bottlenecks = "layer1.0.conv3.weight" in state
     depths = [d for d, blocks in BLOCKS.items() if blocks == counts and (d >= 50) == bottlenecks]
@@ -74,7 +93,15 @@ def load_resnet(state: State, path: Path) -> Loaded:
 
 
 def load_campplus(state: State, path: Path, least_variance: float) -> Loaded:
-    """CAM++ of either toolkit."""
+    """CAM++ of either toolkit.
+
+    Examples
+    --------
+    >>> network = CAMPPlus(16, 8, growth=4, channels=8, layers=(1, 1, 1))
+    >>> loaded = load_campplus(network.state_dict(), Path("avg_model.pt"), least_variance=1e-7)
+    >>> loaded.bands, loaded.settings["layers"]
+    (16, [1, 1, 1])
+    """
     channels, inputs, _ = state["xvector.tdnn.linear.weight"].shape
     bands = 8 * inputs // len(state["head.conv1.weight"])
     dim = len(state["xvector.dense.linear.weight"])
@@ -91,7 +118,15 @@ def load_campplus(state: State, path: Path, least_variance: float) -> Loaded:
 
 
 def load_wespeaker_ecapa(state: State, path: Path) -> Loaded:
-    """WeSpeaker's ECAPA-TDNN, whose names and pooling are its own."""
+    """WeSpeaker's ECAPA-TDNN, whose names and pooling are its own.
+
+    Examples
+    --------
+    >>> network = WeSpeakerEcapa(16, channels=8, lin_neurons=4, pooled=24)
+    >>> loaded = load_wespeaker_ecapa(network.state_dict(), Path("avg_model.pt"))
+    >>> loaded.name, loaded.bands, loaded.settings["embedding_dim"]
+    ('ECAPA_TDNN_GLOB_c8', 16, 4)
+    """
     if any(key.startswith("bn2.") for key in state):
         raise ValueError(f"{path}: a normalisation of the embedding (emb_bn), which is not here")
     channels, bands, _ = state["layer1.conv.weight"].shape
@@ -108,7 +143,15 @@ def load_wespeaker_ecapa(state: State, path: Path) -> Loaded:
 
 
 def load_eres2net(state: State, path: Path, second: bool) -> Loaded:
-    """WeSpeaker's ERes2Net, or the second version, which is 3D-Speaker's."""
+    """WeSpeaker's ERes2Net, or the second version, which is 3D-Speaker's.
+
+    Examples
+    --------
+    >>> network = ERes2Net(16, channels=4, lin_neurons=8)
+    >>> loaded = load_eres2net(network.state_dict(), Path("avg_model.pt"), second=False)
+    >>> loaded.name, loaded.bands, loaded.settings["width"]
+    ('ERes2Net34', 16, 4)
+    """
     channels = len(state["conv1.weight"])
     expansion = len(state["layer1.0.conv3.weight"]) // channels
     scale = parts_below(state, "layer1.0.convs.")
@@ -127,7 +170,15 @@ def load_eres2net(state: State, path: Path, second: bool) -> Loaded:
 
 
 def load_speechbrain_ecapa(state: State, path: Path) -> Loaded:
-    """ECAPA-TDNN by SpeechBrain's names, which 3D-Speaker's has as well."""
+    """ECAPA-TDNN by SpeechBrain's names, which 3D-Speaker's has as well.
+
+    Examples
+    --------
+    >>> network = ECAPA_TDNN(20, lin_neurons=4, channels=[8] * 4 + [24], attention_channels=4)
+    >>> loaded = load_speechbrain_ecapa(network.state_dict(), Path("ecapa-tdnn.ckpt"))
+    >>> loaded.name, loaded.bands, loaded.settings["embedding_dim"]
+    ('ECAPA-TDNN 8', 20, 4)
+    """
     channels, bands = state["blocks.0.conv.conv.weight"].shape[:2]
     attention = len(state["asp.tdnn.conv.conv.weight"])
     dim = len(state["fc.conv.weight"])

@@ -15,7 +15,16 @@ NAME, KEYS = "AdaFace", NAMES
 
 
 def recognise(source: Source) -> bool:
-    """Entries of the backbone below ``model.``, or without a prefix."""
+    """Entries of the backbone below ``model.``, or without a prefix.
+
+    Examples
+    --------
+    >>> import torch
+    >>> path = getfixture("tmp_path") / "adaface.ckpt"
+    >>> torch.save({f"model.{name}": torch.zeros(1) for name in KEYS}, path)
+    >>> recognise(Source(path))
+    True
+    """
     if not source.path.is_file() or source.file("model.yaml"):
         return False
     return all(name in _backbone(source) for name in KEYS)

@@ -26,7 +26,16 @@ FILES = ("backbone.pth", "model.pt", "checkpoint_gpu_0.pt")
 
 
 def recognise(source: Source) -> bool:
-    """Entries of an IResNet, or a training's folder that holds them."""
+    """Entries of an IResNet, or a training's folder that holds them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> folder = getfixture("tmp_path")
+    >>> torch.save({name: torch.zeros(1) for name in KEYS}, folder / "backbone.pth")
+    >>> recognise(Source(folder)), recognise(Source(folder / "backbone.pth"))
+    (True, True)
+    """
     path = source.weights(*FILES)
     if path is None or (source.path.is_dir() and source.file("config.yaml", "model.yaml")):
         return False

@@ -21,7 +21,19 @@ SETTINGS = ("model.yaml", "pretrained_model/model.yaml")
 
 
 def recognise(source: Source) -> bool:
-    """Entries below ``net.``; or a folder with ``model.pt`` and ``model.yaml``."""
+    """Entries below ``net.``; or a folder with ``model.pt`` and ``model.yaml``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> folder = getfixture("tmp_path")
+    >>> torch.save({name: torch.zeros(1) for name in KEYS}, folder / "model.pt")
+    >>> recognise(Source(folder))           # without model.yaml
+    False
+    >>> _ = (folder / "model.yaml").write_text("color_space: BGR")
+    >>> recognise(Source(folder))
+    True
+    """
     path = source.weights(*FILES)
     if path is None or (source.path.is_dir() and source.file(*SETTINGS) is None):
         return False

@@ -64,7 +64,20 @@ _REFERENCE = re.compile(r"<(\w+)>")
 
 
 def recognise(source: Source) -> bool:
-    """``hyperparams.yaml`` with a network of its, beside ``embedding_model.ckpt``."""
+    """``hyperparams.yaml`` with a network of its, beside ``embedding_model.ckpt``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> folder = getfixture("tmp_path")
+    >>> network = "!new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN"
+    >>> _ = (folder / YAML_FILE).write_text(f"embedding_model: {network}")
+    >>> recognise(Source(folder))           # without embedding_model.ckpt
+    False
+    >>> torch.save({"weight": torch.zeros(1)}, folder / WEIGHTS)
+    >>> recognise(Source(folder))
+    True
+    """
     if source.path.is_file() and source.path.name != WEIGHTS:
         return False
     file = source.file(YAML_FILE)

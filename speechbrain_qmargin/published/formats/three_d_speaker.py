@@ -42,7 +42,16 @@ NETWORKS = {
 
 
 def recognise(source: Source) -> bool:
-    """A file with the names of its networks; a folder of ModelScope's with one."""
+    """A file with the names of its networks; a folder of ModelScope's with one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> path = getfixture("tmp_path") / "campplus_cn_common.bin"
+    >>> torch.save({name: torch.zeros(1) for name in NETWORKS["CAM++"].has}, path)
+    >>> recognise(Source(path))
+    True
+    """
     path = _weights(source)
     if path is None or source.file("hyperparams.yaml", "config.yaml"):
         return False
@@ -53,7 +62,18 @@ def recognise(source: Source) -> bool:
 
 
 def load(source: Source) -> Published:
-    """The network."""
+    """The network.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from speechbrain_qmargin.models.campplus import CAMPPlus
+    >>> path = getfixture("tmp_path") / "campplus_cn_common.bin"
+    >>> torch.save(CAMPPlus(16, 8, growth=4, channels=8, layers=(1, 1, 1)).state_dict(), path)
+    >>> published = load(Source(path))
+    >>> published.network, published.embedding_dim, published.settings["fbank_window"]
+    ('CAMPPlus', 8, 'povey')
+    """
     path = _weights(source)
     if path is None:
         raise ValueError(f"{source.path}: none of {', '.join(FILES)} in it")

@@ -48,7 +48,16 @@ _OF_ALIBABA = ("CAMPPlus", "ERes2Net34")
 
 
 def recognise(source: Source) -> bool:
-    """A folder with WeSpeaker's ``config.yaml``; a file beside one, or with its names."""
+    """A folder with WeSpeaker's ``config.yaml``; a file beside one, or with its names.
+
+    Examples
+    --------
+    >>> import torch
+    >>> path = getfixture("tmp_path") / "avg_model.pt"
+    >>> torch.save({name: torch.zeros(1) for name in NETWORKS["ResNet"].has}, path)
+    >>> recognise(Source(path))
+    True
+    """
     path = source.weights(*FILES)
     if path is None:
         return False
@@ -66,6 +75,16 @@ def load(source: Source) -> Published:
     ------
     ValueError
         A network, a pooling or features that are not here, with the name in ``config.yaml``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from speechbrain_qmargin.models.resnet import ResNet
+    >>> path = getfixture("tmp_path") / "avg_model.pt"
+    >>> torch.save(ResNet(16, channels=4, lin_neurons=8, depth=18).state_dict(), path)
+    >>> published = load(Source(path))
+    >>> published.network, published.embedding_dim, published.notes
+    ('ResNet18', 8, ("no config.yaml beside it: 16 kHz is assumed, as for all of WeSpeaker's",))
     """
     path = source.weights(*FILES)
     if path is None:
