@@ -25,6 +25,7 @@ __all__ = [
     "load_record",
     "named_file",
     "refuse_overwriting",
+    "refuse_yaml_bomb",
     "replacing",
     "replacing_folder",
     "save_record",
@@ -37,6 +38,7 @@ __all__ = [
 CACHE_VARIABLE = "SPEECHBRAIN_QMARGIN_CACHE"
 
 _LARGE, _DENSEST = 2**26, 100  # bytes; ids in UTF-32 are packed by 10 to 40, floats hardly
+_DEEPEST, _LARGEST_YAML = 100, 1_000_000  # levels, characters; a recipe has 5 and 9,000
 
 
 def cache_folder() -> Path:
@@ -354,6 +356,55 @@ def zip_damage(path: str | Path) -> str | None:
     except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         return " ".join(str(error).split())[:200]
     return None
+
+
+def refuse_yaml_bomb(text: str) -> None:
+    """Refuse a YAML that costs a reader minutes, its stack or its memory.
+
+    Nested by the hundred, or lists of aliases of lists of aliases, which grow when they are
+    written out. It is parsed for that, an event at a time; nothing is built.
+
+    Raises
+    ------
+    ValueError, ruamel.yaml.error.YAMLError
+        More than 100 levels, more than a million characters with its aliases written out; no YAML
+        up to there.
+
+    Examples
+    --------
+    >>> refuse_yaml_bomb("a: [1, {b: 2}]")
+    >>> refuse_yaml_bomb("a: " + "[" * 101)
+    Traceback (most recent call last):
+    ValueError: nested deeper than 100 levels
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.events import (
+        AliasEvent,
+        CollectionEndEvent,
+        CollectionStartEvent,
+        ScalarEvent,
+    )
+
+    known: dict[str, int] = {}  # anchors and the characters below them
+    within: list[tuple[str | None, int]] = [(None, 0)]  # of each open collection, what was before
+    total = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        if isinstance(event, CollectionStartEvent):
+            within.append((event.anchor, total))
+            if len(within) > _DEEPEST + 1:
+                raise ValueError(f"nested deeper than {_DEEPEST} levels")
+        elif isinstance(event, CollectionEndEvent):
+            anchor, before = within.pop()
+            if anchor:
+                known[anchor] = total - before
+        elif isinstance(event, ScalarEvent):
+            total += len(event.value) + 1
+            if event.anchor:
+                known[event.anchor] = len(event.value) + 1
+        elif isinstance(event, AliasEvent):
+            total += known.get(event.anchor, 0) + 1
+        if total > _LARGEST_YAML:
+            raise ValueError(f"its aliases grow beyond {_LARGEST_YAML:,} characters")
 
 
 def save_record(path: str | Path, kind: str, content: dict) -> None:

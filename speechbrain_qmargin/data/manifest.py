@@ -381,7 +381,7 @@ class Manifest:
                 about = json.loads(header)
                 if about["format"] != _FORMAT:
                     raise ValueError(about["format"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{path}: not a manifest") from None
             if digest and about["digest"] != digest:
                 raise ValueError(f"{path}: has changed; it is another corpus now")

@@ -117,7 +117,7 @@ def load_shards(
         stored_shards = [(int(a), int(b), str(name)) for a, b, name in index["shards"]]
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} holds no checkpoint of a head: no {_INDEX}") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / _INDEX} is no index of a head's shards: {error}") from None
     ends = [0, *(stop for _, stop, _ in stored_shards)]
     if [start for start, _, _ in stored_shards] != ends[:-1] or ends[-1] != theirs[2]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import yaml
+from ruamel.yaml.error import YAMLError
 from torch import Tensor, nn
 
-from speechbrain_qmargin.files import zip_damage
+from speechbrain_qmargin.files import refuse_yaml_bomb, zip_damage
 from speechbrain_qmargin.published.inert import is_program, read_without_objects
 
 __all__ = ["Source", "first_keys", "fit", "parts_below", "read_tensors", "without_prefix"]
@@ -131,8 +132,10 @@ class Source:
         if path is None:
             return None
         try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            text = path.read_text(encoding="utf-8")
+            refuse_yaml_bomb(text)
+            tree = yaml.safe_load(text)
+        except (yaml.YAMLError, YAMLError, ValueError) as error:
             raise ValueError(
                 f"{path}: not plain YAML ({' '.join(str(error).split())[:160]})"
             ) from None

@@ -143,7 +143,7 @@ class AtomicCheckpointer(HiddenCheckpointer):
                 if not {"unixtime", "end-of-epoch"} <= set(checkpoint.meta):
                     raise ValueError("no unixtime or end-of-epoch in it")
                 found.append(checkpoint)
-            except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
                 self._say(folder, f"{folder / METAFNAME}: damaged ({_one_line(error)})")
         return found
 

@@ -35,7 +35,7 @@ def read_history(file: str | Path) -> list[dict]:
             if not {"epoch", "seconds"} <= set(record):
                 raise ValueError("no epoch or no seconds in it")
             records.append(record)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             logger.warning(f"{file}:{number}: damaged, left out of the history")
     return records
 

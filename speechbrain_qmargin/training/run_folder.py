@@ -183,7 +183,7 @@ class RunFolder:
         try:
             before = json.loads(self.results_file.read_text(encoding="utf-8"))["settings"]
             changed = [key for key in sorted(SCORING) if before.get(key) != now.get(key)]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{self.results_file}: damaged ({error}); delete it, and the run is scored anew"
             ) from None
@@ -252,7 +252,7 @@ class RunFolder:
                 if key in free and key in before
             }
             then = dict(_leaves(resolved(with_values(text, saved, same))))
-        except (YAMLError, AttributeError, TypeError) as error:
+        except (YAMLError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{saved}: damaged ({' '.join(str(error).split())[:200]}); give a new "
                 "--output_folder, or mend it: it is what --print_config writes"
@@ -286,7 +286,7 @@ class RunFolder:
         try:
             then = json.loads(saved.read_text(encoding="utf-8"))
             return {f"--{n}": (then[n], now[n]) for n in OPTIONS if then[n] != now[n]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{saved}: damaged ({error!r}); delete it if the run's options were today's"
             ) from None

@@ -26,6 +26,8 @@ from ruamel.yaml import YAML, Loader
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from speechbrain_qmargin.files import refuse_yaml_bomb
+
 __all__ = ["load_checked", "object_names", "refuse_code", "refuse_outside"]
 
 # Modules whose networks and optimisers may be built, those below them included.
@@ -96,8 +98,8 @@ def refuse_code(text: str, source: str | Path, trust: bool | Collection[str] = F
     Raises
     ------
     ValueError
-        A tag outside the list, no YAML, or one whose aliases and references grow without bound;
-        with the file and what to do.
+        A tag outside the list, no YAML, one that is nested too deeply, or one whose aliases and
+        references grow without bound; with the file and what to do.
 
     Examples
     --------
@@ -120,6 +122,7 @@ def refuse_code(text: str, source: str | Path, trust: bool | Collection[str] = F
 @functools.lru_cache(maxsize=64)  # a run's YAML is checked at several points
 def _refused(text: str, allowed: frozenset[str]) -> str | None:
     """What in a document would build or call what it should not; None where nothing would."""
+    refuse_yaml_bomb(text)
     tree = YAML().load(text)
     _refuse_growth(tree)
     # before references are resolved: some tags act then already
@@ -273,6 +276,7 @@ def object_names(text: str) -> frozenset[str]:
     >>> sorted(object_names("a: !new:my.Net {size: 3}\\nb: [!name:my.rate , 2]"))
     ['my.Net', 'my.rate']
     """
+    refuse_yaml_bomb(text)
     tree = YAML().load(text)
     matches = (_OBJECT.fullmatch(tag) for tag, _ in _written(tree))
     names = {match[1] for match in matches if match}

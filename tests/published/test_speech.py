@@ -132,6 +132,35 @@ def test_wespeakers_folder_is_its_network_with_its_features(tmp_path, name, dept
     assert "no config.yaml beside it" in load_published(folder / "avg_model.pt").summary()
 
 
+def test_yamls_that_would_never_end_are_named(tmp_path):
+    """Whatever reads them: lists of aliases, of references; brackets by the hundred."""
+    aliases = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+    references = "a: [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+    for above, below in zip("bcdefghi", "abcdefgh", strict=True):
+        aliases += f"{above}: &{above} [{', '.join([f'*{below}'] * 9)}]\n"
+        references += f"{above}: [{', '.join([f'!ref <{below}>'] * 9)}]\n"
+    channels = "channels: [8, 8, 8, 8, 24]"
+    for text, said in (
+        (aliases + ECAPA_YAML.replace(channels, "channels: *i"), "aliases grow beyond 1,000,000"),
+        (references + ECAPA_YAML.replace(channels, "channels: !ref <i>"),
+         "references grow beyond 10,000 values"),
+        (ECAPA_YAML.replace(channels, f"channels: {'[' * 101}8{']' * 101}"), "deeper than 100"),
+    ):  # fmt: skip
+        folder = tmp_path / "speechbrain"
+        folder.mkdir(exist_ok=True)
+        save(ECAPA_TDNN(20, channels=[8] * 5).state_dict(), folder / "embedding_model.ckpt")
+        (folder / "hyperparams.yaml").write_text(text)
+        with pytest.raises(ValueError, match=rf"hyperparams\.yaml: .*{said}"):
+            load_published(f"speechbrain:{folder}")
+    folder = wespeaker(
+        tmp_path / "exp", "ResNet18", ResNet(18, channels=2, lin_neurons=8), 8, bands=16
+    )
+    for text in (aliases + "model: *i\n", f"model: {'[' * 101}{']' * 101}\n"):
+        (folder / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.yaml: not plain YAML \(.* (grow|deeper)"):
+            load_published(folder)
+
+
 def test_what_is_wrong_with_a_file_of_wespeakers_is_named(tmp_path):
     model = ResNet(16, channels=2, lin_neurons=8)
     folder = wespeaker(tmp_path / "exp", "ResNet293", model, 8, bands=16)

@@ -90,7 +90,8 @@ BOMBS = {
     "a reference around": ("a: [!ref <b>]\nb: [!ref <a>]", "made of itself"),
     "a text of itself": ("a: x<b>\nb: !ref y<a>", "made of itself"),
     "a number of 5,000 digits": (f"a: {'9' * 5000}", "4300 digits"),
-    "brackets": (f"a: {'[' * 500}", "recursion depth"),
+    "brackets": (f"a: {'[' * 300}", "nested deeper than 100 levels"),
+    "closed brackets": (f"a: {'[' * 300}{']' * 300}", "nested deeper than 100 levels"),
     "texts in a circle": ("a: <b>\nb: <a>\nc: !ref x<a>", "leads to itself"),
 }  # fmt: skip
 

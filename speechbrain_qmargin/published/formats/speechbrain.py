@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from torch import Tensor, nn
 
+from speechbrain_qmargin.files import refuse_yaml_bomb
 from speechbrain_qmargin.published.model import Published, SpeechInput
 from speechbrain_qmargin.published.source import Source, fit, read_tensors
 
@@ -61,6 +62,7 @@ KNOWN = {*NETWORKS, FBANK, KALDI, NORM} | {
     f"torch.nn.{name}" for name in ("LeakyReLU", "ReLU", "GELU", "SiLU", "Tanh")
 }
 _REFERENCE = re.compile(r"<(\w+)>")
+_MOST_VALUES = 10_000  # of a document, each as often as it is referred to
 
 
 def recognise(source: Source) -> bool:
@@ -204,12 +206,14 @@ class _Document:
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            tree = YAML().load(file.read_text(encoding="utf-8"))
-        except (YAMLError, UnicodeDecodeError) as error:
+            text = file.read_text(encoding="utf-8")
+            refuse_yaml_bomb(text)
+            tree = YAML().load(text)
+        except (YAMLError, ValueError) as error:
             raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())[:160]})") from None
         if not isinstance(tree, dict):
             raise ValueError(f"{file}: not a YAML of settings, `key: value`")
-        self.tree = tree
+        self.tree, self.left = tree, _MOST_VALUES
 
     def plain(self, key: str) -> Any:
         """The value of a key; None where there is none."""
@@ -241,6 +245,9 @@ class _Document:
 
     def _value(self, node: Any, depth: int = 0) -> Any:
         tag = _tag(node)
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"{self.file}: its references grow beyond {_MOST_VALUES:,} values")
         if depth > 20:
             raise ValueError(f"{self.file}: references go round in a circle")
         if tag.startswith("!name:") and tag[6:] in KNOWN:
