@@ -338,7 +338,9 @@ def pair_set_figures(
 
     See Also
     --------
-    pair_scores, ten_fold_accuracy, ten_fold_tar : Its parts, with examples.
+    pair_scores : The cosines.
+    ten_fold_accuracy : The first figure.
+    ten_fold_tar : The second.
     """
     folder = Path(folder)
     scores = pair_scores(embeddings, flip="none")

@@ -386,7 +386,8 @@ def score_files(
     See Also
     --------
     score_lists : The same of objects.
-    with_tables, speakers_in_cohort : How the tables are read, with examples.
+    with_tables : How `speakers` and `models` are read.
+    speakers_in_cohort : How `cohort_speakers` are read.
     """
     paths = [Path(one) for one in ([trials] if isinstance(trials, str | Path) else trials)]
     if not paths:

@@ -140,11 +140,9 @@ def trials_text(trials: LabelledTrials) -> str:
 
     Examples
     --------
-    >>> file = getfixture("tmp_path") / "trials.txt"
     >>> labels = np.array([True, False])
     >>> trials = index_pairs(["anna/1", "anna/1"], ["anna/2", "bert/1"], labels, "")
-    >>> write_trials(file, trials.labelled())
-    >>> print(file.read_text())
+    >>> print(trials_text(trials.labelled()))
     1 anna/1 anna/2
     0 anna/1 bert/1
     """
@@ -166,5 +164,14 @@ def trials_text(trials: LabelledTrials) -> str:
 
 
 def write_trials(path: str | Path, trials: LabelledTrials) -> None:
-    """Write a list: :func:`trials_text`."""
+    """Write a list, whole or not at all: :func:`trials_text`, whose errors it raises.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "trials.txt"
+    >>> trials = index_pairs(["anna/1"], ["anna/2"], np.array([True]), "")
+    >>> write_trials(file, trials.labelled())
+    >>> read_trials(file).pair(0)
+    'anna/1 anna/2'
+    """
     write_text(path, trials_text(trials))
