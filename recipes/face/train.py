@@ -54,6 +54,11 @@ def prepare(settings):
                     f"{key}: does not apply to {folder}, whose images have no names; leave it out "
                     "and test on --test_sets '[lfw.bin]'"
                 )
+        if settings["min_images"] > 2:  # its default, which a folder of images has
+            raise ValueError(
+                f"min_images: {settings['min_images']} does not apply to {folder}, all of whose "
+                "identities are trained on; leave it out"
+            )
         if not sets:
             raise ValueError(f"{folder} has no names to test on: give --test_sets '[lfw.bin]'")
         return Task(

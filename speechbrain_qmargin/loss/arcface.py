@@ -86,6 +86,7 @@ class ArcFaceLoss(Loss):
     True
     """
 
+    options = ("easy_margin",)
     scale: float
     margin: float
 

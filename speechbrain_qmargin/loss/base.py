@@ -25,6 +25,7 @@ SpeechBrain's, list such a loss in ``modules`` and in the checkpointer's ``recov
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -55,6 +56,9 @@ class Loss(nn.Module):
     settings : tuple of str
         The numbers that a user may give and a schedule may change; alpha, scale and margin have
         these names.
+    options : tuple of str
+        What else the constructor takes that makes it another loss: its text shows those that are
+        not the default.
     fixed : dict
         Those that make it the loss of its name, with their values.
     needs_embeddings : bool
@@ -85,6 +89,7 @@ class Loss(nn.Module):
     """
 
     settings: ClassVar[tuple[str, ...]] = ("scale", "margin")
+    options: ClassVar[tuple[str, ...]] = ()
     fixed: ClassVar[Mapping[str, float]] = {}
     needs_embeddings: ClassVar[bool] = False
     needs_counts: ClassVar[bool] = False
@@ -213,7 +218,13 @@ class Loss(nn.Module):
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name):.4g}" for name in self.settings)
+        parts = [f"{name}={getattr(self, name):.4g}" for name in self.settings]
+        defaults = inspect.signature(type(self)).parameters
+        for name in self.options:
+            value = getattr(self, name)
+            if name not in defaults or value != defaults[name].default:
+                parts.append(f"{name}={value}")
+        return ", ".join(parts)
 
 
 def value_of(loss: object, name: str) -> float:

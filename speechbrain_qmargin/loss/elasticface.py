@@ -94,6 +94,7 @@ class ElasticFaceLoss(Loss):
     """
 
     settings = ("scale", "margin", "sigma")
+    options = ("kind", "plus")
     scale: float
     margin: float
     sigma: float

@@ -45,6 +45,7 @@ class InterTopKLoss(Loss):
     """
 
     settings = ("scale", "margin", "top_margin")
+    options = ("k",)
     scale: float
     margin: float
     top_margin: float

@@ -122,6 +122,7 @@ class MagFaceLoss(Loss):
         "regulariser",
     )
     needs_embeddings = True
+    options = ("easy_margin",)
     scale: float
     lower_margin: float
     upper_margin: float

@@ -70,6 +70,7 @@ class SphereFace2Loss(Loss):
     """
 
     settings = ("scale", "margin", "balance")
+    options = ("kind", "t")
     scale: float
     margin: float
     balance: float

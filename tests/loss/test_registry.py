@@ -160,6 +160,25 @@ class Head:
         return Rows(torch.tensor([6.0, 8.0]), torch.ones(2), torch.tensor([1, 3]))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("arcface", {}, "ArcFaceLoss(scale=32, margin=0.2)"),
+        ("arcface", {"easy_margin": True}, "ArcFaceLoss(scale=32, margin=0.2, easy_margin=True)"),
+        (
+            "elasticface",
+            {"kind": "cos", "plus": True},
+            "ElasticFaceLoss(scale=64, margin=0.35, sigma=0.02, kind=cos, plus=True)",
+        ),
+        ("sphereface2", {"kind": "A"}, "margin=0.15, balance=0.7, kind=A)"),
+        ("intertopk", {"k": 3}, "top_margin=0.06, k=3)"),
+        ("magface", {"easy_margin": True}, "regulariser=35, easy_margin=True)"),
+    ],
+)
+def test_its_text_shows_what_makes_it_another_loss(name, options, text):
+    assert text in repr(make_loss(name, options=options))
+
+
 def test_a_sparse_heads_output_evaluates_itself():
     head = Head()
     assert QMarginLoss()(head, torch.tensor([[3], [1]])) == 7

@@ -182,6 +182,7 @@ def test_faults_of_test_images_are_found_before_training(corpus, records, tmp_pa
     )
     pairs = f"--verification_file={corpus.trials_test}"
     fails(ValueError, "verification_file: does not apply", data, f"--test_sets={good}", pairs)
+    fails(ValueError, "min_images: 5 does not", data, f"--test_sets={good}", "--min_images=5")
     fails(ValueError, "give --test_sets", data)
 
     images = tmp_path / "images"
