@@ -511,6 +511,17 @@ def load_reader(
         As in :func:`~speechbrain_qmargin.export.encoder.load_encoder`.
     **options
         Of the reader.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "hyperparams.yaml").write_text(
+    ...     "image_size: 32\\nmodules: {embedding_model: "
+    ...     "!new:torch.nn.Conv2d {in_channels: 3, out_channels: 8, kernel_size: 32}}"
+    ... )
+    >>> torch.save(torch.nn.Conv2d(3, 8, 32).state_dict(), folder / "embedding_model.ckpt")
+    >>> load_reader(folder, batch=4).modality
+    'faces'
     """
     loaded = load_any_encoder(encoder, device, trust)
     if isinstance(loaded, SpeakerEncoder):
