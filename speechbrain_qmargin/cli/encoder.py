@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,12 @@ def _export(args: argparse.Namespace) -> None:
         print(f"{place}: the encoder alone{threshold}")
     if args.onnx:
         encoder = load_any_encoder(place, trust=args.trust, flip=args.flip, say=print)
-        differences = export_onnx(encoder, args.onnx, from_waveform=not args.from_features)
+
+        def say(step: str) -> None:
+            if not args.quiet:
+                print(f"{args.onnx}: {step}", file=sys.stderr, flush=True)
+
+        differences = export_onnx(encoder, args.onnx, from_waveform=not args.from_features, say=say)
         print(
             f"{args.onnx}: at most {max(differences.values()):.1e} of an embedding's length "
             f"from PyTorch, at {', '.join(differences)} (batch x size)"

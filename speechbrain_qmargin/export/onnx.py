@@ -25,7 +25,11 @@ __all__ = ["export_onnx"]
 
 
 def export_onnx(
-    encoder: SpeakerEncoder | FaceEncoder, path: str | Path, *, from_waveform: bool = True
+    encoder: SpeakerEncoder | FaceEncoder,
+    path: str | Path,
+    *,
+    from_waveform: bool = True,
+    say: Callable[[str], object] = lambda step: None,
 ) -> dict[str, float]:
     """Write the encoder as one ONNX file, checked against PyTorch in onnxruntime.
 
@@ -36,6 +40,15 @@ def export_onnx(
     ``embedding`` [batch, D]. The file's metadata say what the input is: ``sample_rate``, or
     ``image_size``, ``channels``, ``normalisation``, ``alignment`` and ``flip``; and ``encoder``,
     the encoder's digest.
+
+    Parameters
+    ----------
+    encoder : SpeakerEncoder or FaceEncoder
+    path : path
+    from_waveform : bool
+        Of speech: whether features are computed in the graph.
+    say : callable
+        Gets a line before each of the steps, which together take minutes for a large network.
 
     Returns
     -------
@@ -64,7 +77,7 @@ def export_onnx(
         }
         inputs = {f"{batch} x {size} x {size}": probe_images(batch, size) for batch in (1, 2, 5)}
         given = _Given("image", {0: "batch"}, probe_images(3, size), inputs)
-        return _write(copy.deepcopy(encoder), encoder, given, about, path)
+        return _write(copy.deepcopy(encoder), encoder, given, about, path, say)
     rate = encoder.sample_rate
     about |= {"sample_rate": str(rate)}
     name, axis = ("waveform", "samples") if from_waveform else ("features", "frames")
@@ -75,7 +88,7 @@ def export_onnx(
     example = probe(encoder, from_waveform, 2, rate)
     given = _Given(name, {0: "batch", 1: axis}, example, inputs)
     ours = encoder.forward if from_waveform else encoder.embed
-    return _write(_Graph(encoder, from_waveform).eval(), ours, given, about, path)
+    return _write(_Graph(encoder, from_waveform).eval(), ours, given, about, path, say)
 
 
 class _Given(NamedTuple):
@@ -93,6 +106,7 @@ def _write(
     given: _Given,
     about: dict[str, str],
     path: str | Path,
+    say: Callable[[str], object],
 ) -> dict[str, float]:
     import onnx
     import onnxruntime
@@ -100,11 +114,14 @@ def _write(
     with replacing(path) as partial, torch.no_grad():
         dynamic = (dict.fromkeys(given.axes, torch.export.Dim.DYNAMIC),)
         example = (given.example,)
+        say("1 of 3: the network is traced")
         graph(*example)  # SpeechBrain wraps some functions when they are first called
         with warnings.catch_warnings(), _without_torchvision():
             warnings.simplefilter("ignore")  # of tracing's own
+            traced = torch.export.export(graph, example, dynamic_shapes=dynamic, strict=True)
+            say("2 of 3: it is translated to ONNX")
             torch.onnx.export(
-                torch.export.export(graph, example, dynamic_shapes=dynamic, strict=True),
+                traced,
                 example,
                 partial,
                 dynamo=True,
@@ -114,6 +131,7 @@ def _write(
                 external_data=False,
                 verbose=False,
             )
+        say(f"3 of 3: onnxruntime's embeddings are compared at {', '.join(given.compared)}")
         session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
         differences = {}
         for size, noise in given.compared.items():

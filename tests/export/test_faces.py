@@ -284,7 +284,9 @@ def test_onnx_gives_the_same_embeddings_in_other_batches(tmp_path, caplog):
     encoder = FaceEncoder(model, SIZE, "sum")
     told = logging.getLogger("torch.onnx._internal.exporter._registration")
     told.addHandler(caplog.handler)
-    differences = export_onnx(encoder, tmp_path / "e.onnx")
+    steps: list[str] = []
+    differences = export_onnx(encoder, tmp_path / "e.onnx", say=steps.append)
+    assert [step[:6] for step in steps] == ["1 of 3", "2 of 3", "3 of 3"]
     told.removeHandler(caplog.handler)
     said = [one.getMessage() for one in caplog.records if one.name == told.name]
     assert not [one for one in said if "torchvision" in one]  # not installed, and not needed
