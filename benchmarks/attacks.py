@@ -17,6 +17,7 @@ from pathlib import Path
 
 from malformed.audio import corpora, recordings
 from malformed.embeddings import embeddings
+from malformed.enrolments import enrolments
 from malformed.faces import pickles, stored
 from malformed.images import images
 from malformed.kinds import Kind, NotRight, heard
@@ -32,6 +33,7 @@ GROUPS: dict[str, Callable[[Path], Iterator[Kind]]] = {
     "lists": lists,
     "scores": scores,
     "embeddings": embeddings,
+    "enrolments": enrolments,
     "pickled verification sets": pickles,
     "stored faces": stored,
     "runs": runs,

@@ -441,6 +441,8 @@ def load_record(path: str | Path, kind: str, make: Callable[..., Any]) -> Any:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not the fields of a record")
         if content.pop("format", None) != f"speechbrain_qmargin {kind} 1":
             raise ValueError(f"its format is not 'speechbrain_qmargin {kind} 1'")
         return make(**content)

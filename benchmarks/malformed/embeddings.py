@@ -4,6 +4,7 @@ import io
 import pickle
 import shutil
 import struct
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,27 @@ def embeddings(folder: Path) -> Iterator[Kind]:
             yield error(
                 f"{name}, .{suffix}", lambda path=path: loaded(path), path.name, unless=marker
             )
+    path = folder / "bomb.npz"
+    np.savez_compressed(path, ids=np.array(IDS[:1]), embeddings=np.zeros((1, 2**24), np.float32))
+    yield error("65 kB that unpack to 67 MB", lambda p=path: loaded(p), "bomb.npz", "unpack to")
+    path = content(folder / "members.npz", b"")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("ids", "embeddings"):
+            archive.writestr(name, b"a")
+    yield error("an npz of what is no array", lambda p=path: loaded(p), "members.npz")
+    renamed = saved("renamed.npz", np.array(IDS), matrix).read_bytes()
+    at = renamed.rindex(b"ids.npy")
+    path = content(folder / "renamed.npz", renamed[:at] + b"idt" + renamed[at + 3 :])
+    yield error("an npz whose directory has another name", lambda p=path: loaded(p), "renamed.npz")
+    form = saved("form.npz", np.array(["Jos\u00e9/1", "b"]), matrix[:2])
+    other = Trials(["Jose\u0301/1", "b"], np.array([0]), np.array([1]))
+    yield value(
+        "an id in another of Unicode's normal forms",
+        lambda: cosine_scores(load_embeddings(form), other),
+        [unit[0] @ unit[1]],
+        1e-6,
+        "Unicode's normal form C",
+    )
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         stream, {"descr": "<f4", "fortran_order": False, "shape": (10**12, 16)}
@@ -88,6 +110,7 @@ def embeddings(folder: Path) -> Iterator[Kind]:
         "of a negative size": data.replace(struct.pack("<i", 16), struct.pack("<i", -1)),
         "of another type": data.replace(b"FV ", b"XV "),
         "with a name that is not UTF-8": b"\xff" + data,
+        "of one word": b"x" * 100_000,
         "text": b"no embeddings",
         "empty": b"",
         "a pickle": b"a PKL" + pickle.dumps(Touch(marker)),

@@ -68,6 +68,16 @@ def lists(folder: Path) -> Iterator[Kind]:
         path = content(folder / f"{name}.txt", data)
         yield error(name, lambda path=path: read(path), path.name)
 
+    calls = "m\ts1\ta\ttarget\nm\ts2\tb\tnontarget\nm\ts2\ta\tnontarget\n"
+    path = content(folder / "calls.tsv", "modelid\tsegmentid\tside\ttargettype\n" + calls)
+    yield error("two sides of a call under one id", lambda p=path: read(p), "calls.tsv:4", "s2")
+    path = content(folder / "forms.txt", "1 Jos\u00e9/1 Jose\u0301/2\n0 Jose\u0301/2 ann/1\n")
+    yield value(
+        "a name in two of Unicode's normal forms",
+        lambda p=path: sorted(set(read_trials(p).speaker_names())),
+        ["Jos\u00e9", "ann"],
+    )
+
     def told(path: Path):
         found = read_trials(path).distinct.trials
         return [found.pair(n) for n in range(len(found))], found.speakers()
@@ -125,6 +135,12 @@ def scores(folder: Path) -> Iterator[Kind]:
         "three numbers, 5 columns": ("a b 0.1 0.5 0.6\n", ":1"),
         "a list without scores": ("a b target\nc d nontarget\n", ":1"),
         "an empty file": ("", ""),
+        "decimal commas": ("a b 0,5\na c 0,25\n", ":1"),
+        "decimal commas between commas": ("a,b,0,5\na,c,0,25\n", ":1"),
+        "an underscore in a number": ("a b 0.5\na c 1_0\n", ":2"),
+        "a cell of 200,000 characters": (f'{{"a":"{"x" * 200_000}",1}}\n', ":1"),
+        "a comment of 20,000 brackets": (
+            f"# speechbrain_qmargin scores {'[' * 20_000}\n{bare}", ":1"),
         "a broken comment": (f"# speechbrain_qmargin scores {{\n{bare}", ":1"),
         "failures that are none": (
             f'# speechbrain_qmargin scores {{"lost": "7"}}\n{bare}', ":1"),
@@ -134,6 +150,12 @@ def scores(folder: Path) -> Iterator[Kind]:
         yield error(
             f"scores with {name}", lambda path=path: read_score_file(path), path.name + line
         )
+    thrice = read_trials(content(folder / "thrice.txt", "1 a b\n1 b a\n1 a b\n0 a c\n"))
+    yield value(
+        "one score of a pair three times, a tie with another pair's",
+        lambda: thrice.distinct.scores(np.full(4, 0.1)),
+        [0.1, 0.1],
+    )
     few = content(folder / "few.score", "x y 0.5\n")
     yield error(
         "no score of the list", lambda: read_score_file(few, listing), "few.score", "no score"

@@ -30,6 +30,7 @@ def runs(folder: Path) -> Iterator[Kind]:
     from speechbrain_qmargin.cli import main
     from speechbrain_qmargin.export.encoder import load_encoder, load_run
     from speechbrain_qmargin.export.inference import export_run
+    from speechbrain_qmargin.published import load_published
     from speechbrain_qmargin.training.checkpoints import AtomicCheckpointer
     from speechbrain_qmargin.training.config import load_experiment
     from speechbrain_qmargin.training.run_folder import RunFolder
@@ -71,6 +72,31 @@ def runs(folder: Path) -> Iterator[Kind]:
         call = lambda text=text: load_checked(text, "run/hyperparams.yaml")  # noqa: E731
         yield error(f"hyperparams.yaml with {name}", call, "run/hyperparams.yaml", unless=marker)
 
+    levels = list(zip("bcdefghij", "abcdefghi", strict=True))
+    lists = {
+        kind: "a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{n}: &{n} [{', '.join([form.format(m)] * 9)}]\n" for n, m in levels)
+        for kind, form in (("aliases", "*{}"), ("references", "!ref <{}>"))
+    }
+    bombs = {
+        "aliases of aliases": lists["aliases"],
+        "references to references": lists["references"],
+        "texts of texts": "a: xxxxxxxxx\n"
+        + "".join(f"{n}: !ref {f'<{m}>' * 9}\n" for n, m in levels),
+        "a power of powers": "a: 9\nx: !ref <a>**<a>**<a>**<a>",
+        "a reference to itself": "x: !ref <x>",
+        "300 brackets": f"x: {'[' * 300}{']' * 300}",
+    }
+    for name, text in bombs.items():
+        call = lambda text=text: load_checked(text, "run/hyperparams.yaml")  # noqa: E731
+        yield error(f"hyperparams.yaml with {name}", call, "run/hyperparams.yaml", "not a YAML")
+    for name, text in {"aliases of aliases": f"{lists['aliases']}model: *j\n",
+                       "300 brackets": bombs["300 brackets"]}.items():  # fmt: skip
+        exp = content(folder / f"exp_{len(text)}" / "config.yaml", text).parent
+        torch.save({"x": torch.zeros(1)}, exp / "avg_model.pt")
+        call = lambda exp=exp: load_published(f"wespeaker:{exp}")  # noqa: E731
+        yield error(f"a published config.yaml with {name}", call, "config.yaml")
+
     model = torch.nn.Linear(20, 4)
     run = folder / "run"
     AtomicCheckpointer(run / "save", {"embedding_model": model}).save_checkpoint()
@@ -92,6 +118,15 @@ def runs(folder: Path) -> Iterator[Kind]:
             code = main([str(word) for word in words])
         if code:
             raise ValueError(told.getvalue() + " ".join(lines))
+
+    whole = folder / "whole"
+    content(whole / "hyperparams.yaml", NETWORK.format(bands=20, folder=whole))
+    weights = whole / "embedding_model.ckpt"
+    torch.save(model.state_dict(), weights)
+    data = weights.read_bytes()
+    content(weights, data.replace(bits := model.weight.detach().numpy().tobytes(),
+                                  bytes([bits[0] ^ 1]) + bits[1:]))  # fmt: skip
+    yield error("weights with a flipped bit", lambda: load_encoder(whole), weights.name, "damaged")
 
     doors = {
         "load_encoder": lambda: load_encoder(run),
