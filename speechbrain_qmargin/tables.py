@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 __all__ = [
     "LABELS",
     "Table",
+    "composed_name",
     "could_be_header",
     "file_source",
     "read_lines",
@@ -52,6 +54,20 @@ def some(names: Sequence[str]) -> str:
     'a, b, c, d, e, ...'
     """
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def composed_name(name: str) -> str:
+    """A person's name in Unicode's normal form C, in which names are counted and compared.
+
+    File systems and editors write an accent as a part of its letter or as a character of its own;
+    both are one name. Ids and paths stay as they are.
+
+    Examples
+    --------
+    >>> len("Jose\\u0301"), len(composed_name("Jose\\u0301"))
+    (5, 4)
+    """
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def file_source(path: str | Path) -> str:
@@ -309,7 +325,8 @@ def read_map(path: str | Path, kind: type = str) -> dict:
     ----------
     path : path
     kind : type
-        Of the values; called with their text.
+        Of the values; called with their text. Those of kind str are names of people
+        (:func:`composed_name`).
 
     Returns
     -------
@@ -338,7 +355,7 @@ def read_map(path: str | Path, kind: type = str) -> dict:
         value = None
         if len(fields) == 2:
             try:
-                value = kind(fields[1])
+                value = composed_name(fields[1]) if kind is str else kind(fields[1])
             except (TypeError, ValueError):
                 value = None
         if value is None or (kind is float and not np.isfinite(value)):

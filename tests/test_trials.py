@@ -10,6 +10,11 @@ from examples import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speechbrain_qmargin.data.classes import training_classes
+from speechbrain_qmargin.data.manifest import Item, Manifest
+from speechbrain_qmargin.data.people import read_people
+from speechbrain_qmargin.scoring.breakdown import trial_groups
+from speechbrain_qmargin.scoring.normalisation import refuse_shared_speakers
 from speechbrain_qmargin.tables import read_map, read_models
 from speechbrain_qmargin.trials import (
     LabelledTrials,
@@ -18,6 +23,7 @@ from speechbrain_qmargin.trials import (
     match_ids,
     read_trials,
     read_unlabelled,
+    speaker_in,
     write_trials,
 )
 
@@ -332,3 +338,39 @@ def test_distinct_pairs_are_those_of_a_set(pairs, seed):
     assert kept == list(wanted)
     means = [np.mean(values) for values in wanted.values()]
     assert trials.distinct.scores(scores) == pytest.approx(means)
+
+
+def test_a_name_in_two_normal_forms_is_one_persons(tmp_path):
+    """Files on disk are in either form, and stay so; people are counted and compared in one."""
+    one, two = "José", "Jose\u0301"
+    assert one != two
+    path = tmp_path / "trials.txt"
+    path.write_text(f"1 {one}/1 {two}/2\n0 {two}/2 ann/1\n0 {one}/1 ann/1\n", encoding="utf-8")
+    trials = read_trials(path)
+    assert trials.ids == [f"{one}/1", f"{two}/2", "ann/1"]
+    assert trials.speaker_names() == [one, one, "ann"]
+    trials.distinct.trials.speakers()  # no target trial of two speakers
+    mapped = trials.with_speakers({f"{one}/1": "a", f"{two}/2": two, "ann/1": one})
+    assert mapped.speaker_names() == ["a", one, one]
+    (tmp_path / "utt2spk").write_text(f"u1 {two}\n", encoding="utf-8")
+    assert read_map(tmp_path / "utt2spk") == {"u1": one}
+    cohort, test = [one, "bob"], [speaker_in(f"{two}/1")]
+    with pytest.raises(ValueError, match="1 speakers are in the cohort and in the trials"):
+        refuse_shared_speakers(cohort, test)
+    manifest = Manifest.of([Item("u1", f"/d/{one}/1.wav", one), Item("u2", f"/d/{two}/2.wav", two)])
+    assert list(manifest.classes) == [one]
+    assert [item.file for item in manifest] == [f"/d/{one}/1.wav", f"/d/{two}/2.wav"]
+    listed = tmp_path / "listed"
+    listed.write_text(two, encoding="utf-8")
+    assert training_classes({one: [1, 2]}, set(), listed=listed) == [one]
+    for name in (one, two):
+        for number in (1, 2):
+            file = tmp_path / "people" / name / f"{number}.wav"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+    people = read_people(tmp_path / "people")
+    assert sorted(people.ids) == [one]
+    assert len(people.ids[one]) == 4
+    assert all(file.is_file() for file in people.files.values())
+    groups, names = trial_groups(trials, {two: "m", "ann": "f"})
+    assert [names[n] for n in groups] == ["m", "f × m", "f × m"]

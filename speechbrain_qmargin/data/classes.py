@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from speechbrain_qmargin.files import replacing
+from speechbrain_qmargin.tables import composed_name
 from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = ["all_pairs", "class_encoder", "held_out_for_validation", "training_classes"]
@@ -52,7 +53,8 @@ def training_classes(
     classes, what = names
     chosen = sorted(set(items) - held_out)
     if listed is not None:
-        chosen = sorted(set(Path(listed).read_text(encoding="utf-8").split()))
+        listing = Path(listed).read_text(encoding="utf-8").split()
+        chosen = sorted(set(map(composed_name, listing)))
         unknown = [name for name in chosen if name not in items]
         shared = sorted(set(chosen) & held_out)
         if unknown:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from speechbrain_qmargin.files import replacing
+from speechbrain_qmargin.tables import composed_name
 
 __all__ = ["Item", "Manifest", "Texts"]
 
@@ -202,7 +203,7 @@ class Manifest:
             files += item.file.encode()
             ends[0].append(len(ids))
             ends[1].append(len(files))
-            codes.append(names.setdefault(item.label, len(names)))
+            codes.append(names.setdefault(composed_name(item.label), len(names)))
             seconds[0].append(item.start)
             seconds[1].append(item.duration)
             parts.append(item.part)

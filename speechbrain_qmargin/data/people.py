@@ -13,7 +13,7 @@ import numpy as np
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES
 from speechbrain_qmargin.data.folders import files_below
 from speechbrain_qmargin.data.images import IMAGE_SUFFIXES
-from speechbrain_qmargin.tables import read_lines
+from speechbrain_qmargin.tables import composed_name, read_lines
 from speechbrain_qmargin.trials import speaker_in
 
 __all__ = ["People", "draw_parts", "read_people"]
@@ -123,7 +123,7 @@ def _table(path: Path) -> People:
         name = _id(file, person, session)
         if name in files:
             raise ValueError(f"{where}: {name} is there twice")
-        ids[person].append(name)
+        ids[composed_name(person)].append(name)
         files[name] = path.parent / file
     if not files:
         raise ValueError(f"{path}: nobody in it")

@@ -20,6 +20,7 @@ from speechbrain_qmargin.export.loading import load_any_encoder
 from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe, probe_images
 from speechbrain_qmargin.files import replacing_folder, write_text
 from speechbrain_qmargin.scoring.decision import OperatingPoint
+from speechbrain_qmargin.tables import composed_name
 from speechbrain_qmargin.training.checkpoints import bare
 from speechbrain_qmargin.training.internals import has_statistics, statistics
 
@@ -417,7 +418,7 @@ def trained_on(folder: str | Path) -> frozenset[str]:
     for name in ("save/label_encoder.txt", "label_encoder.ckpt", "label_encoder.txt"):
         encoder = CategoricalEncoder()
         if (Path(folder) / name).is_file() and encoder.load_if_possible(Path(folder) / name):
-            labels = (str(label) for label in encoder.lab2ind)
+            labels = (composed_name(str(label)) for label in encoder.lab2ind)
             return frozenset(label for label in labels if not label.isdigit())
     return frozenset()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_qmargin.scoring.shares import Share, share_of_trials
+from speechbrain_qmargin.tables import composed_name
 from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = [
@@ -256,7 +257,8 @@ def trial_groups(
     if relation not in ("both", "same"):
         raise ValueError(f"relation must be both or same, got {relation!r}")
     speakers = trials.speaker_names()
-    found = [values.get(name, values.get(who)) for name, who in zip(trials.ids, speakers,
+    people = {composed_name(name): value for name, value in values.items()}
+    found = [values.get(name, people.get(who)) for name, who in zip(trials.ids, speakers,
                                                                     strict=True)]  # fmt: skip
     known = sorted({value for value in found if value is not None}, key=_natural)
     if not known:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from speechbrain_qmargin.tables import composed_name
 
 __all__ = ["match_ids", "speaker_in"]
 
@@ -14,16 +15,14 @@ __all__ = ["match_ids", "speaker_in"]
 def speaker_in(name: str) -> str:
     """The speaker that a recording's id names: its part before the first slash.
 
+    It is a name, in Unicode's normal form C (:func:`~speechbrain_qmargin.tables.composed_name`).
+
     Examples
     --------
     >>> speaker_in("id10270/5r0dWxy17C8/00001.wav")
     'id10270'
     """
-    return name.split("/", 1)[0]
-
-
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
+    return composed_name(name.split("/", 1)[0])
 
 
 def _without_suffix(name: str) -> str:
@@ -59,7 +58,7 @@ def match_ids(wanted: Sequence[str], held: Sequence[str]) -> tuple[np.ndarray, s
     """
     best, said = _places(wanted, held, None), ""
     for rule, how in (
-        (_composed, "in Unicode's normal form C"),
+        (composed_name, "in Unicode's normal form C"),
         (_without_suffix, "without their suffix"),
         (_to_first_dot, "up to their first dot"),
     ):

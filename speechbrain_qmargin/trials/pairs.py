@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from speechbrain_qmargin.tables import some
+from speechbrain_qmargin.tables import composed_name, some
 from speechbrain_qmargin.trials.ids import speaker_in
 
 __all__ = ["Distinct", "LabelledTrials", "Lost", "Trials", "index_pairs"]
@@ -177,7 +177,7 @@ class Trials:
         for name in self.ids:
             own = [name, *self.models.get(name, ())]
             known = [speakers[one] for one in own if one in speakers]
-            found.append(known[0] if known else "")
+            found.append(composed_name(known[0]) if known else "")
             missing += [] if known else [name]
         if missing:
             raise ValueError(f"{len(missing)} recordings have no speaker: {some(missing)}")

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from speechbrain_qmargin.files import json_values
+from speechbrain_qmargin.tables import composed_name
 
 __all__ = [
     "NotEnrolled",
@@ -141,7 +142,7 @@ def checked_name(name: str) -> str:
     """
     if not isinstance(name, str):
         raise ValueError(f"a name is text, not {type(name).__name__}")
-    name = unicodedata.normalize("NFC", name).strip()
+    name = composed_name(name).strip()
     if not name or len(name) > MAX_NAME:
         raise ValueError(f"a name has 1 to {MAX_NAME} characters; this has {len(name)}")
     if "/" in name or name in (".", ".."):
