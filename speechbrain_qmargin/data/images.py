@@ -164,7 +164,7 @@ def _rgb(image, kind: str | None, tags: dict):
 
 
 def _check_content(pixels: np.ndarray, source: str | Path | bytes) -> None:
-    if (pixels == pixels[:1, :1]).all():
+    if (pixels[0, 0] == pixels[-1, -1]).all() and (pixels == pixels[:1, :1]).all():
         name = "" if isinstance(source, bytes) else f"{source}: "
         raise OSError(f"{name}shows nothing: all its pixels are equal")
 

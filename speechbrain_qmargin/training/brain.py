@@ -368,6 +368,11 @@ class VerificationBrain(OpenBrain):
     def check_loss_isfinite(self, loss):
         """Nothing: before the backward pass the host would wait for a GPU. See `fit_batch`."""
 
+    def modules_to_compile(self):
+        """All but a classifier in shards, which waits for other processes and hides its weight."""
+        sharded = self._sharded_head
+        return [name for name, module in self.modules.items() if module is not sharded]
+
     def freeze_optimizers(self, optimizers):
         """Those with a gradient: a GradScaler refuses one whose parameters are all frozen."""
         return {

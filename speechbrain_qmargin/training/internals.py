@@ -34,6 +34,8 @@ class OpenBrain(sb.Brain):
     """
 
     checkpointer: Any
+    compile: bool
+    compile_module_keys: Any
     distributed_backend: str
     grad_accumulation_factor: int
     modules: Any
@@ -45,6 +47,15 @@ class OpenBrain(sb.Brain):
     def may_save_within_epoch(self) -> bool:
         """Whether a checkpoint between the steps of an epoch could be resumed from now."""
         return True
+
+    def modules_to_compile(self) -> list[str]:
+        """What ``--compile`` compiles where ``--compile_module_keys`` names nothing."""
+        return list(self.modules)
+
+    def _compile(self) -> None:
+        if self.compile and self.compile_module_keys is None:
+            self.compile_module_keys = self.modules_to_compile()
+        super()._compile()
 
     def _should_save_intra_epoch_ckpt(self, *args: Any) -> bool:
         return self.may_save_within_epoch() and super()._should_save_intra_epoch_ckpt(*args)

@@ -14,7 +14,13 @@ from torch.amp.grad_scaler import GradScaler
 
 from speechbrain_qmargin.head.communicator import Communicator
 
-__all__ = ["deterministic_algorithms", "main_process_first", "processes", "scaler_of_shards"]
+__all__ = [
+    "deterministic_algorithms",
+    "main_process_first",
+    "processes",
+    "refuse_one_gpu_for_all",
+    "scaler_of_shards",
+]
 
 T = TypeVar("T")
 
@@ -91,6 +97,25 @@ def scaler_of_shards(scaler: GradScaler, device: str, comm: Communicator) -> Gra
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
     return ShardedGradScaler(device, init_scale=scaler.get_scale(), process_group=comm.group)
+
+
+def refuse_one_gpu_for_all(device: str) -> None:
+    """``--device cuda`` is that of every process that torchrun starts on a machine.
+
+    Raises
+    ------
+    ValueError
+
+    Examples
+    --------
+    >>> refuse_one_gpu_for_all("cuda:0")  # of one process
+    """
+    many = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if many > 1 and device.startswith("cuda"):
+        raise ValueError(
+            f"--device {device}: {many} processes would share one GPU, which NCCL refuses. Leave "
+            "it out: under torchrun each takes the GPU of its number"
+        )
 
 
 def main_process_first(function: Callable[[], T]) -> T:

@@ -27,6 +27,7 @@ from speechbrain_qmargin.training.processes import (
     deterministic_algorithms,
     main_process_first,
     processes,
+    refuse_one_gpu_for_all,
 )
 from speechbrain_qmargin.training.results import validation, verify
 from speechbrain_qmargin.training.run_folder import RunFolder
@@ -120,6 +121,7 @@ def train_verifier(
     experiment = load_experiment(argv)
     _refuse_none_at_all(experiment.settings)
     if experiment.run_opts.device is not None:  # before the data are prepared
+        refuse_one_gpu_for_all(experiment.run_opts.device)
         usable_device(experiment.run_opts.device)
     folder = RunFolder(experiment)
     inference = folder.path / "inference"

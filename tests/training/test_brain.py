@@ -613,6 +613,17 @@ def test_fine_tuning_starts_from_the_runs_average(folder, tmp_path):
     np.testing.assert_allclose(now, before[test[0]["id"]], rtol=1e-4, atol=1e-5)
 
 
+def test_a_classifier_in_shards_is_not_compiled(folder, tmp_path, monkeypatch):
+    """Wrapped, its weight has another name than the one that DDP is to leave to each process."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
+    _, brain, _ = make_brain(folder, tmp_path, head="sparse", run_opts={"compile": True})
+    brain._compile()
+    modules = brain.modules
+    others = [modules[name] for name in ("compute_features", "mean_var_norm", "embedding_model")]
+    assert {*map(id, compiled)} == {*map(id, others)}
+
+
 @pytest.mark.slow
 def test_pretraining_that_does_not_fit_is_named(folder, tmp_path, trained):
     first = shutil.copytree(trained[0].hparams.output_folder, tmp_path / "first")

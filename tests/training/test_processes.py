@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from ranks import on_ranks
+from scripts import ROOT
 
 from speechbrain_qmargin.training import processes as module
 from speechbrain_qmargin.training.brain import VerificationBrain
+from speechbrain_qmargin.training.run import train_verifier
 
 
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])
@@ -69,3 +71,12 @@ def test_an_epoch_that_goes_on_has_the_losses_of_all_processes(tmp_path):
     for whole, resumed in on_ranks(2, run):
         assert whole[1] == 10  # batches
         assert resumed.tolist() == pytest.approx(whole.tolist(), rel=1e-12)
+
+
+def test_one_gpu_for_all_processes_is_refused_before_the_data_are_prepared(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    yaml = str(ROOT / "hparams" / "qmargin.yaml")
+    options = ["--device=cuda", f"--output_folder={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match="--device cuda: 8 processes would share one GPU"):
+        train_verifier([yaml, *options], Rank, lambda _: pytest.fail("they are prepared"))
+    module.refuse_one_gpu_for_all("cpu")
