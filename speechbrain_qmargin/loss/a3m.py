@@ -32,6 +32,11 @@ class A3MLoss(Loss):
     margin : float
         In radians, at most pi.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range.
+
     Notes
     -----
     arXiv 2511.13621, "Alpha Divergence Losses for Biometric Verification". That its margin is
@@ -47,6 +52,10 @@ class A3MLoss(Loss):
     A3MLoss(alpha=1.5, scale=10, margin=0.2)
     >>> loss(torch.tensor([[[0.9, 0.1, 0.0]], [[0.2, 0.5, 0.4]]]), torch.tensor([[0], [1]]))
     tensor(0.4585)
+    >>> import math
+    >>> outputs = torch.tensor([[math.cos(0.3), math.cos(0.5)]])
+    >>> A3MLoss(alpha=2.0, scale=1.0)(outputs, torch.tensor([0]))   # a tie: (1 - 0.5^2 - 0.5^2) / 2
+    tensor(0.2500)
     """
 
     settings = ("alpha", "scale", "margin")

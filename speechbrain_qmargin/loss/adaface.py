@@ -50,10 +50,25 @@ class AdaFaceLoss(Loss):
     t_alpha : float, in (0, 1]
         Weight of a batch in the running values.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range.
+    TypeError
+        When it is called on cosines alone: it looks at the norms of embeddings.
+
     Examples
     --------
     >>> AdaFaceLoss()
     AdaFaceLoss(scale=64, margin=0.4, h=0.333, t_alpha=0.01)
+
+    A norm of 20 is the mean at first: the margin is CosFace's, and 1 - 0.4 as near as 0.6.
+
+    >>> import torch
+    >>> from speechbrain_qmargin.loss.dense import scores_of
+    >>> scores = scores_of(torch.tensor([[1.0, 0.6]]), embeddings=torch.tensor([[12.0, 16.0]]))
+    >>> AdaFaceLoss(scale=1.0)(scores, torch.tensor([0]))           # log 2
+    tensor(0.6931)
     """
 
     settings = ("scale", "margin", "h", "t_alpha")

@@ -30,10 +30,23 @@ class NormQMarginLoss(QMarginLoss):
     h, t_alpha : float
         As for AdaFace.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range.
+    TypeError
+        When it is called on cosines alone: it looks at the norms of embeddings.
+
     Examples
     --------
-    >>> NormQMarginLoss().settings
-    ('alpha', 'scale', 'margin', 'reach', 'h', 't_alpha')
+    A norm of 20 is the mean at first, where the margin is as given.
+
+    >>> import torch
+    >>> from speechbrain_qmargin.loss.dense import scores_of
+    >>> cosines, targets = torch.tensor([[0.6, 0.1, 0.0]]), torch.tensor([1])
+    >>> scores = scores_of(cosines, embeddings=torch.tensor([[12.0, 16.0]]))
+    >>> torch.isclose(NormQMarginLoss()(scores, targets), QMarginLoss()(cosines, targets))
+    tensor(True)
     """
 
     settings = ("alpha", "scale", "margin", "reach", "h", "t_alpha")
@@ -93,6 +106,13 @@ class MagnitudeQMarginLoss(QMarginLoss):
         l_a and u_a, of MagFace.
     regulariser : float, >= 0
         lambda_g.
+
+    Raises
+    ------
+    ValueError
+        A setting outside its range.
+    TypeError
+        When it is called on cosines alone: it looks at the norms of embeddings.
 
     Notes
     -----
@@ -170,6 +190,11 @@ class ElasticQMarginLoss(QMarginLoss):
     alpha, scale, margin : float
     sigma : float, >= 0
     seed : int
+
+    Raises
+    ------
+    ValueError
+        A setting outside its range.
 
     Examples
     --------

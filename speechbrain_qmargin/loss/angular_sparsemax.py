@@ -24,6 +24,11 @@ class AngularSparsemaxLoss(A3MLoss):
     margin : float
         In radians, at most pi.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range; another alpha than 2.
+
     Notes
     -----
     Written from the paper's abstract, "sparseness similar to sparsemax with Fenchel-Young
@@ -34,6 +39,12 @@ class AngularSparsemaxLoss(A3MLoss):
     --------
     >>> AngularSparsemaxLoss()
     AngularSparsemaxLoss(alpha=2, scale=5, margin=0.2)
+    >>> import math
+    >>> import torch
+    >>> loss = AngularSparsemaxLoss(scale=1.0, margin=0.2)
+    >>> outputs = torch.tensor([[math.cos(0.3), math.cos(0.5)]])
+    >>> loss(outputs, torch.tensor([0]))                        # a tie: (1 - 0.5^2 - 0.5^2) / 2
+    tensor(0.2500)
     """
 
     fixed: ClassVar = {"alpha": 2.0}

@@ -77,6 +77,11 @@ class ArcFaceLoss(Loss):
     easy_margin : bool
         See :func:`angular_margin`.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range.
+
     Examples
     --------
     >>> loss = ArcFaceLoss(scale=32.0, margin=0.2)
@@ -84,6 +89,9 @@ class ArcFaceLoss(Loss):
     ArcFaceLoss(scale=32, margin=0.2)
     >>> float(loss(torch.tensor([[[0.6, 0.1]]]), torch.tensor([[0]]))) < 1e-4
     True
+    >>> outputs = torch.tensor([[math.cos(0.3), math.cos(0.5)]])
+    >>> ArcFaceLoss(scale=1.0, margin=0.2)(outputs, torch.tensor([0]))      # a tie: log 2
+    tensor(0.6931)
     """
 
     options = ("easy_margin",)

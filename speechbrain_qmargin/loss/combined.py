@@ -44,6 +44,11 @@ class CombinedMarginLoss(Loss):
         In radians, at most pi.
     m3 : float, >= 0
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range.
+
     Notes
     -----
     Where m1 theta + m2 > pi the published code lets the cosine rise again; here it goes on falling
@@ -53,6 +58,10 @@ class CombinedMarginLoss(Loss):
     --------
     >>> CombinedMarginLoss()
     CombinedMarginLoss(scale=32, m1=1, m2=0.3, m3=0.2)
+    >>> sphereface = CombinedMarginLoss(scale=1.0, m1=2.0, m2=0.0, m3=0.0)
+    >>> outputs = torch.tensor([[math.cos(0.4), math.cos(0.8)]])        # twice the angle: a tie
+    >>> sphereface(outputs, torch.tensor([0]))                          # log 2
+    tensor(0.6931)
     """
 
     settings = ("scale", "m1", "m2", "m3")

@@ -12,10 +12,19 @@ __all__ = ["CosFaceLoss"]
 class CosFaceLoss(QMarginLoss):
     """CosFace (Wang et al., CVPR 2018): Q-Margin's alpha = 1, a cross-entropy with a margin.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range; another alpha than 1.
+
     Examples
     --------
     >>> CosFaceLoss()
     CosFaceLoss(alpha=1, scale=32.0, margin=0.2, hard_margin_cos=inf)
+    >>> import torch
+    >>> loss = CosFaceLoss(scale=1.0, margin=0.4)
+    >>> loss(torch.tensor([[1.0, 0.6]]), torch.tensor([0]))     # 1 - 0.4, as near as 0.6: log 2
+    tensor(0.6931)
     """
 
     fixed: ClassVar = {"alpha": 1.0}

@@ -30,10 +30,18 @@ class CurricularFaceLoss(Loss):
     momentum : float, in (0, 1]
         Weight of a batch in t.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range.
+
     Examples
     --------
     >>> CurricularFaceLoss()
     CurricularFaceLoss(scale=64, margin=0.5, momentum=0.01)
+    >>> loss = CurricularFaceLoss(scale=1.0, margin=0.0, momentum=1.0)
+    >>> loss(torch.tensor([[0.5, 0.8]]), torch.tensor([0]))     # log(1 + e^(0.8 (0.5 + 0.8) - 0.5))
+    tensor(0.9992)
     """
 
     settings = ("scale", "margin", "momentum")

@@ -87,10 +87,18 @@ class ElasticFaceLoss(Loss):
         larger margins.
     seed : int
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range.
+
     Examples
     --------
     >>> ElasticFaceLoss()
     ElasticFaceLoss(scale=64, margin=0.5, sigma=0.0125)
+    >>> loss = ElasticFaceLoss(scale=1.0, margin=0.4, sigma=0.0, kind="cos")
+    >>> loss(torch.tensor([[1.0, 0.6]]), torch.tensor([0]))     # a tie: log 2
+    tensor(0.6931)
     """
 
     settings = ("scale", "margin", "sigma")

@@ -12,10 +12,21 @@ __all__ = ["EntmaxLoss", "SparsemaxLoss"]
 class EntmaxLoss(QMarginLoss):
     """The alpha-entmax loss (Peters et al., ACL 2019): Q-Margin without a margin.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range; another margin than 0.
+
     Examples
     --------
     >>> EntmaxLoss()
     EntmaxLoss(alpha=1.5, scale=10.0, margin=0, hard_margin_cos=0.2)
+    >>> import torch
+    >>> loss, target = EntmaxLoss(scale=1.0), torch.tensor([0])
+    >>> loss(torch.ones(1, 2), target)          # a tie: (1 - 2 * 0.5^1.5) / (1.5 * 0.5)
+    tensor(0.3905)
+    >>> EntmaxLoss(scale=10.0)(torch.tensor([[0.8, 0.5]]), target)      # a lead of 0.2 is enough
+    tensor(0.)
     """
 
     fixed: ClassVar = {"margin": 0.0}
@@ -27,10 +38,19 @@ class EntmaxLoss(QMarginLoss):
 class SparsemaxLoss(QMarginLoss):
     """The sparsemax loss (Martins and Astudillo, ICML 2016): alpha = 2 without a margin.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range; another alpha than 2, another margin than 0.
+
     Examples
     --------
     >>> SparsemaxLoss()
     SparsemaxLoss(alpha=2, scale=5.0, margin=0, hard_margin_cos=0.2)
+    >>> import torch
+    >>> loss = SparsemaxLoss(scale=1.0)
+    >>> loss(torch.ones(1, 2), torch.tensor([0]))       # a tie: (1 - 0.5^2 - 0.5^2) / 2
+    tensor(0.2500)
     """
 
     fixed: ClassVar = {"alpha": 2.0, "margin": 0.0}

@@ -34,6 +34,13 @@ class InterTopKLoss(Loss):
     k : int
         5 as in WeSpeaker. All classes that tie with the k-th count.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range.
+    TypeError
+        When it is called on a head in shards.
+
     Notes
     -----
     In large-margin fine-tuning WeSpeaker has no m': give a `top_margin` of 0 there.
@@ -42,6 +49,10 @@ class InterTopKLoss(Loss):
     --------
     >>> InterTopKLoss()
     InterTopKLoss(scale=32, margin=0.2, top_margin=0.06)
+    >>> loss = InterTopKLoss(scale=1.0, margin=0.2, top_margin=0.2, k=1)
+    >>> outputs = torch.tensor([[math.sin(0.2), -math.sin(0.2)]])       # 0.2 from a right angle
+    >>> loss(outputs, torch.tensor([0]))                                # both become 0: log 2
+    tensor(0.6931)
     """
 
     settings = ("scale", "margin", "top_margin")

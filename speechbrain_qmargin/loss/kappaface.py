@@ -71,6 +71,14 @@ class KappaFaceLoss(Loss):
         buffers, which the recipes save, the same in all processes. The sums take as much memory as
         the prototypes.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range; `counts` without `embedding_dim`, or not above 0; when it is
+        called, no counts, or other classes than there are counts.
+    TypeError
+        When it is called on cosines alone: it looks at embeddings.
+
     Notes
     -----
     The authors take the embeddings from a memory of all items or from a second, slowly moving
@@ -82,6 +90,19 @@ class KappaFaceLoss(Loss):
     --------
     >>> KappaFaceLoss(counts=[5, 20], embedding_dim=8)
     KappaFaceLoss(scale=64, margin=0.8, temperature=0.4, gamma=0.7)
+
+    Before the first estimate it is ArcFace.
+
+    >>> import torch
+    >>> from speechbrain_qmargin import ArcFaceLoss
+    >>> from speechbrain_qmargin.loss.dense import scores_of
+    >>> loss = KappaFaceLoss(counts=[5, 20], embedding_dim=2)
+    >>> cosines, targets = torch.tensor([[0.6, 0.5]]), torch.tensor([0])
+    >>> scores = scores_of(cosines, embeddings=torch.tensor([[3.0, 4.0]]))
+    >>> loss.psi.tolist()
+    [1.0, 1.0]
+    >>> torch.isclose(loss(scores, targets), ArcFaceLoss(64.0, 0.8)(cosines, targets))
+    tensor(True)
     """
 
     settings = ("scale", "margin", "temperature", "gamma")

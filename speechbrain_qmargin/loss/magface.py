@@ -101,6 +101,13 @@ class MagFaceLoss(Loss):
         Only cosines above 0 move, as in the authors' code; otherwise as in
         :class:`~speechbrain_qmargin.loss.arcface.ArcFaceLoss`.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range.
+    TypeError
+        When it is called on cosines alone: it looks at the norms of embeddings.
+
     Notes
     -----
     The numbers are the published ones; norms of other encoders than IResNet's may all lie outside

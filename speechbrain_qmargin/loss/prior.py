@@ -30,6 +30,12 @@ class PriorQMarginLoss(QMarginLoss):
     temperature : float
         t, how strong the prior is: 0 is plain Q-Margin, at 1 q is in proportion to the counts.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range; counts that are not above 0; when it is called, no counts, or
+        other classes than there are counts.
+
     Notes
     -----
     As a target a class has the margin :math:`m - t (\log n_y - \overline{\log n}) / s`, as a wrong
@@ -41,6 +47,9 @@ class PriorQMarginLoss(QMarginLoss):
     >>> loss = PriorQMarginLoss(counts=[100, 10, 1], temperature=1.0)
     >>> loss.log_q
     tensor([ 2.3026,  0.0000, -2.3026])
+    >>> loss = PriorQMarginLoss(counts=[3, 1], alpha=1.0, scale=1.0, margin=0.0, temperature=1.0)
+    >>> loss(torch.ones(1, 2), torch.tensor([1]))       # a tie: the rare class has p = 1 / 4
+    tensor(1.3863)
     """
 
     settings = ("alpha", "scale", "margin", "temperature")

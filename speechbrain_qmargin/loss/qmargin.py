@@ -122,10 +122,18 @@ class QMarginLoss(Loss):
 class QMarginFaceLoss(QMarginLoss):
     """Q-Margin for 1e5 to 1e7 face identities (arXiv 2606.31664, section 4: WebFace42M).
 
+    Raises
+    ------
+    ValueError
+        As :class:`QMarginLoss`.
+
     Examples
     --------
     >>> QMarginFaceLoss()
     QMarginFaceLoss(alpha=1.25, scale=32.0, margin=0.2, hard_margin_cos=0.619)
+    >>> import torch
+    >>> QMarginFaceLoss()(torch.tensor([[0.9, 0.2]]), torch.tensor([0]))   # a lead of 0.7: it rests
+    tensor(0.)
     """
 
     def __init__(self, alpha: float = 1.25, scale: float = 32.0, margin: float = 0.2) -> None:

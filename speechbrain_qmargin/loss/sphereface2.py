@@ -58,6 +58,11 @@ class SphereFace2Loss(Loss):
     bias : Parameter
         b. The recipes train it with the encoder, weight decay included, and save it.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range.
+
     Notes
     -----
     Where :math:`\theta_y + m > \pi`, kind "A" goes on by :math:`\cos\theta_y - (1 - \cos m)`, as in
@@ -67,6 +72,9 @@ class SphereFace2Loss(Loss):
     --------
     >>> SphereFace2Loss()
     SphereFace2Loss(scale=32, margin=0.2, balance=0.7)
+    >>> loss = SphereFace2Loss(scale=1.0, margin=0.2, t=1)          # g(z) = z
+    >>> round(loss(torch.tensor([[0.2, -0.2]]), torch.tensor([0])).item(), 4)   # (0.7 + 0.3) log 2
+    0.6931
     """
 
     settings = ("scale", "margin", "balance")

@@ -36,6 +36,11 @@ class UniFaceLoss(Loss):
         b. It begins at log(10 C) with the first batch, as in the authors' code. The recipes train
         it with the encoder, weight decay included, and save it.
 
+    Raises
+    ------
+    ValueError
+        A setting outside its range.
+
     Notes
     -----
     The authors' code clips the exponents to [-s, s], which takes the gradient from targets whose
