@@ -15,6 +15,7 @@ import csv
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -334,7 +335,9 @@ def overlap(ours: Sequence[set], theirs: Sequence[set]) -> float:
     return float(np.mean(pairs)) if pairs else 1.0
 
 
-def draw(folders: Mapping[tuple, Path], trials: str, systems: Sequence[str], file: Path) -> None:
+def draw(
+    folders: Mapping[tuple, Path], trials: str, systems: Sequence[str], file: Path, title: str
+) -> None:
     """The DET of some systems, their seeds pooled."""
     drawn: dict[str, list] = {}
     for (system, *_), folder in folders.items():
@@ -344,7 +347,7 @@ def draw(folders: Mapping[tuple, Path], trials: str, systems: Sequence[str], fil
             found = operating_points(scores, listed.is_target)
             drawn.setdefault(system, []).append((found, Spread(scores, listed, found)))
     if drawn:
-        save_figure(pooled_det_figure(drawn, LISTS.get(trials, trials)), file)
+        save_figure(pooled_det_figure(drawn, title), file)
 
 
 def classes_table(folders: Mapping[tuple, Path]) -> str:
@@ -372,14 +375,19 @@ def classes_table(folders: Mapping[tuple, Path]) -> str:
     )
 
 
-def face_tables(data: Path, folders: Mapping[tuple, Path]) -> str:
-    """For every network and cut of the tail: all pairs of the test identities, and the official."""
+def face_tables(data: Path, out: Path, folders: Mapping[tuple, Path]) -> str:
+    """For every network and cut of the tail: all pairs of the test identities, and the official.
+
+    Their pictures are beside OUT's tables.
+    """
     text = ""
     for part in dict.fromkeys(key[0] for key in folders):
         some = {key[1:]: folder for key, folder in folders.items() if key[0] == part}
         found = measured(some, "faces_test", "cosine", FACE_FIGURES)
         text += f"\n### {part}\n\n" + comparison(found, figures=FACE_FIGURES)
         text += f"\n### {part}, official pairs\n\n" + official_table(data, some)
+        file = out / f"det_{'_'.join(re.findall(r'[a-z0-9]+', part))}.png"
+        draw(some, "faces_test", ("arcface", "cosface", PRIMARY), file, f"all pairs, {part}")
     return text
 
 
@@ -413,7 +421,7 @@ def tables(stage: str, data: Path, out: Path) -> str:
     if stage == "classes":
         return classes_table(folders)
     if stage == "faces":
-        return face_tables(data, folders)
+        return face_tables(data, out, folders)
     if stage == "finetune":
         return speech_tables(folders, baseline="arcface, then arcface")
     if stage == "schedules":
@@ -430,7 +438,7 @@ def tables(stage: str, data: Path, out: Path) -> str:
         text += "\n### What the losses do\n\n" + posterior_table(folders, list(lists)[:1])
         for trials, name in lists.items():
             file = out / f"det_{name.replace(' ', '_')}.png"
-            draw(folders, trials, ("arcface", "cosface", PRIMARY), file)
+            draw(folders, trials, ("arcface", "cosface", PRIMARY), file, name)
     return text
 
 

@@ -193,11 +193,12 @@ def test_faces_are_compared_on_all_pairs_and_on_the_official_ones(tmp_path):
         scores(folder, "faces_test", lead, seed=0)
         save_embeddings(folder / "embeddings.npz", people)
         folders["iresnet, 4+ images", system, 0] = folder
-    text = evidence.face_tables(tmp_path, folders)
+    text = evidence.face_tables(tmp_path, tmp_path, folders)
     all_pairs, official = text.split("### iresnet, 4+ images, official pairs")
     assert "TAR@1e-4, %" in all_pairs
     assert "qmargin minus the system" in all_pairs
     assert "| qmargin | 1 | 20 | 100.00 |" in official
+    assert (tmp_path / "det_iresnet_4_images.png").is_file()
 
 
 def test_a_page_takes_its_tables_from_the_runs(tmp_path):
