@@ -46,6 +46,11 @@ class SpeakerEncoder(nn.Module):
         What the modules are, for the digest; what they print of themselves by default, which
         changes with the versions of their packages.
 
+    Raises
+    ------
+    ValueError
+        One of the three is missing.
+
     Examples
     --------
     >>> from speechbrain.lobes.features import Fbank

@@ -38,6 +38,11 @@ class FaceEncoder(nn.Module):
     definition : str
         What the network is, for the digest; what it prints of itself by default.
 
+    Raises
+    ------
+    ValueError
+        Another `flip`.
+
     Examples
     --------
     >>> from speechbrain_qmargin.models.mobilefacenet import MobileFaceNet

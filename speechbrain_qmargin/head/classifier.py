@@ -525,7 +525,13 @@ class HeadOutput:
         reduction: str = "mean",
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, QMarginStats]:
-        """As :func:`speechbrain_qmargin.q_margin_loss`, for targets [B] or [B, 1]."""
+        """As :func:`speechbrain_qmargin.q_margin_loss`, for targets [B] or [B, 1].
+
+        Raises
+        ------
+        ValueError, TypeError
+            As that function.
+        """
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         rows = self._rows(

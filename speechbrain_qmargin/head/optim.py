@@ -117,7 +117,13 @@ class RowSparse(torch.optim.Optimizer):
     # ------------------------------------------------------------ heads
 
     def bind(self, head: RowOwner) -> None:
-        """Take over the prototypes of one more head, whose weight is in the parameter groups."""
+        """Take over the prototypes of one more head, whose weight is in the parameter groups.
+
+        Raises
+        ------
+        ValueError
+            It is not.
+        """
         if all(head.weight is not p for group in self.param_groups for p in group["params"]):
             raise ValueError(
                 f"{type(self).__name__}: the weight of its head is not among the parameters it was "

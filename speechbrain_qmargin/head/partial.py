@@ -34,6 +34,13 @@ class PartialHead(QMarginHead):
     **options
         Of :class:`QMarginHead`: alpha, scale, margin, subcentres, sparse_grad, group, seed, sizes.
 
+    Raises
+    ------
+    ValueError
+        A rate outside (0, 1]; as :class:`QMarginHead`.
+    TypeError
+        When it is called: a loss that asks for all cosines.
+
     Notes
     -----
     With :class:`~speechbrain_qmargin.head.RowSparseSGD` the classes that are not drawn move as by a

@@ -340,7 +340,13 @@ class ChunkGradients:
 
 
 def check_backward(ctx: Any) -> None:
-    """Refuse second derivatives, and prototypes that were changed since the forward pass."""
+    """Refuse second derivatives, and prototypes that were changed since the forward pass.
+
+    Raises
+    ------
+    RuntimeError
+        Either.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(
             "QMarginHead has no second derivatives (create_graph=True): use the loss on "

@@ -71,6 +71,13 @@ class Loss(nn.Module):
         over all epochs, or None), which the recipes know and
         :func:`~speechbrain_qmargin.make_loss` hands on.
 
+    Raises
+    ------
+    TypeError
+        Values given to ``super().__init__`` that are not those of `settings`.
+    ValueError
+        A value outside its range.
+
     Examples
     --------
     >>> import torch
@@ -123,6 +130,8 @@ class Loss(nn.Module):
         ValueError
             A name the loss does not have, a value outside its range, or one that would make it
             another loss than its name says.
+        TypeError
+            A tensor that requires a gradient: it would not be learnt.
         """
         name = type(self).__name__
         for key, value in values.items():

@@ -121,6 +121,12 @@ class DenseScores:
         """See :meth:`~speechbrain_qmargin.loss.interface.Scores.evaluate`.
 
         Differentiable as often as `move_target` is.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Targets that are not integers [B] in [0, num_classes); an objective whose tensors have
+            other shapes, or with `move_others` and alpha > 1.
         """
         cosines = self._cosines
         if targets.ndim != 1 or targets.shape[0] != cosines.shape[0]:

@@ -185,6 +185,11 @@ def alpha_generator(alpha: float) -> Generator:
 
     For comparison: :func:`~speechbrain_qmargin.q_margin_loss` is the fast path, for orders from 1.
 
+    Raises
+    ------
+    ValueError
+        0, 1 or no finite number.
+
     Examples
     --------
     >>> alpha_generator(1.5).is_sparse, alpha_generator(0.5).is_sparse

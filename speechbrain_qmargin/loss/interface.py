@@ -226,7 +226,13 @@ class QMarginStats(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows, alpha: float) -> QMarginStats:
-        """Of evaluated rows that were asked for their support."""
+        """Of evaluated rows that were asked for their support.
+
+        Raises
+        ------
+        TypeError
+            They were not.
+        """
         if rows.support is None:
             raise TypeError(
                 "rows(..., statistics=True) gave no support: of a loss's own, [B] numbers"

@@ -548,6 +548,11 @@ def solve(
     exact : bool
         As for :func:`newton`.
 
+    Raises
+    ------
+    ValueError
+        Neither `spread` nor `few`.
+
     Examples
     --------
     >>> others, target = Block(torch.tensor([[-0.5]]), alpha=2.0), torch.tensor([0.0])

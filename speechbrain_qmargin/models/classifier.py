@@ -24,6 +24,11 @@ class CosineClassifier(Classifier):
     subcentres : int
         Prototypes of each; they are neighbours in `weight` [C * subcentres, D].
 
+    Raises
+    ------
+    ValueError
+        `subcentres` below 1 or not whole.
+
     Examples
     --------
     >>> import torch

@@ -67,6 +67,11 @@ def network_of(state: State, known: Mapping[str, Known]) -> str | None:
 def load_resnet(state: State, path: Path) -> Loaded:
     """WeSpeaker's ResNet18 to ResNet293.
 
+    Raises
+    ------
+    ValueError
+        Blocks of no known depth, two embedding layers, or other entries.
+
     Examples
     --------
     >>> network = ResNet(input_size=16, channels=4, lin_neurons=8, depth=18)
@@ -95,6 +100,11 @@ def load_resnet(state: State, path: Path) -> Loaded:
 def load_campplus(state: State, path: Path, least_variance: float) -> Loaded:
     """CAM++ of either toolkit.
 
+    Raises
+    ------
+    ValueError
+        Other entries than its network has.
+
     Examples
     --------
     >>> network = CAMPPlus(16, 8, growth=4, channels=8, layers=(1, 1, 1))
@@ -120,6 +130,11 @@ def load_campplus(state: State, path: Path, least_variance: float) -> Loaded:
 def load_wespeaker_ecapa(state: State, path: Path) -> Loaded:
     """WeSpeaker's ECAPA-TDNN, whose names and pooling are its own.
 
+    Raises
+    ------
+    ValueError
+        A normalisation of the embedding, or other entries.
+
     Examples
     --------
     >>> network = WeSpeakerEcapa(16, channels=8, lin_neurons=4, pooled=24)
@@ -144,6 +159,11 @@ def load_wespeaker_ecapa(state: State, path: Path) -> Loaded:
 
 def load_eres2net(state: State, path: Path, second: bool) -> Loaded:
     """WeSpeaker's ERes2Net, or the second version, which is 3D-Speaker's.
+
+    Raises
+    ------
+    ValueError
+        Two embedding layers, or other entries.
 
     Examples
     --------
@@ -171,6 +191,11 @@ def load_eres2net(state: State, path: Path, second: bool) -> Loaded:
 
 def load_speechbrain_ecapa(state: State, path: Path) -> Loaded:
     """ECAPA-TDNN by SpeechBrain's names, which 3D-Speaker's has as well.
+
+    Raises
+    ------
+    ValueError
+        Other entries than its network has.
 
     Examples
     --------

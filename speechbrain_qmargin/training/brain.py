@@ -88,6 +88,11 @@ class VerificationBrain(OpenBrain):
     output_folder : str
         Where ``history.jsonl`` is written: one record per epoch.
 
+    Raises
+    ------
+    ValueError
+        Settings that do not go together, with the setting; fewer training items than a batch has.
+
     Notes
     -----
     The settings are read from `hparams`. Batches have ``id`` and, in training,

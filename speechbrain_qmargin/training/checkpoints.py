@@ -196,7 +196,13 @@ class AtomicCheckpointer(HiddenCheckpointer):
             logger.warning(f"{fault}; the checkpoint before it is taken")
 
     def save_checkpoint(self, *args, verbosity=logging.INFO, **kwargs):
-        """As SpeechBrain's; the folder takes its final name once everything is in it."""
+        """As SpeechBrain's; the folder takes its final name once everything is in it.
+
+        Raises
+        ------
+        OSError
+            It could not be written, with how much room there is; the last whole one is kept.
+        """
         if if_main_process():
             for leftover in self.checkpoints_dir.glob(self.PARTIAL + "*"):
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -103,7 +103,15 @@ class Experiment:
         return object_names(self.text)
 
     def load(self, **known_now: Any) -> dict:
-        """The hyperparameters as objects; `known_now` are values that the data decide."""
+        """The hyperparameters as objects; `known_now` are values that the data decide.
+
+        Raises
+        ------
+        ValueError
+            An argument that an object does not take.
+        ModuleNotFoundError
+            An object's package is not installed.
+        """
         self.settings.update(known_now)  # the results say them too
         self.text = with_values(self.text, self.hparams_file, known_now)
         try:

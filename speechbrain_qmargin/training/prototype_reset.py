@@ -51,6 +51,11 @@ class PrototypeReset(nn.Module):
     in_shards : bool
         Whether each process holds a shard of the prototypes; otherwise it holds all.
 
+    Raises
+    ------
+    ValueError
+        Another `which`; epochs below 1.
+
     Examples
     --------
     >>> reset = PrototypeReset(3, 2, after_epochs=[1])

@@ -175,7 +175,13 @@ class RunFolder:
         return plain_settings(resolved(saved.read_text(encoding="utf-8"))).get(key)
 
     def announce_finished(self) -> bool:
-        """Whether a run with these settings has ended here; if so, say so and show its table."""
+        """Whether a run with these settings has ended here; if so, say so and show its table.
+
+        Raises
+        ------
+        ValueError
+            Its results are damaged; settings of another run, see :meth:`check`.
+        """
         if not self.results_file.is_file():
             return False
         self.check()

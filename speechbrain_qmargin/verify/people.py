@@ -186,6 +186,8 @@ class People:
     ------
     ValueError
         Another file, or one of a newer version.
+    StorageFault
+        The file cannot be opened.
 
     Examples
     --------
@@ -348,6 +350,8 @@ class People:
         ------
         NotEnrolled
             Nobody of that name.
+        StorageFault
+            The person is deleted and overwritten, but the file could not be built anew.
         """
         name = checked_name(name)
         with self._reading():
@@ -462,6 +466,8 @@ class People:
         ------
         NotEnrolled
             Nobody of that name.
+        StorageFault
+            What is held is damaged.
         """
         name = checked_name(name)
         with self._reading():

@@ -152,6 +152,11 @@ class SpeechReader:
     checked : bool
         Whether what is no speech is refused, or only what is too short for the network.
 
+    Raises
+    ------
+    ValueError
+        A window below 1 s.
+
     Examples
     --------
     What nobody speaks in is refused before the encoder sees it.
@@ -186,6 +191,13 @@ class SpeechReader:
         """Read a recording, in windows where it is long; see :class:`Reader`.
 
         Windows of a long recording in which nobody speaks are left out.
+
+        Raises
+        ------
+        Unfit
+            A recording that no decision can rest on, with every fault.
+        OSError
+            One that is not there or cannot be decoded.
         """
         with _as_file(source) as path:
             seconds, fault = inspect_audio(path)
@@ -279,7 +291,15 @@ class FaceReader:
         self._lock = threading.Lock()
 
     def read(self, source: Source) -> Sample:
-        """Read an image; see :class:`Reader`."""
+        """Read an image; see :class:`Reader`.
+
+        Raises
+        ------
+        Unfit
+            An image that no decision can rest on, with every fault.
+        OSError
+            One that is not there or cannot be decoded.
+        """
         try:
             width, height = image_size(source)
             if width * height > self.limits.max_pixels:

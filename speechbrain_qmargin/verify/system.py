@@ -65,6 +65,11 @@ class Histogram:
     targets, impostors : list of int
     kind, encoder : str
         Of the scores.
+
+    Raises
+    ------
+    ValueError
+        Edges and counts that disagree.
     """
 
     edges: list[float]

@@ -135,6 +135,11 @@ class Verifier:
         Files that are decoded and checked at once, by all threads together: a compressed file
         takes many times its size in memory.
 
+    Raises
+    ------
+    ValueError
+        `at_once` below 1.
+
     Examples
     --------
     >>> from speechbrain_qmargin.scoring.decision import choose_operating_point

@@ -31,7 +31,13 @@ def recognise(source: Source) -> bool:
 
 
 def load(source: Source) -> Published:
-    """The backbone; the head of the training is left out."""
+    """The backbone; the head of the training is left out.
+
+    Raises
+    ------
+    ValueError
+        A folder; not the weights of a network that is here.
+    """
     if not source.path.is_file():
         raise ValueError(f"{source.path}: a folder; give AdaFace's checkpoint itself")
     state = exchange_channels(as_iresnet(_backbone(source), source.path))

@@ -44,7 +44,13 @@ def recognise(source: Source) -> bool:
 
 
 def load(source: Source) -> Published:
-    """The backbone; a checkpoint's head and optimiser are left out."""
+    """The backbone; a checkpoint's head and optimiser are left out.
+
+    Raises
+    ------
+    ValueError
+        No such file in the folder; not the weights of a network that is here.
+    """
     path = source.weights(*FILES)
     if path is None:
         raise ValueError(f"{source.path}: none of {', '.join(FILES)} in it")

@@ -64,6 +64,11 @@ def recognise(source: Source) -> bool:
 def load(source: Source) -> Published:
     """The network.
 
+    Raises
+    ------
+    ValueError
+        No such file in the folder; not the weights of a network that is here.
+
     Examples
     --------
     >>> import torch
