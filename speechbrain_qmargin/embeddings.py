@@ -68,12 +68,26 @@ class Embeddings(Mapping):
 
     @classmethod
     def of(cls, embeddings: Mapping[str, np.ndarray]) -> Embeddings:
-        """Any mapping from id to vector, as one matrix."""
+        """Any mapping from id to vector, as one matrix.
+
+        Raises
+        ------
+        ValueError
+            No embeddings, or some of other lengths; named.
+        """
         if isinstance(embeddings, cls):
             return embeddings
         if not embeddings:
             raise ValueError("there are no embeddings")
-        return cls(embeddings, np.stack([np.asarray(row) for row in embeddings.values()]))
+        rows = {name: np.asarray(row) for name, row in embeddings.items()}
+        first, shape = next((name, row.shape) for name, row in rows.items())
+        other = next((name for name, row in rows.items() if row.shape != shape), None)
+        if other is not None:
+            raise ValueError(
+                f"the embedding of {other} is {list(rows[other].shape)}, that of {first} "
+                f"{list(shape)}: want one length for all"
+            )
+        return cls(rows, np.stack(list(rows.values())))
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.matrix[self._row[name]]

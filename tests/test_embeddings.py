@@ -56,6 +56,8 @@ def test_embeddings_that_cannot_be_scored_are_named():
     trials = LabelledTrials(["a", "b"], np.array([0]), np.array([1]), np.array([True]))
     with pytest.raises(ValueError, match=r"1 of 2 recordings .* no embedding: b"):
         cosine_scores({"a": np.ones(2)}, trials)
+    with pytest.raises(ValueError, match=r"embedding of b is \[3\], that of a \[2\]"):
+        cosine_scores({"a": np.ones(2), "b": np.ones(3)}, trials)
     with pytest.raises(ValueError, match=r"1 embeddings are zero or not finite: b"):
         cosine_scores({"a": np.ones(2), "b": np.array([np.nan, 1])}, trials)
 

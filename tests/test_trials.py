@@ -19,6 +19,7 @@ from speechbrain_qmargin.tables import read_map, read_models
 from speechbrain_qmargin.trials import (
     LabelledTrials,
     Lost,
+    Trials,
     index_pairs,
     match_ids,
     read_trials,
@@ -147,6 +148,27 @@ def test_an_impostor_trial_within_a_linked_group_is_named(tmp_path):
     trials = read_trials(write(tmp_path / "t", text + "c a nontarget\n"))
     with pytest.raises(ValueError, match="t: c a is an impostor trial of one speaker: target tri"):
         trials.speakers()
+
+
+def test_labels_of_ones_and_zeros_are_the_labels():
+    ids, sides = ["a/1", "a/2", "b/1"], ([0, 0, 1], [1, 2, 2])
+    for labels in ([True, False, False], [1, 0, 0], np.array([1, 0, 0]), np.array([1.0, 0, 0])):
+        for kind in (Trials, LabelledTrials):
+            trials = kind(ids, *map(np.array, sides), labels)
+            assert trials.is_target.dtype == bool
+            assert (~trials.is_target).tolist() == [False, True, True]
+            assert trials.labelled().impostor_pairs.toarray().tolist() == [[0, 2], [0, 0]]
+    for labels, message in (
+        ([1, 2, 2], "a label is neither True nor False, 1 nor 0"),
+        (["target", "nontarget", "nontarget"], "a label is neither"),
+        ([1, 0], "3 trials and 2 labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trials(ids, *map(np.array, sides), np.array(labels))
+    with pytest.raises(ValueError, match="2 enrolments and 1 tests"):
+        Trials(ids, np.array([0, 1]), np.array([2]))
+    with pytest.raises(ValueError, match=r"enrolment: <U3 \(1,\), not the indices \[N\] of ids"):
+        Trials(ids, np.array(["a/1"]), np.array([2]))
 
 
 def test_labels_that_contradict_the_speakers_are_named(tmp_path):

@@ -71,6 +71,8 @@ def room_and_noise(
     ------
     FileNotFoundError
         A folder that does not exist or has no audio.
+    ValueError
+        A probability outside [0, 1].
 
     Examples
     --------

@@ -111,7 +111,13 @@ class SpeechDataset(Dataset):
         return len(self.manifest)
 
     def class_counts(self) -> np.ndarray:
-        """Items of each class [classes]; the copies at other speeds count as their speaker does."""
+        """Items of each class [classes]; the copies at other speeds count as their speaker does.
+
+        Raises
+        ------
+        ValueError
+            A dataset without labels.
+        """
         if self._label_of is None:
             raise ValueError("labels: this dataset has none")
         own = np.bincount(self._label_of[self.manifest.labels], minlength=self._classes)

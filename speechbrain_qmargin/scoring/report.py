@@ -42,8 +42,9 @@ class Report:
     """The figures of one system on one trial list.
 
     ``report["eer"]`` is the :class:`~speechbrain_qmargin.scoring.figures.Figure` of a kind,
-    ``report["tar_at_far", 0.01]`` that of a kind and parameter. `influences` holds what every
-    speaker contributes to each figure, None where a figure has no interval.
+    ``report["tar_at_far", 0.01]`` that of a kind and parameter; where there is none it is a
+    KeyError that names those there are. `influences` holds what every speaker contributes to each
+    figure, None where a figure has no interval.
 
     Attributes
     ----------

@@ -192,7 +192,22 @@ def utterance_samples(
     utterance: int,
     babble: np.ndarray,
 ) -> np.ndarray:
-    """Samples (float64, below 1) of one utterance as the microphone has it."""
+    """Samples (float64, below 1) of one utterance as the microphone has it.
+
+    Parameters
+    ----------
+    synthesiser : Synthesiser
+    speaker : Speaker
+    session, utterance : int
+        Of the speaker and of the session, from 1.
+    babble : float array [8, samples]
+        Of :func:`babble_voices`.
+
+    Raises
+    ------
+    RuntimeError
+        espeak-ng said nothing, or too little.
+    """
     rng = np.random.default_rng((*speaker.key, session, utterance))
     voice = _voice(speaker, session, rng)
     text_seed = int(rng.integers(2**31))

@@ -45,7 +45,15 @@ def synthesise(
     num_workers: int | None,
     progress: bool,
 ) -> Iterator[dict]:
-    """Write `paths` below wav/ with several processes; yields a manifest entry for each."""
+    """Write `paths` below wav/ with several processes; yields a manifest entry for each.
+
+    Raises
+    ------
+    OSError
+        A file that cannot be written; named.
+    RuntimeError
+        A process that failed or was ended, with what it said; the folder is named.
+    """
     from tqdm import tqdm
 
     if num_workers is None:

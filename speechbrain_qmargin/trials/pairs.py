@@ -38,6 +38,11 @@ class Lost:
     targets, impostors : int
         Trials that went with them.
 
+    Raises
+    ------
+    ValueError
+        A number below 0, or none; named.
+
     Examples
     --------
     >>> print(Lost(recordings=1, tried=10, targets=20, impostors=40))
@@ -85,11 +90,11 @@ class Trials:
     ----------
     ids : list of str
         Every model and recording of the trials once.
-    enrolment, test : int64 arrays [N]
+    enrolment, test : int arrays [N]
         Indices into `ids`.
     is_target : bool array [N] or None
-        None where nobody has said: such trials can be scored, not evaluated. Of
-        :class:`LabelledTrials` it is always there.
+        Given as 1 and 0 it is made such. None where nobody has said: such trials can be scored, not
+        evaluated. Of :class:`LabelledTrials` it is always there.
     source : str
         The user's file by name and SHA-256, empty for trials made in memory.
     speaker_of : sequence of str, optional
@@ -98,6 +103,12 @@ class Trials:
         The recordings of every id that is a model; empty where recordings are enrolled.
     lost : Lost, optional
         What :meth:`without` left out.
+
+    Raises
+    ------
+    ValueError
+        Sides or labels of other lengths, sides that are no indices, labels that are neither true
+        nor false.
 
     Examples
     --------
@@ -117,6 +128,25 @@ class Trials:
     speaker_of: Sequence[str] | None = None
     models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lost: Lost | None = None
+
+    def __post_init__(self) -> None:
+        sides = np.asarray(self.enrolment), np.asarray(self.test)
+        for name, side in zip(("enrolment", "test"), sides, strict=True):
+            if side.ndim != 1 or (len(side) and side.dtype.kind not in "iu"):
+                raise ValueError(f"{name}: {side.dtype} {side.shape}, not the indices [N] of ids")
+            object.__setattr__(self, name, side)
+        if len(sides[0]) != len(sides[1]):
+            raise ValueError(f"{len(sides[0])} enrolments and {len(sides[1])} tests")
+        if self.is_target is None:
+            return
+        labels = np.asarray(self.is_target)
+        if len(labels) != len(self):
+            raise ValueError(f"{len(self)} trials and {len(labels)} labels")
+        if labels.dtype != bool:  # as an index or behind "not", 1 and 0 are something else
+            if not np.isin(labels, (0, 1)).all():
+                raise ValueError(f"{self.name}: a label is neither True nor False, 1 nor 0")
+            labels = labels.astype(bool)
+        object.__setattr__(self, "is_target", labels)
 
     def __len__(self) -> int:
         return len(self.enrolment)
@@ -357,10 +387,6 @@ class LabelledTrials(Trials):
 
     is_target: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     label_noise: bool = False
-
-    def __post_init__(self) -> None:
-        if len(self.is_target) != len(self.enrolment):
-            raise ValueError(f"{len(self.enrolment)} trials and {len(self.is_target)} labels")
 
     def speakers(self) -> np.ndarray:
         """Speaker of every id as an int array [len(ids)].
