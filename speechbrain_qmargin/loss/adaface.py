@@ -57,6 +57,11 @@ class AdaFaceLoss(Loss):
     TypeError
         When it is called on cosines alone: it looks at the norms of embeddings.
 
+    Notes
+    -----
+    Norms are clipped to [0.001, 100] first, as in the authors' code: where an encoder's are all
+    longer, the quality is the same for every sample, and so is the margin.
+
     Examples
     --------
     >>> AdaFaceLoss()
