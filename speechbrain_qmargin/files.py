@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,7 +63,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` if the block ends well.
 
     It is on the disk before it does: after a power cut there is the old file or the new one. The
-    suffix is that of `path`, and the name is this process's own.
+    suffix is that of `path`, and the name is this writer's own: processes of several machines, in
+    containers, have the same numbers.
 
     Examples
     --------
@@ -74,7 +76,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial = path.with_name(f".{path.stem}.{_new_name()}.partial{path.suffix}")
     try:
         yield partial
         to_disk(partial)
@@ -98,9 +100,8 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     ['model', 'model/weights']
     """
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f".{folder.name}.{_new_name()}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
@@ -113,6 +114,10 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _new_name() -> str:
+    return uuid4().hex[:12]
 
 
 def named_file(setting: str, path: str | Path) -> Path:

@@ -6,6 +6,7 @@ import torch
 from ranks import on_ranks
 from scripts import ROOT
 
+from speechbrain_qmargin.files import replacing
 from speechbrain_qmargin.training import processes as module
 from speechbrain_qmargin.training.brain import VerificationBrain
 from speechbrain_qmargin.training.run import train_verifier
@@ -26,6 +27,15 @@ def test_after_an_error_nobody_waits_for_the_others(monkeypatch, backend):
     with module.processes({}):
         pass
     assert ended[-1] == backend  # at the end of a run
+
+
+def test_processes_of_several_machines_may_have_the_same_number(tmp_path):
+    """In containers they do, and all of them write what a run prepares."""
+    with replacing(tmp_path / "missing.txt") as one, replacing(tmp_path / "missing.txt") as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert [file.name for file in tmp_path.iterdir()] == ["missing.txt"]
+    assert (tmp_path / "missing.txt").read_text() == "one"  # the last that was done
 
 
 class Rank(VerificationBrain):
