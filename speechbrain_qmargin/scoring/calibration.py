@@ -225,6 +225,7 @@ def fit_log_odds(
 
     if not 0 < p_target < 1:
         raise ValueError(f"p_target must be in (0, 1), got {p_target}")
+    is_target = np.asarray(is_target, dtype=bool)
     number = np.count_nonzero(is_target)
     if number in (0, len(is_target)):
         raise ValueError("calibration needs target and impostor trials")

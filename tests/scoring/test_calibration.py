@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from speechbrain_qmargin.scoring.calibration import Calibration, fit_calibration
+from speechbrain_qmargin.scoring.calibration import (
+    Calibration,
+    fit_calibration,
+    fit_log_odds,
+)
 from speechbrain_qmargin.scoring.metrics import cllr, eer, min_cllr, operating_points
 from speechbrain_qmargin.trials import LabelledTrials
 
@@ -49,6 +53,8 @@ def test_it_is_the_optimum_of_the_weighted_cost():
     )
     found = cost([calibration.weights[0], calibration.offset])
     assert found <= best.fun + 1e-9
+    weights, offset = fit_log_odds(scores[:, None], trials.is_target.astype(int), 0.05)
+    assert [*weights, offset] == [*calibration.weights, calibration.offset]
 
 
 def test_quality_measures_help_where_they_matter():
