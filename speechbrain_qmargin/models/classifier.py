@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from torch import Tensor
 
@@ -13,7 +14,9 @@ class CosineClassifier(Classifier):
 
     The cosine of a class is that of its nearest prototype: the sub-centres of Deng et al., ECCV
     2020, for any loss on cosines. With one prototype it is SpeechBrain's, weights and numbers
-    included; :class:`~speechbrain_qmargin.head.QMarginHead` has the same option.
+    included; :class:`~speechbrain_qmargin.head.QMarginHead` has the same option. Under autocast it
+    stays in float32, as that head and arcface_torch do: a scale of 64 makes 0.1 in the logit of
+    what bf16 rounds off a cosine.
 
     Parameters
     ----------
@@ -31,7 +34,6 @@ class CosineClassifier(Classifier):
 
     Examples
     --------
-    >>> import torch
     >>> classifier = CosineClassifier(input_size=4, out_neurons=10, subcentres=3)
     >>> classifier.weight.shape, classifier(torch.randn(2, 1, 4)).shape
     (torch.Size([30, 4]), torch.Size([2, 1, 10]))
@@ -45,7 +47,8 @@ class CosineClassifier(Classifier):
 
     def forward(self, x: Tensor) -> Tensor:
         """Cosines [B, 1, C] of embeddings [B, 1, D]."""
-        cosines = super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            cosines = super().forward(x.to(self.weight.dtype))
         if self.subcentres == 1:
             return cosines
         return cosines.unflatten(2, (-1, self.subcentres)).max(3).values

@@ -152,6 +152,23 @@ def test_with_one_prototype_it_is_speechbrains_classifier():
         QMarginHead(DIM, 5, subcentres=0)
 
 
+@pytest.mark.parametrize("subcentres", [1, K])
+def test_the_dense_classifier_stays_in_float32_under_autocast(subcentres):
+    torch.manual_seed(0)
+    classifier = CosineClassifier(DIM, 11, subcentres)
+    x = torch.randn(5, 1, DIM, dtype=torch.bfloat16)  # as an encoder gives them there
+    wanted = classifier(x.float())
+    wanted.sum().backward()
+    gradient = classifier.weight.grad.clone()
+    classifier.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = classifier(x)
+        assert found.dtype == torch.float32
+    found.sum().backward()
+    assert torch.equal(found, wanted)
+    assert torch.equal(classifier.weight.grad, gradient)
+
+
 def test_evaluation_and_checkpoints(tmp_path):
     head = QMarginHead(DIM, 11, subcentres=K, seed=0)
     optimizer = RowSparseSGD(head.parameters(), lr=0.3, momentum=0.9, head=head)
