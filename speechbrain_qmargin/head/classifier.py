@@ -322,8 +322,10 @@ class QMarginHead(nn.Module):
         Raises
         ------
         ValueError, TypeError
-            Shapes that disagree, labels outside [0, num_classes) or not integers.
+            Shapes that disagree, labels outside [0, num_classes) or not integers; no tensors.
         """
+        if not isinstance(embeddings, Tensor):
+            raise TypeError(f"embeddings must be a tensor, got {type(embeddings).__name__}")
         if embeddings.ndim == 3 and embeddings.shape[1] == 1:
             embeddings = embeddings.squeeze(1)
         if embeddings.ndim != 2 or embeddings.shape[1] != self.weight.shape[1]:

@@ -128,25 +128,29 @@ class Loss(nn.Module):
         Raises
         ------
         ValueError
-            A name the loss does not have, a value outside its range, or one that would make it
-            another loss than its name says.
+            A name the loss does not have, a value that is no number or outside its range, or one
+            that would make it another loss than its name says.
         TypeError
             A tensor that requires a gradient: it would not be learnt.
         """
-        name = type(self).__name__
+        name, numbers = type(self).__name__, {}
         for key, value in values.items():
             if isinstance(value, Tensor) and value.requires_grad:
                 raise TypeError(f"{name}: {key} is a number; as a tensor it would not be learnt")
             if key not in self.settings:
                 self.value(key)
-            if self.fixed.get(key, value) != value:
+            try:
+                numbers[key] = number = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"{name}: {key} must be a number, got {value!r}") from None
+            if self.fixed.get(key, number) != number:
                 raise ValueError(
-                    f"{name} is {key} = {self.fixed[key]:g}, got {value:g}; use qmargin for others"
+                    f"{name} is {key} = {self.fixed[key]:g}, got {number:g}; use qmargin for others"
                 )
-        now = {key: values.get(key, getattr(self, key, None)) for key in self.settings}
-        self.check(**{key: float(value) for key, value in now.items() if value is not None})
-        for key, value in values.items():
-            setattr(self, key, float(value))
+        others = {key: getattr(self, key) for key in self.settings if key not in numbers}
+        self.check(**others, **numbers)
+        for key, number in numbers.items():
+            setattr(self, key, number)
 
     def large_margin(self) -> float:
         """The margin of large-margin fine-tuning at the other settings: 0.5, as WeSpeaker."""

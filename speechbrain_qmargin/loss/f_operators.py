@@ -279,6 +279,9 @@ class GeneratorMeasure(NamedTuple):
 
 def _checked(logits: Tensor, log_q: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both in float64 and of one shape."""
+    for name, value in {"logits": logits, "log_q": log_q}.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     exact = logits.detach().double()

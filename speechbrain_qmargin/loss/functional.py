@@ -219,8 +219,15 @@ class _AlphaSoftargmax(torch.autograd.Function):
         return grad_logits, grad_log_q, None
 
 
+def _refuse_no_tensor(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def _moved(logits: Tensor, log_q: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
     """Logits and log q with the classes last, of one shape."""
+    _refuse_no_tensor(logits=logits, log_q=log_q)
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     moved = logits.movedim(dim, -1)
@@ -501,6 +508,7 @@ def q_margin_loss(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     check_loss_parameters(alpha, scale, margin)
+    _refuse_no_tensor(cosines=cosines, targets=targets, log_q=log_q)
     if cosines.ndim != 2 or targets.ndim != 1 or cosines.shape[0] != targets.shape[0]:
         raise ValueError(
             "q_margin_loss takes cosines [B, C] and targets [B], got "

@@ -82,6 +82,8 @@ def loss_class(name: str) -> type[Loss]:
     >>> loss_class("speechbrain_qmargin:QMarginLoss") is loss_class("qmargin")
     True
     """
+    if not isinstance(name, str):
+        raise ValueError(f"loss: {name!r} is no name, such as qmargin or module:Class of your own")
     module, _, attribute = name.rpartition(":" if ":" in name else ".")
     if not module:
         if name in _ELSEWHERE:

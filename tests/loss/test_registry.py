@@ -18,7 +18,10 @@ from speechbrain_qmargin import (
     ArcFaceLoss,
     CosFaceLoss,
     QMarginFaceLoss,
+    QMarginHead,
     QMarginLoss,
+    alpha_softargmax,
+    f_softargmax,
     make_loss,
     margin_for,
 )
@@ -374,3 +377,34 @@ def test_a_margin_that_no_cosines_reach_is_said(caplog):
         margin_for(1.5, 10, 0.1)
     with pytest.raises(ValueError, match="never vanishes"):
         margin_for(1.0, 10, 0.5)
+
+
+@pytest.mark.parametrize("value", [None, "much", torch.ones(2)])
+def test_a_setting_that_is_no_number_is_named(value):
+    """`margin:` with nothing behind it is None in a YAML."""
+    for make in (QMarginLoss, ArcFaceLoss, CosFaceLoss):
+        with pytest.raises(ValueError, match=f"{make.__name__}: margin must be a number, got"):
+            make(margin=value)
+    loss = QMarginLoss()
+    with pytest.raises(ValueError, match="margin must be a number"):
+        loss.set(scale=20.0, margin=value)
+    assert loss.values() == QMarginLoss().values()  # all or none
+    with pytest.raises(ValueError, match="loss: None is no name"):
+        make_loss(None)
+
+
+def test_what_is_no_tensor_is_named():
+    cosines, labels = torch.tensor([[0.5, 0.2]]), torch.tensor([0])
+    for arguments, name, kind in (
+        ((cosines, [0]), "targets", "list"),
+        ((cosines.numpy(), labels), "cosines", "ndarray"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got {kind}"):
+            q_margin_loss(*arguments)
+    with pytest.raises(TypeError, match="log_q must be a tensor, got list"):
+        q_margin_loss(cosines, labels, log_q=[0.0, 0.0])
+    for operator in (alpha_softargmax, lambda logits: f_softargmax(logits, "kl")):
+        with pytest.raises(TypeError, match="logits must be a tensor, got list"):
+            operator([1.0, 2.0])
+    with pytest.raises(TypeError, match="embeddings must be a tensor, got ndarray"):
+        QMarginHead(2, 3)(cosines.numpy(), labels)
