@@ -207,6 +207,16 @@ classifier: !new:speechbrain.lobes.models.Xvector.Classifier
     assert QMarginLoss()(outputs, labels) > 0
 
 
+def test_the_classifier_of_float32_comes_by_a_flag(tmp_path):
+    recipe = tmp_path / "train_ecapa_tdnn.yaml"
+    recipe.write_text(YAML)
+    flag = "--classifier=!new:speechbrain_qmargin.models.classifier.CosineClassifier [24, 3]"
+    overrides = sb.parse_arguments([str(recipe), flag, "--device=cpu"])[2]
+    classifier = load_hyperpyyaml(YAML, overrides)["modules"]["classifier"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert classifier(torch.randn(2, 1, 24)).dtype == torch.float32
+
+
 def test_in_the_place_of_loss_fn_alone_it_says_where_it_belongs():
     """The wrapper would take a log-softmax of the loss."""
     text = YAML.replace(
