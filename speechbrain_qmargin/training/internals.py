@@ -37,6 +37,7 @@ class OpenBrain(sb.Brain):
     compile: bool
     compile_module_keys: Any
     distributed_backend: str
+    find_unused_parameters: bool
     grad_accumulation_factor: int
     modules: Any
     noprogressbar: bool
@@ -72,7 +73,10 @@ class OpenBrain(sb.Brain):
             # SpeechBrain's own wrapping uses torch's SyncBatchNorm, which takes CUDA tensors only
             for name, module in self.modules.items():
                 if any(p.requires_grad for p in module.parameters()):
-                    self.modules[name] = DistributedDataParallel(synchronised_batch_norm(module))
+                    self.modules[name] = DistributedDataParallel(
+                        synchronised_batch_norm(module),
+                        find_unused_parameters=self.find_unused_parameters,
+                    )
         else:
             super()._wrap_distributed()
 

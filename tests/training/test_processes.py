@@ -7,6 +7,7 @@ from ranks import on_ranks
 from scripts import ROOT
 
 from speechbrain_qmargin.files import replacing
+from speechbrain_qmargin.training import internals
 from speechbrain_qmargin.training import processes as module
 from speechbrain_qmargin.training.brain import VerificationBrain
 from speechbrain_qmargin.training.run import train_verifier
@@ -81,6 +82,19 @@ def test_an_epoch_that_goes_on_has_the_losses_of_all_processes(tmp_path):
     for whole, resumed in on_ranks(2, run):
         assert whole[1] == 10  # batches
         assert resumed.tolist() == pytest.approx(whole.tolist(), rel=1e-12)
+
+
+def test_a_run_on_cpus_may_have_unused_parameters_too(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        internals, "DistributedDataParallel", lambda one, **options: asked.append(options) or one
+    )
+    brain = internals.OpenBrain.__new__(internals.OpenBrain)
+    brain.distributed_launch, brain.distributed_backend = True, "gloo"
+    brain.find_unused_parameters = True
+    brain.modules = torch.nn.ModuleDict({"embedding_model": torch.nn.Linear(2, 2)})
+    brain._wrap_distributed()
+    assert asked == [{"find_unused_parameters": True}]
 
 
 def test_one_gpu_for_all_processes_is_refused_before_the_data_are_prepared(monkeypatch, tmp_path):
