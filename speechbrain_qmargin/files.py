@@ -24,6 +24,7 @@ __all__ = [
     "json_values",
     "load_arrays",
     "load_record",
+    "make_folder",
     "named_file",
     "refuse_overwriting",
     "refuse_yaml_bomb",
@@ -75,7 +76,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     ['table.txt']
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.stem}.{_new_name()}.partial{path.suffix}")
     try:
         yield partial
@@ -101,7 +102,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.{_new_name()}.partial")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     partial.mkdir()
     try:
         yield partial
@@ -118,6 +119,30 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
 
 def _new_name() -> str:
     return uuid4().hex[:12]
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make a folder, and those above it, where it is not there.
+
+    Raises
+    ------
+    NotADirectoryError
+        A file is in its place, or in that of one above it; named.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "dev.txt"
+    >>> file.touch()
+    >>> make_folder(file / "lists")
+    Traceback (most recent call last):
+    NotADirectoryError: ...dev.txt is a file; a folder is wanted there
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(one for one in (folder, *folder.parents) if one.exists())
+        raise NotADirectoryError(f"{file} is a file; a folder is wanted there") from None
 
 
 def named_file(setting: str, path: str | Path) -> Path:

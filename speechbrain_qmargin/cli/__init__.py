@@ -142,6 +142,8 @@ def status_of(program: str, work: Callable[[], Any], again: str = "") -> int:
             raise
         logging.getLogger(__name__).debug(program, exc_info=True)  # a run's log.txt has it
         message = str(error).strip() or type(error).__name__
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            message = f"{error.filename}: {error.strerror}"  # without Python's [Errno 2]
         if "Original Traceback" in message:  # of a DataLoader's worker
             message = message.splitlines()[-1]
         print(f"{program}: {message}", file=sys.stderr)

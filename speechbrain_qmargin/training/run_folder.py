@@ -22,7 +22,7 @@ from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_pr
 from speechbrain.utils.logger import get_environment_description, setup_logging
 from speechbrain.utils.quirks import log_applied_quirks
 
-from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.files import make_folder, write_text
 from speechbrain_qmargin.training.config import (
     Experiment,
     plain_settings,
@@ -321,7 +321,7 @@ class RunFolder:
             yield
             return
         made = [one for one in (self.path, *self.path.parents) if not one.is_dir()]
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(blocking=False)

@@ -135,3 +135,12 @@ def test_tables_that_do_not_fit_are_named(tmp_path, capsys, text, message):
     assert message in capsys.readouterr().err
     assert trials(tmp_path / "gone", tmp_path / "o") == 1
     assert "no such folder or table" in capsys.readouterr().err
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(photographs, tmp_path, capsys):
+    (tmp_path / "dev.txt").touch()
+    assert trials(photographs, tmp_path / "dev.txt", "--dev=2", "--test=2") == 1
+    assert "dev.txt is a file; a folder is wanted there" in capsys.readouterr().err
+    assert trials(photographs, tmp_path / "o", f"--pairs={tmp_path / 'gone.txt'}") == 1
+    said = capsys.readouterr().err
+    assert said == f"qmargin trials: {tmp_path / 'gone.txt'}: No such file or directory\n"

@@ -149,6 +149,11 @@ def test_one_that_is_not_fit_spoils_an_enrolment_and_no_batch(verifier):
         verifier.enrol("ann", [])
     assert verifier.people.list() == []
     verifier.enrol("ann", b"ann 1")
+    with pytest.raises(Unfit, match="the content: it is enrolled already"):
+        verifier.enrol("ann", [b"ann 2", b"ann 1"])  # the command, typed twice
+    with pytest.raises(Unfit, match="the content: it is given twice"):
+        verifier.enrol("ann", [b"ann 2", b"ann 2"], replace=True)
+    assert verifier.people.list()[0].recordings == 1
     claims = [("ann", b"ann 2"), ("ann", b"noise"), ("bob", b"bob 1"), ("ann", b"broken")]
     results = verifier.verify_many([*claims, ("ann", b"cyd 1")] * 20)
     kinds = [type(one).__name__ for one in results[-5:]]
@@ -204,7 +209,7 @@ def test_threads_get_what_one_thread_gets(verifier):
             found[n] = verifier.verify(*claims[n])
             verifier.identify(claims[n][1])
             if n == 9:
-                verifier.enrol("more", b"more 1")  # templates are looked up anew
+                verifier.enrol("more", f"more {n}".encode())  # templates are looked up anew
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
     for thread in threads:
