@@ -78,6 +78,8 @@ OPTIONS = (
 )
 # What is there once something was trained, beside the checkpoints
 TRAINED = ("history.jsonl", "results.json", "results.previous.json", "embeddings.npz", "inference")
+# Libraries that say something of every image or font where they are let; SpeechBrain's log lets all
+TALKATIVE = ("PIL", "matplotlib")
 SAVED, SAVED_OPTIONS, LOCK = "experiment.yaml", "run_options.json", ".lock"
 
 
@@ -131,7 +133,10 @@ class RunFolder:
             # as SpeechBrain's create_experiment_directory, which also copies the file that calls it
             plain = resolve_references(text).read()
             write_text(self.path / "hyperparams.yaml", f"# {SAVED}, resolved\n{plain}")
-            log = {"handlers": {"file_handler": {"filename": str(self.path / "log.txt")}}}
+            log = {
+                "handlers": {"file_handler": {"filename": str(self.path / "log.txt")}},
+                "loggers": {name: {"level": "INFO"} for name in TALKATIVE},
+            }
             setup_logging(DEFAULT_LOG_CONFIG, log)
             sys.excepthook = _log_exception
             log_applied_quirks()

@@ -1,6 +1,7 @@
 """The output folder: whose run it holds, wherever it lies, and who is at work in it."""
 
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -72,6 +73,11 @@ def test_what_a_folder_holds_when_a_run_begins(tmp_path):
     begun(tmp_path)
     files = {"experiment.yaml", "run_options.json", "hyperparams.yaml", "log.txt", "env.log"}
     assert {file.name for file in tmp_path.iterdir()} == files
+    logging.getLogger("speechbrain_qmargin.cli").debug("where an error came from")
+    logging.getLogger("PIL.PngImagePlugin").debug("two lines an image")  # gigabytes an epoch
+    said = (tmp_path / "log.txt").read_text()
+    assert "where an error came from" in said
+    assert "two lines" not in said
     plain = load_hyperpyyaml((tmp_path / "hyperparams.yaml").read_text())
     assert plain["out_n_neurons"] == 12
     (tmp_path / "run_options.json").write_text('{"precision": "bf16"}')
