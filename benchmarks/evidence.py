@@ -39,6 +39,7 @@ from evidence_runs import (
     COUNTS,
     FACE_SYSTEMS,
     PRIMARY,
+    RISING,
     STAGES,
     SYSTEMS,
     candidates,
@@ -410,6 +411,27 @@ def official_table(data: Path, folders: Mapping[tuple, Path]) -> str:
     return markdown(["system", "seeds", "pairs", "accuracy, %"], lines)
 
 
+def schedule_tables(data: Path, out: Path, folders: Mapping[tuple, Path]) -> str:
+    """Each way beside the fixed settings; then the rising margin of all losses."""
+    fixed = finished(STAGES["speech"].runs(data, out, ["arcface", "cosface", PRIMARY]))
+    fixed = {key: folder for key, folder in fixed.items() if key[1] in range(3)}
+    rising = {key: folder for key, folder in folders.items() if key[0].endswith(RISING)}
+    first = f"{PRIMARY}, {RISING}"
+    rising = dict(sorted(rising.items(), key=lambda run: run[0][0] == first))
+    ways = {key: folder for key, folder in folders.items() if key[0].startswith(PRIMARY)}
+    own = {key: folder for key, folder in fixed.items() if key[0] == PRIMARY}
+    text = speech_tables({**own, **ways})
+    for trials, name in FIRST_LISTS.items():
+        found = measured(rising, trials, "cosine")
+        text += f"\n### {name}, {RISING}, cosine\n\n" + comparison(found, first)
+        for system in ("arcface", "cosface"):
+            pair = {key: folder for key, folder in fixed.items() if key[0] == system}
+            pair |= {key: folder for key, folder in rising.items() if key[0].startswith(system)}
+            text += f"\n### {name}, {system}, {RISING}, cosine\n\n"
+            text += comparison(measured(pair, trials, "cosine"), system)
+    return text
+
+
 def tables(stage: str, data: Path, out: Path) -> str:
     """What is finished of a stage; pictures beside it."""
     if stage in TUNINGS:
@@ -425,9 +447,7 @@ def tables(stage: str, data: Path, out: Path) -> str:
     if stage == "finetune":
         return speech_tables(folders, baseline="arcface, then arcface")
     if stage == "schedules":
-        fixed = finished(STAGES["speech"].runs(data, out, [PRIMARY]))
-        fixed = {key: folder for key, folder in fixed.items() if key[1] in range(3)}
-        return speech_tables({**fixed, **folders})
+        return schedule_tables(data, out, folders)
     score_with_strangers(data, folders)
     lists = SECOND_LISTS if stage.startswith("second") else FIRST_LISTS
     text = "The test that decides:\n\n" + decision_table(folders, list(lists)[:2])

@@ -171,6 +171,7 @@ SMALL = ["--n_mels=40", "--embedding_dim=128", "--sentence_len=1.5", "--number_o
 SMALL += ["--num_valid_speakers=0"]
 ECAPA = ["--channels=64", "--attention_channels=32"]
 RESNET = ["--model=resnet34", "--width=8"]
+RISING = "margin from 0"  # over the first epochs
 COUNTS, ALPHAS, STEPS = (30, 100, 300, 438), (1, 1.25, 1.5, 1.75, 2), 800
 
 
@@ -295,24 +296,37 @@ def finetune(data: Path, out: Path, _: list[str]) -> Runs:
 
 
 def schedules(data: Path, out: Path, _: list[str]) -> Runs:
-    """What moves during training: a rising margin, alpha from above or below; and a wide margin."""
+    """What moves during training: a rising margin, alpha from above or below; and a wide margin.
+
+    The rising margin also with the baselines, which may gain from it as well.
+    """
+    found = tuned(out, "tune", ["arcface", "cosface", PRIMARY])
     setting = chosen(out, "tune", PRIMARY)
     if setting is None:
         return {}
-    wide = margin_for(setting["alpha"], setting["scale"], 0.9)
-    ways: dict[str, tuple[dict, list[str]]] = {
-        "margin from 0": (setting, ["--margin_from_epoch=1", "--margin_until_epoch=8"]),
-        "alpha from 1.1": (setting, ["--alpha_initial=1.1", "--alpha_until_epoch=8"]),
-        "alpha from 2": (setting, ["--alpha_initial=2", "--alpha_until_epoch=8"]),
-        "hard margin 0.9": (setting | {"margin": round(wide, 4)}, []),
+    alpha = setting["alpha"]
+    below = round(1 + (alpha - 1) / 2, 4)
+    wide = margin_for(alpha, setting["scale"], 0.9)
+    rising = ["--margin_from_epoch=1", "--margin_until_epoch=8"]
+    wider = options(PRIMARY, setting | {"margin": round(wide, 4)})
+    ways = {name: [*given, *rising] for name, given in found.items()}
+    ways = {f"{name}, {RISING}": given for name, given in ways.items()}
+    ways |= {
+        "qmargin, alpha from 2": [*found[PRIMARY], "--alpha_initial=2", "--alpha_until_epoch=8"],
+        "qmargin, hard margin 0.9": wider,
+        f"qmargin, alpha from {below:g}": [
+            *found[PRIMARY],
+            f"--alpha_initial={below:g}",
+            "--alpha_until_epoch=8",
+        ],
     }
     base = three_lists(data, out)
     return {
         (name, seed): (
-            [*base, *options(PRIMARY, values), *way, f"--seed={seed}"],
-            out / "schedules" / f"{name.replace(' ', '_')}_{seed}",
+            [*base, *way, f"--seed={seed}"],
+            out / "schedules" / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}",
         )
-        for seed, (name, (values, way)) in itertools.product(range(3), ways.items())
+        for seed, (name, way) in itertools.product(range(3), ways.items())
     }
 
 
