@@ -177,6 +177,33 @@ def test_fine_tuning_has_tables_of_its_own(people):
     assert evidence.tables("finetune", *people) == ""  # nothing is finished: no tuning's table
 
 
+def test_schedules_are_compared_with_fixed_settings_and_with_the_same_of_the_baselines(
+    people, tmp_path
+):
+    data, _ = people
+    finish_tuning(tmp_path, "tune", {"qmargin": 0})
+    runs = STAGES["schedules"].runs(data, tmp_path, list(SYSTEMS))
+    assert len(runs) == len({folder for _, folder in runs.values()}) == 18
+    given, folder = runs["qmargin, alpha from 1.05", 1]  # half as far from 1 as the tuned 1.1
+    assert folder.name == "qmargin_alpha_from_1.05_1"
+    assert {"--alpha=1.1", "--alpha_initial=1.05", "--seed=1"} < set(given)
+    own = STAGES["speech"].runs(data, tmp_path, ["arcface", "cosface", "qmargin"])
+    both = {**own, **{key: run for key, run in runs.items() if key[0].endswith("margin from 0")}}
+    for number, ((_, seed), (_, folder)) in enumerate(both.items()):
+        if seed < 2:
+            folder.mkdir(parents=True)
+            (folder / "results.json").touch()
+            for trials in evidence.FIRST_LISTS:
+                scores(folder, trials, lead=2.0, seed=number)
+    text = evidence.tables("schedules", data, tmp_path)
+    rising = text.split("### cv, margin from 0, cosine")[1].split("###")[0]
+    assert "qmargin, margin from 0 minus the system" in rising
+    fixed = text.split("### cv, cosine")[1].split("###")[0]
+    assert "| qmargin, margin from 0 | 2 |" in fixed.split("qmargin minus the system")[1]
+    assert "cosface" not in fixed
+    assert "cosface minus the system" in text.split("### gsc, cosface, margin from 0, cosine")[1]
+
+
 def test_faces_are_compared_on_all_pairs_and_on_the_official_ones(tmp_path):
     people = {
         f"f{n}/{k}.jpg": np.eye(24)[n] + 0.1 * np.eye(24)[int(k)] for n in range(20) for k in "01"
