@@ -14,6 +14,7 @@ from speechbrain_qmargin.cli.inputs import (
     add_scored,
     add_tables,
     columns_of,
+    files_of,
     read_scored,
     read_systems,
     several,
@@ -81,7 +82,7 @@ def _breakdown(args) -> None:
 def _fuse(args) -> None:
     from speechbrain_qmargin.scoring.fusion import Fusion, fit_fusion
 
-    inputs = [path.rpartition("=")[2] for path in [*args.systems, *args.development]]
+    inputs = files_of([*args.systems, *args.development])
     inputs += [args.trials, args.utt2spk, args.models, args.fusion]
     inputs += [args.development_trials, args.development_utt2spk]
     refuse_overwriting([args.output, args.save], inputs, args.overwrite)
@@ -161,8 +162,7 @@ def _bayes(args) -> None:
     from speechbrain_qmargin.scoring.metrics import operating_points
     from speechbrain_qmargin.scoring.plots import bayes_error_figure, save_figure
 
-    inputs = [path.rpartition("=")[2] for path in args.systems]
-    inputs += [args.trials, args.utt2spk, args.models]
+    inputs = [*files_of(args.systems), args.trials, args.utt2spk, args.models]
     refuse_overwriting([args.output], inputs, args.overwrite)
     found, files = read_systems(args.systems, args)
     is_target = found.labelled().is_target

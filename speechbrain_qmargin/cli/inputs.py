@@ -16,6 +16,7 @@ __all__ = [
     "add_scored",
     "add_tables",
     "columns_of",
+    "files_of",
     "read_scored",
     "read_systems",
     "several",
@@ -110,6 +111,17 @@ def read_scored(path: str, args, columns: str | None = None) -> ScoreFile:
     if not args.trials and "trials" in read.about:  # the user's list, not its copy with scores
         trials = replace(trials, source=read.about["trials"])
     return replace(read, trials=trials)
+
+
+def files_of(systems: Sequence[str]) -> list[str]:
+    """The files of ``[NAME=]FILE`` systems.
+
+    Examples
+    --------
+    >>> files_of(["ours=ours.tsv", "theirs.tsv"])
+    ['ours.tsv', 'theirs.tsv']
+    """
+    return [given.rpartition("=")[2] for given in systems]
 
 
 def read_systems(

@@ -17,6 +17,7 @@ from speechbrain_qmargin.cli.inputs import (
     add_scored,
     add_tables,
     columns_of,
+    files_of,
     read_scored,
     read_systems,
     several,
@@ -216,7 +217,7 @@ def _report(args) -> None:
         if args.development_utt2spk:
             labelled = labelled.with_speakers(read_map(args.development_utt2spk))
         development[name] = read.scores, labelled
-    inputs = [path.rpartition("=")[2] for path in [*args.systems, *args.development]]
+    inputs = files_of([*args.systems, *args.development])
     inputs += [args.trials, args.utt2spk, args.models, args.development_trials]
     names = ("report.html", "report.json", "operating_point.json")
     outputs = [Path(args.output) / name for name in names]
