@@ -23,6 +23,10 @@ _WRAPPERS = ("state_dict_backbone", "state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 
 
+class _Damaged(ValueError):
+    """Of a file whose checksums are not those of its content: no other reader helps."""
+
+
 def read_tensors(path: str | Path) -> dict[str, Any]:
     """What a checkpoint holds: tensors, numbers and containers of them, nothing that runs.
 
@@ -51,8 +55,9 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
             f"{path}: a TorchScript program (torch.jit.save), which is not loaded since its code "
             "would run; give the weights (torch.save of a state_dict)"
         )
+    fault = zip_damage(path)
     try:
-        if fault := zip_damage(path):
+        if fault:
             raise ValueError(fault)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (
@@ -60,7 +65,8 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     ) as error:  # fmt: skip
         text = " ".join(str(error).split())  # torch's, without what it says of running code
         text = text.rpartition("WeightsUnpickler error: ")[2].partition(" Please use ")[0]
-        raise ValueError(
+        kind = _Damaged if fault else ValueError
+        raise kind(
             f"{path}: not a checkpoint of weights alone, or damaged; nothing of it was loaded "
             f"({text[:160]})"
         ) from None
@@ -157,9 +163,9 @@ class Source:
         if path not in self._states:
             try:
                 found = read_tensors(path)
+            except _Damaged:
+                raise
             except ValueError as refused:
-                if zip_damage(path):
-                    raise
                 try:
                     found, objects = read_without_objects(path)
                 except Exception:  # damaged in one of many ways

@@ -175,8 +175,8 @@ def _other_sizes(saved: Path, hparams: Mapping[str, Any], modules: Sequence[str]
     try:
         text = saved.read_text(encoding="utf-8")
         refuse_code(text, saved, object_names(text))  # nothing of it is built: that it is small
-        model = {key: plain_settings(resolved(text)).get(key) for key in ("model", "head")}
-        there = {key: value for key, value in model.items() if value is not None}
+        settings = plain_settings(resolved(text))
+        there = {key: settings[key] for key in ("model", "head") if settings.get(key) is not None}
         there |= settings_of(text, modules)
     except (OSError, ValueError, YAMLError):
         return ""
