@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from speechbrain_qmargin.loss.generators import Generator, generator_named
+from speechbrain_qmargin.loss.interface import refuse_no_tensor
 from speechbrain_qmargin.loss.solver import Solution
 
 __all__ = [
@@ -279,9 +280,7 @@ class GeneratorMeasure(NamedTuple):
 
 def _checked(logits: Tensor, log_q: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both in float64 and of one shape."""
-    for name, value in {"logits": logits, "log_q": log_q}.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    refuse_no_tensor(logits=logits, log_q=log_q)
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     exact = logits.detach().double()

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from speechbrain_qmargin.loss.dense import DenseScores, check_labels
 from speechbrain_qmargin.loss.device import host_decides
-from speechbrain_qmargin.loss.interface import Objective, QMarginStats
+from speechbrain_qmargin.loss.interface import Objective, QMarginStats, refuse_no_tensor
 from speechbrain_qmargin.loss.learnt_order import softargmax_of_orders
 from speechbrain_qmargin.loss.solver import (
     FLOAT32_LOG_RANGE,
@@ -219,15 +219,9 @@ class _AlphaSoftargmax(torch.autograd.Function):
         return grad_logits, grad_log_q, None
 
 
-def _refuse_no_tensor(**given: object) -> None:
-    for name, value in given.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-
-
 def _moved(logits: Tensor, log_q: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
     """Logits and log q with the classes last, of one shape."""
-    _refuse_no_tensor(logits=logits, log_q=log_q)
+    refuse_no_tensor(logits=logits, log_q=log_q)
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     moved = logits.movedim(dim, -1)
@@ -508,7 +502,7 @@ def q_margin_loss(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     check_loss_parameters(alpha, scale, margin)
-    _refuse_no_tensor(cosines=cosines, targets=targets, log_q=log_q)
+    refuse_no_tensor(cosines=cosines, targets=targets, log_q=log_q)
     if cosines.ndim != 2 or targets.ndim != 1 or cosines.shape[0] != targets.shape[0]:
         raise ValueError(
             "q_margin_loss takes cosines [B, C] and targets [B], got "

@@ -33,6 +33,7 @@ __all__ = [
     "label_outside",
     "learns_another",
     "prior_slope",
+    "refuse_no_tensor",
     "slope_of",
 ]
 
@@ -461,6 +462,24 @@ def flat(targets: Tensor) -> Tensor:
         "they are one-hot: SpeechBrain's LogSoftmaxWrapper makes them so, and the loss takes its "
         "place, compute_cost: !new:speechbrain_qmargin.QMarginLoss, instead of its loss_fn's"
     )
+
+
+def refuse_no_tensor(**given: object) -> None:
+    """Refuse arguments that are no tensors, by their names; None is left out.
+
+    Raises
+    ------
+    TypeError
+
+    Examples
+    --------
+    >>> refuse_no_tensor(cosines=[0.9, 0.1], log_q=None)
+    Traceback (most recent call last):
+    TypeError: cosines must be a tensor, got list
+    """
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def label_outside(label: int, num_classes: int) -> str:
