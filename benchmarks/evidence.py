@@ -5,9 +5,9 @@
 
 DATA holds ``voices``, ``speech`` (VoxCeleb's layout with lists of speakers and trials) and ``lfw``.
 A run is one of the recipes with ``--size small`` in a process of its own; finished runs are kept,
-and what is cut off goes on from its last checkpoint. After each stage, and with ``--tables``
-without training, the tables and pictures of what is finished are written to OUT. Options after
-``--`` go to every run (``-- --device=cuda``).
+and what is cut off goes on from its last checkpoint; tunings that evidence_record.json has are not
+trained again. After each stage, and with ``--tables`` without training, the tables and pictures of
+what is finished are written to OUT. Options after ``--`` go to every run (``-- --device=cuda``).
 """
 
 import argparse
@@ -36,16 +36,23 @@ from compare_losses import (
 )
 from evidence_runs import (
     ALPHAS,
+    BY_FIGURES,
     COUNTS,
     FACE_SYSTEMS,
     PRIMARY,
     RISING,
     STAGES,
     SYSTEMS,
+    TUNINGS,
     candidates,
     chosen,
     criterion,
     finished,
+    name_in_record,
+    record,
+    recorded,
+    results_of,
+    value,
     words,
     write_face_lists,
     write_speech_lists,
@@ -74,16 +81,11 @@ FIRST_LISTS = {"trials_cv": "cv", "trials_gsc": "gsc", "trials_test": "acted"}
 SECOND_LISTS = {"second_cv": "second cv", "second_gsc": "second gsc"}
 LISTS = FIRST_LISTS | SECOND_LISTS
 TREATMENTS = ("cosine", "centred", "as-norm", "as-norm of strangers")
-TUNINGS = ("tune", "second_tune", "faces_tune")
 WORST = 100
 
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f}"
-
-
-def results_of(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
 
 
 def history_of(folder: Path) -> list[dict]:
@@ -98,22 +100,22 @@ def tuning_table(out: Path, stage: str, systems: Sequence[str]) -> str:
     for system in systems:
         best = chosen(out, stage, system)
         for setting, folder in candidates(out, stage, system):
-            if not (folder / "results.json").is_file():
-                continue
             results = results_of(folder)
+            if results is None:
+                continue
             lists = [name.removeprefix("tune_") for name in results["lists"]]
             cells = [
-                percent(found["cosine"]["figures"][name]["value"])
-                for found in results["lists"].values()
-                for name in ("EER", "TAR@FAR=0.01")
+                percent(value(results, name, figure))
+                for name in results["lists"]
+                for figure in ("EER", "TAR@FAR=0.01")
             ]
-            value = percent(criterion(folder))
+            mean = percent(criterion(results))
             last = results["last_epoch"]
             support = f"{last['support_mean']:.1f}" if "support_mean" in last else "all"
             rest = f"{100 * last['zero_loss']:.0f}" if "zero_loss" in last else "0"
             shown = ", ".join(f"{key} {value:g}" for key, value in setting.items())
-            value = f"**{value}**" if setting == best else value
-            lines.append([system, shown, *cells, value, support, rest])
+            mean = f"**{mean}**" if setting == best else mean
+            lines.append([system, shown, *cells, mean, support, rest])
     heads = [f"{name} {list_}, %" for list_ in lists for name in ("EER", "TAR@1e-2")]
     return markdown(
         ["system", "setting", *heads, "criterion, %", "support", "at zero loss, %"], lines
@@ -354,11 +356,13 @@ def draw(
 def classes_table(folders: Mapping[tuple, Path]) -> str:
     found: dict[tuple, list] = {}
     for (count, alpha, _), folder in folders.items():
-        values = [
-            [of["cosine"]["figures"][name]["value"] for name in ("EER", "TAR@FAR=0.01")]
-            for of in results_of(folder)["lists"].values()
-        ]
-        found.setdefault((count, alpha), []).append(values)
+        results = results_of(folder)
+        if results is not None:
+            values = [
+                [value(results, trials, figure) for figure in ("EER", "TAR@FAR=0.01")]
+                for trials in results["lists"]
+            ]
+            found.setdefault((count, alpha), []).append(values)
     lines = []
     for at, name in enumerate(("cv", "gsc")):
         for figure, what in enumerate(("EER, %", "TAR@1e-2, %")):
@@ -437,17 +441,21 @@ def tables(stage: str, data: Path, out: Path) -> str:
     if stage in TUNINGS:
         systems = FACE_SYSTEMS if stage == "faces_tune" else list(SYSTEMS)
         return tuning_table(out, stage, systems)
-    folders = finished(STAGES[stage].runs(data, out, list(SYSTEMS)))
+    runs = STAGES[stage].runs(data, out, list(SYSTEMS))
+    if stage == "classes":
+        return classes_table({key: folder for key, (_, folder) in runs.items()})
+    folders = finished(runs)
     if not folders:
         return ""
-    if stage == "classes":
-        return classes_table(folders)
     if stage == "faces":
         return face_tables(data, out, folders)
     if stage == "finetune":
         return speech_tables(folders, baseline="arcface, then arcface")
     if stage == "schedules":
         return schedule_tables(data, out, folders)
+    if stage == "others":
+        shown = posterior_table(folders, ["trials_cv"])
+        return speech_tables(folders) + "\n### What the losses do\n\n" + shown
     score_with_strangers(data, folders)
     lists = SECOND_LISTS if stage.startswith("second") else FIRST_LISTS
     text = "The test that decides:\n\n" + decision_table(folders, list(lists)[:2])
@@ -476,6 +484,11 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--tables", action="store_true", help="of what is finished; no training")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="keep the figures of tunings and of the number of classes in evidence_record.json",
+    )
     args = parser.parse_args(argv)
     data, out = args.data.resolve(), args.out.resolve()
     write_speech_lists(data, out)
@@ -486,7 +499,13 @@ def main() -> None:
             recipe, planned = STAGES[stage]
             runs = planned(data, out, args.systems)
             some = {key: run for key, run in runs.items() if fnmatch(run[1].name, args.runs)}
+            if stage in BY_FIGURES:
+                kept = recorded()
+                some = {k: run for k, run in some.items() if name_in_record(run[1]) not in kept}
             train_all(recipe, some, given, args.jobs)
+        if args.record and stage in BY_FIGURES:
+            everyone = STAGES[stage].runs(data, out, list(SYSTEMS))
+            record(folder for _, folder in everyone.values())
         text = tables(stage, data, out)
         write_text(out / f"{stage}.md", text)
         print(text)

@@ -3,6 +3,9 @@
 A stage is a function of the data, the folder of all runs and the systems; it gives its runs by key,
 each the recipe's options and a folder. Settings that a tuning chooses are read from its results, so
 a system whose tuning is not finished is left out.
+
+Runs that are known by their figures alone, tunings and the number of classes, are kept in
+evidence_record.json beside this file. What stands there is not trained again, on whatever machine.
 """
 
 import itertools
@@ -20,6 +23,9 @@ from speechbrain_qmargin.loss.functional import margin_for
 Run = tuple[list[str], Path]
 Runs = dict[tuple, Run]
 SEEDS, TUNING_SEED = range(5), 1000
+TUNINGS = ("tune", "second_tune", "faces_tune")
+BY_FIGURES = (*TUNINGS, "classes")  # stages whose tables need no scores
+RECORD = Path(__file__).with_name("evidence_record.json")
 
 
 def grid(**values: Sequence) -> list[dict]:
@@ -90,6 +96,56 @@ def words(file: Path) -> list[str]:
     return file.read_text().split()
 
 
+# -- results, of a run's folder or of the record -------------------------------
+
+
+def recorded() -> dict[str, dict]:
+    """The runs of the record by ``stage/run``, each with some of what its results.json has."""
+    return json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+
+
+def name_in_record(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def results_of(folder: Path) -> dict | None:
+    """What a run's results.json says, or else the record; None of a run that is not finished."""
+    file = folder / "results.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    return recorded().get(name_in_record(folder))
+
+
+def value(results: dict, trials: str, figure: str) -> float:
+    """A figure with cosine scores."""
+    return results["lists"][trials]["cosine"]["figures"][figure]["value"]
+
+
+def record(folders: Iterable[Path]) -> None:
+    """Add the figures of finished runs, to the fourth digit."""
+    kept = recorded()
+    for folder in folders:
+        results = results_of(folder)
+        if results is None:
+            continue
+        lists = {
+            trials: {
+                "cosine": {
+                    "figures": {
+                        figure: {"value": round(value(results, trials, figure), 4)}
+                        for figure in ("EER", "TAR@FAR=0.01")
+                    }
+                }
+            }
+            for trials in results["lists"]
+        }
+        last = results["last_epoch"]
+        last = {key: round(last[key], 4) for key in ("support_mean", "zero_loss") if key in last}
+        kept[name_in_record(folder)] = {"lists": lists, "last_epoch": last}
+    lines = (f"{json.dumps(name)}: {json.dumps(kept[name])}" for name in sorted(kept))
+    write_text(RECORD, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
 # -- tuning, of speech and of faces alike --------------------------------------
 
 
@@ -127,12 +183,9 @@ def tuning(out: Path, stage: str, base: list[str], systems: Iterable[str]) -> Ru
     }
 
 
-def criterion(folder: Path) -> float:
+def criterion(results: dict) -> float:
     """The mean TAR@1e-2 of a tuning run's lists, cosine."""
-    lists = json.loads((folder / "results.json").read_text())["lists"]
-    return float(
-        np.mean([found["cosine"]["figures"]["TAR@FAR=0.01"]["value"] for found in lists.values()])
-    )
+    return float(np.mean([value(results, trials, "TAR@FAR=0.01") for trials in results["lists"]]))
 
 
 def chosen(out: Path, stage: str, system: str) -> dict | None:
@@ -140,9 +193,10 @@ def chosen(out: Path, stage: str, system: str) -> dict | None:
     tried = candidates(out, stage, system)
     if not tried:
         return SYSTEMS[system][1][0]
-    if not all((folder / "results.json").is_file() for _, folder in tried):
+    found = [results for _, folder in tried if (results := results_of(folder)) is not None]
+    if len(found) < len(tried):
         return None
-    return tried[int(np.argmax([criterion(folder) for _, folder in tried]))][0]
+    return tried[int(np.argmax([criterion(results) for results in found]))][0]
 
 
 def tuned(out: Path, stage: str, systems: Iterable[str]) -> dict[str, list[str]]:
@@ -256,6 +310,12 @@ def second_tune(data: Path, out: Path, systems: list[str]) -> Runs:
 
 def speech(data: Path, out: Path, systems: list[str]) -> Runs:
     return over_seeds(out / "speech", three_lists(data, out), tuned(out, "tune", systems))
+
+
+def others(data: Path, out: Path, systems: list[str]) -> Runs:
+    """All losses side by side, three seeds; with those of `speech`, for pairs of one machine."""
+    found = tuned(out, "tune", [one for one in systems if settings_of("tune", one)])
+    return over_seeds(out / "others", three_lists(data, out), found, range(3))
 
 
 def resnet(data: Path, out: Path, systems: list[str]) -> Runs:
@@ -422,6 +482,7 @@ class Stage(NamedTuple):
 STAGES = {
     "tune": Stage("speech", tune),
     "speech": Stage("speech", speech),
+    "others": Stage("speech", others),
     "classes": Stage("speech", classes),
     "resnet": Stage("speech", resnet),
     "finetune": Stage("speech", finetune),

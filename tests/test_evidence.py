@@ -20,6 +20,14 @@ from speechbrain_qmargin.trials import LabelledTrials
 THREE = list(SECOND_SETTINGS)
 
 
+@pytest.fixture(autouse=True)
+def record(tmp_path, monkeypatch) -> Path:
+    """An empty record in the project's place."""
+    file = tmp_path / "record.json"
+    monkeypatch.setattr(evidence_runs, "RECORD", file)
+    return file
+
+
 @pytest.fixture(scope="module")
 def people(tmp_path_factory) -> tuple[Path, Path]:
     """Data and a folder of runs, its lists written: 120 speakers of one corpus, 40 of another."""
@@ -128,6 +136,45 @@ def test_old_and_new_settings_compete(people, tmp_path):
     given = compare_losses.last_of_each(long["qmargin", 2][0])
     CommandLine.of(["hparams.yaml", *given])  # takes no option twice
     assert {"--number_of_epochs=30", "--alpha_until_epoch=20"} < set(given)
+
+
+def test_a_recorded_tuning_is_known_without_its_folders(people, tmp_path, record, monkeypatch):
+    data, _ = people
+    first, elsewhere = tmp_path / "first", tmp_path / "elsewhere"
+    finish_tuning(first, "tune", {"cosface": 4})
+    tables = evidence.tuning_table(first, "tune", THREE)
+    evidence_runs.record(
+        folder for system in THREE for _, folder in evidence_runs.trained_by(first, "tune", system)
+    )
+    assert evidence_runs.chosen(elsewhere, "tune", "cosface") == {"scale": 32, "margin": 0.2}
+    assert evidence.tuning_table(elsewhere, "tune", THREE) == tables
+    # what is recorded is not trained again, what is not is added
+    trained: list = []
+    monkeypatch.setattr(evidence, "train_all", lambda _, runs, *__: trained.extend(runs))
+    command = ["evidence.py", str(data), str(elsewhere), "--stage", "tune", "--record", "--systems"]
+    monkeypatch.setattr("sys.argv", [*command, "qmargin", "sparsemax"])
+    finish(elsewhere / "tune/sparsemax_2", 0.3)
+    evidence.main()
+    assert trained == [("sparsemax", number) for number in range(6)]
+    kept = json.loads(record.read_text())
+    assert len(kept) == 19
+    assert evidence_runs.value(kept["tune/sparsemax_2"], "tune_cv", "TAR@FAR=0.01") == 0.3
+    assert evidence_runs.chosen(elsewhere, "tune", "sparsemax") is None  # five are missing
+
+
+def test_the_number_of_classes_is_the_mean_of_recorded_and_new_runs(people, tmp_path):
+    data, out = people
+    first = tmp_path / "first/classes/30_1.25_0"
+    finish(first, 0.4)
+    results = json.loads((first / "results.json").read_text())
+    results["lists"] = {name: results["lists"]["tune_cv"] for name in ("trials_cv", "trials_gsc")}
+    (first / "results.json").write_text(json.dumps(results))
+    evidence_runs.record([first])
+    second = tmp_path / "second/classes/30_1.25_1"
+    finish(second, 0.5)
+    table = evidence.classes_table({(30, 1.25, 0): first, (30, 1.25, 1): second})
+    assert "| cv | TAR@1e-2, % | 30 |  | 45.00 ± 7.07 |  |  |  |" in table
+    assert evidence.tables("classes", data, out).count("40.00") == 2
 
 
 def scores(folder: Path, trials: str, lead: float, seed: int) -> None:
