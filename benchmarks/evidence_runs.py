@@ -314,7 +314,7 @@ def speech(data: Path, out: Path, systems: list[str]) -> Runs:
 
 def others(data: Path, out: Path, systems: list[str]) -> Runs:
     """All losses side by side, three seeds; with those of `speech`, for pairs of one machine."""
-    found = tuned(out, "tune", [one for one in systems if settings_of("tune", one)])
+    found = tuned(out, "tune", systems)
     return over_seeds(out / "others", three_lists(data, out), found, range(3))
 
 
