@@ -1,15 +1,17 @@
-"""Compiles the head's Triton kernels for an H100, for which no GPU is needed; prints their names.
+"""Compiles the head's and the loss's Triton kernels for an H100, without a GPU; prints their names.
 
 In a process of its own: where Triton's interpreter is on, nothing can be compiled.
 """
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from speechbrain_qmargin.head.kernels import KERNELS
 from speechbrain_qmargin.head.row_kernels import KERNELS as ROW_KERNELS
 from speechbrain_qmargin.head.solve_kernels import KERNELS as SOLVE_KERNELS
+from speechbrain_qmargin.loss.kernels import KERNELS as LOSS_KERNELS
 
 DOUBLES = ["prior", "length", "slack", "cosine", "log_q", "values", "levels", "cosines", "slope"]
 DOUBLES += ["shown", "lows", "highs", "parts"]
@@ -57,14 +59,27 @@ OTHER |= {
     "MOMENTUM": False,
 }
 
-for kernel in (*KERNELS, *SOLVE_KERNELS, *ROW_KERNELS):
+# of the loss: a row in registers in float32, then pieces of one in float64 with all it may be given
+OF_LOSS = dict.fromkeys(["cosines", "moved", "prior", "log_q", "factors", "out"], "*fp32")
+OF_LOSS |= dict.fromkeys(["alpha_bits", "scale_bits", "limit_bits"], "i64")
+OF_LOSS |= {"targets": "*i64", "places": "*i32", "kept": "*fp64"}
+CONSTANTS |= {"DTYPE": tl.float32, "RESIDENT": True, "SOFTMAX": False, "SAFE": False}
+CONSTANTS |= dict.fromkeys(["Q", "MOVED", "PRIOR", "CHECK", "SUPPORT"], False)
+OTHER |= {"DTYPE": tl.float64, "RESIDENT": False, "SAFE": True}
+OTHER |= dict.fromkeys(["Q", "MOVED", "PRIOR", "CHECK", "SUPPORT"], True)
+
+for kernel in (*KERNELS, *SOLVE_KERNELS, *ROW_KERNELS, *LOSS_KERNELS):
     name = kernel.fn.__name__
-    types = TYPES | OTHERS.get(name, OF_ROWS if kernel in ROW_KERNELS else {})
+    rooms = {**dict.fromkeys(ROW_KERNELS, OF_ROWS), **dict.fromkeys(LOSS_KERNELS, OF_LOSS)}
+    types = TYPES | OTHERS.get(name, rooms.get(kernel, {}))
     names = [p.name for p in kernel.params if p.is_constexpr]
     signature = {
         p.name: "constexpr" if p.is_constexpr else types.get(p.name, "i32") for p in kernel.params
     }
-    for branches in ({}, OTHER) if OTHER.keys() & set(names) else ({},):
+    variants = [{}, OTHER] if OTHER.keys() & set(names) else [{}]
+    if kernel in LOSS_KERNELS:
+        variants.append({"SOFTMAX": True, "POWER": 0, "IN_LOGS": True, "Q": True, "SUPPORT": True})
+    for branches in variants:
         given = CONSTANTS | OWN.get(name, {}) | branches
         source = ASTSource(
             fn=kernel, signature=signature, constexprs={one: given[one] for one in names}

@@ -508,6 +508,8 @@ def _gradient_kernel(
 
 # --------------------------------------------------------------------------- from torch
 
+KERNELS = (_solve_kernel, _gradient_kernel)
+
 
 class Solved(NamedTuple):
     """Of each row.

@@ -24,6 +24,7 @@ from speechbrain_qmargin.loss.interface import Objective
 kernels = pytest.importorskip("speechbrain_qmargin.head.kernels", exc_type=ImportError)
 solve_kernels = pytest.importorskip("speechbrain_qmargin.head.solve_kernels", exc_type=ImportError)
 row_kernels = pytest.importorskip("speechbrain_qmargin.head.row_kernels", exc_type=ImportError)
+loss_kernels = pytest.importorskip("speechbrain_qmargin.loss.kernels", exc_type=ImportError)
 
 EPS = 2.0**-23
 
@@ -467,4 +468,5 @@ def test_the_kernels_compile_for_a_gpu():
     )
     assert done.returncode == 0, done.stderr
     every = (*kernels.KERNELS, *solve_kernels.KERNELS, *row_kernels.KERNELS)
+    every += loss_kernels.KERNELS
     assert done.stdout.split() == [kernel.fn.__name__ for kernel in every]
