@@ -55,6 +55,7 @@ SYSTEMS: dict[str, tuple[list[str], list[dict]]] = {
     "qmargin": (["--loss=qmargin"], QMARGIN),
     "published": (["--loss=qmargin"], points((1.5, 10, 0.2))),
     "auto": (["--loss=qmargin_auto"], [{}]),
+    "auto_before": (["--loss=qmargin"], points((1.25, 20, 0.2))),  # what it said before
     "adaface": (["--loss=adaface"], grid(scale=[16, 32], margin=[0.2, 0.4, 0.6])),
     "subcenter": (["--loss=arcface", "--subcentres=3"], COSINES),
     "qmargin_norm": (["--loss=qmargin_norm"], QMARGIN),
