@@ -10,6 +10,7 @@ does the same without a YAML.
 import sys
 
 from speechbrain_qmargin.cli import status_of
+from speechbrain_qmargin.cli.recipe import end_early
 from speechbrain_qmargin.scoring.lists import score_files
 from speechbrain_qmargin.training.config import load_experiment
 
@@ -23,4 +24,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    end_early(__doc__, sys.argv[1:])
     sys.exit(status_of("score.py", lambda: main(sys.argv[1:])))

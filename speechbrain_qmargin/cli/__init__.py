@@ -1,8 +1,9 @@
 """The command ``qmargin``: one front door, a module for each group of subcommands.
 
 A module of this package that has subcommands defines ``configure(add)``, which calls
-``add(name, run, help)`` once for each and adds the arguments to the parser that it returns;
-``run(args)`` does the work; what it returns, if anything, is the exit status. :data:`GROUPS` names
+``add(name, run, about)`` once for each and adds the arguments to the parser that it returns;
+`about` is what its ``--help`` says beyond the one line. ``run(args)`` does the work; what it
+returns, if anything, is the exit status. :data:`GROUPS` names
 the modules; only the one that has the subcommand is imported, so that ``--help`` costs nothing.
 """
 
@@ -26,36 +27,48 @@ GOES_ON = "the same command goes on where it was"  # said of what may be interru
 GROUPS: dict[str, dict[str, str]] = {
     "score": {
         "cosine": "cosine scores of a trial list",
-        "normalize": "cosine scores, normalised against a cohort",
-        "calibrate": "fit log-likelihood ratios on development scores",
+        "normalize": "cosine scores normalised against a cohort (AS-norm and others)",
+        "calibrate": "fit a calibration to log-likelihood ratios on development scores",
         "apply": "apply a calibration to other scores",
-        "score": "several lists from one set of embeddings: cosine, AS-norm, calibrated, tables",
-        "report": "HTML page, pictures, JSON and operating point of systems",
+        "score": "score several lists from one set of embeddings: cosine, AS-norm, calibration",
+        "report": "compare systems: HTML page, plots, JSON and operating point",
     },
     "evaluate": {
         "breakdown": "error rates by groups: gender, language, duration, session",
-        "fuse": "several systems' scores as one log-likelihood ratio",
-        "watchlist": "rank curve and watch lists: FPIR and FNIR",
+        "fuse": "fuse several systems' scores into one log-likelihood ratio",
+        "watchlist": "1:N search: rank curve, and FPIR and FNIR of watch lists",
         "bayes": "normalised Bayes error of log-likelihood ratios over priors",
         "quality": "a quality measure for calibration: the mean cohort score",
         "plda": "PLDA scores of a trial list",
     },
     "encoder": {
-        "extract": "embeddings of any recordings or face images with a trained encoder",
-        "export": "a trained encoder as a folder (SpeechBrain's inference classes) and as ONNX",
-        "pairs": "pairs of faces, InsightFace's .bin sets too: accuracy over ten folds, TAR@FAR",
+        "extract": "embed recordings or face images with a trained encoder",
+        "export": "write a trained encoder for SpeechBrain's inference classes, ONNX and others",
+        "pairs": "face pair sets, such as LFW: accuracy over ten folds, TAR@FAR",
     },
     "people": {
-        "threshold": "measure the threshold of an encoder on your own people",
-        "enrol": "enrol somebody from recordings or face images",
-        "verify": "accept or reject a claim to be somebody who is enrolled",
-        "identify": "find who is enrolled that a recording or image may be of",
-        "people": "list, export or erase those who are enrolled",
-        "serve": "enrol and verify over HTTP, with a page to try it",
+        "threshold": "choose and measure an encoder's threshold on your own people",
+        "enrol": "enrol a person from recordings or face images",
+        "verify": "accept or reject the claim that recordings or images are of an enrolled person",
+        "identify": "search the enrolled people for the person in a recording or image",
+        "people": "list, export or erase enrolments",
+        "serve": "enrol and verify over HTTP, with a demonstration page",
     },
-    "trials": {"trials": "trial lists of your own people: every pair, or a list of yours"},
-    "faces": {"align": "photographs of faces by five landmarks, as the networks are trained"},
+    "trials": {"trials": "make trial lists from your own recordings or images"},
+    "faces": {"align": "align photographs of faces by five landmarks"},
 }
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written; behind each option its default, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        if not text or default is None or default is False or default in ([], argparse.SUPPRESS):
+            return text
+        if isinstance(default, (list, tuple)):  # as they are typed
+            default = " ".join(map(str, default))
+        return f"{text} (default: {default})"
 
 
 def _say(others, message, category, *place) -> None:
@@ -83,15 +96,21 @@ def main(argv: list[str] | None = None) -> int:
         description="Speaker and face verification with Q-Margin.",
         allow_abbrev=False,
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument(
+        "--quiet", action="store_true", help="no progress bars; goes before COMMAND"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     wanted = next((word for word in argv if not word.startswith("-")), None)
     for group, texts in GROUPS.items():
         if wanted in texts:
 
-            def add(name: str, run, texts=texts) -> argparse.ArgumentParser:
+            def add(name: str, run, about: str = "", texts=texts) -> argparse.ArgumentParser:
                 sub = commands.add_parser(
-                    name, help=texts[name], description=texts[name], allow_abbrev=False
+                    name,
+                    help=texts[name],
+                    description=f"{texts[name]}\n{about}",
+                    formatter_class=_Help,
+                    allow_abbrev=False,
                 )
                 sub.set_defaults(run=run)
                 return sub

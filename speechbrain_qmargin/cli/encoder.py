@@ -18,34 +18,35 @@ __all__ = ["configure"]
 
 EXTRACT = """
 RUN is a run's output folder, an inference folder or a published model (a file of weights or its
-folder). OUT ends in .npz, or in .ark or .scp for Kaldi's pair.
+folder). OUT ends in .npz, or in .ark or .scp for Kaldi's pair of files.
 
-Of speech, SOURCE is a folder or a text file: a path a line, or an id and a path. A folder in a
-layout of VoxCeleb (wav/<speaker>/..., dev/aac/<speaker>/..., vox1_test_wav/wav/<speaker>/...)
-names its recordings as trial lists do, from the speaker on; any other folder by their path below
-it; which of the two is said. Every recording is embedded whole and on its own.
+Speech: SOURCE is a folder, or a text file with a path, or an id and a path, on each line. In a
+folder with a layout of VoxCeleb (wav/<speaker>/..., dev/aac/<speaker>/...,
+vox1_test_wav/wav/<speaker>/...) recordings are named as in trial lists, from the speaker on; in any
+other folder by their path below it. The command says which. Every recording is embedded whole and
+on its own.
 
-Of faces, SOURCE is a folder of aligned images (named by their path below it, or below its images/),
-a text file as above, a .rec or a folder of .tar shards (<identity>/<key>), or a .bin set.
+Faces: SOURCE is a folder of aligned images (named by their path below it, or below its images/), a
+text file as above, a .rec file or a folder of .tar shards (named <identity>/<key>), or a .bin set.
 
-What cannot be embedded is listed in OUT.skipped.tsv. An interrupted extraction, started again, goes
-on where it was.
+Files that cannot be embedded are listed in OUT.skipped.tsv. An interrupted extraction resumes when
+the same command is started again.
 """
 EXPORT = """
-Writes RUN/inference/ anew from the run's checkpoints. A FILE of `qmargin report` whose scores are
-plain cosines becomes the folder's threshold. Of an inference folder or a published model only the
-files that the options name are written.
+Rebuilds RUN/inference/ from the run's checkpoints. With --operating_point the threshold that
+`qmargin report` chose on plain cosines becomes that folder's own. If RUN is an inference folder or
+a published model, only the files that the options name are written.
 """
 PAIRS = """
-Ten-fold accuracy and TAR@FAR=1e-3 of pair sets by an encoder of faces. SET is InsightFace's .bin,
-or a text list of pairs, `label image image` or LFW's own pairs.txt, of images below --images.
-OUTPUT gets a folder a set: the unrounded scores and the DET plot; and pairs.json. An interrupted
-extraction, started again, goes on where it was.
+Ten-fold accuracy and TAR@FAR=1e-3 of a face encoder on each SET: one of InsightFace's .bin files,
+or a text list of pairs (`label image image`, or LFW's own pairs.txt) of images below --images.
+The output folder gets pairs.json and, for each set, a folder with the unrounded scores and the DET
+plot. An interrupted extraction resumes when the same command is started again.
 """
 TRUST = """
-A run's folder executes nothing: its YAML may name networks, features, losses, optimisers and
-loggers of this package, torch and SpeechBrain, and its weights are tensors alone. A run with a
-network of your own wants --trust; with it the folder can run any code, as a program of its author.
+Loading a run's folder executes no code from it: its YAML may name only networks, features, losses,
+optimisers and loggers of this package, torch and SpeechBrain, and weights are loaded as tensors
+alone. A run with a network of your own needs --trust; the folder can then run any code.
 """
 
 
@@ -253,47 +254,49 @@ def configure(add) -> None:
     """The subcommands that load a run; see :mod:`speechbrain_qmargin.cli`."""
 
     def loads(name: str, run, about: str) -> argparse.ArgumentParser:
-        sub = add(name, run)
-        sub.formatter_class = argparse.RawDescriptionHelpFormatter
-        sub.description = f"{sub.description}\n{about}{TRUST}"
-        sub.add_argument("run_folder", metavar="RUN", help="a run, or another encoder")
+        sub = add(name, run, about + TRUST)
+        sub.add_argument("run_folder", metavar="RUN", help="a run, an inference folder or a "
+                         "published model")  # fmt: skip
         sub.add_argument("--trust", action="store_true", help="let the folder's YAML run any code")
         return sub
 
     def flips(sub: argparse.ArgumentParser) -> None:
         choices = ("none", "sum", "concat")
-        sub.add_argument("--flip", choices=choices, help="of faces: image and mirror image; by "
-                         "default as the run was tested")  # fmt: skip
+        sub.add_argument("--flip", choices=choices, help="faces: how the embeddings of the image "
+                         "and of its mirror image are combined; without it as the encoder was "
+                         "tested")  # fmt: skip
 
     def embeds(sub: argparse.ArgumentParser) -> None:
         sub.set_defaults(again=GOES_ON)
-        sub.add_argument("--device", help="cuda where there is a GPU, else cpu")
+        sub.add_argument("--device", help="without it cuda where there is a GPU, else cpu")
         sub.add_argument("--num_workers", type=int, default=4, help="threads that read files")
-        sub.add_argument("--batch_size", type=int, default=64, help="images at once")
+        sub.add_argument("--batch_size", type=int, default=64, help="images in a batch")
         flips(sub)
 
     sub = loads("extract", _extract, EXTRACT)
-    sub.add_argument("source", metavar="SOURCE", help="a folder, a list, records")
-    sub.add_argument("out", metavar="OUT", help=".npz, .ark or .scp")
+    sub.add_argument("source", metavar="SOURCE", help="a folder, a list, or a file of images")
+    sub.add_argument("out", metavar="OUT", help="file to write: .npz, .ark or .scp")
     add_overwrite(sub)
     embeds(sub)
 
     sub = loads("pairs", _pairs, PAIRS)
-    sub.add_argument("sets", metavar="SET", nargs="+", help=".bin, or a list of pairs")
-    sub.add_argument("--images", metavar="FOLDER", help="the images of lists of pairs")
+    sub.add_argument("sets", metavar="SET", nargs="+", help="a .bin file or a list of pairs")
+    sub.add_argument("--images", metavar="FOLDER", help="where the images of text lists lie")
     sub.add_argument("--output", default="pairs", help="folder to write")
     add_overwrite(sub)
     embeds(sub)
 
     sub = loads("export", _export, EXPORT)
     sub.add_argument(
-        "--operating_point", metavar="FILE", help="operating_point.json, chosen on cosines"
+        "--operating_point", metavar="FILE", help="operating_point.json, chosen on plain cosines"
     )
-    sub.add_argument("--onnx", metavar="OUT", help="file to write")
+    sub.add_argument("--onnx", metavar="OUT", help="write an ONNX file")
     add_overwrite(sub)
-    sub.add_argument("--wespeaker", metavar="OUT", help="folder: avg_model.pt and config.yaml")
-    sub.add_argument("--arcface_torch", metavar="OUT", help="file: weights of a face backbone")
+    sub.add_argument("--wespeaker", metavar="OUT", help="write a folder for WeSpeaker, with "
+                     "avg_model.pt and config.yaml")  # fmt: skip
+    sub.add_argument("--arcface_torch", metavar="OUT", help="write a face backbone's weights for "
+                     "arcface_torch")  # fmt: skip
     flips(sub)
     sub.add_argument(
-        "--from_features", action="store_true", help="ONNX that takes features, not waveforms"
+        "--from_features", action="store_true", help="the ONNX file takes features, not waveforms"
     )

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speechbrain_qmargin.cli.inputs import (
+    add_cohort,
     add_overwrite,
     add_scored,
     add_tables,
@@ -244,53 +245,69 @@ def configure(add) -> None:
     """The subcommands that evaluate further; see :mod:`speechbrain_qmargin.cli`."""
 
     sub = add("breakdown", _breakdown)
-    sub.add_argument("scores")
-    sub.add_argument("--metadata", required=True,
-                     help="table with a header, recordings or speakers first")  # fmt: skip
-    sub.add_argument("--by", action="append", default=[], metavar="COLUMN", help="all by default")
+    sub.add_argument("scores", help="a score file")
+    sub.add_argument("--metadata", required=True, metavar="FILE", help="table with a header; its "
+                     "first column names recordings or speakers")  # fmt: skip
+    sub.add_argument("--by", action="append", default=[], metavar="COLUMN", help="a column of the "
+                     "metadata; repeatable, all without it")  # fmt: skip
     sub.add_argument("--relation", default="both", choices=("both", "same"),
-                     help="groups by both sides' values, or whether they are the same")  # fmt: skip
-    sub.add_argument("--edges", help="of bins of numbers, as 2,5,10")
+                     help="group trials by the values of both sides, or by whether the two are the "
+                     "same")  # fmt: skip
+    sub.add_argument("--edges", help="bin a column of numbers at these, such as 2,5,10")
     at = sub.add_mutually_exclusive_group()
-    at.add_argument("--operating_point", metavar="FILE", help="its threshold")
-    at.add_argument("--threshold", type=float)
-    at.add_argument("--far", type=share, default=1e-2, help="threshold for it on these scores")
+    at.add_argument("--operating_point", metavar="FILE", help="take the threshold from this "
+                     "file of `qmargin report`")  # fmt: skip
+    at.add_argument("--threshold", type=float, help="the threshold itself")
+    at.add_argument("--far", type=share, default=1e-2, help="take the threshold that has this "
+                     "false-accept rate on these very scores")  # fmt: skip
     sub.add_argument("--output", help="JSON to write")
     add_overwrite(sub)
     add_scored(sub)
 
     sub = add("fuse", _fuse)
-    sub.add_argument("systems", nargs="+", metavar="NAME=SCORES")
+    sub.add_argument("systems", nargs="+", metavar="NAME=SCORES", help="a score file of each "
+                     "system")  # fmt: skip
     sub.add_argument("--output", required=True, help="score file to write")
     add_overwrite(sub)
     sub.add_argument("--development", action="append", default=[], metavar="NAME=SCORES",
-                     help="fit on these, of other speakers")  # fmt: skip
-    sub.add_argument("--development_trials", help="trial list, for scores without labels")
-    sub.add_argument("--development_utt2spk", help="speakers of the development recordings")
-    sub.add_argument("--fusion", metavar="FILE", help="fitted before")
-    sub.add_argument("--save", metavar="FILE", help="JSON of the fusion to write")
-    sub.add_argument("--p_target", type=share, default=0.01)
+                     help="fit on these scores, of other speakers; one for each "
+                     "system")  # fmt: skip
+    sub.add_argument("--development_trials", metavar="FILE", help="trial list, for development "
+                     "scores without labels")  # fmt: skip
+    sub.add_argument("--development_utt2spk", metavar="FILE", help="speakers of the development "
+                     "recordings")  # fmt: skip
+    sub.add_argument("--fusion", metavar="FILE", help="apply this fusion, fitted before")
+    sub.add_argument("--save", metavar="FILE", help="JSON to write the fusion to")
+    sub.add_argument("--p_target", type=share, default=0.01, help="prior of a target trial that "
+                     "weights the fit")  # fmt: skip
     add_scored(sub)
 
     sub = add("watchlist", _watchlist)
     sub.add_argument("embeddings", help="npz, npy, ark or scp")
-    sub.add_argument("gallery", help="'recording identity' lines, several an identity")
-    sub.add_argument("probes", help="'recording identity' lines")
+    sub.add_argument("gallery", help="file of 'recording identity' lines; an identity may have "
+                     "several recordings")  # fmt: skip
+    sub.add_argument("probes", help="file of 'recording identity' lines")
     sub.add_argument("--mean", metavar="EMBEDDINGS", help="subtract the mean of these")
-    sub.add_argument("--ranks", **several(int), default=[1, 5, 10, 20])
-    sub.add_argument("--fpirs", **several(share), default=[0.1, 0.01, 0.001])
-    sub.add_argument("--rank_limit", type=int, default=1, help="found: among so many")
-    sub.add_argument("--sizes", **several(int), default=[], help="of smaller watch lists")
-    sub.add_argument("--combine", default="max", choices=("max", "mean"),
-                     help="an identity's score from its templates'")  # fmt: skip
+    sub.add_argument("--ranks", **several(int), default=[1, 5, 10, 20], help="ranks of the rank "
+                     "curve")  # fmt: skip
+    sub.add_argument("--fpirs", **several(share), default=[0.1, 0.01, 0.001], help="false-positive "
+                     "identification rates at which FNIR is given")  # fmt: skip
+    sub.add_argument("--rank_limit", type=int, default=1, help="a probe counts as found if its "
+                     "identity is among so many of the best")  # fmt: skip
+    sub.add_argument("--sizes", **several(int), default=[], help="sizes of smaller watch lists, "
+                     "for which the figures are given too")  # fmt: skip
+    sub.add_argument("--combine", default="max", choices=("max", "mean"), help="how the scores of "
+                     "an identity's recordings become one")  # fmt: skip
     sub.add_argument("--output", help="JSON to write")
     add_overwrite(sub)
 
     sub = add("bayes", _bayes)
-    sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES")
+    sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES", help="a score file of each "
+                     "system, of log-likelihood ratios")  # fmt: skip
     sub.add_argument("--output", default="bayes_error.png", help="picture to write")
     add_overwrite(sub)
-    sub.add_argument("--priors", **several(share), default=[0.5, 0.05, 0.01, 0.001])
+    sub.add_argument("--priors", **several(share), default=[0.5, 0.05, 0.01, 0.001], help="priors "
+                     "of a target trial in the printed table")  # fmt: skip
     add_scored(sub)
 
     sub = add("quality", _quality)
@@ -298,11 +315,11 @@ def configure(add) -> None:
     sub.add_argument("cohort", help="embeddings of training utterances")
     sub.add_argument("output", help="'id value' lines, for calibrate --quality NAME=FILE")
     add_overwrite(sub)
-    sub.add_argument("--top_n", type=int, default=300)
-    sub.add_argument("--utt2spk", help="speakers of the embeddings, where ids do not tell")
-    sub.add_argument("--cohort_utt2spk", help="by default the part of an id before its slash")
-    sub.add_argument("--utterances", action="store_true", help="not speaker means")
-    sub.add_argument("--subtract_mean", action="store_true", help="the cohort's, from everything")
+    sub.add_argument("--top_n", type=int, default=300, help="nearest cohort entries that are "
+                     "averaged")  # fmt: skip
+    sub.add_argument("--utt2spk", metavar="FILE", help="the speaker of each recording, where it is "
+                     "not the part of the id before the first slash")  # fmt: skip
+    add_cohort(sub)
 
     sub = add("plda", _plda)
     sub.add_argument("embeddings", help="npz, npy, ark or scp")
@@ -311,8 +328,11 @@ def configure(add) -> None:
     add_overwrite(sub)
     add_tables(sub)
     sub.add_argument("--train", metavar="EMBEDDINGS", help="fit on these, of other speakers")
-    sub.add_argument("--train_utt2spk", help="by default the part of an id before its slash")
-    sub.add_argument("--rank", type=int, help="of the space of people; the largest by default")
-    sub.add_argument("--iterations", type=int, default=10)
-    sub.add_argument("--plda", metavar="FILE", help="fitted before")
-    sub.add_argument("--save", metavar="FILE", help="npz to write")
+    sub.add_argument("--train_utt2spk", metavar="FILE", help="their speakers; without it the part "
+                     "of the id before the first slash")  # fmt: skip
+    sub.add_argument(
+        "--rank", type=int, help="rank of the speaker subspace; without it the largest"
+    )
+    sub.add_argument("--iterations", type=int, default=10, help="of expectation-maximisation")
+    sub.add_argument("--plda", metavar="FILE", help="apply this PLDA, fitted before")
+    sub.add_argument("--save", metavar="FILE", help="npz to write the fitted PLDA to")

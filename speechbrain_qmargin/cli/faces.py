@@ -20,11 +20,12 @@ from speechbrain_qmargin.tables import read_lines
 __all__ = ["configure", "read_landmarks"]
 
 ALIGN = """
-LANDMARKS is a text file with a line per face, `image x1 y1 ... x5 y5`: the image's path below
-IMAGES, then x and y, in pixels, of the left and right eye, the nose, the left and right corner of
-the mouth, as seen in the picture. OUT gets <image>.png with the same folders, which is a
-`--data_folder` of recipes/face/train.py where they are the identities'. Interrupted, it goes on;
-images that cannot be aligned are listed in OUT/skipped_images.txt.
+LANDMARKS is a text file with a line for each face, `image x1 y1 ... x5 y5`: the image's path below
+IMAGES, then x and y in pixels of the left and right eye, the nose, and the left and right corner of
+the mouth, left and right as seen in the picture. They become the positions of ArcFace's training
+crops. OUT gets <image>.png in the same folders; if these are named after the identities, OUT is a
+--data_folder for recipes/face/train.py. An interrupted run resumes when the same command is started
+again; images that cannot be aligned are listed in OUT/skipped_images.txt.
 """
 
 
@@ -83,7 +84,13 @@ def _align(args: argparse.Namespace) -> None:
     listing.unlink(missing_ok=True)  # they are tried again
     skipped = Skipped(listing)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = tqdm(pool.map(align, landmarks), "aligning", len(landmarks), unit="face")
+        faults = tqdm(
+            pool.map(align, landmarks),
+            "aligning",
+            len(landmarks),
+            unit="face",
+            disable=args.quiet,
+        )
         for name, fault in zip(landmarks, faults, strict=True):
             if fault:
                 skipped.add(name, fault)
@@ -94,11 +101,10 @@ def _align(args: argparse.Namespace) -> None:
 
 def configure(add) -> None:
     """The subcommand that aligns photographs; see :mod:`speechbrain_qmargin.cli`."""
-    sub = add("align", _align)
+    sub = add("align", _align, ALIGN)
     sub.set_defaults(again=GOES_ON)
-    sub.formatter_class = argparse.RawDescriptionHelpFormatter
-    sub.description = f"{sub.description}\n{ALIGN}"
     sub.add_argument("images", metavar="IMAGES", help="folder of photographs")
     sub.add_argument("landmarks", metavar="LANDMARKS", help="text file: image x1 y1 ... x5 y5")
-    sub.add_argument("out", metavar="OUT", help="folder of aligned images")
-    sub.add_argument("--size", default=112, type=int, help="height and width, in pixels")
+    sub.add_argument("out", metavar="OUT", help="folder to write the aligned images to")
+    sub.add_argument("--size", default=112, type=int, help="height and width of the aligned "
+                     "images, in pixels")  # fmt: skip

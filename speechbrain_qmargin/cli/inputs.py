@@ -12,6 +12,7 @@ from speechbrain_qmargin.scoring.score_files import ScoreFile, read_score_file
 from speechbrain_qmargin.trials import Trials, read_unlabelled
 
 __all__ = [
+    "add_cohort",
     "add_overwrite",
     "add_scored",
     "add_tables",
@@ -71,21 +72,33 @@ class _Joined(argparse.Action):
 
 def add_overwrite(sub: argparse.ArgumentParser) -> None:
     """Whether what is there may be replaced."""
-    sub.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    sub.add_argument("--overwrite", action="store_true", help="replace existing output files")
+
+
+def add_cohort(sub: argparse.ArgumentParser) -> None:
+    """What is made of a file of cohort embeddings."""
+    sub.add_argument("--cohort_utt2spk", metavar="FILE", help="the speaker of each cohort "
+                     "recording; without it the part of the id before the first slash")  # fmt: skip
+    sub.add_argument("--utterances", action="store_true", help="take every utterance of the "
+                     "cohort, not the means of its speakers")  # fmt: skip
+    sub.add_argument("--subtract_mean", action="store_true", help="subtract the cohort's mean "
+                     "from all embeddings")  # fmt: skip
 
 
 def add_tables(sub: argparse.ArgumentParser) -> None:
     """Whose recordings are whose."""
-    sub.add_argument("--utt2spk", help="speakers of the recordings, where ids do not tell")
-    sub.add_argument("--models", help="table of enrolment models and their recordings")
+    sub.add_argument("--utt2spk", metavar="FILE", help="the speaker of each recording, where it "
+                     "is not the part of the id before the first slash")  # fmt: skip
+    sub.add_argument("--models", metavar="FILE", help="table of enrolment models and their "
+                     "recordings")  # fmt: skip
 
 
 def add_scored(sub: argparse.ArgumentParser) -> None:
     """How score files are read."""
-    sub.add_argument("--trials", help="trial list, for scores without labels")
+    sub.add_argument("--trials", metavar="FILE", help="trial list, for score files without labels")
     sub.add_argument("--columns", action="append", default=[], metavar="[NAME=]ORDER",
-                     help="columns that neither a header nor their values tell, as 'enrolment "
-                     "test label score'; of one system or of all")  # fmt: skip
+                     help="order of the columns where neither a header nor the values show it, "
+                     "such as 'enrolment test label score'; for one system or for all")  # fmt: skip
     add_tables(sub)
 
 

@@ -17,37 +17,38 @@ from speechbrain_qmargin.cli.inputs import add_overwrite, share
 __all__ = ["configure"]
 
 THRESHOLD = """
-ENCODER is a run's output folder, an inference folder or a published model. PEOPLE is a folder,
-<person>/<file> or <person>/<session>/<file>, with wav/ or images/ above the persons if you like, or
-a list of `person/... path` lines; of faces also a .rec or a folder of shards; or what --save wrote
-before. Half of the people choose the threshold, the other half measure what it promises; nobody may
-be in both under two names. With --cohort, a folder of other people or their embeddings (`qmargin
-extract`), scores are normalised (AS-norm).
+ENCODER is a run's output folder, an inference folder or a published model. PEOPLE is a folder of
+<person>/<file> or <person>/<session>/<file>, directly or below its wav/ or images/; a list of
+`person/... path` lines; for faces also a .rec file or a folder of shards; or a file that --save
+wrote. The threshold is chosen on half of the people and its error rates are measured on the other
+half, so nobody may appear under two names. With --cohort, a folder of other people or their
+embeddings (`qmargin extract`), scores are normalised (AS-norm).
 
-The threshold is written beside the encoder with its error rates, their intervals, the calibration,
-the cohort and the score histogram, all bound to this encoder. People whom it was trained on, by the
-names of its classes, are left out.
+The threshold is written beside the encoder, with its error rates and their intervals, the
+calibration, the cohort and the score histogram, all bound to this encoder. People whom the encoder
+was trained on (by the names of its classes) are left out.
 """
 ENROL = """
-Several recordings make a better template than one. They are refused, all together, if one is too
-short, too quiet, clipped or no speech (images: too small, blurred, badly exposed, no photograph).
-What is kept is an embedding of each, no recording and no file name.
+Several recordings make a better template than one. If one of them is too short, too quiet, clipped
+or no speech (images: too small, blurred, badly exposed, no photograph), all are refused. Only an
+embedding of each is stored: no recording and no file name.
 """
 VERIFY = """
-The threshold is that of `qmargin threshold`, for this encoder. The exit status is 0 if every file
-is accepted, 3 if one is rejected, 1 if one cannot be decided on.
+Run `qmargin threshold` for this encoder first. The exit status is 0 if every file is accepted, 3 if
+one is rejected, and 1 if one cannot be decided on.
 """
 IDENTIFY = """
-The more people are searched, the more strangers find somebody: a bound of that chance is printed.
-The exit status is 0 if somebody is found, 3 if nobody.
+The more people are enrolled, the likelier a stranger matches one of them: an upper bound of that
+probability is printed. The exit status is 0 if somebody is found and 3 if nobody is.
 """
 PEOPLE = """
-WHAT is the file of enrolments, or the encoder that it belongs to. Erasing leaves nothing of a
-person in the file; copies and backups of it are yours to erase.
+WHAT is a file of enrolments, or the encoder that it belongs to. delete leaves nothing of the person
+in the file; its copies and backups are yours to erase.
 """
 SERVE = """
-Needs the extra `serve`. It listens to this machine alone unless --host says otherwise. Whoever has
-the token can do everything; without --token_file one is made and printed with the page's address.
+Needs `pip install -e '.[serve]'`. The service accepts connections from this machine only, unless
+--host says otherwise. Whoever has the token can do everything; without --token_file a new token is
+made and printed with the page's address.
 """
 
 
@@ -303,67 +304,81 @@ def _serve(args: argparse.Namespace) -> None:
 def configure(add) -> None:
     """The subcommands that decide; see :mod:`speechbrain_qmargin.cli`."""
 
-    def sub_of(name: str, run, about: str, encoder: bool = True) -> argparse.ArgumentParser:
-        sub = add(name, run)
-        sub.formatter_class = argparse.RawDescriptionHelpFormatter
-        sub.description = f"{sub.description}\n{about}"
-        if encoder:
-            sub.add_argument(
-                "encoder", metavar="ENCODER", help="a run, an inference folder or a published model"
-            )
-            sub.add_argument("--device", default="cpu")
-            sub.add_argument("--trust", action="store_true", help="let its YAML run any code")
-            sub.add_argument(
-                "--unchecked", action="store_true", help="do not refuse what sounds or looks bad"
-            )
-        sub.add_argument("--json", action="store_true", help="print JSON")
+    def with_encoder(name: str, run, about: str) -> argparse.ArgumentParser:
+        sub = add(name, run, about)
+        sub.add_argument(
+            "encoder", metavar="ENCODER", help="a run, an inference folder or a published model"
+        )
+        sub.add_argument("--device", default="cpu", help="where the encoder runs")
+        sub.add_argument("--trust", action="store_true", help="let the encoder's YAML run any code")
+        sub.add_argument(
+            "--unchecked", action="store_true", help="take recordings or images of any quality"
+        )
         return sub
+
+    def prints(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--json", action="store_true", help="print JSON")
 
     def enrolled(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
-            "--people", metavar="FILE", help="of enrolments; beside the encoder by default"
+            "--people",
+            metavar="FILE",
+            help="the file of enrolments; without it one beside the encoder",
         )
 
-    sub = sub_of("threshold", _threshold, THRESHOLD)
+    sub = with_encoder("threshold", _threshold, THRESHOLD)
+    prints(sub)
     sub.add_argument("people", metavar="PEOPLE", help="a folder of your people, a list, or .npz")
-    sub.add_argument("--save", metavar="FILE", help="keep PEOPLE's embeddings (.npz) for the next "
-                     "time: for another --far or --cohort")  # fmt: skip
+    sub.add_argument("--save", metavar="FILE", help="keep the embeddings of PEOPLE (.npz), to try "
+                     "another --far, --enrol_with or --cohort in a second")  # fmt: skip
     add_overwrite(sub)
-    sub.add_argument("--far", type=share, default=0.01, help="share of impostors to let in")
+    sub.add_argument("--far", type=share, default=0.01, help="false-accept rate to aim for")
     sub.add_argument("--cohort", metavar="OTHERS", help="a folder or .npz of other people")
-    sub.add_argument("--method", default="as", choices=("as", "s", "z", "t"))
-    sub.add_argument("--top_n", type=int, help="of the cohort; a third of it, at most 300")
-    sub.add_argument("--enrol_with", type=int, default=1, help="recordings of an enrolment")
-    sub.add_argument("--utterances", type=int, default=10, help="of a person, at most")
+    sub.add_argument("--method", default="as", choices=("as", "s", "z", "t"), help="kind of "
+                     "normalisation, with --cohort")  # fmt: skip
+    sub.add_argument("--top_n", type=int, help="nearest people of the cohort; without it a third "
+                     "of them, at most 300")  # fmt: skip
+    sub.add_argument("--enrol_with", type=int, default=1, help="recordings that a template is made "
+                     "of")  # fmt: skip
+    sub.add_argument("--utterances", type=int, default=10, help="recordings taken of a person, at "
+                     "most")  # fmt: skip
 
-    sub = sub_of("enrol", _enrol, ENROL)
+    sub = with_encoder("enrol", _enrol, ENROL)
+    prints(sub)
     enrolled(sub)
-    sub.add_argument("name", metavar="NAME")
-    sub.add_argument("files", metavar="FILE", nargs="+")
-    sub.add_argument("--replace", action="store_true", help="in the place of what is enrolled")
+    sub.add_argument("name", metavar="NAME", help="of the person")
+    sub.add_argument("files", metavar="FILE", nargs="+", help="recordings or aligned images")
+    sub.add_argument("--replace", action="store_true", help="replace the person's enrolment, "
+                     "do not add to it")  # fmt: skip
 
-    sub = sub_of("verify", _verify, VERIFY)
+    sub = with_encoder("verify", _verify, VERIFY)
+    prints(sub)
     enrolled(sub)
-    sub.add_argument("name", metavar="NAME")
-    sub.add_argument("files", metavar="FILE", nargs="+")
+    sub.add_argument("name", metavar="NAME", help="of the enrolled person")
+    sub.add_argument("files", metavar="FILE", nargs="+", help="recordings or aligned images")
 
-    sub = sub_of("identify", _identify, IDENTIFY)
+    sub = with_encoder("identify", _identify, IDENTIFY)
+    prints(sub)
     enrolled(sub)
-    sub.add_argument("file", metavar="FILE")
-    sub.add_argument("--most", type=int, default=5, help="candidates to print")
+    sub.add_argument("file", metavar="FILE", help="a recording or an aligned image")
+    sub.add_argument("--most", type=int, default=5, help="candidates to print, at most")
 
-    sub = sub_of("people", _people, PEOPLE, encoder=False)
-    sub.add_argument("action", choices=("list", "export", "delete"))
+    sub = add("people", _people, PEOPLE)
+    prints(sub)
+    sub.add_argument("action", choices=("list", "export", "delete"), help="what to do")
     sub.add_argument("place", metavar="WHAT", help="file of enrolments, or ENCODER")
-    sub.add_argument("name", metavar="NAME", nargs="?")
-    sub.add_argument("--output", metavar="FILE", help="of export; printed by default")
+    sub.add_argument("name", metavar="NAME", nargs="?", help="whom to export or delete")
+    sub.add_argument("--output", metavar="FILE", help="file to export to; without it standard "
+                     "output")  # fmt: skip
     add_overwrite(sub)
 
-    sub = sub_of("serve", _serve, SERVE)
+    sub = with_encoder("serve", _serve, SERVE)
     enrolled(sub)
-    sub.add_argument("--host", default="127.0.0.1")
-    sub.add_argument("--port", type=int, default=8000)
-    sub.add_argument("--token_file", metavar="FILE", help="its first line is the token")
-    sub.add_argument("--max_mb", type=float, default=20.0, help="of a request")
-    sub.add_argument("--max_seconds", type=float, default=60.0, help="in which a request comes")
-    sub.add_argument("--at_once", type=int, default=8, help="requests answered at once")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    sub.add_argument("--port", type=int, default=8000, help="port to listen on")
+    sub.add_argument("--token_file", metavar="FILE", help="file whose first line is the token")
+    sub.add_argument("--max_mb", type=float, default=20.0, help="largest content of a request, MB")
+    sub.add_argument("--max_seconds", type=float, default=60.0, help="seconds in which a request "
+                     "must arrive")  # fmt: skip
+    sub.add_argument("--at_once", type=int, default=8, help="requests with content handled at a "
+                     "time; further ones get status 503")  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_qmargin.cli.inputs import (
+    add_cohort,
     add_overwrite,
     add_scored,
     add_tables,
@@ -263,8 +264,8 @@ def configure(add) -> None:
 
     def enrolled(sub):
         sub.add_argument("--enrolment", choices=ENROLMENT_RULES, default="embedding",
-                         help="a model is the mean of its recordings' unit embeddings, or the mean "
-                         "of their scores is taken")  # fmt: skip
+                         help="score a model by the mean of its recordings' unit embeddings, or by "
+                         "the mean of their scores")  # fmt: skip
 
     def embedded(sub):
         sub.add_argument("embeddings", help="npz, npy, ark or scp")
@@ -274,48 +275,53 @@ def configure(add) -> None:
         add_overwrite(sub)
         enrolled(sub)
         sub.add_argument("--missing", choices=("error", "leave_out"), default="error",
-                         help="recordings without embedding: an error, or left out and reported as "
-                         "failures to acquire")  # fmt: skip
+                         help="recordings without an embedding are an error, or their trials are "
+                         "left out and reported as failures to acquire")  # fmt: skip
 
     def measured(sub):
         sub.add_argument("--quality", action="append", default=[], metavar="NAME=FILE",
-                         help="a quality measure, 'id value' lines; 'duration' enters as a "
-                         "logarithm")  # fmt: skip
-        sub.add_argument("--norm_of", metavar="EMBEDDINGS", help="embedding norm as a measure")
+                         help="file of 'id value' lines with a quality measure; repeatable. The "
+                         "measure named duration enters as its logarithm")  # fmt: skip
+        sub.add_argument("--norm_of", metavar="EMBEDDINGS", help="use the norm of these embeddings "
+                         "as a quality measure")  # fmt: skip
 
     def costs(sub, fars, priors, prior_name):
-        sub.add_argument("--fars", **several(share), default=fars, help="of TAR@FAR")
-        sub.add_argument(prior_name, **several(share), default=priors, help="of the DCFs")
+        sub.add_argument("--fars", **several(share), default=fars, help="false-accept rates of "
+                         "TAR@FAR")  # fmt: skip
+        sub.add_argument(prior_name, **several(share), default=priors, help="priors of a target "
+                         "trial, for minDCF and actDCF")  # fmt: skip
         sub.add_argument("--c_miss", type=float, default=1.0, help="cost of a miss")
         sub.add_argument("--c_fa", type=float, default=1.0, help="cost of a false accept")
-        sub.add_argument("--confidence", type=share, default=0.95, help="of the intervals")
+        sub.add_argument("--confidence", type=share, default=0.95, help="confidence of the "
+                         "intervals")  # fmt: skip
 
     sub = add("cosine", _cosine)
     embedded(sub)
-    sub.add_argument("--mean", metavar="FILE", help="subtract this mean, or the mean of these")
+    sub.add_argument("--mean", metavar="FILE", help="subtract this mean vector, or the mean of "
+                     "these embeddings")  # fmt: skip
 
     sub = add("normalize", _normalize)
     embedded(sub)
     sub.add_argument("cohort", help="embeddings of training utterances, or of speakers")
-    sub.add_argument("--cohort_utt2spk", help="by default the part of an id before its slash")
-    sub.add_argument("--utterances", action="store_true", help="not speaker means")
-    sub.add_argument("--method", default="as", choices=METHODS)
-    sub.add_argument("--top_n", type=int, default=300)
-    sub.add_argument("--subtract_mean", action="store_true", help="the cohort's, from everything")
-    sub.add_argument("--mean", metavar="FILE", help="subtract this mean (mean_vec.npy) instead")
+    add_cohort(sub)
+    sub.add_argument("--method", default="as", choices=METHODS, help="kind of normalisation")
+    sub.add_argument("--top_n", type=int, default=300, help="nearest cohort entries, for the "
+                     "adaptive methods")  # fmt: skip
+    sub.add_argument("--mean", metavar="FILE", help="subtract this mean instead (mean_vec.npy)")
 
     sub = add("calibrate", _calibrate)
-    sub.add_argument("scores")
+    sub.add_argument("scores", help="development scores, of other speakers than the test's")
     sub.add_argument("output", help="calibration JSON to write")
     add_overwrite(sub)
     add_scored(sub)
     measured(sub)
-    sub.add_argument("--p_target", type=share, default=0.01)
+    sub.add_argument("--p_target", type=share, default=0.01, help="prior of a target trial that "
+                     "weights the fit")  # fmt: skip
 
     sub = add("apply", _apply)
-    sub.add_argument("calibration")
-    sub.add_argument("scores")
-    sub.add_argument("output")
+    sub.add_argument("calibration", help="what `qmargin calibrate` wrote")
+    sub.add_argument("scores", help="scores of the same kind")
+    sub.add_argument("output", help="score file to write, of log-likelihood ratios")
     add_overwrite(sub)
     add_scored(sub)
     measured(sub)
@@ -323,36 +329,49 @@ def configure(add) -> None:
     sub = add("score", _score)
     sub.add_argument("embeddings", help="npz, npy, ark or scp")
     sub.add_argument("trials", nargs="+", help="trial lists; each gets its own table")
-    sub.add_argument("--output_folder", default="scores")
+    sub.add_argument("--output_folder", default="scores", help="folder to write")
     add_overwrite(sub)
-    sub.add_argument("--speakers", metavar="UTT2SPK", help="where ids do not tell")
-    sub.add_argument("--models", help="table of enrolment models and their recordings")
+    sub.add_argument("--speakers", metavar="UTT2SPK", help="the speaker of each recording, where "
+                     "it is not the part of the id before the first slash")  # fmt: skip
+    sub.add_argument("--models", metavar="FILE", help="table of enrolment models and their "
+                     "recordings")  # fmt: skip
     enrolled(sub)
     sub.add_argument("--cohort", metavar="EMBEDDINGS", help="normalise scores against these")
-    sub.add_argument("--cohort_speakers", metavar="UTT2SPK")
-    sub.add_argument("--norm", default="as", choices=METHODS)
-    sub.add_argument("--top_n", type=int, default=300)
-    sub.add_argument("--dev_trials", help="calibrate on this list, of other speakers")
-    sub.add_argument("--dev_embeddings")
-    sub.add_argument("--dev_speakers", metavar="UTT2SPK")
-    sub.add_argument("--dev_models")
+    sub.add_argument("--cohort_speakers", metavar="UTT2SPK", help="the same for the cohort")
+    sub.add_argument("--norm", default="as", choices=METHODS, help="kind of normalisation")
+    sub.add_argument("--top_n", type=int, default=300, help="nearest speakers of the cohort, for "
+                     "the adaptive methods")  # fmt: skip
+    sub.add_argument("--dev_trials", metavar="FILE", help="calibrate on this list, of other "
+                     "speakers")  # fmt: skip
+    sub.add_argument("--dev_embeddings", metavar="EMBEDDINGS", help="where its recordings are not "
+                     "among the embeddings")  # fmt: skip
+    sub.add_argument("--dev_speakers", metavar="UTT2SPK", help="its speakers; without it those of "
+                     "--speakers")  # fmt: skip
+    sub.add_argument("--dev_models", metavar="FILE", help="its models; without it those of "
+                     "--models")  # fmt: skip
     costs(sub, FARS[:4], PRIORS[:2], "--p_target")
 
     sub = add("report", _report)
-    sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES")
+    sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES", help="a score file of each "
+                     "system")  # fmt: skip
     sub.add_argument("--output", default="report", help="folder to write")
     add_overwrite(sub)
     add_scored(sub)
-    sub.add_argument("--title", default="Verification report")
-    sub.add_argument("--far", type=share, default=1e-2, help="of the operating point")
+    sub.add_argument("--title", default="Verification report", help="heading of the page")
+    sub.add_argument("--far", type=share, default=1e-2, help="false-accept rate at which the "
+                     "operating point's threshold is chosen")  # fmt: skip
     costs(sub, FARS, PRIORS, "--priors")
-    sub.add_argument("--llr", action="store_true", help="scores are log-likelihood ratios")
+    sub.add_argument("--llr", action="store_true", help="the scores are log-likelihood ratios")
     sub.add_argument("--development", action="append", default=[], metavar="[NAME=]SCORES",
-                     help="choose the threshold on these")  # fmt: skip
-    sub.add_argument("--development_trials", help="trial list, for scores without labels")
-    sub.add_argument("--development_utt2spk", help="speakers of the development recordings")
-    sub.add_argument("--metadata", help="table with a header: rates by its columns")
+                     help="choose the system's threshold on these scores, of other "
+                     "speakers")  # fmt: skip
+    sub.add_argument("--development_trials", metavar="FILE", help="trial list, for development "
+                     "scores without labels")  # fmt: skip
+    sub.add_argument("--development_utt2spk", metavar="FILE", help="speakers of the development "
+                     "recordings")  # fmt: skip
+    sub.add_argument("--metadata", metavar="FILE", help="table with a header: error rates by the "
+                     "groups in its columns")  # fmt: skip
     sub.add_argument("--by", action="append", default=[], metavar="COLUMN",
-                     help="of the metadata; all by default")  # fmt: skip
+                     help="a column of the metadata; without it all")  # fmt: skip
     sub.add_argument("--figures_from", action="append", default=[], metavar="MODULE",
                      help="your Python module or file that registers figures")  # fmt: skip

@@ -14,19 +14,20 @@ from speechbrain_qmargin.cli.inputs import add_overwrite
 __all__ = ["configure", "divided_trials"]
 
 TRIALS = """
-SOURCE is a folder, <person>/<file> or <person>/<session>/<file>, itself or below its wav/ or
-images/; or a table with a header, of a column of files (file, image, wav) and one of people
-(person, identity, speaker), perhaps one of sessions.
+SOURCE is a folder of <person>/<file> or <person>/<session>/<file>, directly or below its wav/ or
+images/; or a table with a header, with a column of files (file, image, wav, path or recording), one
+of people (person, identity, speaker, spk_id, name or label) and, if you like, one of sessions
+(session).
 
-OUT gets dev.txt, on which to choose a threshold, test.txt, on which to measure it, of people that
-share nobody, and the files of both (trial_files.txt) and of all others (train_files.txt), for
-`qmargin extract`; train_people.txt names those others. Every pair is a trial, but two of one person
-only if they are of different sessions, wherever there are several.
+The people are divided into three groups. OUT gets two trial lists, dev.txt to choose a threshold on
+and test.txt to measure it on; trial_files.txt, the files of both, and train_files.txt, those of
+everybody else, for `qmargin extract`; and train_people.txt, who these others are. Every pair of
+files is a trial, except two files of one session of a person who has several sessions.
 
-With --all everybody is in one list, trials.txt. With --pairs your own list of pairs, two names a
-line, gets its labels: trials.txt. A pair may be named by id or by file.
+With --all everybody is in one list, trials.txt. With --pairs your own list of pairs, two ids or two
+files on a line, is labelled and written as trials.txt.
 
-Lists that are there with another content are not replaced unless you say --overwrite.
+Existing lists with other contents are replaced only with --overwrite.
 """
 
 
@@ -77,13 +78,13 @@ def divided_trials(
         listed["trial"] += [name for each in ids.values() for name in each]
         trials = every_pair(ids)
         texts[out / f"{part}.txt"] = trials_text(trials)
-        lines.append(f"{out / part}.txt: {len(chosen)} {units}, {_counted(trials)}")
+        lines.append(f"{out / part}.txt: {len(chosen):,} {units}, {_counted(trials)}")
     listed["train"] = [name for one in rest for name in people.ids[one]]
     for part, ids in listed.items():
         file = out / f"{part}_{files}.txt"
         texts[file] = people.listed(ids)
         whose = drawn if part == "trial" else rest
-        lines.append(f"{file}: {len(ids):,} {files} of {len(whose)} {units}")
+        lines.append(f"{file}: {len(ids):,} {files} of {len(whose):,} {units}")
     texts[out / f"train_{units}.txt"] = "".join(f"{one}\n" for one in sorted(rest))
     write_new(texts, overwrite)
     print("\n".join(lines))
@@ -156,15 +157,13 @@ def _labelled(pairs: str, people):
 
 def configure(add) -> None:
     """The subcommand that makes trial lists; see :mod:`speechbrain_qmargin.cli`."""
-    sub = add("trials", _trials)
-    sub.formatter_class = argparse.RawDescriptionHelpFormatter
-    sub.description = f"{sub.description}\n{TRIALS}"
+    sub = add("trials", _trials, TRIALS)
     sub.add_argument("source", metavar="SOURCE", help="a folder or a table of people")
     sub.add_argument("out", metavar="OUT", help="folder to write")
-    sub.add_argument("--dev", type=int, default=20, help="people to choose a threshold on")
-    sub.add_argument("--test", type=int, default=20, help="people to measure it on")
-    sub.add_argument("--most", type=int, default=10, help="files of a person, at most")
-    sub.add_argument("--seed", type=int, default=0, help="of the draw")
-    sub.add_argument("--all", action="store_true", help="everybody in one list")
-    sub.add_argument("--pairs", metavar="FILE", help="your own list of pairs, to be labelled")
+    sub.add_argument("--dev", type=int, default=20, help="number of people in dev.txt")
+    sub.add_argument("--test", type=int, default=20, help="number of people in test.txt")
+    sub.add_argument("--most", type=int, default=10, help="files taken of a person, at most")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the division of the people")
+    sub.add_argument("--all", action="store_true", help="put everybody into one list")
+    sub.add_argument("--pairs", metavar="FILE", help="label this list of pairs")
     add_overwrite(sub)

@@ -296,7 +296,8 @@ def settings_text(text: str) -> str:
     document.entries = {
         key: entry
         for key, entry in document.entries.items()
-        if not isinstance(entry.value, dict) and tag_of(entry.value) in ("", "!ref")
+        if tag_of(entry.value) in ("", "!ref")
+        and not (isinstance(entry.value, dict) and entry.value)
     }
     return document.text()
 

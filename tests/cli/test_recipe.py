@@ -22,6 +22,7 @@ def test_help_prints_the_settings_with_their_comments(capsys):
     assert "# how many to hold out where there is no valid_file" in told
     assert "!new:" not in told
     assert "--print_config" in told
+    assert "\nloss_options: {}\n" in told
     assert run_recipe("About.", refuse, []) == 0
     assert "give the YAML" in capsys.readouterr().out
 

@@ -25,14 +25,16 @@ def photographs(tmp_path):
     return tmp_path
 
 
-def align(folder):
+def align(folder, *before):
     arguments = [folder / "images", folder / "landmarks.txt", folder / "out"]
-    return main(["align", *map(str, arguments)])
+    return main([*before, "align", *map(str, arguments)])
 
 
 def test_photographs_are_aligned_and_broken_ones_listed(photographs, capsys):
     align(photographs)
-    assert "2 aligned images" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "2 aligned images" in told.out
+    assert "3/3" in told.err
     out = photographs / "out"
     pixels = np.asarray(Image.open(photographs / "images/bob/1.png"))
     wanted = align_face(pixels, 1.2 * ARCFACE_TEMPLATE + 3)
@@ -44,7 +46,8 @@ def test_photographs_are_aligned_and_broken_ones_listed(photographs, capsys):
     # again: what is there stays, what is repaired is done
     before = (out / "bob/1.png").stat().st_mtime_ns
     Image.fromarray(pixels).save(photographs / "images/bob/2.png")
-    align(photographs)
+    align(photographs, "--quiet")
+    assert capsys.readouterr().err == ""  # no progress bar
     assert (out / "bob/1.png").stat().st_mtime_ns == before
     assert (out / "bob/2.png").is_file()
     assert not (out / "skipped_images.txt").exists()

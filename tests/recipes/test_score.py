@@ -1,6 +1,8 @@
 """The scoring recipe: several lists from one set of embeddings."""
 
 import json
+import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -72,3 +74,11 @@ def test_optimistic_lists_are_refused(files, tmp_path):
     with pytest.raises(ValueError, match="two lists of one name"):
         run(given[0], f"--trials=[{files / 'O.txt'}, {files / 'O.txt'}]")
     assert not list(tmp_path.iterdir())
+
+
+def test_help_needs_no_yaml(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["score.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "recipes/voxceleb/score.py"), run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("Score trial lists from one set of embeddings")
