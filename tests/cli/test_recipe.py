@@ -19,7 +19,7 @@ def test_help_prints_the_settings_with_their_comments(capsys):
     told = capsys.readouterr().out
     assert told.startswith("About.")
     assert "\nnumber_of_epochs: 20\n" in told
-    assert "# how many to hold out where there is no valid_file" in told
+    assert "# held out without a valid_file" in told
     assert "!new:" not in told
     assert "--print_config" in told
     assert "\nloss_options: {}\n" in told
