@@ -162,7 +162,8 @@ def read_bin(path: str | Path) -> tuple[list[bytes], np.ndarray]:
     except OSError:
         raise
     except Exception as error:  # unpickling raises anything
-        raise ValueError(f"{path}: not a verification set ({error})") from None
+        fault = str(error) or type(error).__name__  # a MemoryError says nothing
+        raise ValueError(f"{path}: not a verification set ({fault})") from None
     if len(images) != 2 * len(flags) or not len(flags):
         raise ValueError(f"{path}: {len(images)} images for {len(flags)} pairs")
     return images, flags

@@ -301,6 +301,12 @@ def test_types_other_than_bytes_and_bools_are_refused(tmp_path, kind):
         read_bin(tmp_path / "a.bin")
 
 
+def test_bytes_of_gigabytes_are_refused_with_a_reason(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"]\x86.")
+    with pytest.raises(ValueError, match=r"a\.bin: not a verification set \(.+\)"):
+        read_bin(tmp_path / "a.bin")
+
+
 def test_a_memo_of_gigabytes_is_refused(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"\x80\x02]r\xff\xff\xff\x7f]\x86.")
     with pytest.raises(ValueError, match="place 2147483647 after 3 steps"):
