@@ -86,26 +86,27 @@ class _Agreement(NamedTuple):
 
 
 class QMarginHead(nn.Module):
-    r"""Class prototypes with an exact step whose cost beyond one bf16 pass is the support.
+    r"""Exact classification head for up to millions of classes, with row-sparse gradients.
 
     The loss and its gradients are those of :func:`~speechbrain_qmargin.q_margin_loss` on the
     cosines of embeddings and prototypes, to float32 rounding; nothing is sampled. Logits of size
-    batch x classes are not formed. At alpha = 1, or when nearly everything is active, it is
-    computed in chunks.
+    batch x classes are not formed: a step costs one pass over the prototypes in few bits, and the
+    work on the active classes. At alpha = 1, or when nearly everything is active, it is computed in
+    chunks.
 
-    Where ``torch.distributed`` is initialised before the head is made, its classes are shared by
-    all ranks in contiguous shards. Every rank then calls it at every step, in evaluation too, with
-    its own batch of any size and labels in [0, num_classes); `weight` is this rank's part.
+    If ``torch.distributed`` is initialised before the head is made, its classes are split over all
+    ranks in contiguous shards. Every rank then calls it at every step, in evaluation too, with
+    its own batch of any size and labels in [0, num_classes); `weight` is this rank's shard.
 
     Parameters
     ----------
     embedding_dim, num_classes : int
-        Over all ranks.
+        The classes of all ranks together.
     subcentres : int
         Prototypes of each class, of which the nearest counts (Deng et al., ECCV 2020).
     alpha, scale, margin : float
-        Of ``head(embeddings, labels)``. Where SpeechBrain's ``compute_cost`` evaluates the training
-        output, its own parameters count instead.
+        Settings of the loss ``head(embeddings, labels)``. If SpeechBrain's ``compute_cost``
+        evaluates the training output, its own settings count instead.
     sparse_grad : bool, optional
         Whether the gradient of `weight` is sparse: only the rows of active classes and targets.
         None: when an optimiser of rows is bound (:class:`~speechbrain_qmargin.head.RowSparseSGD`,
@@ -114,21 +115,21 @@ class QMarginHead(nn.Module):
     group : ProcessGroup or Communicator, optional
         The ranks that share the classes. None: all.
     seed : int, optional
-        Of the initial prototypes, which do not depend on the number of ranks. None: drawn from
+        Seed of the initial prototypes, which do not depend on the number of ranks. None: drawn from
         torch's generator, on the first rank.
     sizes : Sizes, optional
-        How much is looked at at a time, and with which kernels. None: what suits the device of
-        `weight`.
+        Sizes of the pieces that a step is computed in, and the kernels. None: what suits the device
+        of `weight`.
 
     Attributes
     ----------
     weight : Parameter, [(stop - start) * subcentres, embedding_dim], float32
         Prototypes, those of a class one after the other; their length does not enter the loss.
     start, stop : int
-        The classes of this rank.
+        This rank has the classes from `start` up to, not including, `stop`.
     anchor : Parameter or None
-        With ``torch.distributed``, a zero with zero gradient: what DDP wants to see of the head,
-        whose `weight` it leaves alone.
+        With ``torch.distributed``, a zero with zero gradient, so that DDP finds a parameter in the
+        head, whose `weight` it leaves alone.
 
     Raises
     ------

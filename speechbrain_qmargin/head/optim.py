@@ -370,21 +370,22 @@ class RowSparse(torch.optim.Optimizer):
 
 
 class RowSparseSGD(RowSparse, torch.optim.SGD):
-    """``torch.optim.SGD`` whose prototypes cost what their gradient's rows cost.
+    """``torch.optim.SGD`` for a head: only prototypes (rows) that have a gradient cost anything.
 
-    The other parameters are left to ``torch.optim.SGD``. A prototype with a gradient is updated as
-    dense SGD would have, momentum, nesterov and weight decay of its idle steps and every change of
-    the learning rate included.
+    The other parameters are left to ``torch.optim.SGD``. A row with a gradient ends where dense SGD
+    would have put it, with momentum, nesterov and weight decay of its idle steps and every change
+    of the learning rate.
 
-    What differs, on purpose: between its visits a row is *seen* as of its last one, in training,
-    evaluation and checkpoints alike. Without momentum that is no difference to
-    :class:`~speechbrain_qmargin.head.QMarginHead`: an idle row changes its length by weight decay,
-    which cosines do not see, so training equals dense SGD's. With momentum the remaining glide of
-    an idle row shows up when it is next active, before its next gradient is added, or at
-    :meth:`catch_up`; every row's position is then dense SGD's for the gradients that were given.
+    One thing differs, on purpose: until it next has a gradient, a row stays where its last update
+    left it, in training, evaluation and checkpoints alike. Without momentum that makes no
+    difference to :class:`~speechbrain_qmargin.head.QMarginHead`: weight decay changes only the
+    length of an idle row, which cosines do not see, so training equals dense SGD's. With momentum
+    the pending movement of an idle row is applied when it is next active, before its next gradient
+    is added, or at :meth:`catch_up`; every row is then where dense SGD puts it for the given
+    gradients.
 
-    Where the prototypes are written by another (``load_state_dict``, an assignment), the glide
-    that was pending is dropped, and the momentum fades as it would have.
+    If something else writes the prototypes (``load_state_dict``, an assignment), the pending
+    movement is dropped, and the momentum decays as it would have.
 
     Parameters
     ----------

@@ -13,17 +13,18 @@ __all__ = ["A3MLoss"]
 
 
 class A3MLoss(Loss):
-    r"""A3M, alpha-additive-angular margin: the first preprint of Q-Margin's authors.
+    r"""A3M, the alpha-divergence loss with ArcFace's margin: Q-Margin's authors' first preprint.
 
     Q-Margin moves the target's reference measure, A3M its logit, to :math:`s \cos(\theta_y + m)`,
-    with q = 1: the alpha-entmax loss of ArcFace's logits. alpha = 1 is ArcFace. As every moved
-    target, it is exact on the sparse head and in shards.
+    with q = 1: the alpha-entmax loss of ArcFace's logits. alpha = 1 is ArcFace. It is exact on the
+    sparse head and in shards.
 
     Early in training nearly every target's posterior is 0: its logit begins :math:`s \sin m` below
     the others, which a sparse posterior leaves out. The gradient there is that of the logits, and
-    does not depend on how far behind the target is. The preprint repairs prototypes that training
-    left behind by setting them to their samples' embeddings ("A3M-I"): `reset_after_epochs` in the
-    recipes, see :class:`~speechbrain_qmargin.training.prototype_reset.PrototypeReset`.
+    does not depend on how far behind the target is. By public summaries the preprint re-initialises
+    prototypes that training left behind ("A3M-I"); its abstract does not say how. In the recipes
+    `reset_after_epochs` sets them to the mean of their samples' embeddings, see
+    :class:`~speechbrain_qmargin.training.prototype_reset.PrototypeReset`.
 
     Parameters
     ----------
@@ -39,10 +40,10 @@ class A3MLoss(Loss):
 
     Notes
     -----
-    arXiv 2511.13621, "Alpha Divergence Losses for Biometric Verification". That its margin is
-    ArcFace's is read from its name; where an angle passes pi - m, the line of
-    :func:`~speechbrain_qmargin.loss.arcface.angular_margin` goes on, which the preprint need not
-    have. The defaults are Q-Margin's.
+    arXiv 2511.13621, "Alpha Divergence Losses for Biometric Verification", whose full text was not
+    at hand. That its margin is ArcFace's is inferred from its name. Beyond an angle of pi - m the
+    target's cosine continues as in :func:`~speechbrain_qmargin.loss.arcface.angular_margin`, which
+    may not be the preprint's choice. The defaults are Q-Margin's.
 
     Examples
     --------

@@ -13,8 +13,8 @@ class AngularSparsemaxLoss(A3MLoss):
     r"""Angular Sparsemax (Chan and Kittler, ICPR 2020): the sparsemax loss of ArcFace's logits.
 
     The Fenchel-Young loss of alpha = 2 with the target's logit :math:`s \cos(\theta_y + m)` and no
-    reference measure: A3M at alpha = 2, five years before it. A moved target leaves the others'
-    activity alone: exact on the sparse head and in shards, at the cost of the support.
+    reference measure: A3M at alpha = 2, five years earlier. Exact on the sparse head and in shards,
+    where it costs what its support costs.
 
     Parameters
     ----------
@@ -32,8 +32,8 @@ class AngularSparsemaxLoss(A3MLoss):
     Notes
     -----
     Written from the paper's abstract, "sparseness similar to sparsemax with Fenchel-Young
-    regularisation" and "an additive angular margin on the score vector": its full text was not at
-    hand, nor its numbers. The defaults are this package's for sparsemax and ArcFace.
+    regularisation" and "an additive angular margin on the score vector": its full text and numbers
+    were not at hand. The defaults are this package's for sparsemax and ArcFace.
 
     Examples
     --------

@@ -20,12 +20,17 @@ class QMarginAutoLoss(QMarginLoss):
     samples : int, optional
         Training samples over all epochs.
     alpha, scale, margin : float, optional
-        In the place of what would be found. The others are found for a given alpha.
+        Given values are kept; scale and margin are found for the given alpha.
 
     Attributes
     ----------
     suggestion : Suggestion
-        With its reasons, which the log has as well.
+        The suggestion with its reasons, which are also logged.
+
+    Raises
+    ------
+    ValueError
+        As :func:`~speechbrain_qmargin.suggest_parameters`.
 
     Examples
     --------

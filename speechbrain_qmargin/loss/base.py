@@ -46,7 +46,7 @@ __all__ = ["Loss", "value_of"]
 
 
 class Loss(nn.Module):
-    """Base of the losses, called as SpeechBrain calls ``compute_cost``.
+    """Base class of the losses, called as SpeechBrain calls ``compute_cost``.
 
     A subclass names its numbers in `settings`, passes them to ``super().__init__`` by name, and
     defines :meth:`objective`. The numbers are attributes; :meth:`set` changes them between steps.
@@ -54,22 +54,22 @@ class Loss(nn.Module):
     Attributes
     ----------
     settings : tuple of str
-        The numbers that a user may give and a schedule may change; alpha, scale and margin have
-        these names.
+        Names of the numbers that a user may give and a schedule may change. Alpha, scale and margin
+        are called just that.
     options : tuple of str
-        What else the constructor takes that makes it another loss: its text shows those that are
-        not the default.
+        Further constructor arguments that change the loss; its text shows those that are not at
+        their defaults.
     fixed : dict
-        Those that make it the loss of its name, with their values.
+        Settings whose value makes it the loss of its name, such as alpha = 1 for CosFace.
     needs_embeddings : bool
         Whether it looks at embeddings, which the dense classifier of an unmodified SpeechBrain
-        recipe does not hand on.
+        recipe does not pass on.
     needs_counts : bool
-        Whether it wants :meth:`count_classes` called, as the recipes do.
+        Whether :meth:`count_classes` must be called before training, as the recipes do.
     sized_by_task : bool
         Whether its constructor takes `num_classes`, `embedding_dim` and `samples` (training samples
         over all epochs, or None), which the recipes know and
-        :func:`~speechbrain_qmargin.make_loss` hands on.
+        :func:`~speechbrain_qmargin.make_loss` passes on.
 
     Raises
     ------

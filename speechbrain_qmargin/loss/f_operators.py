@@ -323,7 +323,10 @@ class _Softargmax(torch.autograd.Function):
 def f_softargmax(
     logits: Tensor, divergence: str | Generator, log_q: Tensor | None = None
 ) -> Tensor:
-    """The maximiser over the last dimension; sums to one.
+    r"""Posterior :math:`\arg\max_p \langle p, \theta\rangle - D_f(p, q)` for another f-divergence.
+
+    It is over the last dimension, and sums to one. For the alpha-divergences see
+    :func:`~speechbrain_qmargin.alpha_softargmax`.
 
     Parameters
     ----------

@@ -61,10 +61,15 @@ __all__ = [
 
 
 def hard_margin(alpha: float, scale: float, margin: float) -> float:
-    r"""The cosine gap to the best wrong class beyond which the loss is exactly zero.
+    r"""The lead in cosine over the best wrong class from which on the loss is exactly zero.
 
     :math:`e^{(\alpha - 1) s m} / ((\alpha - 1) s)`; infinite at alpha = 1, where the loss is a
     cross-entropy and never vanishes. Above 2 no pair of cosines can reach it.
+
+    Parameters
+    ----------
+    alpha, scale, margin : float
+        As for :func:`q_margin_loss`.
 
     Examples
     --------

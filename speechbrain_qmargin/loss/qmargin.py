@@ -23,15 +23,16 @@ _LARGE_LEAD = 0.9
 class QMarginLoss(Loss):
     r"""Q-Margin (arXiv 2606.31664) on the cosines of a classifier: SpeechBrain's ``compute_cost``.
 
-    The defaults are the ones for VoxCeleb's 5,994 speakers; with millions of faces see
-    :class:`QMarginFaceLoss`. Fewer classes want a larger alpha, a larger alpha a smaller scale:
-    the printed `hard_margin_cos`, the cosine lead at which a sample stops training, should stay
-    near 0.5 to 0.6. The module has no parameters and no state; it need not be in `modules` or in
-    the checkpointer.
+    The defaults are the paper's for VoxCeleb's 5,994 speakers; for millions of faces see
+    :class:`QMarginFaceLoss`, for another number of classes, and for short trainings,
+    :func:`~speechbrain_qmargin.suggest_parameters`. The printed `hard_margin_cos` is the lead in
+    cosine from which on a sample has zero loss; at the same hard margin a larger alpha goes with a
+    smaller scale. The module has no parameters and no state; it need not be in `modules` or in the
+    checkpointer.
 
     Under ``torch.compile`` loss and gradient stay the same and the checks of values are skipped.
-    CUDA tensors, and alpha = 1, give one whole graph; on the CPU it breaks where the solver asks
-    whether it has converged, and nothing is gained.
+    CUDA tensors, and alpha = 1, give one whole graph; on the CPU the graph breaks where the solver
+    checks for convergence, and nothing is gained.
 
     Parameters
     ----------

@@ -37,6 +37,7 @@ __all__ = ["LOSSES", "loss_class", "make_loss"]
 
 logger = logging.getLogger(__name__)
 
+#: The losses by the names that ``--loss`` and :func:`make_loss` take.
 LOSSES: dict[str, type[Loss]] = {
     "qmargin": QMarginLoss,
     "qmargin_face": QMarginFaceLoss,
@@ -116,15 +117,16 @@ def make_loss(
     embedding_dim: int | None = None,
     samples: int | None = None,
 ) -> Loss:
-    """A loss by name; None keeps that loss's own default.
+    """A loss by name.
 
     Parameters
     ----------
     name : str
-        See :func:`loss_class`.
+        A key of :data:`LOSSES`, or a class of your own as ``my_module:MyLoss``.
     alpha, scale, margin : float, optional
-        A margin of ``"large"`` is for fine-tuning: 0.5 for ArcFace and CosFace, as WeSpeaker; for
-        Q-Margin the one whose hard margin is 0.9 in cosine; none for the members without a margin.
+        None: the loss's own default. A margin of ``"large"`` is for fine-tuning: 0.5, as in
+        WeSpeaker, for ArcFace, CosFace and others; for Q-Margin the one whose hard margin is 0.9 in
+        cosine; 0 for ``entmax`` and ``sparsemax``; see each loss's ``large_margin``.
     options : mapping, optional
         Further arguments of the loss.
     num_classes, embedding_dim, samples : int, optional
