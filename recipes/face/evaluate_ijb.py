@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from speechbrain_qmargin.cli import GOES_ON, status_of
+from speechbrain_qmargin.cli import GOES_ON, HelpFormatter, status_of
 from speechbrain_qmargin.export.face_encoder import FaceEncoder, load_face_encoder
 from speechbrain_qmargin.faces.ijb import (
     IJBOptions,
@@ -78,23 +78,32 @@ def default_folder(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--ijb", required=True, help="folder with meta/")
-    parser.add_argument("--target", default="IJBC", choices=("IJBB", "IJBC"))
+    parser.add_argument("--ijb", required=True, help="folder with meta/ and loose_crop/")
+    parser.add_argument("--target", default="IJBC", choices=("IJBB", "IJBC"), help="which protocol")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--embeddings", help="npz, or the cache of an extraction")
-    source.add_argument("--run", help="output folder of recipes/face/train.py: embed the images")
+    source.add_argument("--embeddings", help="npz of the images, or the cache of an extraction")
+    source.add_argument("--run", help="embed the images with this run of recipes/face/train.py")
     parser.add_argument("--trust", action="store_true", help="let the run's YAML run any code")
-    source.add_argument("--backbone", help="a published face model: embed the images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch_size", default=128, type=int)
-    parser.add_argument("--flip", default="sum", choices=FLIPS, help="image and mirror image")
-    parser.add_argument("--use_norm_score", default=True, action=SWITCH, help="lengths are weights")
-    parser.add_argument("--use_detector_score", default=True, action=SWITCH, help="as weights")
-    parser.add_argument("--search", action="store_true", help="1:N too, by the lists in meta/")
-    parser.add_argument("--all_options", action="store_true", help="every combination beside it")
-    parser.add_argument("--output_folder", default=None, help="<run>/<target> by default")
+    source.add_argument("--backbone", help="embed the images with this published face model")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="where the model runs")
+    parser.add_argument("--batch_size", default=128, type=int, help="images in a batch")
+    parser.add_argument("--flip", default="sum", choices=FLIPS, help="how the embeddings of the "
+                        "image and of its mirror image are combined")  # fmt: skip
+    parser.add_argument("--use_norm_score", default=True, action=SWITCH, help="weight an image by "
+                        "the length of its embedding")  # fmt: skip
+    parser.add_argument("--use_detector_score", default=True, action=SWITCH, help="weight an image "
+                        "by the detector's score")  # fmt: skip
+    parser.add_argument("--search", action="store_true", help="run the 1:N protocol too, by its "
+                        "lists in meta/")  # fmt: skip
+    parser.add_argument("--all_options", action="store_true", help="also print a table of every "
+                        "combination of the three options")  # fmt: skip
+    parser.add_argument("--output_folder", help="folder to write; without it <run>/<target>, "
+                        "or <name>_<target> beside the model or the embeddings")  # fmt: skip
     args = parser.parse_args(argv)
 
     folder = Path(args.output_folder or default_folder(args))

@@ -2,20 +2,19 @@
 
     python recipes/voxceleb/make_trials.py DATA_FOLDER OUT_FOLDER
 
-DATA_FOLDER has wav/<speaker>/<session>/<utterance>. Its speakers are drawn into three parts that
-share none: those of dev.txt, on which to validate and to choose a threshold; those of test.txt, on
-which to measure it; and the others, to train on or for a cohort. Every pair of the chosen
-recordings is a trial, but two of one speaker only if they are of different sessions, wherever the
-speaker has several. For extract.py, trial_recordings.txt lists the recordings of the trials, and
-train_recordings.txt those of the others. Lists that are there with another content are not replaced
-unless you say --overwrite.
+DATA_FOLDER has wav/<speaker>/<session>/<utterance>. Its speakers are divided at random into three
+groups: those of dev.txt, to validate and to choose a threshold on; those of test.txt, to measure it
+on; and the others, to train on or for a cohort. Every pair of the chosen recordings is a trial,
+except two of one session of a speaker who has several sessions. For `qmargin extract`,
+trial_recordings.txt lists the recordings of the trials, and train_recordings.txt those of the
+others. Existing lists with other contents are replaced only with --overwrite.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from speechbrain_qmargin.cli import status_of
+from speechbrain_qmargin.cli import HelpFormatter, status_of
 from speechbrain_qmargin.cli.inputs import add_overwrite
 from speechbrain_qmargin.cli.trials import divided_trials
 
@@ -39,15 +38,15 @@ def make_trials(
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("data_folder")
-    parser.add_argument("out_folder")
-    parser.add_argument("--dev_speakers", type=int, default=20)
-    parser.add_argument("--test_speakers", type=int, default=20)
-    parser.add_argument("--utterances", type=int, default=10, help="of a speaker, at most")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("data_folder", help="folder with wav/")
+    parser.add_argument("out_folder", help="folder to write the lists to")
+    parser.add_argument("--dev_speakers", type=int, default=20, help="speakers in dev.txt")
+    parser.add_argument("--test_speakers", type=int, default=20, help="speakers in test.txt")
+    parser.add_argument("--utterances", type=int, default=10, help="taken of a speaker, at most")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the division")
     add_overwrite(parser)
     args = vars(parser.parse_args(argv))
     return status_of("make_trials.py", lambda: make_trials(**args))

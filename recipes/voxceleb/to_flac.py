@@ -17,7 +17,7 @@ def main() -> None:
         description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("source", help="a folder with dev/aac, or any other layout of the recipe")
-    parser.add_argument("destination")
+    parser.add_argument("destination", help="folder to write the FLAC files to")
     parser.add_argument("--jobs", type=int, help="processes; default: as many as there are CPUs")
     arguments = parser.parse_args()
     counts = convert_to_flac(arguments.source, arguments.destination, jobs=arguments.jobs)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-__all__ = ["GOES_ON", "GROUPS", "main", "status_of"]
+__all__ = ["GOES_ON", "GROUPS", "HelpFormatter", "main", "status_of"]
 
 GOES_ON = "the same command goes on where it was"  # said of what may be interrupted
 
@@ -59,12 +59,22 @@ GROUPS: dict[str, dict[str, str]] = {
 }
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written; behind each option its default, where there is one."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written; behind each option its default, where there is one.
+
+    Examples
+    --------
+    >>> parser = argparse.ArgumentParser("extract", formatter_class=HelpFormatter)
+    >>> _ = parser.add_argument("--batch_size", type=int, default=64, help="images in a batch")
+    >>> "images in a batch (default: 64)" in parser.format_help()
+    True
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help, action.default
-        if not text or default is None or default is False or default in ([], argparse.SUPPRESS):
+        if not text or "%(default)" in text or default is None or default is False:
+            return text
+        if default in ([], argparse.SUPPRESS):
             return text
         if isinstance(default, (list, tuple)):  # as they are typed
             default = " ".join(map(str, default))
@@ -109,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
                     name,
                     help=texts[name],
                     description=f"{texts[name]}\n{about}",
-                    formatter_class=_Help,
+                    formatter_class=HelpFormatter,
                     allow_abbrev=False,
                 )
                 sub.set_defaults(run=run)
