@@ -14,6 +14,7 @@ from scripts import ROOT
 
 from speechbrain_qmargin import QMarginLoss, __version__
 from speechbrain_qmargin.cli import GROUPS, main
+from speechbrain_qmargin.training.config import CommandLine, compose, plain_settings, resolved
 
 PAGES = {
     page.name: page.read_text(encoding="utf-8")
@@ -75,6 +76,31 @@ def test_subcommands_and_their_options_exist(page):
             main([name, "--help"])
         options = set(re.findall(r"--\w+", text.getvalue())) | {"--quiet"}
         assert {w.split("=")[0] for w in words if w.startswith("--")} <= options, words
+
+
+def trainings(page):
+    """The arguments of a page's trainings, their variables in place, as (YAML, overrides)."""
+    variables = {}
+    for words in commands(page):
+        if len(words) == 1 and "=" in words[0]:
+            name, _, value = words[0].partition("=")
+            variables[f"${name}"] = shlex.split(value)
+        script = [n for n, word in enumerate(words) if re.fullmatch(r"recipes/\w+/train\.py", word)]
+        if script and len(words) > script[0] + 1:
+            given = words[script[0] + 1 :]
+            given = [one for word in given for one in variables.get(word, [word]) if one != "..."]
+            found = CommandLine.of(given)
+            yield found.hparams_file, found.overrides
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(trainings(page))])
+def test_trainings_have_their_options_and_come_to_their_margin(page):
+    for yaml, overrides in trainings(page):
+        overrides.pop("pretrained", None)  # what it names is the reader's
+        if yaml == "hparams/qmargin_lm.yaml":  # extends that run
+            continue
+        settings = plain_settings(resolved(compose(ROOT / yaml, overrides)))
+        assert settings["margin_until_epoch"] <= settings["number_of_epochs"], overrides
 
 
 def flags(name):
