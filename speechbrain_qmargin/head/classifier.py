@@ -605,6 +605,8 @@ class HeadOutput:
             if target_log_q is None:
                 target_log_q = torch.zeros(len(unit), dtype=torch.float64)
             target_log_q = target_log_q.detach().to(unit.device, torch.float64)
+            if objective.spread is None:  # of norms it is no more finite than these
+                target_log_q = torch.where(finite, target_log_q, 0)
             log_q = None if log_q is None else log_q.to(unit.device)
             spread = objective.spread
             if spread is None:

@@ -46,7 +46,7 @@ def _derive(
     w = tl.load(weight + at, mask=inside, other=0.0)
     wide = w.to(tl.float64)
     norm = tl.sqrt(tl.sum(wide * wide, 1)).to(tl.float32)
-    inverse = 1.0 / tl.maximum(norm, 1e-12)
+    inverse = 1.0 / tl.where(norm < 1e-12, 1e-12, norm)  # a maximum would pass NaN over
     tl.store(inverse_norm + c, inverse, mask=there)
     if SCREENED:
         unit = w * inverse[:, None]

@@ -35,7 +35,7 @@ _LARGEST_LOG = 600.0  # of 1 / q in float64
 
 
 def masses(f: Generator, depth: Tensor, log_q: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """p and -dp/dtau at depths, in float64, both 0 beyond the edge.
+    """p and -dp/dtau at depths, in float64, both 0 beyond the edge, and NaN where the depth is.
 
     Examples
     --------
@@ -43,7 +43,7 @@ def masses(f: Generator, depth: Tensor, log_q: Tensor | float = 0.0) -> tuple[Te
     (tensor([1., 0.], dtype=torch.float64), tensor([1., 0.], dtype=torch.float64))
     """
     log_q = torch.as_tensor(log_q, dtype=depth.dtype, device=depth.device)
-    active = (depth < f.edge) & (depth < math.inf)
+    active = ~((depth >= f.edge) | (depth == math.inf))
     inside = torch.where(active, depth, min(1.0, f.edge / 2))
     p = torch.exp(log_q + f.log_ratio(inside))
     h = torch.exp(log_q) * f.slope(inside)
@@ -62,7 +62,7 @@ def root(
     The mass is convex and falling in the level, so that Newton's steps from the left stay there.
     One that leaves the bracket, or is more than half of the step before, gives way to the bracket's
     middle. A row is done where its mass is 1 up to the rounding of a long sum, or where the next
-    step is below the level's last digit.
+    step is below the level's last digit; and where the mass is NaN.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def root(
         high = torch.where(total >= 1, high, level)
         step = (total - 1) / slope
         done = ((total - 1).abs() <= _ROUNDING) | (step.abs() <= _DIGIT * level.abs())
-        done |= high - low <= _DIGIT * high.abs()
+        done |= (high - low <= _DIGIT * high.abs()) | total.isnan()
         if bool(done.all()) if settled is None else settled(done):
             break
         # where the bracket spans decades above zero, halve the decades
@@ -125,7 +125,7 @@ def _solved(f: Generator, logits: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor
 
 def _loss(f: Generator, value: Tensor, mass: Tensor, log_q: Tensor, p_y: Tensor) -> Tensor:
     """Losses [B], from the sums of :class:`Moments` and the targets' log q and posteriors."""
-    own = torch.where(p_y > 0, f.drop(p_y * torch.exp(-log_q)), 0) - f.drop(torch.exp(-log_q))
+    own = torch.where(p_y == 0, 0, f.drop(p_y * torch.exp(-log_q))) - f.drop(torch.exp(-log_q))
     return torch.where(mass == 0, 0, (value + log_q.exp() * own).clamp(min=0))
 
 

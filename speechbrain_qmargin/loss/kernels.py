@@ -288,7 +288,10 @@ def _solve_kernel(
     bad = tl.zeros((), tl.int32)
     if CHECK:
         most = _double(limit_bits).to(DTYPE)
-        bad += tl.sum((there & ((tl.abs(c) <= most) == 0)).to(tl.int32), 0)
+        bad += tl.sum((there & (tl.abs(c) > most)).to(tl.int32), 0)
+    # a maximum passes NaN over
+    spoilt = tl.sum((c != c).to(tl.int32), 0)
+    spoilt += (cos_y != cos_y).to(tl.int32) + (log_q_y != log_q_y).to(tl.int32)
     read = tl.sum(there.to(tl.int32), 0)
     best, origin, own = _best(c, lq, use, scale, rate, DTYPE, SOFTMAX, IN_LOGS, Q)
     highest = tl.max(tl.where(use, c, float("-inf")), 0)
@@ -322,7 +325,8 @@ def _solve_kernel(
                 if Q:
                     more_q = tl.load(log_q + i, mask=use, other=0.0).to(DTYPE)
                 if CHECK:
-                    bad += tl.sum((there & ((tl.abs(more) <= most) == 0)).to(tl.int32), 0)
+                    bad += tl.sum((there & (tl.abs(more) > most)).to(tl.int32), 0)
+                spoilt += tl.sum((more != more).to(tl.int32), 0)
                 read += tl.sum(there.to(tl.int32), 0)
                 b, o, _ = _best(more, more_q, use, scale, rate, DTYPE, SOFTMAX, IN_LOGS, Q)
                 origin = tl.where(b > best, o, origin)
@@ -387,7 +391,8 @@ def _solve_kernel(
                 if start > 0:
                     more = tl.load(cosines + i, mask=there, other=0.0).to(DTYPE)
                     if CHECK:
-                        bad += tl.sum((there & ((tl.abs(more) <= most) == 0)).to(tl.int32), 0)
+                        bad += tl.sum((there & (tl.abs(more) > most)).to(tl.int32), 0)
+                    spoilt += tl.sum((more != more).to(tl.int32), 0)
                     read += tl.sum(there.to(tl.int32), 0)
                 use = there & (i != label)
                 more_q = more
@@ -449,6 +454,8 @@ def _solve_kernel(
         value = (1 - 1 / alpha) * gap + (level - alone + excess) / alpha
         value = tl.where(others == 0, 0.0, tl.where(value < 0, 0.0, value))
 
+    inverse_total = tl.where(spoilt > 0, float("nan"), inverse_total)
+    value = tl.where(spoilt > 0, float("nan"), value)
     tl.store(loss + number, value.to(loss.dtype.element_ty))
     p_y *= inverse_total
     tl.store(posterior + number, p_y.to(posterior.dtype.element_ty))
@@ -522,7 +529,7 @@ class Solved(NamedTuple):
         p_y - 1 without the rounding of that difference, what the other posteriors are multiplied
         by, the level, and the cosine it is relative to.
     counts : Tensor, [3, B], int32
-        Active classes, cosines beyond the limit or not finite, and how many cosines were read.
+        Active classes, cosines beyond the limit, and how many cosines were read.
     """
 
     loss: Tensor
@@ -656,6 +663,8 @@ def solve_rows(
 ) -> Solved:
     """The Fenchel-Young loss of each row, in one launch; without a graph.
 
+    Where a cosine is NaN, or `moved` or `prior` is, the row's loss, posterior and gradient are NaN.
+
     Parameters
     ----------
     cosines : Tensor, [B, C], floating point
@@ -672,7 +681,7 @@ def solve_rows(
     log_q : Tensor, [C] or [B, C], optional
         log q of the other classes. None: zeros.
     limit : float, optional
-        Cosines above it in absolute value are counted, and those that are not finite.
+        Cosines above it in absolute value are counted; NaN is not.
     support : bool
         Whether active classes are counted at alpha = 1, for which the row is read once more.
     """

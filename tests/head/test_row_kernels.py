@@ -9,7 +9,7 @@ from launches import interpreted
 from row_owner import Rows
 
 from speechbrain_qmargin.head import RowSparseAdam, RowSparseSGD
-from speechbrain_qmargin.head.prototypes import Derived
+from speechbrain_qmargin.head.prototypes import Derived, are_finite
 from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.loss.device import control_flow
 
@@ -111,9 +111,10 @@ def test_a_row_that_is_not_finite_lets_every_class_pass(device):
     weight = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     weight[2, 1] = torch.nan
     with control_flow(kernels=True):
-        screen = Derived(BOUND).of(weight.to(device)).screen
-    assert screen is not None
-    assert screen.residual == torch.inf
+        found = Derived(BOUND).of(weight.to(device))
+    assert found.screen is not None
+    assert found.screen.residual == torch.inf
+    assert not are_finite(found.inverse_norm)
 
 
 def test_an_optimisers_step_is_two_launches(device):

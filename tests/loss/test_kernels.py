@@ -218,13 +218,36 @@ def test_it_does_not_depend_on_the_batch_or_on_chance(device, longer_rows):
     assert torch.equal(both[0].kept[:, 1:2], one.kept)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize(("alpha", "scale", "margin"), FAMILY)
+@pytest.mark.parametrize("place", [0, 149])
+def test_nan_is_not_passed_over(device, longer_rows, alpha, scale, margin, place):
+    """As a maximum passes it over, on a GPU and in the interpreter."""
+    cosines, targets = batch(150, device)
+    good = torch.arange(len(targets)) != 2
+    expected = q_margin_loss(cosines, targets, alpha, scale, margin, reduction="none")
+    cosines[2, place] = math.nan
+    x = cosines.requires_grad_()
+    margins = torch.full(targets.shape, margin, device=device)
+    for given in (margin, margins):
+        loss = q_margin_loss(x, targets, alpha, scale, given, reduction="none")
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        assert loss[2].isnan()
+        assert gradient[2].isnan().any()
+        assert gradient[good].isfinite().all()
+        torch.testing.assert_close(loss[good], expected[good])
+    margins[1] = math.nan
+    loss = q_margin_loss(x, targets, alpha, scale, margins, reduction="none")
+    assert loss.isnan().tolist() == [number in (1, 2) for number in range(len(loss))]
+
+
 def test_outputs_that_are_no_cosines_are_asserted(device):
     if device.type == "cuda":
         pytest.skip("an assertion on the device ends the process's use of it")
     cosines, targets = batch(9, device)
-    for bad in (math.nan, math.inf, 1.01):
+    for bad in (-math.inf, math.inf, 1.01):
         cosines[2, 4] = bad
-        with pytest.raises(RuntimeError, match=r"beyond 1 or not finite.*not logits"):
+        with pytest.raises(RuntimeError, match=r"beyond 1.*not logits"):
             q_margin_loss(cosines, targets)
     with pytest.raises(RuntimeError, match="outside"):
         q_margin_loss(cosines, targets + 9)

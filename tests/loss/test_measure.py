@@ -277,8 +277,6 @@ def test_what_is_no_measure_is_named():
     cosines, targets = torch.rand(3, 4), torch.tensor([0, 1, 2])
     with pytest.raises(ValueError, match=r"number or a tensor \[3\].*got \[4\]"):
         q_margin_loss(cosines, targets, margin=torch.zeros(4))
-    with pytest.raises(ValueError, match="not finite for every sample"):
-        q_margin_loss(cosines, targets, margin=torch.tensor([0, math.nan, 0]))
     with pytest.raises(ValueError, match="q must be positive"):
         q_margin_loss(cosines, targets, log_q=torch.tensor([0, 0, -math.inf, 0]))
     with pytest.raises(ValueError, match=r"one for each of 4 classes, got \[5\]"):

@@ -295,6 +295,29 @@ def loss_of(name):
     return loss
 
 
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize("spoilt", ["embedding", "prototype"])
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_what_is_not_finite_makes_a_loss_nan_on_every_classifier(name, spoilt, host):
+    """Nothing is raised, on no device: whoever takes the step sees a loss that is not finite."""
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(4, 16, generator=generator), torch.arange(4)
+    head = QMarginHead(16, 300, seed=0)
+    with torch.no_grad():
+        (x if spoilt == "embedding" else head.weight)[1, 2] = torch.nan
+    cosines = F.normalize(x, dim=1) @ F.normalize(head.weight.detach(), dim=1).T
+    cosines.requires_grad_()
+    with control_flow(host=host):
+        dense = loss_of(name).rows(scores_of(cosines, x), labels, statistics=True).loss
+        sparse = loss_of(name).rows(head(x.requires_grad_()), labels, statistics=True).loss
+        (gradient,) = torch.autograd.grad(dense.sum(), cosines)
+        sparse.mean().backward()
+    of_sample = [True] * 4 if spoilt == "prototype" else [False, True, False, False]
+    assert dense.isnan().tolist() == of_sample
+    assert gradient.isnan().any(1).tolist() == of_sample  # for GradScaler to find
+    assert sparse.mean().isnan()
+
+
 # a generator's Newton steps go on until the host sees that all rows are done
 @pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"qmargin_f"}))
 def test_no_loss_waits_for_a_gpu(name):
