@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,6 +29,7 @@ __all__ = [
     "STEPS_VARIABLE",
     "add_rows",
     "all_steps",
+    "asked_for",
     "assert_on_device",
     "control_flow",
     "host_decides",
@@ -183,6 +184,32 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         values = values.cpu().pin_memory()
     return values.to(device, non_blocking=True)
+
+
+def asked_for(values: Tensor) -> Callable[[], Tensor]:
+    """Values for the host, whose copy is on its way: work that a GPU is given after it goes on.
+
+    Returns
+    -------
+    callable
+        Gives the values on the host, which waits for what the GPU was given before the copy.
+
+    Examples
+    --------
+    >>> found = asked_for(torch.ones(2))        # ... and here the device is given more to do
+    >>> found()
+    tensor([1., 1.])
+    """
+    copy = values.to("cpu", non_blocking=values.device.type == "cuda")
+    if values.device.type != "cuda":
+        return lambda: copy
+    done = torch.cuda.current_stream(values.device).record_event()
+
+    def found() -> Tensor:
+        done.synchronize()
+        return copy
+
+    return found
 
 
 def all_steps() -> bool:

@@ -1,4 +1,4 @@
-"""Batch normalisation over the processes of a CPU run, where torch has none.
+"""Batch normalisation over the processes of a CPU run, where torch has none; a batch taken back.
 
 ``torch.nn.SyncBatchNorm`` takes CUDA tensors only. With this one, training over gloo ranks is the
 computation of one process with the whole batch.
@@ -6,11 +6,13 @@ computation of one process with the whole batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["synchronised_batch_norm"]
+__all__ = ["RunningStatistics", "synchronised_batch_norm"]
 
 
 class _Sum(torch.autograd.Function):
@@ -71,3 +73,48 @@ def synchronised_batch_norm(module: nn.Module) -> nn.Module:
         if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             part.__class__ = _SynchronisedBatchNorm  # type: ignore[reportAttributeAccessIssue] # on purpose
     return module
+
+
+class RunningStatistics:
+    """Running means and variances, which can take a batch back that was no good.
+
+    One activation that is not finite would stay in them for good, and in every embedding.
+
+    Parameters
+    ----------
+    modules : iterable of Module
+        Their batch normalisations are meant.
+
+    Examples
+    --------
+    >>> norm = nn.BatchNorm1d(1)
+    >>> statistics = RunningStatistics([norm])
+    >>> statistics.keep()
+    >>> _ = norm(torch.tensor([[1.0], [torch.nan]]))
+    >>> norm.running_mean
+    tensor([nan])
+    >>> statistics.restore()
+    >>> norm.running_mean
+    tensor([0.])
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        parts = [part for module in modules for part in module.modules()]
+        norms = [part for part in parts if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        each = [one for norm in norms for one in (norm.running_mean, norm.running_var)]
+        self._now = [one for one in each if one is not None]
+        self._before = [one.clone() for one in self._now]
+
+    def keep(self) -> None:
+        """Before a batch."""
+        _copy(self._before, self._now)
+
+    def restore(self) -> None:
+        """After it."""
+        _copy(self._now, self._before)
+
+
+def _copy(to: list[Tensor], of: list[Tensor]) -> None:
+    if to:
+        # some hundred of them in a launch or two
+        torch._foreach_copy_(to, of)  # pyright: ignore[reportPrivateImportUsage]

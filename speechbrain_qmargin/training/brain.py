@@ -37,9 +37,11 @@ from speechbrain_qmargin.data.sampling import SharedOrder
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.loss.base import Loss, value_of
 from speechbrain_qmargin.loss.dense import scores_of
+from speechbrain_qmargin.loss.device import asked_for
 from speechbrain_qmargin.loss.diagnosis import Progress, advice
 from speechbrain_qmargin.loss.interface import flat
 from speechbrain_qmargin.models import Encoder, ImageEncoder, check_embeddings
+from speechbrain_qmargin.training.batch_norm import RunningStatistics
 from speechbrain_qmargin.training.checkpoints import bare, ends_an_epoch, load_average
 from speechbrain_qmargin.training.extraction import ReadableBatch, extract_dataset
 from speechbrain_qmargin.training.freezing import Freezing
@@ -127,6 +129,7 @@ class VerificationBrain(OpenBrain):
             if self.checkpointer is not None and cost.state_dict():  # running values, counters
                 self.checkpointer.add_recoverable("loss", cost)
         self._loss_state, self._loss_asked = set(_state_of(cost)), False
+        self._spoilt = False  # whether a loss of this step was not finite
         self._reset = self._prototype_reset()
         encoder = self.modules["embedding_model"]
         self._freezing = Freezing.of(encoder, self.hparams)
@@ -244,6 +247,7 @@ class VerificationBrain(OpenBrain):
     def on_fit_start(self):
         super().on_fit_start()
         self._freezing.follow(bare(self.modules["embedding_model"]))
+        self._running = RunningStatistics(self.modules.values())
         self._share_out_anew()
         batch = self._items_at_once * self.grad_accumulation_factor
         self._lr_scale = batch / self.hparams.lr_reference_batch
@@ -351,12 +355,46 @@ class VerificationBrain(OpenBrain):
         )
 
     def fit_batch(self, batch):
-        """SpeechBrain's; losses that are not finite are counted after the step."""
-        loss = super().fit_batch(batch)
-        super().check_loss_isfinite(loss)  # which is on the CPU by now
+        """SpeechBrain's, but a step whose loss is not finite, in any process, is left out.
+
+        SpeechBrain waits for the loss at the end, when the optimisers have been told to step. Here
+        the host has it while a GPU is still at the backward pass, and waits no more often.
+        """
+        should_step = self.step % self.grad_accumulation_factor == 0
+        self.on_fit_batch_start(batch, should_step)
+        before = len(self._stats)
+        self._running.keep()
+        with self.no_sync(not should_step):
+            with self.training_ctx:
+                outputs = self.compute_forward(batch, sb.Stage.TRAIN)
+                loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
+            facts = self._facts(loss)
+            self.scaler.scale(loss / self.grad_accumulation_factor).backward()
+        value, spoilt = facts()
+        if spoilt:
+            value = torch.full_like(value, torch.nan)  # in all processes
+            self._running.restore()
+            del self._stats[before:]
+        self._spoilt = bool(spoilt) or self._spoilt
+        if should_step:
+            if self._spoilt:
+                self.zero_grad(set_to_none=True)
+            else:
+                self.optimizers_step()
+            self._spoilt = False
+        self.on_fit_batch_end(batch, outputs, loss, should_step)
+        self.check_loss_isfinite(value)
         if not self._loss_asked:
             self._ask_loss()
-        return loss
+        return value
+
+    def _facts(self, loss: Tensor) -> Callable[[], Tensor]:
+        """For the host: this process's loss, and whether that of any process is not finite."""
+        loss = loss.detach().reshape(())
+        facts = torch.stack((loss, (~loss.isfinite()).to(loss.dtype)))
+        if self._processes > 1:
+            torch.distributed.all_reduce(facts[1:], torch.distributed.ReduceOp.MAX)
+        return asked_for(facts)
 
     def _ask_loss(self) -> None:
         """Refuse what a loss makes with its first batch: nobody would train it, or save it."""
@@ -371,7 +409,32 @@ class VerificationBrain(OpenBrain):
             )
 
     def check_loss_isfinite(self, loss):
-        """Nothing: before the backward pass the host would wait for a GPU. See `fit_batch`."""
+        """Count a loss that is not finite, once its step is left out.
+
+        Raises
+        ------
+        ValueError
+            One more in this epoch than ``--nonfinite_patience`` allows.
+        """
+        if bool(loss.isfinite()):
+            return
+        self.nonfinite_count += 1
+        count, patience = self.nonfinite_count, self.nonfinite_patience
+        what = (
+            f"epoch {self.hparams.epoch_counter.current}, step {self.step}: the loss is not finite"
+        )
+        if count <= patience:
+            logger.warning(
+                f"{what}, and the step is left out ({count} of {patience} that "
+                "--nonfinite_patience allows in an epoch)"
+            )
+            return
+        raise ValueError(
+            f"{what}, as {count} were in this epoch; --nonfinite_patience {patience} allows no "
+            "more. The training diverges, or half precision overflows: begin anew with a lower "
+            "--lr, a longer warmup, a tighter --max_grad_norm, or --precision bf16 or fp32. After "
+            "a fault that will not come again the same command goes on at the last checkpoint"
+        )
 
     def modules_to_compile(self):
         """All but a classifier in shards, which waits for other processes and hides its weight."""

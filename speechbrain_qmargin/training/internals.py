@@ -40,6 +40,8 @@ class OpenBrain(sb.Brain):
     find_unused_parameters: bool
     grad_accumulation_factor: int
     modules: Any
+    nonfinite_count: int
+    nonfinite_patience: int
     noprogressbar: bool
     opt_class: Any
     remove_vector_weight_decay: bool

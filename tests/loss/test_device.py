@@ -1,6 +1,7 @@
 """The GPU's flow of control, on a CPU: the same results, few steps, and no look at a value."""
 
 import math
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -14,7 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from speechbrain_qmargin.head.classifier import QMarginHead
 from speechbrain_qmargin.loss.dense import DenseScores, check_labels
-from speechbrain_qmargin.loss.device import assert_on_device, control_flow, usable_device
+from speechbrain_qmargin.loss.device import (
+    asked_for,
+    assert_on_device,
+    control_flow,
+    usable_device,
+)
 from speechbrain_qmargin.loss.functional import q_margin_loss, solve_tau
 from speechbrain_qmargin.loss.solver import (
     FEW_STEPS,
@@ -114,6 +120,19 @@ def test_every_message_has_room_on_a_gpu(monkeypatch):
     with pytest.raises(ValueError, match="has 255 bytes and may have 254"):
         assert_on_device(torch.tensor(True), "x" * 255)
     assert_on_device(torch.tensor(True), "x" * 254)
+
+
+def test_what_the_host_asks_for_is_waited_for_where_it_is_read(monkeypatch):
+    """What a GPU is given in between goes on."""
+    done = []
+    event = SimpleNamespace(synchronize=lambda: done.append("waited for"))
+    stream = SimpleNamespace(record_event=lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    with FakeTensorMode():
+        found = asked_for(torch.empty(2, device="cuda"))
+        done.append("given more")
+        assert found().device.type == "cpu"
+    assert done == ["given more", "waited for"]
 
 
 @pytest.mark.parametrize("name", ["cuda:77", "gpu", "cuda:x"])

@@ -690,14 +690,70 @@ def test_gradients_that_are_not_finite_are_left_out_row_sparse_ones_too():
 
 
 def test_losses_that_are_not_finite_end_a_run_whose_patience_is_over(folder, tmp_path):
-    """Looked at after the step: before its backward pass the host would wait for a GPU."""
     settings = {"number_of_epochs": 1, "run_opts": {"nonfinite_patience": 1}}
     fit, brain, _ = make_brain(folder, tmp_path, **settings)
+    before = [parameter.clone() for parameter in brain.modules.parameters()]
     brain.compute_objectives = lambda outputs, *_: outputs.cosines().sum() * torch.nan
-    brain.optimizers_step = lambda: None  # the weights stay finite
-    with pytest.raises(ValueError, match="patience is exhausted"):
+    with pytest.raises(
+        ValueError, match=r"epoch 1, step 2: the loss is not finite, as 2 .*lower --lr"
+    ):
         fit()
-    assert brain.step == 2
+    log = (tmp_path / "log.txt").read_text()
+    assert "epoch 1, step 1: the loss is not finite, and the step is left out (1 of 1 " in log
+    assert all(map(torch.equal, before, brain.modules.parameters()))
+
+
+class Spoilt(Recorder):
+    """Meets a NaN in some steps, and keeps what was there before and after each step."""
+
+    spoilt_at = ()
+
+    def state(self):
+        state = {**self.modules.state_dict()}
+        for number, optimizer in enumerate(self.optimizers_dict.values()):
+            for key, slots in enumerate(optimizer.state.values()):
+                state |= {(number, key, slot): value for slot, value in slots.items()}
+        return {
+            key: torch.as_tensor(value).clone()
+            for key, value in state.items()
+            if not str(key).endswith("num_batches_tracked")
+        }
+
+    def fit_batch(self, batch):
+        if self.step in self.spoilt_at:
+            batch.sig.data[1, 7] = torch.nan
+        before = self.state()
+        loss = super().fit_batch(batch)
+        after = self.state()
+        self.changed.append(
+            before.keys() != after.keys()
+            or not all(torch.equal(before[key], after[key]) for key in before)
+        )
+        return loss
+
+
+@pytest.mark.parametrize("head", ["dense", "sparse"])
+@pytest.mark.parametrize(("accumulated", "left_out"), [(1, {3}), (2, {3, 4})])
+def test_a_batch_that_is_not_finite_leaves_no_trace(folder, tmp_path, head, accumulated, left_out):
+    """Nor do those whose gradients are summed with its own."""
+    settings = {"number_of_epochs": 1, "batch_size": 2, "head": head, "momentum": 0.9}
+    options = {"grad_accumulation_factor": accumulated}
+    fit, brain, _ = make_brain(folder, tmp_path, None, Spoilt, options, **settings)
+    brain.losses, brain.changed, brain.spoilt_at = {}, [], (3,)
+    fit()
+    steps = range(1, 9)
+    assert [step for step in steps if math.isnan(brain.losses[1, step])] == [3]
+    finite = [loss for loss in brain.losses.values() if not math.isnan(loss)]
+    if accumulated == 1:
+        assert [step for step in steps if not brain.changed[step - 1]] == [3]
+    else:  # between the steps the running statistics move
+        assert not brain.changed[3 - 1]
+        assert brain.optimizer_step == 3
+    (record,) = brain.history()
+    assert record["support_mean"] >= 1
+    assert all(map(math.isfinite, (record["loss"], record["zero_loss"])))
+    assert len(finite) == 7
+    assert all(value.isfinite().all() for value in brain.modules.state_dict().values())
 
 
 def test_a_scaler_of_gradients_takes_an_encoder_that_is_frozen(folder, tmp_path):

@@ -131,6 +131,19 @@ def test_the_recipe_learns_and_embeds_as_on_a_cpu(folder, tmp_path, where, capsy
     assert tf32 < 0.05
 
 
+@GPU
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("head", ["dense", "sparse"])
+def test_a_batch_that_is_not_finite_leaves_no_trace(folder, tmp_path, head, precision):
+    options = {"device": "cuda", "precision": precision}
+    settings = {"number_of_epochs": 1, "batch_size": 2, "head": head, **NETWORK}
+    fit, brain, _ = brains.make_brain(folder, tmp_path, None, brains.Spoilt, options, **settings)
+    brain.losses, brain.changed, brain.spoilt_at = {}, [], (3,)
+    fit()
+    assert [step for step, loss in brain.losses.items() if math.isnan(loss)] == [(1, 3)]
+    assert [step for step in range(1, 9) if not brain.changed[step - 1]] == [3]
+
+
 def test_deterministic_is_a_setting(tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # the user's own stays
     seen = []

@@ -1,5 +1,6 @@
 """--precision fp16 with the prototypes in shards: one scale and one decision for all ranks."""
 
+import math
 from functools import partial
 
 import pytest
@@ -91,6 +92,13 @@ def job(rank, folder):
     other = torch.amp.GradScaler("cpu")
     other.load_state_dict(brain.scaler.state_dict())
     assert other.get_scale() == 2.0**9
+
+    # a loss that is not finite on one rank is left out on both, each of which keeps its own
+    brain.distributed_launch = True
+    for mine in (torch.nan, 1.0):
+        value, spoilt = brain._facts(torch.tensor(mine if rank == 1 else 2.0))()
+        assert bool(spoilt) == math.isnan(mine)
+        torch.testing.assert_close(value, torch.tensor(mine if rank == 1 else 2.0), equal_nan=True)
 
     # without a scaler: SpeechBrain's skip_nonfinite_grads
     brain = make_brain(f"{folder}/plain{rank}", enabled=False)
