@@ -38,7 +38,8 @@ def run_recipe(about: str | None, main: Callable[[list[str]], Any], argv: Sequen
     Returns
     -------
     int
-        Exit status, see :func:`~speechbrain_qmargin.cli.status_of`.
+        Exit status, see :func:`~speechbrain_qmargin.cli.status_of`. A training that a signal ended
+        raises SystemExit instead, with 143 for SIGTERM.
     """
     status = _early(about, list(argv))
     if status is not None:

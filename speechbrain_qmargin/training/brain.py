@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import speechbrain as sb
@@ -29,7 +29,7 @@ from speechbrain.utils.checkpoints import (
     mark_as_saver,
     register_checkpoint_hooks,
 )
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -46,7 +46,8 @@ from speechbrain_qmargin.training.checkpoints import bare, ends_an_epoch, load_a
 from speechbrain_qmargin.training.extraction import ReadableBatch, extract_dataset
 from speechbrain_qmargin.training.freezing import Freezing
 from speechbrain_qmargin.training.history import read_history, write_history
-from speechbrain_qmargin.training.internals import OpenBrain, skip_to
+from speechbrain_qmargin.training.internals import OpenBrain, ShieldedLoader, skip_to
+from speechbrain_qmargin.training.preemption import Preempted, noted_signals
 from speechbrain_qmargin.training.processes import scaler_of_shards
 from speechbrain_qmargin.training.prototype_reset import PrototypeReset
 
@@ -130,6 +131,8 @@ class VerificationBrain(OpenBrain):
                 self.checkpointer.add_recoverable("loss", cost)
         self._loss_state, self._loss_asked = set(_state_of(cost)), False
         self._spoilt = False  # whether a loss of this step was not finite
+        self._signal: Callable[[], int] = lambda: 0  # that came to this process
+        self._ends_by = 0  # the signal that came to one of all
         self._reset = self._prototype_reset()
         encoder = self.modules["embedding_model"]
         self._freezing = Freezing.of(encoder, self.hparams)
@@ -233,7 +236,7 @@ class VerificationBrain(OpenBrain):
             else:  # dealt out by SpeechBrain, which repeats some items at the end
                 sampler = ReproducibleRandomSampler(dataset, seed=seed)
             kwargs |= {"sampler": sampler, "shuffle": False}
-        loader = super().make_dataloader(dataset, stage, **kwargs)
+        loader = ShieldedLoader.of(super().make_dataloader(dataset, stage, **kwargs))
         if stage == sb.Stage.TRAIN:
             if len(loader) < self.grad_accumulation_factor:
                 raise ValueError(
@@ -243,6 +246,17 @@ class VerificationBrain(OpenBrain):
                 )
             self._train_loader = loader
         return loader
+
+    def fit(self, *args, **kwargs):
+        """SpeechBrain's; told by a signal, it ends after a checkpoint.
+
+        Raises
+        ------
+        Preempted
+            SIGTERM or SIGUSR1 came to one of the processes. All end, after the same step.
+        """
+        with noted_signals() as self._signal:
+            super().fit(*args, **kwargs)
 
     def on_fit_start(self):
         super().on_fit_start()
@@ -370,7 +384,8 @@ class VerificationBrain(OpenBrain):
                 loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
             facts = self._facts(loss)
             self.scaler.scale(loss / self.grad_accumulation_factor).backward()
-        value, spoilt = facts()
+        value, spoilt, signal = facts()
+        self._ends_by = int(signal)
         if spoilt:
             value = torch.full_like(value, torch.nan)  # in all processes
             self._running.restore()
@@ -389,9 +404,13 @@ class VerificationBrain(OpenBrain):
         return value
 
     def _facts(self, loss: Tensor) -> Callable[[], Tensor]:
-        """For the host: this process's loss, and whether that of any process is not finite."""
+        """For the host: this process's loss; whether any is not finite, and any signal that came.
+
+        What all have to know comes with the loss, so that nobody waits for it by itself.
+        """
         loss = loss.detach().reshape(())
-        facts = torch.stack((loss, (~loss.isfinite()).to(loss.dtype)))
+        spoilt, signal = ~loss.isfinite(), loss.new_full((), self._signal())
+        facts = torch.stack((loss, spoilt.to(loss.dtype), signal))
         if self._processes > 1:
             torch.distributed.all_reduce(facts[1:], torch.distributed.ReduceOp.MAX)
         return asked_for(facts)
@@ -485,6 +504,23 @@ class VerificationBrain(OpenBrain):
     def may_save_within_epoch(self) -> bool:
         # between two steps there are gradients that no checkpoint holds
         return self.step % self.grad_accumulation_factor == 0
+
+    def must_save_within_epoch(self) -> bool:
+        return self._ends_by > 0
+
+    def on_saved_within_epoch(self) -> None:
+        if self._ends_by:
+            self._end_by(self._ends_by, f"step {self.step}")
+
+    def _end_by(self, number: int, where: str) -> NoReturn:
+        """After a checkpoint of all processes."""
+        ddp_barrier()  # the main one has deleted what is older: from here on any may be ended
+        end = Preempted(number)
+        logger.warning(
+            f"{end.name}: the run ends at epoch {self.hparams.epoch_counter.current}, {where}; a "
+            "checkpoint is written, and the same command goes on from there"
+        )
+        raise end
 
     @mark_as_saver
     def _save(self, path):
@@ -631,6 +667,9 @@ class VerificationBrain(OpenBrain):
             ckpt_predicate=lambda found: not ends_an_epoch(found),
             verbosity=logging.DEBUG,
         )
+        number = int(self._over_processes(torch.tensor([self._signal()])).max())
+        if number:  # it came in the last step or in the validation
+            self._end_by(number, "its end")
 
     @property
     def _averaged(self) -> int:

@@ -6,20 +6,24 @@ are read, called and overridden in this module only; the others use its public n
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import speechbrain as sb
+from speechbrain.dataio.dataloader import SaveableDataLoader
 from speechbrain.utils.checkpoints import CKPT_PREFIX, Checkpoint, Checkpointer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from speechbrain_qmargin.data.sampling import SharedOrder
 from speechbrain_qmargin.training.batch_norm import synchronised_batch_norm
+from speechbrain_qmargin.training.preemption import held_signals, left_to_the_main_process
 
 __all__ = [
     "HiddenCheckpointer",
     "OpenBrain",
+    "ShieldedLoader",
     "has_statistics",
     "load_statistics",
     "skip_to",
@@ -28,7 +32,7 @@ __all__ = [
 
 
 class OpenBrain(sb.Brain):
-    """SpeechBrain's Brain with the two decisions that a subclass here makes.
+    """SpeechBrain's Brain with the decisions that a subclass here makes.
 
     SpeechBrain sets these attributes from the run's options and its arguments.
     """
@@ -51,6 +55,13 @@ class OpenBrain(sb.Brain):
         """Whether a checkpoint between the steps of an epoch could be resumed from now."""
         return True
 
+    def must_save_within_epoch(self) -> bool:
+        """Whether there is to be such a checkpoint, whatever the interval; in all processes."""
+        return False
+
+    def on_saved_within_epoch(self) -> None:
+        """Called in all processes after each such checkpoint."""
+
     def modules_to_compile(self) -> list[str]:
         """What ``--compile`` compiles where ``--compile_module_keys`` names nothing."""
         return list(self.modules)
@@ -61,7 +72,13 @@ class OpenBrain(sb.Brain):
         super()._compile()
 
     def _should_save_intra_epoch_ckpt(self, *args: Any) -> bool:
-        return self.may_save_within_epoch() and super()._should_save_intra_epoch_ckpt(*args)
+        if not self.may_save_within_epoch():
+            return False
+        return self.must_save_within_epoch() or super()._should_save_intra_epoch_ckpt(*args)
+
+    def _save_intra_epoch_ckpt(self) -> None:
+        super()._save_intra_epoch_ckpt()
+        self.on_saved_within_epoch()
 
     def _train_loader_specifics(self, dataset: Any, loader_kwargs: dict) -> dict:
         sampler = loader_kwargs.get("sampler")
@@ -81,6 +98,22 @@ class OpenBrain(sb.Brain):
                     )
         else:
             super()._wrap_distributed()
+
+
+class ShieldedLoader(SaveableDataLoader):
+    """SpeechBrain's DataLoader, whose workers obey their main process alone, from their birth."""
+
+    @classmethod
+    def of(cls, loader: Any) -> Any:
+        """The same loader; as it is, where it is of another kind."""
+        if type(loader) is SaveableDataLoader and loader.num_workers:
+            loader.__class__ = cls
+            loader.worker_init_fn = partial(left_to_the_main_process, loader.worker_init_fn)
+        return loader
+
+    def __iter__(self) -> Any:
+        with held_signals():
+            return super().__iter__()
 
 
 class HiddenCheckpointer(Checkpointer):

@@ -2,10 +2,14 @@
 
 import io
 import json
+import os
 import pickle
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -34,12 +38,16 @@ def corpus(tmp_path_factory):
     )
 
 
-def torchrun(recipe, yaml, *options):
+def command_of(recipe, yaml, *options):
     """A recipe over two gloo processes, one thread each, as a user starts it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     command += [str(ROOT / "recipes" / recipe / "train.py"), str(ROOT / "hparams" / yaml)]
-    command += ["--noprogressbar", "--device=cpu", "--distributed_backend=gloo", *options]
+    return [*command, "--noprogressbar", "--device=cpu", "--distributed_backend=gloo", *options]
+
+
+def torchrun(recipe, yaml, *options):
+    command = command_of(recipe, yaml, *options)
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[:2000] + done.stderr[-6000:]
 
@@ -51,17 +59,52 @@ def losses_of(output):
 
 def run(corpus, output, world, *options):
     """A run of the speaker recipe over `world` processes; its losses and embeddings."""
-    tiny = ["--size=small", "--channels=64", "--attention_channels=16", "--embedding_dim=16"]
-    tiny += ["--number_of_epochs=2", "--lr=0.0003", "--final_lr=0.0003", "--warmup_epochs=0"]
-    tiny += ["--augment=none", "--sentence_len=0.5", f"--batch_size={BATCH // world}"]
-    tiny += ["--num_valid_speakers=0", "--lr_reference_batch=8", "--average_checkpoints=2"]
-    tiny += [f"--data_folder={corpus.folder}", f"--verification_file={corpus.trials_test}"]
-    tiny += [f"--output_folder={output}", *options]
+    tiny = [*tiny_run(corpus, output, world), *options]
     if world == 1:
         train("voxceleb", "qmargin.yaml", *tiny)
     else:
         train_together("voxceleb", "qmargin.yaml", *tiny, number=world)
     return losses_of(output), load_embeddings(output / "embeddings.npz")
+
+
+def tiny_run(corpus, output, world, epochs=2):
+    tiny = ["--size=small", "--channels=64", "--attention_channels=16", "--embedding_dim=16"]
+    tiny += [
+        f"--number_of_epochs={epochs}",
+        "--lr=0.0003",
+        "--final_lr=0.0003",
+        "--warmup_epochs=0",
+    ]
+    tiny += ["--augment=none", "--sentence_len=0.5", f"--batch_size={BATCH // world}"]
+    tiny += ["--num_valid_speakers=0", "--lr_reference_batch=8", "--average_checkpoints=2"]
+    tiny += [f"--data_folder={corpus.folder}", f"--verification_file={corpus.trials_test}"]
+    return [*tiny, f"--output_folder={output}"]
+
+
+@pytest.mark.slow
+def test_sigterm_to_every_process_ends_after_a_checkpoint_of_all(corpus, tmp_path):
+    """As Slurm sends it: to torchrun, its processes and their workers, all at once."""
+    output = tmp_path / "run"
+    options = [*tiny_run(corpus, output, 2, epochs=500), "--num_workers=1", "--head=sparse"]
+    command = command_of("voxceleb", "qmargin.yaml", *options)
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as ran:
+        until = time.monotonic() + 300
+        while not (output / "history.jsonl").is_file():
+            assert ran.poll() is None, ran.communicate()[1][-6000:]
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        os.killpg(ran.pid, signal.SIGTERM)
+        said = ran.communicate(timeout=60)[1]
+    assert ran.returncode != 0  # torchrun's own; that of its processes is 143
+    where = r"SIGTERM: the run ends at epoch (\d+), (?:step (\d+)|its end); a checkpoint is written"
+    epoch, step = re.search(where, (output / "log.txt").read_text()).groups()
+    newest = max((output / "save").glob("CKPT+*"), key=lambda path: path.stat().st_mtime)
+    assert json.loads((newest / "brain.ckpt").read_text())["step"] == int(step or 0)
+    assert len(losses_of(output)) == int(epoch) - (step is not None)
+    assert "killed by signal" not in said  # of a worker
+    assert "SIGKILL" not in said  # by torchrun, of what has not ended 30 s later
 
 
 @pytest.mark.slow

@@ -141,7 +141,8 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(folder, tmp_path, head, prec
     brain.losses, brain.changed, brain.spoilt_at = {}, [], (3,)
     fit()
     assert [step for step, loss in brain.losses.items() if math.isnan(loss)] == [(1, 3)]
-    assert [step for step in range(1, 9) if not brain.changed[step - 1]] == [3]
+    assert not brain.changed[3 - 1]
+    assert precision == "fp16" or all(brain.changed[:2] + brain.changed[3:])  # its scale adapts
 
 
 def test_deterministic_is_a_setting(tmp_path, monkeypatch):
