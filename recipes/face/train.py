@@ -31,6 +31,7 @@ from speechbrain_qmargin.data.skipped import Skipped
 from speechbrain_qmargin.export.inference import export_run
 from speechbrain_qmargin.faces.pair_sets import check_folds, pair_ids
 from speechbrain_qmargin.training.brain import FaceBrain
+from speechbrain_qmargin.training.processes import made_by_main_process
 from speechbrain_qmargin.training.run import Datasets, Task, train_verifier
 
 SYNTHETIC = "generated faces: this shows that the machinery works, not how accurate it is"
@@ -77,14 +78,16 @@ def prepare(settings):
         raise ValueError(
             "verification_file: give the pairs to test on, or test_sets; or leave out data_folder"
         )
-    corpus = prepare_faces(
-        folder,
-        settings["save_folder"],
-        verification_file=test,
-        valid_file=valid,
-        num_valid_identities=settings["num_valid_identities"],
-        train_identities=settings["train_identities"],
-        min_images=settings["min_images"],
+    corpus = made_by_main_process(
+        lambda: prepare_faces(
+            folder,
+            settings["save_folder"],
+            verification_file=test,
+            valid_file=valid,
+            num_valid_identities=settings["num_valid_identities"],
+            train_identities=settings["train_identities"],
+            min_images=settings["min_images"],
+        )
     )
     if if_main_process():
         check_images({one.id: one.file for part in (corpus.valid, corpus.test) for one in part})

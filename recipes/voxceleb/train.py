@@ -27,6 +27,7 @@ from speechbrain_qmargin.data.speech import prepare_speech
 from speechbrain_qmargin.data.speech_dataset import SpeechDataset
 from speechbrain_qmargin.export.inference import export_run
 from speechbrain_qmargin.training.brain import SpeakerBrain
+from speechbrain_qmargin.training.processes import made_by_main_process
 from speechbrain_qmargin.training.run import Datasets, Task, train_verifier
 
 SYNTHETIC = "synthetic voices: this shows that the machinery works, not how accurate it is"
@@ -49,18 +50,20 @@ def prepare(settings):
             "verification_file: give the trials to test on (make_trials.py makes lists of a "
             "folder), or leave out data_folder and manifest"
         )
-    corpus = prepare_speech(
-        sources,
-        settings["save_folder"],
-        trials_folder=settings["trials_folder"],
-        verification_file=test,
-        enrolment_file=settings["enrolment_file"],
-        valid_file=valid,
-        num_valid_speakers=settings["num_valid_speakers"],
-        train_speakers=settings["train_speakers"],
-        min_utterances=settings["min_utterances"],
-        allow_missing=settings["allow_missing"],
-        reader=reader_named(settings["reader"]),
+    corpus = made_by_main_process(
+        lambda: prepare_speech(
+            sources,
+            settings["save_folder"],
+            trials_folder=settings["trials_folder"],
+            verification_file=test,
+            enrolment_file=settings["enrolment_file"],
+            valid_file=valid,
+            num_valid_speakers=settings["num_valid_speakers"],
+            train_speakers=settings["train_speakers"],
+            min_utterances=settings["min_utterances"],
+            allow_missing=settings["allow_missing"],
+            reader=reader_named(settings["reader"]),
+        )
     )
     return Task(
         num_classes=len(settings["speeds"]) * len(corpus.speakers),

@@ -9,13 +9,19 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from speechbrain.utils.distributed import ddp_barrier, ddp_init_group, if_main_process
+from speechbrain.utils.distributed import (
+    ddp_barrier,
+    ddp_broadcast,
+    ddp_init_group,
+    if_main_process,
+)
 from torch.amp.grad_scaler import GradScaler
 
 from speechbrain_qmargin.head.communicator import Communicator
 
 __all__ = [
     "deterministic_algorithms",
+    "made_by_main_process",
     "main_process_first",
     "processes",
     "refuse_one_gpu_for_all",
@@ -118,18 +124,44 @@ def refuse_one_gpu_for_all(device: str) -> None:
         )
 
 
+_made: list[Any] | None = None  # by the main process, in order; None outside main_process_first
+
+
 def main_process_first(function: Callable[[], T]) -> T:
     """Call a function on the main process, then on the others, which find its files in place.
+
+    What it asks :func:`made_by_main_process` for the others have from the main process.
 
     Examples
     --------
     >>> main_process_first(lambda: "the files are made")
     'the files are made'
     """
-    if not if_main_process():
-        ddp_barrier()
+    global _made
+    _made = [] if if_main_process() else ddp_broadcast(None)
     try:
         return function()
     finally:
-        if if_main_process():
-            ddp_barrier()
+        if if_main_process():  # after an error too, which the others will meet
+            ddp_broadcast(_made)
+        _made = None
+
+
+def made_by_main_process(function: Callable[[], T]) -> T:
+    """What the main process makes, on all: a scan of a million files is done once.
+
+    To be called within :func:`main_process_first`, by all processes in the same order; elsewhere
+    the function is called. The others have a copy, by pickle. Where the main process failed they
+    call the function, and meet its error.
+
+    Examples
+    --------
+    >>> main_process_first(lambda: made_by_main_process(lambda: ["ann", "bob"]))
+    ['ann', 'bob']
+    """
+    if _made and not if_main_process():
+        return _made.pop(0)
+    result = function()
+    if _made is not None and if_main_process():
+        _made.append(result)
+    return result

@@ -108,7 +108,9 @@ def train_verifier(
         ``hparams.yaml [--key value ...]``
     brain_class : type
     prepare : callable
-        From the experiment's settings to a :class:`Task`; called on the main process first.
+        From the experiment's settings to a :class:`Task`; called on the main process first. What
+        is made once for all goes by
+        :func:`~speechbrain_qmargin.training.processes.made_by_main_process`.
     export : callable, optional
         Once the results are there, writes ``inference/``, the encoder alone:
         ``speechbrain_qmargin.export.inference.export_run``.
@@ -194,6 +196,7 @@ def _train_and_verify(
 ) -> bool:
     """Whether there was an epoch left to train."""
     experiment = folder.experiment
+    folder.refuse_another_machines()
     main_process_first(folder.forget_false_start)
     folder.check()
     # until SpeechBrain sets up its own, in the output folder

@@ -118,11 +118,6 @@ class RunFolder:
 
         Earlier results become ``results.previous.json``: until there are new ones the run is not
         done.
-
-        Raises
-        ------
-        OSError
-            This process does not see the folder that the main process made.
         """
         if if_main_process():
             text = self.experiment.text
@@ -142,10 +137,17 @@ class RunFolder:
             log_applied_quirks()
             logger.info(f"Experiment folder: {self.path}")
             write_text(self.path / "env.log", _environment())
-        self._refuse_another_machines()
 
-    def _refuse_another_machines(self) -> None:
-        """Each machine would keep its shards, of which none could make the checkpoint whole."""
+    def refuse_another_machines(self) -> None:
+        """Each machine would keep its shards, of which none could make the checkpoint whole.
+
+        To be called while the folder is locked, before anything is prepared in it.
+
+        Raises
+        ------
+        OSError
+            This process does not see the folder that the main process made.
+        """
         # a name that nobody has looked for: what is missing is remembered by network file systems
         seen = self.path / f".seen-{ddp_broadcast(uuid4().hex)}"
         if if_main_process():

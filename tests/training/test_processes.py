@@ -1,15 +1,20 @@
 """The processes of a run: how they part, and what one of them keeps of all."""
 
+import pickle
+
 import numpy as np
 import pytest
+import soundfile
 import torch
+from PIL import Image
 from ranks import on_ranks
-from scripts import ROOT
+from scripts import ROOT, load
 
 from speechbrain_qmargin.files import replacing
 from speechbrain_qmargin.training import internals
 from speechbrain_qmargin.training import processes as module
 from speechbrain_qmargin.training.brain import VerificationBrain
+from speechbrain_qmargin.training.config import load_experiment
 from speechbrain_qmargin.training.run import train_verifier
 
 
@@ -37,6 +42,80 @@ def test_processes_of_several_machines_may_have_the_same_number(tmp_path):
         other.write_text("other")
     assert [file.name for file in tmp_path.iterdir()] == ["missing.txt"]
     assert (tmp_path / "missing.txt").read_text() == "one"  # the last that was done
+
+
+@pytest.fixture
+def as_other(monkeypatch):
+    """What the main process sends is kept; calling it makes this the other process."""
+    sent = []
+    monkeypatch.setattr(module, "ddp_broadcast", lambda made: sent.append(pickle.dumps(made)))
+
+    def become_other():
+        monkeypatch.setattr(module, "if_main_process", lambda: False)
+        monkeypatch.setattr(module, "ddp_broadcast", lambda _: pickle.loads(sent.pop()))
+
+    return become_other
+
+
+def test_what_the_main_process_makes_is_made_once(as_other):
+    made = []
+
+    def prepare():
+        found = [module.made_by_main_process(lambda: made.append(0) or len(made)) for _ in "ab"]
+        return found, module.made_by_main_process(lambda: {"ann": 1})
+
+    first = module.main_process_first(prepare)
+    as_other()
+    assert module.main_process_first(prepare) == first == ([1, 2], {"ann": 1})
+    assert len(made) == 2
+    assert module.made_by_main_process(lambda: made.append(0) or len(made)) == 3  # elsewhere
+
+
+def test_where_the_main_process_fails_the_others_meet_its_error(as_other):
+    def prepare():
+        number = module.made_by_main_process(lambda: 1)
+        return module.made_by_main_process(lambda: 1 // (number - 1))
+
+    with pytest.raises(ZeroDivisionError):
+        module.main_process_first(prepare)
+    as_other()
+    with pytest.raises(ZeroDivisionError):
+        module.main_process_first(prepare)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "yaml", "scan"),
+    [
+        ("voxceleb", "qmargin.yaml", "prepare_speech"),
+        ("face", "face_qmargin.yaml", "prepare_faces"),
+    ],
+)
+def test_a_corpus_is_scanned_by_one_process(tmp_path, monkeypatch, as_other, recipe, yaml, scan):
+    for name in ("ann", "bob", "cyd", "dan"):
+        (tmp_path / "wav" / name).mkdir(parents=True)
+        for number in (1, 2):
+            soundfile.write(tmp_path / "wav" / name / f"{number}.wav", np.zeros(8000), 16000)
+            (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / name / f"{number}.png")
+    end = "wav" if recipe == "voxceleb" else "png"
+    trials = tmp_path / "trials.txt"
+    trials.write_text(f"1 ann/1.{end} ann/2.{end}\n0 ann/1.{end} bob/1.{end}\n")
+    options = [f"--data_folder={tmp_path}", f"--verification_file={trials}"]
+    options += [f"--output_folder={tmp_path / 'run'}", f"--valid_file={trials}", "--size=small"]
+    script = load(f"recipes/{recipe}/train.py")
+    monkeypatch.setattr(script, "check_images", lambda _: None, raising=False)
+    settings = load_experiment([str(ROOT / "hparams" / yaml), *options]).settings
+    mine = module.main_process_first(lambda: script.prepare(settings))
+    as_other()
+    monkeypatch.setattr(script, scan, lambda *_, **__: pytest.fail("it is scanned again"))
+    other = module.main_process_first(lambda: script.prepare(settings))
+    assert other.num_classes == mine.num_classes >= 2
+    for part in ("train", "test"):
+        one, same = (getattr(task.datasets.args[0], part) for task in (mine, other))
+        assert list(one.files) == list(same.files)
+        assert one.path == same.path  # mapped from one file
+    (name,) = mine.test_trials
+    assert list(mine.test_trials[name].ids) == list(other.test_trials[name].ids)
 
 
 class Rank(VerificationBrain):

@@ -89,7 +89,9 @@ def test_a_machine_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch):
     """It would write its shards where the others never look, and nobody would know until then."""
     monkeypatch.setattr(run_folder, "if_main_process", lambda: False)
     with pytest.raises(OSError, match=r"does not see .* file system that all of them share"):
-        begun(tmp_path)
+        RunFolder(
+            load_experiment([str(HPARAMS / "qmargin.yaml"), f"--output_folder={tmp_path}"])
+        ).refuse_another_machines()
 
 
 def test_a_run_that_was_moved_or_is_named_otherwise_is_the_same(tmp_path, monkeypatch):
