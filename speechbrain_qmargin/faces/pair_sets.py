@@ -25,7 +25,7 @@ from speechbrain_qmargin.scoring.metrics import (
 )
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.score_files import write_scores
-from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval
+from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval, scarcer
 from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = [
@@ -66,7 +66,7 @@ class FoldFigure:
         Wrong decisions (of a TAR: missed pairs), and the pairs they are of.
     rests_on : int
         The scarcer of the errors it rests on: of a TAR perhaps the false accepts that its FAR
-        allows among the other folds. `support` is its badge.
+        allows among the other folds, of one near 0 the pairs accepted. `support` is its badge.
     values, thresholds : float arrays [folds]
         Of every fold; pairs are called the same where ``score >= threshold``.
     far : float array [folds] or None
@@ -191,7 +191,7 @@ def ten_fold_tar(
     measure, genuine = TarAtFar(far), int(np.count_nonzero(is_same))
     everything = operating_points(scores, is_same)
     few = measure.few_errors(measure.find(everything), everything)
-    rests_on = min(missed, allowed_false_accepts(far, len(is_same) - genuine))
+    rests_on = min(scarcer(missed, genuine), allowed_false_accepts(far, len(is_same) - genuine))
     name = f"{measure.name} over {folds} folds"
     kind = "fold_tar_at_far", far
     return _figure(kind, name, values, missed, genuine, rests_on, few, thresholds, np.asarray(fars))

@@ -17,7 +17,7 @@ from speechbrain_qmargin.scoring.metrics import (
     tar_at_far,
 )
 from speechbrain_qmargin.scoring.separation import refuse_other_kind
-from speechbrain_qmargin.scoring.uncertainty import FEWEST_ERRORS, Spread, badge
+from speechbrain_qmargin.scoring.uncertainty import FEWEST_ERRORS, Spread, badge, scarcer
 from speechbrain_qmargin.trials import Trials
 
 __all__ = [
@@ -327,7 +327,9 @@ def choose_operating_point(
     threshold = clear_threshold(chosen, tar_at_far(chosen, far).threshold)
     allowed = allowed_false_accepts(far, chosen.num_impostors)
     misses, false_accepts = points.errors_at(threshold)
-    errors = min(allowed, misses) if development is None else min(allowed, misses, false_accepts)
+    errors = min(allowed, scarcer(misses, points.num_targets))
+    if development is not None:
+        errors = min(errors, scarcer(false_accepts, points.num_impostors))
     far_interval = tar_interval = None
     if spread is not None and development is not None:
         rates = spread.rates_at(threshold, confidence)

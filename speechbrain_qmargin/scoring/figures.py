@@ -19,7 +19,7 @@ import numpy as np
 from speechbrain_qmargin.scoring import metrics
 from speechbrain_qmargin.scoring.influence import Influence
 from speechbrain_qmargin.scoring.metrics import OperatingPoints
-from speechbrain_qmargin.scoring.uncertainty import Spread, rate_interval
+from speechbrain_qmargin.scoring.uncertainty import Spread, rate_interval, scarcer
 
 __all__ = [
     "UNITS",
@@ -77,7 +77,7 @@ class Figure:
     threshold : float or None
         The score at and above which trials are accepted.
     errors : int or None
-        The scarcer of the errors it rests on.
+        What it rests on: the scarcer of its errors; of a TAR near 0, of the targets accepted.
     misses, false_accepts : int or None
         At that threshold.
     support : str
@@ -450,7 +450,8 @@ class TarAtFar:
     def find(self, points: OperatingPoints) -> Found:
         tar, threshold, accepts, misses = metrics.tar_at_far(points, self.far)
         allowed = metrics.allowed_false_accepts(self.far, points.num_impostors)
-        return Found(tar, threshold, min(allowed, misses), misses, accepts)
+        rests_on = min(allowed, scarcer(misses, points.num_targets))
+        return Found(tar, threshold, rests_on, misses, accepts)
 
     def influence(self, spread: Spread) -> Influence:
         return spread.tar_at_far(self.far)

@@ -103,7 +103,7 @@ def det_figure(
     """Detection error trade-offs on normal-deviate axes, as a matplotlib figure.
 
     Each curve ends at the lowest FAR its impostors can show; the region below 30 false accepts is
-    shaded, the curve in it (and below 30 misses) dashed.
+    shaded, the curve in it (and below 30 misses, or 30 targets accepted) dashed.
 
     Parameters
     ----------
@@ -128,7 +128,8 @@ def det_figure(
     for name, (points, spread) in systems.items():
         equal = eer(points)
         far, frr = _staircase(points)
-        sure = (far * points.num_impostors >= 30) & (frr * points.num_targets >= 30)
+        rarer = np.minimum(frr, 1 - frr) * points.num_targets
+        sure = (far * points.num_impostors >= 30) & (rarer >= 30)
         x, y = norm.ppf(far), norm.ppf(frr)
         label = plain(f"{name} (EER {100 * equal:.2f} %)")
         (line,) = axes.plot(x, y, linewidth=0.9, linestyle=(0, (3, 2)))

@@ -83,6 +83,7 @@ __all__ = [
     "Spread",
     "badge",
     "rate_interval",
+    "scarcer",
 ]
 
 FEWEST_ERRORS = 30  # below, their number is luck
@@ -97,7 +98,7 @@ def badge(errors: float, speakers: float | None = None) -> str:
     Parameters
     ----------
     errors : int
-        Of distinct trials.
+        Of distinct trials: of a rate, its :func:`scarcer` outcome.
     speakers : float, optional
         That contribute (:attr:`TrialStructure.contributing`). Below 8 nothing is called measured,
         below 4, where no interval can be given, everything is unsupported.
@@ -113,6 +114,19 @@ def badge(errors: float, speakers: float | None = None) -> str:
         return "unsupported"
     enough = speakers is None or round(speakers) >= FEWEST_SPEAKERS
     return "measured" if errors >= FEWEST_ERRORS and enough else "indicative"
+
+
+def scarcer(errors: int, trials: int) -> int:
+    """What a rate rests on: the fewer of its two outcomes.
+
+    A rate of 99 % of 200 trials is known as badly as one of 1 %, from two trials.
+
+    Examples
+    --------
+    >>> scarcer(3, 200), scarcer(198, 200)
+    (3, 2)
+    """
+    return min(errors, trials - errors)
 
 
 def rate_interval(
@@ -162,10 +176,10 @@ class RatesAt:
     ----------
     threshold, far, frr : float
     far_interval, frr_interval : (low, high) or None
-        Over speakers; below 30 errors the wider of that and Clopper-Pearson.
+        Over speakers; below 30 of the scarcer outcome the wider of that and Clopper-Pearson.
     false_accepts, misses : int
     far_support, frr_support : str
-        Their badges.
+        Their badges, by the scarcer outcome (:func:`scarcer`).
 
     Examples
     --------
@@ -323,10 +337,11 @@ class Spread:
         )
         for errors, trials, influence in counted:
             interval = influence.interval(errors / trials, confidence)
-            if interval is not None and errors < FEWEST_ERRORS:
+            rests_on = scarcer(errors, trials)
+            if interval is not None and rests_on < FEWEST_ERRORS:
                 few = rate_interval(errors, trials, confidence)
                 interval = min(interval[0], few[0]), max(interval[1], few[1])
-            support = badge(errors, self.structure.contributing)
+            support = badge(rests_on, self.structure.contributing)
             found.append((errors / trials, interval, errors, support))
         (frr, frr_range, misses, frr_support), (far, far_range, accepts, far_support) = found
         return RatesAt(

@@ -176,6 +176,17 @@ def test_no_misses_do_not_make_an_interval_without_width():
     assert point.support == figure.support == "unsupported"
 
 
+def test_a_threshold_that_accepts_next_to_nobody_is_not_measured():
+    points, scores, is_target = points_of(5)
+    scores[is_target] = -20
+    scores[np.flatnonzero(is_target)[:2]] = 20
+    few = operating_points(scores, is_target)
+    for development in (None, points):
+        point = choose_operating_point("a", few, 0.05, development=development, speakers=100)
+        assert few.num_targets - point.misses == 2
+        assert point.support == "unsupported"
+
+
 def test_validation_on_the_test_is_seen_by_its_trials():
     def listed(*pairs, source="test.txt"):
         ids = sorted({name for pair in pairs for name in pair})

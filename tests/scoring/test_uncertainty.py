@@ -280,6 +280,31 @@ def test_below_30_errors_the_wider_of_both_is_given():
     assert beyond.far_interval == rate_interval(0, int((~trials.is_target).sum()))
 
 
+@pytest.mark.filterwarnings("ignore:the EER of")
+def test_a_rate_near_one_rests_on_its_few_exceptions():
+    """No target of 60 is accepted: nothing is measured, and the rate is not known to be 100 %."""
+    trials = all_pairs(20, 3)
+    scores = np.random.default_rng(8).normal(size=len(trials))
+    scores[trials.is_target] -= 20
+    targets = np.flatnonzero(trials.is_target)
+    count = len(targets)
+    for hits, support in ((0, "unsupported"), (5, "indicative")):
+        scores[targets[:hits]] = 9
+        report = evaluate(scores, trials, fars=[0.1])
+        figure = report["tar_at_far", 0.1]
+        assert (figure.value, figure.errors) == (pytest.approx(hits / count), hits)
+        assert figure.support == support
+        low, high = rate_interval(hits, count)
+        assert figure.low <= low + 1e-12
+        assert figure.high >= high - 1e-12
+        rates = report.spread.rates_at(figure.threshold)
+        assert rates.frr_support == support
+        assert rates.frr_interval[0] <= 1 - high + 1e-12
+    rates = report.spread.rates_at(float(scores.min()))  # all are accepted
+    assert (rates.far, rates.far_support) == (1, "unsupported")
+    assert rates.far_interval == rate_interval(report.num_impostors, report.num_impostors)
+
+
 def test_a_threshold_that_moves_with_far_moves_the_tar():
     """Impostors of one speaker score higher: TAR at a FAR hangs on that speaker."""
     rng = np.random.default_rng(7)

@@ -13,11 +13,8 @@ from speechbrain_qmargin.faces.ijb.images import ImageEmbeddings
 from speechbrain_qmargin.faces.ijb.protocol import IJB
 from speechbrain_qmargin.faces.ijb.templates import IJBOptions, pair_cosines, template_embeddings
 from speechbrain_qmargin.files import replacing, write_text
-from speechbrain_qmargin.scoring.metrics import (
-    allowed_false_accepts,
-    operating_points,
-    tar_at_far,
-)
+from speechbrain_qmargin.scoring.figures import TarAtFar
+from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.scoring.report import Report, evaluate
 from speechbrain_qmargin.scoring.uncertainty import badge
 
@@ -193,9 +190,9 @@ def sweep_table(
         points = operating_points(scores, ijb.trials.is_target)
         row = f"{options.code:11}"
         for far in fars:
-            found = tar_at_far(points, far)
-            errors = min(allowed_false_accepts(far, points.num_impostors), found.misses)
-            row += f"{100 * found.tar:11.2f}" if badge(errors) != "unsupported" else f"{'-':>11}"
+            found = TarAtFar(far).find(points)
+            shown = badge(found.errors or 0) != "unsupported"
+            row += f"{100 * found.value:11.2f}" if shown else f"{'-':>11}"
         rows.append(row)
     return "\n".join(rows)
 
