@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -169,6 +170,19 @@ def test_labels_of_ones_and_zeros_are_the_labels():
         Trials(ids, np.array([0, 1]), np.array([2]))
     with pytest.raises(ValueError, match=r"enrolment: <U3 \(1,\), not the indices \[N\] of ids"):
         Trials(ids, np.array(["a/1"]), np.array([2]))
+    for bad in (-1, 3):
+        with pytest.raises(ValueError, match=f"test: {min(bad, 1)} to {max(bad, 1)}, not indices"):
+            Trials(ids, np.array([0, 1]), np.array([1, bad]))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int16, np.uint64, np.int64])
+def test_indices_of_any_width_name_the_same_pairs(kind):
+    """The number of a pair goes up to the square of the ids, beyond what narrow indices hold."""
+    left, right = np.triu_indices(120, 1)
+    ids = [f"s{n // 4}/{n}" for n in range(120)]
+    for one, two in ((left.astype(kind), right.astype(kind)), (left.astype(kind), right)):
+        trials = LabelledTrials(ids, one, two, left // 4 == right // 4)
+        assert trials.distinct.trials is trials
 
 
 def test_labels_that_contradict_the_speakers_are_named(tmp_path):
@@ -291,6 +305,32 @@ def test_two_sides_of_a_call_under_one_id_are_refused(tmp_path, column):
     for read in (read_trials, read_unlabelled):
         with pytest.raises(ValueError, match=said):
             read(file)
+
+
+@pytest.mark.filterwarnings("ignore:both. of")
+def test_lost_pairs_count_once_as_those_that_are_left():
+    plain, both = both_orders()
+    itself = [np.append(side, 0) for side in (both.enrolment, both.test)]
+    both = replace(both, enrolment=itself[0], test=itself[1],
+                   is_target=np.append(both.is_target, True))  # fmt: skip
+    for lost in ([plain.ids[0]], plain.ids[:3]):
+        one, two = plain.without(lost), both.without(lost)
+        assert one.lost == two.lost
+        assert one.lost.targets + one.lost.impostors == len(plain) - len(one)
+        assert len(two.distinct.trials) == len(one)
+    again = both.without(plain.ids[:1]).without(plain.ids[1:3])
+    assert again.lost == plain.without(plain.ids[:3]).lost
+
+
+def test_numbers_of_speakers_do_not_depend_on_the_order_of_trials(tmp_path):
+    lines = ["d e target", "a b target", "b c target", "e a nontarget"]
+    for order in (lines, lines[::-1]):
+        trials = read_trials(write(tmp_path / "t", "\n".join(order)))
+        assert trials.people.tolist() == ["a", "d"]
+        who = dict(zip(trials.ids, trials.speakers().tolist(), strict=True))
+        assert who == {"a": 0, "b": 0, "c": 0, "d": 1, "e": 1}
+    trials = index_pairs(["b/1"], ["a/1"], np.array([False]), "").labelled()
+    assert (trials.people.tolist(), trials.speakers().tolist()) == (["a", "b"], [1, 0])
 
 
 def test_failures_are_counts():

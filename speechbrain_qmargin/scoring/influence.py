@@ -7,7 +7,7 @@ mathematics.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -36,6 +36,9 @@ class TrialStructure:
     speakers_known : bool
         Whether these are speakers, not groups of recordings that target trials link. Two groups
         may be one person, so nothing is called measured.
+    people : str array [S]
+        Who they are (:attr:`~speechbrain_qmargin.trials.pairs.LabelledTrials.people`); empty if
+        not known.
 
     Examples
     --------
@@ -51,6 +54,7 @@ class TrialStructure:
     pair_keys: np.ndarray
     pair_counts: np.ndarray
     speakers_known: bool = True
+    people: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=str), repr=False)
 
     @classmethod
     def of(cls, trials: LabelledTrials) -> TrialStructure:
@@ -74,7 +78,9 @@ class TrialStructure:
             keys % count, counts, count
         )
         targets = np.bincount(speakers[trials.enrolment[trials.is_target]], minlength=count)
-        return cls(targets.astype(float), impostors, keys, counts, trials.speakers_known)
+        return cls(
+            targets.astype(float), impostors, keys, counts, trials.speakers_known, trials.people
+        )
 
     @cached_property
     def num_targets(self) -> float:
@@ -112,7 +118,7 @@ class TrialStructure:
         """Whether the same speakers meet as often: a necessary sign of the same trials."""
         return self is other or all(
             np.array_equal(getattr(self, name), getattr(other, name))
-            for name in ("targets", "pair_keys", "pair_counts")
+            for name in ("targets", "pair_keys", "pair_counts", "people")
         )
 
     @property

@@ -92,14 +92,11 @@ def worst_speakers(
     both = np.concatenate(sides)
     impostors = np.bincount(both[np.tile(~target, 2)], minlength=size)
     accepts = np.bincount(both[np.tile(~target & accepted, 2)], minlength=size)
-    name = {}
-    for speaker, known in zip(speakers.tolist(), trials.speaker_names(), strict=True):
-        name.setdefault(speaker, known)  # linked by target trials: the first recording's
     share = misses / max(misses.sum(), 1) + accepts / max(accepts.sum(), 1)
     order = np.argsort(-share, kind="stable")[:count]
     return [
         {
-            "speaker": name[speaker],
+            "speaker": str(trials.people[speaker]),
             "misses": int(misses[speaker]),
             "targets": int(targets[speaker]),
             "false_accepts": int(accepts[speaker]),

@@ -36,7 +36,7 @@ class Lost:
     models, tried_models : int
         Enrolment models without a recording left, of how many.
     targets, impostors : int
-        Trials that went with them.
+        Trials that went with them; a pair counts once, whatever its order, as in figures.
 
     Raises
     ------
@@ -107,8 +107,8 @@ class Trials:
     Raises
     ------
     ValueError
-        Sides or labels of other lengths, sides that are no indices, labels that are neither true
-        nor false.
+        Sides or labels of other lengths, sides that are no indices of ids, labels that are neither
+        true nor false.
 
     Examples
     --------
@@ -134,6 +134,10 @@ class Trials:
         for name, side in zip(("enrolment", "test"), sides, strict=True):
             if side.ndim != 1 or (len(side) and side.dtype.kind not in "iu"):
                 raise ValueError(f"{name}: {side.dtype} {side.shape}, not the indices [N] of ids")
+            if len(side) and not 0 <= (low := side.min()) <= (high := side.max()) < len(self.ids):
+                raise ValueError(f"{name}: {low} to {high}, not indices of {len(self.ids)} ids")
+            if side.dtype.kind != "i":  # unsigned ones mix with others as floats
+                side = side.astype(np.int64)
             object.__setattr__(self, name, side)
         if len(sides[0]) != len(sides[1]):
             raise ValueError(f"{len(sides[0])} enrolments and {len(sides[1])} tests")
@@ -268,12 +272,15 @@ class Trials:
         kept = ~(gone[self.enrolment] | gone[self.test])
         left = {model: recordings for model, recordings in models.items() if recordings}
         failed = len(lost & set(self.recordings))
-        targets = 0 if self.is_target is None else int(np.count_nonzero(self.is_target[~kept]))
+        keys, itself = self._pairs()
+        gone_pairs = np.flatnonzero(~kept & ~itself)
+        gone_pairs = gone_pairs[np.unique(keys[gone_pairs], return_index=True)[1]]
+        targets = 0 if self.is_target is None else int(self.is_target[gone_pairs].sum())
         now = Lost(
             failed,
             len(self.recordings),
             targets,
-            int(np.count_nonzero(~kept)) - targets,
+            len(gone_pairs) - targets,
             len(models) - len(left),
             len(models),
         )
@@ -289,6 +296,24 @@ class Trials:
         if not now.recordings:
             return self
         return replace(self.rows(kept), models=left, lost=now)._used()
+
+    def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """A number for every trial's unordered pair, and whether it is a recording with itself."""
+        low, high = (f(self.enrolment, self.test) for f in (np.minimum, np.maximum))
+        itself = low == high
+        if self.models:
+            place = {name: n for n, name in enumerate(self.ids)}
+            inside = {
+                (place[model], place[one])
+                for model, recordings in self.models.items()
+                for one in recordings
+                if model in place and one in place
+            }
+            pairs = zip(self.enrolment.tolist(), self.test.tolist(), strict=True)
+            itself |= np.fromiter((pair in inside for pair in pairs), bool, len(self))
+        if low.dtype != np.int64 and len(self.ids) ** 2 > np.iinfo(low.dtype).max:
+            low = low.astype(np.int64)
+        return low * len(self.ids) + high, itself
 
     def _used(self: AnyTrials) -> AnyTrials:
         """Without the ids that no trial names."""
@@ -401,13 +426,21 @@ class LabelledTrials(Trials):
             A target trial of two speakers, an impostor trial of one or within a linked group, a
             model of two speakers; named.
         """
-        return self._speakers
+        return self._numbered[1]
+
+    @property
+    def people(self) -> np.ndarray:
+        """Who each number of :meth:`speakers` is, ascending; of a linked group, its first id.
+
+        The numbers do not depend on the order of the trials: two lists with one `people` number
+        their speakers alike.
+        """
+        return self._numbered[0]
 
     @cached_property
-    def _speakers(self) -> np.ndarray:
+    def _numbered(self) -> tuple[np.ndarray, np.ndarray]:
         if self.speakers_known:
-            names = self.speaker_names()
-            speakers = np.unique(names, return_inverse=True)[1]
+            people, speakers = np.unique(self.speaker_names(), return_inverse=True)
             if self.speaker_of is None:
                 for model, recordings in self.models.items():
                     voices = sorted({speaker_in(one) for one in recordings})
@@ -416,7 +449,7 @@ class LabelledTrials(Trials):
                             f"{self.name}: the model {model} is of several speakers: {some(voices)}"
                         )
         else:
-            speakers = self._linked()
+            people, speakers = self._linked()
         same = speakers[self.enrolment] == speakers[self.test]
         wrong = same != self.is_target
         if wrong.any() and not (self.label_noise and not self.speakers_known):
@@ -437,10 +470,10 @@ class LabelledTrials(Trials):
                 f"{self.name}: {self.pair(at)} is {kind[int(self.is_target[at])]} {how}. Correct "
                 "the label, or give the speakers (utt2spk)"
             )
-        return speakers
+        return people, speakers
 
-    def _linked(self) -> np.ndarray:
-        """Groups that target trials and models link, as an int array [len(ids)]."""
+    def _linked(self) -> tuple[np.ndarray, np.ndarray]:
+        """Groups that target trials and models link: their first ids, and int [len(ids)]."""
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
@@ -455,7 +488,15 @@ class LabelledTrials(Trials):
         left = np.concatenate((self.enrolment[self.is_target], more[:, 0]))
         right = np.concatenate((self.test[self.is_target], more[:, 1]))
         links = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(len(at), len(at)))
-        return connected_components(links, directed=False)[1][: len(self.ids)]
+        groups = connected_components(links, directed=False)[1][: len(self.ids)]
+        ids = np.asarray(self.ids)
+        order = np.argsort(ids, kind="stable")
+        _, first, at = np.unique(groups[order], return_index=True, return_inverse=True)
+        number = np.empty(len(first), dtype=np.int64)  # by the first id, whatever the order of ids
+        number[np.argsort(first)] = np.arange(len(first))
+        speakers = np.empty(len(ids), dtype=np.int64)
+        speakers[order] = number[at]
+        return ids[order[np.sort(first)]], speakers
 
     @cached_property
     def distinct(self) -> Distinct:
@@ -469,19 +510,7 @@ class LabelledTrials(Trials):
         ValueError
             A pair with both labels, named; nothing left.
         """
-        low, high = (f(self.enrolment, self.test) for f in (np.minimum, np.maximum))
-        itself = low == high
-        if self.models:
-            place = {name: n for n, name in enumerate(self.ids)}
-            inside = {
-                (place[model], place[one])
-                for model, recordings in self.models.items()
-                for one in recordings
-                if model in place and one in place
-            }
-            pairs = zip(self.enrolment.tolist(), self.test.tolist(), strict=True)
-            itself |= np.fromiter((pair in inside for pair in pairs), bool, len(self))
-        keys = low * len(self.ids) + high
+        keys, itself = self._pairs()
         ordered = np.sort(keys)
         if not itself.any() and not (ordered[1:] == ordered[:-1]).any():
             return Distinct(self, None)

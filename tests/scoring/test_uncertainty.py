@@ -1,6 +1,7 @@
 """Intervals over speakers: their sums by brute force, what must not change them, their coverage."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from speechbrain_qmargin.scoring.uncertainty import (
     badge,
     rate_interval,
 )
-from speechbrain_qmargin.trials import LabelledTrials
+from speechbrain_qmargin.trials import LabelledTrials, index_pairs
 
 
 def all_pairs(num_speakers, per_speaker):
@@ -334,6 +335,31 @@ def test_differences_of_a_system_and_itself_have_no_width():
     double = spread.eer() + spread.eer()
     assert double.variance == pytest.approx(4 * spread.eer().variance)
     assert (spread.eer() - 0.25 * double).variance == pytest.approx(spread.eer().variance / 4)
+
+
+def test_systems_are_paired_by_who_speaks():
+    """Whatever the order of the two lists; lists of one shape and other people are two lists."""
+    rng = np.random.default_rng(10)
+    trials = all_pairs(10, 3)
+    scores = scored(trials, rng)
+    order = rng.permutation(len(trials))
+    for known in (True, False):
+        names = trials.ids if known else [name.replace("/", "-") for name in trials.ids]
+        lists = [
+            index_pairs(
+                [names[n] for n in trials.enrolment[rows]],
+                [names[n] for n in trials.test[rows]],
+                trials.is_target[rows],
+                "",
+            ).labelled()
+            for rows in (np.arange(len(trials)), order)
+        ]
+        reports = [evaluate(scores, lists[0]), evaluate(scores[order], lists[1])]
+        for difference in compare(*reports):
+            assert abs(difference.low) + abs(difference.high) < 1e-6, difference
+        others = replace(lists[0], ids=[f"t{name}" for name in lists[0].ids])
+        with pytest.raises(ValueError, match="not evaluated on the same trials"):
+            compare(reports[0], evaluate(scores, others))
 
 
 def test_influences_on_other_trials_do_not_combine():
