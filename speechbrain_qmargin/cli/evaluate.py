@@ -51,7 +51,8 @@ def _breakdown(args) -> None:
     elif args.threshold is not None:
         threshold = args.threshold
     else:
-        points = operating_points(found.scores, trials.is_target)
+        distinct = trials.distinct
+        points = operating_points(distinct.scores(found.scores), distinct.trials.is_target)
         threshold = tar_at_far(points, args.far).threshold
         print(f"threshold {threshold:.6g}, for a FAR of {args.far:g} on these very scores")
     edges = [float(edge) for edge in args.edges.split(",")] if args.edges else None
@@ -166,8 +167,12 @@ def _bayes(args) -> None:
     inputs = [*files_of(args.systems), args.trials, args.utt2spk, args.models]
     refuse_overwriting([args.output], inputs, args.overwrite)
     found, files = read_systems(args.systems, args)
-    is_target = found.labelled().is_target
-    points = {name: operating_points(read.scores, is_target) for name, read in files.items()}
+    distinct = found.labelled().distinct
+    is_target = distinct.trials.is_target
+    points = {
+        name: operating_points(distinct.scores(read.scores), is_target)
+        for name, read in files.items()
+    }
     wanted = np.log(args.priors) - np.log1p(-np.asarray(args.priors))
     print("normalised Bayes error (minimum) at priors of a target trial")
     for name, each in points.items():

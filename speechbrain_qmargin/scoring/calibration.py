@@ -45,6 +45,7 @@ class Calibration:
     fitted_on : str
         Digest of the development trials.
     num_trials : int
+        Distinct ones.
     kind : str
         What the scores are that it was fitted on ("cosine", "as-norm", ...); empty if not known.
     speakers : list of str
@@ -234,8 +235,11 @@ def fit_log_odds(
     centre, spread = features.mean(0), np.asarray(features.std(0))
     spread = np.where(spread == 0, 1.0, spread)
     weight = np.where(is_target, p_target / number, (1 - p_target) / (len(is_target) - number))
-    model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10, max_iter=1000)
-    apart = _apart(features[:, 0], is_target)
+    # the gradient is a mean in which the rarer class has its prior's weight
+    tolerance = 1e-10 * min(p_target, 1 - p_target)
+    model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=tolerance, max_iter=1000)
+    falling = _apart(-features[:, 0], is_target)
+    apart = falling or _apart(features[:, 0], is_target)
     if not apart:
         with warnings.catch_warnings():  # scikit-learn's words for classes that are apart
             warnings.simplefilter("ignore")
@@ -246,6 +250,7 @@ def fit_log_odds(
         raise ValueError(
             "the development scores separate targets and impostors entirely, but for ties perhaps: "
             "their best log-likelihood ratios are infinite. Use a harder or larger list"
+            + (", and negate scores that are distances: these are lower for targets" * falling)
         )
     weights = model.coef_[0] / spread
     offset = (
@@ -275,7 +280,8 @@ def fit_calibration(
     """Fit on development trials, of other speakers than those to be reported.
 
     Unregularised logistic regression (scikit-learn), the classes weighted to a prior of
-    `p_target`, run to convergence.
+    `p_target`, run to convergence. Distinct pairs count, as in figures: a pair once, whatever its
+    order, and no recording with itself.
 
     Parameters
     ----------
@@ -305,17 +311,19 @@ def fit_calibration(
     (['score'], True)
     """
     qualities = dict(qualities or {})
-    features = _features(scores, trials, qualities)
+    distinct = trials.distinct
+    counted = distinct.trials
+    features = _features(distinct.scores(np.asarray(scores)), counted, qualities)
     if not np.isfinite(features[:, 0]).all():
         raise ValueError("scores must be finite")
-    weights, offset = fit_log_odds(features, trials.is_target, p_target)
+    weights, offset = fit_log_odds(features, counted.is_target, p_target)
     return Calibration(
         list(qualities),
         weights.tolist(),
         offset,
         p_target,
         digest(trials),
-        len(trials),
+        len(counted),
         kind,
         speaker_digests(trials),
         encoder,

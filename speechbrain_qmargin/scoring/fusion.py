@@ -158,7 +158,7 @@ def fit_fusion(
     p_target: float = 0.01,
     kinds: Mapping[str, str] | None = None,
 ) -> Fusion:
-    """Fit on development trials.
+    """Fit on development trials, of which distinct pairs count, as in figures.
 
     Parameters
     ----------
@@ -190,15 +190,17 @@ def fit_fusion(
         raise ValueError("there are no systems to fuse")
     if trials.is_target is None:
         raise ValueError("the development trials have no labels: give the trial list")
-    matrix = _matrix(systems, trials)
-    weights, offset = fit_log_odds(matrix, trials.is_target, p_target)
+    matrix, distinct = _matrix(systems, trials), trials.labelled().distinct
+    columns = [distinct.scores(column) for column in matrix.T]
+    counted = distinct.trials
+    weights, offset = fit_log_odds(np.column_stack(columns), counted.is_target, p_target)
     return Fusion(
         list(systems),
         weights.tolist(),
         offset,
         p_target,
         speaker_digests(trials),
-        len(trials),
+        len(counted),
         trials.source,
         {name: kind for name, kind in (kinds or {}).items() if kind},
     )

@@ -140,7 +140,10 @@ def write_report(
         held_out, chosen_on = None, ""
         if development and name in development:
             dev_scores, dev_trials = development[name]
-            held_out = operating_points(dev_scores, dev_trials.is_target)
+            counted = dev_trials.distinct
+            held_out = operating_points(
+                counted.scores(np.asarray(dev_scores)), counted.trials.is_target
+            )
             chosen_on = dev_trials.source
         about = provenance.about.get(name, {})
         decisions[name] = choose_operating_point(

@@ -378,7 +378,16 @@ class Distinct(NamedTuple):
     group: np.ndarray | None
 
     def scores(self, scores: np.ndarray) -> np.ndarray:
-        """The scores of `trials`: of a pair that was scored more than once, the mean."""
+        """The scores of `trials`: of a pair that was scored more than once, the mean.
+
+        Raises
+        ------
+        ValueError
+            Another number of scores than of trials before.
+        """
+        wanted = len(self.trials if self.group is None else self.group)
+        if scores.shape != (wanted,):
+            raise ValueError(f"{wanted} trials and scores {scores.shape}")
         if self.group is None:
             return scores
         kept = self.group >= 0

@@ -55,6 +55,30 @@ def test_breakdown(files, capsys):
     assert "no column age; there are gender" in capsys.readouterr().err
 
 
+def test_distinct_pairs_count_for_every_command(files, tmp_path, capsys):
+    """Some pairs in both orders, and every recording with itself, change no figure."""
+    trials, scores = read_scores(files / "test_one.tsv")
+    head = "enrolment\ttest\tscore\tlabel\n"
+    rows = [
+        (trials.ids[e], trials.ids[t], repr(20 * score), f"{label:d}")
+        for e, t, score, label in zip(
+            trials.enrolment, trials.test, scores.tolist(), trials.is_target, strict=True
+        )
+    ]
+    more = [(t, e, *rest) for e, t, *rest in rows[::3]] + [(n, n, "25", "1") for n in trials.ids]
+    for name, listed in (("plain", rows), ("both", [*rows, *more])):
+        text = head + "".join("\t".join(row) + "\n" for row in listed)
+        (tmp_path / f"{name}.tsv").write_text(text)
+    printed = {}
+    for name in ("plain", "both"):
+        one = f"one={tmp_path / name}.tsv"
+        assert run("bayes", one, f"--output={tmp_path / name}.png") == 0
+        by = [tmp_path / f"{name}.tsv", f"--metadata={files / 'people.csv'}", "--far=0.1"]
+        assert run("breakdown", *by) == 0
+        printed[name] = capsys.readouterr().out.replace(name, "it")
+    assert printed["both"] == printed["plain"]
+
+
 def test_groups_on_the_report(files):
     metadata = [f"--metadata={files / 'people.csv'}", "--by=gender"]
     assert run("report", files / "test_one.tsv", *metadata, f"--output={files / 'page'}") == 0

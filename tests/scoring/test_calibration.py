@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 from scipy.optimize import minimize
+from scipy.special import expit
 
 from speechbrain_qmargin.scoring.calibration import (
     Calibration,
     fit_calibration,
     fit_log_odds,
 )
+from speechbrain_qmargin.scoring.fusion import fit_fusion
 from speechbrain_qmargin.scoring.metrics import cllr, eer, min_cllr, operating_points
 from speechbrain_qmargin.trials import LabelledTrials
 
@@ -55,6 +57,41 @@ def test_it_is_the_optimum_of_the_weighted_cost():
     assert found <= best.fun + 1e-9
     weights, offset = fit_log_odds(scores[:, None], trials.is_target.astype(int), 0.05)
     assert [*weights, offset] == [*calibration.weights, calibration.offset]
+
+
+@pytest.mark.parametrize("p_target", [1e-9, 1e-4, 0.5, 1 - 1e-6])
+def test_it_converges_at_every_prior(p_target):
+    """At the optimum both classes' pulls on the offset and on the weight are even."""
+    scores, trials = simulated(3, count=600)
+    calibration = fit_calibration(scores, trials, p_target=p_target)
+    llr = calibration.weights[0] * scores + calibration.offset
+    pulls = expit(np.where(trials.is_target, -1, 1) * (llr + math.log(p_target / (1 - p_target))))
+    for values in (pulls, pulls * scores):
+        targets = p_target * values[trials.is_target].mean()
+        impostors = (1 - p_target) * values[~trials.is_target].mean()
+        assert targets == pytest.approx(impostors, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:both. of")
+def test_distinct_pairs_are_what_is_fitted():
+    """A list of both orders, with every recording against itself, whose score is the highest."""
+    scores, trials = of_speakers("abcdefgh", 4)
+    itself = np.arange(len(trials.ids))
+    both = LabelledTrials(
+        trials.ids,
+        np.concatenate((trials.enrolment, trials.test[:99], itself)),
+        np.concatenate((trials.test, trials.enrolment[:99], itself)),
+        np.concatenate((trials.is_target, trials.is_target[:99], itself >= 0)),
+        "both",
+    )
+    again = np.concatenate((scores, scores[:99], np.full(len(itself), 9.0)))
+    found, wanted = fit_calibration(again, both), fit_calibration(scores, trials)
+    assert (found.weights, found.offset) == (wanted.weights, wanted.offset)
+    assert found.num_trials == wanted.num_trials == len(trials)
+    fused, alone = fit_fusion({"a": again}, both), fit_fusion({"a": scores}, trials)
+    assert (fused.weights, fused.offset) == (alone.weights, alone.offset)
+    with pytest.raises(ValueError, match=rf"{len(both)} trials and scores \({len(trials)},\)"):
+        fit_calibration(scores, both)
 
 
 def test_quality_measures_help_where_they_matter():
@@ -105,6 +142,8 @@ def test_what_cannot_be_calibrated_is_refused():
     touching = np.where(trials.is_target, np.maximum(scores, 0), np.minimum(scores, 0))
     with pytest.raises(ValueError, match="but for ties"):
         fit_calibration(touching, trials)
+    with pytest.raises(ValueError, match="negate scores that are distances: these are lower"):
+        fit_calibration(-scores - 9 * trials.is_target, trials)
     with pytest.raises(ValueError, match="all equal: they tell nothing"):
         fit_calibration(np.full(len(scores), 0.5), trials)
     with pytest.raises(ValueError, match=r"p_target must be in \(0, 1\), got 0"):
