@@ -117,6 +117,29 @@ class Embeddings(Mapping):
             warnings.warn(f"{what} and embeddings are the same {how}", stacklevel=3)
         return rows
 
+    def refuse_other(self, others: Embeddings, what: str) -> None:
+        """Refuse embeddings of another encoder: no cosine between the two says anything.
+
+        Where either does not say which encoder it is of, nothing is compared.
+
+        Raises
+        ------
+        ValueError
+            Both say, and differ; with `what` the others are called.
+
+        Examples
+        --------
+        >>> own, others = (Embeddings(["a"], np.eye(1), encoder=each) for each in ("5e11", "ac1d"))
+        >>> own.refuse_other(others, "the cohort")
+        Traceback (most recent call last):
+        ValueError: the cohort is of the encoder ac1d, the trials' embeddings are of 5e11: ...
+        """
+        if self.encoder and others.encoder and self.encoder != others.encoder:
+            raise ValueError(
+                f"{what} is of the encoder {others.encoder[:16]}, the trials' embeddings are of "
+                f"{self.encoder[:16]}: extract both with one encoder"
+            )
+
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Those of `ids` that have no embedding."""
         places, _ = match_ids(ids, self.ids)

@@ -37,7 +37,6 @@ def _breakdown(args) -> None:
     from speechbrain_qmargin.scoring.breakdown import breakdown, choose_columns
     from speechbrain_qmargin.scoring.decision import OperatingPoint
     from speechbrain_qmargin.scoring.metrics import operating_points, tar_at_far
-    from speechbrain_qmargin.scoring.separation import refuse_other_kind
 
     inputs = [args.scores, args.metadata, args.trials, args.operating_point]
     refuse_overwriting([args.output], [*inputs, args.utt2spk, args.models], args.overwrite)
@@ -46,7 +45,7 @@ def _breakdown(args) -> None:
     table = choose_columns(args.metadata, args.by)
     if args.operating_point:
         point = OperatingPoint.load(args.operating_point)
-        refuse_other_kind(found.kind, point.kind, "the threshold")
+        point.refuse_other(**found.origin)
         threshold = point.threshold
     elif args.threshold is not None:
         threshold = args.threshold
@@ -97,11 +96,14 @@ def _fuse(args) -> None:
         own.trials, own.utt2spk = args.development_trials, args.development_utt2spk
         dev_trials, dev_files = read_systems(args.development, own)
         dev_scores = {name: read.scores for name, read in dev_files.items()}
-        kinds = {name: read.kind for name, read in dev_files.items()}
-        fusion = fit_fusion(dev_scores, dev_trials.labelled(), p_target=args.p_target, kinds=kinds)
+        origins = {name: read.origin for name, read in dev_files.items()}
+        fusion = fit_fusion(
+            dev_scores, dev_trials.labelled(), p_target=args.p_target, origins=origins
+        )
     trials, files = read_systems(args.systems, args, labelled=False)
-    kinds = {name: read.kind for name, read in files.items()}
-    llrs = fusion.apply({name: read.scores for name, read in files.items()}, trials, kinds=kinds)
+    origins = {name: read.origin for name, read in files.items()}
+    scores = {name: read.scores for name, read in files.items()}
+    llrs = fusion.apply(scores, trials, origins=origins)
     if args.save:
         fusion.save(args.save)
     write_scores(args.output, trials, llrs, {"kind": "llr", "fused": ", ".join(files)})
@@ -204,6 +206,7 @@ def _quality(args) -> None:
     inputs = [args.embeddings, args.cohort, args.utt2spk, args.cohort_utt2spk]
     refuse_overwriting([args.output], inputs, args.overwrite)
     embeddings, raw = load_embeddings(args.embeddings), load_embeddings(args.cohort)
+    embeddings.refuse_other(raw, args.cohort)
     speakers = _speakers_of(raw, args.cohort_utt2spk)
     own = _speakers_of(embeddings, args.utt2spk)
     if speakers is not None and own is not None:
@@ -228,18 +231,20 @@ def _plda(args) -> None:
     inputs += [args.utt2spk, args.models]
     refuse_overwriting([args.output, args.save], inputs, args.overwrite)
     trials = with_tables(read_unlabelled(args.trials), args.utt2spk, args.models)
+    embeddings = load_embeddings(args.embeddings)
     if args.plda:
         plda = PLDA.load(args.plda)
     else:
         if not args.train:
             raise ValueError("give --train embeddings to fit on, or a --plda file")
         train = load_embeddings(args.train)
+        embeddings.refuse_other(train, args.train)
         speakers = _speakers_of(train, args.train_utt2spk)
         if speakers is None:
             raise ValueError(f"{args.train}: its ids do not tell the speakers: --train_utt2spk")
         refuse_shared(trials, map(name_digest, speakers.values()), args.train)
         plda = fit_plda(train, speakers, rank=args.rank, iterations=args.iterations)
-    scores = plda.scores(load_embeddings(args.embeddings), trials)
+    scores = plda.scores(embeddings, trials)
     if args.save:
         plda.save(args.save)
     write_scores(args.output, trials, scores, {"kind": "plda"})

@@ -86,6 +86,7 @@ def _normalize(args) -> None:
     inputs = [args.embeddings, args.trials, args.utt2spk, args.models, args.mean, args.cohort]
     refuse_overwriting([args.output], [*inputs, args.cohort_utt2spk], args.overwrite)
     embeddings, raw = load_embeddings(args.embeddings), load_embeddings(args.cohort)
+    embeddings.refuse_other(raw, args.cohort)
     trials = _trials(args, embeddings)
     cohort = Cohort.of(
         raw,
@@ -141,7 +142,7 @@ def _calibrate(args) -> None:
     qualities = _qualities(args.quality, args.norm_of)
     trials = read.trials.labelled()
     calibration = fit_calibration(
-        read.scores, trials, qualities, p_target=args.p_target, kind=read.kind
+        read.scores, trials, qualities, p_target=args.p_target, **read.origin
     )
     calibration.save(args.output)
     terms = " ".join(f"{weight:+.4g} {name}" for name, weight in calibration.terms)
@@ -156,7 +157,10 @@ def _apply(args) -> None:
     read = read_scored(args.scores, args, columns_of(args.columns))
     qualities = _qualities(args.quality, args.norm_of)
     calibration = Calibration.load(args.calibration)
-    llrs = calibration.apply(read.scores, read.trials, qualities, kind=read.kind)
+    kind, encoder, cohort = read.origin.values()
+    llrs = calibration.apply(
+        read.scores, read.trials, qualities, kind=kind, encoder=encoder, cohort=cohort
+    )
     about = dict(read.about) | {"kind": "llr", "calibration": file_source(args.calibration)}
     about |= {"of": read.kind} if read.kind else {}
     write_scores(args.output, read.trials, llrs, about)
@@ -193,7 +197,7 @@ def _report(args) -> None:
     from speechbrain_qmargin.scoring.html import write_report
     from speechbrain_qmargin.scoring.page import Provenance
     from speechbrain_qmargin.scoring.plots import canvas
-    from speechbrain_qmargin.scoring.separation import refuse_other_kind
+    from speechbrain_qmargin.scoring.separation import refuse_other_scores
 
     canvas(1, 1)  # without matplotlib it ends here, before anything is computed
     for place in args.figures_from:
@@ -213,7 +217,8 @@ def _report(args) -> None:
             raise ValueError(f"--development {given!r}: no system is called {name}")
         dev_list = read_trials(args.development_trials) if args.development_trials else None
         read = read_score_file(path, dev_list, columns_of(args.columns, name))
-        refuse_other_kind(read.kind, kinds[name], f"{name} ({systems[name].source.split()[0]})")
+        what = f"{name} ({systems[name].source.split()[0]})"
+        refuse_other_scores(read.origin, systems[name].origin, what)
         labelled = read.trials.labelled()
         if args.development_utt2spk:
             labelled = labelled.with_speakers(read_map(args.development_utt2spk))

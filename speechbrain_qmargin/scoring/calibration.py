@@ -18,7 +18,7 @@ import numpy as np
 from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import load_record, save_record
 from speechbrain_qmargin.scoring.separation import (
-    refuse_other_kind,
+    refuse_other_scores,
     refuse_shared,
     speaker_digests,
 )
@@ -101,6 +101,8 @@ class Calibration:
         qualities: Qualities | None = None,
         *,
         kind: str = "",
+        encoder: str = "",
+        cohort: str = "",
         allow_same: bool = False,
     ) -> np.ndarray:
         """Log-likelihood ratios of new scores: float64 [N].
@@ -111,8 +113,8 @@ class Calibration:
         trials : Trials
         qualities : mapping from measure to mapping from recording to float, optional
             Those that it was fitted with; others are left.
-        kind : str
-            What the scores are.
+        kind, encoder, cohort : str
+            What the scores are, and of what, as far as that is known.
         allow_same : bool
             Also of the development speakers; figures on the result are optimistic.
 
@@ -120,22 +122,26 @@ class Calibration:
         ------
         ValueError
             The trials it was fitted on or others of their speakers (unless `allow_same`), scores
-            of another `kind`, of another shape or not finite, a missing quality measure.
+            of another `kind`, encoder or cohort, of another shape or not finite, a missing quality
+            measure.
         """
-        refuse_other_kind(kind, self.kind, "the calibration")
+        given = {"kind": kind, "encoder": encoder, "cohort": cohort}
+        refuse_other_scores(given, vars(self), "the calibration")
         if not allow_same:
             if digest(trials) == self.fitted_on:
                 raise ValueError(
                     "these are the very trials the calibration was fitted on; figures on them "
                     "would be optimistic. Fit it on a development list"
                 )
-            refuse_shared(trials, self.speakers, "the calibration's development trials")
+            note = refuse_shared(trials, self.speakers, "the calibration's development trials")
+            if note:
+                warnings.warn(note, stacklevel=2)
         available = dict(qualities or {})
         missing = [name for name in self.qualities if name not in available]
         if missing:
             raise ValueError(f"the calibration needs the quality measures {', '.join(missing)}")
-        given = {name: available[name] for name in self.qualities}
-        features = _features(scores, trials, given)
+        measures = {name: available[name] for name in self.qualities}
+        features = _features(scores, trials, measures)
         if not np.isfinite(features[:, 0]).all():
             at = int(np.argmin(np.isfinite(features[:, 0])))
             raise ValueError(f"the score of {trials.pair(at)} is {features[at, 0]}")
@@ -290,8 +296,8 @@ def fit_calibration(
     qualities : mapping from a measure's name to its value for every id
         Durations are best given as logarithms.
     p_target : float
-    kind : str
-        What the scores are; the calibration is refused for others.
+    kind, encoder, cohort : str
+        What the scores are, and of what; the calibration is refused for others.
 
     Raises
     ------

@@ -16,7 +16,7 @@ from speechbrain_qmargin.scoring.metrics import (
     allowed_false_accepts,
     tar_at_far,
 )
-from speechbrain_qmargin.scoring.separation import refuse_other_kind
+from speechbrain_qmargin.scoring.separation import refuse_other_scores
 from speechbrain_qmargin.scoring.uncertainty import FEWEST_ERRORS, Spread, badge, scarcer
 from speechbrain_qmargin.trials import Trials
 
@@ -139,14 +139,8 @@ class OperatingPoint:
             Another kind of score, encoder or cohort; what is not known on either side is not
             compared.
         """
-        refuse_other_kind(kind, self.kind, "the threshold")
-        for name, given in (("encoder", encoder), ("cohort", cohort)):
-            own = getattr(self, name)
-            if given and own and given != own:
-                raise ValueError(
-                    f"the threshold is of the {name} {own[:16]}, and this is {given[:16]}: choose "
-                    "one on its own scores"
-                )
+        given = {"kind": kind, "encoder": encoder, "cohort": cohort}
+        refuse_other_scores(given, vars(self), "the threshold")
 
     def promise(self) -> str:
         """What is known of its errors, in a sentence or two.

@@ -7,6 +7,7 @@ others.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,8 +17,8 @@ import numpy as np
 from speechbrain_qmargin.files import load_record, save_record
 from speechbrain_qmargin.scoring.calibration import fit_log_odds
 from speechbrain_qmargin.scoring.separation import (
-    name_digest,
-    refuse_other_kind,
+    refuse_other_scores,
+    refuse_shared,
     speaker_digests,
 )
 from speechbrain_qmargin.trials import Trials
@@ -44,8 +45,9 @@ class Fusion:
         Of development.
     fitted_on : str
         The development list, with its SHA-256, if it came from a file.
-    kinds : mapping from system to str
-        What its scores are ("cosine", "as-norm", ...), where that is known.
+    origins : mapping from system to mapping with "kind", "encoder" and "cohort"
+        What its scores are and of what, where that is known; see
+        :attr:`~speechbrain_qmargin.scoring.score_files.ScoreFile.origin`.
 
     Examples
     --------
@@ -64,7 +66,7 @@ class Fusion:
     speakers: list[str]
     num_trials: int
     fitted_on: str = ""
-    kinds: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def apply(
         self,
@@ -72,7 +74,7 @@ class Fusion:
         trials: Trials,
         *,
         allow_shared_speakers: bool = False,
-        kinds: Mapping[str, str] | None = None,
+        origins: Mapping[str, Mapping[str, str]] | None = None,
     ) -> np.ndarray:
         """Log-likelihood ratios of the systems' scores: float64 [N].
 
@@ -83,28 +85,26 @@ class Fusion:
         trials : Trials
         allow_shared_speakers : bool
             Figures on the result are optimistic.
-        kinds : mapping from system to str, optional
-            What the scores are.
+        origins : mapping from system to mapping, optional
+            What the scores are and of what.
 
         Raises
         ------
         ValueError
-            Other systems, scores of another kind, of another shape or not finite, speakers of
-            development in the trials (unless allowed).
+            Other systems, scores of another kind, encoder or cohort, of another shape or not
+            finite, speakers of development in the trials (unless allowed).
         """
         if set(systems) != set(self.systems):
             raise ValueError(
                 f"the fusion was fitted on {', '.join(self.systems)}; got {', '.join(systems)}"
             )
-        for name, kind in (kinds or {}).items():
-            refuse_other_kind(kind, self.kinds.get(name, ""), f"the fusion's weight of {name}")
-        names = set(trials.speaker_names())
-        shared = sorted(name for name in names if name_digest(name) in set(self.speakers))
-        if shared and not allow_shared_speakers:
-            raise ValueError(
-                f"{len(shared)} speakers of the trials were in the development trials of the "
-                f"fusion: {', '.join(shared[:5])}. Figures would be optimistic; fit it on others"
-            )
+        for name, origin in (origins or {}).items():
+            fitted = self.origins.get(name, {})
+            refuse_other_scores(origin, fitted, f"the fusion's weight of {name}")
+        if not allow_shared_speakers:
+            note = refuse_shared(trials, self.speakers, "the fusion's development trials")
+            if note:
+                warnings.warn(note, stacklevel=2)
         scores = _matrix({name: systems[name] for name in self.systems}, trials)
         return scores @ np.asarray(self.weights) + self.offset
 
@@ -156,7 +156,7 @@ def fit_fusion(
     trials: Trials,
     *,
     p_target: float = 0.01,
-    kinds: Mapping[str, str] | None = None,
+    origins: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Fusion:
     """Fit on development trials, of which distinct pairs count, as in figures.
 
@@ -166,8 +166,8 @@ def fit_fusion(
     trials : Trials
         Of development, with labels; of other speakers than those to be reported.
     p_target : float
-    kinds : mapping from system to str, optional
-        What the scores are; the fusion is refused for others.
+    origins : mapping from system to mapping, optional
+        What the scores are and of what; the fusion is refused for others.
 
     Raises
     ------
@@ -202,5 +202,5 @@ def fit_fusion(
         speaker_digests(trials),
         len(counted),
         trials.source,
-        {name: kind for name, kind in (kinds or {}).items() if kind},
+        {name: dict(origin) for name, origin in (origins or {}).items()},
     )

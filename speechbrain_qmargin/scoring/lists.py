@@ -164,7 +164,7 @@ class Cohort:
                 )
             mean = embeddings.matrix.mean(axis=0)
         entries = make_cohort(embeddings, None if utterances else speakers, mean=mean)
-        entries.source = embeddings.source
+        entries.source, entries.encoder = embeddings.source, embeddings.encoder
         return cls(entries, mean, method, top_n, tuple(names), tuple(embeddings.ids))
 
     @property
@@ -191,10 +191,12 @@ class Cohort:
         Raises
         ------
         ValueError
-            As :meth:`refuse_speakers_of` and
+            Embeddings of another encoder than the cohort's; as :meth:`refuse_speakers_of` and
             :func:`~speechbrain_qmargin.scoring.normalisation.normalize`.
         """
         self.refuse_speakers_of([trials])
+        embeddings = Embeddings.of(embeddings)
+        embeddings.refuse_other(self.entries, "the cohort")
         with tqdm(
             total=len(trials.ids), desc=self.kind, leave=False, disable=quiet, unit=" recordings"
         ) as progress:
@@ -282,7 +284,9 @@ def score_lists(
             kinds |= {"centred": "centred cosine", cohort.kind: cohort.kind}
         if calibration is not None:
             last = list(systems)[-1]
-            systems["calibrated"] = calibration.apply(systems[last], trials, kind=kinds[last])
+            systems["calibrated"] = calibration.apply(
+                systems[last], trials, kind=kinds[last], encoder=about.get("encoder", "")
+            )
             kinds["calibrated"] = "llr"
         reports[name] = {}
         distinct = trials.distinct
@@ -406,10 +410,13 @@ def score_files(
     refuse_overwriting(written, inputs, overwrite)
     lists = {path.stem: with_tables(read_trials(path), speakers, models) for path in paths}
     vectors = load_embeddings(embeddings)
+    of_dev = load_embeddings(dev_embeddings) if dev_embeddings else vectors
+    vectors.refuse_other(of_dev, f"{dev_embeddings}")
 
     normalised = None
     if cohort:
         others = load_embeddings(cohort)
+        vectors.refuse_other(others, f"{cohort}")
         whose = speakers_in_cohort(others.ids, cohort_speakers)
         normalised = Cohort.of(others, whose, norm, top_n)
         normalised.refuse_speakers_of(lists.values())
@@ -423,12 +430,13 @@ def score_files(
             note = refuse_shared(one, development, f"dev_trials ({development.name})")
             if note:
                 warnings.warn(note, stacklevel=2)
-        of_dev = load_embeddings(dev_embeddings) if dev_embeddings else vectors
         if normalised is None:
             scores, kind = cosine_scores(of_dev, development, enrolment=enrolment), "cosine"
         else:
             scores, kind = normalised.scores(of_dev, development, enrolment), normalised.kind
-        calibration = fit_calibration(scores, development, p_target=min(p_target), kind=kind)
+        calibration = fit_calibration(
+            scores, development, p_target=min(p_target), kind=kind, encoder=of_dev.encoder
+        )
         calibration.save(folder / "calibration.json")
 
     reports, text = score_lists(

@@ -50,6 +50,8 @@ class ScoreFile:
     >>> read = read_score_file(file)
     >>> read.kind, read.scores, read.trials.pair(0)
     ('cosine', array([0.75]), 'a/1 a/2')
+    >>> read.origin
+    {'kind': 'cosine', 'encoder': '', 'cohort': ''}
     """
 
     trials: Trials
@@ -61,6 +63,11 @@ class ScoreFile:
     def kind(self) -> str:
         """What the scores are, as far as the file says; empty where it does not."""
         return self.about.get("kind", "")
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Its kind, encoder and cohort, as far as the file says: what a threshold is bound to."""
+        return {name: self.about.get(name, "") for name in ("kind", "encoder", "cohort")}
 
 
 def write_scores(

@@ -8,7 +8,7 @@ they cannot.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from speechbrain_qmargin.trials import Trials
 
 __all__ = [
     "name_digest",
-    "refuse_other_kind",
+    "refuse_other_scores",
     "refuse_shared",
     "refuse_tested",
     "speaker_digests",
@@ -166,17 +166,43 @@ def refuse_tested(trials: Trials, validation: Trials, what: str = "valid_file") 
     )
 
 
-def refuse_other_kind(kind: str, wanted: str, what: str) -> None:
-    """Refuse scores of another kind than `what` is for; where either is unknown nothing is said.
+def refuse_other_scores(given: Mapping[str, str], wanted: Mapping[str, str], what: str) -> None:
+    """Refuse scores that are not made as those that `what` is for.
+
+    Where either side does not say nothing is compared.
+
+    Parameters
+    ----------
+    given, wanted : mapping with "kind", "encoder" and "cohort"
+        As :attr:`~speechbrain_qmargin.scoring.score_files.ScoreFile.origin` says them; digests are
+        compared, not the names of files before them.
+    what : str
+        What messages call it.
 
     Raises
     ------
     ValueError
-        Both are known and differ.
+        Another kind of score, encoder or cohort.
 
     Examples
     --------
-    >>> refuse_other_kind("cosine", "", "the threshold")
+    >>> refuse_other_scores({"kind": "cosine"}, {"encoder": "5e11"}, "the threshold")
+    >>> refuse_other_scores({"encoder": "ac1d"}, {"encoder": "5e11"}, "the threshold")
+    Traceback (most recent call last):
+    ValueError: the threshold is of the encoder 5e11, and this is ac1d: it wants one of its own
     """
-    if kind and wanted and kind != wanted:
-        raise ValueError(f"{what} is for {wanted} scores, and these are {kind} scores")
+    kind, own = given.get("kind", ""), wanted.get("kind", "")
+    if kind and own and kind != own:
+        raise ValueError(f"{what} is for {own} scores, and these are {kind} scores")
+    for name in ("encoder", "cohort"):
+        one, own = given.get(name, ""), wanted.get(name, "")
+        if one and own and _digest_in(one) != _digest_in(own):
+            raise ValueError(
+                f"{what} is of the {name} {_digest_in(own)[:16]}, and this is "
+                f"{_digest_in(one)[:16]}: it wants one of its own"
+            )
+
+
+def _digest_in(source: str) -> str:
+    """The digest in a file's name with its SHA-256; what is a digest already stays."""
+    return source.rpartition("sha256:")[2]

@@ -102,7 +102,7 @@ def test_fuse(files, capsys):
     capsys.readouterr()
     own = [f"--development={system}" for system in systems]
     assert run("fuse", *systems, *own, f"--output={files / 'no.tsv'}") == 1
-    assert "12 speakers of the trials were in the development trials" in capsys.readouterr().err
+    assert "development trials: 12 speakers are in test.txt too" in capsys.readouterr().err
     assert run("fuse", *systems, f"--output={files / 'no.tsv'}") == 1
     assert "give --development scores" in capsys.readouterr().err
     assert not (files / "no.tsv").exists()

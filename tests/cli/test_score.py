@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from speechbrain_qmargin.cli import main
-from speechbrain_qmargin.embeddings import save_embeddings
+from speechbrain_qmargin.embeddings import load_embeddings, save_embeddings
 from speechbrain_qmargin.scoring.calibration import Calibration
 from speechbrain_qmargin.scoring.decision import OperatingPoint
 from speechbrain_qmargin.scoring.score_files import read_scores
@@ -225,6 +225,61 @@ def test_a_threshold_must_not_have_seen_what_it_is_measured_on(files, tmp_path, 
     assert "costs must" in capsys.readouterr().err
     list_hash = hashlib.sha256((files / "test.txt").read_bytes()).hexdigest()
     assert f"trials: test.txt sha256:{list_hash}" in printed  # the user's list, not the copy
+
+
+def test_scores_of_two_encoders_are_kept_apart(files, tmp_path, capsys):
+    """Of one kind and one length: only the digests in the files tell them apart."""
+    for part in ("test", "dev", "cohort"):
+        held = load_embeddings(files / f"{part}.npz")
+        for encoder in ("5e11", "ac1d"):
+            save_embeddings(tmp_path / f"{part}_{encoder}.npz", held, encoder)
+    for part in ("test", "dev"):
+        for encoder in ("5e11", "ac1d"):
+            given = tmp_path / f"{part}_{encoder}.npz", files / f"{part}.txt"
+            assert run("cosine", *given, tmp_path / f"{part}_{encoder}.tsv") == 0
+    test, dev = tmp_path / "test_5e11.tsv", tmp_path / "dev_5e11.tsv"
+    other, cohort = tmp_path / "test_ac1d.tsv", tmp_path / "cohort_5e11.npz"
+    assert run("calibrate", dev, tmp_path / "c.json") == 0
+    assert run("report", test, f"--development={dev}", f"--output={tmp_path / 'o'}") == 0
+    (tmp_path / "people.csv").write_text("speaker,side\ntest0,a\ntest1,b\n")
+    metadata = f"--metadata={tmp_path / 'people.csv'}"
+    point = f"--operating_point={tmp_path / 'o' / 'operating_point.json'}"
+    vectors = tmp_path / "test_ac1d.npz", files / "test.txt"
+    development = (
+        f"--dev_trials={files / 'dev.txt'}",
+        f"--dev_embeddings={tmp_path / 'dev_5e11.npz'}",
+    )
+    capsys.readouterr()
+    for words, message in (
+        (("apply", tmp_path / "c.json", other, tmp_path / "out"), "the calibration is of the enc"),
+        (("report", other, f"--development={dev}", f"--output={tmp_path / 'p'}"), "tsv) is of the"),
+        (("breakdown", other, metadata, point), "the threshold is of the encoder 5e11,"),
+        (("fuse", f"a={other}", f"--development=a={dev}", f"--output={tmp_path / 'out'}"),
+         "the fusion's weight of a is of the encoder 5e11, and this is ac1d"),
+        (("normalize", *vectors, tmp_path / "out", cohort, "--top_n=6"),
+         "cohort_5e11.npz is of the encoder 5e11, the trials' embeddings are of ac1d"),
+        (("quality", vectors[0], cohort, tmp_path / "out"), "cohort_5e11.npz is of the encoder"),
+        (("plda", *vectors, tmp_path / "out", f"--train={cohort}"), "cohort_5e11.npz is of the"),
+        (("score", *vectors, f"--cohort={cohort}", f"--output_folder={tmp_path / 's'}"),
+         "cohort_5e11.npz is of the encoder"),
+        (("score", *vectors, *development, f"--output_folder={tmp_path / 's'}"),
+         "dev_5e11.npz is of the encoder"),
+    ):  # fmt: skip
+        assert run(*words) == 1, words
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    for words in (
+        ("apply", tmp_path / "c.json", test, tmp_path / "llr.tsv"),
+        ("breakdown", test, metadata, point),
+        ("apply", tmp_path / "c.json", peer(test, tmp_path), tmp_path / "unknown.tsv"),
+    ):
+        assert run(*words) == 0, words
+
+
+def peer(scores, folder):
+    """The same scores as another toolkit's file, which says nothing of their origin."""
+    lines = scores.read_text().splitlines()
+    return written(folder / "peer.tsv", [line for line in lines if not line.startswith("#")])
 
 
 def test_recordings_that_failed_are_reported(files, tmp_path, capsys):

@@ -27,6 +27,7 @@ def simulated(seed, name="u", count=4000):
     return rng.normal(np.where(is_target, 0.3, 0.1), math.sqrt(0.005)), trials
 
 
+@pytest.mark.filterwarnings("ignore:.*whether they share speakers is not known")
 def test_it_finds_the_true_ratio_and_calibrates_new_scores():
     scores, trials = simulated(0)
     calibration = fit_calibration(scores, trials, p_target=0.3)
@@ -94,6 +95,7 @@ def test_distinct_pairs_are_what_is_fitted():
         fit_calibration(scores, both)
 
 
+@pytest.mark.filterwarnings("ignore:.*whether they share speakers is not known")
 def test_quality_measures_help_where_they_matter():
     scores, trials = simulated(3)
     rng = np.random.default_rng(0)

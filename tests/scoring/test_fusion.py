@@ -56,19 +56,38 @@ def test_speakers_of_development_are_refused():
     fusion = fit_fusion(systems, trials)
     ids = [f"new{i}" for i in range(79)] + ["s4/1"]
     other = replace(trials, ids=[i if "/" in i else f"{i}/1" for i in ids])
-    with pytest.raises(ValueError, match=r"1 speakers of the trials were in the development.* s4"):
+    with pytest.raises(ValueError, match=r"fusion's development trials: 1 speakers .* too: s4\."):
         fusion.apply(systems, other)
     assert len(fusion.apply(systems, other, allow_shared_speakers=True)) == len(trials)
 
 
-def test_another_kind_of_score_is_refused(tmp_path):
+def test_recordings_of_development_in_any_model_are_refused():
+    """Where nobody names the speakers, the second recording of a model is a recording too."""
     systems, trials = simulated()
-    fit_fusion(systems, trials, kinds={"one": "cosine", "two": ""}).save(tmp_path / "f.json")
+    plain = replace(trials, ids=[name.replace("/", "-") for name in trials.ids])
+    fusion = fit_fusion(systems, plain)
+    given = ["m", "new"], np.array([0]), np.array([1])
+    alone, held = (
+        Trials(*given, models={"m": ("other", second)}) for second in ("another", plain.ids[5])
+    )
+    scores = {"one": np.zeros(1), "two": np.zeros(1)}
+    with pytest.raises(ValueError, match="1 recordings are in trials too: s1-5"):
+        fusion.apply(scores, held)
+    with pytest.warns(UserWarning, match="whether they share speakers is not known"):
+        fusion.apply(scores, alone)
+
+
+def test_scores_of_another_origin_are_refused(tmp_path):
+    systems, trials = simulated()
+    cosine = {"kind": "cosine", "encoder": "5e11", "cohort": ""}
+    fit_fusion(systems, trials, origins={"one": cosine, "two": {}}).save(tmp_path / "f.json")
     fusion, (others, unseen) = Fusion.load(tmp_path / "f.json"), simulated(1, "t")
-    for kinds in (None, {"one": "cosine", "two": "as-norm"}, {"one": "", "two": ""}):
-        assert len(fusion.apply(others, unseen, kinds=kinds)) == len(unseen)
+    for origins in (None, {"one": cosine, "two": {"kind": "as-norm"}}, {"one": {}}):
+        assert len(fusion.apply(others, unseen, origins=origins)) == len(unseen)
     with pytest.raises(ValueError, match="weight of one is for cosine scores, and these are as-no"):
-        fusion.apply(others, unseen, kinds={"one": "as-norm", "two": ""})
+        fusion.apply(others, unseen, origins={"one": {"kind": "as-norm"}})
+    with pytest.raises(ValueError, match="of one is of the encoder 5e11, and this is ac1d"):
+        fusion.apply(others, unseen, origins={"one": cosine | {"encoder": "ac1d"}})
 
 
 def test_bad_input_is_named(tmp_path):
