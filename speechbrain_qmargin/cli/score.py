@@ -194,12 +194,19 @@ def _import(place: str) -> None:
 def _report(args) -> None:
     from tqdm import tqdm
 
-    from speechbrain_qmargin.scoring.html import write_report
+    from speechbrain_qmargin.scoring.breakdown import choose_columns
+    from speechbrain_qmargin.scoring.html import report_files, write_report
     from speechbrain_qmargin.scoring.page import Provenance
     from speechbrain_qmargin.scoring.plots import canvas
     from speechbrain_qmargin.scoring.separation import refuse_other_scores
 
     canvas(1, 1)  # without matplotlib it ends here, before anything is computed
+    inputs = files_of([*args.systems, *args.development])
+    inputs += [args.trials, args.utt2spk, args.models, args.development_trials]
+    inputs += [args.development_utt2spk, args.metadata]
+    outputs = [Path(args.output) / name for name in report_files(len(args.systems))]
+    refuse_overwriting(outputs, inputs, args.overwrite)
+    metadata = choose_columns(args.metadata, args.by) if args.metadata else None
     for place in args.figures_from:
         _import(place)
     found, systems = read_systems(args.systems, args)
@@ -223,16 +230,6 @@ def _report(args) -> None:
         if args.development_utt2spk:
             labelled = labelled.with_speakers(read_map(args.development_utt2spk))
         development[name] = read.scores, labelled
-    inputs = files_of([*args.systems, *args.development])
-    inputs += [args.trials, args.utt2spk, args.models, args.development_trials]
-    names = ("report.html", "report.json", "operating_point.json")
-    outputs = [Path(args.output) / name for name in names]
-    refuse_overwriting(outputs, [*inputs, args.development_utt2spk, args.metadata], args.overwrite)
-    metadata = None
-    if args.metadata:
-        from speechbrain_qmargin.scoring.breakdown import choose_columns
-
-        metadata = choose_columns(args.metadata, args.by)
     provenance = Provenance(
         command=shlex.join(["qmargin", *sys.argv[1:]]),
         files={name: read.source for name, read in systems.items()},

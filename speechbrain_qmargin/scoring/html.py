@@ -33,10 +33,27 @@ from speechbrain_qmargin.scoring.separation import refuse_shared
 from speechbrain_qmargin.scoring.worst import worst_speakers, worst_trials
 from speechbrain_qmargin.trials import LabelledTrials
 
-__all__ = ["write_report"]
+__all__ = ["report_files", "write_report"]
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 PRIORS = (0.05, 0.01, 0.001)
+
+
+def report_files(systems: int) -> list[str]:
+    """The files that :func:`write_report` may write for so many systems, by name.
+
+    Examples
+    --------
+    >>> report_files(2)[-4:]
+    ['histogram_1.png', 'histogram_2.png', 'operating_point_1.json', 'operating_point_2.json']
+    """
+    numbers = range(1, systems + 1)
+    points = [f"operating_point_{n}.json" for n in numbers] if systems > 1 else []
+    return [
+        *("report.html", "report.json", "det.png", "det.svg", "calibration.png", "bayes_error.png"),
+        *(f"histogram_{n}.png" for n in numbers),
+        *(points or ["operating_point.json"]),
+    ]
 
 
 def write_report(
@@ -57,7 +74,7 @@ def write_report(
     provenance: Provenance | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Report]:
-    """Evaluate systems on one trial list and write everything there is to see.
+    """Evaluate systems on one trial list and write everything there is to see, once it is found.
 
     In the folder: ``report.html`` (self-contained), ``report.json``, ``det.png`` and ``.svg``,
     ``histogram_<n>.png``, ``calibration.png``, of log-likelihood ratios ``bayes_error.png``, and
@@ -164,26 +181,6 @@ def write_report(
             spread=reports[name].spread,
             confidence=confidence,
         )
-    if (folder / "report.json").is_file():  # of another report, whose thresholds must not stay
-        for pattern in ("operating_point*.json", "histogram_*.png", "bayes_error.png"):
-            for old in folder.glob(pattern):
-                old.unlink()
-    curves = {name: (report.points, report.spread) for name, report in reports.items()}
-    figure = det_figure(curves, title, confidence)
-    pictures["det"] = figure
-    save_figure(figure, folder / "det.svg")
-    for number, (name, report) in enumerate(reports.items(), 1):
-        lines = {"EER": report["eer"].threshold, f"FAR {far:g}": decisions[name].threshold}
-        pictures[f"histogram_{number}"] = histogram_figure(name, report.points, lines)
-    pictures["calibration"] = calibration_figure({n: r.points for n, r in reports.items()}, llr)
-    if llr:
-        pictures["bayes_error"] = bayes_error_figure({n: r.points for n, r in reports.items()})
-    for name, figure in pictures.items():
-        save_figure(figure, folder / f"{name}.png")
-    for number, decision in enumerate(decisions.values(), 1):
-        suffix = "" if len(decisions) == 1 else f"_{number}"
-        decision.save(folder / f"operating_point{suffix}.json")
-
     names = list(reports)
     differences = {
         (first, second): compare(reports[first], reports[second])
@@ -212,6 +209,26 @@ def write_report(
         for name, scores in systems.items()
         if metadata
     }
+    if (folder / "report.json").is_file():  # of another report, whose thresholds must not stay
+        for pattern in ("operating_point*.json", "histogram_*.png", "bayes_error.png"):
+            for old in folder.glob(pattern):
+                old.unlink()
+    curves = {name: (report.points, report.spread) for name, report in reports.items()}
+    figure = det_figure(curves, title, confidence)
+    pictures["det"] = figure
+    save_figure(figure, folder / "det.svg")
+    for number, (name, report) in enumerate(reports.items(), 1):
+        lines = {"EER": report["eer"].threshold, f"FAR {far:g}": decisions[name].threshold}
+        pictures[f"histogram_{number}"] = histogram_figure(name, report.points, lines)
+    pictures["calibration"] = calibration_figure({n: r.points for n, r in reports.items()}, llr)
+    if llr:
+        pictures["bayes_error"] = bayes_error_figure({n: r.points for n, r in reports.items()})
+    for name, figure in pictures.items():
+        save_figure(figure, folder / f"{name}.png")
+    for number, decision in enumerate(decisions.values(), 1):
+        suffix = "" if len(decisions) == 1 else f"_{number}"
+        decision.save(folder / f"operating_point{suffix}.json")
+
     provenance = replace(
         provenance,
         notes=tuple(notes),

@@ -8,6 +8,7 @@ import pytest
 from speechbrain_qmargin.cli import main
 from speechbrain_qmargin.embeddings import save_embeddings
 from speechbrain_qmargin.scoring.fusion import Fusion
+from speechbrain_qmargin.scoring.html import report_files
 from speechbrain_qmargin.scoring.metrics import eer, operating_points
 from speechbrain_qmargin.scoring.score_files import read_scores
 from speechbrain_qmargin.tables import read_map
@@ -77,6 +78,23 @@ def test_distinct_pairs_count_for_every_command(files, tmp_path, capsys):
         assert run("breakdown", *by) == 0
         printed[name] = capsys.readouterr().out.replace(name, "it")
     assert printed["both"] == printed["plain"]
+
+
+def test_a_report_that_fails_leaves_nothing(files, tmp_path, capsys):
+    """Nor does a report take the place of a picture of something else."""
+    people, out = tmp_path / "people.csv", tmp_path / "page"
+    people.write_text("speaker,gender\nnobody,f\n")
+    report = ["report", files / "test_one.tsv", f"--output={out}"]
+    assert run(*report, f"--metadata={people}") == 1
+    assert "names none of the trials' recordings or speakers" in capsys.readouterr().err
+    assert not out.exists()
+    out.mkdir()
+    (out / "det.png").write_text("by hand\n")
+    assert run(*report) == 1
+    assert "det.png is there already" in capsys.readouterr().err
+    assert [file.name for file in out.iterdir()] == ["det.png"]
+    assert run(*report, "--overwrite") == 0
+    assert {file.name for file in out.iterdir()} <= set(report_files(1))
 
 
 def test_groups_on_the_report(files):

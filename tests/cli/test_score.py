@@ -71,6 +71,9 @@ def test_from_embeddings_to_a_report(files, tmp_path, capsys):
     report = ["--quiet", "report", f"cosine={files / 'test_cosine.tsv'}", f"--output={again}"]
     assert main([*report, "--fars=0.1,0.01"]) == 1  # what is there is not replaced unasked
     assert "report.html is there already" in capsys.readouterr().err
+    gone = ["--quiet", "report", "gone.tsv", f"--output={again}"]
+    assert main(gone) == 1  # and is said before anything is read
+    assert "report.html is there already" in capsys.readouterr().err
     assert main([*report, "--fars=0.1,0.01", "--overwrite"]) == 0
     assert [file.name for file in again.glob("operating_point*")] == ["operating_point.json"]
     assert [file.name for file in again.glob("histogram*")] == ["histogram_1.png"]
@@ -147,7 +150,7 @@ def test_systems_of_five_toolkits_in_one_report(peers, capsys):
     order = [f"3d={peers / '3d.score'}", f"sb={peers / 'sb.txt'}"]
     assert run("report", *order, f"--output={peers / 'o'}", "--overwrite") == 0
     assert figures(peers / "o")["3d"] == found["ours"]
-    assert run("report", peers / "3d.score", f"--output={peers / 'o'}") == 1
+    assert run("report", peers / "3d.score", f"--output={peers / 'p'}") == 1
     assert "no file says which trials are targets" in capsys.readouterr().err
 
 
@@ -158,7 +161,8 @@ def test_columns_of_one_system(peers, capsys):
     assert "which is the score and which the label cannot" in capsys.readouterr().err
     assert run("report", *systems, "--columns=odd=test enrolment score label other") == 0
     assert figures(peers / "o")["odd"]["EER"]["value"] == 0
-    assert run("report", *systems, "--columns=strange=test enrolment score label other") == 1
+    strange = "--columns=strange=test enrolment score label other"
+    assert run("report", *systems, strange, "--overwrite") == 1
     assert "no system is called strange" in capsys.readouterr().err
 
 
@@ -210,7 +214,7 @@ def test_a_threshold_must_not_have_seen_what_it_is_measured_on(files, tmp_path, 
     assert not point.optimistic
     assert point.kind == "cosine"
     assert point.embeddings.startswith("test.npz sha256:")
-    assert run(*report, "--llr") == 1
+    assert run(*report, "--llr", "--overwrite") == 1
     assert "the scores of a are cosine scores" in capsys.readouterr().err
     assert run("calibrate", tmp_path / "dev.tsv", tmp_path / "c.json") == 0
     assert run("apply", tmp_path / "c.json", tmp_path / "as.tsv", tmp_path / "llr.tsv") == 1
