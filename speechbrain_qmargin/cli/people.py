@@ -86,8 +86,8 @@ def _threshold(args: argparse.Namespace) -> None:
     from speechbrain_qmargin.verify import threshold as module
     from speechbrain_qmargin.verify.verifier import load_reader, place_of
 
-    if args.enrol_with < 1 or args.utterances < 2:  # before anything is embedded
-        raise ValueError("--enrol_with is 1 or more, --utterances 2 or more")
+    if args.enrol_with < 1 or args.utterances <= args.enrol_with:  # before anything is embedded
+        raise ValueError("--enrol_with is 1 or more, --utterances more than that")
     if args.save:
         refuse_overwriting([args.save], [args.people, args.cohort], args.overwrite)
         if Path(args.save).suffix != ".npz":

@@ -142,6 +142,24 @@ class OperatingPoint:
         given = {"kind": kind, "encoder": encoder, "cohort": cohort}
         refuse_other_scores(given, vars(self), "the threshold")
 
+    @property
+    def doubt(self) -> str:
+        """Why its rates are optimistic, in words; empty where they are not.
+
+        Examples
+        --------
+        >>> point = OperatingPoint("a", 0.4, 0.01, 0.012, 0.9, 12, 10, 1000, 100, "indicative",
+        ...     True, chosen_on="dev.txt sha256:5e11", measured_on="test.txt sha256:ac1d")
+        >>> point.doubt
+        'chosen on dev.txt, whose speakers may be those that it is measured on'
+        """
+        if not self.optimistic:
+            return ""
+        if self.chosen_on == self.measured_on:
+            return "chosen on the very scores that it is measured on"
+        name = self.chosen_on.split(" sha256:", 1)[0] or "other trials"
+        return f"chosen on {name}, whose speakers may be those that it is measured on"
+
     def promise(self) -> str:
         """What is known of its errors, in a sentence or two.
 
@@ -164,7 +182,7 @@ class OperatingPoint:
         if self.tar_interval:
             low, high = (100 * x for x in self.tar_interval)
             tar += f" ({low:.1f} to {high:.1f} %)"
-        note = ", optimistic: measured on the people it was chosen on" if self.optimistic else ""
+        note = f", optimistic: {self.doubt}" if self.optimistic else ""
         return f"accepts {far} and {tar}; these rates are {self.support}{note}"
 
     def accepts(self, score: float, kind: str = "", encoder: str = "") -> bool:

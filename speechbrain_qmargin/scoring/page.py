@@ -277,11 +277,14 @@ def _cannot_say(page: Page) -> list[str]:
                 f"Whether {html.escape(pair[0])} and {html.escape(pair[1])} differ in "
                 f"{html.escape(', '.join(open_))}."
             )
-    optimistic = [name for name, point in page.decisions.items() if point.optimistic]
-    if optimistic:
+    doubts: dict[str, list[str]] = {}
+    for name, point in page.decisions.items():
+        if point.optimistic:
+            doubts.setdefault(point.doubt, []).append(name)
+    for doubt, names in doubts.items():
         lines.append(
-            f"How the thresholds of {html.escape(', '.join(optimistic))} would do on other trials: "
-            "they were chosen on these very scores, and the rates at them are optimistic."
+            f"How well the threshold of {html.escape(', '.join(names))} would do on other trials: "
+            f"it is {html.escape(doubt)}, and the rates at it are optimistic."
         )
     lines.append(
         f"Anything of other {first.units}, channels or languages than those of these trials, or "
@@ -394,8 +397,8 @@ def _decision(page: Page, name: str, point: OperatingPoint) -> str:
     if point.tar_interval is not None:
         tar_range = " ({:.2f} to {:.2f} %)".format(*(100 * end for end in point.tar_interval))
     chosen = (
-        '<span class="unsupported">Optimistic</span>: the threshold was chosen on these very '
-        "scores; give development scores to choose it on."
+        '<span class="unsupported">Optimistic</span>: the threshold is '
+        f"{html.escape(point.doubt)}. Give development scores of other people to choose it on."
         if point.optimistic
         else f"Chosen on {_source(point.chosen_on)}."
     )

@@ -134,7 +134,6 @@ def _told(chosen: Mapping[str, Sequence[str]]) -> tuple[np.ndarray, np.ndarray, 
     people = np.repeat(np.arange(len(chosen)), [len(names) for names in chosen.values()])
     told = [f"{n}\t{session_in(one)}" for n, names in enumerate(chosen.values()) for one in names]
     session = np.unique(told, return_inverse=True)[1] if told else np.empty(0, dtype=np.int64)
-    several = np.zeros(len(chosen), dtype=bool)
-    for person in range(len(chosen)):
-        several[person] = len(set(session[people == person].tolist())) > 1
+    of_session = people[np.unique(session, return_index=True)[1]]  # a session is of one person
+    several = np.bincount(of_session, minlength=len(chosen)) > 1
     return people, session, several[people]

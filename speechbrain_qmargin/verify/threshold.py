@@ -181,7 +181,9 @@ def measure_threshold(
     enrol_with : int
         Recordings of an enrolment.
     utterances : int
-        Of a person, at most.
+        Of a person, at most; more than `enrol_with`, so that some are left to be tried. Of many
+        people fewer are taken, and of very many people some are drawn, by their names' digests:
+        a half has 4,000 recordings, 8 million pairs, at most.
     source : str
         What the people are called.
     p_target : float
@@ -190,7 +192,8 @@ def measure_threshold(
     Raises
     ------
     ValueError
-        Fewer than 2 people with enough recordings; people of the cohort among them.
+        Fewer than 2 people with enough recordings; people of the cohort among them; `utterances`
+        that leave none to be tried.
 
     Examples
     --------
@@ -203,6 +206,11 @@ def measure_threshold(
     """
     if enrol_with < 1:
         raise ValueError(f"enrol_with is {enrol_with}; a recording at least")
+    if utterances <= enrol_with:
+        raise ValueError(
+            f"utterances is {utterances}: enrolments of {enrol_with} leave none to be tried; "
+            f"{enrol_with + 1} at least"
+        )
     recordings = defaultdict(list)
     for name in embeddings.ids:
         if "/" not in name:
@@ -221,8 +229,10 @@ def measure_threshold(
     if cohort is not None:
         cohort.refuse_speakers_of([every_pair({one: recordings[one][:1] for one in able})])
     apart = len(able) >= FEWEST_PEOPLE
-    halves = (able[::2], able[1::2]) if apart else (able, able)
-    most = max(2, min(utterances, _MOST // len(halves[0])))
+    fitting = max(FEWEST_PEOPLE, _MOST // (enrol_with + 1))  # people of a half
+    drawn = able[: 2 * fitting if apart else fitting]
+    halves = (drawn[::2], drawn[1::2]) if apart else (drawn, drawn)
+    most = max(enrol_with + 1, min(utterances, _MOST // len(halves[0])))
     lists = []
     for names, part in zip(halves, ("chosen", "measured"), strict=True):
         chosen = {one: sorted(spread_over_sessions(recordings[one], most)) for one in sorted(names)}
@@ -252,6 +262,8 @@ def measure_threshold(
         spread=Spread(scores[1], lists[1], points[1], structure),
     )
     notes = _asked(far, points[0], len(halves[0]))
+    if len(drawn) < len(able):
+        notes.append(f"of {len(able):,} people {len(drawn):,} were drawn, by their names' digests")
     calibration: Calibration | None = None
     try:
         calibration = fit_calibration(

@@ -474,7 +474,7 @@ def _notes(system: System, count: int) -> tuple[str, ...]:
         many = "1 recording" if point.enrolled_from == 1 else f"{point.enrolled_from} recordings"
         notes.append(f"the threshold was measured with {many} an enrolment; this has {count}")
     if point.optimistic:
-        notes.append("the threshold was measured on the people that it was chosen on")
+        notes.append(f"the threshold is {point.doubt}")
     if point.support == "unsupported":
         notes.append("the threshold's error rates rest on too few people or errors")
     return tuple(notes)

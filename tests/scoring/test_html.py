@@ -136,6 +136,22 @@ def test_the_summary_says_what_the_intervals_allow(tmp_path):
     assert "optimistic" in cannot
 
 
+def test_why_a_threshold_is_optimistic_is_said_as_it_is(tmp_path):
+    """Of development scores whose speakers nobody knows it is not that they are these scores."""
+    scores, trials = simulated(1)
+    other, dev = simulated(2, source="dev.txt sha256:1")
+    dev = replace(dev, ids=[f"dev-{name.replace('/', '-')}" for name in dev.ids])
+    write_report(tmp_path, {"a": scores, "b": scores}, trials, development={"a": (other, dev)})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    unknown = "chosen on dev.txt, whose speakers may be those that it is measured on"
+    same = "chosen on the very scores that it is measured on"
+    for name, doubt in (("a", unknown), ("b", same)):
+        assert f"threshold of {name} would do on other trials: it is {doubt}" in page
+        assert f"</span>: the threshold is {doubt}" in page
+    points = json.loads((tmp_path / "report.json").read_text())["operating_points"]
+    assert all(points[name]["optimistic"] for name in "ab")
+
+
 def test_few_speakers_are_said(tmp_path):
     scores, trials = simulated(1, 6)
     write_report(tmp_path, {"a": scores}, trials)

@@ -14,6 +14,7 @@ from speechbrain_qmargin.scoring.calibration import Calibration
 from speechbrain_qmargin.scoring.normalisation import normalize
 from speechbrain_qmargin.scoring.pairing import every_model
 from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.verify import threshold
 from speechbrain_qmargin.verify.people import NotEnrolled, People
 from speechbrain_qmargin.verify.readers import Unfit
 from speechbrain_qmargin.verify.system import Histogram, NoThreshold, System, cohort_digest
@@ -261,6 +262,22 @@ def test_enrolments_of_several_recordings_are_measured_as_they_are_used():
     assert point.enrolled_from == 3
     assert point.num_targets == 12 * 2 * 3  # two enrolments, three recordings of the other session
     assert point.num_impostors == 12 * 2 * 11 * 6
+
+
+@pytest.mark.parametrize("enrol_with", [1, 2])
+def test_however_many_people_there_are_pairs_are_bounded(monkeypatch, enrol_with):
+    """Of a person as many recordings stay as an enrolment and a test need, and fewer people."""
+    monkeypatch.setattr(threshold, "_MOST", 27)  # recordings of a half
+    found = measure_threshold(CORPUS, DIGEST, 0.05, enrol_with=enrol_with)
+    people = {1: 12, 2: 9}[enrol_with]
+    assert found.people == (people, people)
+    drawn = [note for note in found.notes if "were drawn" in note]
+    assert drawn == ["of 24 people 18 were drawn, by their names' digests"] * (enrol_with == 2)
+    each = {1: 2, 2: 3}[enrol_with]  # recordings
+    trials = {1: people * (people - 1) // 2 * each**2, 2: people * (people - 1) * each}
+    assert found.system.point.num_impostors == trials[enrol_with]
+    with pytest.raises(ValueError, match="enrolments of 10 leave none to be tried; 11 at least"):
+        measure_threshold(CORPUS, DIGEST, enrol_with=10)
 
 
 def test_every_model_naively():
