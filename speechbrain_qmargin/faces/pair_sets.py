@@ -341,6 +341,15 @@ def pair_set_figures(
     pair_scores : The cosines.
     ten_fold_accuracy : The first figure.
     ten_fold_tar : The second.
+
+    Examples
+    --------
+    >>> same = np.tile([True, False], 10)
+    >>> rows = np.eye(2)[[0, 0, 0, 1] * 10]  # pairs of one vector, and of two at a right angle
+    >>> folder = getfixture("tmp_path")
+    >>> accuracy, tar = pair_set_figures(folder, "mine", pair_ids("mine", 20), rows, same)
+    >>> accuracy.mean, tar.mean, (folder / "cosine.tsv").is_file()
+    (1.0, 1.0, True)
     """
     folder = Path(folder)
     scores = pair_scores(embeddings, flip="none")

@@ -121,8 +121,20 @@ def write_report(
 
     See Also
     --------
-    speechbrain_qmargin.scoring.report.evaluate : The figures of one system, with an example.
-    speechbrain_qmargin.scoring.plots.det_figure : The picture of several systems, with an example.
+    speechbrain_qmargin.scoring.report.evaluate : The figures of one system.
+    speechbrain_qmargin.scoring.plots.det_figure : The picture of several systems.
+
+    Examples
+    --------
+    >>> left, right = np.triu_indices(16, 1)
+    >>> ids = [f"{speaker}/{take}" for speaker in "abcdefgh" for take in "12"]
+    >>> trials = LabelledTrials(ids, left, right, left // 2 == right // 2)
+    >>> folder = getfixture("tmp_path") / "report"
+    >>> reports = write_report(folder, {"mine": trials.is_target.astype(float)}, trials)
+    >>> reports["mine"]["eer"].shown
+    '0.00 % (unsupported)'
+    >>> sorted(file.name for file in folder.glob("*.[hj]*"))
+    ['operating_point.json', 'report.html', 'report.json']
     """
     folder = Path(folder)
     canvas(1, 1)  # without matplotlib it ends here, before anything is computed

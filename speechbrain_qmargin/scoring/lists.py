@@ -265,8 +265,19 @@ def score_lists(
 
     See Also
     --------
-    Cohort : What the scores are normalised with, with an example.
-    speechbrain_qmargin.scoring.report.evaluate : The figures of one system, with an example.
+    Cohort : What the scores are normalised with.
+    speechbrain_qmargin.scoring.report.evaluate : The figures of one system.
+
+    Examples
+    --------
+    >>> left, right = np.triu_indices(8, 1)
+    >>> ids = [f"{speaker}/{take}" for speaker in "abcd" for take in "12"]
+    >>> trials = LabelledTrials(ids, left, right, left // 2 == right // 2)
+    >>> vectors = dict(zip(ids, np.eye(4).repeat(2, axis=0), strict=True))
+    >>> folder = getfixture("tmp_path")
+    >>> reports, text = score_lists(folder, {"mine": trials}, vectors, fars=[0.1])
+    >>> reports["mine"]["cosine"]["eer"].value, (folder / "mine" / "cosine.tsv").is_file()
+    (0.0, True)
     """
     folder, text = Path(folder), []
     if cohort is not None:
@@ -392,6 +403,20 @@ def score_files(
     score_lists : The same of objects.
     with_tables : How `speakers` and `models` are read.
     speakers_in_cohort : How `cohort_speakers` are read.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.embeddings import save_embeddings
+    >>> folder = getfixture("tmp_path")
+    >>> ids = [f"{speaker}/{take}" for speaker in "abcd" for take in "12"]
+    >>> rows = dict(zip(ids, np.eye(4).repeat(2, axis=0), strict=True))
+    >>> save_embeddings(folder / "test.npz", rows)
+    >>> lines = [f"{one[0] == two[0]:d} {one} {two}" for one in ids for two in ids if one < two]
+    >>> _ = (folder / "list.txt").write_text("\\n".join(lines))
+    >>> found = score_files(embeddings=folder / "test.npz", trials=folder / "list.txt",
+    ...                     output_folder=folder / "scores", fars=[0.1], say=lambda text: None)
+    >>> found["list"]["cosine"].num_targets, (folder / "scores" / "results.json").is_file()
+    (4, True)
     """
     paths = [Path(one) for one in ([trials] if isinstance(trials, str | Path) else trials)]
     if not paths:

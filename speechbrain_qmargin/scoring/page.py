@@ -89,6 +89,12 @@ class Provenance:
         What else is known of it: the encoder, the kind of score.
     notes : sequence of str
         What the reader of the trials warned of.
+
+    Examples
+    --------
+    >>> made = Provenance(command="qmargin report mine.tsv", about={"mine": {"kind": "cosine"}})
+    >>> made.about["mine"]["kind"], made.files
+    ('cosine', {})
     """
 
     date: str = ""
@@ -101,7 +107,32 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the page shows; `pictures` are PNG files by name, in a folder."""
+    """All that the page shows.
+
+    Attributes
+    ----------
+    title : str
+    reports : mapping from system to Report
+        Of one trial list.
+    decisions : mapping from system to OperatingPoint
+    differences : mapping from two systems to sequence of Difference
+    worst : mapping from system to {"trials", "speakers"}
+        Of :mod:`~speechbrain_qmargin.scoring.worst`.
+    folder : path
+        Where the pictures are.
+    pictures : sequence of str
+        The names of its PNG files, without their suffix.
+    llr : bool
+        The scores are log-likelihood ratios.
+    breakdowns : mapping from system to sequence of Breakdown
+    provenance : Provenance
+
+    Examples
+    --------
+    >>> page = Page("Mine", {}, {}, {}, {}, Path("report"), ["det", "calibration"])
+    >>> page.llr, page.provenance == Provenance()
+    (False, True)
+    """
 
     title: str
     reports: Mapping[str, Report]
@@ -461,11 +492,35 @@ def _worst(page: Page) -> list[str]:
 
 
 def render(page: Page) -> str:
-    """The page as one HTML document.
+    """The page as one HTML document, its pictures inside.
+
+    Raises
+    ------
+    FileNotFoundError
+        A picture that is not in the folder.
 
     See Also
     --------
     speechbrain_qmargin.scoring.html.write_report : Makes a page, with its pictures.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from speechbrain_qmargin.scoring.decision import choose_operating_point
+    >>> from speechbrain_qmargin.scoring.report import evaluate
+    >>> from speechbrain_qmargin.trials import LabelledTrials
+    >>> ids = ["a/1", "a/2", "b/1", "b/2", "c/1", "c/2", "d/1", "d/2"]
+    >>> left, right = np.triu_indices(8, 1)
+    >>> trials = LabelledTrials(ids, left, right, left // 2 == right // 2)
+    >>> report = evaluate(trials.is_target.astype(float), trials)
+    >>> folder, pictures = getfixture("tmp_path"), ["det", "histogram_1", "calibration"]
+    >>> for name in pictures:  # as write_report draws them
+    ...     _ = (folder / f"{name}.png").write_bytes(b"")
+    >>> worst = {"mine": {"trials": {"impostors": [], "targets": []}, "speakers": []}}
+    >>> decisions = {"mine": choose_operating_point("mine", report.points, 0.1)}
+    >>> page = Page("A & B", {"mine": report}, decisions, {}, worst, folder, pictures)
+    >>> "<title>A &amp; B</title>" in render(page)
+    True
     """
     title = html.escape(page.title)
     parts = [

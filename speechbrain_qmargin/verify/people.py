@@ -118,6 +118,15 @@ class Person:
         The digest of the encoder of all of them.
     added : str
         When the person was enrolled first, UTC.
+
+    Examples
+    --------
+    >>> people = People(getfixture("tmp_path") / "people.sqlite")
+    >>> people.enrol("Ann", np.ones((2, 4)), "encoder 1")
+    >>> (ann,) = people.list()
+    >>> ann.name, ann.recordings, ann.encoder
+    ('Ann', 2, 'encoder 1')
+    >>> people.close()
     """
 
     name: str

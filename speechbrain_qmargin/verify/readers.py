@@ -80,6 +80,14 @@ class Sample:
     inputs : list of Tensor
         What the encoder takes: windows [samples] of a recording, or one image [3, H, W].
     quality : SpeechQuality or FaceQuality
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.verify.speech_quality import measure_speech
+    >>> second = np.sin(np.arange(16000) / 10)
+    >>> sample = Sample([torch.from_numpy(second)], measure_speech(second, 16000))
+    >>> len(sample.inputs), sample.quality.seconds
+    (1, 1.0)
     """
 
     inputs: list[Tensor]

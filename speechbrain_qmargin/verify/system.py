@@ -44,7 +44,14 @@ class NoThreshold(ValueError):
 
 
 class Vectors(NamedTuple):
-    """What scores are made of: unit embeddings, and their scores against the cohort."""
+    """What scores are made of: unit embeddings, and their scores against the cohort.
+
+    Examples
+    --------
+    >>> plain = Vectors(np.eye(2, dtype="f"), centre=np.zeros(2), spread=np.ones(2))
+    >>> plain.unit @ plain.unit[0]
+    array([1., 0.], dtype=float32)
+    """
 
     unit: np.ndarray
     """float32 [N, D]"""
@@ -70,6 +77,12 @@ class Histogram:
     ------
     ValueError
         Edges and counts that disagree.
+
+    Examples
+    --------
+    >>> Histogram([0.0, 0.5, 1.0], targets=[0, 2], impostors=[1], kind="cosine", encoder="5e11")
+    Traceback (most recent call last):
+    ValueError: its edges and counts disagree
     """
 
     edges: list[float]

@@ -60,6 +60,14 @@ class Decision:
         What the score is.
     notes : tuple of str
         What makes the promise of the threshold doubtful here.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.verify.speech_quality import measure_speech
+    >>> quality = measure_speech(np.zeros(8000), 16000)
+    >>> decision = Decision(0.31, None, False, threshold=0.42, quality=quality, kind="cosine")
+    >>> decision.accept, decision.quality.seconds
+    (False, 0.5)
     """
 
     score: float
@@ -73,7 +81,23 @@ class Decision:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Somebody who is enrolled, with the score of a recording."""
+    """Somebody who is enrolled, with the score of a recording.
+
+    Attributes
+    ----------
+    name : str
+    score : float
+        Of the system's kind.
+    llr : float or None
+        Its natural log-likelihood ratio; None without a calibration.
+    accept : bool
+        Whether it reaches the threshold.
+
+    Examples
+    --------
+    >>> Candidate("Ann", 0.71, None, accept=True).name
+    'Ann'
+    """
 
     name: str
     score: float
@@ -101,6 +125,16 @@ class Found:
     threshold : float
     quality : SpeechQuality or FaceQuality
     kind : str
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.verify.speech_quality import measure_speech
+    >>> quality = measure_speech(np.zeros(8000), 16000)
+    >>> ann = Candidate("Ann", 0.71, None, accept=True)
+    >>> found = Found([ann], "Ann", searched=50, left_out=0, false_alarm=50 * 0.001,
+    ...               threshold=0.42, quality=quality, kind="cosine")
+    >>> found.name, found.false_alarm
+    ('Ann', 0.05)
     """
 
     candidates: list[Candidate]
