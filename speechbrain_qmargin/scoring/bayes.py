@@ -93,7 +93,8 @@ def bayes_error(
     Raises
     ------
     ValueError
-        Scores that cannot be log-likelihood ratios, unless `force`; log odds that are not finite.
+        Scores that cannot be log-likelihood ratios, unless `force`; log odds that are not finite,
+        or beyond 700, where the prior is no number any more.
 
     Examples
     --------
@@ -105,8 +106,8 @@ def bayes_error(
     """
     refuse_cosines(points, force)
     log_odds = np.atleast_1d(np.asarray(log_odds, dtype=float))
-    if not np.isfinite(log_odds).all():
-        raise ValueError("log odds of priors must be finite")
+    if not (np.abs(log_odds) <= 700).all():
+        raise ValueError("log odds of priors must be finite, from -700 to 700")
     prior, other = 1 / (1 + np.exp(-log_odds)), 1 / (1 + np.exp(log_odds))
     least = np.minimum(prior, other)
     misses = np.searchsorted(points.targets, -log_odds, side="left")

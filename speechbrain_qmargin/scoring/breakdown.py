@@ -359,7 +359,8 @@ def breakdown(
     Raises
     ------
     ValueError
-        As :func:`trial_groups`; trials without labels; scores of another shape or not finite.
+        As :func:`trial_groups`; trials without labels; scores of another shape or not finite; a
+        threshold that is NaN.
 
     Examples
     --------
@@ -378,6 +379,8 @@ def breakdown(
         raise ValueError("the trials have no labels: give the trial list")
     if scores.shape != (len(trials),) or not np.isfinite(scores).all():
         raise ValueError(f"{len(trials)} trials want as many finite scores, got {scores.shape}")
+    if math.isnan(threshold):
+        raise ValueError("the threshold is NaN; no decision can rest on it")
     distinct = trials.distinct  # a trial and its reverse are one
     scores, trials = distinct.scores(scores), distinct.trials
     group, names = trial_groups(trials, values, relation=relation, edges=edges)

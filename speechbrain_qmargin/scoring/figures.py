@@ -335,6 +335,12 @@ class _DCF:
         return self.p_target, self.c_miss, self.c_fa
 
     @property
+    def _weights(self) -> tuple[float, float]:
+        """Of FRR and of FAR, over the lesser."""
+        miss, accept = self.c_miss * self.p_target, self.c_fa * (1 - self.p_target)
+        return miss / min(miss, accept), accept / min(miss, accept)
+
+    @property
     def _suffix(self) -> str:
         unequal = f", c_miss={self.c_miss:g}, c_fa={self.c_fa:g}"
         return f"(p={self.p_target:g}{unequal if self.c_miss != self.c_fa else ''})"
@@ -342,9 +348,9 @@ class _DCF:
     def few_errors(
         self, found: Found | Figure, points: OperatingPoints, confidence: float = 0.95
     ) -> tuple[float, float]:
-        prior = self.parameter
+        miss, accept = self._weights
         pairs = zip(*_rate_intervals(found, points, confidence), strict=True)
-        low, high = ((prior * f + (1 - prior) * a) / min(prior, 1 - prior) for f, a in pairs)
+        low, high = (miss * f + accept * a for f, a in pairs)
         return low, high
 
 
@@ -374,8 +380,8 @@ class MinDCF(_DCF):
         return f"minDCF{self._suffix}"
 
     def find(self, points: OperatingPoints) -> Found:
-        prior = self.parameter
-        cost = prior * points.frr + (1 - prior) * points.far
+        miss, accept = self._weights
+        cost = miss * points.frr + accept * points.far
         threshold = float(points.thresholds[int(np.argmin(cost))])
         return _at(points, metrics.min_dcf(points, *self._costs), threshold)
 

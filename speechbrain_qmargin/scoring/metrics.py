@@ -86,7 +86,15 @@ class OperatingPoints:
         return self.false_accepts / self.num_impostors
 
     def errors_at(self, threshold: float) -> tuple[int, int]:
-        """Misses and false accepts when accepting ``score >= threshold``."""
+        """Misses and false accepts when accepting ``score >= threshold``.
+
+        Raises
+        ------
+        ValueError
+            A threshold that is NaN.
+        """
+        if math.isnan(threshold):
+            raise ValueError("the threshold is NaN; no decision can rest on it")
         at = _least_at(threshold, self.targets.dtype)
         misses = int(np.searchsorted(self.targets, at, side="left"))
         below = int(np.searchsorted(self.impostors, at, side="left"))
@@ -268,8 +276,8 @@ def eer_point(points: OperatingPoints) -> tuple[float, int, int]:
 def _weights(p_target: float, c_miss: float, c_fa: float) -> tuple[float, float, float]:
     if not 0 < p_target < 1:
         raise ValueError(f"p_target must be in (0, 1), got {p_target}")
-    if c_miss <= 0 or c_fa <= 0:
-        raise ValueError(f"costs must be positive, got c_miss {c_miss}, c_fa {c_fa}")
+    if not (0 < c_miss < math.inf and 0 < c_fa < math.inf):
+        raise ValueError(f"costs must be positive and finite, got c_miss {c_miss}, c_fa {c_fa}")
     miss, accept = c_miss * p_target, c_fa * (1 - p_target)
     return miss, accept, min(miss, accept)
 
@@ -285,7 +293,7 @@ def min_dcf(
     Raises
     ------
     ValueError
-        A prior outside (0, 1), a cost that is not positive.
+        A prior outside (0, 1), a cost that is not positive and finite.
 
     Examples
     --------

@@ -51,8 +51,10 @@ def test_bad_input_is_named():
     points = operating_points(np.array([0.5, 0.1]), np.array([True, False]))
     with pytest.raises(ValueError, match="look like cosines"):
         bayes_error(points)
-    with pytest.raises(ValueError, match="must be finite"):
-        bayes_error(points, np.array([np.inf]), force=True)
+    for bad in (np.inf, np.nan, -701):
+        with pytest.raises(ValueError, match="must be finite, from -700 to 700"):
+            bayes_error(points, np.array([bad]), force=True)
+    assert bayes_error(points, np.array([-700, 700]), force=True).minimum.tolist() == [0, 0]
     with pytest.raises(ValueError, match="ratio of trial 1 is NaN"):
         bayes_decisions(np.array([0.0, np.nan]), 0.5)
     with pytest.raises(ValueError, match="p_target"):

@@ -99,6 +99,12 @@ def test_a_bad_table_is_named(tmp_path, text, message):
     assert "table.csv" in str(caught.value)
 
 
+def test_no_rate_is_given_at_a_threshold_that_is_none():
+    trials = LabelledTrials(["a/1", "b/1"], np.array([0]), np.array([1]), np.array([False]))
+    with pytest.raises(ValueError, match="the threshold is NaN"):
+        breakdown(np.array([0.5]), trials, float("nan"), {"a": "f", "b": "m"})
+
+
 def test_what_is_no_table_is_named(tmp_path):
     file = tmp_path / "people.csv"
     file.write_text("id,x\na,1\n" + "y" * 200_000 + ",1\n")

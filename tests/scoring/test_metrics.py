@@ -217,6 +217,11 @@ def test_bad_input_is_named():
         min_dcf(good, 1)
     with pytest.raises(ValueError, match="c_miss 0"):
         act_dcf(good, c_miss=0, force=True)
+    for cost in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"positive and finite, got c_miss 1.0, c_fa {cost}"):
+            min_dcf(good, c_fa=cost)
+    with pytest.raises(ValueError, match="threshold is NaN"):
+        good.errors_at(math.nan)
     with pytest.raises(ValueError, match="far must be in"):
         tar_at_far(good, 0)
 

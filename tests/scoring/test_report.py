@@ -86,6 +86,21 @@ def test_calibrated_costs_have_their_interval_and_badge():
     assert report["cllr"].low < report["cllr"].value < report["cllr"].high
 
 
+@pytest.mark.parametrize(("p_target", "c_miss"), [(0.5, 1e17), (1 - 1e-12, 1.0), (1e-100, 1.0)])
+def test_costs_far_apart_have_their_figures(p_target, c_miss):
+    """Also where the prior that would give them with costs of 1 rounds to 1."""
+    scores, trials = simulated()
+    report = evaluate(3 * scores - 4.5, trials, p_target=p_target, c_miss=c_miss, llr=True)
+    points = report.points
+    for kind in ("min_dcf", "act_dcf"):
+        figure = report[kind]
+        weights = (c_miss * p_target, 1 - p_target)
+        rates = figure.misses / points.num_targets, figure.false_accepts / points.num_impostors
+        cost = sum(w * rate for w, rate in zip(weights, rates, strict=True)) / min(weights)
+        assert figure.value == pytest.approx(cost)
+        assert np.isfinite([figure.low, figure.high]).all()
+
+
 def test_few_errors_widen_the_interval_and_are_marked():
     scores, trials = simulated(num_speakers=6, distance=20.0)
     report = evaluate(scores, trials, fars=(1e-1, 1e-3))
