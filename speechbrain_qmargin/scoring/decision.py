@@ -17,7 +17,13 @@ from speechbrain_qmargin.scoring.metrics import (
     tar_at_far,
 )
 from speechbrain_qmargin.scoring.separation import refuse_other_scores
-from speechbrain_qmargin.scoring.uncertainty import FEWEST_ERRORS, Spread, badge, scarcer
+from speechbrain_qmargin.scoring.uncertainty import (
+    FEWEST_ERRORS,
+    Spread,
+    badge,
+    rate_interval,
+    scarcer,
+)
 from speechbrain_qmargin.trials import Trials
 
 __all__ = [
@@ -159,6 +165,25 @@ class OperatingPoint:
             return "chosen on the very scores that it is measured on"
         name = self.chosen_on.split(" sha256:", 1)[0] or "other trials"
         return f"chosen on {name}, whose speakers may be those that it is measured on"
+
+    @property
+    def highest_far(self) -> float:
+        """The most that its FAR may be for other people, as far as the trials tell.
+
+        The upper end of its interval; where there is none, of Clopper-Pearson's, which takes the
+        trials for independent.
+
+        Examples
+        --------
+        >>> OperatingPoint("a", 0.4, 0.01, 0.0, 0.9, 0, 10, 300, 100, "unsupported", True,
+        ...     "", "").highest_far  # no false accept of 300
+        0.0122...
+        """
+        if self.far_interval is not None:
+            return self.far_interval[1]
+        if not 0 <= self.false_accepts <= self.num_impostors or not self.num_impostors:
+            return 1.0
+        return rate_interval(self.false_accepts, self.num_impostors, self.confidence)[1]
 
     def promise(self) -> str:
         """What is known of its errors, in a sentence or two.

@@ -430,6 +430,7 @@ def score_files(
     written = [folder / name for name in ("results.txt", "results.json")]
     written += [folder / "calibration.json"] if dev_trials else []
     written += [folder / name / f"{system}.tsv" for name in names for system in systems]
+    written += [folder / name / "det.png" for name in names]
     inputs = [*paths, embeddings, speakers, models, cohort, cohort_speakers]
     inputs += [dev_trials, dev_embeddings, dev_speakers, dev_models]
     refuse_overwriting(written, inputs, overwrite)

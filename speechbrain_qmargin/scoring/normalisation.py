@@ -349,7 +349,7 @@ def normalize(
             f"enrolment must be one of {', '.join(ENROLMENT_RULES)}, got {enrolment!r}"
         )
     if trials.models and enrolment == "score":
-        apart, owner = _by_recording(trials)
+        apart, owner = trials.by_recording()
         each = normalize(embeddings, apart, cohort, method=method, top_n=top_n, mean=mean,
                          device=device, progress=progress)  # fmt: skip
         return np.bincount(owner, each, len(trials)) / np.bincount(owner, minlength=len(trials))
@@ -376,17 +376,6 @@ def normalize(
     sides = at.reshape(2, -1)
     one, two = ((scores - centre[side]) / spread[side] for side in sides)
     return (one + two) / 2
-
-
-def _by_recording(trials: Trials) -> tuple[Trials, np.ndarray]:
-    """A trial for every recording of every trial's model, and the trial that each is of."""
-    place = {name: n for n, name in enumerate(trials.recordings)}
-    rows = [[place[one] for one in trials.models.get(name, (name,))] for name in trials.ids]
-    counts = np.array([len(row) for row in rows])
-    owner = np.repeat(np.arange(len(trials)), counts[trials.enrolment])
-    enrolment = np.concatenate([rows[n] for n in trials.enrolment.tolist()])
-    tests = np.array([row[0] for row in rows])[trials.test]
-    return Trials(trials.recordings, enrolment.astype(np.int64), tests[owner]), owner
 
 
 def _cross_selected(unit, trials, cohort, top_n, scores, device, progress) -> np.ndarray:

@@ -80,9 +80,10 @@ class PLDA:
         ----------
         embeddings : mapping from id to array [D]
         trials : Trials
-        enrolment : str
-            How the recordings of an enrolment model are put together, see
-            :meth:`~speechbrain_qmargin.embeddings.Embeddings.enrolled`.
+        enrolment : {"embedding", "score"}
+            Of models of several recordings: the ratio of the model's mean embedding
+            (:meth:`~speechbrain_qmargin.embeddings.Embeddings.enrolled`), or the mean of the ratios
+            of its recordings. By the book the number of recordings would count; here it does not.
 
         Raises
         ------
@@ -95,6 +96,10 @@ class PLDA:
             raise ValueError(
                 f"embeddings have {found.matrix.shape[1]} dimensions, the PLDA {len(self.centre)}"
             )
+        if trials.models and enrolment == "score":
+            apart, owner = trials.by_recording()
+            each = self.scores(found, apart)
+            return np.bincount(owner, each, len(trials)) / np.bincount(owner, minlength=len(trials))
         phi, psi, constant = self._quadratic
         rows = found.enrolled(trials, self.centre, enrolment) - self.mean
         own = np.einsum("nd,nd->n", rows @ phi, rows) / 2

@@ -256,6 +256,30 @@ class Trials:
         ids = [name if name in models else names.get(name, name) for name in self.ids]
         return replace(self, ids=ids, models=models)
 
+    def by_recording(self) -> tuple[Trials, np.ndarray]:
+        """A trial for every recording of every trial's model, without labels.
+
+        Returns
+        -------
+        (Trials, int array)
+            And the trial of these that each is of.
+
+        Examples
+        --------
+        >>> trials = Trials(["anna", "x"], np.array([0]), np.array([1]),
+        ...                 models={"anna": ("a/1", "a/2")})
+        >>> apart, owner = trials.by_recording()
+        >>> [apart.pair(n) for n in range(2)], owner
+        (['a/1 x', 'a/2 x'], array([0, 0]))
+        """
+        place = {name: n for n, name in enumerate(self.recordings)}
+        rows = [[place[one] for one in self.models.get(name, (name,))] for name in self.ids]
+        counts = np.array([len(row) for row in rows])
+        owner = np.repeat(np.arange(len(self)), counts[self.enrolment])
+        enrolment = np.concatenate([rows[n] for n in self.enrolment.tolist()])
+        tests = np.array([row[0] for row in rows])[self.test]
+        return Trials(self.recordings, enrolment.astype(np.int64), tests[owner]), owner
+
     def without(self: AnyTrials, lost: Iterable[str]) -> AnyTrials:
         """Only the trials that need none of the recordings in `lost`.
 

@@ -120,8 +120,9 @@ class Found:
     left_out : int
         People enrolled with another encoder.
     false_alarm : float
-        The chance that a stranger finds somebody is at most this: the threshold's false-accept
-        rate times the people searched (Boole's inequality).
+        The chance that a stranger finds somebody is at most this: the most that the threshold's
+        false-accept rate may be (:attr:`OperatingPoint.highest_far`) times the people searched
+        (Boole's inequality).
     threshold : float
     quality : SpeechQuality or FaceQuality
     kind : str
@@ -483,13 +484,12 @@ class Verifier:
             Candidate(names[n], score, system.llr(score), system.accepts(score))
             for n, score in zip(best.tolist(), scores[best].tolist(), strict=True)
         ]
-        far = system.point.far_interval[1] if system.point.far_interval else system.point.far
         return Found(
             candidates=candidates,
             name=candidates[0].name if candidates[0].accept else None,
             searched=len(names),
             left_out=len(self.people) - len(names),
-            false_alarm=min(1.0, len(names) * far),
+            false_alarm=min(1.0, len(names) * system.point.highest_far),
             threshold=system.point.threshold,
             quality=sample.quality,
             kind=system.kind,

@@ -7,7 +7,7 @@ from speechbrain.processing.PLDA_LDA import Ndx, StatObject_SB, fast_PLDA_scorin
 
 from speechbrain_qmargin.scoring.metrics import eer, operating_points
 from speechbrain_qmargin.scoring.plda import PLDA, fit_plda
-from speechbrain_qmargin.trials import LabelledTrials
+from speechbrain_qmargin.trials import LabelledTrials, Trials
 
 
 def voices(seed=0, speakers=60, takes=6, size=5, first=0):
@@ -55,6 +55,21 @@ def test_scores_are_the_ratio_of_gaussians_and_speechbrains():
     at = [(place[trials.ids[e]], place[trials.ids[t]]) for e, t in
           zip(trials.enrolment, trials.test, strict=True)]  # fmt: skip
     np.testing.assert_allclose(found, [theirs.scoremat[p] for p in at], atol=1e-5)
+
+
+def test_the_mean_of_scores_is_that_of_the_recordings_scores():
+    plda = fit_plda(*voices(), rank=3)
+    other, _ = voices(1, 4, 3, first=100)
+    ids = list(other)
+    models = {"m0": tuple(ids[:2]), "m1": tuple(ids[3:4])}
+    trials = Trials(
+        ["m0", "m1", *ids[5:8]], np.array([0, 1, 0]), np.array([2, 3, 4]), models=models
+    )
+    found = plda.scores(other, trials, "score")
+    for n, (model, test) in enumerate((("m0", ids[5]), ("m1", ids[6]), ("m0", ids[7]))):
+        own = models[model]
+        alone = Trials([*own, test], np.arange(len(own)), np.full(len(own), len(own)))
+        assert found[n] == pytest.approx(plda.scores(other, alone).mean())
 
 
 def test_it_beats_the_cosine_where_the_noise_has_a_direction():

@@ -13,6 +13,7 @@ from speechbrain_qmargin.embeddings import Embeddings, cosine_scores
 from speechbrain_qmargin.scoring.calibration import Calibration
 from speechbrain_qmargin.scoring.normalisation import normalize
 from speechbrain_qmargin.scoring.pairing import every_model
+from speechbrain_qmargin.scoring.uncertainty import rate_interval
 from speechbrain_qmargin.trials import Trials
 from speechbrain_qmargin.verify import threshold
 from speechbrain_qmargin.verify.people import NotEnrolled, People
@@ -131,6 +132,12 @@ def test_identification_names_the_nearest_and_what_a_search_costs(verifier):
     assert found.candidates[0].score == pytest.approx(verifier.verify("bob", b"bob 7").score)
     far = verifier.system.point.far_interval[1]
     assert found.false_alarm == pytest.approx(min(1, 3 * far))
+    # no false accept was seen, and no interval is known: that is not a chance of none
+    point = replace(verifier.system.point, far_interval=None, far=0.0, false_accepts=0)
+    quiet = Verifier(READER, verifier.people, replace(verifier.system, point=point))
+    high = rate_interval(0, point.num_impostors)[1]
+    assert quiet.identify(said("bob", 7)[0]).false_alarm == pytest.approx(3 * high)
+    assert high > 0
     assert verifier.identify(b"stranger 1").name is None
     verifier.people.enrol("old", np.eye(1, 32, dtype="f"), "another encoder")
     found = verifier.identify(b"bob 7")
