@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -228,6 +228,7 @@ def _order(table: Table, columns: str | None) -> dict[str, int]:
     if width == 3:
         if words:
             raise ValueError(f"{table.row(0)}: a trial list, without scores")
+        _refuse_scores_as_ids(table, (0, 1))
         return {"enrolment": 0, "test": 1, "score": 2}
     labels = words or labels
     one, two, *rest = (n for n in range(width) if n not in labels[:1])
@@ -243,7 +244,20 @@ def _order(table: Table, columns: str | None) -> dict[str, int]:
             f"{table.row(0)}: the scores are whole numbers, or have commas as decimal points; "
             "write points, or name the columns in a first line"
         )
+    _refuse_scores_as_ids(table, (one, two))
     return {"enrolment": one, "test": two, "score": numbers[0], "label": labels[0]}
+
+
+def _refuse_scores_as_ids(table: Table, ids: Sequence[int]) -> None:
+    """Where ids are numbers, a score before them would be taken for one of them."""
+    for n in ids:
+        cells = set(table.columns[n]) if _is_number(table.columns[n][0]) else set()
+        broken = sorted(cell for cell in cells if not cell.isdigit())
+        if broken and all(map(_is_number, broken)):
+            raise ValueError(
+                f"{table.row(0)}: column {n + 1} holds numbers such as {broken[0]}, which would be "
+                "read as ids. Say the order: columns='score enrolment test', or another"
+            )
 
 
 def _is_number(text: str) -> bool:

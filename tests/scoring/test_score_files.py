@@ -177,6 +177,14 @@ def test_columns_that_cannot_be_told_apart_are_refused(tmp_path):
     path = write(tmp_path / "s", "a b 0.1 0.5 0.6\n")
     with pytest.raises(ValueError, match="5 columns, and which is the score"):
         read_scores(path)
+    for text in ("0.7 1001 1002\n-1 1001 1003\n", "0.7 1001 1002 1\n-1 1001 1003 0\n"):
+        path = write(tmp_path / "s", text)  # the score first, of ids that are numbers
+        with pytest.raises(ValueError, match=r"s:1: .*column 1 holds numbers such as -1, which"):
+            read_scores(path)
+    order = "score enrolment test label"
+    assert read_scores(path, columns=order)[1].tolist() == [0.7, -1]
+    found, scores = read_scores(write(tmp_path / "s", "1001 1002 0.7 1\n1001 1003 -1 0\n"))
+    assert (found.pair(0), scores.tolist()) == ("1001 1002", [0.7, -1])
     with pytest.raises(ValueError, match="a trial list, without scores"):
         read_scores(write(tmp_path / "s", "a b target\nc d nontarget\n"))
 
