@@ -251,6 +251,7 @@ def _report(args) -> None:
             development=development,
             metadata=metadata,
             provenance=provenance,
+            lost={name: read.lost for name, read in systems.items()},
             progress=bar.update,
         )
     for name, report in reports.items():

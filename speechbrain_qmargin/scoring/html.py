@@ -31,7 +31,7 @@ from speechbrain_qmargin.scoring.plots import (
 from speechbrain_qmargin.scoring.report import Report, compare, evaluate
 from speechbrain_qmargin.scoring.separation import refuse_shared
 from speechbrain_qmargin.scoring.worst import worst_speakers, worst_trials
-from speechbrain_qmargin.trials import LabelledTrials
+from speechbrain_qmargin.trials import LabelledTrials, Lost
 
 __all__ = ["report_files", "write_report"]
 
@@ -72,6 +72,7 @@ def write_report(
     development: Mapping[str, tuple[np.ndarray, LabelledTrials]] | None = None,
     metadata: Mapping[str, Mapping[str, str]] | None = None,
     provenance: Provenance | None = None,
+    lost: Mapping[str, Lost | None] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Report]:
     """Evaluate systems on one trial list and write everything there is to see, once it is found.
@@ -106,6 +107,8 @@ def write_report(
     provenance : Provenance, optional
         The command, the score files and what is known of the systems ("kind", "embeddings", to
         which the operating points are bound); date and version are set.
+    lost : mapping from system to Lost, optional
+        Failures of each; those of the trials by default.
     progress : callable, optional
         Called with 1 for every system just evaluated.
 
@@ -164,6 +167,8 @@ def write_report(
             structure=structure,
             confidence=confidence,
         )
+        if lost is not None:
+            reports[name] = replace(reports[name], lost=lost.get(name))
         if progress is not None:
             progress(1)
         held_out, chosen_on = None, ""

@@ -336,6 +336,7 @@ def _summary(page: Page) -> str:
     ]
     for name in page.reports:
         known = dict(from_.about.get(name, {}))
+        known.pop("lost", None)  # which is said in words
         parts = [_source(from_.files.get(name, ""))]
         parts += [f"{html.escape(key)}: {html.escape(str(value))}" for key, value in known.items()]
         compared.append((name, "; ".join(filter(None, parts)) or "scores made in memory"))

@@ -41,6 +41,8 @@ class ScoreFile:
         What our commands write: "kind" ("cosine", "as-norm", "llr", ...), "trials" (the list's
         name and SHA-256), "embeddings", "lost" (failures to acquire) and more; empty for files of
         others.
+    lost : Lost or None
+        This system's own failures, whoever's list the trials are.
 
     Examples
     --------
@@ -58,6 +60,7 @@ class ScoreFile:
     scores: np.ndarray
     source: str
     about: Mapping[str, str] = field(default_factory=dict)
+    lost: Lost | None = None
 
     @property
     def kind(self) -> str:
@@ -190,14 +193,19 @@ def read_score_file(
     own = index_pairs(enrolment, test, labels, table.source)
     _refuse_two_scores(table, own, scores)
     about = _about(table)
+    lost = _lost(table, about)
     if trials is None:
-        if "lost" in about:
-            try:
-                own = replace(own, lost=Lost(**json.loads(about["lost"])))
-            except (TypeError, ValueError, RecursionError):
-                raise ValueError(f"{path}:1: malformed failures {about['lost']!r:.200}") from None
-        return ScoreFile(own, scores, table.source, about)
-    return ScoreFile(trials, _in_order_of(trials, own, scores, path), table.source, about)
+        return ScoreFile(replace(own, lost=lost), scores, table.source, about, lost)
+    return ScoreFile(trials, _in_order_of(trials, own, scores, path), table.source, about, lost)
+
+
+def _lost(table: Table, about: Mapping[str, str]) -> Lost | None:
+    if "lost" not in about:
+        return None
+    try:
+        return Lost(**json.loads(about["lost"]))
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError(f"{table.path}:1: malformed failures {about['lost']!r:.200}") from None
 
 
 def _about(table: Table) -> dict[str, str]:

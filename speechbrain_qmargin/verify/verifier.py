@@ -121,8 +121,8 @@ class Found:
         People enrolled with another encoder.
     false_alarm : float
         The chance that a stranger finds somebody is at most this: the most that the threshold's
-        false-accept rate may be (:attr:`OperatingPoint.highest_far`) times the people searched
-        (Boole's inequality).
+        false-accept rate may be times the people searched (Boole's inequality), see
+        :attr:`~speechbrain_qmargin.scoring.decision.OperatingPoint.highest_far`.
     threshold : float
     quality : SpeechQuality or FaceQuality
     kind : str

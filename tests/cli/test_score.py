@@ -305,6 +305,13 @@ def test_recordings_that_failed_are_reported(files, tmp_path, capsys):
     figure = system["figures"]["TAR@FAR=0.1"]
     share = 1 - (figure["misses"] + 3) / (45 + 3)
     assert f"counted as rejections: TAR@FAR=0.1 {100 * share:.2f} %" in printed
+    # beside a system that lost nothing: each has its own failures
+    assert run("cosine", files / "test.npz", files / "test.txt", tmp_path / "all.tsv") == 0
+    both = f"few={tmp_path / 's.tsv'}", f"all={tmp_path / 'all.tsv'}"
+    assert run("report", *both, f"--output={tmp_path / 'p'}") == 0
+    systems = json.loads((tmp_path / "p" / "report.json").read_text())["systems"]
+    assert systems["few"]["trials"]["lost"] == system["trials"]["lost"]
+    assert systems["all"]["trials"]["lost"] is None
 
 
 def test_models_in_a_report(files, tmp_path, capsys):
