@@ -297,13 +297,15 @@ def identify(
             alarms[cell][part] = chance[number]
             alarmed[cell] += change[number] @ over
 
-    of_mated = table.identity[table.mated]
+    of_mated, of_others = table.identity[table.mated], table.identity[table.others]
+    effective = min(effective_number(np.unique(of, return_counts=True)[1])
+                    for of in (of_mated, of_others) if len(of))  # fmt: skip
     shares = [_found_share(hit, of_mated, sway, confidence)
               for hit, sway in zip(hits, swayed, strict=True)]  # fmt: skip
     cmc = {rank: shares[n] for n, (_, _, rank) in enumerate(closed)}
     open_set = []
     for cell, (size, threshold, rank) in enumerate(open_cells):
-        fpir = _alarm_share(alarms[cell], table.identity[table.others], alarmed[cell], confidence)
+        fpir = _alarm_share(alarms[cell], of_others, alarmed[cell], confidence)
         missed = shares[len(closed) + cell].complement
         lenient = 1 - found_at(size, threshold_of(size, fpir.high), rank).mean()
         strict = 1.0  # a FPIR of less than one probe: the threshold may be beyond all scores
@@ -311,7 +313,7 @@ def identify(
             strict = 1 - found_at(size, threshold_of(size, fpir.low), rank).mean()
         allowed = wanted[cell] * len(highest)
         fnir = _with_threshold(missed, float(lenient), float(strict), min(allowed, missed.errors),
-                               min(missed.people, fpir.people))  # fmt: skip
+                               min(missed.people, fpir.people), effective)  # fmt: skip
         open_set.append(OpenSet(size, wanted[cell], threshold, fpir, fnir))
     return Identification(count, len(table.gallery), rank_limit, cmc, open_set, above + 1,
                           mate_scores, highest, confidence)  # fmt: skip
@@ -450,7 +452,7 @@ def _alarm_share(alarm: np.ndarray, identity: np.ndarray, swayed: np.ndarray, co
 
 
 def _with_threshold(
-    missed: Share, lenient: float, strict: float, errors: float, people: int
+    missed: Share, lenient: float, strict: float, errors: float, people: int, effective: float
 ) -> Share:
     """Joined with the rates at the ends of the threshold's interval."""
     value = missed.value
@@ -462,5 +464,5 @@ def _with_threshold(
         high=float(min(high, 1)),
         errors=float(errors),
         people=people,
-        support=badge(errors, people),
+        support=badge(errors, effective),
     )

@@ -154,6 +154,20 @@ def test_few_identities_and_few_errors_are_said():
     assert found.open_set[1].fnir.high == 1
 
 
+@pytest.mark.parametrize("who", ["p0", "p20"])  # of the list, a stranger
+def test_one_person_with_most_probes_is_not_many_people(who):
+    gallery, owners, probes, names = simulated(people=20, strangers=20, each=15, dim=3)
+    even = identify(gallery, owners, probes, names, fpirs=(0.5,)).open_set[0].fnir
+    assert even.support == "measured"
+    rng = np.random.default_rng(1)
+    more = probes[names.index(who)] + rng.normal(size=(2000, 3))
+    found = identify(gallery, owners, np.concatenate((probes, more)), names + [who] * 2000,
+                     fpirs=(0.5,)).open_set[0].fnir  # fmt: skip
+    assert found.people == 20
+    assert found.errors >= 30
+    assert found.support == "unsupported"
+
+
 def test_bad_input_is_named():
     gallery, owners, probes, names = simulated()
     with pytest.raises(ValueError, match="no probe is of an identity in the gallery"):
