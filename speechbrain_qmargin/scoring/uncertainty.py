@@ -247,7 +247,9 @@ class Spread:
         self.structure = TrialStructure.of(trials) if structure is None else structure
         self.points = points
         held = self.structure.num_targets, self.structure.num_impostors
-        if held != (points.num_targets, points.num_impostors):
+        people = self.structure.people
+        other = len(people) and not np.array_equal(people, trials.people)
+        if other or held != (points.num_targets, points.num_impostors):
             raise ValueError("the structure is not of these trials")
         scores = np.asarray(scores)
         if not np.issubdtype(scores.dtype, np.floating):

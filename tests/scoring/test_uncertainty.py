@@ -237,6 +237,9 @@ def test_a_structure_of_other_trials_is_refused():
     one, two = random_list(rng, 10), random_list(rng, 10)
     with pytest.raises(ValueError, match="not of these trials"):
         evaluate(scored(one, rng), one, structure=TrialStructure.of(two))
+    other = replace(one, ids=[f"t{name}" for name in one.ids])  # one shape, other people
+    with pytest.raises(ValueError, match="not of these trials"):
+        evaluate(scored(one, rng), one, structure=TrialStructure.of(other))
 
 
 def test_one_speaker_is_refused():
