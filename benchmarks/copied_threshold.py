@@ -1,10 +1,10 @@
 """What a threshold of other people's recordings does to one's own.
 
-    python benchmarks/copied_threshold.py ENCODER NAME=PEOPLE [NAME=PEOPLE ...] [--far 0.01]
+    python benchmarks/copied_threshold.py ENCODER NAME=SOURCE [NAME=SOURCE ...] [--far 0.01]
 
 On each set of people a threshold is measured as `qmargin threshold` does. Then every threshold, and
-SpeechBrain's 0.25, decides on all pairs of every set: the share of true pairs rejected and
-of impostors accepted.
+SpeechBrain's 0.25, decides on all pairs of every set: the share of target trials
+rejected and of impostor trials accepted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from speechbrain_qmargin.verify.verifier import load_reader
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("encoder")
-    parser.add_argument("people", nargs="+", metavar="NAME=PEOPLE")
+    parser.add_argument("people", nargs="+", metavar="NAME=SOURCE")
     parser.add_argument("--far", type=float, default=0.01)
     args = parser.parse_args()
     reader = load_reader(args.encoder)
@@ -48,7 +48,7 @@ def main() -> None:
             sets[name] = operating_points(
                 cosine_scores(embeddings, trials).astype(np.float64), trials.is_target
             )
-    print("\nthreshold | people | true pairs rejected | impostors accepted")
+    print("\nthreshold | people | target trials rejected | impostor trials accepted")
     for source, threshold in thresholds.items():
         for name, points in sets.items():
             misses, accepts = points.errors_at(threshold)

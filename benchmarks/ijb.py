@@ -113,7 +113,7 @@ def ours(folder: Path):
     report = evaluate(scores, protocol.trials, fars=FARS)
     yield "figures and intervals"
     for figure in report.figures:
-        print(f"  {figure.name} {figure.shown} [{figure.interval}] {figure.support}")
+        print(f"  {figure.name} {figure.shown} [{figure.interval}] {figure.mark}")
 
 
 def plain(folder: Path):

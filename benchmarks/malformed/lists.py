@@ -168,7 +168,7 @@ def scores(folder: Path) -> Iterator[Kind]:
     def figures(path: Path) -> str:
         read = read_score_file(path)
         report = evaluate(read.scores, read.trials.labelled(), fars=(0.1,))
-        if any(one.support == "measured" for one in report.figures):
+        if any(one.mark == "measured" for one in report.figures):
             raise NotRight(f"measured, of {report.num_speakers} speakers")
         return report.table()
 

@@ -1,6 +1,6 @@
 """Align photographs of faces by five landmarks, as the networks are trained; ``qmargin align``.
 
-python recipes/face/align.py IMAGES LANDMARKS OUT [--size 112]
+python recipes/face/align.py IMAGES LANDMARKS OUTPUT [--image_size 112]
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Score IJB-B or IJB-C 1:1 from the embeddings of its images, with intervals over subjects.
 
-    python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --run results/face/full/...
-    python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --backbone backbone.pth
+    python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --encoder results/face/full/...
+    python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --encoder backbone.pth
     python recipes/face/evaluate_ijb.py --ijb FOLDER --target IJBC --embeddings images.npz
 
 The embeddings are those of a run of recipes/face/train.py, of a model that arcface_torch, AdaFace
@@ -20,7 +20,9 @@ import torch
 from tqdm import tqdm
 
 from speechbrain_qmargin.cli import GOES_ON, HelpFormatter, status_of
-from speechbrain_qmargin.export.face_encoder import FaceEncoder, load_face_encoder
+from speechbrain_qmargin.export.encoder import is_run
+from speechbrain_qmargin.export.face_encoder import FaceEncoder
+from speechbrain_qmargin.export.loading import load_any_encoder
 from speechbrain_qmargin.faces.ijb import (
     IJBOptions,
     evaluate_ijb,
@@ -33,24 +35,16 @@ from speechbrain_qmargin.faces.ijb import (
 from speechbrain_qmargin.faces.pair_sets import FLIPS
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.loss.device import usable_device
-from speechbrain_qmargin.published import load_published
 
 SWITCH = argparse.BooleanOptionalAction
-
-
-def load_model(args):
-    """A run's encoder or a published network; mirror images are the protocol's matter."""
-    if args.run:
-        return load_face_encoder(args.run, trust=args.trust, flip="none")
-    published = load_published(args.backbone)
-    print(published.summary())
-    return FaceEncoder.of(published, flip="none")
 
 
 def embed(ijb, args, cache):
     """The images of FOLDER/loose_crop by the model; interrupted, it goes on."""
     device = usable_device(args.device)
-    encoder = load_model(args).to(device)
+    encoder = load_any_encoder(args.encoder, device, args.trust, "none", print)  # mirrored below
+    if not isinstance(encoder, FaceEncoder):
+        raise ValueError(f"{args.encoder}: an encoder of speech")
 
     @torch.inference_mode()
     def forward(images):
@@ -70,9 +64,9 @@ def embed(ijb, args, cache):
 
 def default_folder(args):
     """One for each model, so that none is overwritten by another's results."""
-    if args.run:
-        return Path(args.run) / args.target
-    source = Path(args.embeddings or args.backbone)
+    source = Path(args.embeddings or args.encoder)
+    if is_run(source):
+        return source / args.target
     return source.with_name(f"{source.stem if source.is_file() else source.name}_{args.target}")
 
 
@@ -86,9 +80,9 @@ def main(argv=None):
     parser.add_argument("--target", default="IJBC", choices=("IJBB", "IJBC"), help="which protocol")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--embeddings", help="npz of the images, or the cache of an extraction")
-    source.add_argument("--run", help="embed the images with this run of recipes/face/train.py")
-    parser.add_argument("--trust", action="store_true", help="let the run's YAML run any code")
-    source.add_argument("--backbone", help="embed the images with this published face model")
+    source.add_argument("--encoder", help="embed the images with this run, inference folder or "
+                        "published model")  # fmt: skip
+    parser.add_argument("--trust", action="store_true", help="let the encoder's YAML run any code")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="where the model runs")
     parser.add_argument("--batch_size", default=128, type=int, help="images in a batch")
@@ -102,11 +96,11 @@ def main(argv=None):
                         "lists in meta/")  # fmt: skip
     parser.add_argument("--all_options", action="store_true", help="also print a table of every "
                         "combination of the three options")  # fmt: skip
-    parser.add_argument("--output_folder", help="folder to write; without it <run>/<target>, "
-                        "or <name>_<target> beside the model or the embeddings")  # fmt: skip
+    parser.add_argument("--output", help="folder to write; without it <run>/<target>, or "
+                        "<name>_<target> beside the model or the embeddings")  # fmt: skip
     args = parser.parse_args(argv)
 
-    folder = Path(args.output_folder or default_folder(args))
+    folder = Path(args.output or default_folder(args))
     ijb = read_ijb(args.ijb, args.target)
     if args.embeddings is None:
         images = embed(ijb, args, folder / "cache")

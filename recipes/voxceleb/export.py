@@ -1,6 +1,6 @@
 """A trained run for others: SpeechBrain's inference folder, ONNX; as ``qmargin export``.
 
-python recipes/voxceleb/export.py RUN [--operating_point FILE] [--onnx OUT.onnx]
+python recipes/voxceleb/export.py ENCODER [--operating_point FILE] [--onnx FILE]
 """
 
 import sys

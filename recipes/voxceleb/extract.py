@@ -1,6 +1,6 @@
 """Embeddings of any recordings with a trained encoder; as ``qmargin extract``.
 
-python recipes/voxceleb/extract.py RUN AUDIO OUT
+python recipes/voxceleb/extract.py ENCODER SOURCE OUTPUT
 """
 
 import sys

@@ -1,8 +1,8 @@
 """Trial lists from a folder of recordings, to choose a threshold on and to measure it.
 
-    python recipes/voxceleb/make_trials.py DATA_FOLDER OUT_FOLDER
+    python recipes/voxceleb/make_trials.py SOURCE OUTPUT
 
-DATA_FOLDER has wav/<speaker>/<session>/<utterance>. Its speakers are divided at random into three
+SOURCE has wav/<speaker>/<session>/<utterance>. Its speakers are divided at random into three
 groups: those of dev.txt, to validate and to choose a threshold on; those of test.txt, to measure it
 on; and the others, to train on or for a cohort. Every pair of the chosen recordings is a trial,
 except two of one session of a speaker who has several sessions. For `qmargin extract`,
@@ -19,20 +19,18 @@ from speechbrain_qmargin.cli.inputs import add_overwrite
 from speechbrain_qmargin.cli.trials import divided_trials
 
 
-def make_trials(
-    data_folder, out_folder, dev_speakers, test_speakers, utterances=10, seed=0, overwrite=False
-):
+def make_trials(source, output, dev, test, max_per_person=10, seed=0, overwrite=False):
     """Write the two trial lists and the two lists of recordings; print what is in them."""
-    root = Path(data_folder) / "wav"
+    root = Path(source) / "wav"
     if not root.parent.is_dir():
-        raise FileNotFoundError(f"{data_folder}: no such folder")
+        raise FileNotFoundError(f"{source}: no such folder")
     if not root.is_dir():
         raise FileNotFoundError(
-            f"{data_folder}: it must hold wav/<speaker>/<session>/<utterance>, and has no wav/"
+            f"{source}: it must hold wav/<speaker>/<session>/<utterance>, and has no wav/"
         )
-    counts = {"dev": dev_speakers, "test": test_speakers}
+    counts = {"dev": dev, "test": test}
     names = ("speakers", "recordings")
-    divided_trials(root, out_folder, counts, utterances, seed, names, overwrite)
+    divided_trials(root, output, counts, max_per_person, seed, names, overwrite)
 
 
 def main(argv: list[str]) -> int:
@@ -41,11 +39,12 @@ def main(argv: list[str]) -> int:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("data_folder", help="folder with wav/")
-    parser.add_argument("out_folder", help="folder to write the lists to")
-    parser.add_argument("--dev_speakers", type=int, default=20, help="speakers in dev.txt")
-    parser.add_argument("--test_speakers", type=int, default=20, help="speakers in test.txt")
-    parser.add_argument("--utterances", type=int, default=10, help="taken of a speaker, at most")
+    parser.add_argument("source", metavar="SOURCE", help="folder with wav/")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write the lists to")
+    parser.add_argument("--dev", type=int, default=20, help="number of speakers in dev.txt")
+    parser.add_argument("--test", type=int, default=20, help="number of speakers in test.txt")
+    parser.add_argument("--max_per_person", type=int, default=10, help="recordings taken of a "
+                        "speaker, at most")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the division")
     add_overwrite(parser)
     args = vars(parser.parse_args(argv))

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from speechbrain_qmargin.cli import GOES_ON
-from speechbrain_qmargin.cli.inputs import add_overwrite
+from speechbrain_qmargin.cli.inputs import add_encoder, add_overwrite
 
 __all__ = ["configure"]
 
 EXTRACT = """
-RUN is a run's output folder, an inference folder or a published model (a file of weights or its
+ENCODER is a run's output folder, an inference folder or a published model (a file of weights or its
 folder). OUT ends in .npz, or in .ark or .scp for Kaldi's pair of files.
 
 Speech: SOURCE is a folder, or a text file with a path, or an id and a path, on each line. In a
@@ -58,12 +58,10 @@ def _extract(args: argparse.Namespace) -> None:
     from speechbrain_qmargin.export.sources import check_output, output_files, write_embeddings
     from speechbrain_qmargin.files import refuse_overwriting, write_text
 
-    source, out = Path(args.source), Path(args.out)
+    source, out = Path(args.source), Path(args.output)
     outputs = output_files(out)
     refuse_overwriting(outputs, [source], args.overwrite)
-    encoder = load_any_encoder(
-        args.run_folder, args.device or _device(), args.trust, args.flip, print
-    )
+    encoder = load_any_encoder(args.encoder, args.device or _device(), args.trust, args.flip, print)
     parts, about, said = out.with_name(out.name + ".parts"), str(source.resolve()), ""
     with tqdm(desc="embeddings", disable=args.quiet, unit="") as bar:
 
@@ -121,7 +119,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.wespeaker and Path(args.wespeaker).exists():  # with whatever lies in it
         raise FileExistsError(f"--wespeaker: {args.wespeaker} is there already; give a new folder")
     refuse_overwriting(outputs, [args.operating_point], args.overwrite)
-    place = Path(args.run_folder)
+    place = Path(args.encoder)
     if not is_run(place) and not outputs and not args.operating_point and place.exists():
         raise ValueError(f"{place}: no run; say what to write of it: --onnx, --wespeaker or "
                          "--arcface_torch")  # fmt: skip
@@ -165,11 +163,9 @@ def _pairs(args: argparse.Namespace) -> None:
             raise ValueError(f"two sets are called {path.stem}; their results would be one folder")
         sets[path.stem] = _read_pairs(path, args.images)
     refuse_overwriting([output / "pairs.json"], args.sets, args.overwrite)
-    encoder = load_any_encoder(
-        args.run_folder, args.device or _device(), args.trust, args.flip, print
-    )
+    encoder = load_any_encoder(args.encoder, args.device or _device(), args.trust, args.flip, print)
     if not isinstance(encoder, FaceEncoder):
-        raise ValueError(f"{args.run_folder}: an encoder of speech")
+        raise ValueError(f"{args.encoder}: an encoder of speech")
     results, lines = {}, []
     for name, (images, pairs, same, about) in sets.items():
         found = _embed_all(encoder, images, output / name / "parts", about, args)
@@ -255,9 +251,7 @@ def configure(add) -> None:
 
     def loads(name: str, run, about: str) -> argparse.ArgumentParser:
         sub = add(name, run, about + TRUST)
-        sub.add_argument("run_folder", metavar="RUN", help="a run, an inference folder or a "
-                         "published model")  # fmt: skip
-        sub.add_argument("--trust", action="store_true", help="let the folder's YAML run any code")
+        add_encoder(sub)
         return sub
 
     def flips(sub: argparse.ArgumentParser) -> None:
@@ -275,7 +269,7 @@ def configure(add) -> None:
 
     sub = loads("extract", _extract, EXTRACT)
     sub.add_argument("source", metavar="SOURCE", help="a folder, a list, or a file of images")
-    sub.add_argument("out", metavar="OUT", help="file to write: .npz, .ark or .scp")
+    sub.add_argument("output", metavar="OUTPUT", help="file to write: .npz, .ark or .scp")
     add_overwrite(sub)
     embeds(sub)
 
@@ -290,11 +284,11 @@ def configure(add) -> None:
     sub.add_argument(
         "--operating_point", metavar="FILE", help="operating_point.json, chosen on plain cosines"
     )
-    sub.add_argument("--onnx", metavar="OUT", help="write an ONNX file")
+    sub.add_argument("--onnx", metavar="FILE", help="write an ONNX file")
     add_overwrite(sub)
-    sub.add_argument("--wespeaker", metavar="OUT", help="write a folder for WeSpeaker, with "
+    sub.add_argument("--wespeaker", metavar="FOLDER", help="write a folder for WeSpeaker, with "
                      "avg_model.pt and config.yaml")  # fmt: skip
-    sub.add_argument("--arcface_torch", metavar="OUT", help="write a face backbone's weights for "
+    sub.add_argument("--arcface_torch", metavar="FILE", help="write a face backbone's weights for "
                      "arcface_torch")  # fmt: skip
     flips(sub)
     sub.add_argument(

@@ -54,7 +54,6 @@ def _breakdown(args) -> None:
         points = operating_points(distinct.scores(found.scores), distinct.trials.is_target)
         threshold = tar_at_far(points, args.far).threshold
         print(f"threshold {threshold:.6g}, for a FAR of {args.far:g} on these very scores")
-    edges = [float(edge) for edge in args.edges.split(",")] if args.edges else None
     tables = [
         breakdown(
             found.scores,
@@ -63,7 +62,7 @@ def _breakdown(args) -> None:
             values,
             column=column,
             relation=args.relation,
-            edges=edges,
+            edges=args.edges,
         )
         for column, values in table.items()
     ]
@@ -83,18 +82,18 @@ def _breakdown(args) -> None:
 def _fuse(args) -> None:
     from speechbrain_qmargin.scoring.fusion import Fusion, fit_fusion
 
-    inputs = files_of([*args.systems, *args.development])
+    inputs = files_of([*args.systems, *args.dev_scores])
     inputs += [args.trials, args.utt2spk, args.models, args.fusion]
-    inputs += [args.development_trials, args.development_utt2spk]
+    inputs += [args.dev_trials, args.dev_utt2spk]
     refuse_overwriting([args.output, args.save], inputs, args.overwrite)
     if args.fusion:
         fusion = Fusion.load(args.fusion)
     else:
-        if not args.development:
-            raise ValueError("give --development scores to fit the fusion on, or a --fusion file")
+        if not args.dev_scores:
+            raise ValueError("give --dev_scores to fit the fusion on, or a --fusion file")
         own = argparse.Namespace(**vars(args))
-        own.trials, own.utt2spk = args.development_trials, args.development_utt2spk
-        dev_trials, dev_files = read_systems(args.development, own)
+        own.trials, own.utt2spk = args.dev_trials, args.dev_utt2spk
+        dev_trials, dev_files = read_systems(args.dev_scores, own)
         dev_scores = {name: read.scores for name, read in dev_files.items()}
         origins = {name: read.origin for name, read in dev_files.items()}
         fusion = fit_fusion(
@@ -175,13 +174,13 @@ def _bayes(args) -> None:
         name: operating_points(distinct.scores(read.scores), is_target)
         for name, read in files.items()
     }
-    wanted = np.log(args.priors) - np.log1p(-np.asarray(args.priors))
+    wanted = np.log(args.p_target) - np.log1p(-np.asarray(args.p_target))
     print("normalised Bayes error (minimum) at priors of a target trial")
     for name, each in points.items():
         error = bayes_error(each, wanted)
         cells = [
             f"{prior:g}: {actual:.3f} ({least:.3f})"
-            for prior, actual, least in zip(args.priors, error.actual, error.minimum, strict=True)
+            for prior, actual, least in zip(args.p_target, error.actual, error.minimum, strict=True)
         ]
         print(f"{name}  {'  '.join(cells)}")
     save_figure(bayes_error_figure(points), args.output)
@@ -212,7 +211,7 @@ def _quality(args) -> None:
     if speakers is not None and own is not None:
         refuse_shared_speakers(speakers.values(), own.values())
     mean = raw.matrix.mean(axis=0) if args.subtract_mean else None
-    cohort = make_cohort(raw, None if args.utterances else speakers, mean=mean)
+    cohort = make_cohort(raw, None if args.all_utterances else speakers, mean=mean)
     top_n = min(args.top_n, len(cohort))
     unit = embeddings.unit(embeddings.ids, mean)
     values = cohort_mean_quality(unit, cohort.matrix, embeddings.ids, top_n)
@@ -255,7 +254,7 @@ def configure(add) -> None:
     """The subcommands that evaluate further; see :mod:`speechbrain_qmargin.cli`."""
 
     sub = add("breakdown", _breakdown)
-    sub.add_argument("scores", help="a score file")
+    sub.add_argument("scores", metavar="SCORES", help="a score file")
     sub.add_argument("--metadata", required=True, metavar="FILE", help="table with a header; its "
                      "first column names recordings or speakers")  # fmt: skip
     sub.add_argument("--by", action="append", default=[], metavar="COLUMN", help="a column of the "
@@ -263,7 +262,9 @@ def configure(add) -> None:
     sub.add_argument("--relation", default="both", choices=("both", "same"),
                      help="group trials by the values of both sides, or by whether the two are the "
                      "same")  # fmt: skip
-    sub.add_argument("--edges", help="bin a column of numbers at these, such as 2,5,10")
+    sub.add_argument(
+        "--edges", **several(float), help="bin a column of numbers at these, such as 2,5,10"
+    )
     at = sub.add_mutually_exclusive_group()
     at.add_argument("--operating_point", metavar="FILE", help="take the threshold from this "
                      "file of `qmargin report`")  # fmt: skip
@@ -275,16 +276,16 @@ def configure(add) -> None:
     add_scored(sub)
 
     sub = add("fuse", _fuse)
-    sub.add_argument("systems", nargs="+", metavar="NAME=SCORES", help="a score file of each "
+    sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES", help="a score file of each "
                      "system")  # fmt: skip
     sub.add_argument("--output", required=True, help="score file to write")
     add_overwrite(sub)
-    sub.add_argument("--development", action="append", default=[], metavar="NAME=SCORES",
+    sub.add_argument("--dev_scores", action="append", default=[], metavar="[NAME=]SCORES",
                      help="fit on these scores, of other speakers; one for each "
                      "system")  # fmt: skip
-    sub.add_argument("--development_trials", metavar="FILE", help="trial list, for development "
+    sub.add_argument("--dev_trials", metavar="FILE", help="trial list, for development "
                      "scores without labels")  # fmt: skip
-    sub.add_argument("--development_utt2spk", metavar="FILE", help="speakers of the development "
+    sub.add_argument("--dev_utt2spk", metavar="FILE", help="speakers of the development "
                      "recordings")  # fmt: skip
     sub.add_argument("--fusion", metavar="FILE", help="apply this fusion, fitted before")
     sub.add_argument("--save", metavar="FILE", help="JSON to write the fusion to")
@@ -293,11 +294,12 @@ def configure(add) -> None:
     add_scored(sub)
 
     sub = add("watchlist", _watchlist)
-    sub.add_argument("embeddings", help="npz, npy, ark or scp")
-    sub.add_argument("gallery", help="file of 'recording identity' lines; an identity may have "
-                     "several recordings")  # fmt: skip
-    sub.add_argument("probes", help="file of 'recording identity' lines")
-    sub.add_argument("--mean", metavar="EMBEDDINGS", help="subtract the mean of these")
+    sub.add_argument("embeddings", metavar="EMBEDDINGS", help="npz, npy, ark or scp")
+    sub.add_argument("gallery", metavar="GALLERY", help="file of 'recording identity' lines; an "
+                     "identity may have several recordings")  # fmt: skip
+    sub.add_argument("probes", metavar="PROBES", help="file of 'recording identity' lines")
+    sub.add_argument("--mean", metavar="FILE", help="subtract this mean vector, or the mean of "
+                     "these embeddings")  # fmt: skip
     sub.add_argument("--ranks", **several(int), default=[1, 5, 10, 20], help="ranks of the rank "
                      "curve")  # fmt: skip
     sub.add_argument("--fpirs", **several(share), default=[0.1, 0.01, 0.001], help="false-positive "
@@ -316,14 +318,16 @@ def configure(add) -> None:
                      "system, of log-likelihood ratios")  # fmt: skip
     sub.add_argument("--output", default="bayes_error.png", help="picture to write")
     add_overwrite(sub)
-    sub.add_argument("--priors", **several(share), default=[0.5, 0.05, 0.01, 0.001], help="priors "
-                     "of a target trial in the printed table")  # fmt: skip
+    sub.add_argument("--p_target", **several(share), default=[0.5, 0.05, 0.01, 0.001], 
+                     help="priors of a target trial in the printed table")  # fmt: skip
     add_scored(sub)
 
     sub = add("quality", _quality)
-    sub.add_argument("embeddings", help="npz, npy, ark or scp")
-    sub.add_argument("cohort", help="embeddings of training utterances")
-    sub.add_argument("output", help="'id value' lines, for calibrate --quality NAME=FILE")
+    sub.add_argument("embeddings", metavar="EMBEDDINGS", help="npz, npy, ark or scp")
+    sub.add_argument("cohort", metavar="COHORT", help="embeddings of training utterances")
+    sub.add_argument(
+        "output", metavar="OUTPUT", help="'id value' lines, for calibrate --quality NAME=FILE"
+    )
     add_overwrite(sub)
     sub.add_argument("--top_n", type=int, default=300, help="nearest cohort entries that are "
                      "averaged")  # fmt: skip
@@ -332,9 +336,9 @@ def configure(add) -> None:
     add_cohort(sub)
 
     sub = add("plda", _plda)
-    sub.add_argument("embeddings", help="npz, npy, ark or scp")
-    sub.add_argument("trials", help="trial list, in any published form")
-    sub.add_argument("output", help="score file to write")
+    sub.add_argument("embeddings", metavar="EMBEDDINGS", help="npz, npy, ark or scp")
+    sub.add_argument("trials", metavar="TRIALS", help="trial list, in any published form")
+    sub.add_argument("output", metavar="OUTPUT", help="score file to write")
     add_overwrite(sub)
     add_tables(sub)
     sub.add_argument("--train", metavar="EMBEDDINGS", help="fit on these, of other speakers")

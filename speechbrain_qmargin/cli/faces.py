@@ -23,9 +23,9 @@ ALIGN = """
 LANDMARKS is a text file with a line for each face, `image x1 y1 ... x5 y5`: the image's path below
 IMAGES, then x and y in pixels of the left and right eye, the nose, and the left and right corner of
 the mouth, left and right as seen in the picture. They become the positions of ArcFace's training
-crops. OUT gets <image>.png in the same folders; if these are named after the identities, OUT is a
+crops. OUTPUT gets <image>.png in the same folders; if these are named after the identities, it is a
 --data_folder for recipes/face/train.py. An interrupted run resumes when the same command is started
-again; images that cannot be aligned are listed in OUT/skipped_images.txt.
+again; images that cannot be aligned are listed in OUTPUT/skipped_images.txt.
 """
 
 
@@ -54,13 +54,13 @@ def read_landmarks(path: str | Path) -> dict[str, np.ndarray]:
 def _align(args: argparse.Namespace) -> None:
     from PIL import Image
 
-    images, out = Path(args.images), Path(args.out)
+    images, out = Path(args.images), Path(args.output)
     if images.resolve() == out.resolve():
-        raise ValueError(f"{out}: aligned images would overwrite the photographs; another OUT")
+        raise ValueError(f"{out}: aligned images would overwrite the photographs; another OUTPUT")
     if not images.is_dir():
         raise FileNotFoundError(f"{images}: no such folder of photographs")
-    if args.size < 1:
-        raise ValueError(f"--size {args.size}; height and width in pixels are wanted")
+    if args.image_size < 1:
+        raise ValueError(f"--image_size {args.image_size}; height and width in pixels are wanted")
     landmarks = read_landmarks(args.landmarks)
 
     def align(name: str) -> str:
@@ -69,7 +69,7 @@ def _align(args: argparse.Namespace) -> None:
         if file.is_file():
             return ""
         try:
-            aligned = align_face(read_pixels(images / name), landmarks[name], args.size)
+            aligned = align_face(read_pixels(images / name), landmarks[name], args.image_size)
         except (OSError, ValueError) as error:
             return str(error)
         with replacing(file) as partial:
@@ -77,9 +77,9 @@ def _align(args: argparse.Namespace) -> None:
         return ""
 
     sizes = out / "size.txt"
-    if sizes.is_file() and sizes.read_text() != f"{args.size}\n":
-        raise ValueError(f"{out} holds images of size {sizes.read_text().strip()}; another OUT")
-    write_text(sizes, f"{args.size}\n")
+    if sizes.is_file() and sizes.read_text() != f"{args.image_size}\n":
+        raise ValueError(f"{out} holds images of size {sizes.read_text().strip()}; another OUTPUT")
+    write_text(sizes, f"{args.image_size}\n")
     listing = out / "skipped_images.txt"
     listing.unlink(missing_ok=True)  # they are tried again
     skipped = Skipped(listing)
@@ -105,6 +105,6 @@ def configure(add) -> None:
     sub.set_defaults(again=GOES_ON)
     sub.add_argument("images", metavar="IMAGES", help="folder of photographs")
     sub.add_argument("landmarks", metavar="LANDMARKS", help="text file: image x1 y1 ... x5 y5")
-    sub.add_argument("out", metavar="OUT", help="folder to write the aligned images to")
-    sub.add_argument("--size", default=112, type=int, help="height and width of the aligned "
+    sub.add_argument("output", metavar="OUTPUT", help="folder to write the aligned images to")
+    sub.add_argument("--image_size", default=112, type=int, help="height and width of the aligned "
                      "images, in pixels")  # fmt: skip

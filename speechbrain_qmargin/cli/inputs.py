@@ -1,4 +1,4 @@
-"""Score files as the subcommands are given them: their arguments, and how they are read."""
+"""Arguments that several subcommands take, and how the score files among them are read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from speechbrain_qmargin.trials import Trials, read_unlabelled
 
 __all__ = [
     "add_cohort",
+    "add_cohort_utt2spk",
+    "add_encoder",
     "add_overwrite",
     "add_scored",
     "add_tables",
@@ -77,12 +79,24 @@ def add_overwrite(sub: argparse.ArgumentParser) -> None:
 
 def add_cohort(sub: argparse.ArgumentParser) -> None:
     """What is made of a file of cohort embeddings."""
-    sub.add_argument("--cohort_utt2spk", metavar="FILE", help="the speaker of each cohort "
-                     "recording; without it the part of the id before the first slash")  # fmt: skip
-    sub.add_argument("--utterances", action="store_true", help="take every utterance of the "
+    add_cohort_utt2spk(sub)
+    sub.add_argument("--all_utterances", action="store_true", help="take every utterance of the "
                      "cohort, not the means of its speakers")  # fmt: skip
     sub.add_argument("--subtract_mean", action="store_true", help="subtract the cohort's mean "
                      "from all embeddings")  # fmt: skip
+
+
+def add_cohort_utt2spk(sub: argparse.ArgumentParser) -> None:
+    """Whose recordings the cohort's are."""
+    sub.add_argument("--cohort_utt2spk", metavar="FILE", help="the speaker of each cohort "
+                     "recording; without it the part of the id before the first slash")  # fmt: skip
+
+
+def add_encoder(sub: argparse.ArgumentParser) -> None:
+    """The encoder, and whether its YAML may run code."""
+    sub.add_argument("encoder", metavar="ENCODER", help="a run, an inference folder or a "
+                     "published model")  # fmt: skip
+    sub.add_argument("--trust", action="store_true", help="let the encoder's YAML run any code")
 
 
 def add_tables(sub: argparse.ArgumentParser) -> None:

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from speechbrain_qmargin.cli.inputs import add_overwrite, share
+from speechbrain_qmargin.cli.inputs import add_encoder, add_overwrite, share
 
 __all__ = ["configure"]
 
 THRESHOLD = """
-ENCODER is a run's output folder, an inference folder or a published model. PEOPLE is a folder of
+ENCODER is a run's output folder, an inference folder or a published model. SOURCE is a folder of
 <person>/<file> or <person>/<session>/<file>, directly or below its wav/ or images/; a list of
 `person/... path` lines; for faces also a .rec file or a folder of shards; or a file that --save
 wrote. The threshold is chosen on half of the people and its error rates are measured on the other
@@ -86,10 +86,10 @@ def _threshold(args: argparse.Namespace) -> None:
     from speechbrain_qmargin.verify import threshold as module
     from speechbrain_qmargin.verify.verifier import load_reader, place_of
 
-    if args.enrol_with < 1 or args.utterances <= args.enrol_with:  # before anything is embedded
-        raise ValueError("--enrol_with is 1 or more, --utterances more than that")
+    if args.enrol_with < 1 or args.max_per_person <= args.enrol_with:  # before anything is embedded
+        raise ValueError("--enrol_with is 1 or more, --max_per_person more than that")
     if args.save:
-        refuse_overwriting([args.save], [args.people, args.cohort], args.overwrite)
+        refuse_overwriting([args.save], [args.source, args.cohort], args.overwrite)
         if Path(args.save).suffix != ".npz":
             raise ValueError(f"--save {args.save}: embeddings are written as .npz")
     place = place_of(args.encoder)
@@ -118,20 +118,20 @@ def _threshold(args: argparse.Namespace) -> None:
 
     cohort = None
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        people = embedded(Path(args.people), "people")
+        people = embedded(Path(args.source), "people")
         if args.save:
             save_embeddings(args.save, people, reader.digest)
         if args.cohort:
             others = embedded(Path(args.cohort), "cohort")
-            cohort = module.cohort_of(others, args.method, args.top_n)
+            cohort = module.cohort_of(others, args.score_norm, args.top_n)
     found = module.measure_threshold(
         people,
         reader.digest,
         args.far,
         cohort=cohort,
         enrol_with=args.enrol_with,
-        utterances=args.utterances,
-        source=Path(args.people).name,
+        max_per_person=args.max_per_person,
+        source=Path(args.source).name,
     )
     found.system.install(place)
     for folder in folders:
@@ -231,7 +231,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _identify(args: argparse.Namespace) -> int:
     verifier = _verifier(args)
-    found = verifier.identify(args.file, args.most)
+    found = verifier.identify(args.file, args.max_candidates)
     lines = [
         f"{found.name or 'nobody'} of {found.searched} people, threshold {found.threshold:.4f}"
     ]
@@ -306,11 +306,8 @@ def configure(add) -> None:
 
     def with_encoder(name: str, run, about: str) -> argparse.ArgumentParser:
         sub = add(name, run, about)
-        sub.add_argument(
-            "encoder", metavar="ENCODER", help="a run, an inference folder or a published model"
-        )
+        add_encoder(sub)
         sub.add_argument("--device", default="cpu", help="where the encoder runs")
-        sub.add_argument("--trust", action="store_true", help="let the encoder's YAML run any code")
         sub.add_argument(
             "--unchecked", action="store_true", help="take recordings or images of any quality"
         )
@@ -328,20 +325,21 @@ def configure(add) -> None:
 
     sub = with_encoder("threshold", _threshold, THRESHOLD)
     prints(sub)
-    sub.add_argument("people", metavar="PEOPLE", help="a folder of your people, a list, or .npz")
-    sub.add_argument("--save", metavar="FILE", help="keep the embeddings of PEOPLE (.npz), to try "
+    sub.add_argument("source", metavar="SOURCE", help="a folder of your people, a list, or .npz")
+    sub.add_argument("--save", metavar="FILE", help="keep the embeddings of SOURCE (.npz), to try "
                      "another --far, --enrol_with or --cohort in a second")  # fmt: skip
     add_overwrite(sub)
     sub.add_argument("--far", type=share, default=0.01, help="false-accept rate to aim for")
-    sub.add_argument("--cohort", metavar="OTHERS", help="a folder or .npz of other people")
-    sub.add_argument("--method", default="as", choices=("as", "s", "z", "t"), help="kind of "
+    sub.add_argument("--cohort", metavar="EMBEDDINGS", help="normalise scores against these, of "
+                     "other people; or a folder of their files")  # fmt: skip
+    sub.add_argument("--score_norm", default="as", choices=("as", "s", "z", "t"), help="kind of "
                      "normalisation, with --cohort")  # fmt: skip
     sub.add_argument("--top_n", type=int, help="nearest people of the cohort; without it a third "
                      "of them, at most 300")  # fmt: skip
     sub.add_argument("--enrol_with", type=int, default=1, help="recordings that a template is made "
                      "of")  # fmt: skip
-    sub.add_argument("--utterances", type=int, default=10, help="recordings taken of a person, at "
-                     "most")  # fmt: skip
+    sub.add_argument("--max_per_person", type=int, default=10, help="recordings or images taken of "
+                     "a person, at most")  # fmt: skip
 
     sub = with_encoder("enrol", _enrol, ENROL)
     prints(sub)
@@ -361,14 +359,14 @@ def configure(add) -> None:
     prints(sub)
     enrolled(sub)
     sub.add_argument("file", metavar="FILE", help="a recording or an aligned image")
-    sub.add_argument("--most", type=int, default=5, help="candidates to print, at most")
+    sub.add_argument("--max_candidates", type=int, default=5, help="candidates to print, at most")
 
     sub = add("people", _people, PEOPLE)
     prints(sub)
     sub.add_argument("action", choices=("list", "export", "delete"), help="what to do")
     sub.add_argument("place", metavar="WHAT", help="file of enrolments, or ENCODER")
     sub.add_argument("name", metavar="NAME", nargs="?", help="whom to export or delete")
-    sub.add_argument("--output", metavar="FILE", help="file to export to; without it standard "
+    sub.add_argument("--output", help="file to export to; without it standard "
                      "output")  # fmt: skip
     add_overwrite(sub)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from speechbrain_qmargin.cli.inputs import (
     add_cohort,
+    add_cohort_utt2spk,
     add_overwrite,
     add_scored,
     add_tables,
@@ -91,18 +92,18 @@ def _normalize(args) -> None:
     cohort = Cohort.of(
         raw,
         speakers_in_cohort(raw.ids, args.cohort_utt2spk),
-        args.method,
+        args.score_norm,
         args.top_n,
         centre=args.subtract_mean or bool(args.mean),
         mean=load_mean(args.mean) if args.mean else None,
-        utterances=args.utterances,
+        all_utterances=args.all_utterances,
     )
-    of = "utterances" if args.utterances else "speakers"
+    of = "utterances" if args.all_utterances else "speakers"
     print(f"cohort: {len(cohort.entries):,} {of}")
     scores = cohort.scores(embeddings, trials, args.enrolment, quiet=args.quiet)
     about = {"kind": cohort.kind, "embeddings": embeddings.source, "cohort": raw.source}
     about["encoder"] = embeddings.encoder
-    if args.method.startswith("as"):
+    if args.score_norm.startswith("as"):
         about["top_n"] = str(args.top_n)
     write_scores(args.output, trials, scores, _enrolled(about, args, trials))
     _done(args.output, trials)
@@ -201,9 +202,9 @@ def _report(args) -> None:
     from speechbrain_qmargin.scoring.separation import refuse_other_scores
 
     canvas(1, 1)  # without matplotlib it ends here, before anything is computed
-    inputs = files_of([*args.systems, *args.development])
-    inputs += [args.trials, args.utt2spk, args.models, args.development_trials]
-    inputs += [args.development_utt2spk, args.metadata]
+    inputs = files_of([*args.systems, *args.dev_scores])
+    inputs += [args.trials, args.utt2spk, args.models, args.dev_trials]
+    inputs += [args.dev_utt2spk, args.metadata]
     outputs = [Path(args.output) / name for name in report_files(len(args.systems))]
     refuse_overwriting(outputs, inputs, args.overwrite)
     metadata = choose_columns(args.metadata, args.by) if args.metadata else None
@@ -217,18 +218,18 @@ def _report(args) -> None:
             raise ValueError(f"--llr: the scores of {name} are {kind} scores; calibrate them first")
     llr = args.llr or all(kind == "llr" for kind in kinds.values())
     development = {}
-    for given in args.development:
+    for given in args.dev_scores:
         name, _, path = given.rpartition("=")
         name = name or next(iter(systems))
         if name not in systems:
-            raise ValueError(f"--development {given!r}: no system is called {name}")
-        dev_list = read_trials(args.development_trials) if args.development_trials else None
+            raise ValueError(f"--dev_scores {given!r}: no system is called {name}")
+        dev_list = read_trials(args.dev_trials) if args.dev_trials else None
         read = read_score_file(path, dev_list, columns_of(args.columns, name))
         what = f"{name} ({systems[name].source.split()[0]})"
         refuse_other_scores(read.origin, systems[name].origin, what)
         labelled = read.trials.labelled()
-        if args.development_utt2spk:
-            labelled = labelled.with_speakers(read_map(args.development_utt2spk))
+        if args.dev_utt2spk:
+            labelled = labelled.with_speakers(read_map(args.dev_utt2spk))
         development[name] = read.scores, labelled
     provenance = Provenance(
         command=shlex.join(["qmargin", *sys.argv[1:]]),
@@ -242,7 +243,7 @@ def _report(args) -> None:
             trials,
             title=args.title,
             fars=args.fars,
-            priors=args.priors,
+            p_target=args.p_target,
             far=args.far,
             c_miss=args.c_miss,
             c_fa=args.c_fa,
@@ -271,9 +272,9 @@ def configure(add) -> None:
                          "the mean of their scores")  # fmt: skip
 
     def embedded(sub):
-        sub.add_argument("embeddings", help="npz, npy, ark or scp")
-        sub.add_argument("trials", help="trial list, in any published form")
-        sub.add_argument("output", help="score file to write")
+        sub.add_argument("embeddings", metavar="EMBEDDINGS", help="npz, npy, ark or scp")
+        sub.add_argument("trials", metavar="TRIALS", help="trial list, in any published form")
+        sub.add_argument("output", metavar="OUTPUT", help="score file to write")
         add_tables(sub)
         add_overwrite(sub)
         enrolled(sub)
@@ -288,10 +289,10 @@ def configure(add) -> None:
         sub.add_argument("--norm_of", metavar="EMBEDDINGS", help="use the norm of these embeddings "
                          "as a quality measure")  # fmt: skip
 
-    def costs(sub, fars, priors, prior_name):
+    def costs(sub, fars, priors):
         sub.add_argument("--fars", **several(share), default=fars, help="false-accept rates of "
                          "TAR@FAR")  # fmt: skip
-        sub.add_argument(prior_name, **several(share), default=priors, help="priors of a target "
+        sub.add_argument("--p_target", **several(share), default=priors, help="priors of a target "
                          "trial, for minDCF and actDCF")  # fmt: skip
         sub.add_argument("--c_miss", type=float, default=1.0, help="cost of a miss")
         sub.add_argument("--c_fa", type=float, default=1.0, help="cost of a false accept")
@@ -305,16 +306,24 @@ def configure(add) -> None:
 
     sub = add("normalize", _normalize)
     embedded(sub)
-    sub.add_argument("cohort", help="embeddings of training utterances, or of speakers")
+    sub.add_argument(
+        "cohort", metavar="COHORT", help="embeddings of training utterances, or of speakers"
+    )
     add_cohort(sub)
-    sub.add_argument("--method", default="as", choices=METHODS, help="kind of normalisation")
+    sub.add_argument("--score_norm", default="as", choices=METHODS, help="kind of normalisation")
     sub.add_argument("--top_n", type=int, default=300, help="nearest cohort entries, for the "
                      "adaptive methods")  # fmt: skip
-    sub.add_argument("--mean", metavar="FILE", help="subtract this mean instead (mean_vec.npy)")
+    sub.add_argument(
+        "--mean",
+        metavar="FILE",
+        help="subtract this mean vector, or the mean of these embeddings, instead of the cohort's",
+    )
 
     sub = add("calibrate", _calibrate)
-    sub.add_argument("scores", help="development scores, of other speakers than the test's")
-    sub.add_argument("output", help="calibration JSON to write")
+    sub.add_argument(
+        "scores", metavar="SCORES", help="development scores, of other speakers than the test's"
+    )
+    sub.add_argument("output", metavar="OUTPUT", help="calibration JSON to write")
     add_overwrite(sub)
     add_scored(sub)
     measured(sub)
@@ -322,37 +331,40 @@ def configure(add) -> None:
                      "weights the fit")  # fmt: skip
 
     sub = add("apply", _apply)
-    sub.add_argument("calibration", help="what `qmargin calibrate` wrote")
-    sub.add_argument("scores", help="scores of the same kind")
-    sub.add_argument("output", help="score file to write, of log-likelihood ratios")
+    sub.add_argument("calibration", metavar="CALIBRATION", help="what `qmargin calibrate` wrote")
+    sub.add_argument("scores", metavar="SCORES", help="scores of the same kind")
+    sub.add_argument(
+        "output", metavar="OUTPUT", help="score file to write, of log-likelihood ratios"
+    )
     add_overwrite(sub)
     add_scored(sub)
     measured(sub)
 
     sub = add("score", _score)
-    sub.add_argument("embeddings", help="npz, npy, ark or scp")
-    sub.add_argument("trials", nargs="+", help="trial lists; each gets its own table")
-    sub.add_argument("--output_folder", default="scores", help="folder to write")
+    sub.add_argument("embeddings", metavar="EMBEDDINGS", help="npz, npy, ark or scp")
+    sub.add_argument(
+        "trials", metavar="TRIALS", nargs="+", help="trial lists; each gets its own table"
+    )
+    sub.add_argument(
+        "--output", metavar="OUTPUT", dest="output_folder", default="scores", help="folder to write"
+    )
     add_overwrite(sub)
-    sub.add_argument("--speakers", metavar="UTT2SPK", help="the speaker of each recording, where "
-                     "it is not the part of the id before the first slash")  # fmt: skip
-    sub.add_argument("--models", metavar="FILE", help="table of enrolment models and their "
-                     "recordings")  # fmt: skip
+    add_tables(sub)
     enrolled(sub)
     sub.add_argument("--cohort", metavar="EMBEDDINGS", help="normalise scores against these")
-    sub.add_argument("--cohort_speakers", metavar="UTT2SPK", help="the same for the cohort")
-    sub.add_argument("--norm", default="as", choices=METHODS, help="kind of normalisation")
+    add_cohort_utt2spk(sub)
+    sub.add_argument("--score_norm", default="as", choices=METHODS, help="kind of normalisation")
     sub.add_argument("--top_n", type=int, default=300, help="nearest speakers of the cohort, for "
                      "the adaptive methods")  # fmt: skip
     sub.add_argument("--dev_trials", metavar="FILE", help="calibrate on this list, of other "
                      "speakers")  # fmt: skip
     sub.add_argument("--dev_embeddings", metavar="EMBEDDINGS", help="where its recordings are not "
                      "among the embeddings")  # fmt: skip
-    sub.add_argument("--dev_speakers", metavar="UTT2SPK", help="its speakers; without it those of "
-                     "--speakers")  # fmt: skip
+    sub.add_argument("--dev_utt2spk", metavar="FILE", help="its speakers; without it those of "
+                     "--utt2spk")  # fmt: skip
     sub.add_argument("--dev_models", metavar="FILE", help="its models; without it those of "
                      "--models")  # fmt: skip
-    costs(sub, FARS[:4], PRIORS[:2], "--p_target")
+    costs(sub, FARS[:4], PRIORS[:2])
 
     sub = add("report", _report)
     sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES", help="a score file of each "
@@ -363,18 +375,18 @@ def configure(add) -> None:
     sub.add_argument("--title", default="Verification report", help="heading of the page")
     sub.add_argument("--far", type=share, default=1e-2, help="false-accept rate at which the "
                      "operating point's threshold is chosen")  # fmt: skip
-    costs(sub, FARS, PRIORS, "--priors")
+    costs(sub, FARS, PRIORS)
     sub.add_argument("--llr", action="store_true", help="the scores are log-likelihood ratios")
-    sub.add_argument("--development", action="append", default=[], metavar="[NAME=]SCORES",
+    sub.add_argument("--dev_scores", action="append", default=[], metavar="[NAME=]SCORES",
                      help="choose the system's threshold on these scores, of other "
                      "speakers")  # fmt: skip
-    sub.add_argument("--development_trials", metavar="FILE", help="trial list, for development "
+    sub.add_argument("--dev_trials", metavar="FILE", help="trial list, for development "
                      "scores without labels")  # fmt: skip
-    sub.add_argument("--development_utt2spk", metavar="FILE", help="speakers of the development "
+    sub.add_argument("--dev_utt2spk", metavar="FILE", help="speakers of the development "
                      "recordings")  # fmt: skip
     sub.add_argument("--metadata", metavar="FILE", help="table with a header: error rates by the "
                      "groups in its columns")  # fmt: skip
     sub.add_argument("--by", action="append", default=[], metavar="COLUMN",
-                     help="a column of the metadata; without it all")  # fmt: skip
+                     help="a column of the metadata; repeatable, all without it")  # fmt: skip
     sub.add_argument("--figures_from", action="append", default=[], metavar="MODULE",
                      help="your Python module or file that registers figures")  # fmt: skip

@@ -19,8 +19,8 @@ images/; or a table with a header, with a column of files (file, image, wav, pat
 of people (person, identity, speaker, spk_id, name or label) and, if you like, one of sessions
 (session).
 
-The people are divided into three groups. OUT gets two trial lists, dev.txt to choose a threshold on
-and test.txt to measure it on; trial_files.txt, the files of both, and train_files.txt, those of
+The people are divided into three groups. OUTPUT gets two trial lists, dev.txt to choose a threshold
+on and test.txt to measure it on; trial_files.txt, the files of both, and train_files.txt, those of
 everybody else, for `qmargin extract`; and train_people.txt, who these others are. Every pair of
 files is a trial, except two files of one session of a person who has several sessions.
 
@@ -35,7 +35,7 @@ def divided_trials(
     source: str | Path,
     out: str | Path,
     counts: dict[str, int],
-    most: int,
+    max_per_person: int,
     seed: int = 0,
     names: tuple[str, str] = ("people", "files"),
     overwrite: bool = False,
@@ -47,8 +47,8 @@ def divided_trials(
     source, out : path
         See :func:`~speechbrain_qmargin.data.people.read_people`; a folder.
     counts : dict from part to its number of people
-    most : int
-        Files of a person in trials.
+    max_per_person : int
+        Files of a person in trials, at most.
     seed : int
     names : (str, str)
         What people and their files are called.
@@ -65,7 +65,7 @@ def divided_trials(
     from speechbrain_qmargin.scoring.pairing import every_pair, spread_over_sessions
     from speechbrain_qmargin.trials import trials_text
 
-    _refuse_single_files(most)
+    _refuse_single_files(max_per_person)
     out, people = Path(out), read_people(source)
     parts, rest = draw_parts(people.ids, counts, seed)
     units, files = names
@@ -74,7 +74,7 @@ def divided_trials(
     lines = []
     drawn = [one for each in parts.values() for one in each]
     for part, chosen in parts.items():
-        ids = {one: spread_over_sessions(people.ids[one], most) for one in chosen}
+        ids = {one: spread_over_sessions(people.ids[one], max_per_person) for one in chosen}
         listed["trial"] += [name for each in ids.values() for name in each]
         trials = every_pair(ids)
         texts[out / f"{part}.txt"] = trials_text(trials)
@@ -90,9 +90,9 @@ def divided_trials(
     print("\n".join(lines))
 
 
-def _refuse_single_files(most: int) -> None:
-    if most < 2:
-        raise ValueError(f"{most} files of a person: with fewer than 2 nobody has a pair")
+def _refuse_single_files(max_per_person: int) -> None:
+    if max_per_person < 2:
+        raise ValueError(f"{max_per_person} files of a person: with fewer than 2 nobody has a pair")
 
 
 def _counted(trials) -> str:
@@ -106,20 +106,24 @@ def _trials(args: argparse.Namespace) -> None:
     from speechbrain_qmargin.scoring.pairing import every_pair, spread_over_sessions
     from speechbrain_qmargin.trials import trials_text
 
-    out = Path(args.out)
+    out = Path(args.output)
     names = ["trials", "dev", "test", "trial_files", "train_files", "train_people"]
     files = [out / f"{name}.txt" for name in names]
     refuse_overwriting(files, [args.source, args.pairs], overwrite=True)  # others: write_new
     if not (args.all or args.pairs):
         counts = {"dev": args.dev, "test": args.test}
-        divided_trials(args.source, out, counts, args.most, args.seed, overwrite=args.overwrite)
+        divided_trials(
+            args.source, out, counts, args.max_per_person, args.seed, overwrite=args.overwrite
+        )
         return
     people = read_people(args.source)
     if args.pairs:
         trials = _labelled(args.pairs, people)
     else:
-        _refuse_single_files(args.most)
-        chosen = {one: spread_over_sessions(ids, args.most) for one, ids in people.ids.items()}
+        _refuse_single_files(args.max_per_person)
+        chosen = {
+            one: spread_over_sessions(ids, args.max_per_person) for one, ids in people.ids.items()
+        }
         trials = every_pair(chosen)
     texts = {
         out / "trials.txt": trials_text(trials),
@@ -159,10 +163,11 @@ def configure(add) -> None:
     """The subcommand that makes trial lists; see :mod:`speechbrain_qmargin.cli`."""
     sub = add("trials", _trials, TRIALS)
     sub.add_argument("source", metavar="SOURCE", help="a folder or a table of people")
-    sub.add_argument("out", metavar="OUT", help="folder to write")
+    sub.add_argument("output", metavar="OUTPUT", help="folder to write")
     sub.add_argument("--dev", type=int, default=20, help="number of people in dev.txt")
     sub.add_argument("--test", type=int, default=20, help="number of people in test.txt")
-    sub.add_argument("--most", type=int, default=10, help="files taken of a person, at most")
+    sub.add_argument("--max_per_person", type=int, default=10, help="files taken of a person, "
+                     "at most")  # fmt: skip
     sub.add_argument("--seed", type=int, default=0, help="seed of the division of the people")
     sub.add_argument("--all", action="store_true", help="put everybody into one list")
     sub.add_argument("--pairs", metavar="FILE", help="label this list of pairs")

@@ -25,7 +25,7 @@ from speechbrain_qmargin.scoring.metrics import (
 )
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.score_files import write_scores
-from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval, scarcer
+from speechbrain_qmargin.scoring.uncertainty import mark_of, rate_interval, scarcer
 from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = [
@@ -66,7 +66,8 @@ class FoldFigure:
         Wrong decisions (of a TAR: missed pairs), and the pairs they are of.
     rests_on : int
         The scarcer of the errors it rests on: of a TAR perhaps the false accepts that its FAR
-        allows among the other folds, of one near 0 the pairs accepted. `support` is its badge.
+        allows among the other folds, of one near 0 the pairs accepted. `mark` says what that is
+        worth.
     values, thresholds : float arrays [folds]
         Of every fold; pairs are called the same where ``score >= threshold``.
     far : float array [folds] or None
@@ -78,7 +79,7 @@ class FoldFigure:
     >>> scores = np.where(is_same, 0.8, 0.1)
     >>> scores[0] = 0  # one pair of the six of the first fold
     >>> figure = ten_fold_accuracy(scores, is_same)
-    >>> figure.values[:2].round(3), round(figure.mean, 4), figure.support
+    >>> figure.values[:2].round(3), round(figure.mean, 4), figure.mark
     (array([0.833, 1.   ]), 0.9833, 'unsupported')
     """
 
@@ -97,8 +98,8 @@ class FoldFigure:
     far: np.ndarray | None = None
 
     @property
-    def support(self) -> str:
-        return badge(self.rests_on)
+    def mark(self) -> str:
+        return mark_of(self.rests_on)
 
     def __str__(self) -> str:
         text = (
@@ -108,7 +109,7 @@ class FoldFigure:
         )
         if self.far is not None:
             text += f", FAR realised {100 * self.far.mean():.3g} %"
-        return f"{text}; rests on {self.rests_on} errors: {self.support}"
+        return f"{text}; rests on {self.rests_on} errors: {self.mark}"
 
 
 def ten_fold_accuracy(scores: np.ndarray, is_same: np.ndarray, folds: int = 10) -> FoldFigure:

@@ -20,7 +20,7 @@ from speechbrain_qmargin.scoring.separation import refuse_other_scores
 from speechbrain_qmargin.scoring.uncertainty import (
     FEWEST_ERRORS,
     Spread,
-    badge,
+    mark_of,
     rate_interval,
     scarcer,
 )
@@ -48,7 +48,7 @@ class OperatingPoint:
     far, tar : float
         Measured at the threshold, on the trials of `measured_on`.
     false_accepts, misses, num_impostors, num_targets : int
-    support : str
+    mark : str
         "measured", "indicative" or "unsupported", of the weaker of both rates: by the scarcer of
         their errors, and the speakers.
     optimistic : bool
@@ -102,7 +102,7 @@ class OperatingPoint:
     misses: int
     num_impostors: int
     num_targets: int
-    support: str
+    mark: str
     optimistic: bool
     chosen_on: str
     measured_on: str
@@ -192,23 +192,23 @@ class OperatingPoint:
         --------
         >>> OperatingPoint("a", 0.4, 0.01, 0.012, 0.9, 12, 10, 1000, 100, "indicative", False,
         ...     "", "", far_interval=(0.004, 0.03), tar_interval=(0.8, 0.95)).promise()
-        'accepts 1.20 % of impostors (95 % interval 0.40 to 3.00 %; asked for: 1 %) and 90.0 % of
-        true pairs (80.0 to 95.0 %); these rates are indicative'
+        'accepts 1.20 % of impostor trials (95 % interval 0.40 to 3.00 %; asked for: 1 %) and
+        90.0 % of target trials (80.0 to 95.0 %); these rates are indicative'
         """
         sure = f"{100 * self.confidence:g} % interval"
-        far = f"{100 * self.far:.2f} % of impostors"
+        far = f"{100 * self.far:.2f} % of impostor trials"
         asked = f"asked for: {100 * self.far_target:g} %"
         if self.far_interval:
             low, high = (100 * x for x in self.far_interval)
             far += f" ({sure} {low:.2f} to {high:.2f} %; {asked})"
         else:
             far += f" (no interval; {asked})"
-        tar = f"{100 * self.tar:.1f} % of true pairs"
+        tar = f"{100 * self.tar:.1f} % of target trials"
         if self.tar_interval:
             low, high = (100 * x for x in self.tar_interval)
             tar += f" ({low:.1f} to {high:.1f} %)"
         note = f", optimistic: {self.doubt}" if self.optimistic else ""
-        return f"accepts {far} and {tar}; these rates are {self.support}{note}"
+        return f"accepts {far} and {tar}; these rates are {self.mark}{note}"
 
     def accepts(self, score: float, kind: str = "", encoder: str = "") -> bool:
         """Whether to accept.
@@ -338,7 +338,7 @@ def choose_operating_point(
     measured_on, chosen_on : str
         The sources of the trial lists.
     speakers : float, optional
-        That contribute to the trials it is measured on, for the badge.
+        That contribute to the trials it is measured on, for the mark.
     kind, embeddings, scores, encoder, cohort, enrolled_from
         Of :class:`OperatingPoint`.
     apart : bool
@@ -357,7 +357,7 @@ def choose_operating_point(
     >>> from speechbrain_qmargin.scoring.metrics import operating_points
     >>> points = operating_points(np.arange(100.0), np.arange(100) >= 90)
     >>> point = choose_operating_point("a", points, 0.1)
-    >>> point.accepts(81.0), point.accepts(80.0), point.false_accepts, point.support
+    >>> point.accepts(81.0), point.accepts(80.0), point.false_accepts, point.mark
     (True, False, 9, 'unsupported')
     """
     chosen = development or points
@@ -389,7 +389,7 @@ def choose_operating_point(
         misses=misses,
         num_impostors=points.num_impostors,
         num_targets=points.num_targets,
-        support=badge(errors, speakers),
+        mark=mark_of(errors, speakers),
         optimistic=development is None or not apart,
         chosen_on=chosen_on if development else measured_on,
         measured_on=measured_on,

@@ -80,7 +80,7 @@ class Figure:
         What it rests on: the scarcer of its errors; of a TAR near 0, of the targets accepted.
     misses, false_accepts : int or None
         At that threshold.
-    support : str
+    mark : str
         "measured", "indicative", "unsupported", or "" where the figure rests on no count.
 
     Examples
@@ -102,7 +102,7 @@ class Figure:
     errors: int | None = None
     misses: int | None = None
     false_accepts: int | None = None
-    support: str = ""
+    mark: str = ""
 
     @property
     def key(self) -> Key:
@@ -116,7 +116,7 @@ class Figure:
     @property
     def shown(self) -> str:
         """The value as text; an unsupported one is never bare."""
-        return self.show(self.value) + (" (unsupported)" if self.support == "unsupported" else "")
+        return self.show(self.value) + (" (unsupported)" if self.mark == "unsupported" else "")
 
     @property
     def interval(self) -> str:
@@ -219,7 +219,7 @@ class Measure(Protocol):
 
 
 def figure_of(measure: Measure, points: OperatingPoints) -> Figure:
-    """The figure of a measure, without interval and badge.
+    """The figure of a measure, without interval and mark.
 
     Raises
     ------

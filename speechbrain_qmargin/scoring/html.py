@@ -63,7 +63,7 @@ def write_report(
     *,
     title: str = "Verification report",
     fars: Sequence[float] = FARS,
-    priors: Sequence[float] = PRIORS,
+    p_target: Sequence[float] = PRIORS,
     far: float = 1e-2,
     c_miss: float = 1.0,
     c_fa: float = 1.0,
@@ -88,7 +88,7 @@ def write_report(
     systems : mapping from name to scores [N]
     trials : LabelledTrials
     title : str
-    fars, priors : sequence of float
+    fars, p_target : sequence of float
         Of the table.
     far : float
         Of the operating points.
@@ -159,7 +159,7 @@ def write_report(
             scores,
             trials,
             fars=fars,
-            p_target=priors,
+            p_target=p_target,
             c_miss=c_miss,
             c_fa=c_fa,
             all_eers=True,

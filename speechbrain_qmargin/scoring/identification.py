@@ -18,7 +18,7 @@ import numpy as np
 
 from speechbrain_qmargin.scoring.metrics import allowed_false_accepts
 from speechbrain_qmargin.scoring.shares import Share, effective_number, share
-from speechbrain_qmargin.scoring.uncertainty import badge
+from speechbrain_qmargin.scoring.uncertainty import mark_of
 
 __all__ = ["COMBINE", "Identification", "OpenSet", "identify"]
 
@@ -464,5 +464,5 @@ def _with_threshold(
         high=float(min(high, 1)),
         errors=float(errors),
         people=people,
-        support=badge(errors, effective),
+        mark=mark_of(errors, effective),
     )

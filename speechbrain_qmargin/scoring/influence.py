@@ -138,7 +138,7 @@ class TrialStructure:
 
     @property
     def contributing(self) -> float:
-        """The effective number for badges: too few to be measured where speakers are not known."""
+        """The effective number for marks: too few to be measured where speakers are not known."""
         return self.effective if self.speakers_known else min(self.effective, FEWEST_SPEAKERS - 1)
 
 

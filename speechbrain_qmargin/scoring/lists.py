@@ -32,15 +32,15 @@ __all__ = ["Cohort", "score_files", "score_lists", "speakers_in_cohort", "with_t
 
 
 def with_tables(
-    trials: AnyTrials, speakers: str | Path | None = None, models: str | Path | None = None
+    trials: AnyTrials, utt2spk: str | Path | None = None, models: str | Path | None = None
 ) -> AnyTrials:
     """Trials with the tables that say whose recordings are whose.
 
     Parameters
     ----------
     trials : Trials
-    speakers : path, optional
-        Kaldi's utt2spk, of recordings or of models.
+    utt2spk : path, optional
+        Kaldi's, of recordings or of models.
     models : path, optional
         The recordings of every enrolment model, see
         :func:`~speechbrain_qmargin.tables.read_models`.
@@ -57,13 +57,13 @@ def with_tables(
     --------
     >>> file = getfixture("tmp_path") / "utt2spk"
     >>> _ = file.write_text("r1 anna\\nr2 anna\\n")
-    >>> trials = with_tables(Trials(["r1", "r2"], np.array([0]), np.array([1])), speakers=file)
+    >>> trials = with_tables(Trials(["r1", "r2"], np.array([0]), np.array([1])), utt2spk=file)
     >>> trials.speaker_names()
     ['anna', 'anna']
     """
     if models:
         trials = trials.with_models(read_models(models))
-    return trials.with_speakers(read_map(speakers)) if speakers else trials
+    return trials.with_speakers(read_map(utt2spk)) if utt2spk else trials
 
 
 def speakers_in_cohort(ids: Sequence[str], utt2spk: str | Path | None = None) -> dict[str, str]:
@@ -130,7 +130,7 @@ class Cohort:
         *,
         centre: bool = True,
         mean: np.ndarray | None = None,
-        utterances: bool = False,
+        all_utterances: bool = False,
     ) -> Cohort:
         """The speakers' means of raw embeddings, centred by the mean of all of them.
 
@@ -144,7 +144,7 @@ class Cohort:
             Whether a mean is subtracted.
         mean : array [D], optional
             Another mean than that of these embeddings.
-        utterances : bool
+        all_utterances : bool
             Every utterance is an entry.
 
         Examples
@@ -163,7 +163,7 @@ class Cohort:
                     stacklevel=2,
                 )
             mean = embeddings.matrix.mean(axis=0)
-        entries = make_cohort(embeddings, None if utterances else speakers, mean=mean)
+        entries = make_cohort(embeddings, None if all_utterances else speakers, mean=mean)
         entries.source, entries.encoder = embeddings.source, embeddings.encoder
         return cls(entries, mean, method, top_n, tuple(names), tuple(embeddings.ids))
 
@@ -343,16 +343,16 @@ def score_files(
     embeddings: str | Path,
     trials: str | Path | Sequence[str | Path],
     output_folder: str | Path,
-    speakers: str | Path | None = None,
+    utt2spk: str | Path | None = None,
     models: str | Path | None = None,
     enrolment: str = "embedding",
     cohort: str | Path | None = None,
-    cohort_speakers: str | Path | None = None,
-    norm: str = "as",
+    cohort_utt2spk: str | Path | None = None,
+    score_norm: str = "as",
     top_n: int = 300,
     dev_trials: str | Path | None = None,
     dev_embeddings: str | Path | None = None,
-    dev_speakers: str | Path | None = None,
+    dev_utt2spk: str | Path | None = None,
     dev_models: str | Path | None = None,
     fars: Sequence[float] = FARS,
     p_target: Sequence[float] = (0.01,),
@@ -371,19 +371,19 @@ def score_files(
     trials : path or sequence of paths
         Lists, each with a table of its own.
     output_folder : path
-    speakers, models : path, optional
+    utt2spk, models : path, optional
         See :func:`with_tables`.
     enrolment : str
         See :func:`score_lists`.
     cohort : path, optional
         Embeddings of other speakers, usually those trained on.
-    cohort_speakers : path, optional
-        Their utt2spk, see :func:`speakers_in_cohort`.
-    norm, top_n
+    cohort_utt2spk : path, optional
+        Their speakers, see :func:`speakers_in_cohort`.
+    score_norm, top_n
         Method of normalisation, and the entries of the adaptive ones.
     dev_trials : path, optional
         A calibration is fitted on this list, of speakers in none of the trials.
-    dev_embeddings, dev_speakers, dev_models : path, optional
+    dev_embeddings, dev_utt2spk, dev_models : path, optional
         Of the development list; by default those of the trials.
     fars, p_target, c_miss, c_fa, confidence
         See :func:`score_lists`.
@@ -401,8 +401,8 @@ def score_files(
     See Also
     --------
     score_lists : The same of objects.
-    with_tables : How `speakers` and `models` are read.
-    speakers_in_cohort : How `cohort_speakers` are read.
+    with_tables : How `utt2spk` and `models` are read.
+    speakers_in_cohort : How `cohort_utt2spk` is read.
 
     Examples
     --------
@@ -425,16 +425,16 @@ def score_files(
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         raise ValueError("trials: two lists of one name; their results would overwrite each other")
-    systems = ["cosine", *(["centred", f"{norm}-norm"] if cohort else [])]
+    systems = ["cosine", *(["centred", f"{score_norm}-norm"] if cohort else [])]
     systems += ["calibrated"] if dev_trials else []
     written = [folder / name for name in ("results.txt", "results.json")]
     written += [folder / "calibration.json"] if dev_trials else []
     written += [folder / name / f"{system}.tsv" for name in names for system in systems]
     written += [folder / name / "det.png" for name in names]
-    inputs = [*paths, embeddings, speakers, models, cohort, cohort_speakers]
-    inputs += [dev_trials, dev_embeddings, dev_speakers, dev_models]
+    inputs = [*paths, embeddings, utt2spk, models, cohort, cohort_utt2spk]
+    inputs += [dev_trials, dev_embeddings, dev_utt2spk, dev_models]
     refuse_overwriting(written, inputs, overwrite)
-    lists = {path.stem: with_tables(read_trials(path), speakers, models) for path in paths}
+    lists = {path.stem: with_tables(read_trials(path), utt2spk, models) for path in paths}
     vectors = load_embeddings(embeddings)
     of_dev = load_embeddings(dev_embeddings) if dev_embeddings else vectors
     vectors.refuse_other(of_dev, f"{dev_embeddings}")
@@ -443,14 +443,14 @@ def score_files(
     if cohort:
         others = load_embeddings(cohort)
         vectors.refuse_other(others, f"{cohort}")
-        whose = speakers_in_cohort(others.ids, cohort_speakers)
-        normalised = Cohort.of(others, whose, norm, top_n)
+        whose = speakers_in_cohort(others.ids, cohort_utt2spk)
+        normalised = Cohort.of(others, whose, score_norm, top_n)
         normalised.refuse_speakers_of(lists.values())
 
     calibration = None
     if dev_trials:
         development = with_tables(
-            read_trials(dev_trials), dev_speakers or speakers, dev_models or models
+            read_trials(dev_trials), dev_utt2spk or utt2spk, dev_models or models
         )
         for one in lists.values():
             note = refuse_shared(one, development, f"dev_trials ({development.name})")

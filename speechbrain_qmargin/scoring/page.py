@@ -232,7 +232,7 @@ def _merged_differences(values: Sequence[Difference]) -> list[tuple[str, Differe
 
 def _weak(page: Page, pair: tuple[str, str], difference: Difference) -> bool:
     key = difference.kind, difference.parameter
-    return any(page.reports[name][key].support == "unsupported" for name in pair)
+    return any(page.reports[name][key].mark == "unsupported" for name in pair)
 
 
 def _better(pair: tuple[str, str], difference: Difference) -> str:
@@ -248,9 +248,9 @@ def _can_say(page: Page) -> list[str]:
         shown = [
             f"{figure.name} {figure.shown}"
             + (f" ({figure.interval})" if figure.interval else "")
-            + (", indicative" if figure.support == "indicative" else "")
+            + (", indicative" if figure.mark == "indicative" else "")
             for figure in report.figures
-            if figure.support in ("measured", "indicative")
+            if figure.mark in ("measured", "indicative")
             and figure.kind in ("eer", "tar_at_far")
             and figure.parameter not in ("step", "nist")
         ]
@@ -289,7 +289,7 @@ def _cannot_say(page: Page) -> list[str]:
     unsure = [
         name
         for name, figures in merged_figures(page.reports)
-        if any(figure.support == "unsupported" for figure in figures)
+        if any(figure.mark == "unsupported" for figure in figures)
     ]
     if unsure:
         lines.append(
@@ -383,7 +383,7 @@ def _figures(page: Page) -> str:
                 text.append(f'<span class="i">{html.escape(figure.interval)}</span>')
             if figure.errors is not None:
                 text.append(
-                    f'<span class="badge {figure.support}">{figure.support}: {figure.errors:,} '
+                    f'<span class="badge {figure.mark}">{figure.mark}: {figure.errors:,} '
                     f"error{'' if figure.errors == 1 else 's'}</span>"
                 )
             if figure.threshold is not None:
@@ -437,7 +437,7 @@ def _decision(page: Page, name: str, point: OperatingPoint) -> str:
     return (
         f"<p>{html.escape(name)}: accept at {point.threshold:.6g} and above, for a FAR of "
         f"{100 * point.far_target:g} %. Here FAR {100 * point.far:.3g} % ({far_range}), TAR "
-        f'{100 * point.tar:.2f} %{tar_range}, <span class="{point.support}">{point.support}</span>.'
+        f'{100 * point.tar:.2f} %{tar_range}, <span class="{point.mark}">{point.mark}</span>.'
         f" {chosen}</p>"
     )
 
@@ -460,7 +460,7 @@ def _share(share: Share | None) -> str:
     return _unbroken(
         f'<span class="v">{100 * share.value:.3g} %</span>\n'
         f'<span class="i">{100 * share.low:.3g} to {100 * share.high:.3g} %</span>\n'
-        f'<span class="badge {share.support}">{share.support}: {share.errors:,.0f} errors in '
+        f'<span class="badge {share.mark}">{share.mark}: {share.errors:,.0f} errors in '
         f"{share.trials:,} trials</span>"
     )
 

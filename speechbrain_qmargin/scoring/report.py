@@ -28,7 +28,7 @@ from speechbrain_qmargin.scoring.metrics import OperatingPoints, eer, operating_
 from speechbrain_qmargin.scoring.uncertainty import (
     FEWEST_ERRORS,
     Spread,
-    badge,
+    mark_of,
 )
 from speechbrain_qmargin.trials import LabelledTrials, Lost
 
@@ -115,7 +115,7 @@ class Report:
                     figure.shown,
                     figure.interval,
                     "" if figure.threshold is None else f"{figure.threshold:.4f}",
-                    "" if figure.errors is None else f"{figure.errors} errors: {figure.support}",
+                    "" if figure.errors is None else f"{figure.errors} errors: {figure.mark}",
                 )
             )
         lines = _columns(rows)
@@ -270,12 +270,12 @@ def _notes(points: OperatingPoints, trials: LabelledTrials, units: str) -> tuple
 def _measured(
     measure: Measure, spread: Spread, influence: Influence | None, confidence: float
 ) -> Figure:
-    """The figure of a measure with its badge and its interval."""
+    """The figure of a measure with its mark and its interval."""
     figure = figure_of(measure, spread.points)
     interval = None if influence is None else influence.interval(figure.value, confidence)
     errors = figure.errors
     if errors is not None:
-        figure = replace(figure, support=badge(errors, spread.structure.contributing))
+        figure = replace(figure, mark=mark_of(errors, spread.structure.contributing))
         if interval is not None and errors < FEWEST_ERRORS:
             few = measure.few_errors(figure, spread.points, confidence)
             if few is not None:
@@ -290,11 +290,11 @@ def _measured(
 class Difference:
     """``value`` is the second system minus the first; the interval is paired over speakers.
 
-    `support` is the weaker one of both figures' badges.
+    `mark` is the weaker one of both figures'.
 
     Examples
     --------
-    >>> difference = Difference("eer", "rocch", "EER", -0.01, -0.018, -0.002, support="measured")
+    >>> difference = Difference("eer", "rocch", "EER", -0.01, -0.018, -0.002, mark="measured")
     >>> difference.show(difference.value), difference.significant
     ('-1.00 %', True)
     """
@@ -307,7 +307,7 @@ class Difference:
     high: float
     unit: str = "rate"
     higher_is_better: bool = False
-    support: str = ""
+    mark: str = ""
 
     def show(self, value: float | None) -> str:
         """A value of this figure's unit as text."""
@@ -316,7 +316,7 @@ class Difference:
     @property
     def significant(self) -> bool:
         """Whether the interval leaves out zero; never of an unsupported figure."""
-        return self.support != "unsupported" and (self.low > 0 or self.high < 0)
+        return self.mark != "unsupported" and (self.low > 0 or self.high < 0)
 
 
 def compare(first: Report, second: Report) -> list[Difference]:
@@ -372,7 +372,7 @@ def compare(first: Report, second: Report) -> list[Difference]:
                 float(max(high, value)),
                 figure.unit,
                 figure.higher_is_better,
-                _weaker(figure.support, second.figures[at].support),
+                _weaker(figure.mark, second.figures[at].mark),
             )
         )
     return differences

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from speechbrain_qmargin.scoring.influence import FEWEST_SPEAKERS
-from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval
+from speechbrain_qmargin.scoring.uncertainty import mark_of, rate_interval
 
 __all__ = ["Share", "effective_number", "share", "share_of_trials"]
 
@@ -30,13 +30,13 @@ class Share:
         What it rests on: the fewer of the two outcomes; an expectation where the rate is one.
     trials, people : int
         Trials (or probes) that it is of, and their people.
-    support : str
-        Its :func:`~speechbrain_qmargin.scoring.uncertainty.badge`, by the effective number of
+    mark : str
+        Its :func:`~speechbrain_qmargin.scoring.uncertainty.mark_of`, by the effective number of
         people.
 
     Examples
     --------
-    >>> found = Share(0.1, 0.07, 0.15, errors=100, trials=1000, people=50, support="measured")
+    >>> found = Share(0.1, 0.07, 0.15, errors=100, trials=1000, people=50, mark="measured")
     >>> print(found)
     10 % (7 to 15 %) measured
     >>> print(found.complement)
@@ -49,17 +49,17 @@ class Share:
     errors: float
     trials: int
     people: int
-    support: str
+    mark: str
 
     @property
     def complement(self) -> Share:
         """One minus it."""
         return Share(1 - self.value, 1 - self.high, 1 - self.low, self.errors, self.trials,
-                     self.people, self.support)  # fmt: skip
+                     self.people, self.mark)  # fmt: skip
 
     def __str__(self) -> str:
         shown = f"{100 * self.value:.3g} % ({100 * self.low:.3g} to {100 * self.high:.3g} %)"
-        return f"{shown} {self.support}"
+        return f"{shown} {self.mark}"
 
 
 def effective_number(counts: np.ndarray) -> float:
@@ -127,8 +127,8 @@ def share(
     if errors < 30:
         widest = rate_interval(round(rate * trials), trials, confidence)
         low, high = min(low, widest[0]), max(high, widest[1])
-    support = badge(errors, effective)
-    return Share(rate, float(low), float(high), float(errors), trials, people, support)
+    mark = mark_of(errors, effective)
+    return Share(rate, float(low), float(high), float(errors), trials, people, mark)
 
 
 def share_of_trials(
@@ -190,4 +190,4 @@ def share_of_trials(
     if known:
         return found
     few = min(effective_number(held), FEWEST_SPEAKERS - 1)
-    return replace(found, support=badge(found.errors, few))
+    return replace(found, mark=mark_of(found.errors, few))

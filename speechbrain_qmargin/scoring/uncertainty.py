@@ -1,4 +1,4 @@
-r"""How far a figure can be trusted: intervals over speakers, paired differences, badges.
+r"""How far a figure can be trusted: intervals over speakers, paired differences, marks.
 
 Trials that share a speaker are not independent, and an impostor trial has two speakers, so an
 error rate is a mean of *dyadic* data: its variance is the sum of the covariances of all pairs of
@@ -81,7 +81,7 @@ __all__ = [
     "FEWEST_ERRORS",
     "RatesAt",
     "Spread",
-    "badge",
+    "mark_of",
     "rate_interval",
     "scarcer",
 ]
@@ -92,7 +92,7 @@ _WIDEST = 1.2  # h of the slopes' secants: FAR over and below by at most this fa
 _DRAWS, _GRID, _SPAN = 200, 48, 1.5  # of the optimism: noise draws, thresholds, reach in log FAR
 
 
-def badge(errors: float, speakers: float | None = None) -> str:
+def mark_of(errors: float, speakers: float | None = None) -> str:
     """Doddington's rule of 30 for a rate that rests on so many errors of so many speakers.
 
     Parameters
@@ -105,9 +105,9 @@ def badge(errors: float, speakers: float | None = None) -> str:
 
     Examples
     --------
-    >>> badge(100), badge(12), badge(0)
+    >>> mark_of(100), mark_of(12), mark_of(0)
     ('measured', 'indicative', 'unsupported')
-    >>> badge(100, speakers=7), badge(100, speakers=2)
+    >>> mark_of(100, speakers=7), mark_of(100, speakers=2)
     ('indicative', 'unsupported')
     """
     if errors < 3 or (speakers is not None and round(speakers) < 4):
@@ -178,8 +178,8 @@ class RatesAt:
     far_interval, frr_interval : (low, high) or None
         Over speakers; below 30 of the scarcer outcome the wider of that and Clopper-Pearson.
     false_accepts, misses : int
-    far_support, frr_support : str
-        Their badges, by the scarcer outcome (:func:`scarcer`).
+    far_mark, frr_mark : str
+        Their marks, by the scarcer outcome (:func:`scarcer`).
 
     Examples
     --------
@@ -190,7 +190,7 @@ class RatesAt:
     >>> scores[0] = 0  # of the six target trials one is missed
     >>> points = metrics.operating_points(scores, trials.is_target)
     >>> rates = Spread(scores, trials, points).rates_at(0.5)
-    >>> rates.misses, rates.frr, rates.false_accepts, rates.frr_support
+    >>> rates.misses, rates.frr, rates.false_accepts, rates.frr_mark
     (1, 0.16666666666666666, 0, 'unsupported')
     """
 
@@ -201,8 +201,8 @@ class RatesAt:
     frr_interval: tuple[float, float] | None
     false_accepts: int
     misses: int
-    far_support: str
-    frr_support: str
+    far_mark: str
+    frr_mark: str
 
 
 class Spread:
@@ -343,9 +343,9 @@ class Spread:
             if interval is not None and rests_on < FEWEST_ERRORS:
                 few = rate_interval(errors, trials, confidence)
                 interval = min(interval[0], few[0]), max(interval[1], few[1])
-            support = badge(rests_on, self.structure.contributing)
-            found.append((errors / trials, interval, errors, support))
-        (frr, frr_range, misses, frr_support), (far, far_range, accepts, far_support) = found
+            mark = mark_of(rests_on, self.structure.contributing)
+            found.append((errors / trials, interval, errors, mark))
+        (frr, frr_range, misses, frr_mark), (far, far_range, accepts, far_mark) = found
         return RatesAt(
             float(threshold),
             far,
@@ -354,8 +354,8 @@ class Spread:
             frr_range,
             accepts,
             misses,
-            far_support,
-            frr_support,
+            far_mark,
+            frr_mark,
         )
 
     # -- figures

@@ -140,7 +140,7 @@ class SystemOut:
     far_interval: tuple[float, float] | None
     tar: float
     tar_interval: tuple[float, float] | None
-    support: str
+    mark: str
     enrolled_from: int
     histogram: dict[str, Any] | None
 
@@ -399,9 +399,9 @@ def make_app(
         return json_values(verifier.compare(_content(one), _content(other)))
 
     @api.post("/identify", response_model=FoundOut)
-    def identify(file: Annotated[UploadFile, content], most: int = 5) -> Any:
+    def identify(file: Annotated[UploadFile, content], max_candidates: int = 5) -> Any:
         """Who of those enrolled a recording may be of."""
-        return json_values(verifier.identify(_content(file), min(most, 100)))
+        return json_values(verifier.identify(_content(file), min(max_candidates, 100)))
 
     @api.get("/system")
     def system() -> SystemOut:
@@ -418,7 +418,7 @@ def make_app(
             far_interval=point.far_interval,
             tar=point.tar,
             tar_interval=point.tar_interval,
-            support=point.support,
+            mark=point.mark,
             enrolled_from=point.enrolled_from,
             histogram=None if histogram is None else asdict(histogram),
         )

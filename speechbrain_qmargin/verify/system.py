@@ -293,7 +293,7 @@ class System:
         folder = Path(folder)
         shown = folder.parent if folder.name == "inference" else folder
         shown = str(shown).removesuffix(".verifier")
-        remedy = f"measure one on your own people: qmargin threshold {shown} PEOPLE"
+        remedy = f"measure one on your own people: qmargin threshold {shown} SOURCE"
         if not (folder / _POINT).is_file():
             raise NoThreshold(f"{folder}: no threshold in it (no {_POINT}); {remedy}")
         point = OperatingPoint.load(folder / _POINT)

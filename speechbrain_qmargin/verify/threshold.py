@@ -58,7 +58,7 @@ class Measured:
     >>> found.people, found.eer, found.system.point.optimistic  # too few for two halves
     ((4, 4), 0.0, True)
     >>> found.notes[0]
-    'it is chosen on 24 impostor pairs of 4 people; a false-accept rate of 0.1 wants 300 ...'
+    'it is chosen on 24 impostor trials of 4 people; a false-accept rate of 0.1 wants 300 ...'
     """
 
     system: System
@@ -173,7 +173,7 @@ def measure_threshold(
     *,
     cohort: Cohort | None = None,
     enrol_with: int = 1,
-    utterances: int = 10,
+    max_per_person: int = 10,
     source: str = "people",
     p_target: float = 0.01,
 ) -> Measured:
@@ -191,10 +191,10 @@ def measure_threshold(
         Of other people; scores are then normalised.
     enrol_with : int
         Recordings of an enrolment.
-    utterances : int
-        Of a person, at most; more than `enrol_with`, so that some are left to be tried. Of many
-        people fewer are taken, and of very many people some are drawn, by their names' digests:
-        a half has 4,000 recordings, 8 million pairs, at most.
+    max_per_person : int
+        Recordings of a person, at most; more than `enrol_with`, so that some are left to be tried.
+        Of many people fewer are taken, and of very many people some are drawn, by their names'
+        digests: a half has 4,000 recordings, 8 million pairs, at most.
     source : str
         What the people are called.
     p_target : float
@@ -203,8 +203,8 @@ def measure_threshold(
     Raises
     ------
     ValueError
-        Fewer than 2 people with enough recordings; people of the cohort among them; `utterances`
-        that leave none to be tried.
+        Fewer than 2 people with enough recordings; people of the cohort among them; a
+        `max_per_person` that leaves none to be tried.
 
     Examples
     --------
@@ -217,10 +217,10 @@ def measure_threshold(
     """
     if enrol_with < 1:
         raise ValueError(f"enrol_with is {enrol_with}; a recording at least")
-    if utterances <= enrol_with:
+    if max_per_person <= enrol_with:
         raise ValueError(
-            f"utterances is {utterances}: enrolments of {enrol_with} leave none to be tried; "
-            f"{enrol_with + 1} at least"
+            f"max_per_person is {max_per_person}: enrolments of {enrol_with} leave none to be "
+            f"tried; {enrol_with + 1} at least"
         )
     recordings = defaultdict(list)
     for name in embeddings.ids:
@@ -243,7 +243,7 @@ def measure_threshold(
     fitting = max(FEWEST_PEOPLE, _MOST // (enrol_with + 1))  # people of a half
     drawn = able[: 2 * fitting if apart else fitting]
     halves = (drawn[::2], drawn[1::2]) if apart else (drawn, drawn)
-    most = max(enrol_with + 1, min(utterances, _MOST // len(halves[0])))
+    most = max(enrol_with + 1, min(max_per_person, _MOST // len(halves[0])))
     lists = []
     for names, part in zip(halves, ("chosen", "measured"), strict=True):
         chosen = {one: sorted(spread_over_sessions(recordings[one], most)) for one in sorted(names)}
@@ -292,7 +292,7 @@ def _asked(far: float, points: OperatingPoints, people: int) -> list[str]:
     if points.num_impostors >= wanted:
         return []
     return [
-        f"it is chosen on {points.num_impostors:,} impostor pairs of {people} people; a "
+        f"it is chosen on {points.num_impostors:,} impostor trials of {people} people; a "
         f"false-accept rate of {far:g} wants {wanted:,.0f} (30 errors)"
     ]
 

@@ -459,13 +459,13 @@ class Verifier:
             )
         return results
 
-    def identify(self, recording: Source, most: int = 5) -> Found:
+    def identify(self, recording: Source, max_candidates: int = 5) -> Found:
         """Who of those enrolled with this encoder a recording may be of.
 
         Parameters
         ----------
         recording : path or bytes
-        most : int
+        max_candidates : int
             Candidates to be named.
 
         Raises
@@ -479,7 +479,7 @@ class Verifier:
         sample = _or_raise(self._samples([recording])[0])
         system = self.system
         scores = system.scores(gallery, self._tests([sample])[0])[:, 0]
-        best = np.argsort(-scores, kind="stable")[: max(1, most)]
+        best = np.argsort(-scores, kind="stable")[: max(1, max_candidates)]
         candidates = [
             Candidate(names[n], score, system.llr(score), system.accepts(score))
             for n, score in zip(best.tolist(), scores[best].tolist(), strict=True)
@@ -509,7 +509,7 @@ def _notes(system: System, count: int) -> tuple[str, ...]:
         notes.append(f"the threshold was measured with {many} an enrolment; this has {count}")
     if point.optimistic:
         notes.append(f"the threshold is {point.doubt}")
-    if point.support == "unsupported":
+    if point.mark == "unsupported":
         notes.append("the threshold's error rates rest on too few people or errors")
     return tuple(notes)
 

@@ -105,7 +105,7 @@ def test_groups_on_the_report(files):
 
 def test_fuse(files, capsys):
     systems = [f"{name}={files / f'test_{name}.tsv'}" for name in ("one", "two")]
-    development = [f"--development={name}={files / f'dev_{name}.tsv'}" for name in ("one", "two")]
+    development = [f"--dev_scores={name}={files / f'dev_{name}.tsv'}" for name in ("one", "two")]
     output, saved = files / "fused.tsv", files / "fusion.json"
     assert run("fuse", *systems, *development, f"--output={output}", f"--save={saved}") == 0
     trials, llrs = read_scores(output)
@@ -118,11 +118,11 @@ def test_fuse(files, capsys):
     assert run("fuse", *systems, f"--fusion={saved}", f"--output={again}") == 0
     assert again.read_text() == output.read_text()
     capsys.readouterr()
-    own = [f"--development={system}" for system in systems]
+    own = [f"--dev_scores={system}" for system in systems]
     assert run("fuse", *systems, *own, f"--output={files / 'no.tsv'}") == 1
     assert "development trials: 12 speakers are in test.txt too" in capsys.readouterr().err
     assert run("fuse", *systems, f"--output={files / 'no.tsv'}") == 1
-    assert "give --development scores" in capsys.readouterr().err
+    assert "give --dev_scores" in capsys.readouterr().err
     assert not (files / "no.tsv").exists()
     picture = files / "bayes.png"
     assert run("bayes", f"fused={output}", f"--output={picture}") == 0
@@ -185,7 +185,7 @@ def test_no_command_replaces_what_is_there_unasked(files, tmp_path, capsys):
     mine, one = tmp_path / "mine", files / "test_one.tsv"
     embedded = [files / "test_one.npz", files / "test.txt", mine]
     systems = [f"{n}={one}" for n in "ab"] + [
-        f"--development={n}={files / 'dev_one.tsv'}" for n in "ab"
+        f"--dev_scores={n}={files / 'dev_one.tsv'}" for n in "ab"
     ]
     (tmp_path / "scores").mkdir()
     (tmp_path / "scores/results.txt").write_text("by hand\n")
@@ -197,7 +197,7 @@ def test_no_command_replaces_what_is_there_unasked(files, tmp_path, capsys):
         ["plda", *embedded[:2], tmp_path / "out", f"--save={mine}"],
         ["calibrate", one, mine],
         ["apply", files / "gone.json", one, mine],
-        ["score", *embedded[:2], f"--output_folder={tmp_path / 'scores'}"],
+        ["score", *embedded[:2], f"--output={tmp_path / 'scores'}"],
         ["breakdown", one, f"--metadata={files / 'people.csv'}", f"--output={mine}"],
         ["fuse", *systems, f"--output={mine}"],
         ["fuse", *systems, f"--output={tmp_path / 'out'}", f"--save={mine}"],

@@ -55,7 +55,7 @@ def test_from_embeddings_to_a_report(files, tmp_path, capsys):
 
     report = ["--quiet", "report", f"cosine={files / 'test_cosine.tsv'}"]
     report += [f"AS-norm={files / 'test_normalize.tsv'}", f"--output={files / 'report'}"]
-    report += [f"--development=AS-norm={files / 'dev_normalize.tsv'}"]
+    report += [f"--dev_scores=AS-norm={files / 'dev_normalize.tsv'}"]
     assert main(report) == 0
     printed = capsys.readouterr().out
     assert "95 % interval" in printed
@@ -194,8 +194,8 @@ def test_what_cannot_be_concluded_is_said(peers, capsys):
     assert "the speakers are not known" in capsys.readouterr().out
     system = json.loads((peers / "o" / "report.json").read_text())["systems"]["noslash"]
     assert "speakers" not in system["trials"]
-    supports = {figure["support"] for figure in system["figures"].values()}
-    assert "measured" not in supports
+    marks = {figure["mark"] for figure in system["figures"].values()}
+    assert "measured" not in marks
 
 
 def test_a_threshold_must_not_have_seen_what_it_is_measured_on(files, tmp_path, capsys):
@@ -205,11 +205,11 @@ def test_a_threshold_must_not_have_seen_what_it_is_measured_on(files, tmp_path, 
     normalised = (files / "test.npz", files / "test.txt", tmp_path / "as.tsv", files / "cohort.npz")
     assert run("normalize", *normalised, "--top_n=6") == 0
     report = ("report", f"a={tmp_path / 'test.tsv'}", f"--output={tmp_path / 'o'}")
-    assert run(*report, f"--development={tmp_path / 'test.tsv'}") == 1
+    assert run(*report, f"--dev_scores={tmp_path / 'test.tsv'}") == 1
     assert "8 speakers are in test.txt too" in capsys.readouterr().err
-    assert run(*report, f"--development={tmp_path / 'as.tsv'}") == 1
+    assert run(*report, f"--dev_scores={tmp_path / 'as.tsv'}") == 1
     assert "a (test.tsv) is for cosine scores, and these are as-norm" in capsys.readouterr().err
-    assert run(*report, f"--development={tmp_path / 'dev.tsv'}") == 0
+    assert run(*report, f"--dev_scores={tmp_path / 'dev.tsv'}") == 0
     point = OperatingPoint.load(tmp_path / "o" / "operating_point.json")
     assert not point.optimistic
     assert point.kind == "cosine"
@@ -220,7 +220,7 @@ def test_a_threshold_must_not_have_seen_what_it_is_measured_on(files, tmp_path, 
     assert run("apply", tmp_path / "c.json", tmp_path / "as.tsv", tmp_path / "llr.tsv") == 1
     assert "for cosine scores, and these are as-norm scores" in capsys.readouterr().err
     assert run("apply", tmp_path / "c.json", tmp_path / "test.tsv", tmp_path / "llr.tsv") == 0
-    options = ("--priors", "0.5", "--fars", "0.2", "--confidence=0.9", "--c_miss=10", "--overwrite")
+    options = ("--p_target=0.5", "--fars", "0.2", "--confidence=0.9", "--c_miss=10", "--overwrite")
     assert run("report", tmp_path / "llr.tsv", f"--output={tmp_path / 'o'}", *options) == 0
     printed = capsys.readouterr().out
     assert "actDCF(p=0.5, c_miss=10, c_fa=1)" in printed
@@ -244,7 +244,7 @@ def test_scores_of_two_encoders_are_kept_apart(files, tmp_path, capsys):
     test, dev = tmp_path / "test_5e11.tsv", tmp_path / "dev_5e11.tsv"
     other, cohort = tmp_path / "test_ac1d.tsv", tmp_path / "cohort_5e11.npz"
     assert run("calibrate", dev, tmp_path / "c.json") == 0
-    assert run("report", test, f"--development={dev}", f"--output={tmp_path / 'o'}") == 0
+    assert run("report", test, f"--dev_scores={dev}", f"--output={tmp_path / 'o'}") == 0
     (tmp_path / "people.csv").write_text("speaker,side\ntest0,a\ntest1,b\n")
     metadata = f"--metadata={tmp_path / 'people.csv'}"
     point = f"--operating_point={tmp_path / 'o' / 'operating_point.json'}"
@@ -256,17 +256,17 @@ def test_scores_of_two_encoders_are_kept_apart(files, tmp_path, capsys):
     capsys.readouterr()
     for words, message in (
         (("apply", tmp_path / "c.json", other, tmp_path / "out"), "the calibration is of the enc"),
-        (("report", other, f"--development={dev}", f"--output={tmp_path / 'p'}"), "tsv) is of the"),
+        (("report", other, f"--dev_scores={dev}", f"--output={tmp_path / 'p'}"), "tsv) is of the"),
         (("breakdown", other, metadata, point), "the threshold is of the encoder 5e11,"),
-        (("fuse", f"a={other}", f"--development=a={dev}", f"--output={tmp_path / 'out'}"),
+        (("fuse", f"a={other}", f"--dev_scores=a={dev}", f"--output={tmp_path / 'out'}"),
          "the fusion's weight of a is of the encoder 5e11, and this is ac1d"),
         (("normalize", *vectors, tmp_path / "out", cohort, "--top_n=6"),
          "cohort_5e11.npz is of the encoder 5e11, the trials' embeddings are of ac1d"),
         (("quality", vectors[0], cohort, tmp_path / "out"), "cohort_5e11.npz is of the encoder"),
         (("plda", *vectors, tmp_path / "out", f"--train={cohort}"), "cohort_5e11.npz is of the"),
-        (("score", *vectors, f"--cohort={cohort}", f"--output_folder={tmp_path / 's'}"),
+        (("score", *vectors, f"--cohort={cohort}", f"--output={tmp_path / 's'}"),
          "cohort_5e11.npz is of the encoder"),
-        (("score", *vectors, *development, f"--output_folder={tmp_path / 's'}"),
+        (("score", *vectors, *development, f"--output={tmp_path / 's'}"),
          "dev_5e11.npz is of the encoder"),
     ):  # fmt: skip
         assert run(*words) == 1, words
@@ -334,7 +334,7 @@ def test_models_in_a_report(files, tmp_path, capsys):
     assert run("report", *systems, f"--models={models}", f"--output={tmp_path / 'o'}") == 0
     assert "16 target and 112 impostor trials of 8 speakers" in capsys.readouterr().out
     assert run("score", files / "test.npz", trials, f"--models={models}",
-               f"--output_folder={tmp_path / 'scores'}") == 0  # fmt: skip
+               f"--output={tmp_path / 'scores'}") == 0  # fmt: skip
     found = json.loads((tmp_path / "scores" / "results.json").read_text())
     assert found["trials"]["cosine"]["trials"]["targets"] == 16
 
@@ -387,8 +387,8 @@ print(sorted(heavy & set(sys.modules)))
         ("report", "--far=0,01"),
         ("report", "--fars=0.1,1"),
         ("report", "--confidence=95"),
-        ("report", "--priors=0"),
-        ("bayes", "--priors=0.5,1"),
+        ("report", "--p_target=0"),
+        ("bayes", "--p_target=0.5,1"),
         ("threshold", "--far=1"),
     ],
 )

@@ -26,7 +26,7 @@ def photographs(tmp_path):
 
 def test_a_folder_is_divided_into_people_that_share_nobody(photographs, tmp_path, capsys):
     out = tmp_path / "lists"
-    assert trials(photographs, out, "--dev=2", "--test=2", "--most=3") == 0
+    assert trials(photographs, out, "--dev=2", "--test=2", "--max_per_person=3") == 0
     lists = {part: read_trials(out / f"{part}.txt") for part in ("dev", "test")}
     people = {part: set(one.speaker_names()) for part, one in lists.items()}
     assert people["dev"] | people["test"] == {"bob", "cyd", "dan", "eve"}
@@ -45,7 +45,9 @@ def test_a_folder_is_divided_into_people_that_share_nobody(photographs, tmp_path
     said = "4 for dev and 4 for test: give at least 2 people to each, and together no more than"
     assert f"{said} there are with two files or more, 4 of 5\n" in capsys.readouterr().err
     for everybody in ([], ["--all"]):
-        assert trials(photographs, tmp_path / "none", "--dev=2", "--most=1", *everybody) == 1
+        assert (
+            trials(photographs, tmp_path / "none", "--dev=2", "--max_per_person=1", *everybody) == 1
+        )
         assert "1 files of a person: with fewer than 2" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 

@@ -78,7 +78,7 @@ def test_a_figure_is_one_file(tmp_path, monkeypatch, capsys):
     assert (figure["kind"], figure["parameter"]) == ("far_at_tar", 0.9)
     assert figure["value"] == (impostors >= threshold).mean()
     assert figure["low"] < figure["value"] < figure["high"]
-    assert figure["support"] in ("indicative", "measured")
+    assert figure["mark"] in ("indicative", "measured")
     assert "far_at_tar" in {d["kind"] for d in content["differences"][0]["figures"]}
     assert "FAR@TAR=0.9" in capsys.readouterr().out
     assert "FAR@TAR=0.9" in (tmp_path / "out" / "report.html").read_text()

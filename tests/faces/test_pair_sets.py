@@ -97,7 +97,7 @@ def test_mean_std_and_interval():
 def test_no_errors_leave_an_interval():
     is_same = np.tile([True, False], 30)
     figure = ten_fold_accuracy(is_same.astype(float), is_same)
-    assert (figure.mean, figure.high, figure.support) == (1.0, 1.0, "unsupported")
+    assert (figure.mean, figure.high, figure.mark) == (1.0, 1.0, "unsupported")
     assert 0.9 < figure.low < 0.97  # Clopper-Pearson of 0 in 60
 
 
@@ -120,10 +120,10 @@ def test_tar_over_folds():
         assert figure.far[fold] == accepted[~is_same[test]].mean()
     assert figure.errors == round((1 - figure.values).sum() * 100)
     assert figure.rests_on == 10  # false accepts that 1 % of 1,000 impostor pairs allow
-    assert figure.support == "indicative"
+    assert figure.mark == "indicative"
     assert "FAR realised" in str(figure)
     narrow = ten_fold_tar(scores, is_same, 0.1)
-    assert (narrow.rests_on, narrow.support) == (min(100, narrow.errors), "measured")
+    assert (narrow.rests_on, narrow.mark) == (min(100, narrow.errors), "measured")
     half = t.ppf(0.975, 9) * narrow.values.std(ddof=1) / np.sqrt(10)
     assert narrow.high - narrow.low == pytest.approx(2 * half)
 
@@ -131,7 +131,7 @@ def test_tar_over_folds():
 def test_a_tar_of_few_false_accepts_is_as_uncertain_as_its_threshold():
     scores, is_same = lfw_sized(pairs=6000, distance=4.0)
     figure = ten_fold_tar(scores, is_same)
-    assert (figure.rests_on, figure.support) == (3, "indicative")
+    assert (figure.rests_on, figure.mark) == (3, "indicative")
     impostors = np.sort(scores[~is_same])[::-1]
     # 3 false accepts of 3,000 may be 0.6 or 8.8 (Clopper-Pearson)
     assert figure.low == 0.0

@@ -1,7 +1,6 @@
 """The IJB recipe on a tiny tree in the official format."""
 
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ def folder(tmp_path_factory):
 def test_the_whole_evaluation(folder, capsys):
     recipe = load("recipes/face/evaluate_ijb.py")
     recipe.main(["--ijb", str(folder), "--target", "IJBB", "--all_options", "--search",
-                 "--embeddings", str(folder / "images.npz"), "--output_folder",
+                 "--embeddings", str(folder / "images.npz"), "--output",
                  str(folder / "out"), "--no-use_detector_score"])  # fmt: skip
     text = capsys.readouterr().out
     assert "IJBB 1:1, N1 D0 F2: embeddings keep their norm, unweighted" in text
@@ -60,7 +59,7 @@ def test_a_published_checkpoint_is_evaluated_beside_itself(tmp_path, capsys):
         )
 
     def evaluate(name, *options):
-        arguments = ["--ijb", tmp_path, "--backbone", tmp_path / f"{name}.pth"]
+        arguments = ["--ijb", tmp_path, "--encoder", tmp_path / f"{name}.pth"]
         recipe.main([str(one) for one in (*arguments, "--device", "cpu", *options)])
 
     evaluate("a")
@@ -83,14 +82,15 @@ def test_a_published_checkpoint_is_evaluated_beside_itself(tmp_path, capsys):
 
     evaluate("b")
     assert (tmp_path / "b_IJBC/report.txt").is_file()
-    with pytest.raises(ValueError, match=r"cache\.json: of the model .* \(--output_folder\)"):
-        evaluate("b", "--output_folder", tmp_path / "a_IJBC")
+    with pytest.raises(ValueError, match=r"cache\.json: of the model .* \(--output\)"):
+        evaluate("b", "--output", tmp_path / "a_IJBC")
 
 
-def test_results_of_a_model_go_where_no_other_model_writes(folder):
+def test_results_of_a_model_go_where_no_other_model_writes(folder, tmp_path):
     recipe = load("recipes/face/evaluate_ijb.py")
     recipe.main(["--ijb", str(folder), "--target", "IJBB",
                  "--embeddings", str(folder / "images.npz")])  # fmt: skip
     assert (folder / "images_IJBB/report.json").is_file()
-    run = Namespace(run="results/a", embeddings=None, backbone=None, target="IJBC")
-    assert recipe.default_folder(run) == Path("results/a/IJBC")
+    (tmp_path / "save").mkdir()
+    run = Namespace(encoder=str(tmp_path), embeddings=None, target="IJBC")
+    assert recipe.default_folder(run) == tmp_path / "IJBC"

@@ -207,7 +207,7 @@ def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
                 (folder / f"{number}.wav").touch()
     (tmp_path / "wav" / "g").mkdir()
     (tmp_path / "wav" / "g" / "1.wav").touch()
-    options = ["--dev_speakers=2", "--test_speakers=3", "--utterances=4"]
+    options = ["--dev=2", "--test=3", "--max_per_person=4"]
     make_trials = load("recipes/voxceleb/make_trials.py").main
     assert make_trials([str(tmp_path), str(tmp_path / "lists"), *options]) == 0
     assert "7 recordings of 2 speakers" in capsys.readouterr().out
@@ -229,15 +229,15 @@ def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
     assert {name[0] for name in listed["train"]} == {*"abcdefg"} - speakers["dev"] - speakers[
         "test"
     ]
-    assert make_trials([str(tmp_path), str(tmp_path), "--dev_speakers=9"]) == 1
+    assert make_trials([str(tmp_path), str(tmp_path), "--dev=9"]) == 1
     assert "with two files or more, 6 of 7\n" in capsys.readouterr().err
     assert make_trials([str(tmp_path / "wav"), str(tmp_path)]) == 1
     assert "wav: it must hold wav/<speaker>/<session>/<utterance>" in capsys.readouterr().err
-    with pytest.raises(SystemExit):  # an abbreviation of --dev_speakers
-        make_trials([str(tmp_path), str(tmp_path / "none"), "--dev=2"])
-    assert "unrecognized arguments: --dev=2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # an abbreviation of --max_per_person
+        make_trials([str(tmp_path), str(tmp_path / "none"), "--max=2"])
+    assert "unrecognized arguments: --max=2" in capsys.readouterr().err
     (tmp_path / "wav" / "g" / "1 2.wav").touch()
-    spaced = ["--dev_speakers=3", "--test_speakers=4"]
+    spaced = ["--dev=3", "--test=4"]
     assert make_trials([str(tmp_path), str(tmp_path / "spaced"), *spaced]) == 0
     ids = [read_trials(tmp_path / "spaced" / f"{part}.txt").ids for part in ("dev", "test")]
     assert "g/1 2.wav" in ids[0] + ids[1]

@@ -188,6 +188,6 @@ def test_webface_in_small_trains_in_shards_resumes_and_is_scored_on_ijb(tmp_path
     for number, name in enumerate(read_ijb(tmp_path, "IJBB").names):
         mini_faces.draw_face((1, number % 6), number).save(crops / name)
     evaluate = load("recipes/face/evaluate_ijb.py")
-    arguments = ["--ijb", tmp_path, "--target", "IJBB", "--run", output]
-    evaluate.main([str(a) for a in [*arguments, "--output_folder", tmp_path / "ijb"]])
+    arguments = ["--ijb", tmp_path, "--target", "IJBB", "--encoder", output]
+    evaluate.main([str(a) for a in [*arguments, "--output", tmp_path / "ijb"]])
     assert "TAR@FAR=0.0001" in capsys.readouterr().out

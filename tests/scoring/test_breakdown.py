@@ -180,9 +180,9 @@ def test_intervals_hold_the_truth(speakers):
 
 def test_one_person_and_no_errors_claim_nothing():
     one = np.zeros(50, dtype=int)
-    assert share_of_trials(np.arange(50) < 20, one, one).support == "unsupported"
+    assert share_of_trials(np.arange(50) < 20, one, one).mark == "unsupported"
     found = share_of_trials(np.zeros(300, bool), np.arange(300), np.arange(300) + 1)
-    assert found.support == "unsupported"
+    assert found.mark == "unsupported"
     assert found.low == 0
     assert found.high == pytest.approx(0.0122, abs=1e-4)
 
@@ -194,7 +194,7 @@ def test_people_of_few_trials_do_not_make_a_rate_measured():
     who = np.repeat(np.arange(20), [400] + 19 * [5])
     missed = np.random.default_rng(0).random(len(who)) < 0.1
     found = share_of_trials(missed, who, who)
-    assert (found.people, found.support) == (20, "unsupported")
+    assert (found.people, found.mark) == (20, "unsupported")
     each = np.bincount(who)
     apart = missed - missed.mean()
     variance = 19 / 20 * np.sum((np.bincount(who, apart) / (len(who) - each)) ** 2)
@@ -203,7 +203,7 @@ def test_people_of_few_trials_do_not_make_a_rate_measured():
     reach = t.ppf(0.975, 1) * np.sqrt(variance) / (rate * (1 - rate))
     assert found.high == pytest.approx(1 / (1 + (1 - rate) / rate * np.exp(-reach)))
     equal = share_of_trials(missed, np.arange(495) % 20, np.arange(495) % 20)
-    assert equal.support == "measured"
+    assert equal.mark == "measured"
 
 
 def test_where_people_are_not_known_nothing_is_measured_and_the_table_says_it():
@@ -211,9 +211,9 @@ def test_where_people_are_not_known_nothing_is_measured_and_the_table_says_it():
     flat = replace(trials, ids=[name.replace("/", "-") for name in trials.ids], speaker_of=None)
     sex = {name: "fm"[n % 2] for n, name in enumerate(flat.ids)}
     found = breakdown(scores, flat, 0.5, sex, confidence=0.9)
-    supports = {share.support for row in found.rows() for share in (row.fmr, row.fnmr) if share}
-    assert "measured" not in supports
+    marks = {share.mark for row in found.rows() for share in (row.fmr, row.fnmr) if share}
+    assert "measured" not in marks
     assert "90 % intervals over linked groups (speakers not known)" in found.table()
     known = breakdown(scores, trials, 0.5, {str(name): "x" for name in trials.ids})
-    assert known.overall.fmr.support == "measured"
+    assert known.overall.fmr.mark == "measured"
     assert "95 % intervals over speakers" in known.table()

@@ -51,7 +51,7 @@ def test_a_threshold_of_development_scores_is_not_optimistic():
 
 
 def test_a_far_that_the_data_cannot_show_is_marked():
-    assert choose_operating_point("a", points_of(3)[0], 1e-4).support == "unsupported"
+    assert choose_operating_point("a", points_of(3)[0], 1e-4).mark == "unsupported"
 
 
 def test_another_file_is_refused(tmp_path):
@@ -173,7 +173,7 @@ def test_no_misses_do_not_make_an_interval_without_width():
     assert point.tar == 1
     assert point.tar_interval == (figure.low, figure.high)
     assert figure.low == pytest.approx(0.025 ** (1 / 12))  # Clopper-Pearson of no misses of 12
-    assert point.support == figure.support == "unsupported"
+    assert point.mark == figure.mark == "unsupported"
 
 
 def test_a_threshold_that_accepts_next_to_nobody_is_not_measured():
@@ -184,7 +184,7 @@ def test_a_threshold_that_accepts_next_to_nobody_is_not_measured():
     for development in (None, points):
         point = choose_operating_point("a", few, 0.05, development=development, speakers=100)
         assert few.num_targets - point.misses == 2
-        assert point.support == "unsupported"
+        assert point.mark == "unsupported"
 
 
 def test_validation_on_the_test_is_seen_by_its_trials():

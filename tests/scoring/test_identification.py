@@ -149,8 +149,8 @@ def test_few_identities_and_few_errors_are_said():
     data = simulated(people=4, strangers=3, each=40, dim=2)
     found = identify(*data, ranks=(1,), fpirs=(0.3, 0.001))
     assert found.cmc[1].errors >= 30
-    assert found.cmc[1].support == "indicative"  # four identities
-    assert found.open_set[1].fpir.support == "unsupported"
+    assert found.cmc[1].mark == "indicative"  # four identities
+    assert found.open_set[1].fpir.mark == "unsupported"
     assert found.open_set[1].fnir.high == 1
 
 
@@ -158,14 +158,14 @@ def test_few_identities_and_few_errors_are_said():
 def test_one_person_with_most_probes_is_not_many_people(who):
     gallery, owners, probes, names = simulated(people=20, strangers=20, each=15, dim=3)
     even = identify(gallery, owners, probes, names, fpirs=(0.5,)).open_set[0].fnir
-    assert even.support == "measured"
+    assert even.mark == "measured"
     rng = np.random.default_rng(1)
     more = probes[names.index(who)] + rng.normal(size=(2000, 3))
     found = identify(gallery, owners, np.concatenate((probes, more)), names + [who] * 2000,
                      fpirs=(0.5,)).open_set[0].fnir  # fmt: skip
     assert found.people == 20
     assert found.errors >= 30
-    assert found.support == "unsupported"
+    assert found.mark == "unsupported"
 
 
 def test_bad_input_is_named():

@@ -37,7 +37,7 @@ def test_the_mean_of_speakers_is_not_that_of_utterances():
     given = Cohort.of(means, itself, mean=cohort.mean)
     assert given.entries.matrix == pytest.approx(cohort.entries.matrix, abs=1e-5)
     assert Cohort.of(means, itself, centre=False).mean is None
-    utterances = Cohort.of(raw, whose, utterances=True)
+    utterances = Cohort.of(raw, whose, all_utterances=True)
     assert len(utterances.entries) == 36
     trials = LabelledTrials(["c3/0", "x/1"], np.array([0]), np.array([1]), np.array([False]))
     with pytest.raises(ValueError, match="1 speakers are in the cohort and in the trials: c3"):
@@ -113,5 +113,5 @@ def test_a_list_read_from_a_file_is_scored_as_in_memory(tmp_path):
             embeddings=tmp_path / "e.npz",
             trials=tmp_path / "list.txt",
             output_folder=tmp_path / "out",
-            speakers=tmp_path / "out" / "results.txt",
+            utt2spk=tmp_path / "out" / "results.txt",
         )

@@ -1,4 +1,4 @@
-"""Intervals, badges and the DET plot."""
+"""Intervals, marks and the DET plot."""
 
 import json
 
@@ -15,7 +15,7 @@ from speechbrain_qmargin.scoring.metrics import (
 )
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import evaluate
-from speechbrain_qmargin.scoring.uncertainty import badge, rate_interval
+from speechbrain_qmargin.scoring.uncertainty import mark_of, rate_interval
 from speechbrain_qmargin.trials import LabelledTrials
 
 
@@ -32,7 +32,7 @@ def simulated(num_speakers=30, per_speaker=4, seed=0, distance=3.0):
 
 
 def test_badges_follow_the_rule_of_30():
-    assert [badge(n) for n in (30, 29, 3, 2, 0)] == [
+    assert [mark_of(n) for n in (30, 29, 3, 2, 0)] == [
         "measured",
         "indicative",
         "indicative",
@@ -53,7 +53,7 @@ def test_a_report_gives_the_plain_metrics_within_their_intervals():
         assert figure.low <= figure.value <= figure.high
         assert figure.low < figure.high
     assert (report.num_targets, report.num_speakers) == (30 * 6, 30)
-    assert json.loads(json.dumps(report.to_dict()))["figures"]["EER"]["support"]
+    assert json.loads(json.dumps(report.to_dict()))["figures"]["EER"]["mark"]
     assert "95 % interval" in report.table()
 
 
@@ -81,7 +81,7 @@ def test_calibrated_costs_have_their_interval_and_badge():
     figure = report["act_dcf"]
     assert figure.value == act_dcf(report.points, 0.1)
     assert figure.low < figure.value < figure.high
-    assert figure.support == badge(min(report.points.errors_at(figure.threshold)))
+    assert figure.mark == mark_of(min(report.points.errors_at(figure.threshold)))
     assert report["cllr"].value >= report["min_cllr"].value
     assert report["cllr"].low < report["cllr"].value < report["cllr"].high
 
@@ -105,12 +105,12 @@ def test_few_errors_widen_the_interval_and_are_marked():
     scores, trials = simulated(num_speakers=6, distance=20.0)
     report = evaluate(scores, trials, fars=(1e-1, 1e-3))
     figure = report["tar_at_far", 0.001]
-    assert figure.support == "unsupported"
+    assert figure.mark == "unsupported"
     targets = report.num_targets
     assert figure.value == figure.high == 1
     # no false accept is allowed, so nothing bounds the FAR of the threshold from below
     assert figure.low == 0
-    assert report["eer"].support == "unsupported"
+    assert report["eer"].mark == "unsupported"
     assert beta.ppf(0.025, targets, 1) < 1
 
 

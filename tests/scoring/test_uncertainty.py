@@ -17,7 +17,7 @@ from speechbrain_qmargin.scoring.influence import TrialStructure
 from speechbrain_qmargin.scoring.report import compare, evaluate
 from speechbrain_qmargin.scoring.uncertainty import (
     Spread,
-    badge,
+    mark_of,
     rate_interval,
 )
 from speechbrain_qmargin.trials import LabelledTrials, index_pairs
@@ -146,7 +146,7 @@ def test_nothing_depends_on_the_order_of_trials_or_of_their_sides(ties):
     second = evaluate(scores[order], again, all_eers=True, llr=True)
     for one, two in zip(first.figures, second.figures, strict=True):
         assert (one.low, one.high) == pytest.approx((two.low, two.high), rel=1e-9)
-        assert one.support == two.support
+        assert one.mark == two.mark
 
 
 def test_reversed_trials_add_nothing():
@@ -163,7 +163,7 @@ def test_reversed_trials_add_nothing():
     with pytest.warns(UserWarning, match="in reverse order"):
         twice = evaluate(np.append(scores, scores), both)
     for one, two in zip(once.figures, twice.figures, strict=True):
-        assert (one.errors, one.support) == (two.errors, two.support)
+        assert (one.errors, one.mark) == (two.errors, two.mark)
         assert two.value == pytest.approx(one.value, abs=1e-12)
         assert (two.low, two.high) == pytest.approx((one.low, one.high), rel=1e-9)
     threshold = float(np.median(scores[trials.is_target]) - 2)
@@ -186,7 +186,7 @@ def test_two_reversed_errors_are_one_error():
     with pytest.warns(UserWarning, match="in reverse order"):
         report = evaluate(np.append(scores, scores[wrong]), both)
     rates = report.spread.rates_at(1.5)
-    assert (rates.false_accepts, rates.far_support) == (2, "unsupported")
+    assert (rates.false_accepts, rates.far_mark) == (2, "unsupported")
 
 
 @pytest.mark.parametrize("num_speakers", [2, 3])
@@ -197,10 +197,10 @@ def test_two_or_three_speakers_get_no_interval(num_speakers):
     for figure in report.figures:
         assert figure.low is None
         assert figure.high is None
-        assert figure.support == "unsupported"
+        assert figure.mark == "unsupported"
     rates = report.spread.rates_at(0.5)
     assert rates.far_interval is None
-    assert rates.far_support == "unsupported"
+    assert rates.far_mark == "unsupported"
     assert report.spread.band([0.1]) is None
     assert not compare(report, report)
 
@@ -208,19 +208,19 @@ def test_two_or_three_speakers_get_no_interval(num_speakers):
 def test_four_speakers_get_a_wide_interval_and_eight_can_be_measured():
     rng = np.random.default_rng(4)
     widths = []
-    for number, support in ((4, "indicative"), (7, "indicative"), (8, "measured")):
+    for number, mark in ((4, "indicative"), (7, "indicative"), (8, "measured")):
         trials = all_pairs(number, 20)
         figure = evaluate(scored(trials, rng, effect=0.1, distance=1.5), trials)["eer"]
         assert figure.errors >= 30
-        assert figure.support == support
+        assert figure.mark == mark
         widths.append(figure.high - figure.low)
     assert widths[0] > widths[2] > 0.01
 
 
 def test_badges_count_errors_and_speakers():
-    assert badge(30) == badge(30, 8) == badge(30, 7.6) == "measured"
-    assert badge(30, 7) == badge(29, 100) == badge(3, 4) == "indicative"
-    assert badge(30, 3) == badge(2, 100) == "unsupported"
+    assert mark_of(30) == mark_of(30, 8) == mark_of(30, 7.6) == "measured"
+    assert mark_of(30, 7) == mark_of(29, 100) == mark_of(3, 4) == "indicative"
+    assert mark_of(30, 3) == mark_of(2, 100) == "unsupported"
 
 
 def test_one_speaker_with_most_trials_is_not_many_speakers():
@@ -292,20 +292,20 @@ def test_a_rate_near_one_rests_on_its_few_exceptions():
     scores[trials.is_target] -= 20
     targets = np.flatnonzero(trials.is_target)
     count = len(targets)
-    for hits, support in ((0, "unsupported"), (5, "indicative")):
+    for hits, mark in ((0, "unsupported"), (5, "indicative")):
         scores[targets[:hits]] = 9
         report = evaluate(scores, trials, fars=[0.1])
         figure = report["tar_at_far", 0.1]
         assert (figure.value, figure.errors) == (pytest.approx(hits / count), hits)
-        assert figure.support == support
+        assert figure.mark == mark
         low, high = rate_interval(hits, count)
         assert figure.low <= low + 1e-12
         assert figure.high >= high - 1e-12
         rates = report.spread.rates_at(figure.threshold)
-        assert rates.frr_support == support
+        assert rates.frr_mark == mark
         assert rates.frr_interval[0] <= 1 - high + 1e-12
     rates = report.spread.rates_at(float(scores.min()))  # all are accepted
-    assert (rates.far, rates.far_support) == (1, "unsupported")
+    assert (rates.far, rates.far_mark) == (1, "unsupported")
     assert rates.far_interval == rate_interval(report.num_impostors, report.num_impostors)
 
 
@@ -467,4 +467,4 @@ def test_lists_of_a_handful_of_trials_are_evaluated(seed):
     kept = np.concatenate([np.flatnonzero(same)[: 1 + seed % 3], impostors])
     trials = LabelledTrials(ids, sides[kept, 0], sides[kept, 1], same[kept])
     report = evaluate(rng.normal(size=len(kept)).astype(np.float32), trials)
-    assert {figure.support for figure in report.figures} == {"unsupported"}
+    assert {figure.mark for figure in report.figures} == {"unsupported"}

@@ -181,7 +181,7 @@ def test_errors_are_one_line(encoder, capsys, tmp_path, voices):
         (["enrol", encoder, " ", good], "a name has 1 to 200 characters"),
         (["verify", encoder, "Nobody", good], "nobody is enrolled as 'Nobody'"),
         (["identify", fresh, good], "nobody is enrolled with this encoder"),
-        (["verify", fresh, "Ann", good], "fresh PEOPLE"),
+        (["verify", fresh, "Ann", good], "fresh SOURCE"),
         (["people", "list", tmp_path / "empty"], "nobody is enrolled there"),
         (["people", "list", tmp_path / "nowhere"], "no such encoder or file of enrolments"),
         (["export", tmp_path / "empty"], "empty: no run; say what to write of it"),

@@ -84,7 +84,7 @@ def test_from_enrolment_to_erasure(client, verifier):
     other = client.post("/v1/people/Ann/verify", files=files(b"bob 7", field="file")).json()
     assert not other["accept"]
 
-    found = client.post("/v1/identify?most=1", files=files(b"bob 7", field="file")).json()
+    found = client.post("/v1/identify?max_candidates=1", files=files(b"bob 7", field="file")).json()
     assert (found["name"], found["searched"], len(found["candidates"])) == ("Bob", 2, 1)
     pair = {"one": ("x", b"ann 1"), "other": ("y", b"ann 2")}
     assert client.post("/v1/compare", files=pair).json()["accept"]

@@ -125,7 +125,7 @@ def test_a_calibrated_threshold_decides_on_ratios(tmp_path):
 def test_identification_names_the_nearest_and_what_a_search_costs(verifier):
     for name in ("ann", "bob", "cyd"):
         verifier.enrol(name, said(name, 1, 2))
-    found = verifier.identify(said("bob", 7)[0], most=2)
+    found = verifier.identify(said("bob", 7)[0], max_candidates=2)
     assert found.name == "bob"
     assert found.candidates[0].name == "bob"
     assert len(found.candidates) == 2

@@ -181,12 +181,12 @@ def _cache_state(folder: Path, ijb: IJB, model: str | None = None) -> dict | Non
         raise ValueError(f"{path}: {error}; delete it to extract anew") from None
     if state.get("images") != ijb.fingerprint:
         raise ValueError(
-            f"{path}: of other images or landmarks; give another cache folder (--output_folder)"
+            f"{path}: of other images or landmarks; give another cache folder (--output)"
         )
     if model is not None and state.get("model") != model:
         raise ValueError(
             f"{path}: of the model {state.get('model')!r}, not {model!r}; give another cache "
-            "folder (--output_folder), or delete this one"
+            "folder (--output), or delete this one"
         )
     return state
 

@@ -16,7 +16,7 @@ from speechbrain_qmargin.files import replacing, write_text
 from speechbrain_qmargin.scoring.figures import TarAtFar
 from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.scoring.report import Report, evaluate
-from speechbrain_qmargin.scoring.uncertainty import badge
+from speechbrain_qmargin.scoring.uncertainty import mark_of
 
 __all__ = ["IJB_FARS", "IJBResult", "evaluate_ijb", "sweep_table"]
 
@@ -191,7 +191,7 @@ def sweep_table(
         row = f"{options.code:11}"
         for far in fars:
             found = TarAtFar(far).find(points)
-            shown = badge(found.errors or 0) != "unsupported"
+            shown = mark_of(found.errors or 0) != "unsupported"
             row += f"{100 * found.value:11.2f}" if shown else f"{'-':>11}"
         rows.append(row)
     return "\n".join(rows)
@@ -214,7 +214,7 @@ def _roc_figure(report: Report, title: str):
         bottom = float(low.min())
         axes.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     for rate in report.figures:
-        if rate.kind == "tar_at_far" and rate.support != "unsupported":
+        if rate.kind == "tar_at_far" and rate.mark != "unsupported":
             assert isinstance(rate.parameter, float)
             at = rate.parameter, rate.value
             axes.plot(*at, "o", color=line.get_color(), markersize=4)

@@ -194,7 +194,7 @@ function promise() {
   const rows = [
     ["Two people, accepted", percent(system.far) + between(system.far_interval, 2)],
     ["One person, accepted", percent(system.tar, 1) + between(system.tar_interval, 1)],
-    ["These rates are", system.support],
+    ["These rates are", system.mark],
     ["Scores", `${system.kind}, threshold ${system.threshold.toFixed(4)}`],
     ["Encoder", system.encoder.slice(0, 16)],
   ];
