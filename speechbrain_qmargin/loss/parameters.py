@@ -396,7 +396,7 @@ samples
     if pushes is not None and pushes < _ENOUGH_PUSHES:
         reasons.append(
             f"the training is short: {_ENOUGH_PUSHES / pushes:.1f} times as many epochs would be "
-            "enough; smaller alpha and scale were no better"
+            "enough; alpha and scale go no lower"
         )
     largest = _largest(num_classes, embedding_dim)
     usual = at(order, rate)
