@@ -1,15 +1,17 @@
 """Put the evidence's tables into pages of docs/.
 
-    python benchmarks/evidence_page.py OUT docs/comparison.md ...
+    python benchmarks/evidence_page.py OUT docs/comparison.md ... [--stage tune others ...]
 
 OUT is where evidence.py wrote its tables. In a page, what stands between ``<!-- second -->`` and
 ``<!-- end -->`` becomes OUT/second.md up to its first heading, and between
-``<!-- second: cv, cosine -->`` and ``<!-- end -->`` what is below that heading. A table that OUT
-does not have is an error, and no page is written.
+``<!-- second: cv, cosine -->`` and ``<!-- end -->`` what is below that heading. With ``--stage``
+the blocks of other stages stay as they are. A table that OUT does not have is an error, and no page
+is written.
 """
 
 import argparse
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from speechbrain_qmargin.files import write_text
@@ -30,11 +32,13 @@ def section(text: str, heading: str | None) -> str | None:
     return found[heading].strip() if heading in found else None
 
 
-def filled(page: str, out: Path) -> str:
-    """A page with the tables of OUT in its blocks."""
+def filled(page: str, out: Path, stages: Collection[str] | None = None) -> str:
+    """A page with the tables of OUT in the blocks of some stages; None: of all."""
 
     def block(match: re.Match) -> str:
         stage, heading = match["stage"], match["heading"]
+        if stages is not None and stage not in stages:
+            return match[0]
         file = out / f"{stage}.md"
         table = section(file.read_text(encoding="utf-8"), heading) if file.is_file() else None
         if not table:
@@ -51,8 +55,11 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("pages", type=Path, nargs="+")
+    parser.add_argument("--stage", nargs="+", help="only blocks of these")
     args = parser.parse_args()
-    made = {page: filled(page.read_text(encoding="utf-8"), args.out) for page in args.pages}
+    made = {
+        page: filled(page.read_text(encoding="utf-8"), args.out, args.stage) for page in args.pages
+    }
     for page, text in made.items():
         write_text(page, text)
 

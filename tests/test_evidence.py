@@ -285,6 +285,9 @@ def test_a_page_takes_its_tables_from_the_runs(tmp_path):
         "<!-- second: cv, cosine -->\n\n| cv |\n\n<!-- end -->\nEnd.\n"
     )
     assert evidence_page.filled(once, tmp_path) == once
+    elsewhere = page + "<!-- tune -->\nof another machine\n<!-- end -->\n"
+    kept = evidence_page.filled(elsewhere, tmp_path, ["second"])
+    assert kept == once + "<!-- tune -->\nof another machine\n<!-- end -->\n"
     for block in ("second: gsc", "second: none", "tune"):
         with pytest.raises(ValueError, match="no table"):
             evidence_page.filled(f"<!-- {block} -->\n<!-- end -->", tmp_path)
