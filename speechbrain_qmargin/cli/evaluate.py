@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from speechbrain_qmargin.cli.inputs import (
     add_cohort,
+    add_dev_scores,
     add_overwrite,
     add_scored,
     add_tables,
@@ -280,13 +281,7 @@ def configure(add) -> None:
                      "system")  # fmt: skip
     sub.add_argument("--output", required=True, help="score file to write")
     add_overwrite(sub)
-    sub.add_argument("--dev_scores", action="append", default=[], metavar="[NAME=]SCORES",
-                     help="fit on these scores, of other speakers; one for each "
-                     "system")  # fmt: skip
-    sub.add_argument("--dev_trials", metavar="FILE", help="trial list, for development "
-                     "scores without labels")  # fmt: skip
-    sub.add_argument("--dev_utt2spk", metavar="FILE", help="speakers of the development "
-                     "recordings")  # fmt: skip
+    add_dev_scores(sub, "fit on these scores, of other speakers; one for each system")
     sub.add_argument("--fusion", metavar="FILE", help="apply this fusion, fitted before")
     sub.add_argument("--save", metavar="FILE", help="JSON to write the fusion to")
     sub.add_argument("--p_target", type=share, default=0.01, help="prior of a target trial that "

@@ -116,6 +116,15 @@ def add_scored(sub: argparse.ArgumentParser) -> None:
     add_tables(sub)
 
 
+def add_dev_scores(sub: argparse.ArgumentParser, use: str) -> None:
+    """Development scores of systems, and what belongs to them; `use` says what they serve for."""
+    sub.add_argument("--dev_scores", action="append", default=[], metavar="[NAME=]SCORES", help=use)
+    sub.add_argument("--dev_trials", metavar="FILE", help="trial list, for development "
+                     "scores without labels")  # fmt: skip
+    sub.add_argument("--dev_utt2spk", metavar="FILE", help="speakers of the development "
+                     "recordings")  # fmt: skip
+
+
 def columns_of(given: Sequence[str], system: str = "") -> str | None:
     """The order of columns of a system's file: its own, else the one of all."""
     order = None

@@ -15,6 +15,7 @@ import numpy as np
 from speechbrain_qmargin.cli.inputs import (
     add_cohort,
     add_cohort_utt2spk,
+    add_dev_scores,
     add_overwrite,
     add_scored,
     add_tables,
@@ -377,13 +378,7 @@ def configure(add) -> None:
                      "operating point's threshold is chosen")  # fmt: skip
     costs(sub, FARS, PRIORS)
     sub.add_argument("--llr", action="store_true", help="the scores are log-likelihood ratios")
-    sub.add_argument("--dev_scores", action="append", default=[], metavar="[NAME=]SCORES",
-                     help="choose the system's threshold on these scores, of other "
-                     "speakers")  # fmt: skip
-    sub.add_argument("--dev_trials", metavar="FILE", help="trial list, for development "
-                     "scores without labels")  # fmt: skip
-    sub.add_argument("--dev_utt2spk", metavar="FILE", help="speakers of the development "
-                     "recordings")  # fmt: skip
+    add_dev_scores(sub, "choose the system's threshold on these scores, of other speakers")
     sub.add_argument("--metadata", metavar="FILE", help="table with a header: error rates by the "
                      "groups in its columns")  # fmt: skip
     sub.add_argument("--by", action="append", default=[], metavar="COLUMN",
