@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +24,7 @@ __all__ = [
     "PART_SECONDS",
     "EmbeddingParts",
     "Sink",
+    "content_key",
     "extract_into",
     "extract_items",
     "read_ahead",
@@ -266,6 +269,30 @@ def read_ahead(
         pool.shutdown()
 
 
+def content_key(name: str, content: Iterable[Any]) -> str:
+    """An id with what its embedding is of: another file or other bytes under it are another.
+
+    Parameters
+    ----------
+    name : str
+    content : iterable
+        What the item is. Of a file its path, its size and when it was written count.
+
+    Examples
+    --------
+    >>> content_key("ann/1", [b"a file's content"]), content_key("ann/1", [b"another's"])
+    ('ann/1 fc850c3f', 'ann/1 643b557b')
+    """
+    parts = []
+    for value in content:
+        parts.append(value if isinstance(value, bytes) else repr(value).encode())
+        path = isinstance(value, Path) or (isinstance(value, str) and os.sep in value)
+        if path and os.path.isfile(value):
+            status = os.stat(value)
+            parts.append(b"%d %d" % (status.st_size, status.st_mtime_ns))
+    return f"{name} {zlib.crc32(b' '.join(parts)):08x}"
+
+
 def extract_items(
     parts: EmbeddingParts,
     items: Mapping[str, Item],
@@ -281,7 +308,8 @@ def extract_items(
     Parameters
     ----------
     parts : EmbeddingParts
-        What it has already is not embedded again.
+        What it has already is not embedded again, unless the item is another by now
+        (:func:`content_key`).
     items : mapping from id to item
     read : callable
         Of an item, called by threads; OSError and ValueError mean that the item cannot be used.
@@ -298,6 +326,11 @@ def extract_items(
     faults : dict from id to str
         What could not be embedded, and why.
 
+    Raises
+    ------
+    OSError
+        Embeddings that were written are not there at the end.
+
     Examples
     --------
     >>> parts = EmbeddingParts(getfixture("tmp_path") / "parts", "model 1")
@@ -305,31 +338,43 @@ def extract_items(
     >>> found["a"].tolist(), faults
     ([1.0], {'b': "invalid literal for int() with base 10: 'x'"})
     """
-    todo = {name: item for name, item in items.items() if name not in parts.done}
+    keys = {name: content_key(name, [item]) for name, item in items.items()}
+    names = {key: name for name, key in keys.items()}
+    todo = {keys[name]: item for name, item in items.items() if keys[name] not in parts.done}
     progress = progress or (lambda count: None)
     progress(len(items) - len(todo))
     faults: dict[str, str] = {}
 
     def batches() -> Iterator[tuple[list[str], list[Read]]]:
-        names: list[str] = []
+        batch: list[str] = []
         inputs: list[Read] = []
-        for name, future in read_ahead(todo.items(), read, workers, 2 * batch_size):
+        for key, future in read_ahead(todo.items(), read, workers, 2 * batch_size):
             try:
                 inputs.append(future.result())
-                names.append(name)
+                batch.append(key)
             except (OSError, ValueError) as error:
-                faults[name] = str(error)
+                faults[key] = str(error)
                 progress(1)
-            if len(names) == batch_size:
-                yield names, inputs
-                progress(len(names))
-                names, inputs = [], []
-        if names:
-            yield names, inputs
-            progress(len(names))
+            if len(batch) == batch_size:
+                yield batch, inputs
+                progress(len(batch))
+                batch, inputs = [], []
+        if batch:
+            yield batch, inputs
+            progress(len(batch))
 
     extract_into(parts, batches(), embed, faults)
-    return parts.gathered(items), faults
+    found = parts.gathered(names)
+    lost = [name for name, key in keys.items() if key not in found and key not in faults]
+    if lost:  # a part was damaged or replaced since
+        raise OSError(
+            f"{parts.folder}: {len(lost)} of {len(keys)} embeddings are not there any more, the "
+            f"first is {lost[0]}; end whatever else writes there, and start again: the others are "
+            "kept"
+        )
+    if isinstance(found, Embeddings):
+        found = Embeddings([names[key] for key in found.ids], found.matrix)
+    return found, {names[key]: why for key, why in faults.items()}
 
 
 def _model_of(about: Path) -> str:

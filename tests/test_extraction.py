@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from speechbrain_qmargin.embeddings import load_embeddings, save_embeddings
-from speechbrain_qmargin.extraction import EmbeddingParts, extract_into, read_ahead
+from speechbrain_qmargin.extraction import (
+    EmbeddingParts,
+    extract_into,
+    extract_items,
+    read_ahead,
+)
 
 ROWS = {name: np.full(3, n, np.float32) for n, name in enumerate("abcdef", 1)}
 
@@ -95,6 +100,59 @@ def test_faults_of_every_writer_are_kept_until_the_next_start(tmp_path):
         "y1": "gone", "x1": "its embedding is not finite",
     }  # fmt: skip
     assert EmbeddingParts(tmp_path, "model").faults() == {}
+
+
+def embed_texts(folder, files):
+    """The number in each file as its embedding, and which files were read for it."""
+    read = []
+
+    def number(file):
+        read.append(file.name)
+        return float(file.read_text())
+
+    found, faults = extract_items(
+        EmbeddingParts(folder / "parts", "model"), files, number, lambda batch: [batch]
+    )
+    return {name: row.tolist() for name, row in found.items()}, faults, sorted(read)
+
+
+def test_what_changed_since_an_interruption_is_embedded_again(tmp_path):
+    """A file with another content, and an id that is of another file by now."""
+    files = {name: tmp_path / f"{name}.txt" for name in "abcd"}
+    for value, file in enumerate(files.values()):
+        file.write_text(str(value))
+    files["d"].write_text("no number")
+    found, faults, _ = embed_texts(tmp_path, files)
+    assert (found, list(faults)) == ({"a": [0.0], "b": [1.0], "c": [2.0]}, ["d"])
+    files["b"].write_text("11")
+    files["d"].write_text("3")
+    other = tmp_path / "other" / "c.txt"
+    other.parent.mkdir()
+    other.write_text("12")
+    found, faults, read = embed_texts(tmp_path, files | {"c": other})
+    assert found == {"a": [0.0], "b": [11.0], "c": [12.0], "d": [3.0]}
+    assert (faults, read) == ({}, ["b.txt", "c.txt", "d.txt"])
+
+
+def test_embeddings_that_are_lost_meanwhile_are_no_short_result(tmp_path):
+    """As where a second process writes its parts into the folder in the place of these."""
+    parts = EmbeddingParts(tmp_path / "parts", "model")
+
+    def embed(batch):
+        if batch == [3]:
+            parts.flush()
+            (tmp_path / "parts" / "part_0_000000.npz").write_bytes(b"damaged")
+        return [batch]
+
+    items = {str(n): n for n in range(6)}
+    with pytest.raises(
+        OSError, match=r"parts: 3 of 6 embeddings .*, the first is 0; .*start again"
+    ):
+        extract_items(parts, items, int, embed)
+    again, read = EmbeddingParts(tmp_path / "parts", "model"), []
+    found, _ = extract_items(again, items, lambda n: read.append(n) or n, lambda batch: [batch])
+    assert {name: row.tolist() for name, row in found.items()} == {str(n): [n] for n in range(6)}
+    assert sorted(read) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

@@ -89,8 +89,10 @@ def _extract(args: argparse.Namespace) -> None:
         print(said)
     if not embeddings:
         raise OSError(f"{source}: no {what} could be embedded: {next(iter(faults.values()))}")
-    if faults:
-        listing = out.with_name(out.name + ".skipped.tsv")
+    listing = out.with_name(out.name + ".skipped.tsv")
+    if not faults:
+        listing.unlink(missing_ok=True)  # of an extraction before, whose output is replaced
+    else:
         write_text(listing, "".join(f"{name}\t{fault}\n" for name, fault in faults.items()))
         print(
             f"{len(faults):,} {what}s skipped, listed in {listing}; the first: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,7 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import Tensor
 
-from speechbrain_qmargin.extraction import EmbeddingParts, extract_into
+from speechbrain_qmargin.extraction import EmbeddingParts, content_key, extract_into
 
 __all__ = ["ReadableBatch", "Unreadable", "extract_dataset"]
 
@@ -123,7 +122,10 @@ def extract_dataset(
     ddp_barrier()  # the main process has made the folder
     parts = EmbeddingParts(own, model, rank)
     ddp_barrier()  # all have seen the same ones
-    keys = {name: _content_key(name, dataset.describe(row)) for row, name in enumerate(dataset.ids)}
+    keys = {
+        name: content_key(name, dataset.describe(row).values())
+        for row, name in enumerate(dataset.ids)
+    }
     left = [row for row, key in enumerate(keys.values()) if key not in parts.done]
     share = left[rank::world]
     if share:
@@ -150,14 +152,3 @@ def extract_dataset(
             f"{why}. The others are kept; mend it and start again"
         )
     return {name: found[key] for name, key in keys.items() if key in found}
-
-
-def _content_key(name: str, item: dict) -> str:
-    """An id with what its embedding is of: another file or other bytes under it are another."""
-    parts = []
-    for value in item.values():
-        parts.append(value if isinstance(value, bytes) else repr(value).encode())
-        if isinstance(value, str) and os.sep in value and os.path.isfile(value):
-            status = os.stat(value)
-            parts.append(b"%d %d" % (status.st_size, status.st_mtime_ns))
-    return f"{name} {zlib.crc32(b' '.join(parts)):08x}"

@@ -116,7 +116,8 @@ def embed_files(
     >>> list(found), faults
     (['ann/1', 'bob/1'], {'bob/2': 'the content is empty'})
     """
-    parts = EmbeddingParts(folder, f"{reader.digest} verified")
+    fit = [getattr(reader, name, None) for name in ("checked", "limits", "window")]
+    parts = EmbeddingParts(folder, f"{reader.digest} verified {fit}")
     merged, faults = extract_items(
         parts,
         files,

@@ -153,6 +153,11 @@ def test_what_cannot_be_used_is_listed_and_an_interrupted_extraction_goes_on(
     assert "3.png: cannot be decoded" in lines[0]
     assert "4.png: shows nothing" in lines[1]
     assert "2 images skipped" in capsys.readouterr().out
+    for number in (3, 4):  # repaired
+        picture(number).save(tmp_path / f"{number}.png")
+    assert extract(run, tmp_path, out, "--overwrite") == 0
+    assert len(load_embeddings(out)) == 9
+    assert not out.with_name(out.name + ".skipped.tsv").exists()
 
 
 def test_pair_sets_by_any_encoder(run, folder, tmp_path, capsys):

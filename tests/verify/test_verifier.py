@@ -246,6 +246,26 @@ def test_a_threshold_is_chosen_on_one_half_and_measured_on_the_other():
     assert (sum(counts.targets), sum(counts.impostors)) == (point.num_targets, point.num_impostors)
 
 
+def test_an_interrupted_threshold_goes_on_with_its_own_people_alone(tmp_path):
+    """Two folders whose people and files have the same names; recordings taken unchecked."""
+    sources = {}
+    for source in ("one", "other"):
+        sources[source] = {name: tmp_path / source / name for name in ("p1/1", "p1/2", "p2/1")}
+        for name, file in sources[source].items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"{source} {name}")
+    for source, files in sources.items():
+        found, _ = threshold.embed_files(READER, files, tmp_path / "parts")
+        for name in files:
+            np.testing.assert_array_equal(found[name], READER.vector(f"{source} {name}"))
+
+    class Unchecked(Stub):
+        checked = False
+
+    with pytest.raises(ValueError, match=r"parts holds embeddings of another model or of other"):
+        threshold.embed_files(Unchecked(), sources["one"], tmp_path / "parts")
+
+
 def test_few_people_are_marked():
     few = Embeddings(*READER.embeddings(PEOPLE[:5], 3))
     found = measure_threshold(few, DIGEST, 0.05)
