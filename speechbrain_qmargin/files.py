@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -63,9 +64,9 @@ def cache_folder() -> Path:
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` if the block ends well.
 
-    It is on the disk before it does: after a power cut there is the old file or the new one. The
-    suffix is that of `path`, and the name is this writer's own: processes of several machines, in
-    containers, have the same numbers.
+    It is on the disk before it does: after a power cut there is the old file or the new one. Nobody
+    can read it who could not read the old one. The suffix is that of `path`, and the name is this
+    writer's own: processes of several machines, in containers, have the same numbers.
 
     Examples
     --------
@@ -81,6 +82,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         to_disk(partial)
+        if path.is_file():
+            new, old = (stat.S_IMODE(one.stat().st_mode) for one in (partial, path))
+            if new & old != new:
+                partial.chmod(new & old)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -90,7 +95,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """An empty folder beside `folder` to write into; it takes its place if the block ends well.
 
-    Its files are on the disk before it does.
+    Its files are on the disk before it does, and if it cannot take the place `folder` stays.
 
     Examples
     --------
@@ -106,12 +111,20 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        old = partial.with_suffix(".old")
-        if folder.exists():
+        for file in partial.rglob("*"):
+            if file.is_file():
+                to_disk(file)
+        old, there = partial.with_suffix(".old"), os.path.lexists(folder)
+        if there:
             folder.rename(old)
-        for file in partial.iterdir():
-            to_disk(file)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except BaseException:
+            if there:
+                old.rename(folder)
+            raise
+        if old.is_symlink():  # to a folder, which stays
+            old.unlink()
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -261,8 +274,8 @@ def write_new(texts: Mapping[Path, str], overwrite: bool = False) -> None:
         write_text(path, text)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file whole or not at all.
+def write_text(path: str | Path, text: str, private: bool = False) -> None:
+    """Write a UTF-8 text file whole or not at all; `private`: one that its owner alone can read.
 
     Examples
     --------
@@ -272,6 +285,8 @@ def write_text(path: str | Path, text: str) -> None:
     ['table.txt']
     """
     with replacing(path) as partial:
+        if private:
+            partial.touch(mode=0o600)
         partial.write_text(text, encoding="utf-8")
 
 

@@ -272,7 +272,7 @@ def _people(args: argparse.Namespace) -> None:
         refuse_overwriting([args.output], [path], args.overwrite)
         text = json.dumps(people.export(args.name), ensure_ascii=False, indent=2)
         if args.output:
-            write_text(args.output, text + "\n")
+            write_text(args.output, text + "\n", private=True)  # it has the templates
         else:
             print(text)
     else:

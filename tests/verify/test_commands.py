@@ -113,6 +113,9 @@ def test_enrol_verify_identify_erase(encoder, capsys, voices, tmp_path):
     assert [line.split("\t")[:2] for line in out.splitlines()] == [["Ann", "2"], ["Bob Ray", "2"]]
     status, out, _ = called(capsys, "people", "export", file, "Ann")
     assert len(json.loads(out)["recordings"]) == 2
+    status, _, _ = called(capsys, "people", "export", file, "Ann", "--output", tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_text() == out
+    assert (tmp_path / "a.json").stat().st_mode & 0o077 == 0  # as the enrolments themselves
     status, out, _ = called(capsys, "people", "delete", encoder, "Ann")
     assert out.startswith("Ann: 2 recordings erased from")
     assert b"Ann" not in file.read_bytes()

@@ -1,0 +1,65 @@
+"""Files and folders that take another's place: it is there until they can, and as private."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from speechbrain_qmargin import files
+from speechbrain_qmargin.files import replacing_folder, write_text
+
+
+@pytest.mark.parametrize("fails", ["to_disk", "rename"])
+def test_a_folder_stays_where_its_successor_cannot_take_its_place(tmp_path, monkeypatch, fails):
+    """As on a full disk, which says so as late as when what was written goes to it."""
+    folder, rename = tmp_path / "inference", Path.rename
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    if fails == "to_disk":
+        monkeypatch.setattr(files, "to_disk", full)
+    else:
+        monkeypatch.setattr(
+            Path,
+            "rename",
+            lambda path, to: (full if path.suffix == ".partial" else rename)(path, to),
+        )
+    with pytest.raises(OSError, match="No space left"), replacing_folder(folder) as partial:
+        (partial / "weights").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["inference"]
+    assert (folder / "weights").read_text() == "old"
+
+
+def test_a_folder_may_have_folders_and_take_the_place_of_a_link(tmp_path):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "first")
+    with replacing_folder(tmp_path / "model") as partial:
+        (partial / "within").mkdir()
+        (partial / "within" / "weights").write_text("1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "model"]
+    assert (tmp_path / "model" / "within" / "weights").read_text() == "1"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_a_file_is_as_private_as_the_one_in_whose_place_it_comes(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        for before, private, after in (
+            (None, False, 0o644),
+            (None, True, 0o600),
+            (0o600, False, 0o600),
+            (0o640, False, 0o640),
+            (0o666, False, 0o644),
+            (0o644, True, 0o600),
+        ):
+            file = tmp_path / f"{before}_{private}"
+            if before is not None:
+                file.touch()
+                file.chmod(before)
+            write_text(file, "new", private)
+            assert (file.read_text(), file.stat().st_mode & 0o777) == ("new", after)
+    finally:
+        os.umask(umask)
