@@ -16,11 +16,12 @@ whose it is and of all that is held of it, which every reader of embeddings comp
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import threading
 import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -63,9 +64,15 @@ CREATE INDEX recordings_of ON recordings(person);
 """
 _HELD = "encoder, embedding, quality, added, checksum"
 MAX_NAME = 200
-_JOINERS = (
-    "\u200c\u200d"  # invisible too, but Persian and the languages of India are spelt with them
+_UNSEEN = re.compile(  # Unicode's Default_Ignorable_Code_Point, and the blank of Braille
+    r"[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
+    r"\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
+# some scripts are spelt with these: Persian and those of India with joiners, Mongolian and names in
+# Chinese characters with selectors of a letter's shape
+_JOINER = re.compile(r"[\u200c\u200d]")
+_SELECTOR = re.compile(r"[\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 
 
 class NotEnrolled(ValueError):
@@ -136,7 +143,7 @@ class Person:
 
 
 def checked_name(name: str) -> str:
-    """A person's name in Unicode's normal form C, without space at its ends.
+    """A person's name in Unicode's normal form C, its words one plain space apart.
 
     Raises
     ------
@@ -146,12 +153,12 @@ def checked_name(name: str) -> str:
 
     Examples
     --------
-    >>> checked_name(" Ann ")
-    'Ann'
+    >>> checked_name(" Ann\\u00a0 Example ")
+    'Ann Example'
     """
     if not isinstance(name, str):
         raise ValueError(f"a name is text, not {type(name).__name__}")
-    name = composed_name(name).strip()
+    name = _spaced(name)
     if not name or len(name) > MAX_NAME:
         raise ValueError(f"a name has 1 to {MAX_NAME} characters; this has {len(name)}")
     if "/" in name or name in (".", ".."):
@@ -159,9 +166,34 @@ def checked_name(name: str) -> str:
     bad = [letter for letter in name if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")]
     if bad:
         raise ValueError(f"the name {name!r} has control characters")
-    if any(unicodedata.category(one) == "Cf" and one not in _JOINERS for one in name):
+    if any(_hides(name, place) for place in range(len(name))):
         raise ValueError(f"the name {name!a} has invisible characters: it could look like another")
     return name
+
+
+def _spaced(name: str) -> str:
+    """A name with whatever space is between its words as one plain space."""
+    words = "".join(
+        " " if unicodedata.category(one) == "Zs" else one for one in composed_name(name)
+    )
+    return re.sub(" +", " ", words.strip())
+
+
+def _hides(name: str, place: int) -> bool:
+    """Whether a character is invisible, and not one that its script is spelt with."""
+    one = name[place]
+    if unicodedata.category(one) != "Cf" and not _UNSEEN.match(one):
+        return False
+    if not _JOINER.match(one) and not _SELECTOR.match(one):
+        return True
+    if _JOINER.match(one) and place and unicodedata.combining(name[place - 1]) == 9:
+        return False  # after a virama, also at a word's end
+    before = [unicodedata.category(other) for other in name[:place] if not _UNSEEN.match(other)]
+    after = name[place + 1 : place + 2]
+    while before and before[-1] in ("Mn", "Mc"):
+        before.pop()
+    spelt = before[-1:] in (["Lo"], ["So"])  # a letter without capitals, or a sign
+    return not spelt or bool(_JOINER.match(one) and not after.strip())
 
 
 def is_enrolments(path: str | Path) -> bool:
@@ -256,6 +288,8 @@ class People:
                     f"{self.path}: not as this package writes it; it has other tables, or triggers "
                     "that would act on enrolments"
                 )
+        with self._reading():  # a write-ahead log would keep what is deleted
+            run("PRAGMA journal_mode=DELETE")
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -293,6 +327,7 @@ class People:
         encoder: str,
         qualities: Sequence[Any] | None = None,
         replace: bool = False,
+        refuse: Callable[[np.ndarray], None] | None = None,
     ) -> None:
         """Add recordings to a person, who is made if not there: all of them or none.
 
@@ -307,6 +342,9 @@ class People:
             What was measured on each recording.
         replace : bool
             Take the place of what was enrolled, whatever encoder that was of.
+        refuse : callable, optional
+            Called with the person's embeddings that are there, float32 [n, D], while nobody else
+            can add any; what it raises undoes everything.
 
         Raises
         ------
@@ -323,11 +361,17 @@ class People:
         said = [json.dumps(json_values(one)) for one in qualities or []] or ["{}"] * len(rows)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         with self._writing() as db:
-            db.execute("INSERT OR IGNORE INTO people(name, added) VALUES (?, ?)", (name, now))
-            (person,) = db.execute("SELECT id FROM people WHERE name = ?", (name,)).fetchone()
+            try:
+                person, name = self._person(name)
+            except NotEnrolled:
+                run = db.execute("INSERT INTO people(name, added) VALUES (?, ?)", (name, now))
+                person = run.lastrowid
             if replace:
                 db.execute("DELETE FROM recordings WHERE person = ?", (person,))
             self._refuse_other(person, name, encoder, rows.shape[1])
+            if refuse is not None:
+                held = self._held(person)
+                refuse(self._matrix(name, held) if held else rows[:0])
             db.executemany(
                 f"INSERT INTO recordings(person, {_HELD}) VALUES (?, ?, ?, ?, ?, ?)",
                 [
@@ -337,7 +381,7 @@ class People:
                 ],
             )
 
-    def _refuse_other(self, person: int, name: str, encoder: str, size: int) -> None:
+    def _refuse_other(self, person: int | None, name: str, encoder: str, size: int) -> None:
         held = self._db.execute(
             "SELECT encoder, length(embedding) / 4 FROM recordings WHERE person = ? LIMIT 1",
             (person,),
@@ -362,10 +406,9 @@ class People:
         StorageFault
             The person is deleted and overwritten, but the file could not be built anew.
         """
-        name = checked_name(name)
         with self._reading():
             with self._writing() as db:
-                person = self._person(name)
+                person, name = self._person(name)
                 (count,) = db.execute(
                     "SELECT count(*) FROM recordings WHERE person = ?", (person,)
                 ).fetchone()
@@ -381,11 +424,25 @@ class People:
 
     # ---------------------------------------------------------------- out
 
-    def _person(self, name: str) -> int:
-        found = self._db.execute("SELECT id FROM people WHERE name = ?", (name,)).fetchone()
+    def _person(self, name: str) -> tuple[int, str]:
+        """A person's number and name as they are in the file, whatever names are refused now."""
+        spellings = (composed_name(name), _spaced(name))
+        try:
+            found = self._db.execute(
+                "SELECT id, name FROM people WHERE name IN (?, ?) ORDER BY name = ? DESC",
+                (*spellings, spellings[0]),
+            ).fetchone()
+        except UnicodeEncodeError:  # of half a character, as names of files may have
+            found = None
         if found is None:
             raise NotEnrolled(f"nobody is enrolled as {name!r}")
-        return found[0]
+        return found
+
+    def _held(self, person: int | None) -> list[tuple[Any, ...]]:
+        """A person's rows of `_HELD`."""
+        return self._db.execute(
+            f"SELECT {_HELD} FROM recordings WHERE person = ? ORDER BY id", (person,)
+        ).fetchall()
 
     def version(self) -> tuple[int, int]:
         """What changes with every change of the file, by this connection or by another."""
@@ -419,12 +476,9 @@ class People:
         StorageFault
             They are damaged.
         """
-        name = checked_name(name)
         with self._reading():
-            person = self._person(name)
-            rows = self._db.execute(
-                f"SELECT {_HELD} FROM recordings WHERE person = ? ORDER BY id", (person,)
-            ).fetchall()
+            person, name = self._person(name)
+            rows = self._held(person)
         matrix = self._matrix(name, rows)
         other = [held for held, *_ in rows if held != encoder]
         if other:
@@ -478,15 +532,12 @@ class People:
         StorageFault
             What is held is damaged.
         """
-        name = checked_name(name)
         with self._reading():
-            person = self._person(name)
+            person, name = self._person(name)
             (added,) = self._db.execute(
                 "SELECT added FROM people WHERE id = ?", (person,)
             ).fetchone()
-            rows = self._db.execute(
-                f"SELECT {_HELD} FROM recordings WHERE person = ? ORDER BY id", (person,)
-            ).fetchall()
+            rows = self._held(person)
         matrix = self._matrix(name, rows)
         try:
             recordings = [

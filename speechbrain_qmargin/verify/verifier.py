@@ -16,7 +16,7 @@ from speechbrain_qmargin.export.encoder import SpeakerEncoder, is_run
 from speechbrain_qmargin.export.loading import is_exported, load_any_encoder
 from speechbrain_qmargin.export.probe import TOLERANCE
 from speechbrain_qmargin.published import split_format
-from speechbrain_qmargin.verify.people import NotEnrolled, People, checked_name
+from speechbrain_qmargin.verify.people import People, checked_name
 from speechbrain_qmargin.verify.readers import (
     FaceReader,
     Quality,
@@ -328,24 +328,18 @@ class Verifier:
         samples = [one for one in found if isinstance(one, Sample)]
         qualities = [one.quality for one in samples]
         embeddings = self.reader.embed(samples)
-        held = embeddings[:0] if replace else self._held_of(name, embeddings)
-        for n, (row, source, quality) in enumerate(zip(embeddings, given, qualities, strict=True)):
-            apart = np.linalg.norm(np.concatenate((held, embeddings[:n])) - row, axis=1)
-            if (apart <= TOLERANCE * np.linalg.norm(row)).any():
-                how = (
-                    "it is given twice" if apart.argmin() >= len(held) else "it is enrolled already"
-                )
-                raise Unfit(source, [how], quality)
-        self.people.enrol(name, embeddings, self.reader.digest, qualities, replace)
-        return qualities
 
-    def _held_of(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """A person's embeddings; none where nobody is enrolled, or rows are of another size."""
-        try:
-            held = self.people.embeddings(name, self.reader.digest)
-        except NotEnrolled:
-            return rows[:0]
-        return held if held.shape[1] == rows.shape[1] else rows[:0]
+        def refuse_repeated(held: np.ndarray) -> None:
+            for n, row in enumerate(embeddings):
+                apart = np.linalg.norm(np.concatenate((held, embeddings[:n])) - row, axis=1)
+                if (apart <= TOLERANCE * np.linalg.norm(row)).any():
+                    twice = apart.argmin() >= len(held)
+                    how = "it is given twice" if twice else "it is enrolled already"
+                    raise Unfit(given[n], [how], qualities[n])
+
+        encoder = self.reader.digest
+        self.people.enrol(name, embeddings, encoder, qualities, replace, refuse_repeated)
+        return qualities
 
     def erase(self, name: str) -> int:
         """Erase a person from the file and from memory; the number of recordings there were.

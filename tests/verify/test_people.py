@@ -202,14 +202,85 @@ def test_a_name_is_a_line_of_text(name):
         checked_name(name)
 
 
-@pytest.mark.parametrize("name", ["Ann\u200b", "\u202eAnn", "A\u00adnn", "\ufeffAnn", "\u2060Ann"])
+@pytest.mark.parametrize("name", [
+    "Ann\u200b", "\u202eAnn", "A\u00adnn", "\ufeffAnn", "\u2060Ann",
+    "A\u200dnn", "An\u0302\u200cn", "Ann\u200d", "Ann\ufe0f", "Ann\U000e0100",  # of other scripts
+    "Ann\u3164", "Ann\u115f", "Ann\uffa0", "A\u034fnn", "Ann\u2800", "Ann\u17b4", "Ann\ufff0",
+    "\u0645\u06cc\u200c", "\u200c\u0645",  # that join nothing
+])  # fmt: skip
 def test_names_that_only_look_like_others_are_refused(name):
-    with pytest.raises(ValueError, match=r"\\u?x?[0-9a-f]+.* has invisible characters"):
+    with pytest.raises(ValueError, match=r"\\[uUx][0-9a-f]+.* has invisible characters"):
         checked_name(name)
 
 
-def test_persian_is_spelt_with_a_joiner():
-    assert checked_name("\u0645\u06cc\u200c\u062e") == "\u0645\u06cc\u200c\u062e"
+@pytest.mark.parametrize("name", [
+    "\u0645\u06cc\u200c\u062e",  # Persian
+    "\u0d15\u0d41\u0d2e\u0d3e\u0d30\u0d4d\u200d",  # Malayalam: after a virama it shows
+    "\u8fbb\U000e0100 \u592a\u90ce",  # Japanese: a letter's shape
+    "Zo\u00eb d\u2019Arc-\u0141\u00f3d\u017a",
+])  # fmt: skip
+def test_scripts_are_spelt_with_joiners_and_selectors(name):
+    assert checked_name(name) == name
+
+
+def test_whatever_space_is_between_words_it_is_one_name(file):
+    people = People(file)
+    people.enrol("Ann\u00a0Example", rows(0), "e1")
+    people.enrol("Ann  Example", rows(1), "e1")
+    assert [(one.name, one.recordings) for one in people.list()] == [("Ann Example", 6)]
+    assert people.export("\u3000Ann\u2009Example")["name"] == "Ann Example"
+
+
+@pytest.mark.parametrize("name", ["Ann\u200b", "Ann\u00a0\u00a0Example", "a/b"])
+def test_who_has_a_name_that_is_refused_now_can_be_erased(file, name):
+    """What names may be changes with this package and with Python's Unicode."""
+    people = People(file)
+    people.enrol("Ann Example", rows(0), "e1")
+    people.enrol("Eve", rows(1), "e1")
+    with sqlite3.connect(file) as db:
+        db.execute("UPDATE people SET name = ? WHERE name = 'Eve'", (name,))
+    db.close()
+    assert people.delete(name) == 3
+    assert [one.name for one in people.list()] == ["Ann Example"]
+    for unknown in (f"{name}x", "\udcff", "x" * 300):
+        with pytest.raises(NotEnrolled, match="nobody is enrolled as"):
+            people.embeddings(unknown, "e1")
+
+
+def test_what_is_there_is_looked_at_in_the_same_transaction(file):
+    """Or two who enrol one recording at once would both find it new."""
+    people, other = People(file), People(file)
+    people.enrol("Ann", rows(0), "e1")
+    other._db.execute("PRAGMA busy_timeout=1")
+
+    def refuse(held):
+        np.testing.assert_array_equal(held, rows(0))
+        with pytest.raises(StorageFault, match="locked"):
+            other.enrol("Ann", rows(2), "e1")
+        raise ValueError("it is enrolled already")
+
+    with pytest.raises(ValueError, match="enrolled already"):
+        people.enrol("Ann", rows(1), "e1", refuse=refuse)
+    np.testing.assert_array_equal(people.embeddings("Ann", "e1"), rows(0))
+    for name, instead in (("Bob", False), ("Ann", True)):
+        held = []
+        people.enrol(name, rows(1), "e1", replace=instead, refuse=held.append)
+        assert [one.shape for one in held] == [(0, 192)]
+
+
+def test_no_write_ahead_log_keeps_what_is_deleted(file):
+    """Tools that copy a database while it is used switch it to one."""
+    People(file).close()
+    with sqlite3.connect(file) as db:
+        assert db.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
+    db.close()
+    people = People(file)
+    people.enrol("Zacharias Grepable", rows(7), "e1")
+    people.enrol("Ann", rows(8), "e1")
+    people.delete("Zacharias Grepable")
+    for one in file.parent.iterdir():
+        assert b"Grepable" not in one.read_bytes()
+        assert rows(7)[0, :16].tobytes() not in one.read_bytes()
 
 
 def test_one_name_however_it_was_typed(file):

@@ -175,6 +175,20 @@ def test_one_that_is_not_fit_spoils_an_enrolment_and_no_batch(verifier):
     assert verifier.compare(b"ann 1", b"ann 2").score == pytest.approx(results[0].score)
 
 
+def test_one_recording_sent_twice_at_once_is_enrolled_once(tmp_path):
+    """A client that asks again because no answer came: the second is done while the first waits."""
+    file = tmp_path / "people.sqlite"
+
+    class Waits(People):
+        def enrol(self, *given):
+            Verifier(READER, People(file), system_of).enrol("ann", b"ann 1")
+            super().enrol(*given)
+
+    with pytest.raises(Unfit, match="the content: it is enrolled already"):
+        Verifier(READER, Waits(file), system_of).enrol("ann", b"ann 1")
+    assert [one.recordings for one in People(file).list()] == [1]
+
+
 def test_a_decision_says_where_the_threshold_was_not_measured_like_this(verifier):
     verifier.enrol("ann", said("ann", 1, 2, 3))
     assert verifier.verify("ann", b"ann 4").notes == (
