@@ -11,7 +11,8 @@ The files lie beside the encoder and are bound to it and to each other by digest
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +27,10 @@ from speechbrain_qmargin.scoring.decision import OperatingPoint
 from speechbrain_qmargin.scoring.lists import Cohort
 from speechbrain_qmargin.scoring.normalisation import cohort_statistics
 
-__all__ = ["Histogram", "NoThreshold", "System", "Vectors", "cohort_digest"]
+__all__ = ["Histogram", "NoThreshold", "System", "Vectors", "cohort_digest", "when_written"]
 
 _POINT, _CALIBRATION, _COHORT, _HISTOGRAM = DECISION_FILES
+_COUNTS = "score histogram"
 _NORMALISED = ("as", "s", "z", "t")
 
 
@@ -194,8 +196,10 @@ class System:
             if self.calibration.kind != self.kind or self.calibration.cohort != self.point.cohort:
                 raise ValueError("the calibration is of other scores than the threshold")
             self.point.refuse_other(encoder=self.calibration.encoder)
-        if self.histogram is not None and self.histogram.kind != self.kind:
-            raise ValueError("the histogram is of other scores than the threshold")
+        if self.histogram is not None:
+            if self.histogram.kind != self.kind:
+                raise ValueError("the histogram is of other scores than the threshold")
+            self.point.refuse_other(encoder=self.histogram.encoder)
 
     @property
     def kind(self) -> str:
@@ -255,17 +259,23 @@ class System:
     # ---------------------------------------------------------------- files
 
     def save(self, folder: str | Path) -> None:
-        """Write the files into an encoder's folder, the threshold last."""
+        """Write the files into an encoder's folder; if one cannot be written, those there stay.
+
+        The threshold comes last: whoever reads meanwhile has the one before.
+        """
         folder = Path(folder)
-        for name in (_CALIBRATION, _COHORT, _HISTOGRAM):
-            (folder / name).unlink(missing_ok=True)
-        if self.cohort is not None:
-            _save_cohort(folder / _COHORT, self.cohort)
+        writes: dict[str, Callable[[Path], None]] = {_POINT: self.point.save}
+        if (cohort := self.cohort) is not None:
+            writes[_COHORT] = lambda path: _save_cohort(path, cohort)
         if self.calibration is not None:
-            self.calibration.save(folder / _CALIBRATION)
-        if self.histogram is not None:
-            save_record(folder / _HISTOGRAM, "score histogram", asdict(self.histogram))
-        self.point.save(folder / _POINT)
+            writes[_CALIBRATION] = self.calibration.save
+        if (histogram := self.histogram) is not None:
+            writes[_HISTOGRAM] = lambda path: save_record(path, _COUNTS, asdict(histogram))
+        with ExitStack() as files:  # which take their places in the reverse order
+            for name, write in writes.items():
+                write(files.enter_context(replacing(folder / name)))
+            for name in set(DECISION_FILES) - set(writes):
+                (folder / name).unlink(missing_ok=True)
 
     def install(self, folder: str | Path) -> None:
         """As :meth:`save`; SpeechBrain's ``threshold`` in the folder is set, or taken out.
@@ -296,8 +306,8 @@ class System:
         remedy = f"measure one on your own people: qmargin threshold {shown} SOURCE"
         if not (folder / _POINT).is_file():
             raise NoThreshold(f"{folder}: no threshold in it (no {_POINT}); {remedy}")
-        point = OperatingPoint.load(folder / _POINT)
         try:
+            point = OperatingPoint.load(folder / _POINT)
             if not point.encoder:
                 raise ValueError("the threshold does not say of which encoder it is")
             point.refuse_other(encoder=encoder)
@@ -312,8 +322,23 @@ class System:
             raise NoThreshold(f"{where}{error}; {remedy}") from None
 
 
+def when_written(folder: str | Path) -> tuple[int, ...]:
+    """What is another whenever the threshold of an encoder's folder was written; empty without one.
+
+    Examples
+    --------
+    >>> when_written(getfixture("tmp_path"))
+    ()
+    """
+    try:
+        found = (Path(folder) / _POINT).stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
 def _load_histogram(path: Path) -> Histogram:
-    return load_record(path, "score histogram", Histogram)
+    return load_record(path, _COUNTS, Histogram)
 
 
 def _save_cohort(path: Path, cohort: Cohort) -> None:

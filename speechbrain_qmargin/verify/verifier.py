@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from speechbrain_qmargin.verify.readers import (
     SpeechReader,
     Unfit,
 )
-from speechbrain_qmargin.verify.system import System, Vectors
+from speechbrain_qmargin.verify.system import NoThreshold, System, Vectors, when_written
 
 __all__ = [
     "Candidate",
@@ -37,6 +38,8 @@ __all__ = [
     "people_file",
     "place_of",
 ]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -150,9 +153,10 @@ class Found:
 
 @dataclass
 class _Held:
-    """Templates in memory, of one state of the file of enrolments."""
+    """Templates in memory, of one state of the file of enrolments and one system."""
 
     version: tuple[int, ...]
+    system: System | None = None
     templates: dict[str, tuple[Vectors, int]] = field(default_factory=dict)
     gallery: tuple[list[str], Vectors] | None = None
 
@@ -170,6 +174,9 @@ class Verifier:
     at_once : int
         Files that are decoded and checked at once, by all threads together: a compressed file
         takes many times its size in memory.
+    changed : callable, optional
+        Gives what is another once a callable `system` would give another; asked before every
+        decision. If that is none for this encoder, the one before stays, and the log says so.
 
     Raises
     ------
@@ -210,13 +217,14 @@ class Verifier:
         people: People,
         system: System | Callable[[], System],
         at_once: int = 4,
+        changed: Callable[[], object] = tuple,
     ) -> None:
         if at_once < 1:
             raise ValueError(f"at_once is {at_once}; one file at least")
         self.reader, self.people = reader, people
         self._at_once, self._reading = at_once, threading.BoundedSemaphore(at_once)
         self._system = system if isinstance(system, System) else None
-        self._find_system = system
+        self._find_system, self._changed, self._seen = system, changed, changed()
         self._lock = threading.Lock()
         self._held = _Held(())
 
@@ -255,15 +263,27 @@ class Verifier:
         place = place_of(folder)
         reader = load_reader(folder, device, trust, **options)
         file = people_file(folder) if people is None else people
-        return cls(reader, People(file), lambda: System.load(place, reader.digest))
+        return cls(
+            reader,
+            People(file),
+            lambda: System.load(place, reader.digest),
+            changed=lambda: when_written(place),
+        )
 
     @property
     def system(self) -> System:
         """How scores are made and decided; raises if no threshold was measured."""
         with self._lock:
-            if self._system is None:
+            seen = self._changed()
+            if self._system is None or seen != self._seen:
                 assert not isinstance(self._find_system, System)
-                self._system = self._find_system()
+                try:
+                    self._system = self._find_system()
+                except NoThreshold as error:
+                    if self._system is None:
+                        raise
+                    logger.warning(f"decisions go on with the threshold of before: {error}")
+                self._seen = seen
             return self._system
 
     # ---------------------------------------------------------------- reading
@@ -283,9 +303,9 @@ class Verifier:
         with ThreadPoolExecutor(min(self._at_once, len(sources) or 1)) as pool:
             return list(pool.map(read, sources))
 
-    def _tests(self, samples: Sequence[Sample]) -> list[Vectors]:
+    def _tests(self, samples: Sequence[Sample], system: System) -> list[Vectors]:
         """One by one, so that no score rounds otherwise for what else is in a batch."""
-        return [self.system.vectors([row[None]]) for row in self.reader.embed(samples)]
+        return [system.vectors([row[None]]) for row in self.reader.embed(samples)]
 
     # ---------------------------------------------------------------- enrolment
 
@@ -353,33 +373,33 @@ class Verifier:
         self._now()
         return count
 
-    def _now(self) -> _Held:
+    def _now(self, system: System | None = None) -> _Held:
         """What is held in memory of the file as it is; what was of it before is let go."""
         version = self.people.version()
         with self._lock:
-            if self._held.version != version:
-                self._held = _Held(version)
+            if self._held.version != version or self._held.system is not system:
+                self._held = _Held(version, system)
             return self._held
 
-    def _template(self, name: str) -> tuple[Vectors, int]:
+    def _template(self, name: str, system: System) -> tuple[Vectors, int]:
         """A person's, as of now, and from how many recordings."""
-        held = self._now().templates
+        held = self._now(system).templates
         found = held.get(name)
         if found is None:
             embeddings = self.people.embeddings(name, self.reader.digest)
-            found = self.system.vectors([embeddings]), len(embeddings)
+            found = system.vectors([embeddings]), len(embeddings)
             if len(held) > 10_000:
                 held.clear()
             held[name] = found
         return found
 
-    def _everybody(self) -> tuple[list[str], Vectors | None]:
-        held = self._now()
+    def _everybody(self, system: System) -> tuple[list[str], Vectors | None]:
+        held = self._now(system)
         if held.gallery is None:
             found = self.people.everybody(self.reader.digest)
             if not found:
                 return [], None
-            held.gallery = list(found), self.system.vectors(list(found.values()))
+            held.gallery = list(found), system.vectors(list(found.values()))
         return held.gallery
 
     # ---------------------------------------------------------------- decisions
@@ -396,25 +416,26 @@ class Verifier:
         NoThreshold, OtherEncoder
             No threshold, or one of another encoder or score; templates of another encoder.
         """
-        template, count = self._template(name)
-        return _or_raise(self._decide_all([(template, count)], self._samples([recording]))[0])
+        system = self.system
+        template = self._template(name, system)
+        return _or_raise(self._decide_all([template], self._samples([recording]), system)[0])
 
     def verify_many(
         self, claims: Sequence[tuple[str, Source]]
     ) -> list[Decision | OSError | ValueError]:
         """Decisions on many claims, in their order; what cannot be decided is the error itself."""
-        self.system  # noqa: B018 - without a threshold nothing is read
+        system = self.system  # without a threshold nothing is read
         templates: list[Any] = []
         for name, _ in claims:
             try:
-                templates.append(self._template(name))
+                templates.append(self._template(name, system))
             except ValueError as error:
                 templates.append(error)
         results: list[Any] = []
         for start in range(0, len(claims), 64):  # what is held in memory at once
             part = slice(start, start + 64)
             samples = self._samples([source for _, source in claims[part]])
-            results += self._decide_all(templates[part], samples)
+            results += self._decide_all(templates[part], samples, system)
         return results
 
     def compare(self, one: Source, other: Source) -> Decision:
@@ -425,11 +446,14 @@ class Verifier:
         Unfit, OSError, NoThreshold
             As :meth:`verify`.
         """
+        system = self.system
         first, second = (_or_raise(sample) for sample in self._samples([one, other]))
-        (template,) = self._tests([first])
-        return _or_raise(self._decide_all([(template, 1)], [second])[0])
+        (template,) = self._tests([first], system)
+        return _or_raise(self._decide_all([(template, 1)], [second], system)[0])
 
-    def _decide_all(self, templates: Sequence[Any], samples: Sequence[Any]) -> list[Any]:
+    def _decide_all(
+        self, templates: Sequence[Any], samples: Sequence[Any], system: System
+    ) -> list[Any]:
         """A decision for each, or the error that stands for its template or its sample."""
         results = [
             first if isinstance(first, Exception) else second
@@ -438,7 +462,7 @@ class Verifier:
         open_ = [n for n, one in enumerate(results) if isinstance(one, Sample)]
         if not open_:
             return results
-        system, tests = self.system, self._tests([samples[n] for n in open_])
+        tests = self._tests([samples[n] for n in open_], system)
         for test, n in zip(tests, open_, strict=True):
             template, count = templates[n]
             score = float(system.scores(template, test)[0, 0])
@@ -467,12 +491,15 @@ class Verifier:
         Unfit, OSError, NoThreshold, ValueError
             As :meth:`verify`; nobody is enrolled.
         """
-        names, gallery = self._everybody()
-        if gallery is None:
-            raise ValueError(f"{self.people.path}: nobody is enrolled with this encoder")
-        sample = _or_raise(self._samples([recording])[0])
+        nobody = f"{self.people.path}: nobody is enrolled with this encoder"
+        if not len(self.people):
+            raise ValueError(nobody)
         system = self.system
-        scores = system.scores(gallery, self._tests([sample])[0])[:, 0]
+        names, gallery = self._everybody(system)
+        if gallery is None:
+            raise ValueError(nobody)
+        sample = _or_raise(self._samples([recording])[0])
+        scores = system.scores(gallery, self._tests([sample], system)[0])[:, 0]
         best = np.argsort(-scores, kind="stable")[: max(1, max_candidates)]
         candidates = [
             Candidate(names[n], score, system.llr(score), system.accepts(score))
@@ -482,7 +509,7 @@ class Verifier:
             candidates=candidates,
             name=candidates[0].name if candidates[0].accept else None,
             searched=len(names),
-            left_out=len(self.people) - len(names),
+            left_out=max(0, len(self.people) - len(names)),  # somebody may be erased meanwhile
             false_alarm=min(1.0, len(names) * system.point.highest_far),
             threshold=system.point.threshold,
             quality=sample.quality,

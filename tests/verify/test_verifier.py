@@ -16,6 +16,7 @@ from speechbrain_qmargin.scoring.pairing import every_model
 from speechbrain_qmargin.scoring.uncertainty import rate_interval
 from speechbrain_qmargin.trials import Trials
 from speechbrain_qmargin.verify import threshold
+from speechbrain_qmargin.verify import verifier as verifier_module
 from speechbrain_qmargin.verify.people import NotEnrolled, People
 from speechbrain_qmargin.verify.readers import Unfit
 from speechbrain_qmargin.verify.system import Histogram, NoThreshold, System, cohort_digest
@@ -101,6 +102,7 @@ def test_what_is_not_of_one_another_is_refused(tmp_path):
             "calibration": replace(system.calibration, qualities=["d"], weights=[1.0, 0, 0])
         },
         "histogram is of other scores": {"histogram": replace(system.histogram, kind="cosine")},
+        "is of the encoder": {"histogram": replace(system.histogram, encoder="0" * 64)},
     }
     for fault, change in cases.items():
         with pytest.raises(ValueError, match=fault):
@@ -109,6 +111,25 @@ def test_what_is_not_of_one_another_is_refused(tmp_path):
     system.point.save(tmp_path / "operating_point.json")
     with pytest.raises(ValueError, match=r"cohort\.npz: damaged"):
         System.load(tmp_path, DIGEST)
+    (tmp_path / "operating_point.json").write_text("{")
+    with pytest.raises(NoThreshold, match=r"operating_point\.json: not an .*; measure one"):
+        System.load(tmp_path, DIGEST)
+
+
+def test_a_system_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    old = system_of("as")
+    old.save(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for place, name in ((np, "savez"), (Calibration, "save"), (type(old.point), "save")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full)
+            with pytest.raises(OSError, match="No space left"):
+                system_of("s").save(tmp_path)
+        assert System.load(tmp_path, DIGEST).point == old.point
+        assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_calibrated_threshold_decides_on_ratios(tmp_path):
@@ -207,6 +228,34 @@ def test_without_a_threshold_people_can_be_enrolled_and_nothing_is_decided(tmp_p
         verifier.verify("ann", b"ann 2")
     system_of().save(tmp_path)  # measured meanwhile
     assert verifier.verify("ann", b"ann 2").accept
+
+
+def test_a_threshold_that_is_measured_anew_is_taken_up(tmp_path, monkeypatch, caplog):
+    """By a service that runs; the templates it holds are of the scores from before."""
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    (folder / "hyperparams.yaml").write_text("sample_rate: 16000")
+    monkeypatch.setattr(verifier_module, "load_reader", lambda *_: READER)
+    system_of("as").save(folder)
+    verifier = Verifier.load(folder)
+    verifier.enrol("ann", said("ann", 1, 2))
+    for system in (system_of("as"), system_of(), system_of("s")):
+        system.save(folder)
+        fresh = Verifier.load(folder)
+        for ask in (
+            lambda one: one.verify("ann", b"ann 3"),
+            lambda one: one.verify_many([("ann", b"ann 3")]),
+            lambda one: one.identify(b"ann 3"),
+            lambda one: one.compare(b"ann 1", b"ann 3"),
+        ):
+            assert ask(verifier) == ask(fresh)
+        assert verifier.verify("ann", b"ann 3").threshold == system.point.threshold
+    before = verifier.verify("ann", b"ann 3")
+    replace(system.point, encoder="0" * 64).save(folder / "operating_point.json")
+    with pytest.raises(NoThreshold, match="is of the encoder 0000"):
+        Verifier.load(folder).verify("ann", b"ann 3")
+    assert verifier.verify("ann", b"ann 3") == verifier.verify("ann", b"ann 3") == before
+    assert caplog.text.count("decisions go on with the threshold of before") == 1
 
 
 def test_templates_of_another_encoder_are_refused(tmp_path):
