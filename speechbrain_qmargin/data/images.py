@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,10 @@ from speechbrain_qmargin.extras import require
 __all__ = ["IMAGE_SUFFIXES", "check_images", "image_size", "read_image", "read_pixels"]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# Pillow knows forty more: for EPS it runs Ghostscript, the image being a program, and others may
+# hold one
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 _BITS, _MEANS = 258, 262  # TIFF's tags of a value's bits and of what 0 means: 0 is white, 1 black
 
@@ -39,7 +44,7 @@ def check_images(images: Mapping[str, str | Path | bytes]) -> None:
     >>> check_images({"lfw.bin, pair 17, image 2": b"no image"})
     Traceback (most recent call last):
     OSError: 1 of 1 images to test on cannot be used, repair them or take their pairs out:
-    lfw.bin, pair 17, image 2: cannot be decoded (of no format that Pillow knows)
+    lfw.bin, pair 17, image 2: cannot be decoded (of no format that is read)
     """
 
     def fault(item: tuple[str, str | Path | bytes]) -> str:
@@ -68,7 +73,8 @@ def read_pixels(source: str | Path | bytes, size: int | None = None) -> np.ndarr
     Parameters
     ----------
     source : path or bytes
-        A file of any format Pillow reads, or its content.
+        A file in AVIF, BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF or WebP, as far as Pillow is built
+        for it, whatever its name; or its content.
     size : int, optional
         Images of another size are resized to [size, size], antialiased; those that are not square
         are stretched.
@@ -121,14 +127,24 @@ def _opened(source: str | Path | bytes):
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        stream = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(stream, formats=_known_formats()) as image:
             yield image
     except Exception as error:  # Pillow's decoders raise anything: DecompressionBombError, ...
         name = "" if isinstance(source, bytes) else f"{source}: "
         fault = f"{type(error).__name__}: {error}"
         if isinstance(error, UnidentifiedImageError):
-            fault = "of no format that Pillow knows"
+            fault = "of no format that is read"
         raise OSError(f"{name}cannot be decoded ({fault})") from error
+
+
+@lru_cache(maxsize=1)
+def _known_formats() -> list[str]:
+    """Those of `_FORMATS` that this Pillow reads."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _rgb(image, kind: str | None, tags: dict):

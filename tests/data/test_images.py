@@ -1,6 +1,8 @@
 """Images of every kind: what they show is what is trained on."""
 
+import contextlib
 import io
+import os
 import pickle
 import struct
 
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 
 from speechbrain_qmargin.data.face_dataset import FaceDataset, ImageDataset
-from speechbrain_qmargin.data.images import check_images, read_image, read_pixels
+from speechbrain_qmargin.data.images import check_images, image_size, read_image, read_pixels
 from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.data.pickled import read_bin
 from speechbrain_qmargin.data.recordio import write_records
@@ -128,6 +130,45 @@ def test_cmyk_is_what_its_inverse_shows():
     ink = Image.fromarray(np.dstack((255 - RGB, np.zeros(GREY.shape, np.uint8))), mode="CMYK")
     found = read_pixels(encoded(ink, format="TIFF")).astype(int)
     assert np.abs(found - RGB).max() <= 1
+
+
+def test_no_image_is_run_as_a_program(tmp_path, monkeypatch):
+    """Pillow gives an EPS to Ghostscript, whatever its file is called, also within an IPTC."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/run\necho 10.02\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+
+    def field(tag, content):
+        return struct.pack(">BBBH", 0x1C, *tag, len(content)) + content
+
+    head = {(3, 60): b"\1\0", (3, 65): b"\0", (3, 20): b"\0\x09", (3, 30): b"\0\x09",
+            (3, 120): b"\5"}  # fmt: skip
+    iptc = b"".join(field(*one) for one in head.items()) + field((8, 10), eps)
+    for content in (eps, iptc):
+        (tmp_path / "face.png").write_bytes(content)
+        for source in (content, tmp_path / "face.png"):
+            for read in (read_pixels, image_size):
+                with pytest.raises(OSError, match=r"cannot be decoded \(of no format that is read"):
+                    read(source)
+    assert not (tmp_path / "run").exists()
+    for content in (eps, iptc):  # what Pillow would do
+        with Image.open(io.BytesIO(content)) as image, contextlib.suppress(OSError):
+            image.load()
+        (tmp_path / "run").unlink()
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM",
+                                  "TIFF", "WEBP"])  # fmt: skip
+def test_formats_of_images_are_read(kind):
+    image = Image.fromarray(RGB)
+    if kind not in Image.SAVE and not (Image.init() and kind in Image.SAVE):
+        pytest.skip(f"this Pillow does not write {kind}")
+    many = {"save_all": True, "append_images": [image]} if kind == "MPO" else {}  # of telephones
+    found = read_pixels(encoded(image, format=kind, **many))
+    assert found.shape == RGB.shape
+    assert np.abs(found.astype(int) - RGB).mean() < 25
 
 
 def test_an_image_of_one_colour_is_named(tmp_path):

@@ -352,7 +352,7 @@ def test_workers_list_what_they_skip_once(records, tmp_path, caplog):
             assert labels == [0, 1, 1, 1, 2, 2]
     lines = [line.split("\t") for line in listing.read_text().splitlines()]
     assert sorted(name for name, _ in lines) == ["train.rec: record 2", "train.rec: record 5"]
-    assert {reason for _, reason in lines} == {"cannot be decoded (of no format that Pillow knows)"}
+    assert {reason for _, reason in lines} == {"cannot be decoded (of no format that is read)"}
     found = Skipped(listing)
     assert "2 images cannot be used" in found.warning()
     assert str(listing) in found.warning()

@@ -137,7 +137,7 @@ def test_records_by_their_folder_and_one_set_without_brackets(records, tmp_path,
     assert opened == [records / "train.rec"]  # once
     assert list(json.loads((output / "results.json").read_text())["pair_sets"]) == ["lfw"]
     listed = (output / "save/skipped_images.txt").read_text()
-    assert listed == "train.rec: record 7\tcannot be decoded (of no format that Pillow knows)\n"
+    assert listed == "train.rec: record 7\tcannot be decoded (of no format that is read)\n"
 
 
 def test_a_folder_of_images_with_sets_alone_and_a_broken_image(tmp_path, capsys):
