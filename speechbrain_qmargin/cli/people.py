@@ -56,9 +56,8 @@ def _say(args: argparse.Namespace, content: Any, text: str) -> None:
     from speechbrain_qmargin.files import json_values
 
     if args.json:
-        print(json.dumps(json_values(content), ensure_ascii=False, allow_nan=False))
-    else:
-        print(text)
+        text = json.dumps(json_values(content), ensure_ascii=False, allow_nan=False)
+    print(text.encode(errors="backslashreplace").decode())  # a path may be no text
 
 
 def _verifier(args: argparse.Namespace):

@@ -308,6 +308,7 @@ class FaceReader:
         OSError
             One that is not there or cannot be decoded.
         """
+        _refuse_name(source)
         try:
             width, height = image_size(source)
             if width * height > self.limits.max_pixels:
@@ -336,10 +337,19 @@ def _only_length(seconds: float) -> SpeechQuality:
     return SpeechQuality(seconds, 0.0, -math.inf, 0.0, 0.0, 0.0, 0.0)
 
 
+def _refuse_name(source: Source) -> None:
+    """Refuse a path of bytes that are no text: neither libsndfile nor a message could have it."""
+    try:
+        called(source).encode()
+    except UnicodeEncodeError:
+        raise OSError(f"{str(source)!a}: its name is not UTF-8: rename it") from None
+
+
 @contextmanager
 def _as_file(source: Source) -> Iterator[Path]:
     """A path to read; content gets a file of its own, gone at the end, named by what is in it."""
     if not isinstance(source, bytes):
+        _refuse_name(source)
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")

@@ -258,11 +258,17 @@ class Verifier:
         FileNotFoundError, ValueError, OSError
             As :func:`~speechbrain_qmargin.export.encoder.load_encoder` and
             :class:`~speechbrain_qmargin.verify.people.People`. A threshold that is missing or not
-            of this encoder is an error when a decision is asked for.
+            of this encoder is an error when a decision is asked for. Enrolments within the folder,
+            which an export replaces.
         """
         place = place_of(folder)
+        file = people_file(folder) if people is None else Path(people)
+        if is_exported(place) and place.resolve() in file.resolve().parents:
+            raise ValueError(
+                f"{file}: within the encoder's folder, which `qmargin export` replaces with all in "
+                f"it; keep enrolments elsewhere, as in {people_file(folder)}"
+            )
         reader = load_reader(folder, device, trust, **options)
-        file = people_file(folder) if people is None else people
         return cls(
             reader,
             People(file),

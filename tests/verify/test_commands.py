@@ -1,7 +1,9 @@
 """The commands from a run to a decision, on synthetic voices and an encoder of random weights."""
 
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -119,6 +121,23 @@ def test_enrol_verify_identify_erase(encoder, capsys, voices, tmp_path):
     status, out, _ = called(capsys, "people", "delete", encoder, "Ann")
     assert out.startswith("Ann: 2 recordings erased from")
     assert b"Ann" not in file.read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+def test_a_file_whose_name_is_no_text_is_named(encoder, capsys, voices, tmp_path):
+    """And what else is decided is decided."""
+    ann, people = voices["mv20001"], f"--people={tmp_path / 'people.sqlite'}"
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.flac")
+    shutil.copy(ann[0], odd)
+    status, _, error = called(capsys, "enrol", encoder, "Ann", odd, people)
+    assert (status, error.count("\n")) == (1, 1)
+    assert r"caf\udce9.flac': its name is not UTF-8: rename it" in error
+    assert called(capsys, "enrol", encoder, "Ann", *ann[:2], people)[0] == 0
+    status, out, _ = called(capsys, "verify", encoder, "Ann", odd, ann[2], people, "--json")
+    found = json.loads(out)
+    assert (status, found[0]["file"], found[1]["file"]) == (1, odd, str(ann[2]))
+    assert "rename it" in found[0]["error"]
+    assert "score" in found[1]
 
 
 def test_a_cohort_normalises_and_plain_cosines_lose_their_threshold(

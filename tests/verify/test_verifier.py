@@ -431,6 +431,21 @@ def test_what_belongs_to_an_encoder_lies_beside_it(tmp_path, monkeypatch):
     assert people_file(".") == tmp_path / "mine.verifier.people.sqlite"
 
 
+def test_enrolments_are_not_where_an_export_replaces_everything(tmp_path, monkeypatch):
+    monkeypatch.setattr(verifier_module, "load_reader", lambda *_: READER)
+    folder = tmp_path / "run" / "inference"
+    folder.mkdir(parents=True)
+    (folder / "hyperparams.yaml").write_text("sample_rate: 16000")
+    (folder.parent / "save").mkdir()
+    for encoder in (folder.parent, folder):
+        for file in (folder / "people.sqlite", folder / ".." / "inference" / "mine" / "p.sqlite"):
+            with pytest.raises(ValueError, match=r"sqlite: within the encoder's folder, which .* "
+                               r"elsewhere, as in .*run/inference\.people\.sqlite"):  # fmt: skip
+                Verifier.load(encoder, file)
+    assert [path.name for path in folder.iterdir()] == ["hyperparams.yaml"]
+    Verifier.load(folder.parent, folder.parent / "people.sqlite").people.close()
+
+
 def test_a_cohort_of_one_recording_a_person_is_no_cohort_of_means():
     ids, matrix = READER.embeddings(OTHERS, 1)
     rows = Embeddings(ids[::2], matrix[::2])  # of two sessions the first
