@@ -148,8 +148,8 @@ def checked_name(name: str) -> str:
     Raises
     ------
     ValueError
-        No text, longer than 200 characters, with control or invisible characters, or none that the
-        service's URLs could hold.
+        No text, longer than 200 characters, with control or invisible characters or some that were
+        lost on the way, or none that the service's URLs could hold.
 
     Examples
     --------
@@ -166,6 +166,8 @@ def checked_name(name: str) -> str:
     bad = [letter for letter in name if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")]
     if bad:
         raise ValueError(f"the name {name!r} has control characters")
+    if "\ufffd" in name:  # what is put for it, as by the service's URLs; for e9 as for e8
+        raise ValueError(f"the name {name!a} was not written in UTF-8: a part of it is lost")
     if any(_hides(name, place) for place in range(len(name))):
         raise ValueError(f"the name {name!a} has invisible characters: it could look like another")
     return name

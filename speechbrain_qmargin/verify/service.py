@@ -3,6 +3,7 @@
 A client sends contents, never paths, and may be answered ``{"error": {"code", "message"}}``:
 
 ====  ======================================================================
+400   a request that is no form, or names another host
 401   no token, or another one
 404   nobody is enrolled under a name
 408   a request whose content did not come in time
@@ -316,14 +317,14 @@ def make_app(
     app.add_middleware(_Guard, token=token)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     refused: dict[int | str, dict[str, Any]] = {
-        status: {"model": Refused} for status in (401, 404, 408, 409, 413, 422, 500, 503)
+        status: {"model": Refused} for status in (400, 401, 404, 408, 409, 413, 422, 500, 503)
     }
     described = [Depends(HTTPBearer(auto_error=False))]  # for OpenAPI; the guard has seen to it
     api = APIRouter(prefix="/v1", dependencies=described, responses=refused)
 
     @app.exception_handler(HTTPException)
     def _(request: Request, error: HTTPException) -> JSONResponse:
-        codes = {404: "not_found", 405: "not_allowed"}
+        codes = {400: "malformed", 404: "not_found", 405: "not_allowed"}
         code = codes.get(error.status_code, "refused")
         return _refused(error.status_code, code, str(error.detail))
 

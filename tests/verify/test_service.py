@@ -304,6 +304,8 @@ def test_limits_must_be_positive(verifier):
         ("people/Ann", files(b"broken"), 422, "undecodable", "cannot be decoded"),
         ("people/Ann", [], 422, "malformed", "body.files"),
         ("people/%0A", files(b"ann 1"), 422, "invalid", "a name has 1 to 200"),
+        ("people/Andr%E9", files(b"ann 1"), 422, "invalid", "was not written in UTF-8"),
+        ("people/Andr%E8/verify", files(b"a 1", field="file"), 404, "not_enrolled", "Andr"),
         ("people/a%00b", files(b"ann 1"), 422, "invalid", "control characters"),
         ("people/Eve/verify", files(b"a 1", field="file"), 404, "not_enrolled", "'Eve'"),
         ("people/Old/verify", files(b"a 1", field="file"), 409, "other_encoder", "anew"),
@@ -315,6 +317,15 @@ def test_limits_must_be_positive(verifier):
 def test_faults_are_json(client, verifier, path, sent, status, code, message):
     verifier.people.enrol("Old", np.eye(1, 32, dtype="f"), "another encoder")
     assert message in refusal(client.post(f"/v1/{path}", files=sent), status, code)
+
+
+def test_what_is_no_form_is_said_so(client):
+    form = {"Content-Type": "multipart/form-data; boundary=b"}
+    answer = client.post("/v1/people/Ann", content=b"no form", headers=form)
+    assert "multipart" in refusal(answer, 400, "malformed")
+    form["Content-Type"] = "multipart/form-data"
+    answer = client.post("/v1/people/Ann", content=b"no form", headers=form)
+    assert "boundary" in refusal(answer, 400, "malformed")
 
 
 def test_a_path_is_never_read(client, tmp_path):
