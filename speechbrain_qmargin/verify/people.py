@@ -22,7 +22,7 @@ import threading
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -258,7 +258,11 @@ class People:
             raise StorageFault(f"{self.path}: {error}") from None
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # in a message of SQLite's
             raise ValueError(f"{self.path}: no file of enrolments ({error})") from None
-        self._prepare()
+        try:
+            self._prepare()
+        except BaseException:
+            self._db.close()
+            raise
 
     def _prepare(self) -> None:
         run = self._db.execute
@@ -290,8 +294,6 @@ class People:
                     f"{self.path}: not as this package writes it; it has other tables, or triggers "
                     "that would act on enrolments"
                 )
-        with self._reading():  # a write-ahead log would keep what is deleted
-            run("PRAGMA journal_mode=DELETE")
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -314,6 +316,15 @@ class People:
                 if db.in_transaction:  # some faults have undone it
                     db.execute("ROLLBACK")
                 raise
+
+    def _empty_log(self) -> None:
+        """Bring into the file what a write-ahead log holds, if other tools have given it one.
+
+        Until then the log, or the file behind it, has what is deleted.
+        """
+        (busy, *_) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise sqlite3.OperationalError("another program holds on to its write-ahead log")
 
     def close(self) -> None:
         """Close the file."""
@@ -382,6 +393,9 @@ class People:
                     for held in [(encoder, row.tobytes(), quality, now)]
                 ],
             )
+        if replace:
+            with self._reading(), suppress(sqlite3.OperationalError):  # or at the next deletion
+                self._empty_log()
 
     def _refuse_other(self, person: int | None, name: str, encoder: str, size: int) -> None:
         held = self._db.execute(
@@ -406,7 +420,7 @@ class People:
         NotEnrolled
             Nobody of that name.
         StorageFault
-            The person is deleted and overwritten, but the file could not be built anew.
+            The person is deleted, but the file could not be built anew.
         """
         with self._reading():
             with self._writing() as db:
@@ -417,10 +431,11 @@ class People:
                 db.execute("DELETE FROM people WHERE id = ?", (person,))
             try:
                 self._db.execute("VACUUM")
+                self._empty_log()
             except sqlite3.Error as error:
                 raise StorageFault(
-                    f"{self.path}: {name} is deleted and overwritten, but the file could not be "
-                    f"built anew: {error}"
+                    f"{self.path}: {name} is deleted, but the file could not be built anew, and "
+                    f"what was there may be left in it: {error}"
                 ) from None
             return count
 

@@ -269,18 +269,32 @@ def test_what_is_there_is_looked_at_in_the_same_transaction(file):
 
 
 def test_no_write_ahead_log_keeps_what_is_deleted(file):
-    """Tools that copy a database while it is used switch it to one."""
+    """Tools that copy a database while it is used switch it to one, and hold on to it."""
     People(file).close()
-    with sqlite3.connect(file) as db:
-        assert db.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
-    db.close()
+    db = sqlite3.connect(file, isolation_level=None)
+    assert db.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
     people = People(file)
     people.enrol("Zacharias Grepable", rows(7), "e1")
     people.enrol("Ann", rows(8), "e1")
+
+    def held():
+        kept = b"".join(one.read_bytes() for one in file.parent.iterdir())
+        return [
+            piece in kept for piece in (b"Grepable", *(rows(n)[0, :16].tobytes() for n in (7, 8)))
+        ]
+
+    people.enrol("Ann", rows(9), "e1", replace=True)
+    assert held() == [True, True, False]
     people.delete("Zacharias Grepable")
-    for one in file.parent.iterdir():
-        assert b"Grepable" not in one.read_bytes()
-        assert rows(7)[0, :16].tobytes() not in one.read_bytes()
+    assert held() == [False, False, False]
+    np.testing.assert_array_equal(people.embeddings("Ann", "e1"), rows(9))
+    people.enrol("Bob", rows(7), "e1")
+    people._db.execute("PRAGMA busy_timeout=1")
+    db.execute("BEGIN")
+    db.execute("SELECT count(*) FROM people").fetchone()  # reads on, as of now
+    with pytest.raises(StorageFault, match=r"Bob is deleted, .*: another program holds on to"):
+        people.delete("Bob")
+    db.close()
 
 
 def test_one_name_however_it_was_typed(file):
