@@ -18,16 +18,17 @@ what is none of these overrides :meth:`Loss.rows` and asks for all cosines.
 
 What a loss learns is an ``nn.Parameter`` of it, what it keeps a buffer, both made in ``__init__``.
 The recipes train the first with the encoder, the same in all processes, and save both with a
-checkpoint. A buffer that follows the batches is of one process's samples, unless the loss gathers
-those of all (:func:`~speechbrain_qmargin.loss.norms.of_all_processes`). In a recipe of
-SpeechBrain's, list such a loss in ``modules`` and in the checkpointer's ``recoverables``.
+checkpoint; ``.half()`` and ``.bfloat16()`` leave buffers as they are. A buffer that follows the
+batches is of one process's samples, unless the loss gathers those of all
+(:func:`~speechbrain_qmargin.loss.norms.of_all_processes`). In a recipe of SpeechBrain's, list such
+a loss in ``modules`` and in the checkpointer's ``recoverables``.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -226,6 +227,18 @@ class Loss(nn.Module):
     def statistics(self, rows: Rows) -> QMarginStats:
         """Of :meth:`rows` that were asked for their support."""
         return QMarginStats.of(rows, getattr(self, "alpha", 1.0))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
+        """Buffers move with the module and keep their precision: in half a mean would not move."""
+        buffers = {id(buffer) for buffer in self.buffers()}
+
+        def apply(values: Tensor) -> Tensor:
+            moved = fn(values)
+            if id(values) in buffers and moved.dtype != values.dtype:
+                return values.to(moved.device)
+            return moved
+
+        return super()._apply(apply, recurse)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"

@@ -431,3 +431,22 @@ def test_what_is_no_tensor_is_named():
             operator([1.0, 2.0])
     with pytest.raises(TypeError, match="embeddings must be a tensor, got ndarray"):
         QMarginHead(2, 3)(cosines.numpy(), labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "qmargin_auto"])
+def test_what_a_loss_keeps_stays_in_its_precision_where_the_module_is_cast(name, dtype):
+    def made():
+        loss = make_loss(name, num_classes=4, embedding_dim=8)
+        loss.count_classes([1, 2, 3, 40], 8)
+        return loss
+
+    kept, cast = made(), made().to(dtype)
+    found = {key: buffer.dtype for key, buffer in cast.named_buffers()}
+    assert found == {key: buffer.dtype for key, buffer in kept.named_buffers()}
+    for loss in (kept, cast):
+        torch.manual_seed(0)
+        scores = scores_of(torch.rand(6, 4).to(dtype), embeddings=torch.randn(6, 8).to(dtype))
+        loss(scores, torch.tensor([0, 1, 2, 3, 3, 3]))
+    for key, buffer in cast.named_buffers():
+        assert torch.equal(buffer, dict(kept.named_buffers())[key]), key
