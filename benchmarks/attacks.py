@@ -95,7 +95,7 @@ def table(results: list[dict]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--group", action="append", choices=GROUPS, help="this alone; repeatable")
     args = parser.parse_args()

@@ -164,7 +164,7 @@ def folded_accuracy(scores: np.ndarray, is_target: np.ndarray) -> float:
 
 def figures_of(
     file: Path, figures: Mapping[str, Measure] = FIGURES
-) -> tuple[np.ndarray, Sequence[Influence]]:
+) -> tuple[np.ndarray, Sequence[Influence | None]]:
     """Values [F] of the figures of a file of scores; influences [F] of speakers or identities."""
     trials, scores = scored(file)
     report = evaluate(scores, trials, figures=list(figures.values()))
@@ -262,9 +262,11 @@ def differences(args, found: dict) -> str:
 
 def compare(args) -> None:
     runs = {}
-    for seed, model, loss in itertools.product(range(args.seeds), args.models, args.losses):
-        options = [f"--model={model}", *loss_options(loss), f"--seed={seed}"]
-        runs[model, loss, seed] = (options, args.output / f"{model}_{folder_name(loss)}_{seed}")
+    for seed in range(args.seeds):
+        for model, loss in itertools.product(args.models, args.losses):
+            options = [f"--model={model}", *loss_options(loss), f"--seed={seed}"]
+            folder = args.output / f"{model}_{folder_name(loss)}_{seed}"
+            runs[model, loss, seed] = options, folder
     results = train_all(args.recipe, runs, args.options, args.jobs)
     folders = {key: folder for key, (_, folder) in runs.items()}
     systems = list(systems_of(next(iter(results.values()))))

@@ -171,7 +171,9 @@ def shards(manifest: Manifest, folder: Path) -> None:
     def from_shard():
         with tarfile.open(shard, "r|") as tar:
             for member in tar:
-                with soundfile.SoundFile(BytesIO(tar.extractfile(member).read())) as file:
+                packed = tar.extractfile(member)
+                assert packed is not None
+                with soundfile.SoundFile(BytesIO(packed.read())) as file:
                     file.seek(random.randrange(file.frames - int(CROP * RATE)))
                     file.read(int(CROP * RATE), dtype="float32")
 
@@ -310,7 +312,7 @@ def memories(path: Path, workers: int, draws: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=4.0, help="per measurement")
     parser.add_argument("--count", type=int, default=400, help="utterances")
     parser.add_argument("--batch", type=int, default=32)

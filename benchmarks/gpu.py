@@ -211,7 +211,8 @@ class Head(QMarginHead):
 
     def reset_parameters(self, seed: int | None = None) -> None:
         with torch.no_grad():
-            self.weight.copy_(directions(*self.weight.shape, self.weight.device))
+            rows, dim = self.weight.shape
+            self.weight.copy_(directions(rows, dim, self.weight.device))
 
 
 class Ours:
@@ -345,7 +346,9 @@ class CutCrossEntropy(Dense):
     """cut-cross-entropy. The margin is moved in by hand: it gives the normaliser too, or none."""
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        from cut_cross_entropy import linear_cross_entropy
+        from cut_cross_entropy import (  # pyright: ignore[reportMissingImports]
+            linear_cross_entropy,
+        )
 
         e = (SCALE * F.normalize(x, dim=1)).to(torch.bfloat16)
         c = F.normalize(self.weight, dim=1).to(torch.bfloat16)
@@ -367,7 +370,9 @@ class Liger(Dense):
     note = "without margin"
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+            LigerFusedLinearCrossEntropyLoss,
+        )
 
         e = (SCALE * F.normalize(x, dim=1)).to(torch.bfloat16)
         c = F.normalize(self.weight, dim=1).to(torch.bfloat16)
@@ -578,8 +583,10 @@ def exactness(report: Report, device: torch.device) -> None:
 
 
 # classes, dimension, batch, and the noise of the embeddings; None: they know nothing yet
-DRY_STEPS = [(500, 16, 4, 0.05), (500, 16, 4, None)]
-STEPS = [(1_000_000, 512, 128, 0.05), (1_000_000, 512, 1024, 0.05)]
+Step = tuple[int, int, int, float | None]
+
+DRY_STEPS: list[Step] = [(500, 16, 4, 0.05), (500, 16, 4, None)]
+STEPS: list[Step] = [(1_000_000, 512, 128, 0.05), (1_000_000, 512, 1024, 0.05)]
 STEPS += [(2_000_000, 512, 128, 0.05), (2_000_000, 512, 1024, 0.05)]
 STEPS += [(1_000_000, 512, 128, None), (1_000_000, 512, 1024, None)]
 STEPS += [(100_000, 512, 128, 0.05), (100_000, 512, 1024, 0.05)]
@@ -676,7 +683,8 @@ def anatomy(report: Report, device: torch.device) -> None:
             1
         ].support_mean
         # an operator and a range have the time of their kernels too
-        spans = {e.name for e in trace.events() if e.device_type is torch.autograd.DeviceType.CPU}
+        events = trace.events() or []
+        spans = {e.name for e in events if e.device_type.name == "CPU"}
         found = [
             event
             for event in trace.key_averages()
@@ -828,7 +836,7 @@ def small(report: Report) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--dry", action="store_true", help="small tensors; a CPU will do")
     parser.add_argument("--parts", nargs="+", default=[*SECONDS])

@@ -147,6 +147,7 @@ class LeanCosFace:
         self.weight.grad = None
         loss = self.loss(x, labels)
         loss.backward()
+        assert self.weight.grad is not None
         with torch.no_grad():
             self.weight.add_(self.weight.grad, alpha=-LR)
         return float(loss.detach())
@@ -186,6 +187,7 @@ class PartialFC(LeanCosFace):
         self.weight.requires_grad_()
         loss = self.loss(x, torch.searchsorted(rows, labels))
         loss.backward()
+        assert self.weight.grad is not None
         with torch.no_grad():
             self.weight.add_(self.weight.grad, alpha=-LR)
             whole.index_copy_(0, rows, self.weight)
@@ -418,7 +420,7 @@ def line(record: dict, ours: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--classes", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, nargs="+", default=[192, 512])
@@ -432,11 +434,11 @@ def main() -> None:
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--setting", nargs=3, help="alpha scale noise; one instead of the list")
     args = parser.parse_args()
-    given = None
+    given: tuple[float, float, float | None] | None = None
     if args.setting:
         alpha, scale, noise = args.setting
         given = float(alpha), float(scale), None if noise == "none" else float(noise)
-    if args.worker:
+    if args.worker and given:
         bare = args.classes <= 2_000_000
         sizes = args.classes, args.dim[0], args.batch
         print(json.dumps(work(args.worker, *sizes, *given, args.repetitions, bare)))

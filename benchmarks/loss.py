@@ -13,6 +13,7 @@ had the processor.
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,7 @@ def family(classes: int) -> dict:
 
     steps = {}
     for name, cls in LOSSES.items():
-        sizes = {"num_classes": classes, "embedding_dim": 192} if cls.sized_by_task else {}
-        loss = make_loss(name, **sizes)
+        loss = make_loss(name, num_classes=classes, embedding_dim=192)
         if cls.needs_counts:
             loss.count_classes(torch.full((classes,), 100.0), 192)
         steps[name] = step(loss)
@@ -54,7 +54,9 @@ def family(classes: int) -> dict:
 def contenders(classes: int, everyone: bool) -> dict:
     if everyone:
         return family(classes)
-    losses = {f"Q-Margin, alpha {alpha:g}": QMarginLoss(alpha, s) for alpha, s in SCALES.items()}
+    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        f"Q-Margin, alpha {alpha:g}": QMarginLoss(alpha, s) for alpha, s in SCALES.items()
+    }
     for alpha in (1.25, 1.5, 1.75, 2.0):
         losses[f"entmax_bisect_loss, alpha {alpha:g}"] = lambda cosines, labels, alpha=alpha: (
             entmax_bisect_loss(SCALES[alpha] * cosines[:, 0], labels[:, 0], alpha).mean()
@@ -123,7 +125,7 @@ def measure_sparse(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--classes", type=int, nargs="+", default=[5994, 17982])
     parser.add_argument("--repetitions", type=int, default=15)

@@ -44,8 +44,7 @@ def grid() -> tuple[torch.Tensor, torch.Tensor]:
 def prepared(name: str) -> Loss:
     """A loss at its own settings, as it is late in training where that matters."""
     cls = LOSSES[name]
-    sizes = {"num_classes": CLASSES, "embedding_dim": DIM} if hasattr(cls, "sized_by_task") else {}
-    loss = make_loss(name, **sizes).eval()
+    loss = make_loss(name, num_classes=CLASSES, embedding_dim=DIM).eval()
     if cls.needs_counts:
         counts = torch.full((CLASSES,), 10.0)
         counts[0] = 1.0

@@ -337,9 +337,9 @@ def speechbrain() -> None:
 
 def agreement() -> None:
     """The largest differences from scikit-learn and llreval (pip install llreval)."""
-    from llreval.cllr import cllr as their_cllr
-    from llreval.cllr import min_cllr as their_min_cllr
-    from llreval.pav_rocch import PAV, ROCCH
+    from llreval.cllr import cllr as their_cllr  # pyright: ignore[reportMissingImports]
+    from llreval.cllr import min_cllr as their_min_cllr  # pyright: ignore[reportMissingImports]
+    from llreval.pav_rocch import PAV, ROCCH  # pyright: ignore[reportMissingImports]
     from sklearn.metrics import roc_curve
 
     for ties in (False, True):
@@ -406,7 +406,7 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     parser.add_argument("--worker", nargs=2, metavar=("CONTENDER", "REPETITIONS"))
     args = parser.parse_args()

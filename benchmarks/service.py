@@ -177,7 +177,7 @@ def processor() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("encoder")
     parser.add_argument("recordings", type=Path)
     parser.add_argument("--people", type=int, default=20)

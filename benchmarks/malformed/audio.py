@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import soundfile
@@ -19,6 +20,7 @@ from speechbrain_qmargin.data.convert import convert_to_flac
 from speechbrain_qmargin.data.durations import durations, durations_file
 from speechbrain_qmargin.data.folders import audio_files
 from speechbrain_qmargin.data.speech import prepare_speech
+from speechbrain_qmargin.export.encoder import SpeakerEncoder
 from speechbrain_qmargin.export.recordings import extract_recordings, find_recordings
 
 RATE = 16000
@@ -193,7 +195,8 @@ def corpora(folder: Path) -> Iterator[Kind]:
 
     def extracted() -> str:
         shutil.rmtree(folder / "parts", ignore_errors=True)
-        found, faults = extract_recordings(Stub(), find_recordings(mixed), folder / "parts")
+        encoder = cast(SpeakerEncoder, Stub())
+        found, faults = extract_recordings(encoder, find_recordings(mixed), folder / "parts")
         return f"{len(found)} embedded; {faults}"
 
     names = ("nan.wav", "cut.flac", "short.wav", "silent.wav")
@@ -205,7 +208,7 @@ def corpora(folder: Path) -> Iterator[Kind]:
     files = [str(one.path) for one in audio_files(cached / "wav")]
     for name, harm in (("cut off", lambda at: cut(at, 0.5)), ("flipped", flip)):
 
-        def again(harm=harm) -> list[float]:
+        def again(harm=harm) -> np.ndarray:
             durations(cached, files, progress=False)
             harm(durations_file(cached))
             return durations(cached, files, progress=False)[0]

@@ -7,6 +7,7 @@ import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -119,7 +120,9 @@ def stored(folder: Path) -> Iterator[Kind]:
         right = "labels [0, 0, 1, 1] of 2 classes"
         yield listed(f"the index of a .rec, flipped at {at:.0%}", damaged, right)
 
-    def shard(name: str, members: list[tuple[str, bytes | str]], mode: str = "w") -> Path:
+    def shard(
+        name: str, members: list[tuple[str, bytes | str]], mode: Literal["w", "w:gz"] = "w"
+    ) -> Path:
         place = folder / name.replace(" ", "_")
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -517,6 +517,30 @@ class HeadOutput:
     embeddings: Tensor
     anchored: Tensor | None = None
 
+    @overload
+    def q_margin_loss(
+        self,
+        targets: Tensor,
+        alpha: float,
+        scale: float,
+        margin: float | Tensor,
+        *,
+        log_q: Tensor | None = ...,
+        reduction: str = ...,
+        return_stats: Literal[False] = ...,
+    ) -> Tensor: ...
+    @overload
+    def q_margin_loss(
+        self,
+        targets: Tensor,
+        alpha: float,
+        scale: float,
+        margin: float | Tensor,
+        *,
+        log_q: Tensor | None = ...,
+        reduction: str = ...,
+        return_stats: Literal[True],
+    ) -> tuple[Tensor, QMarginStats]: ...
     def q_margin_loss(
         self,
         targets: Tensor,

@@ -25,7 +25,7 @@ How tau is found is said in :mod:`speechbrain_qmargin.loss.solver`.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -430,6 +430,30 @@ def q_margin_objective(
     return Objective(scale, alpha, target_log_q=prior, log_q=log_q, spread=spread)
 
 
+@overload
+def q_margin_loss(
+    cosines: Tensor,
+    targets: Tensor,
+    alpha: float = ...,
+    scale: float = ...,
+    margin: float | Tensor = ...,
+    *,
+    log_q: Tensor | None = ...,
+    reduction: str = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def q_margin_loss(
+    cosines: Tensor,
+    targets: Tensor,
+    alpha: float = ...,
+    scale: float = ...,
+    margin: float | Tensor = ...,
+    *,
+    log_q: Tensor | None = ...,
+    reduction: str = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, QMarginStats]: ...
 def q_margin_loss(
     cosines: Tensor,
     targets: Tensor,
