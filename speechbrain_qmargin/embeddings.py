@@ -365,17 +365,24 @@ def load_embeddings(path: str | Path, ids: str | Path | None = None) -> Embeddin
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_mean(path: str | Path) -> np.ndarray:
+def load_mean(path: str | Path, of: Embeddings | None = None) -> np.ndarray:
     """A mean embedding, float32 [D]: of a ``.npy`` vector (WeSpeaker's ``mean_vec.npy``), or that
     of embeddings (:func:`load_embeddings`).
 
     The mean of speakers' means is not that of their utterances: give the file whose mean the
     system subtracts.
 
+    Parameters
+    ----------
+    path : path
+    of : Embeddings, optional
+        Those that it will be subtracted from.
+
     Raises
     ------
     ValueError
-        As :func:`load_embeddings`; a value that is not finite.
+        As :func:`load_embeddings`; a value that is not finite; embeddings of another encoder than
+        `of`, or a vector of another length.
 
     Examples
     --------
@@ -385,24 +392,31 @@ def load_mean(path: str | Path) -> np.ndarray:
     array([ 0.5 , -0.25], dtype=float32)
     """
     path = Path(path)
+    mean = _mean_in(path, of)
+    if not np.isfinite(mean).all():
+        raise ValueError(f"{path}: the mean is not finite")
+    if of is not None and len(mean) != of.matrix.shape[1]:
+        raise ValueError(
+            f"{path}: a mean of {len(mean)} dimensions, for embeddings of {of.matrix.shape[1]}"
+        )
+    return mean
+
+
+def _mean_in(path: Path, of: Embeddings | None) -> np.ndarray:
     if path.suffix == ".npy":
         vector = load_arrays(path, "embeddings", ("ids", "embeddings"))
         if isinstance(vector, np.ndarray) and (vector.ndim == 1 or vector.shape[:-1] == (1,)):
-            vector = _floats(vector.reshape(-1)).astype(np.float32)
-            if not np.isfinite(vector).all():
-                raise ValueError(f"{path}: the mean is not finite")
-            return vector
+            return _floats(vector.reshape(-1)).astype(np.float32)
     embeddings = load_embeddings(path)
+    if of is not None:
+        of.refuse_other(embeddings, f"{path}")
     if not any("/" in name for name in embeddings.ids):
         warnings.warn(
             f"{path}: its ids, such as {embeddings.ids[0]}, are perhaps speakers; the mean of "
             "speakers' means is not that of their utterances: give that (mean_vec.npy)",
-            stacklevel=2,
+            stacklevel=3,
         )
-    mean = embeddings.matrix.mean(axis=0, dtype=np.float64).astype(np.float32)
-    if not np.isfinite(mean).all():
-        raise ValueError(f"{path}: the mean of its embeddings is not finite")
-    return mean
+    return embeddings.matrix.mean(axis=0, dtype=np.float64).astype(np.float32)
 
 
 def id_texts(ids: np.ndarray, path: Path) -> list[str]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from speechbrain_qmargin.embeddings import (
+    Embeddings,
     cosine_scores,
     load_embeddings,
     load_mean,
@@ -226,6 +227,19 @@ def test_means_of_files(tmp_path):
     np.save(tmp_path / "mean_vec.npy", np.float64([1, np.nan]))
     with pytest.raises(ValueError, match=r"mean_vec\.npy: the mean is not finite"):
         load_mean(tmp_path / "mean_vec.npy")
+
+
+def test_a_mean_of_another_encoder_or_length_is_refused(tmp_path):
+    own = Embeddings(["b/1"], np.ones((1, 2)), encoder="5e11")
+    for digest in ("5e11", ""):
+        save_embeddings(tmp_path / "u.npz", {"a/1": np.ones(2)}, encoder=digest)
+        assert load_mean(tmp_path / "u.npz", own).tolist() == [1, 1]
+    save_embeddings(tmp_path / "u.npz", {"a/1": np.ones(2)}, encoder="ac1d")
+    with pytest.raises(ValueError, match=r"u\.npz is of the encoder ac1d, .* of 5e11"):
+        load_mean(tmp_path / "u.npz", own)
+    np.save(tmp_path / "mean_vec.npy", np.ones(3))
+    with pytest.raises(ValueError, match=r"mean_vec\.npy: a mean of 3 dimensions, for .* of 2"):
+        load_mean(tmp_path / "mean_vec.npy", own)
 
 
 def test_matrices_of_one_row_over_several_arks(tmp_path):

@@ -139,7 +139,7 @@ def _watchlist(args) -> None:
             f"{len(both)} recordings are in the gallery and among the probes, such as {both[0]}: "
             "a probe that finds itself measures nothing"
         )
-    mean = load_mean(args.mean) if args.mean else None
+    mean = load_mean(args.mean, embeddings) if args.mean else None
     with tqdm(unit=" probes", disable=args.quiet) as bar:
         found = identify(
             embeddings.unit(list(gallery), mean),

@@ -66,7 +66,7 @@ def _cosine(args) -> None:
     refuse_overwriting([args.output], inputs, args.overwrite)
     embeddings = load_embeddings(args.embeddings)
     trials = _trials(args, embeddings)
-    mean = load_mean(args.mean) if args.mean else None
+    mean = load_mean(args.mean, embeddings) if args.mean else None
     scores = cosine_scores(embeddings, trials, mean, args.enrolment)
     about = {"kind": "cosine", "embeddings": embeddings.source, "encoder": embeddings.encoder}
     if args.mean:
@@ -96,7 +96,7 @@ def _normalize(args) -> None:
         args.score_norm,
         args.top_n,
         centre=args.subtract_mean or bool(args.mean),
-        mean=load_mean(args.mean) if args.mean else None,
+        mean=load_mean(args.mean, embeddings) if args.mean else None,
         all_utterances=args.all_utterances,
     )
     of = "utterances" if args.all_utterances else "speakers"
@@ -104,6 +104,8 @@ def _normalize(args) -> None:
     scores = cohort.scores(embeddings, trials, args.enrolment, quiet=args.quiet)
     about = {"kind": cohort.kind, "embeddings": embeddings.source, "cohort": raw.source}
     about["encoder"] = embeddings.encoder
+    if args.mean:
+        about["mean"] = file_source(args.mean)
     if args.score_norm.startswith("as"):
         about["top_n"] = str(args.top_n)
     write_scores(args.output, trials, scores, _enrolled(about, args, trials))
