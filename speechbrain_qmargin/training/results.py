@@ -25,6 +25,8 @@ def validation(
 ) -> Callable[[Mapping[str, np.ndarray]], dict] | None:
     """What a Brain measures on validation embeddings: EER, TAR at FAR 1e-2. None without trials.
 
+    Distinct pairs count, as in figures.
+
     Examples
     --------
     >>> ids = ["ann/1", "ann/2", "bob/1"]
@@ -35,9 +37,10 @@ def validation(
     """
     if trials is None:
         return None
+    counted = trials.distinct.trials
 
     def validate(embeddings: Mapping[str, np.ndarray]) -> dict[str, float]:
-        points = operating_points(cosine_scores(embeddings, trials), trials.is_target)
+        points = operating_points(cosine_scores(embeddings, counted), counted.is_target)
         return {"eer": eer(points), "tar_at_1e-2": tar_at_far(points, 1e-2)[0]}
 
     return validate
