@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -29,6 +29,15 @@ __all__ = [
 ENROLMENT_RULES = ("embedding", "score")
 _BLOCK = 16384
 _LONGEST_ID = 4096
+
+
+class OfEncoder(Protocol):
+    """What comes from the embeddings of one encoder, and says of which."""
+
+    @property
+    def encoder(self) -> str:
+        """The encoder's digest; empty where it is not known."""
+        ...
 
 
 class Embeddings(Mapping):
@@ -117,8 +126,8 @@ class Embeddings(Mapping):
             warnings.warn(f"{what} and embeddings are the same {how}", stacklevel=3)
         return rows
 
-    def refuse_other(self, others: Embeddings, what: str) -> None:
-        """Refuse embeddings of another encoder: no cosine between the two says anything.
+    def refuse_other(self, others: OfEncoder, what: str) -> None:
+        """Refuse what is of another encoder's embeddings: no score between the two says anything.
 
         Where either does not say which encoder it is of, nothing is compared.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -234,6 +235,7 @@ def _plda(args) -> None:
     embeddings = load_embeddings(args.embeddings)
     if args.plda:
         plda = PLDA.load(args.plda)
+        note = refuse_shared(trials, plda.speakers, args.plda)
     else:
         if not args.train:
             raise ValueError("give --train embeddings to fit on, or a --plda file")
@@ -242,12 +244,15 @@ def _plda(args) -> None:
         speakers = _speakers_of(train, args.train_utt2spk)
         if speakers is None:
             raise ValueError(f"{args.train}: its ids do not tell the speakers: --train_utt2spk")
-        refuse_shared(trials, map(name_digest, speakers.values()), args.train)
+        note = refuse_shared(trials, map(name_digest, speakers.values()), args.train)
         plda = fit_plda(train, speakers, rank=args.rank, iterations=args.iterations)
+    if note:
+        warnings.warn(note, stacklevel=2)
     scores = plda.scores(embeddings, trials)
     if args.save:
         plda.save(args.save)
-    write_scores(args.output, trials, scores, {"kind": "plda"})
+    about = {"kind": "plda", "embeddings": embeddings.source, "encoder": embeddings.encoder}
+    write_scores(args.output, trials, scores, {k: value for k, value in about.items() if value})
     print(f"{args.output}: {len(trials):,} scores of {trials.source}")
 
 

@@ -12,7 +12,7 @@ for embeddings that are not, and to compare with systems that use it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 
 from speechbrain_qmargin.embeddings import Embeddings
 from speechbrain_qmargin.files import load_arrays, replacing
+from speechbrain_qmargin.scoring.separation import name_digest
 from speechbrain_qmargin.tables import some
 from speechbrain_qmargin.trials import Trials
 
@@ -41,6 +42,10 @@ class PLDA:
         Of the normalised embeddings.
     between, within : float64 arrays [D, D]
         Covariances of people and of their recordings.
+    encoder : str
+        Digest of the encoder whose embeddings it was fitted on; empty if not known.
+    speakers : sequence of str
+        Digests of the people it was fitted on.
 
     Examples
     --------
@@ -55,6 +60,8 @@ class PLDA:
     mean: np.ndarray
     between: np.ndarray
     within: np.ndarray
+    encoder: str = ""
+    speakers: Sequence[str] = ()
 
     @cached_property
     def _quadratic(self) -> tuple[np.ndarray, np.ndarray, float]:
@@ -88,10 +95,11 @@ class PLDA:
         Raises
         ------
         ValueError
-            An id without an embedding, embeddings of another length; as
+            An id without an embedding, embeddings of another encoder or another length; as
             :meth:`~speechbrain_qmargin.embeddings.Embeddings.enrolled`.
         """
         found = Embeddings.of(embeddings)
+        found.refuse_other(self, "the PLDA")
         if found.matrix.shape[1] != len(self.centre):
             raise ValueError(
                 f"embeddings have {found.matrix.shape[1]} dimensions, the PLDA {len(self.centre)}"
@@ -127,9 +135,11 @@ class PLDA:
             finite; with the file.
         """
         names = ("centre", "mean", "between", "within")
-        found = load_arrays(path, "a PLDA", names)
-        if not isinstance(found, dict) or len(found) < len(names):
+        found = load_arrays(path, "a PLDA", (*names, "encoder", "speakers"))
+        if not isinstance(found, dict) or not found.keys() >= set(names):
             raise ValueError(f"{path}: not a PLDA (it wants the arrays {', '.join(names)})")
+        encoder = str(found.pop("encoder", ""))
+        speakers = np.atleast_1d(found.pop("speakers", [])).astype(str).tolist()
         size = len(found["centre"]) if found["centre"].ndim == 1 else -1
         wanted = {"centre": (size,), "mean": (size,), "between": (size, size),
                   "within": (size, size)}  # fmt: skip
@@ -138,7 +148,7 @@ class PLDA:
                 raise ValueError(f"{path}: not a PLDA ({name} is {array.dtype} {array.shape})")
             if not np.isfinite(array).all():
                 raise ValueError(f"{path}: not a PLDA ({name} is not finite)")
-        return cls(**found)
+        return cls(**found, encoder=encoder, speakers=speakers)
 
 
 def fit_plda(
@@ -221,8 +231,10 @@ def fit_plda(
         np.asarray(factors.mean, dtype=np.float64),
         loading @ loading.T,
         np.asarray(factors.Sigma, dtype=np.float64),
+        found.encoder,
+        sorted(map(name_digest, names.tolist())),
     )
-    if not all(np.isfinite(array).all() for array in asdict(fitted).values()):
+    if not all(np.isfinite(array).all() for array in (fitted.between, fitted.within)):
         raise ValueError(
             "the PLDA did not converge to finite covariances: fewer dimensions (a lower rank) or "
             "more recordings are needed"

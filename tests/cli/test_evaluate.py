@@ -176,6 +176,9 @@ def test_plda(files, capsys):
     capsys.readouterr()
     assert run("plda", *given, files / "no.tsv", f"--train={files / 'test_two.npz'}") == 1
     assert "12 speakers are in test.txt too" in capsys.readouterr().err
+    own = [files / "dev_one.npz", files / "dev.txt"]
+    assert run("plda", *own, files / "no.tsv", f"--plda={saved}") == 1  # those it was fitted on
+    assert "plda.npz: 12 speakers are in dev.txt too" in capsys.readouterr().err
     assert run("plda", *given, files / "no.tsv") == 1
     assert "give --train embeddings" in capsys.readouterr().err
 

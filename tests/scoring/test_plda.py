@@ -5,8 +5,10 @@ import pytest
 from scipy.stats import multivariate_normal
 from speechbrain.processing.PLDA_LDA import Ndx, StatObject_SB, fast_PLDA_scoring
 
+from speechbrain_qmargin.embeddings import Embeddings, cosine_scores
 from speechbrain_qmargin.scoring.metrics import eer, operating_points
 from speechbrain_qmargin.scoring.plda import PLDA, fit_plda
+from speechbrain_qmargin.scoring.separation import name_digest
 from speechbrain_qmargin.trials import LabelledTrials, Trials
 
 
@@ -73,8 +75,6 @@ def test_the_mean_of_scores_is_that_of_the_recordings_scores():
 
 
 def test_it_beats_the_cosine_where_the_noise_has_a_direction():
-    from speechbrain_qmargin.embeddings import cosine_scores
-
     plda = fit_plda(*voices(0, 200))
     other, of = voices(1, 30, first=1000)
     trials = all_pairs(other, of)
@@ -92,6 +92,10 @@ def test_it_comes_back_from_its_file(tmp_path):
     np.testing.assert_array_equal(
         plda.scores(voices(1, 3)[0], trials), loaded.scores(voices(1, 3)[0], trials)
     )
+    assert loaded.speakers == sorted({name_digest(name) for name in speakers.values()})
+    old = {name: getattr(plda, name) for name in ("centre", "mean", "between", "within")}
+    np.savez(tmp_path / "old.npz", **old)
+    assert PLDA.load(tmp_path / "old.npz").encoder == ""
     for content, message in (
         ({"centre": np.zeros(2)}, "not a PLDA"),
         ({"centre": np.zeros(2), "mean": np.zeros(2), "between": np.eye(3), "within": np.eye(2)},
@@ -123,3 +127,14 @@ def test_what_cannot_be_fitted_is_said():
     plda = fit_plda(embeddings, speakers)
     with pytest.raises(ValueError, match="embeddings have 3 dimensions, the PLDA 5"):
         plda.scores({name: row[:3] for name, row in embeddings.items()}, all_pairs(*voices(0, 3)))
+
+
+def test_embeddings_of_another_encoder_are_refused(tmp_path):
+    embeddings, speakers = voices()
+    rows = np.stack(list(embeddings.values()))
+    fit_plda(Embeddings(list(embeddings), rows, encoder="5e11"), speakers).save(tmp_path / "p.npz")
+    plda, trials = PLDA.load(tmp_path / "p.npz"), all_pairs(embeddings, speakers)
+    same, other = (Embeddings(list(embeddings), rows, encoder=one) for one in ("5e11", "ac1d"))
+    np.testing.assert_array_equal(plda.scores(same, trials), plda.scores(embeddings, trials))
+    with pytest.raises(ValueError, match=r"the PLDA is of the encoder 5e11, .* of ac1d"):
+        plda.scores(other, trials)
