@@ -79,7 +79,8 @@ Measured = tuple  # what figures_of gives: values and influences
 FACE_FIGURES = FIGURES | {"TAR@1e-4": TarAtFar(1e-4)}
 FIRST_LISTS = {"trials_cv": "cv", "trials_gsc": "gsc", "trials_test": "acted"}
 SECOND_LISTS = {"second_cv": "second cv", "second_gsc": "second gsc"}
-LISTS = FIRST_LISTS | SECOND_LISTS
+THIRD_LISTS = {"third_cv": "third cv", "third_gsc": "third gsc"}
+LISTS = FIRST_LISTS | SECOND_LISTS | THIRD_LISTS
 TREATMENTS = ("cosine", "centred", "as-norm", "as-norm of strangers")
 WORST = 100
 
@@ -457,10 +458,11 @@ def tables(stage: str, data: Path, out: Path) -> str:
         shown = posterior_table(folders, ["trials_cv"])
         return speech_tables(folders) + "\n### What the losses do\n\n" + shown
     score_with_strangers(data, folders)
-    lists = SECOND_LISTS if stage.startswith("second") else FIRST_LISTS
+    looks = {"second": SECOND_LISTS, "second_long": SECOND_LISTS, "third": THIRD_LISTS}
+    lists = looks.get(stage, FIRST_LISTS)
     text = "The test that decides:\n\n" + decision_table(folders, list(lists)[:2])
     text += speech_tables(folders)
-    if stage in ("speech", "second"):
+    if stage in ("speech", "second", "third"):
         if stage == "speech":
             text += breakdown_table(data, folders)
         text += "\n### What the losses do\n\n" + posterior_table(folders, list(lists)[:1])

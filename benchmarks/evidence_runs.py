@@ -23,7 +23,7 @@ from speechbrain_qmargin.loss.functional import margin_for
 Run = tuple[list[str], Path]
 Runs = dict[tuple, Run]
 SEEDS, TUNING_SEED = range(5), 1000
-TUNINGS = ("tune", "second_tune", "faces_tune")
+TUNINGS = ("tune", "second_tune", "third_tune", "faces_tune")
 BY_FIGURES = (*TUNINGS, "classes")  # stages whose tables need no scores
 RECORD = Path(__file__).with_name("evidence_record.json")
 
@@ -87,6 +87,19 @@ WIDER_QMARGIN = points(
 )
 WIDER_QMARGIN[-1] |= RISING_ALPHA
 SECOND_SETTINGS = {"arcface": WIDER_COSINES, "cosface": WIDER_COSINES, "qmargin": WIDER_QMARGIN}
+
+# What the third tuning tries, with prototypes that start short.
+THIRD_COSINES = grid(scale=[16, 24, 32], margin=[0.2, 0.35])
+THIRD_QMARGIN = points(
+    (1.1, 32, 0.2),
+    (1.25, 10, 0.2),
+    (1.25, 10, 0.35),
+    (1.25, 20, 0.2),
+    (1.25, 32, 0.1),
+    (1.5, 10, 0.2),
+)
+THIRD_SETTINGS = {"arcface": THIRD_COSINES, "cosface": THIRD_COSINES, "qmargin": THIRD_QMARGIN}
+OWN_SETTINGS = {"second_tune": SECOND_SETTINGS, "third_tune": THIRD_SETTINGS}
 
 
 def options(system: str, setting: dict) -> list[str]:
@@ -152,8 +165,8 @@ def record(folders: Iterable[Path]) -> None:
 
 def settings_of(stage: str, system: str) -> list[dict]:
     """What a tuning stage trains of a system; nothing where there is no choice."""
-    if stage == "second_tune":
-        return SECOND_SETTINGS.get(system, [])
+    if stage in OWN_SETTINGS:
+        return OWN_SETTINGS[stage].get(system, [])
     settings = SYSTEMS[system][1]
     return settings if len(settings) > 1 else []
 
@@ -223,7 +236,8 @@ def over_seeds(
 # -- speech -------------------------------------------------------------------
 
 SMALL = ["--n_mels=40", "--embedding_dim=128", "--sentence_len=1.5", "--number_of_epochs=12"]
-SMALL += ["--num_valid_speakers=0"]
+SMALL += ["--num_valid_speakers=0", "--prototype_std=null"]  # SpeechBrain's, length 0.65 here
+SHORT = ["--prototype_std=0.01"]  # length 0.11
 ECAPA = ["--channels=64", "--attention_channels=32"]
 RESNET = ["--model=resnet34", "--width=8"]
 RISING = "margin from 0"  # over the first epochs
@@ -258,14 +272,16 @@ def all_pairs(names: Iterable[str]) -> str:
 
 
 def write_speech_lists(data: Path, out: Path) -> None:
-    """Of the tuning, of the second claim, and nested subsets; the same at every start."""
+    """Of the tuning, of the further looks, and nested subsets; the same at every start."""
     everyone = words(data / "voices/train_speakers.txt")
     both = everyone + words(data / "speech/train_speakers.txt")
     first = held_out(data, seed=0)
     aside = {speaker for speakers in first.values() for speaker in speakers}
     second = held_out(data, seed=1, without=aside)
+    aside |= {speaker for speakers in second.values() for speaker in speakers}
+    third = held_out(data, seed=2, without=aside)
     write_text(out / "lists/train.txt", "\n".join(both) + "\n")
-    for name, parts in (("tune", first), ("second", second)):
+    for name, parts in (("tune", first), ("second", second), ("third", third)):
         away = {speaker for speakers in parts.values() for speaker in speakers}
         rest = "\n".join(speaker for speaker in both if speaker not in away)
         write_text(out / f"lists/{name}_train.txt", rest + "\n")
@@ -409,10 +425,21 @@ def second_long(data: Path, out: Path, systems: list[str]) -> Runs:
     return over_seeds(out / "second_long", base, found, range(3))
 
 
+def third_tune(data: Path, out: Path, systems: list[str]) -> Runs:
+    return tuning(out, "third_tune", [*people_held_out(data, out, "tune"), *SHORT], systems)
+
+
+def third(data: Path, out: Path, systems: list[str]) -> Runs:
+    """The same comparison with prototypes that start short, on speakers who were in no list yet."""
+    found = tuned(out, "third_tune", [one for one in systems if one in THIRD_SETTINGS])
+    base = [*people_held_out(data, out, "third"), *SHORT]
+    return over_seeds(out / "third", base, found)
+
+
 # -- faces --------------------------------------------------------------------
 
 FACES = ["--number_of_epochs=15", "--batch_size=64", "--lr_reference_batch=64"]
-FACES += ["--image_size=64", "--warmup_epochs=2"]
+FACES += ["--image_size=64", "--warmup_epochs=2", "--prototype_std=null"]
 FACE_MODELS = {"iresnet": ["--depth=18", "--width=16"], "mobilefacenet": ["--model=mobilefacenet"]}
 FACE_SYSTEMS = ("arcface", "cosface", PRIMARY, "qmargin_prior", "adaface")
 TAILS, MOST_IMAGES = (1, 2, 4), 20
@@ -491,6 +518,8 @@ STAGES = {
     "second_tune": Stage("speech", second_tune),
     "second": Stage("speech", second),
     "second_long": Stage("speech", second_long),
+    "third_tune": Stage("speech", third_tune),
+    "third": Stage("speech", third),
     "faces_tune": Stage("face", faces_tune),
     "faces": Stage("face", faces),
 }

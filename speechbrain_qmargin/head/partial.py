@@ -32,7 +32,8 @@ class PartialHead(QMarginHead):
     sample_rate : float, in (0, 1]
         0.1 as published.
     **options
-        Of :class:`QMarginHead`: alpha, scale, margin, subcentres, sparse_grad, group, seed, sizes.
+        Of :class:`QMarginHead`: alpha, scale, margin, subcentres, sparse_grad, group, seed,
+        prototype_std, sizes.
 
     Raises
     ------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
 from torch import Tensor
@@ -26,11 +28,15 @@ class CosineClassifier(Classifier):
         Classes, C.
     subcentres : int
         Prototypes of each; they are neighbours in `weight` [C * subcentres, D].
+    prototype_std : float, optional
+        Standard deviation of their coordinates at the start, which are normal; see
+        :class:`~speechbrain_qmargin.head.QMarginHead`. None: SpeechBrain's, uniform by Xavier's
+        rule, sqrt(2 / (C * subcentres + D)).
 
     Raises
     ------
     ValueError
-        `subcentres` below 1 or not whole.
+        `subcentres` below 1 or not whole, a `prototype_std` that is not positive.
 
     Examples
     --------
@@ -39,11 +45,21 @@ class CosineClassifier(Classifier):
     (torch.Size([30, 4]), torch.Size([2, 1, 10]))
     """
 
-    def __init__(self, input_size: int, out_neurons: int, subcentres: int = 1) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        out_neurons: int,
+        subcentres: int = 1,
+        prototype_std: float | None = None,
+    ) -> None:
         if int(subcentres) != subcentres or subcentres < 1:
             raise ValueError(f"subcentres must be a whole number >= 1, got {subcentres}")
         super().__init__(input_size, out_neurons=out_neurons * int(subcentres))
         self.subcentres = int(subcentres)
+        if prototype_std is not None:
+            if not 0 < prototype_std < math.inf:
+                raise ValueError(f"prototype_std must be a finite number > 0, got {prototype_std}")
+            torch.nn.init.normal_(self.weight, std=float(prototype_std))
 
     def forward(self, x: Tensor) -> Tensor:
         """Cosines [B, 1, C] of embeddings [B, 1, D]."""
