@@ -53,7 +53,8 @@ class QMargin:
     """This package: exact."""
 
     def __init__(self, classes, dim, alpha, scale):
-        self.head = QMarginHead(dim, classes, alpha, scale, 0.2)
+        unit = dim**-0.5  # the contenders' prototypes are of length 1
+        self.head = QMarginHead(dim, classes, alpha, scale, 0.2, prototype_std=unit)
         self.weight = self.head.weight
         self.optimizer = RowSparseSGD(self.head.parameters(), lr=LR, head=self.head)
         self.head.prototypes()
@@ -318,7 +319,7 @@ def median_seconds(action, repetitions: int = 5) -> float:
 def roofline(classes: int, dim: int, batch: int) -> None:
     """The screening pass over the prototypes against the machine's product and memory."""
     torch.manual_seed(0)
-    head = QMarginHead(dim, classes)
+    head = QMarginHead(dim, classes, prototype_std=dim**-0.5)  # of length 1
     own = head.prototypes()
     if own.screen is None:
         raise SystemExit("--classes: from 32,768 on there is a pass to measure")

@@ -109,7 +109,7 @@ def measure_sparse(
     labels = torch.randint(classes, (batch,))
     embeddings = torch.randn(batch, 192)
     if noise is not None:
-        embeddings = heads[0].weight.detach()[labels] + noise * embeddings
+        embeddings = F.normalize(heads[0].weight.detach()[labels], dim=1) + noise * embeddings
     embeddings = 60 * F.normalize(embeddings, dim=1)  # between the norms of qmargin_magnitude
     times: list[list[float]] = [[] for _ in names]
     for repetition in range(repetitions + 1):

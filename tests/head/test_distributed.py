@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from processes import start
 from ranks import on_ranks
 
@@ -29,7 +30,7 @@ def batch(rank: int, world: int, classes: int):
 
 
 def near(embeddings, labels, head_weight):
-    return (head_weight[labels] + 0.2 * embeddings).requires_grad_()
+    return (F.normalize(head_weight[labels]) + 0.2 * embeddings).requires_grad_()
 
 
 def entry(rank, jobs, rendezvous):

@@ -152,6 +152,21 @@ def test_with_one_prototype_it_is_speechbrains_classifier():
         QMarginHead(DIM, 5, subcentres=0)
 
 
+def test_prototypes_start_with_the_coordinates_asked_for():
+    torch.manual_seed(0)
+    dense, head = CosineClassifier(64, 200, prototype_std=0.02), QMarginHead(64, 200, seed=3)
+    assert float(dense.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+    assert float(head.weight.detach().std()) == pytest.approx(0.01, rel=0.02)
+    longer = QMarginHead(64, 200, seed=3, prototype_std=0.02)
+    torch.testing.assert_close(longer.weight, 2 * head.weight, rtol=1e-6, atol=0)
+    for wrong in (0, -0.01, math.nan, math.inf):
+        for cls in (CosineClassifier, QMarginHead):
+            with pytest.raises(ValueError, match=r"prototype_std must be a finite number > 0, got"):
+                cls(4, 5, prototype_std=wrong)
+    with pytest.raises(ValueError, match=r"prototype_std must be .*, got None"):  # Xavier's, dense
+        QMarginHead(4, 5, prototype_std=None)
+
+
 @pytest.mark.parametrize("subcentres", [1, K])
 def test_the_dense_classifier_stays_in_float32_under_autocast(subcentres):
     torch.manual_seed(0)

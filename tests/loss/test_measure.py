@@ -224,7 +224,8 @@ def test_the_sparse_head_takes_the_same_measure(alpha, scale, classes):
     """And gives the same gradients, by the margins too."""
     torch.manual_seed(0)
     head, labels = QMarginHead(32, classes, seed=0).train(), torch.randint(classes, (8,))
-    x = head.weight.detach()[labels] + torch.linspace(0.05, 0.5, 8)[:, None] * torch.randn(8, 32)
+    own = F.normalize(head.weight.detach()[labels], dim=1)
+    x = own + torch.linspace(0.05, 0.5, 8)[:, None] * torch.randn(8, 32)
     margins, log_q = 0.4 * torch.rand(8), 4 * torch.randn(classes)
     sparse = [t.clone().requires_grad_() for t in (x, margins)]
     dense = [t.double().requires_grad_() for t in (x, margins)]

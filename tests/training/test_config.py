@@ -265,6 +265,19 @@ def test_the_partial_head_takes_its_own_rate_not_the_audios(recipe, tmp_path):
     assert experiment.load(out_n_neurons=10)["classifier"].sample_rate == 0.1
 
 
+@pytest.mark.parametrize("head", ["dense", "sparse", "partial"])
+@pytest.mark.parametrize("recipe", ["qmargin.yaml", "face_qmargin.yaml"])
+def test_prototypes_start_alike_in_every_head(recipe, head, tmp_path):
+    """Their length decides how fast SGD turns them; of Xavier's 300 classes it would be 5 times."""
+    options = [f"--head={head}", "--size=small", f"--output_folder={tmp_path}"]
+    classifier = load_experiment([str(HPARAMS / recipe), *options]).load(out_n_neurons=300)
+    weight = classifier["classifier"].weight.detach()
+    assert float(weight.std()) == pytest.approx(0.01, rel=0.02)
+    options.append("--prototype_std=0.03")
+    longer = load_experiment([str(HPARAMS / recipe), *options]).load(out_n_neurons=300)
+    assert float(longer["classifier"].weight.detach().std()) == pytest.approx(0.03, rel=0.02)
+
+
 @pytest.mark.parametrize("option", ["number_of_epochs=0", "batch_size=-4", "batch_size=2.5"])
 def test_settings_that_train_nothing_are_refused_before_anything_is_done(tmp_path, option):
     key, value = option.split("=")
