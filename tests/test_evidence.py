@@ -30,9 +30,9 @@ def record(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory) -> tuple[Path, Path]:
-    """Data and a folder of runs, its lists written: 120 speakers of one corpus, 40 of another."""
+    """Data and a folder of runs, its lists written: 140 speakers of one corpus, 60 of another."""
     data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("runs")
-    counts = {f"cv{n:03}": 4 for n in range(120)} | {f"gs{n:03}": 2 for n in range(40)}
+    counts = {f"cv{n:03}": 4 for n in range(140)} | {f"gs{n:03}": 2 for n in range(60)}
     for speaker, count in counts.items():
         folder = data / "voices/wav" / speaker / "0"
         folder.mkdir(parents=True)
@@ -66,18 +66,18 @@ def speakers_of(file: Path) -> set[str]:
     }
 
 
-def test_the_test_speakers_of_the_second_claim_tuned_nothing(people):
+def test_the_test_speakers_of_the_further_looks_tuned_nothing(people):
     _, out = people
     lists = out / "lists"
     parts = {
         name: speakers_of(lists / f"{name}_cv.txt") | speakers_of(lists / f"{name}_gsc.txt")
-        for name in ("tune", "second")
+        for name in ("tune", "second", "third")
     }
-    assert len(parts["tune"]) == len(parts["second"]) == 60
-    assert not parts["tune"] & parts["second"]
+    assert all(len(part) == 60 for part in parts.values())
+    assert len(set().union(*parts.values())) == 180
     for name, held in parts.items():
         trained = set((lists / f"{name}_train.txt").read_text().split())
-        assert len(trained) == 102
+        assert len(trained) == 142
         assert not trained & held
         assert {"actor1", "actor2"} < trained
 
@@ -136,6 +136,21 @@ def test_old_and_new_settings_compete(people, tmp_path):
     given = compare_losses.last_of_each(long["qmargin", 2][0])
     CommandLine.of(["hparams.yaml", *given])  # takes no option twice
     assert {"--number_of_epochs=30", "--alpha_until_epoch=20"} < set(given)
+
+
+def test_prototypes_start_short_in_the_third_look_alone(people, tmp_path):
+    data, _ = people
+    finish_tuning(tmp_path, "tune", {})
+    finish_tuning(tmp_path, "third_tune", {"qmargin": 2})
+    first, third = (STAGES[name].runs(data, tmp_path, THREE) for name in ("speech", "third"))
+    for runs, std in ((first, "null"), (third, "0.01")):
+        for given, _ in runs.values():
+            given = compare_losses.last_of_each(given)
+            CommandLine.of(["hparams.yaml", *given])
+            assert f"--prototype_std={std}" in given
+    assert [*third] == [(system, seed) for seed in range(5) for system in THREE]
+    assert {"--alpha=1.25", "--scale=10", "--margin=0.35"} < set(third["qmargin", 4][0])
+    assert evidence.tuning_table(tmp_path, "third_tune", list(SYSTEMS)).count("**50.0**") == 1
 
 
 def test_a_recorded_tuning_is_known_without_its_folders(people, tmp_path, record, monkeypatch):
