@@ -15,6 +15,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.data.speech_dataset import SpeechDataset
+from speechbrain_qmargin.export import inference
 from speechbrain_qmargin.export.encoder import SpeakerEncoder, load_encoder
 from speechbrain_qmargin.export.inference import (
     export_for_inference,
@@ -431,3 +432,17 @@ def test_an_onnx_file_that_disagrees_is_not_left(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"encoder\.onnx: onnxruntime's embeddings differ"):
         export_onnx(load_encoder(tmp_path), tmp_path / "encoder.onnx")
     assert not list(tmp_path.glob("*.onnx")) + list(tmp_path.glob(".*.onnx"))
+
+
+def test_what_a_module_draws_is_no_difference_between_two():
+    """SpeechBrain's pooling of statistics adds noise, which was another in each."""
+
+    class Noisy(torch.nn.Module):
+        def forward(self, x):
+            return x + 0.01 * torch.randn_like(x)
+
+    before = torch.random.get_rng_state()
+    inference._refuse_another(Noisy(), Noisy(), torch.ones(2, 4), "own.yaml")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with pytest.raises(ValueError, match=r"own\.yaml: the modules it describes, .* give other"):
+        inference._refuse_another(Noisy(), torch.nn.Identity(), torch.ones(2, 4), "own.yaml")

@@ -415,7 +415,7 @@ def test_errors():
 def near_the_margin(parameters):
     """Samples whose lead is about the hard margin, and what the loss is to be there."""
     torch.manual_seed(0)
-    weight = QMarginHead(256, 3000).weight.detach()
+    weight = F.normalize(QMarginHead(256, 3000).weight.detach())
     labels = torch.randint(3000, (256,))
     edge = {1.0: 0.01, 1.25: 0.040, 1.5: 0.053, 2.0: 0.053}[parameters[0]]
     noise = torch.linspace(0.8 * edge, 1.2 * edge, 256).unsqueeze(1)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from launches import FEW_CLASSES, Counted, interpreted
 from ranks import on_ranks
 
@@ -35,7 +36,7 @@ def batch(rank, weight, noise):
     """One sample of the first rank, two of the second, ...; on a CPU."""
     generator, rows = torch.Generator().manual_seed(rank), 1 + rank
     labels = torch.randint(len(weight), (rows,), generator=generator)
-    x = weight[labels] + noise * torch.randn(rows, DIM, generator=generator)
+    x = F.normalize(weight[labels]) + noise * torch.randn(rows, DIM, generator=generator)
     return (3 * x).requires_grad_(), labels
 
 
