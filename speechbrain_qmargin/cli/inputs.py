@@ -14,6 +14,7 @@ from speechbrain_qmargin.trials import Trials, read_unlabelled
 __all__ = [
     "add_cohort",
     "add_cohort_utt2spk",
+    "add_dev_scores",
     "add_encoder",
     "add_overwrite",
     "add_scored",

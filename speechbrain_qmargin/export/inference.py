@@ -352,9 +352,9 @@ def _refuse_another(encoder: nn.Module, loaded: nn.Module, noise: Tensor, hyperp
 
     What a module draws, as SpeechBrain's pooling of statistics does, is the same in both.
     """
-    rows = []
+    rows, device = [], [noise.device] if noise.is_cuda else []  # not every GPU's generator
     for module in (encoder, loaded):
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(device):
             torch.manual_seed(0)
             rows.append(module(noise))
     found = difference(*rows)
