@@ -103,11 +103,14 @@ class Reader(Protocol):
         "speech" or "faces".
     digest : str
         The encoder's.
+    rules : str
+        By which it is decided what is fit, and how that is read: embeddings of files taken by other
+        rules are others.
 
     Examples
     --------
     >>> class Written:      # embeddings as text
-    ...     modality, digest = "speech", "encoder 1"
+    ...     modality, digest, rules = "speech", "encoder 1", ""
     ...
     ...     def read(self, source):
     ...         return Sample([torch.tensor([float(number) for number in source.split()])], None)
@@ -122,6 +125,7 @@ class Reader(Protocol):
 
     modality: str
     digest: str
+    rules: str
 
     def read(self, source: Source) -> Sample:
         """Read and check; OSError for what cannot be decoded, :class:`Unfit` for what is not fit.
@@ -192,7 +196,7 @@ class SpeechReader:
             raise ValueError(f"the window is {window!r} s; at least 1 s")
         self.encoder, self.limits = encoder, limits or SpeechLimits()
         self.window, self.checked = window, checked
-        self.digest = encoder.digest()
+        self.digest, self.rules = encoder.digest(), f"{checked} {self.limits} {window}"
         self._lock = threading.Lock()
 
     def read(self, source: Source) -> Sample:
@@ -295,7 +299,7 @@ class FaceReader:
     ) -> None:
         self.encoder, self.limits = encoder, limits or FaceLimits()
         self.batch, self.checked = batch, checked
-        self.digest = encoder.digest()
+        self.digest, self.rules = encoder.digest(), f"{checked} {self.limits}"
         self._lock = threading.Lock()
 
     def read(self, source: Source) -> Sample:

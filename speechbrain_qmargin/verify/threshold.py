@@ -101,7 +101,7 @@ def embed_files(
     >>> import torch
     >>> from speechbrain_qmargin.verify.readers import Sample
     >>> class Written:      # a reader of embeddings as text
-    ...     modality, digest = "speech", "encoder 1"
+    ...     modality, digest, rules = "speech", "encoder 1", ""
     ...
     ...     def read(self, source):
     ...         if not source:
@@ -116,8 +116,7 @@ def embed_files(
     >>> list(found), faults
     (['ann/1', 'bob/1'], {'bob/2': 'the content is empty'})
     """
-    fit = [getattr(reader, name, None) for name in ("checked", "limits", "window")]
-    parts = EmbeddingParts(folder, f"{reader.digest} verified {fit}")
+    parts = EmbeddingParts(folder, f"{reader.digest} verified {reader.rules}")
     merged, faults = extract_items(
         parts,
         files,

@@ -188,7 +188,7 @@ class Verifier:
     >>> from speechbrain_qmargin.scoring.decision import choose_operating_point
     >>> from speechbrain_qmargin.scoring.metrics import operating_points
     >>> class Written:      # a reader of embeddings as text
-    ...     modality, digest = "speech", "encoder 1"
+    ...     modality, digest, rules = "speech", "encoder 1", ""
     ...
     ...     def read(self, source):
     ...         return Sample([torch.tensor([float(number) for number in source.split()])], None)

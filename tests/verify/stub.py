@@ -21,7 +21,7 @@ class Heard:
 class Stub:
     """``b"ann 3"`` is the third recording of ann; ``b"noise"`` is refused."""
 
-    modality, digest = "speech", DIGEST
+    modality, digest, rules = "speech", DIGEST, "checked"
 
     def __init__(self, size=32, spread=0.8, digest=DIGEST):
         self.size, self.spread, self.digest = size, spread, digest

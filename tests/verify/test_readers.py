@@ -4,6 +4,7 @@ import io
 import math
 from dataclasses import fields
 from itertools import groupby
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -345,3 +346,16 @@ def test_a_published_model_is_a_reader_and_its_threshold_lies_beside_it(tmp_path
     verifier = Verifier.load(folder)
     assert len(verifier.enrol("Ann", file)) == 1
     assert [one.name for one in folder.iterdir() if "sqlite" in one.name] == []
+
+
+def test_rules_are_others_where_something_else_is_fit_or_read():
+    def encoder():
+        return SimpleNamespace(image_size=112, sample_rate=RATE, digest=lambda: "encoder 1")
+
+    for reader, options in (
+        (SpeechReader, {"checked": False, "window": 6.0, "limits": SpeechLimits(max_seconds=2)}),
+        (FaceReader, {"checked": False, "limits": FaceLimits(max_pixels=9)}),
+    ):
+        made = [reader(encoder()), *(reader(encoder(), **{k: v}) for k, v in options.items())]
+        assert len({one.rules for one in made}) == len(made)
+        assert reader(encoder()).rules == made[0].rules

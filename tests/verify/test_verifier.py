@@ -323,7 +323,7 @@ def test_an_interrupted_threshold_goes_on_with_its_own_people_alone(tmp_path):
             np.testing.assert_array_equal(found[name], READER.vector(f"{source} {name}"))
 
     class Unchecked(Stub):
-        checked = False
+        rules = "unchecked"
 
     with pytest.raises(ValueError, match=r"parts holds embeddings of another model or of other"):
         threshold.embed_files(Unchecked(), sources["one"], tmp_path / "parts")
