@@ -35,7 +35,6 @@ from compare_losses import (
     train_all,
 )
 from evidence_runs import (
-    ALPHAS,
     BY_FIGURES,
     COUNTS,
     FACE_SYSTEMS,
@@ -355,30 +354,30 @@ def draw(
 
 
 def classes_table(folders: Mapping[tuple, Path]) -> str:
+    """Of {(number of speakers, alpha and r, seed): folder}."""
     found: dict[tuple, list] = {}
-    for (count, alpha, _), folder in folders.items():
+    for (count, point, _), folder in folders.items():
         results = results_of(folder)
         if results is not None:
             values = [
                 [value(results, trials, figure) for figure in ("EER", "TAR@FAR=0.01")]
                 for trials in results["lists"]
             ]
-            found.setdefault((count, alpha), []).append(values)
+            found.setdefault((count, point), []).append(values)
+    points = list(dict.fromkeys(point for _, point, _ in folders))
     lines = []
     for at, name in enumerate(("cv", "gsc")):
         for figure, what in enumerate(("EER, %", "TAR@1e-2, %")):
             for count in COUNTS:
                 cells = [
-                    spread([values[at][figure] for values in found[count, alpha]])
-                    if (count, alpha) in found
+                    spread([values[at][figure] for values in found[count, point]])
+                    if (count, point) in found
                     else ""
-                    for alpha in ALPHAS
+                    for point in points
                 ]
                 if any(cells):
                     lines.append([name, what, str(count), *cells])
-    return markdown(
-        ["list", "figure", "speakers", *(f"alpha {alpha:g}" for alpha in ALPHAS)], lines
-    )
+    return markdown(["list", "figure", "speakers", *(f"alpha {point}" for point in points)], lines)
 
 
 def face_tables(data: Path, out: Path, folders: Mapping[tuple, Path]) -> str:
@@ -443,7 +442,7 @@ def tables(stage: str, data: Path, out: Path) -> str:
         systems = FACE_SYSTEMS if stage == "faces_tune" else list(SYSTEMS)
         return tuning_table(out, stage, systems)
     runs = STAGES[stage].runs(data, out, list(SYSTEMS))
-    if stage == "classes":
+    if stage in ("classes", "third_classes"):
         return classes_table({key: folder for key, (_, folder) in runs.items()})
     folders = finished(runs)
     if not folders:

@@ -24,7 +24,7 @@ Run = tuple[list[str], Path]
 Runs = dict[tuple, Run]
 SEEDS, TUNING_SEED = range(5), 1000
 TUNINGS = ("tune", "second_tune", "third_tune", "faces_tune")
-BY_FIGURES = (*TUNINGS, "classes")  # stages whose tables need no scores
+BY_FIGURES = (*TUNINGS, "classes", "third_classes")  # stages whose tables need no scores
 RECORD = Path(__file__).with_name("evidence_record.json")
 
 
@@ -241,7 +241,11 @@ SHORT = ["--prototype_std=0.01"]  # length 0.11
 ECAPA = ["--channels=64", "--attention_channels=32"]
 RESNET = ["--model=resnet34", "--width=8"]
 RISING = "margin from 0"  # over the first epochs
-COUNTS, ALPHAS, STEPS = (30, 100, 300, 438), (1, 1.25, 1.5, 1.75, 2), 800
+
+# Numbers of classes, steps, and the (alpha, r) with r = (alpha - 1) scale; at alpha 1 CosFace
+COUNTS, STEPS, PAPERS_RATE = (30, 100, 300, 438), 800, 5
+CLASS_POINTS = [(alpha, PAPERS_RATE) for alpha in (1, 1.25, 1.5, 1.75, 2)]
+THIRD_CLASS_POINTS = [(1, 5), (1.25, 2.5), (1.25, 5), (1.5, 5), (2, 5)]
 
 
 def utterances(data: Path, speaker: str) -> list[str]:
@@ -336,25 +340,39 @@ def others(data: Path, out: Path, systems: list[str]) -> Runs:
 
 
 def resnet(data: Path, out: Path, systems: list[str]) -> Runs:
-    """Another encoder with the settings that the first one's tuning chose."""
-    found = tuned(out, "tune", [one for one in ("arcface", "cosface", PRIMARY) if one in systems])
-    return over_seeds(out / "resnet", three_lists(data, out, RESNET), found)
+    """Another encoder with the settings that the first one's third tuning chose."""
+    found = tuned(out, "third_tune", [one for one in systems if one in THIRD_SETTINGS])
+    return over_seeds(out / "resnet", [*three_lists(data, out, RESNET), *SHORT], found)
 
 
-def classes(data: Path, out: Path, _: list[str]) -> Runs:
+def class_point(alpha: float, rate: float) -> str:
+    return f"{alpha:g}" if rate == PAPERS_RATE else f"{alpha:g}, r {rate:g}"
+
+
+def by_classes(data: Path, out: Path, base: list[str], points: Sequence, seeds: int) -> Runs:
+    """The same number of steps for each number of speakers, into the folder `out`."""
     runs = {}
-    for seed, count, alpha in itertools.product(range(2), COUNTS, ALPHAS):
-        train = out / f"lists/train_{count}.txt"
+    for seed, count, (alpha, rate) in itertools.product(range(seeds), COUNTS, points):
+        train = out.parent / f"lists/train_{count}.txt"
         size = sum(len(utterances(data, speaker)) for speaker in words(train))
         epochs = round(STEPS / max(size // 64, 1))
-        setting = {"scale": 20 if alpha == 1 else 5 / (alpha - 1), "margin": 0.2}
+        setting = {"scale": 20 if alpha == 1 else rate / (alpha - 1), "margin": 0.2}
         loss = ["--loss=cosface"] if alpha == 1 else ["--loss=qmargin", f"--alpha={alpha}"]
         loss += [f"--{key}={value:.4g}" for key, value in setting.items()]
         given = [*speech_options(data, train, *test_lists(data)), f"--number_of_epochs={epochs}"]
         given += [f"--warmup_epochs={max(round(0.15 * epochs), 1)}", "--cohort_utterances=0"]
-        folder = out / f"classes/{count}_{alpha:g}_{seed}"
-        runs[count, alpha, seed] = ([*given, f"--seed={seed}", *loss], folder)
+        point = class_point(alpha, rate)
+        folder = out / f"{count}_{point.replace(', r ', '_r')}_{seed}"
+        runs[count, point, seed] = ([*given, *base, f"--seed={seed}", *loss], folder)
     return runs
+
+
+def classes(data: Path, out: Path, _: list[str]) -> Runs:
+    return by_classes(data, out / "classes", [], CLASS_POINTS, seeds=2)
+
+
+def third_classes(data: Path, out: Path, _: list[str]) -> Runs:
+    return by_classes(data, out / "third_classes", SHORT, THIRD_CLASS_POINTS, seeds=1)
 
 
 def finetune(data: Path, out: Path, _: list[str]) -> Runs:
@@ -431,7 +449,8 @@ def third_tune(data: Path, out: Path, systems: list[str]) -> Runs:
 
 def third(data: Path, out: Path, systems: list[str]) -> Runs:
     """The same comparison with prototypes that start short, on speakers who were in no list yet."""
-    found = tuned(out, "third_tune", [one for one in systems if one in THIRD_SETTINGS])
+    tested = [*THIRD_SETTINGS, "auto", "published"]
+    found = tuned(out, "third_tune", [one for one in systems if one in tested])
     base = [*people_held_out(data, out, "third"), *SHORT]
     return over_seeds(out / "third", base, found)
 
@@ -520,6 +539,7 @@ STAGES = {
     "second_long": Stage("speech", second_long),
     "third_tune": Stage("speech", third_tune),
     "third": Stage("speech", third),
+    "third_classes": Stage("speech", third_classes),
     "faces_tune": Stage("face", faces_tune),
     "faces": Stage("face", faces),
 }
