@@ -188,7 +188,7 @@ def test_the_number_of_classes_is_the_mean_of_recorded_and_new_runs(people, tmp_
     second = tmp_path / "second/classes/30_1.25_1"
     finish(second, 0.5)
     table = evidence.classes_table({(30, "1.25", 0): first, (30, "1.25", 1): second})
-    assert "| cv | TAR@1e-2, % | 30 |  | 45.00 ± 7.07 |  |  |  |" in table
+    assert "| cv | TAR@1e-2, % | 30 | 45.00 ± 7.07 |" in table
     assert evidence.tables("classes", data, out).count("40.00") == 2
 
 
