@@ -62,6 +62,7 @@ CREATE TABLE recordings (
 );
 CREATE INDEX recordings_of ON recordings(person);
 """
+_STATEMENTS = [one.strip() for one in _SCHEMA.split(";") if one.strip()]
 _HELD = "encoder, embedding, quality, added, checksum"
 MAX_NAME = 200
 _UNSEEN = re.compile(  # Unicode's Default_Ignorable_Code_Point, and the blank of Braille
@@ -223,7 +224,8 @@ class People:
     Parameters
     ----------
     path : path
-        Made if it is not there, readable by its owner alone.
+        Made if it is not there, readable by its owner alone. One that may only be read can be
+        opened; enrolling and deleting are then a StorageFault.
 
     Raises
     ------
@@ -271,29 +273,43 @@ class People:
         run("PRAGMA foreign_keys=ON")
         run("PRAGMA temp_store=MEMORY")
         run("PRAGMA trusted_schema=OFF")
-        statements = [one.strip() for one in _SCHEMA.split(";") if one.strip()]
+        with self._reading():  # a file that may only be read is opened too
+            run("BEGIN")
+            try:
+                empty = self._is_empty()
+            finally:
+                run("COMMIT")
+        if not empty:
+            return
         with self._writing():
-            (kind,), (version,) = (
-                run(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
-            )
-            schema = run("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
-            if not schema and not kind:
-                for statement in statements:
+            if self._is_empty():  # still
+                for statement in _STATEMENTS:
                     run(statement)
                 run(f"PRAGMA application_id={_FORMAT}")
                 run(f"PRAGMA user_version={_VERSION}")
-            elif kind != _FORMAT:
-                raise ValueError(f"{self.path}: a database of something else, not of enrolments")
-            elif version != _VERSION:
-                raise ValueError(
-                    f"{self.path}: of version {version}, written by a newer release; this reads "
-                    f"{_VERSION}"
-                )
-            elif sorted(sql for (sql,) in schema) != sorted(statements):
-                raise ValueError(  # a trigger may put one person's embedding in another's place
-                    f"{self.path}: not as this package writes it; it has other tables, or triggers "
-                    "that would act on enrolments"
-                )
+
+    def _is_empty(self) -> bool:
+        """Whether nobody has written to the file yet; what is not of enrolments is refused."""
+        run = self._db.execute
+        (kind,), (version,) = (
+            run(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
+        )
+        schema = run("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+        if not schema and not kind:
+            return True
+        if kind != _FORMAT:
+            raise ValueError(f"{self.path}: a database of something else, not of enrolments")
+        if version != _VERSION:
+            raise ValueError(
+                f"{self.path}: of version {version}, written by a newer release; this reads "
+                f"{_VERSION}"
+            )
+        if sorted(sql for (sql,) in schema) != sorted(_STATEMENTS):
+            raise ValueError(  # a trigger may put one person's embedding in another's place
+                f"{self.path}: not as this package writes it; it has other tables, or triggers "
+                "that would act on enrolments"
+            )
+        return False
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:

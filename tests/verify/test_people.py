@@ -179,6 +179,26 @@ def test_a_change_by_another_connection_is_seen(file):
     assert one.version() != before
 
 
+def test_a_file_that_may_only_be_read_verifies(file, monkeypatch):
+    people = People(file)
+    people.enrol("Ann", np.ones((1, 4)), "encoder 1")
+    people.close()
+    connect = sqlite3.connect  # as SQLite opens what it may not write; root may write everything
+
+    def to_read(path, **settings):
+        return connect(f"{path.as_uri()}?mode=ro", uri=True, **settings)
+
+    monkeypatch.setattr(sqlite3, "connect", to_read)
+    people = People(file)
+    np.testing.assert_array_equal(people.embeddings("Ann", "encoder 1"), np.ones((1, 4)))
+    with pytest.raises(StorageFault, match="readonly"):
+        people.enrol("Bob", np.ones((1, 4)), "encoder 1")
+    with pytest.raises(StorageFault, match="readonly"):
+        people.delete("Ann")
+    assert [one.name for one in people.list()] == ["Ann"]
+    people.close()
+
+
 def test_another_file_is_refused(file):
     file.write_text("no database, but long enough to be looked at " * 40)
     with pytest.raises(ValueError, match="no file of enrolments"):
