@@ -54,8 +54,8 @@ SYSTEMS: dict[str, tuple[list[str], list[dict]]] = {
     "cosface": (["--loss=cosface"], COSINES),
     "qmargin": (["--loss=qmargin"], QMARGIN),
     "published": (["--loss=qmargin"], points((1.5, 10, 0.2))),
-    "auto": (["--loss=qmargin_auto"], [{}]),
-    "auto_before": (["--loss=qmargin"], points((1.25, 20, 0.2))),  # what it said before
+    "auto": (["--loss=qmargin"], points((1.25, 10, 0.17))),  # what qmargin_auto said for a while
+    "auto_before": (["--loss=qmargin"], points((1.25, 20, 0.2))),  # what it said before and since
     "adaface": (["--loss=adaface"], grid(scale=[16, 32], margin=[0.2, 0.4, 0.6])),
     "subcenter": (["--loss=arcface", "--subcentres=3"], COSINES),
     "qmargin_norm": (["--loss=qmargin_norm"], QMARGIN),

@@ -35,7 +35,7 @@ class QMarginAutoLoss(QMarginLoss):
     Examples
     --------
     >>> QMarginAutoLoss(num_classes=438, samples=28_000)
-    QMarginAutoLoss(alpha=1.25, scale=10.0, margin=0.2, hard_margin_cos=0.659)
+    QMarginAutoLoss(alpha=1.25, scale=20.0, margin=0.2, hard_margin_cos=0.544)
     """
 
     sized_by_task = True

@@ -36,9 +36,8 @@ __all__ = ["ClassStatistics", "Expected", "Suggestion", "expected", "suggest_par
 _SPEECH, _FACES = (17_982, 1.5, 5.0), (2_060_000, 1.25, 8.0)
 _MARGIN = 0.2
 _LEAST_ALPHA, _ALPHA_STEP = 1.25, 0.05
-_LEAST_RATE, _RATE_STEP = 2.5, 0.5  # of (alpha - 1) scale
 # How often other classes' samples should push a prototype away in a training; docs/parameters.md
-_ENOUGH_PUSHES = 14_000
+_ENOUGH_PUSHES = 4000
 _REACHED = 0.85  # the target's cosine that training is trusted to reach, for some samples
 _TRAINED = 0.7  # an ordinary sample's after training
 _MOST_DIMENSIONS = 1 << 20
@@ -309,9 +308,8 @@ def suggest_parameters(
     1. The paper's settings hold at its two sizes, (1.5, 10, 0.2) up to VoxCeleb2 and (1.25, 32,
        0.2) at WebFace42M; between them alpha and (alpha - 1) scale go with the logarithm of the
        number of classes.
-    2. Where `samples` are so few that a prototype would be pushed away by fewer than 14,000 samples
-       of other classes, alpha falls at the same hard margin, down to 1.25, then (alpha - 1) scale,
-       down to 2.5: more classes are active.
+    2. Where `samples` are so few that a prototype would be pushed away by fewer than 4,000 samples
+       of other classes, alpha falls at the same hard margin, down to 1.25: more classes are active.
     3. Where the hard margin asks for a target's cosine above 0.85, the margin is lowered. Where
        even a margin of 0 asks for more, it is 0, and the reasons say what would be enough.
 
@@ -341,15 +339,13 @@ def suggest_parameters(
     Examples
     --------
     >>> print(suggest_parameters(438, samples=12 * 2341))
-    alpha 1.25, scale 10, margin 0.2 for 438 classes in 192 dimensions
+    alpha 1.25, scale 20, margin 0.2 for 438 classes in 192 dimensions
     - (alpha - 1) scale = 5: the paper's setting for speakers
-    - alpha 1.25 instead of 1.5, (alpha - 1) scale 2.5 instead of 5: 28092 samples are few, \
-and more classes must be active
-    - hard margin 0.66 in cosine; half of the samples rest where the target's cosine is 0.85
-    - support: 250 classes before training; 94 for a trained sample whose target's cosine is \
-0.7, 0 % of which rest
-    - each prototype is pushed away by some 16012 samples of other classes in 28092 training \
-samples
+    - alpha 1.25 instead of 1.5: 28092 samples are few, and more classes must be active
+    - hard margin 0.54 in cosine; half of the samples rest where the target's cosine is 0.73
+    - support: 73 classes before training; 4 for a trained sample whose target's cosine is 0.7, \
+4 % of which rest
+    - each prototype is pushed away by some 4665 samples of other classes in 28092 training samples
     >>> found = suggest_parameters(5994)
     >>> found.alpha, found.scale, round(found.margin, 3)
     (1.5, 10.0, 0.2)
@@ -367,57 +363,50 @@ samples
     where = {0.0: "the paper's setting for speakers", 1.0: "the paper's setting for faces"}
     between = "between the paper's settings for speakers and faces, by the number of classes"
     most = _on_grid(_SPEECH[1] + share * (_FACES[1] - _SPEECH[1])) if alpha is None else alpha
-    most_rate = _SPEECH[2] + share * (_FACES[2] - _SPEECH[2])
-    reasons = [f"(alpha - 1) scale = {most_rate:.3g}: {where.get(share, between)}"]
+    rate = _SPEECH[2] + share * (_FACES[2] - _SPEECH[2])
+    reasons = [f"(alpha - 1) scale = {rate:.3g}: {where.get(share, between)}"]
     if alpha is not None:
         reasons.append(f"alpha {alpha:g}: given")
 
-    def at(order: float, rate: float, margin: float = _MARGIN) -> Suggestion:
+    def at(order: float, margin: float = _MARGIN) -> Suggestion:
         scale = round(rate / (order - 1), 3)
         margin = float(margin)
         return Suggestion(num_classes, embedding_dim, samples, order, scale, margin, tuple(reasons))
 
-    def short(order: float, rate: float) -> bool:
-        return (at(order, rate).pushes or math.inf) < _ENOUGH_PUSHES
-
-    order, rate = most, most_rate
-    while alpha is None and order > _LEAST_ALPHA and short(order, rate):
+    order, least = most, _LEAST_ALPHA if alpha is None else most
+    while order > least and (at(order).pushes or math.inf) < _ENOUGH_PUSHES:
         order = _on_grid(order - _ALPHA_STEP)
-    while rate > _LEAST_RATE and short(order, rate):
-        rate = max(_LEAST_RATE, rate - _RATE_STEP)
-    lower = [f"alpha {order:g} instead of {most:g}"] if order < most else []
-    lower += (
-        [f"(alpha - 1) scale {rate:.3g} instead of {most_rate:.3g}"] if rate < most_rate else []
-    )
-    if lower:
-        few = f"{samples} samples are few, and more classes must be active"
-        reasons.append(f"{', '.join(lower)}: {few}")
-    pushes = at(order, rate).pushes
+    if order < most:
+        reasons.append(
+            f"alpha {order:g} instead of {most:g}: {samples} samples are few, and more classes "
+            "must be active"
+        )
+    pushes = at(order).pushes
     if pushes is not None and pushes < _ENOUGH_PUSHES:
         reasons.append(
             f"the training is short: {_ENOUGH_PUSHES / pushes:.1f} times as many epochs would be "
-            "enough; alpha and scale go no lower"
+            f"enough at alpha {order:g}"
         )
     largest = _largest(num_classes, embedding_dim)
-    usual = at(order, rate)
+    usual = at(order)
     lead = usual.hard_margin
     if lead + largest <= _REACHED:
         return usual
     wrong = f"with wrong cosines up to {largest:.2f} in {embedding_dim} dimensions"
-    without = at(order, rate, 0.0)
+    without = at(order, 0.0)
     if without.resting_cosine > _REACHED:
         reasons.append(
             f"margin 0: {wrong}, even the hard margin of {without.hard_margin:.2f} that is there "
             f"without one asks for a target's cosine of {without.resting_cosine:.2f}; for one "
             f"within reach {without.remedy}"
         )
-        return at(order, rate, 0.0)
+        return at(order, 0.0)
     margin = margin_for(order, usual.scale, _REACHED - largest)
     reasons.append(
         f"margin {margin:.3g} instead of {_MARGIN:g}: {wrong}, the usual hard margin of "
         f"{lead:.2f} would ask for a target's cosine of {lead + largest:.2f}"
     )
-    return at(order, rate, margin)
+    return at(order, margin)
 
 
 def _between(num_classes: int) -> float:

@@ -46,7 +46,7 @@ def test_a_hard_margin_beyond_any_cosine():
     assert text.startswith(
         "out of reach: no sample can be at zero loss, for the hard margin of 6.8"
     )
-    assert flags(text) == (1.25, 10, 0.2)
+    assert flags(text) == (1.25, 20, 0.2)
     text = advice(QMarginLoss(1.5, 10, 0.2), Progress(0.0, 0.9, 100_000, 64))
     assert "ask for a target's cosine of 1.0" in text
     assert flags(text)[2] < 0.15

@@ -71,8 +71,8 @@ def test_loss_head_and_model_are_one_flag_each(corpus, tmp_path, option):
         assert results["loss"]["temperature"] == 1
     if "auto" in option:
         log = (output / "log.txt").read_text()
-        assert results["loss"] == {"alpha": 1.25, "scale": 10, "margin": 0.2}
-        assert "alpha 1.25, scale 10, margin 0.2 for 8 classes in 16 dimensions" in log
+        assert results["loss"] == {"alpha": 1.25, "scale": 20, "margin": 0.2}
+        assert "alpha 1.25, scale 20, margin 0.2 for 8 classes in 16 dimensions" in log
 
 
 def test_bad_input_is_named_before_anything_is_trained(corpus, tmp_path):

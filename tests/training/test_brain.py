@@ -340,7 +340,7 @@ def test_settings_out_of_reach_are_named_once(folder, tmp_path):
     fit()
     first, second = brain.history()
     assert first["advice"].startswith("out of reach: no sample can be at zero loss")
-    assert "--alpha 1.25 --scale 10 --margin 0.2" in first["advice"]
+    assert "--alpha 1.25 --scale 20 --margin 0.2" in first["advice"]
     assert "advice" not in second
     assert (tmp_path / "log.txt").read_text().count("qmargin is out of reach") == 1
 
