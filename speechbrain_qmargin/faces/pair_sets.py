@@ -27,6 +27,7 @@ from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.scoring.uncertainty import mark_of, rate_interval, scarcer
 from speechbrain_qmargin.trials import LabelledTrials
+from speechbrain_qmargin.trials.pairs import as_labels
 
 __all__ = [
     "FLIPS",
@@ -363,7 +364,7 @@ def pair_set_figures(
 
 
 def _checked(scores, is_same, folds: int) -> tuple[np.ndarray, np.ndarray]:
-    scores, is_same = np.asarray(scores), np.asarray(is_same, dtype=bool)
+    scores, is_same = np.asarray(scores), as_labels(is_same)
     if scores.shape != is_same.shape or scores.ndim != 1:
         raise ValueError(f"scores {scores.shape} and labels {is_same.shape} must be equal, [N]")
     if not np.isfinite(scores).all():

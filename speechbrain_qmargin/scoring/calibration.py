@@ -23,6 +23,7 @@ from speechbrain_qmargin.scoring.separation import (
     speaker_digests,
 )
 from speechbrain_qmargin.trials import LabelledTrials, Trials
+from speechbrain_qmargin.trials.pairs import as_labels
 
 __all__ = ["Calibration", "digest", "fit_calibration", "fit_log_odds"]
 
@@ -232,7 +233,7 @@ def fit_log_odds(
 
     if not 0 < p_target < 1:
         raise ValueError(f"p_target must be in (0, 1), got {p_target}")
-    is_target = np.asarray(is_target, dtype=bool)
+    is_target = as_labels(is_target)
     number = np.count_nonzero(is_target)
     if number in (0, len(is_target)):
         raise ValueError("calibration needs target and impostor trials")

@@ -14,6 +14,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+from speechbrain_qmargin.trials.pairs import as_labels
 
 __all__ = [
     "EER_METHODS",
@@ -142,7 +145,7 @@ def _least_at(threshold: float, dtype: np.dtype) -> np.floating:
     return least
 
 
-def operating_points(scores: np.ndarray, is_target: np.ndarray) -> OperatingPoints:
+def operating_points(scores: ArrayLike, is_target: ArrayLike) -> OperatingPoints:
     """All operating points that any metric needs.
 
     Parameters
@@ -150,11 +153,13 @@ def operating_points(scores: np.ndarray, is_target: np.ndarray) -> OperatingPoin
     scores : float array [N]
         Higher is more alike. float32 stays float32.
     is_target : bool array [N]
+        1 and 0 are taken as well.
 
     Raises
     ------
     ValueError
-        Shapes that disagree, scores that are not finite, or one class missing.
+        Shapes that disagree, scores that are not finite, labels that are none, or one class
+        missing.
 
     Examples
     --------
@@ -162,7 +167,7 @@ def operating_points(scores: np.ndarray, is_target: np.ndarray) -> OperatingPoin
     >>> points.frr, points.far
     (array([0. , 0.5, 1. ]), array([0.5, 0. , 0. ]))
     """
-    scores, is_target = np.asarray(scores), np.asarray(is_target, dtype=bool)
+    scores, is_target = np.asarray(scores), as_labels(is_target)
     if scores.shape != is_target.shape or scores.ndim != 1:
         raise ValueError(f"scores {scores.shape} and labels {is_target.shape} must be equal, [N]")
     if not np.issubdtype(scores.dtype, np.floating):

@@ -16,13 +16,40 @@ from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from speechbrain_qmargin.tables import composed_name, some
 from speechbrain_qmargin.trials.ids import speaker_in
 
-__all__ = ["Distinct", "LabelledTrials", "Lost", "Trials", "index_pairs"]
+__all__ = ["Distinct", "LabelledTrials", "Lost", "Trials", "as_labels", "index_pairs"]
 
 AnyTrials = TypeVar("AnyTrials", bound="Trials")
+
+
+def as_labels(labels: ArrayLike, name: str = "labels") -> np.ndarray:
+    """Labels as bool: as an index, or behind "not", 1 and 0 are something else.
+
+    Raises
+    ------
+    ValueError
+        What is neither True nor False, 1 nor 0: to numpy -1, NaN and "nontarget" are all true.
+
+    Examples
+    --------
+    >>> as_labels([1, 0, 1])
+    array([ True, False,  True])
+    >>> as_labels([1, -1])
+    Traceback (most recent call last):
+    ValueError: labels: a label is neither True nor False, 1 nor 0: -1
+    """
+    found = np.asarray(labels)
+    if found.dtype == bool:
+        return found
+    known = found.dtype.kind not in "US" and np.isin(found, (0, 1))
+    if not np.all(known):
+        first = found[~np.broadcast_to(known, found.shape)].flat[0]
+        raise ValueError(f"{name}: a label is neither True nor False, 1 nor 0: {first}")
+    return found.astype(bool)
 
 
 @dataclass(frozen=True)
@@ -143,13 +170,9 @@ class Trials:
             raise ValueError(f"{len(sides[0])} enrolments and {len(sides[1])} tests")
         if self.is_target is None:
             return
-        labels = np.asarray(self.is_target)
+        labels = as_labels(self.is_target, self.name)
         if len(labels) != len(self):
             raise ValueError(f"{len(self)} trials and {len(labels)} labels")
-        if labels.dtype != bool:  # as an index or behind "not", 1 and 0 are something else
-            if not np.isin(labels, (0, 1)).all():
-                raise ValueError(f"{self.name}: a label is neither True nor False, 1 nor 0")
-            labels = labels.astype(bool)
         object.__setattr__(self, "is_target", labels)
 
     def __len__(self) -> int:

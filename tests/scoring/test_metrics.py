@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from examples import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -210,6 +211,13 @@ def test_bad_input_is_named():
         operating_points(np.array([np.nan, 0]), np.array([True, False]))
     with pytest.raises(ValueError, match="0 target and 1 impostor"):
         operating_points(np.zeros(1), no)
+    # to numpy all of these are true: an ignored trial would count as a target
+    for last in (-1, np.nan, 0.3, 2):
+        with pytest.raises(ValueError, match=f"neither True nor False, 1 nor 0: {last}"):
+            operating_points(np.array([3.0, 1.0, 2.0]), np.array([1, 0, last]))
+    for words in (["1", "0"], ["target", "nontarget"]):
+        with pytest.raises(ValueError, match=f"1 nor 0: {words[0]}"):
+            operating_points([1.0, 0.0], words)
     good = points_of([1], [0])
     with pytest.raises(ValueError, match="rocch, step, nist, got 'mean'"):
         eer(good, "mean")
@@ -224,6 +232,16 @@ def test_bad_input_is_named():
         good.errors_at(math.nan)
     with pytest.raises(ValueError, match="far must be in"):
         tar_at_far(good, 0)
+
+
+def test_whatever_is_an_array_is_taken():
+    """Lists and torch's tensors too, with labels of any number type."""
+    scores, labels = [0.75, 0.5, 0.625, 0.125], [1, 1, 0, 0]
+    wanted = operating_points(np.array(scores), np.array(labels, dtype=bool))
+    for kind in (list, np.array, torch.tensor, lambda x: np.array(x, np.float16)):
+        found = operating_points(kind(scores), kind(labels))
+        assert (eer(found), min_dcf(found)) == (eer(wanted), min_dcf(wanted)) == (0.25, 0.5)
+        assert tar_at_far(found, 0.5)[:1] + tar_at_far(found, 0.5)[2:] == (1.0, 1, 0)
 
 
 def test_errors_at_a_threshold_between_two_float32_are_exact():
