@@ -42,7 +42,8 @@ class BinaryLoss(torch.autograd.Function):
         here = (labels >= shard.start) & (labels < shard.stop)
         labels = torch.where(here, labels - shard.start, -1)
         mine = here.nonzero().squeeze(1)
-        exact, unit = F.normalize(raw.double(), dim=1), F.normalize(raw, dim=1)
+        exact = F.normalize(raw.double(), dim=1)
+        unit = exact.float()
         cos_y, _ = target_cosines(exact, mine, labels[mine], shard)
         with torch.enable_grad():
             at = cos_y[own].detach().requires_grad_()

@@ -36,13 +36,14 @@ from speechbrain_qmargin.loss.interface import (
     attach,
     check_rows,
     flat,
+    refuse_no_tensor,
 )
+from speechbrain_qmargin.loss.solver import row_dtype
 
 __all__ = ["HeadOutput", "LookedAt", "QMarginHead"]
 
 _BLOCK = 32768  # rows initialised from one seed
 _MOST_SUBCENTRES = 255
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class LookedAt(NamedTuple):
@@ -214,7 +215,7 @@ class QMarginHead(nn.Module):
                 )
         self.start, self.stop = comm.shard_of(self.num_classes)
         rows = (self.stop - self.start) * self.subcentres
-        self.weight = nn.Parameter(torch.empty(rows, embedding_dim))
+        self.weight = nn.Parameter(torch.empty(rows, embedding_dim, dtype=torch.float32))
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.anchor = nn.Parameter(torch.zeros(())) if distributed else None
         # what DDP reads of the module it wraps: its names for gradients and for broadcasts
@@ -227,9 +228,14 @@ class QMarginHead(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
-        """Normal coordinates of `prototype_std`; the same classes whatever the shards."""
+        """Normal coordinates of `prototype_std`; the same classes whatever the shards.
+
+        On the meta device nothing is drawn: call it after ``to_empty``.
+        """
+        if self.weight.is_meta:
+            return
         if seed is None:
-            drawn = torch.randint(2**31, (1,)).to(self.comm.device())
+            drawn = torch.randint(2**31, (1,), device="cpu").to(self.comm.device())
             seed = int(self.comm.from_first(drawn))
         start, stop, every = (
             number * self.subcentres for number in (self.start, self.stop, self.num_classes)
@@ -237,7 +243,8 @@ class QMarginHead(nn.Module):
         for first in range(start // _BLOCK * _BLOCK, stop, _BLOCK):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + first // _BLOCK)
             last = min(first + _BLOCK, every)
-            rows = torch.randn(last - first, self.weight.shape[1], generator=generator)
+            shape = last - first, self.weight.shape[1]
+            rows = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
             low, high = max(start, first), min(stop, last)
             rows = self.prototype_std * rows[low - first : high - first]
             self.weight[low - start : high - start] = rows
@@ -320,7 +327,7 @@ class QMarginHead(nn.Module):
         Parameters
         ----------
         embeddings : Tensor, [B, D] or [B, 1, D]
-            Any length and floating dtype; computed in float32.
+            Any length from 1e-12 on and any floating dtype; computed in float32.
         labels : Tensor, [B] or [B, 1], integer, optional
 
         Returns
@@ -331,10 +338,13 @@ class QMarginHead(nn.Module):
         Raises
         ------
         ValueError, TypeError
-            Shapes that disagree, labels outside [0, num_classes) or not integers; no tensors.
+            Shapes that disagree, labels outside [0, num_classes) or not integers; no tensors; a
+            head that was converted to another dtype.
         """
-        if not isinstance(embeddings, Tensor):
-            raise TypeError(f"embeddings must be a tensor, got {type(embeddings).__name__}")
+        refuse_no_tensor(embeddings=embeddings)
+        if not embeddings.is_floating_point():
+            raise TypeError(f"embeddings must be floating point, got {embeddings.dtype}")
+        self.in_use()
         if embeddings.ndim == 3 and embeddings.shape[1] == 1:
             embeddings = embeddings.squeeze(1)
         if embeddings.ndim != 2 or embeddings.shape[1] != self.weight.shape[1]:
@@ -377,7 +387,7 @@ class QMarginHead(nn.Module):
                 "with --head dense, or with one process"
             )
         with torch.autocast(embeddings.device.type, enabled=False):
-            return self.all_cosines(F.normalize(embeddings.float(), dim=1))
+            return self.all_cosines(_unit(embeddings))
 
     def all_cosines(self, unit: Tensor) -> Tensor:
         """[B, C] of unit embeddings [B, D] and the classes of this rank, in the graph."""
@@ -388,7 +398,7 @@ class QMarginHead(nn.Module):
 
     def _cosines(self, embeddings: Tensor) -> Tensor:
         with torch.autocast(embeddings.device.type, enabled=False):
-            unit = F.normalize(embeddings.float(), dim=1)
+            unit = _unit(embeddings)
             if self.comm.world == 1:
                 return self.all_cosines(unit).unsqueeze(1)
             sizes = self._agree(unit, None, None).sizes
@@ -617,7 +627,7 @@ class HeadOutput:
                 rows = self._fused(targets, objective)
                 if rows is not None:
                     return rows
-            unit = F.normalize(embeddings.float(), dim=1)
+            unit = _unit(embeddings)
             sizes, finite, finite_rows, kernels = head._agree(unit, targets, refused)
             if kernels and isinstance(objective, Objective):
                 rows = self._fused(targets, objective, sizes)
@@ -635,7 +645,7 @@ class HeadOutput:
                 return Rows(loss, posterior, torch.full_like(posterior, shard.classes))
             log_q, target_log_q = objective.log_q, objective.target_log_q
             if target_log_q is None:
-                target_log_q = torch.zeros(len(unit), dtype=torch.float64)
+                target_log_q = torch.zeros_like(unit[:, 0], dtype=torch.float64)
             target_log_q = target_log_q.detach().to(unit.device, torch.float64)
             if objective.spread is None:  # of norms it is no more finite than these
                 target_log_q = torch.where(finite, target_log_q, 0)
@@ -712,9 +722,7 @@ class HeadOutput:
             raise ValueError("an empty batch of embeddings")
         if targets.shape != (batch,):
             raise ValueError(f"targets must be [B] = [{batch}], got {tuple(targets.shape)}")
-        if targets.dtype not in _INTEGERS:
-            raise TypeError(f"targets must be integer class labels, got {targets.dtype}")
-        return targets.long()
+        return targets
 
     def _check_objective(self, objective: Objective, targets: Tensor) -> None:
         log_q, num_classes = objective.log_q, self.head.num_classes
@@ -728,6 +736,11 @@ class HeadOutput:
             raise TypeError("the sparse head gives no gradient by log_q: pass log_q.detach()")
         if objective.move_others is not None and objective.alpha != 1:
             raise ValueError("move_others is for cross-entropies: alpha = 1")
+
+
+def _unit(embeddings: Tensor) -> Tensor:
+    """[B, D] of length 1, float32: beyond 1e19 the square of a length is no float32."""
+    return F.normalize(embeddings.to(row_dtype(embeddings)), dim=1).float()
 
 
 def _spread(target_log_q: Tensor, log_q: Tensor | None, comm: Communicator) -> float:

@@ -300,7 +300,7 @@ class RowSparse(torch.optim.Optimizer):
                 self._marks[p] = mark(p)
 
     def _line(self, group: dict, state: dict) -> Tensor:
-        return torch.tensor([self._fresh(group, state)], dtype=torch.float64)
+        return torch.tensor([self._fresh(group, state)], dtype=torch.float64, device="cpu")
 
     def _forget(self, group: dict, state: dict) -> None:
         state["idle"] = self._line(group, state)
@@ -454,9 +454,8 @@ class RowSparseSGD(RowSparse, torch.optim.SGD):
     def _idle_step(self, table: Tensor, group: dict, state: dict) -> Tensor:
         lr, mu, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
         seen, glide = (1 + mu, mu * mu) if group["nesterov"] else (1.0, mu)
-        step = torch.tensor(
-            [[1 - lr * decay * seen, -lr * glide], [decay, mu]], dtype=torch.float64
-        )
+        step = [[1 - lr * decay * seen, -lr * glide], [decay, mu]]
+        step = torch.tensor(step, dtype=torch.float64, device="cpu")
         return (step @ table.view(-1, 2, 2)).view(-1, 4)
 
     def _glide(self, w: Tensor, moments: list[Tensor], lines: Tensor, group: dict) -> None:
@@ -562,7 +561,7 @@ class RowSparseAdam(RowSparse, torch.optim.AdamW):
 
     def _begin(self, p: Tensor, group: dict, state: dict) -> None:
         if "exp_avg" not in state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, device="cpu")
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         state["step"] += 1
 

@@ -60,7 +60,7 @@ def mark(weight: Tensor) -> Mark:
 @lru_cache(maxsize=8)
 def _keys(rows: int, dim: int) -> Tensor:
     """Odd numbers, so that rows that change places change the sum too."""
-    return torch.arange(1, 2 * rows * dim, 2, dtype=torch.int32).view(rows, dim)
+    return torch.arange(1, 2 * rows * dim, 2, dtype=torch.int32, device="cpu").view(rows, dim)
 
 
 class Screen(NamedTuple):
@@ -248,7 +248,7 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def _int8_is_exact() -> bool:
     """Without VNNI, sums of int8 products may saturate."""
-    ones = torch.full((64, 64), 127, dtype=torch.int8)
+    ones = torch.full((64, 64), 127, dtype=torch.int8, device="cpu")
     return bool((int8_product(ones, ones) == 64 * 127 * 127).all())
 
 

@@ -43,7 +43,7 @@ def _norm(grad: Tensor, order: float = 2, *_args: object, dtype: torch.dtype | N
 
 
 try:
-    torch.linalg.vector_norm(torch.zeros(1).to_sparse())
+    torch.linalg.vector_norm(torch.zeros(1, device="cpu").to_sparse())
 except NotImplementedError:
     for _backend in ("SparseCPU", "SparseCUDA"):
         _library.impl("linalg_vector_norm", _norm, _backend)

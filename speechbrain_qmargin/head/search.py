@@ -310,7 +310,7 @@ class Screening:
             least = 0.0 if self._threshold is None else self._threshold
             if self._kind == torch.bfloat16 and device.type == "cpu":
                 # as integers numbers above zero have the same order, and their maximum is cheap
-                bits = torch.as_tensor(least, dtype=torch.bfloat16).view(torch.int16)
+                bits = torch.as_tensor(least, dtype=torch.bfloat16, device=device).view(torch.int16)
                 torch.ge(scores.view(torch.int16).amax(1), bits, out=here)
             else:
                 torch.ge(scores.amax(1), least, out=here)

@@ -27,7 +27,12 @@ from speechbrain_qmargin.head.search import (
 )
 from speechbrain_qmargin.loss.device import add_rows, refuse_unless
 from speechbrain_qmargin.loss.f_operators import GeneratorMeasure, Moments, masses
-from speechbrain_qmargin.loss.interface import Objective, label_outside, slope_of
+from speechbrain_qmargin.loss.interface import (
+    Objective,
+    label_outside,
+    refuse_second_derivatives,
+    slope_of,
+)
 from speechbrain_qmargin.loss.solver import Block, Measure, Solution, fenchel_young
 
 __all__ = [
@@ -180,7 +185,7 @@ class HeadLoss(torch.autograd.Function):
         else:
             measure = GeneratorMeasure(objective.generator, target_log_q)
         query = Query(
-            F.normalize(raw, dim=1),
+            exact.float(),
             exact,
             labels,
             cos_y * objective.scale,
@@ -223,11 +228,15 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor):
         check_backward(ctx)
         comm = ctx.shard.comm
+        unit, level, inverse_total, residual, valid = ctx.saved_tensors  # once: a checkpoint's rule
         upstream = comm.gather(gradients[0], ctx.sizes) * ctx.scale
-        upstream = torch.where(ctx.saved_tensors[-1], upstream, 0)
+        upstream = torch.where(valid, upstream, 0)
         with torch.autocast(upstream.device.type, enabled=False):
-            way = _sparse_backward if ctx.entries is not None else _dense_backward
-            grad_unit, grad_weight = way(ctx, upstream)
+            if ctx.entries is not None:
+                grad_unit, grad_weight = _sparse_backward(ctx, upstream, unit)
+            else:
+                found = _dense_backward(ctx, upstream, unit, level, inverse_total, residual)
+                grad_unit, grad_weight = found.by_unit, found.by_weight
         if grad_unit is not None:
             grad_unit = comm.sum_of_own(grad_unit, ctx.sizes)
         if grad_weight is not None and comm.world > 1:
@@ -347,11 +356,9 @@ def check_backward(ctx: Any) -> None:
     RuntimeError
         Either.
     """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "QMarginHead has no second derivatives (create_graph=True): use the loss on "
-            "all cosines, as the dense classifier gives them"
-        )
+    refuse_second_derivatives(
+        "QMarginHead", "use the loss on all cosines, as the dense classifier gives them"
+    )
     if ctx.weight._version != ctx.version:
         raise RuntimeError(
             "the prototypes were changed between the forward and the backward of QMarginHead"
@@ -540,8 +547,7 @@ def _all_moments(everything: AllClasses, level: Tensor) -> Tensor:
     return moments
 
 
-def _sparse_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    unit = ctx.saved_tensors[0]
+def _sparse_backward(ctx: Any, scale: Tensor, unit: Tensor) -> tuple[Tensor | None, Tensor | None]:
     samples, entries, g = ctx.entries
     prototypes = ctx.shard.prototypes
     weight, inverse_norm = prototypes.weight, prototypes.inverse_norm
@@ -576,8 +582,9 @@ def _project(grad: Tensor, unit: Tensor, inverse_norm: Tensor) -> None:
     grad.sub_(unit.mul_(radial)).mul_(inverse_norm.unsqueeze(1))
 
 
-def _dense_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    unit, level, inverse_total, residual, _ = ctx.saved_tensors
+def _dense_backward(
+    ctx: Any, scale: Tensor, unit: Tensor, level: Tensor, inverse_total: Tensor, residual: Tensor
+) -> ChunkGradients:
     labels = ctx.everything.query.labels
     gradients = ChunkGradients(unit, ctx.shard, ctx.needs_input_grad[:2])
     everyone = torch.arange(labels.numel(), device=labels.device)
@@ -590,4 +597,4 @@ def _dense_backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | No
         g[everyone, place] += torch.where(inside, residual, 0)
         g *= scale.unsqueeze(1)
         gradients.add(classes, g, nearest)
-    return gradients.by_unit, gradients.by_weight
+    return gradients

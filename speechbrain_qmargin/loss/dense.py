@@ -22,6 +22,7 @@ from speechbrain_qmargin.loss.interface import (
     Rows,
     Scores,
     check_rows,
+    flat,
     label_outside,
     prior_slope,
 )
@@ -139,20 +140,20 @@ class DenseScores:
                 "the loss takes cosines [B, C] and targets [B], got "
                 f"{tuple(cosines.shape)} and {tuple(targets.shape)}"
             )
+        targets = flat(targets)
         check_labels(targets, cosines.shape[1])
         if isinstance(objective, BinaryObjective):
             self._check()
-            return binary_rows(cosines, targets.long(), objective)
+            return binary_rows(cosines, targets, objective)
         if objective.target_log_q is not None:
             check_rows("target_log_q", objective.target_log_q, targets)
         if objective.generator is not None:
-            return self._of_generator(targets.long(), objective)
+            return self._of_generator(targets, objective)
         log_q = objective.log_q
         if log_q is not None and log_q.shape != (cosines.shape[1],):
             raise ValueError(
                 f"log_q must be one for each of {cosines.shape[1]} classes, got {list(log_q.shape)}"
             )
-        targets = targets.long()
         moved = None
         with torch.autocast(cosines.device.type, enabled=False):
             if objective.move_target is not None:
@@ -446,13 +447,11 @@ def check_labels(targets: Tensor, num_classes: int) -> None:
 
     Parameters
     ----------
-    targets : Tensor, integer
+    targets : Tensor, int64
     num_classes : int
 
     Raises
     ------
-    TypeError
-        Targets that are not integers.
     ValueError
         A label outside. On CUDA a device-side assertion; nothing while torch compiles.
 
@@ -463,8 +462,6 @@ def check_labels(targets: Tensor, num_classes: int) -> None:
     Traceback (most recent call last):
     ValueError: target label 3 is outside [0, 3): the outputs have 3 classes. ...
     """
-    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"targets must be integer class labels, got {targets.dtype}")
     if torch.compiler.is_compiling():
         return
     valid = (targets >= 0) & (targets < num_classes)

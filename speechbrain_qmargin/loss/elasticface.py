@@ -55,7 +55,7 @@ class Draws(torch.nn.Module):
         seed = (self.seed % 2**20 << 42) + (rank % 2**12 << 30) + self.count % 2**30
         self.count += 1
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(size, generator=generator, dtype=torch.float64)
+        drawn = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
         return drawn if device is None else drawn.to(device, non_blocking=True)
 
     def margins(self, mean: float, sigma: float, targets: Tensor) -> Tensor:

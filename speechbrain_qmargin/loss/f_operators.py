@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from speechbrain_qmargin.loss.generators import Generator, generator_named
-from speechbrain_qmargin.loss.interface import refuse_no_tensor
+from speechbrain_qmargin.loss.interface import refuse_no_tensor, refuse_second_derivatives
 from speechbrain_qmargin.loss.solver import Solution
 
 __all__ = [
@@ -308,8 +307,8 @@ class _Softargmax(torch.autograd.Function):
         return p.to(logits.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor):
+        refuse_second_derivatives("f_softargmax", "alpha_softargmax has them")
         p, h = ctx.saved_tensors
         (g,) = gradients
         exact = g.double()
@@ -339,7 +338,8 @@ def f_softargmax(
     Returns
     -------
     Tensor
-        Of the shape and dtype of `logits`; once differentiable, in `logits` and `log_q`.
+        Of the shape and dtype of `logits`; once differentiable, in `logits` and `log_q`: with
+        ``create_graph=True`` the backward pass raises RuntimeError.
 
     Examples
     --------
@@ -373,8 +373,8 @@ class _MarginLoss(torch.autograd.Function):
         return loss, p_y, support
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor):
+        refuse_second_derivatives("FDivergenceLoss", "the other losses have them")
         (residual,) = ctx.saved_tensors
         g = gradients[0]
         return (residual * g.double().unsqueeze(1)).to(g.dtype), None, None, None

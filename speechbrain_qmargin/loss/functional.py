@@ -32,7 +32,7 @@ from torch import Tensor
 
 from speechbrain_qmargin.loss.dense import DenseScores, check_labels
 from speechbrain_qmargin.loss.device import host_decides
-from speechbrain_qmargin.loss.interface import Objective, QMarginStats, refuse_no_tensor
+from speechbrain_qmargin.loss.interface import Objective, QMarginStats, flat, refuse_no_tensor
 from speechbrain_qmargin.loss.learnt_order import softargmax_of_orders
 from speechbrain_qmargin.loss.solver import (
     FLOAT32_LOG_RANGE,
@@ -536,6 +536,7 @@ def q_margin_loss(
             f"{tuple(cosines.shape)} and {tuple(targets.shape)}"
         )
     scores = DenseScores(cosines)
+    targets = flat(targets)
     check_labels(targets, scores.num_classes)
     objective = q_margin_objective(targets, float(alpha), float(scale), margin, log_q)
     rows = scores.evaluate(targets, objective, statistics=return_stats)

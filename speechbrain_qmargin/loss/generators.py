@@ -267,5 +267,5 @@ def f_hard_margin(divergence: str | Generator, scale: float, margin: float) -> f
     inf
     """
     f = generator_named(divergence) if isinstance(divergence, str) else divergence
-    own = f.depth(torch.tensor(scale * margin, dtype=torch.float64))
+    own = f.depth(torch.tensor(scale * margin, dtype=torch.float64, device="cpu"))
     return (f.edge - float(own)) / scale

@@ -34,9 +34,11 @@ __all__ = [
     "learns_another",
     "prior_slope",
     "refuse_no_tensor",
+    "refuse_second_derivatives",
     "slope_of",
 ]
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _OF_OTHERS = (
     "move_target: a sample's new cosine depends on the cosines of other samples, whose gradients a "
     "sparse head cannot form: take them .detach()ed, or train it with --head dense"
@@ -332,7 +334,7 @@ def slope_of(
         looks = not asked and at.numel() > 1 and host_decides(at.device)
         slopes = _slopes(moved, at, torch.ones_like(moved), again=looks)
         if looks:
-            weights = torch.linspace(1, 2, at.numel(), dtype=at.dtype).view_as(at)
+            weights = torch.linspace(1, 2, at.numel(), dtype=at.dtype, device=at.device).view_as(at)
             crossed = _slopes(moved, at, weights.to(moved.dtype)) - slopes * weights
             if bool((crossed.abs() > 1e-4 * (1 + slopes.abs())).any()):
                 raise TypeError(_OF_OTHERS)
@@ -437,12 +439,12 @@ def prior_slope(log_q: Tensor, residual: Tensor, alpha: float) -> Tensor:
 
 
 def flat(targets: Tensor) -> Tensor:
-    """Targets [B] of [B] or [B, 1].
+    """Targets [B], int64, of integers [B] or [B, 1].
 
     Raises
     ------
     TypeError
-        No tensor.
+        No tensor of integers: uint8 and bool would select, and half a label is none.
     ValueError
         Another shape, such as the one-hot rows that SpeechBrain's ``LogSoftmaxWrapper`` makes.
 
@@ -453,15 +455,18 @@ def flat(targets: Tensor) -> Tensor:
     """
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be a tensor of class labels, got {type(targets).__name__}")
-    if targets.ndim == 1:
-        return targets
     if targets.ndim == 2 and targets.shape[1] == 1:
-        return targets.squeeze(1)
-    raise ValueError(
-        f"targets must be one class label a sample, [B] or [B, 1], got {tuple(targets.shape)}. If "
-        "they are one-hot: SpeechBrain's LogSoftmaxWrapper makes them so, and the loss takes its "
-        "place, compute_cost: !new:speechbrain_qmargin.QMarginLoss, instead of its loss_fn's"
-    )
+        targets = targets.squeeze(1)
+    if targets.ndim != 1:
+        raise ValueError(
+            f"targets must be one class label a sample, [B] or [B, 1], got {tuple(targets.shape)}. "
+            "If they are one-hot: SpeechBrain's LogSoftmaxWrapper makes them so, and the loss "
+            "takes its place, compute_cost: !new:speechbrain_qmargin.QMarginLoss, instead of its "
+            "loss_fn's"
+        )
+    if targets.dtype not in _INTEGERS:
+        raise TypeError(f"targets must be integer class labels, got {targets.dtype}")
+    return targets.long()
 
 
 def refuse_no_tensor(**given: object) -> None:
@@ -480,6 +485,26 @@ def refuse_no_tensor(**given: object) -> None:
     for name, value in given.items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def refuse_second_derivatives(what: str, instead: str) -> None:
+    """Called in a backward pass that is not differentiable: refuse ``create_graph=True``.
+
+    torch's ``once_differentiable`` does so only where the gradient from above requires one too.
+
+    Raises
+    ------
+    RuntimeError
+
+    Examples
+    --------
+    >>> with torch.enable_grad():           # as in a backward pass that makes a graph
+    ...     refuse_second_derivatives("f_softargmax", "alpha_softargmax has them")
+    Traceback (most recent call last):
+    RuntimeError: f_softargmax has no second derivatives (create_graph=True): alpha_softargmax ...
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{what} has no second derivatives (create_graph=True): {instead}")
 
 
 def label_outside(label: int, num_classes: int) -> str:

@@ -83,7 +83,7 @@ class InterTopKLoss(Loss):
     def rows(self, scores: Scores, targets: Tensor, *, statistics: bool = False) -> Rows:
         dense = DenseScores(scores.cosines(), scores.embeddings)
         k = min(self.k, dense.num_classes)
-        places = targets.long().clamp(0, dense.num_classes - 1).unsqueeze(1)  # checked below
+        places = targets.clamp(0, dense.num_classes - 1).unsqueeze(1)  # checked below
         wrong = dense.cosines().detach().scatter(1, places, -math.inf)
         least = wrong.topk(k, 1).values[:, -1:]
         angle = self.top_margin * self.margin / _MARGIN

@@ -150,7 +150,7 @@ class KappaFaceLoss(Loss):
         self.register_buffer("counts", found, persistent=False)
         self.register_buffer("psi", torch.ones_like(found))
         self.register_buffer("seen", torch.zeros_like(found))
-        self.register_buffer("sums", torch.zeros(len(found), embedding_dim))
+        self.register_buffer("sums", torch.zeros(len(found), embedding_dim, dtype=torch.float32))
         self._items, self._known = float(found.sum()), True
         self._passed: float | None = None  # samples since the margins were found
         self.register_load_state_dict_post_hook(_ask_anew)
@@ -200,7 +200,7 @@ class KappaFaceLoss(Loss):
         self.to(targets.device)
         margins = self.margin * self.psi[targets.clamp(0, scores.num_classes - 1)]
         if self.training:
-            self._observe(embeddings, targets.long())
+            self._observe(embeddings, targets)
         return Objective(
             scale=self.scale, move_target=lambda cosines: angular_margin(cosines, margins)
         )

@@ -91,7 +91,7 @@ class ClassStatistics:
         if num_classes < 2:
             return -1.0
         rate = math.log(2) / (num_classes - 1)  # 1 - 2^(-1/(C-1)), without cancellation
-        upper = torch.tensor(-math.expm1(-rate), dtype=torch.float64)
+        upper = torch.tensor(-math.expm1(-rate), dtype=torch.float64, device="cpu")
         return self.mean - self.deviation * float(torch.special.ndtri(upper))
 
 
@@ -151,10 +151,11 @@ def expected(
     mean, deviation = wrong.mean, max(wrong.deviation, 1e-9)
     lead = hard_margin(alpha, scale, margin)
     rests = _normal((target_cosine - lead - mean) / deviation) ** others
-    nearest, labels = min(others, _NEAREST), torch.zeros(_DRAWN, dtype=torch.long)
+    nearest = min(others, _NEAREST)
+    labels = torch.zeros(_DRAWN, dtype=torch.long, device="cpu")
     while True:
         cosines = mean + deviation * _largest_normals(others, nearest)
-        own = torch.full((_DRAWN, 1), target_cosine, dtype=cosines.dtype)
+        own = cosines.new_full((_DRAWN, 1), target_cosine)
         cosines = torch.cat((own, cosines), 1).clamp(-1, 1)
         objective = q_margin_objective(labels, alpha, scale, margin)
         support = DenseScores(cosines).evaluate(labels, objective, statistics=True).support
@@ -168,9 +169,9 @@ def expected(
 def _largest_normals(number: int, largest: int) -> torch.Tensor:
     """The largest of independent normal numbers, in falling order, [_DRAWN, largest]; exact."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.rand(_DRAWN, largest, generator=generator, dtype=torch.float64)
+    drawn = torch.rand(_DRAWN, largest, generator=generator, dtype=torch.float64, device="cpu")
     # -log of the largest of n uniform numbers is exponential with rate n, and so on down
-    rates = number - torch.arange(largest, dtype=torch.float64)
+    rates = number - torch.arange(largest, dtype=torch.float64, device="cpu")
     tails = -torch.expm1((-(-drawn).log1p() / rates).cumsum(1).neg())
     return -torch.special.ndtri(tails)
 

@@ -5,6 +5,8 @@ import io
 import math
 import pickle
 import warnings
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +15,9 @@ from processes import start
 from ranks import on_ranks
 from speechbrain import Brain
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
-from speechbrain_qmargin import q_margin_loss
+from speechbrain_qmargin import make_loss, q_margin_loss
 from speechbrain_qmargin.head import QMarginHead, RowSparseAdam, RowSparseSGD
 from speechbrain_qmargin.head.sizes import Sizes
 
@@ -246,7 +249,86 @@ def test_second_derivatives_raise():
         torch.autograd.grad(loss, x, create_graph=True)
 
 
+@pytest.mark.parametrize("name", ["qmargin", "arcface", "sphereface2"])
+def test_it_is_checkpointed(name):
+    """In torch's own way, which lets each saved tensor be asked for once."""
+    x, found = embeddings().requires_grad_(), []
+    for way in (lambda f, *inputs: f(*inputs), partial(checkpoint, use_reentrant=False)):
+        head, loss = make(), make_loss(name)
+        value = way(lambda x, head=head, loss=loss: loss(head(x), LABELS), x)
+        value.backward()
+        found.append((value, head.weight.grad, x.grad))
+        x.grad = None
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_it_is_made_without_memory():
+    """As for FSDP and large models: on the meta device, then drawn where it is to be."""
+    with torch.device("meta"):
+        head = QMarginHead(DIM, CLASSES, *PARAMETERS)
+    assert head.weight.is_meta
+    head = head.to_empty(device="cpu")
+    head.reset_parameters(seed=3)
+    assert torch.equal(head.weight, QMarginHead(DIM, CLASSES, seed=3).weight)
+    assert_true(head)
+
+
+def test_torchs_default_dtype_changes_no_prototype():
+    wanted = QMarginHead(DIM, CLASSES, seed=3).weight
+    torch.set_default_dtype(torch.float64)
+    try:
+        head = QMarginHead(DIM, CLASSES, *PARAMETERS, seed=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(head.weight, wanted)
+    assert_true(head)
+
+
+@pytest.mark.parametrize("kind", [RowSparseSGD, RowSparseAdam])
+def test_an_optimiser_keeps_its_tables_on_the_host(kind):
+    """Whatever torch's default device is."""
+    found = []
+    for place in (nullcontext(), torch.device("meta")):
+        head = make()
+        options = {"momentum": 0.9} if kind is RowSparseSGD else {}
+        optimizer = kind(head.parameters(), lr=0.1, head=head, **options)
+        batches = [embeddings(seed) for seed in range(3)]
+        with place:
+            for x in batches:
+                optimizer.zero_grad()
+                head(x, LABELS).backward()
+                optimizer.step()
+            optimizer.catch_up()
+        found.append(head.weight)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("size", [1e-11, 1e18, 1e20, 1e30])
+@pytest.mark.parametrize("name", ["qmargin", "arcface", "sphereface2"])
+def test_embeddings_of_any_length(name, size):
+    """The square of 1e20 is no float32."""
+    head, loss, x = make(), make_loss(name), embeddings()
+    found = []
+    for factor in (1.0, size):
+        scaled = (factor * x).requires_grad_()
+        value = loss(head.train()(scaled), LABELS)
+        (gradient,) = torch.autograd.grad(value, scaled)
+        found.append((value, factor * gradient, head.eval()(scaled)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_converted_head_is_refused_in_evaluation_too(dtype):
+    head = make().to(dtype).eval()
+    with pytest.raises(TypeError, match=f"float32 prototypes, found {dtype}: use autocast"):
+        head(embeddings())
+
+
 def test_bad_input():
+    for other in (torch.zeros(2, DIM, dtype=torch.int64), torch.zeros(2, DIM).cfloat()):
+        with pytest.raises(TypeError, match=f"floating point, got {other.dtype}"):
+            make()(other, LABELS[:2])
     with pytest.raises(TypeError, match=r"no gradient by log_q: pass log_q\.detach\(\)"):
         make()(embeddings()).q_margin_loss(
             LABELS, *PARAMETERS, log_q=torch.zeros(CLASSES, requires_grad=True)

@@ -116,6 +116,20 @@ def test_gradients(name):
         assert torch.autograd.gradcheck(lambda x: f_margin_loss(x, targets, name, fixed)[0], logits)
 
 
+def test_second_derivatives_are_refused():
+    """Also under a gradient that is constant, of a mean, where torch's own decorator lets one pass
+    that lacks the operator's part."""
+    angles, targets, log_q = batch(rows=2, classes=4, spread=2)
+    angles.requires_grad_()
+    for value in (
+        f_softargmax(angles.sin(), "le_cam", log_q)[:, 0].sum(),
+        f_margin_loss(angles.sin(), targets, "le_cam", log_q)[0].mean(),
+        make_loss("qmargin_f")(angles.sin(), targets),
+    ):
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            torch.autograd.grad(value, angles, create_graph=True)
+
+
 @pytest.mark.parametrize(("name", "alpha"), [("kl", 1), ("chi_square", 2), (None, 1.5), (None, 3)])
 def test_alpha_divergences_are_the_fast_paths(name, alpha):
     logits, targets, _ = batch(rows=20, classes=30, spread=8)

@@ -214,6 +214,9 @@ def test_labels_of_another_kind_are_named(name):
             loss(outputs, other)
     with pytest.raises(TypeError, match="a tensor of class labels, got list"):
         loss(outputs, labels[:, 0].tolist())
+    for dtype in (torch.bool, torch.float32):
+        with pytest.raises(TypeError, match=f"integer class labels, got {dtype}"):
+            loss(outputs, labels.to(dtype))
     labels[3] = -100  # torch's ignore_index
     with pytest.raises(ValueError, match=r"label -100 is outside \[0, 9\): no label is ignored"):
         loss(outputs, labels)
@@ -316,6 +319,43 @@ def test_what_is_not_finite_makes_a_loss_nan_on_every_classifier(name, spoilt, h
     assert dense.isnan().tolist() == of_sample
     assert gradient.isnan().any(1).tolist() == of_sample  # for GradScaler to find
     assert sparse.mean().isnan()
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_labels_of_any_integer_type_are_the_same(name):
+    """As an index uint8 would be a mask, and int16 nothing."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(3, 16, generator=generator)
+    cosines = 0.5 * torch.rand(3, 300, generator=generator)
+
+    def losses(kind):
+        loss, labels = loss_of(name), torch.tensor([0, 1, 1]).to(kind)
+        return [loss(scores_of(cosines, embeddings), labels) for _ in range(2)]
+
+    wanted = losses(torch.int64)
+    for kind in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        assert losses(kind) == wanted
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_torchs_default_device_is_not_where_anything_is_computed(name):
+    """Not everything that a step makes is made of its inputs; there none could be read."""
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(4, 16, generator=generator), torch.arange(4)
+    cosines = 0.5 * torch.rand(4, 300, generator=generator)
+    heads = [QMarginHead(16, 300, seed=0) for _ in range(2)]
+    here, there = loss_of(name), loss_of(name)
+
+    def run(loss, head):
+        value = loss(scores_of(cosines, x), labels) + loss(head(x), labels)
+        value.backward()
+        return value, head.weight.grad
+
+    wanted = run(here, heads[0])
+    with torch.device("meta"):
+        found = run(there, heads[1])
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
 
 
 # a generator's Newton steps go on until the host sees that all rows are done
