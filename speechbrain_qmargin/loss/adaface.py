@@ -78,8 +78,6 @@ class AdaFaceLoss(Loss):
 
     settings = ("scale", "margin", "h", "t_alpha")
     needs_embeddings = True
-    scale: float
-    margin: float
     h: float
     t_alpha: float
 

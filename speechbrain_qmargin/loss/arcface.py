@@ -95,8 +95,6 @@ class ArcFaceLoss(Loss):
     """
 
     options = ("easy_margin",)
-    scale: float
-    margin: float
 
     def __init__(self, scale: float = 32.0, margin: float = 0.2, easy_margin: bool = False) -> None:
         super().__init__(scale=scale, margin=margin)

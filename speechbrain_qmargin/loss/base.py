@@ -102,6 +102,9 @@ class Loss(nn.Module):
     needs_embeddings: ClassVar[bool] = False
     needs_counts: ClassVar[bool] = False
     sized_by_task: ClassVar[bool] = False
+    alpha: float  # where they are among the settings
+    scale: float
+    margin: float
 
     def __init__(self, **values: float) -> None:
         super().__init__()

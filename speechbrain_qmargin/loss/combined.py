@@ -65,7 +65,6 @@ class CombinedMarginLoss(Loss):
     """
 
     settings = ("scale", "m1", "m2", "m3")
-    scale: float
     m1: float
     m2: float
     m3: float

@@ -45,8 +45,6 @@ class CurricularFaceLoss(Loss):
     """
 
     settings = ("scale", "margin", "momentum")
-    scale: float
-    margin: float
     momentum: float
     t: Tensor
 

@@ -40,7 +40,7 @@ from speechbrain_qmargin.loss.solver import (
     spread_of,
 )
 
-__all__ = ["DenseScores", "check_labels"]
+__all__ = ["DenseScores", "check_labels", "scores_of"]
 
 # tau on a subset of the classes is a lower bound of tau. With many classes the steps start from its
 # value on the largest logits, which is mostly the answer and saves most of the full passes.

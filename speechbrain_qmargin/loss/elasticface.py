@@ -103,8 +103,6 @@ class ElasticFaceLoss(Loss):
 
     settings = ("scale", "margin", "sigma")
     options = ("kind", "plus")
-    scale: float
-    margin: float
     sigma: float
 
     def __init__(

@@ -48,9 +48,6 @@ class FDivergenceLoss(Loss):
     tensor(0.4330)
     """
 
-    scale: float
-    margin: float
-
     def __init__(
         self, divergence: str = "le_cam", scale: float = 10.0, margin: float = 0.2
     ) -> None:

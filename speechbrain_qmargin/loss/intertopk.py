@@ -57,8 +57,6 @@ class InterTopKLoss(Loss):
 
     settings = ("scale", "margin", "top_margin")
     options = ("k",)
-    scale: float
-    margin: float
     top_margin: float
 
     def __init__(

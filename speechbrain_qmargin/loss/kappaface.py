@@ -108,8 +108,6 @@ class KappaFaceLoss(Loss):
     settings = ("scale", "margin", "temperature", "gamma")
     needs_embeddings = True
     needs_counts = True
-    scale: float
-    margin: float
     temperature: float
     gamma: float
     counts: Tensor

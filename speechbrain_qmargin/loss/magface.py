@@ -130,7 +130,6 @@ class MagFaceLoss(Loss):
     )
     needs_embeddings = True
     options = ("easy_margin",)
-    scale: float
     lower_margin: float
     upper_margin: float
     lower_norm: float

@@ -28,12 +28,13 @@ def embeddings_of(loss: Loss, scores: Scores, what: str = "embeddings") -> Tenso
     >>> from speechbrain_qmargin.loss.dense import scores_of
     >>> embeddings_of(ArcFaceLoss(), scores_of(torch.ones(1, 2)))
     Traceback (most recent call last):
-    TypeError: ArcFaceLoss looks at the embeddings, which cosines have not: use it in ...
+    TypeError: ArcFaceLoss looks at the embeddings, which cosines have not: give it ...
     """
     if scores.embeddings is None:
         raise TypeError(
-            f"{type(loss).__name__} looks at the {what}, which cosines have not: use it "
-            "in the recipes of speechbrain_qmargin, or with its QMarginHead as the classifier"
+            f"{type(loss).__name__} looks at the {what}, which cosines have not: give it "
+            "scores_of(cosines, embeddings) of speechbrain_qmargin.loss.dense, or the output of "
+            "QMarginHead; the recipes do"
         )
     return scores.embeddings
 

@@ -72,9 +72,6 @@ class QMarginLoss(Loss):
     """
 
     settings = ("alpha", "scale", "margin")
-    alpha: float
-    scale: float
-    margin: float
 
     def __init__(self, alpha: float = 1.5, scale: float = 10.0, margin: float = 0.2) -> None:
         super().__init__(alpha=alpha, scale=scale, margin=margin)

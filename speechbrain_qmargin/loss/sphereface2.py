@@ -79,8 +79,6 @@ class SphereFace2Loss(Loss):
 
     settings = ("scale", "margin", "balance")
     options = ("kind", "t")
-    scale: float
-    margin: float
     balance: float
 
     def __init__(

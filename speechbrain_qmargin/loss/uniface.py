@@ -57,8 +57,6 @@ class UniFaceLoss(Loss):
     """
 
     settings = ("scale", "margin", "balance")
-    scale: float
-    margin: float
     balance: float
     begun: Tensor
 
