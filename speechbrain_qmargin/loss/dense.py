@@ -229,7 +229,6 @@ def scores_of(outputs: Tensor | Scores, embeddings: Tensor | None = None) -> Sco
 class _FenchelYoung(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         cosines: Tensor,
         moved: Tensor | None,
         target_log_q: Tensor | None,
@@ -300,12 +299,16 @@ class _FenchelYoung(torch.autograd.Function):
         p = p.mul_(solution.inverse_total.to(dtype).unsqueeze(1))
         support = torch.count_nonzero(p, dim=1) + (p_y > 0) if count_support else None
         excess = p.scatter_(1, index, solution.residual.to(dtype).unsqueeze(1)).to(out)
-        ctx.save_for_backward(excess, index, target_log_q, log_q)
-        ctx.alpha, ctx.scale, ctx.in_dtype = alpha, scale, cosines.dtype
-        ctx.moved_dtype = None if moved is None else moved.dtype
-        ctx.mark_non_differentiable(*([p_y, support] if support is not None else [p_y]))
-        ctx.set_materialize_grads(False)
         return loss, p_y, support, excess
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        cosines, moved, target_log_q, log_q, targets, ctx.alpha, ctx.scale, *_ = inputs
+        _, *constants, excess = output
+        ctx.save_for_backward(excess, targets.unsqueeze(1), target_log_q, log_q)
+        ctx.in_dtype, ctx.moved_dtype = cosines.dtype, None if moved is None else moved.dtype
+        ctx.mark_non_differentiable(*(one for one in constants if one is not None))
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None):

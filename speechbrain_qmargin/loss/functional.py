@@ -181,7 +181,7 @@ def solve_tau(logits: Tensor, alpha: float, log_q: Tensor | None = None) -> Tens
 
 class _AlphaSoftargmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, log_q: Tensor | None, alpha: float):
+    def forward(logits: Tensor, log_q: Tensor | None, alpha: float):
         """Posterior [..., C] and value [...] over the last dimension."""
         with torch.autocast(logits.device.type, enabled=False):
             z = logits.to(compute_dtype(logits))
@@ -198,10 +198,12 @@ class _AlphaSoftargmax(torch.autograd.Function):
             mean = torch.where(p > 0, p * z, p).sum(-1)
             value = (1 - 1 / alpha) * mean + (tau_of(level, alpha) + 1 - total_q) / alpha
             value = value + origin
-        p, value = p.to(logits.dtype), value.to(logits.dtype)
-        ctx.save_for_backward(p, log_q)
-        ctx.alpha = alpha
-        return p, value
+        return p.to(logits.dtype), value.to(logits.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _, log_q, ctx.alpha = inputs
+        ctx.save_for_backward(output[0], log_q)
 
     @staticmethod
     def backward(ctx: Any, grad_p: Tensor, grad_value: Tensor):

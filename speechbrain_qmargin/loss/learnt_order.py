@@ -80,14 +80,16 @@ def _posterior(logits: Tensor, rate: Tensor, log_q: Tensor) -> Tensor:
 
 class _SoftargmaxOfOrders(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, alpha: Tensor, log_q: Tensor | None) -> Tensor:
+    def forward(logits: Tensor, alpha: Tensor, log_q: Tensor | None) -> Tensor:
         exact = row_dtype(logits)
         rate = (alpha.to(exact) - 1).clamp(min=_LEAST_RATE)
         z = logits.to(exact)
         prior = torch.zeros_like(z) if log_q is None else log_q.to(exact)
-        p = _posterior(z - z.amax(-1, keepdim=True), rate, prior).to(logits.dtype)
-        ctx.save_for_backward(p, alpha, log_q)
-        return p
+        return _posterior(z - z.amax(-1, keepdim=True), rate, prior).to(logits.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(output, *inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):

@@ -292,6 +292,14 @@ def test_float32_resolves_a_crowd_of_barely_active_classes(alpha, tolerance):
     torch.testing.assert_close(loss.double(), expected[0], rtol=10 * tolerance, atol=0)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.5, torch.tensor([[1.0], [1.3], [2.0]])])
+def test_the_softargmax_takes_torchs_function_transforms(alpha):
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    jacobian = torch.func.jacrev(lambda x: alpha_softargmax(x, alpha))(logits)
+    wanted = torch.autograd.functional.jacobian(lambda x: alpha_softargmax(x, alpha), logits)
+    torch.testing.assert_close(jacobian, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_input_is_computed_in_float32(dtype):
     cosines, targets = batch(dtype=dtype)

@@ -337,6 +337,29 @@ def test_labels_of_any_integer_type_are_the_same(name):
         assert losses(kind) == wanted
 
 
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"qmargin_f"}))
+def test_torchs_function_transforms_give_the_same_gradients(name):
+    """``torch.func``'s, of which grad makes a graph for a second one."""
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(3, 16, generator=generator).double(), torch.tensor([0, 1, 1])
+    prototypes = F.normalize(torch.randn(300, 16, generator=generator).double(), dim=1)
+    loss = loss_of(name).eval()
+
+    def rows(x):
+        scores = scores_of(F.normalize(x, dim=1) @ prototypes.T, x)
+        return loss.rows(scores, labels).loss
+
+    def penalty(x):
+        return torch.func.grad(lambda x: rows(x).sum())(x).square().sum()
+
+    at = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(rows(at).sum(), at, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), at)
+    torch.testing.assert_close(torch.func.grad(lambda x: rows(x).sum())(x), first.detach())
+    torch.testing.assert_close(torch.func.jacrev(rows)(x).sum(0), first.detach())
+    torch.testing.assert_close(torch.func.grad(penalty)(x), second)
+
+
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_torchs_default_device_is_not_where_anything_is_computed(name):
     """Not everything that a step makes is made of its inputs; there none could be read."""
