@@ -217,7 +217,7 @@ def check_folds(is_same: np.ndarray, folds: int = 10) -> None:
     --------
     >>> check_folds(np.tile([True, False], 30))
     """
-    _checked(np.zeros(len(is_same)), is_same, folds)
+    _, is_same = _checked(np.zeros(len(is_same)), is_same, folds)
     for held in _folds(len(is_same), folds):
         same = is_same[held]
         if same.all() or not same.any():

@@ -41,6 +41,8 @@ class CosineClassifier(Classifier):
     Examples
     --------
     >>> classifier = CosineClassifier(input_size=4, out_neurons=10, subcentres=3)
+    >>> print(classifier.extra_repr())
+    4, 10, subcentres=3
     >>> classifier.weight.shape, classifier(torch.randn(2, 1, 4)).shape
     (torch.Size([30, 4]), torch.Size([2, 1, 10]))
     """
@@ -60,6 +62,10 @@ class CosineClassifier(Classifier):
             if not 0 < prototype_std < math.inf:
                 raise ValueError(f"prototype_std must be a finite number > 0, got {prototype_std}")
             torch.nn.init.normal_(self.weight, std=float(prototype_std))
+
+    def extra_repr(self) -> str:
+        rows, dim = self.weight.shape
+        return f"{dim}, {rows // self.subcentres}, subcentres={self.subcentres}"
 
     def forward(self, x: Tensor) -> Tensor:
         """Cosines [B, 1, C] of embeddings [B, 1, D]."""

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import t
 
 from speechbrain_qmargin.faces.pair_sets import (
+    check_folds,
     flip_fusion,
     pair_scores,
     ten_fold_accuracy,
@@ -107,6 +108,17 @@ def test_folds_of_uneven_sizes():
     values = ten_fold_accuracy(scores, is_same).values
     sizes = [len(part) for part in kfold(47, 10)]
     assert np.allclose(values * sizes, np.round(values * sizes))
+
+
+def test_labels_may_be_a_list_of_ones_and_zeros():
+    labels, scores = [1, 0] * 20, np.arange(40.0)
+    check_folds(labels)
+    found, wanted = (ten_fold_accuracy(scores, one) for one in (labels, np.array(labels, bool)))
+    assert found.values.tolist() == wanted.values.tolist()
+    labels[-1] = -1
+    for call in (lambda: check_folds(labels), lambda: ten_fold_accuracy(scores, labels)):
+        with pytest.raises(ValueError, match="neither True nor False, 1 nor 0: -1"):
+            call()
 
 
 def test_tar_over_folds():
