@@ -161,16 +161,20 @@ def solve_tau(logits: Tensor, alpha: float, log_q: Tensor | None = None) -> Tens
     Tensor, [...]
         float64 for float64 input, else float32. Not differentiable.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`alpha_softargmax`.
+
     Examples
     --------
     >>> solve_tau(torch.tensor([0.0, 0.0]), alpha=2.0)   # p = (1/2, 1/2): 1 + (0 - tau) = 1/2
     tensor(0.5000)
     """
     check_alpha(alpha)
+    logits, log_q = _moved(logits, log_q, -1)
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(compute_dtype(logits))
-        if log_q is not None:
-            log_q = torch.as_tensor(log_q, device=logits.device).expand_as(logits)
         z, origin, lower = _anchored(logits, alpha, log_q)
         level, _ = _level(z, alpha, log_q, lower)
         return (tau_of(level, alpha) + origin).to(logits.dtype)

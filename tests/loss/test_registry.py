@@ -4,6 +4,7 @@ import math
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from speechbrain_qmargin import (
     f_softargmax,
     make_loss,
     margin_for,
+    solve_tau,
 )
 from speechbrain_qmargin.loss.dense import scores_of
 from speechbrain_qmargin.loss.device import control_flow
@@ -489,9 +491,16 @@ def test_what_is_no_tensor_is_named():
             q_margin_loss(*arguments)
     with pytest.raises(TypeError, match="log_q must be a tensor, got list"):
         q_margin_loss(cosines, labels, log_q=[0.0, 0.0])
-    for operator in (alpha_softargmax, lambda logits: f_softargmax(logits, "kl")):
+    operators = (
+        alpha_softargmax,
+        partial(solve_tau, alpha=1.5),
+        partial(f_softargmax, divergence="kl"),
+    )
+    for operator in operators:
         with pytest.raises(TypeError, match="logits must be a tensor, got list"):
             operator([1.0, 2.0])
+        with pytest.raises(TypeError, match=r"floating point, got torch\.int64"):
+            operator(torch.tensor([1, 2]))
     with pytest.raises(TypeError, match="embeddings must be a tensor, got ndarray"):
         QMarginHead(2, 3)(cosines.numpy(), labels)
 
