@@ -10,7 +10,7 @@ from torch import Tensor
 from speechbrain_qmargin.loss.arcface import angular_margin
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.dense import DenseScores
-from speechbrain_qmargin.loss.interface import Objective, Rows, Scores
+from speechbrain_qmargin.loss.interface import Objective, Rows, Scores, flat
 
 __all__ = ["InterTopKLoss"]
 
@@ -80,7 +80,7 @@ class InterTopKLoss(Loss):
 
     def rows(self, scores: Scores, targets: Tensor, *, statistics: bool = False) -> Rows:
         dense = DenseScores(scores.cosines(), scores.embeddings)
-        k = min(self.k, dense.num_classes)
+        k, targets = min(self.k, dense.num_classes), flat(targets)
         places = targets.clamp(0, dense.num_classes - 1).unsqueeze(1)  # checked below
         wrong = dense.cosines().detach().scatter(1, places, -math.inf)
         least = wrong.topk(k, 1).values[:, -1:]

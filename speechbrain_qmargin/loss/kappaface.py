@@ -13,7 +13,7 @@ from torch import Tensor
 from speechbrain_qmargin.loss.arcface import angular_margin, check_angle
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.device import add_rows
-from speechbrain_qmargin.loss.interface import Objective, Scores
+from speechbrain_qmargin.loss.interface import Objective, Scores, flat
 from speechbrain_qmargin.loss.norms import embeddings_of, of_all_processes
 
 __all__ = ["KappaFaceLoss", "concentration"]
@@ -185,7 +185,7 @@ class KappaFaceLoss(Loss):
             self._passed = 0.0
 
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
-        embeddings = embeddings_of(self, scores)
+        embeddings, targets = embeddings_of(self, scores), flat(targets)
         if not self._known:
             raise ValueError(
                 "KappaFaceLoss: counts: the number of items of each class is not known; give "

@@ -332,7 +332,8 @@ def test_labels_of_any_integer_type_are_the_same(name):
 
     def losses(kind):
         loss, labels = loss_of(name), torch.tensor([0, 1, 1]).to(kind)
-        return [loss(scores_of(cosines, embeddings), labels) for _ in range(2)]
+        scores = scores_of(cosines, embeddings)
+        return [loss(scores, labels), *loss.rows(scores, labels).loss]
 
     wanted = losses(torch.int64)
     for kind in (torch.int32, torch.int16, torch.int8, torch.uint8):
