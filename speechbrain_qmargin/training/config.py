@@ -177,7 +177,7 @@ def composed(given: CommandLine) -> str:
     >>> print(composed(CommandLine(str(file), {"lr": "0.2"})))
     lr: 0.2 # of the encoder
     """
-    from speechbrain_qmargin.training.pretrained import published_overrides
+    from speechbrain_qmargin.training.published_settings import published_overrides
 
     text = compose(given.hparams_file, given.overrides, trust=given.trust)
     settings = plain_settings(resolved(text))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,66 +14,14 @@ from speechbrain_qmargin.published import Published, load_published
 from speechbrain_qmargin.training.checkpoints import AtomicCheckpointer, load_average
 from speechbrain_qmargin.training.config import plain_settings, resolved, settings_of
 from speechbrain_qmargin.training.internals import has_statistics, load_statistics, statistics
+from speechbrain_qmargin.training.published_settings import as_option, is_run
 from speechbrain_qmargin.training.trust import object_names, refuse_code
 
-__all__ = ["load_pretrained", "published_overrides"]
+__all__ = ["load_pretrained"]
 
 logger = logging.getLogger(__name__)
 
 _SAME = 1e-3  # of the features' norm
-
-
-def published_overrides(settings: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
-    """The settings that build a published network and its features, as a command line has them.
-
-    Parameters
-    ----------
-    settings : mapping
-        Of the experiment: ``pretrained`` names a file or folder, a run, or nothing.
-    given : mapping from str to str
-        What the command line says, as YAML.
-
-    Returns
-    -------
-    dict from str to str
-        Empty where nothing published is named.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As :func:`~speechbrain_qmargin.published.load_published`: it is loaded once, so that what
-        is wrong with it is said before the data are prepared. A face network for a speech recipe,
-        or the other way round; a setting on the command line that is not the model's.
-
-    Examples
-    --------
-    >>> from speechbrain_qmargin.models.iresnet import IResNet
-    >>> path = getfixture("tmp_path") / "backbone.pth"
-    >>> torch.save(IResNet(18, embedding_dim=8, channels=4).state_dict(), path)
-    >>> overrides = published_overrides({"pretrained": str(path)}, {})
-    >>> overrides["model"], overrides["depth"], overrides["embedding_dim"]
-    ('iresnet', '18', '8')
-    """
-    source = settings.get("pretrained")
-    if source is None or _is_run(source):
-        return {}
-    try:
-        published = load_published(source)
-    except ValueError as error:
-        raise ValueError(
-            f"pretrained: no run (no experiment.yaml or save/ in it), and {error}"
-        ) from None
-    if "n_mels" in settings:
-        published.speech()
-    else:
-        published.faces()
-    for key, value in published.settings.items():
-        if key in given and given[key].strip() not in (_text(value), str(value)):
-            raise ValueError(
-                f"--{key} {given[key]}: {source} is {published.format}'s {published.network}, with "
-                f"{key} {_text(value)}; leave --{key} out"
-            )
-    return {key: _text(value) for key, value in published.settings.items()}
 
 
 def load_pretrained(hparams: dict) -> None:
@@ -109,7 +56,7 @@ def load_pretrained(hparams: dict) -> None:
         return
     if classes not in ("keep", "first", "none"):
         raise ValueError(f"pretrained_classes: {classes!r}; choose keep, first or none")
-    if _is_run(source):
+    if is_run(source):
         _load_run(hparams, Path(source), classes)
     elif classes != "none":
         raise ValueError(
@@ -118,15 +65,6 @@ def load_pretrained(hparams: dict) -> None:
         )
     else:
         _load_published(hparams, load_published(source))
-
-
-def _is_run(source: str | Path) -> bool:
-    return any((Path(source) / name).exists() for name in ("experiment.yaml", "save"))
-
-
-def _text(value: Any) -> str:
-    """A value as YAML on one line."""
-    return value if isinstance(value, str) and value.isidentifier() else json.dumps(value)
 
 
 def _load_published(hparams: dict, published: Published) -> None:
@@ -189,7 +127,7 @@ def _other_sizes(saved: Path, hparams: Mapping[str, Any], modules: Sequence[str]
         return ""
     each = "; ".join(f"{key}: {old} there, {hparams[key]} now" for key, old in differing.items())
     words = " ".join(
-        f"--{key} {_text(old)}" for key, old in differing.items() if key != "out_n_neurons"
+        f"--{key} {as_option(old)}" for key, old in differing.items() if key != "out_n_neurons"
     )
     return f": {each}." + (f" To start from it, say {words}" if words else "")
 
