@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+from graphlib import TopologicalSorter
 
 from scripts import ROOT
 
@@ -38,6 +39,19 @@ def test_imports_go_down_the_list():
             below = module.split(".")[1:2] or names
             up += [f"{file}:{line}" for one in below if place.get(one, 99) < place[room]]
     assert up == []
+
+
+def test_no_circle_of_imports():
+    modules = {}
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        modules[".".join(parts).removesuffix(".__init__")] = file
+    needed = {name: set() for name in modules}
+    for name, file in modules.items():
+        for module, names, _ in imports(file):
+            below = {f"{module}.{one}" for one in names} & set(modules)
+            needed[name] |= below or {module}
+    TopologicalSorter(needed).prepare()  # a CycleError names the circle
 
 
 def test_loss_and_scoring_know_nothing_of_each_other():
