@@ -56,6 +56,7 @@ __all__ = ["FaceBrain", "SpeakerBrain", "VerificationBrain"]
 logger = logging.getLogger(__name__)
 
 _NOTHING = {"items_at_once": None, "seconds": 0.0, "stats": [0.0] * 5}
+_NO_CLIPPING = 1e9
 _LARGEST = 2  # of the statistics, where the largest support stands: no sum
 
 
@@ -79,9 +80,8 @@ class VerificationBrain(OpenBrain):
         How many of the last epochs' weights are averaged for :meth:`extract`.
     batch_size, lr_reference_batch : int
     max_grad_norm : float
-        To which the gradient's norm is clipped: that of all modules together, or of
-        `clipped_alone`. A classifier in shards is never clipped: its norm would depend on the
-        number of processes.
+        To which the gradient's norm is clipped: that of all modules together, a classifier in
+        shards with all its shards, or of `clipped_alone`. From 1e9 on nothing is clipped.
     freeze, freeze_epochs : str, int, optional
         See :class:`~speechbrain_qmargin.training.freezing.Freezing`.
     encoder_lr : float, optional
@@ -332,10 +332,12 @@ class VerificationBrain(OpenBrain):
             for parameter in learnt.values():
                 parameter.register_post_accumulate_grad_hook(_average_gradient)
 
+    @property
+    def _clipped_alone(self) -> str | None:
+        return self.clipped_alone if self._encoder_lr == 1 else "embedding_model"
+
     def _init_modules_optimizers(self) -> None:
-        alone, factor = self.clipped_alone, self._encoder_lr
-        if factor != 1:
-            alone = "embedding_model"
+        alone, factor = self._clipped_alone, self._encoder_lr
         if self._sharded_head is None and alone is None:
             super().init_optimizers()
             return
@@ -460,6 +462,33 @@ class VerificationBrain(OpenBrain):
         sharded = self._sharded_head
         return [name for name, module in self.modules.items() if module is not sharded]
 
+    def optimizers_step(self):
+        """SpeechBrain's, but one norm is clipped, also where two optimisers step."""
+        self._freezing.drop_gradients()
+        optimizers = self.freeze_optimizers(self.optimizers_dict)
+        for optimizer in optimizers.values():
+            self.scaler.unscale_(optimizer)
+        if self.max_grad_norm < _NO_CLIPPING:
+            self._clip_gradients()
+        if self.skip_nonfinite_grads and not self.scaler.is_enabled():
+            self.check_gradients()
+        for optimizer in optimizers.values():
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        self.optimizer_step += 1
+
+    def _clip_gradients(self) -> None:
+        clipped = list(self.optimizer.param_groups[0]["params"])
+        head = None if self._clipped_alone else self._sharded_head
+        norm = _norm_of(clipped)
+        if head is not None:
+            of_head = head.comm.sum(_norm_of(head.own_parameters()) ** 2)
+            norm = (norm**2 + of_head).sqrt()
+            clipped += head.own_parameters()
+        torch.nn.utils.clip_grads_with_norm_(clipped, self.max_grad_norm, norm)
+
     def freeze_optimizers(self, optimizers):
         """Those with a gradient: a GradScaler refuses one whose parameters are all frozen."""
         return {
@@ -467,10 +496,6 @@ class VerificationBrain(OpenBrain):
             for name, optimizer in optimizers.items()
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
         }
-
-    def optimizers_step(self):
-        self._freezing.drop_gradients()
-        super().optimizers_step()
 
     def check_gradients(self):
         """SpeechBrain's ``skip_nonfinite_grads``, which cannot read row-sparse gradients."""
@@ -812,6 +837,12 @@ class FaceBrain(VerificationBrain):
         if stage != sb.Stage.TRAIN and self.hparams.test_flip:
             embeddings = embeddings + model(images.flip(-1))
         return embeddings
+
+
+def _norm_of(parameters: list[nn.Parameter]) -> Tensor:
+    """Of their gradients; 0 where there are none."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.to(parameters[0].device)
 
 
 def _learnt_by(loss: Any) -> dict[str, nn.Parameter]:

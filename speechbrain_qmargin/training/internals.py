@@ -43,6 +43,7 @@ class OpenBrain(sb.Brain):
     distributed_backend: str
     find_unused_parameters: bool
     grad_accumulation_factor: int
+    max_grad_norm: float
     modules: Any
     nonfinite_count: int
     nonfinite_patience: int
@@ -50,6 +51,7 @@ class OpenBrain(sb.Brain):
     opt_class: Any
     remove_vector_weight_decay: bool
     scaler: Any
+    skip_nonfinite_grads: bool
 
     def may_save_within_epoch(self) -> bool:
         """Whether a checkpoint between the steps of an epoch could be resumed from now."""

@@ -434,25 +434,39 @@ def test_alpha_and_scale_change_by_schedule(folder, tmp_path):
     assert [entry["scale"] for entry in history] == pytest.approx([12.5, 10, 10])
 
 
-def test_what_is_clipped(folder, tmp_path):
-    def clipped(**settings):
-        output = tmp_path / str(len(list(tmp_path.iterdir())))
-        fit, brain, _ = make_brain(folder, output, number_of_epochs=1, **settings)
-        fit()
-        groups = [optimizer.param_groups[0] for optimizer in brain.optimizers_dict.values()]
-        return brain, [id(parameter) for group in groups for parameter in group["params"]]
+@pytest.mark.parametrize(
+    ("settings", "alone"), [({}, False), ({"head": "sparse"}, False), ({"encoder_lr": 0.5}, True)]
+)
+def test_one_norm_is_clipped_whatever_the_head(folder, tmp_path, settings, alone):
+    most, norms = 0.01, []
 
-    brain, everything = clipped()
-    assert everything == [id(p) for p in brain.modules.parameters()]
+    class Watched(SpeakerBrain):
+        def freeze_optimizers(self, optimizers):
+            self.before = gradients_of(self)
+            return super().freeze_optimizers(optimizers)
 
-    class Alone(SpeakerBrain):
-        clipped_alone = "embedding_model"
+        def _clip_gradients(self):
+            super()._clip_gradients()
+            after = gradients_of(self)
+            clipped = [name for name in after if not alone or name.startswith("embedding_model")]
+            norm = torch.cat([self.before[name].flatten() for name in clipped]).norm()
+            for name, before in self.before.items():
+                share = min(1, most / norm) if name in clipped else 1
+                torch.testing.assert_close(after[name], before * share)
+            norms.append(norm)
 
-    brain, encoder = clipped(brain_class=Alone)
-    assert encoder == [id(p) for p in brain.modules["embedding_model"].parameters()]
-    brain, others = clipped(head="sparse")
-    assert set(others) >= {id(p) for p in brain.modules["embedding_model"].parameters()}
-    assert id(brain.modules["classifier"].weight) not in others
+    run_opts = {"max_grad_norm": most}
+    fit, _, _ = make_brain(
+        folder, tmp_path, None, Watched, run_opts, number_of_epochs=1, **settings
+    )
+    fit()
+    assert len(norms) == 4
+    assert min(norms) > most
+
+
+def gradients_of(brain):
+    named = brain.modules.named_parameters()
+    return {name: p.grad.clone().to_dense() for name, p in named if p.grad is not None}
 
 
 def test_an_interrupted_extraction_goes_on(extracting):
