@@ -401,7 +401,7 @@ class QMarginHead(nn.Module):
             unit = _unit(embeddings)
             if self.comm.world == 1:
                 return self.all_cosines(unit).unsqueeze(1)
-            sizes = self._agree(unit, None, None).sizes
+            sizes = self._agree(embeddings, None, None).sizes
             x = self.comm.gather(unit.detach(), sizes)
             cosines = F.normalize(self.weight.detach(), dim=1) @ x.T
             cosines = cosines.unflatten(0, (-1, self.subcentres)).amax(1)
@@ -409,15 +409,17 @@ class QMarginHead(nn.Module):
             everything = self.comm.gather(cosines, counts)
             return everything[:, self.comm.own(sizes)].T.unsqueeze(1)
 
-    def _agree(self, unit: Tensor, labels: Tensor | None, refused: Exception | None) -> _Agreement:
+    def _agree(
+        self, embeddings: Tensor, labels: Tensor | None, refused: Exception | None
+    ) -> _Agreement:
         """What all ranks know of a step before it.
 
         All ranks raise if one of them has bad input, so that none waits.
         """
-        wrong = torch.zeros((), dtype=torch.int64, device=unit.device)
+        wrong = torch.zeros((), dtype=torch.int64, device=embeddings.device)
         if labels is not None and refused is None:
             wrong = ((labels < 0) | (labels >= self.num_classes)).sum()
-        finite = unit.detach().isfinite().all()
+        finite = embeddings.detach().float().isfinite().all()
         finite_rows = torch.ones_like(finite)
         if labels is not None and refused is None:
             finite_rows = self.rows_are_finite()
@@ -426,11 +428,13 @@ class QMarginHead(nn.Module):
                 raise refused
             if labels is not None:
                 _check_range(labels, wrong, self.num_classes)
-            return _Agreement([len(unit)], finite, finite_rows, False)
+            return _Agreement([len(embeddings)], finite, finite_rows, False)
         kernels = labels is not None and refused is None and self.may_use_kernels
         kernels = kernels and takes(self.prototypes(), alpha=2.0)
-        facts = [len(unit), wrong, refused is not None, ~finite, ~finite_rows, not kernels]
-        facts = torch.stack([torch.as_tensor(fact, device=unit.device).long() for fact in facts])
+        facts = [len(embeddings), wrong, refused is not None, ~finite, ~finite_rows, not kernels]
+        facts = torch.stack(
+            [torch.as_tensor(fact, device=embeddings.device).long() for fact in facts]
+        )
         facts = torch.stack(self.comm.gather_rows(facts)).tolist()
         if refused is not None:
             raise refused
@@ -446,7 +450,9 @@ class QMarginHead(nn.Module):
                     "set num_classes (out_n_neurons) to the size of the label encoder"
                 )
         sizes, _, _, *infinite, without = zip(*facts, strict=True)
-        finite, finite_rows = (torch.tensor(not any(one), device=unit.device) for one in infinite)
+        finite, finite_rows = (
+            torch.tensor(not any(one), device=embeddings.device) for one in infinite
+        )
         return _Agreement(list(sizes), finite, finite_rows, not any(without))
 
     def _check_not_broadcast(self) -> None:
@@ -627,12 +633,12 @@ class HeadOutput:
                 rows = self._fused(targets, objective)
                 if rows is not None:
                     return rows
-            unit = _unit(embeddings)
-            sizes, finite, finite_rows, kernels = head._agree(unit, targets, refused)
+            sizes, finite, finite_rows, kernels = head._agree(embeddings, targets, refused)
             if kernels and isinstance(objective, Objective):
                 rows = self._fused(targets, objective, sizes)
                 if rows is not None:
                     return rows
+            unit = _unit(embeddings)
             raw = embeddings.detach().float()
             shard, weight, names, classes, of_drawn = head.looked_at(targets, sizes)
             finite_rows = finite_rows if of_drawn is None else of_drawn

@@ -400,7 +400,10 @@ def test_dim_shapes_and_absent_classes():
     padded = alpha_softargmax(holes, dim=1)
     torch.testing.assert_close(padded[:, :5], p)
     assert (padded[:, 5] == 0).all()
-    assert torch.equal(solve_tau(logits, 1.5, 0.3), solve_tau(logits, 1.5, torch.tensor(0.3)))
+    level = torch.tensor(0.3)
+    assert torch.equal(
+        solve_tau(logits, 1.5, level), solve_tau(logits, 1.5, level.expand_as(logits))
+    )
 
 
 @settings(max_examples=some(100), deadline=None)
