@@ -273,15 +273,11 @@ class People:
         run("PRAGMA foreign_keys=ON")
         run("PRAGMA temp_store=MEMORY")
         run("PRAGMA trusted_schema=OFF")
-        with self._reading():  # a file that may only be read is opened too
-            run("BEGIN")
-            try:
-                empty = self._is_empty()
-            finally:
-                run("COMMIT")
+        with self._transaction("DEFERRED"):  # a file that may only be read is opened too
+            empty = self._is_empty()
         if not empty:
             return
-        with self._writing():
+        with self._transaction("IMMEDIATE"):
             if self._is_empty():  # still
                 for statement in _STATEMENTS:
                     run(statement)
@@ -321,10 +317,10 @@ class People:
                 raise StorageFault(f"{self.path}: {error}") from None
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, committed at the end or undone."""
+    def _transaction(self, lock: str) -> Iterator[sqlite3.Connection]:
+        """One transaction, committed at the end or undone; IMMEDIATE: to write."""
         with self._reading() as db:
-            db.execute("BEGIN IMMEDIATE")
+            db.execute(f"BEGIN {lock}")
             try:
                 yield db
                 db.execute("COMMIT")
@@ -389,7 +385,7 @@ class People:
             raise ValueError("an embedding is zero or not finite, or its length is")
         said = [json.dumps(json_values(one)) for one in qualities or []] or ["{}"] * len(rows)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        with self._writing() as db:
+        with self._transaction("IMMEDIATE") as db:
             try:
                 person, name = self._person(name)
             except NotEnrolled:
@@ -439,7 +435,7 @@ class People:
             The person is deleted, but the file could not be built anew.
         """
         with self._reading():
-            with self._writing() as db:
+            with self._transaction("IMMEDIATE") as db:
                 person, name = self._person(name)
                 (count,) = db.execute(
                     "SELECT count(*) FROM recordings WHERE person = ?", (person,)
