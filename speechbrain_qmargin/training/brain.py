@@ -321,8 +321,8 @@ class VerificationBrain(OpenBrain):
     def init_optimizers(self):
         """One optimiser, or two where the classifier is in shards: a rank steps its own shard.
 
-        What the loss learns is a group of its own. SpeechBrain clips the first group of each
-        optimiser's parameters.
+        What the loss learns is a group of its own. Of the first optimiser the first group is
+        clipped.
         """
         self._init_modules_optimizers()
         learnt = _learnt_by(getattr(self.hparams, "compute_cost", None))
@@ -360,8 +360,7 @@ class VerificationBrain(OpenBrain):
         self.checkpointer.add_recoverable("optimizer", self.optimizer)
         if head is None:
             return
-        groups = [{"params": []}, {"params": head.own_parameters()}]
-        head_optimizer = self.hparams.head_opt_class(groups)
+        head_optimizer = self.hparams.head_opt_class(head.own_parameters())
         self.optimizers_dict["head_opt_class"] = head_optimizer
         self.checkpointer.add_recoverable(
             "classifier",
