@@ -442,7 +442,7 @@ def tables(stage: str, data: Path, out: Path) -> str:
         systems = FACE_SYSTEMS if stage == "faces_tune" else list(SYSTEMS)
         return tuning_table(out, stage, systems)
     runs = STAGES[stage].runs(data, out, list(SYSTEMS))
-    if stage in ("classes", "third_classes"):
+    if stage in BY_FIGURES:  # the others of them: by the number of classes
         return classes_table({key: folder for key, (_, folder) in runs.items()})
     folders = finished(runs)
     if not folders:
