@@ -321,10 +321,14 @@ class VerificationBrain(OpenBrain):
     def init_optimizers(self):
         """One optimiser, or two where the classifier is in shards: a rank steps its own shard.
 
-        What the loss learns is a group of its own. Of the first optimiser the first group is
-        clipped.
+        What the loss learns is a group of its own.
         """
-        self._init_modules_optimizers()
+        head, alone = self._sharded_head, self._clipped_alone
+        # a head's optimiser steps its own parameters, and its others never move
+        of_head = {id(p) for p in head.parameters()} if head is not None else set()
+        clipped = self.modules if alone is None else self.modules[alone]
+        self._clipped = [p for p in clipped.parameters() if id(p) not in of_head]
+        self._init_modules_optimizers(of_head)
         learnt = _learnt_by(getattr(self.hparams, "compute_cost", None))
         if learnt:
             self.optimizer.add_param_group({"params": list(learnt.values())})
@@ -336,23 +340,19 @@ class VerificationBrain(OpenBrain):
     def _clipped_alone(self) -> str | None:
         return self.clipped_alone if self._encoder_lr == 1 else "embedding_model"
 
-    def _init_modules_optimizers(self) -> None:
-        alone, factor = self._clipped_alone, self._encoder_lr
-        if self._sharded_head is None and alone is None:
+    def _init_modules_optimizers(self, of_head: set[int]) -> None:
+        head, factor = self._sharded_head, self._encoder_lr
+        if head is None and self._clipped_alone is None:
             super().init_optimizers()
             return
         if self.remove_vector_weight_decay:
             raise ValueError(
                 "--remove_vector_weight_decay: not with faces, the sparse head or --encoder_lr"
             )
-        head = self._sharded_head
-        clipped = self.modules if alone is None else self.modules[alone]
-        # of the head's, its own optimiser steps its own, and the others never move
-        seen = {id(p) for p in head.parameters()} if head is not None else set()
-        first = [p for p in clipped.parameters() if id(p) not in seen]
-        seen |= {id(p) for p in first}
+        seen = of_head | {id(p) for p in self._clipped}
         others = [p for p in self.modules.parameters() if id(p) not in seen]
-        groups: list[dict[str, Any]] = [{"params": part} for part in (first, others) if part]
+        parts = [part for part in (self._clipped, others) if part]
+        groups: list[dict[str, Any]] = [{"params": part} for part in parts]
         if factor != 1:
             groups[0]["lr_factor"] = factor
         self.optimizer = self.opt_class(groups)
@@ -479,14 +479,12 @@ class VerificationBrain(OpenBrain):
         self.optimizer_step += 1
 
     def _clip_gradients(self) -> None:
-        clipped = list(self.optimizer.param_groups[0]["params"])
         head = None if self._clipped_alone else self._sharded_head
-        norm = _norm_of(clipped)
+        of_head = [] if head is None else head.own_parameters()
+        norm = _norm_of(self._clipped)
         if head is not None:
-            of_head = head.comm.sum(_norm_of(head.own_parameters()) ** 2)
-            norm = (norm**2 + of_head).sqrt()
-            clipped += head.own_parameters()
-        torch.nn.utils.clip_grads_with_norm_(clipped, self.max_grad_norm, norm)
+            norm = (norm**2 + head.comm.sum(_norm_of(of_head) ** 2)).sqrt()
+        torch.nn.utils.clip_grads_with_norm_([*self._clipped, *of_head], self.max_grad_norm, norm)
 
     def freeze_optimizers(self, optimizers):
         """Those with a gradient: a GradScaler refuses one whose parameters are all frozen."""

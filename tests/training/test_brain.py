@@ -435,9 +435,15 @@ def test_alpha_and_scale_change_by_schedule(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "alone"), [({}, False), ({"head": "sparse"}, False), ({"encoder_lr": 0.5}, True)]
+    ("settings", "run_opts", "alone"),
+    [
+        ({}, {}, False),
+        ({}, {"remove_vector_weight_decay": True}, False),  # of which SpeechBrain clips a part
+        ({"head": "sparse"}, {}, False),
+        ({"encoder_lr": 0.5}, {}, True),
+    ],
 )
-def test_one_norm_is_clipped_whatever_the_head(folder, tmp_path, settings, alone):
+def test_one_norm_is_clipped_whatever_the_groups(folder, tmp_path, settings, run_opts, alone):
     most, norms = 0.01, []
 
     class Watched(SpeakerBrain):
@@ -455,10 +461,8 @@ def test_one_norm_is_clipped_whatever_the_head(folder, tmp_path, settings, alone
                 torch.testing.assert_close(after[name], before * share)
             norms.append(norm)
 
-    run_opts = {"max_grad_norm": most}
-    fit, _, _ = make_brain(
-        folder, tmp_path, None, Watched, run_opts, number_of_epochs=1, **settings
-    )
+    options = run_opts | {"max_grad_norm": most}
+    fit, _, _ = make_brain(folder, tmp_path, None, Watched, options, number_of_epochs=1, **settings)
     fit()
     assert len(norms) == 4
     assert min(norms) > most
