@@ -23,7 +23,7 @@ from speechbrain_qmargin.loss.functional import margin_for
 Run = tuple[list[str], Path]
 Runs = dict[tuple, Run]
 SEEDS, TUNING_SEED = range(5), 1000
-TUNINGS = ("tune", "second_tune", "third_tune", "faces_tune")
+TUNINGS = ("tune", "second_tune", "third_tune", "faces_tune", "third_faces_tune")
 BY_FIGURES = (*TUNINGS, "classes", "third_classes")  # stages whose tables need no scores
 RECORD = Path(__file__).with_name("evidence_record.json")
 
@@ -99,7 +99,18 @@ THIRD_QMARGIN = points(
     (1.5, 10, 0.2),
 )
 THIRD_SETTINGS = {"arcface": THIRD_COSINES, "cosface": THIRD_COSINES, "qmargin": THIRD_QMARGIN}
-OWN_SETTINGS = {"second_tune": SECOND_SETTINGS, "third_tune": THIRD_SETTINGS}
+
+FACE_COSINES = [*grid(scale=[10], margin=[0.2]), *grid(scale=[16], margin=[0.1, 0.2, 0.35])]
+FACE_QMARGIN = points((1.1, 32, 0.2), (1.25, 10, 0.2), (1.25, 20, 0.2), (1.5, 10, 0.2))
+OWN_SETTINGS = {
+    "second_tune": SECOND_SETTINGS,
+    "third_tune": THIRD_SETTINGS,
+    "third_faces_tune": {
+        "arcface": FACE_COSINES,
+        "cosface": FACE_COSINES,
+        "qmargin": FACE_QMARGIN,
+    },
+}
 
 
 def options(system: str, setting: dict) -> list[str]:
@@ -458,7 +469,8 @@ def third(data: Path, out: Path, systems: list[str]) -> Runs:
 # -- faces --------------------------------------------------------------------
 
 FACES = ["--number_of_epochs=15", "--batch_size=64", "--lr_reference_batch=64"]
-FACES += ["--image_size=64", "--warmup_epochs=2", "--prototype_std=null"]
+FACES += ["--image_size=64", "--warmup_epochs=2"]
+LONG = ["--prototype_std=null"]
 FACE_MODELS = {"iresnet": ["--depth=18", "--width=16"], "mobilefacenet": ["--model=mobilefacenet"]}
 FACE_SYSTEMS = ("arcface", "cosface", PRIMARY, "qmargin_prior", "adaface")
 TAILS, MOST_IMAGES = (1, 2, 4), 20
@@ -491,6 +503,9 @@ def write_face_lists(data: Path, out: Path) -> None:
         names = (one for who in identities for one in images(out, who)[:MOST_IMAGES])
         write_text(out / f"lists/{name}.txt", all_pairs(names))
     write_text(out / "lists/faces_train.txt", "\n".join(train) + "\n")
+    few = [one for one in able if len(images(out, one)) in (2, 3)]
+    names = (one for who in few for one in images(out, who))
+    write_text(out / "lists/third_faces_tune.txt", all_pairs(names))
     rest = "\n".join(one for one in train if one not in aside)
     write_text(out / "lists/faces_tune_train.txt", rest + "\n")
 
@@ -502,13 +517,13 @@ def face_options(out: Path, part: str, trials: str) -> list[str]:
 
 
 def faces_tune(data: Path, out: Path, systems: list[str]) -> Runs:
-    base = face_options(out, "faces_tune_train", "faces_tune")
+    base = [*face_options(out, "faces_tune_train", "faces_tune"), *LONG]
     base += [*FACE_MODELS["iresnet"], "--min_images=1"]
     return tuning(out, "faces_tune", base, [one for one in systems if one in FACE_SYSTEMS])
 
 
 def faces(data: Path, out: Path, systems: list[str]) -> Runs:
-    base = face_options(out, "faces_train", "faces_test")
+    base = [*face_options(out, "faces_train", "faces_test"), *LONG]
     found = tuned(out, "faces_tune", [one for one in systems if one in FACE_SYSTEMS])
     runs = {}
     for seed, tail, (model, own) in itertools.product(range(3), TAILS, FACE_MODELS.items()):
@@ -517,6 +532,23 @@ def faces(data: Path, out: Path, systems: list[str]) -> Runs:
             loss = [*given, f"--min_images={tail}", f"--seed={seed}"]
             runs[f"{model}, {tail}+ images", system, seed] = ([*base, *own, *loss], folder)
     return runs
+
+
+def third_face_options(out: Path, trials: str) -> list[str]:
+    base = face_options(out, "faces_train", trials)
+    return [*base, *FACE_MODELS["iresnet"], f"--min_images={TAILS[-1]}", *SHORT]
+
+
+def third_faces_tune(data: Path, out: Path, systems: list[str]) -> Runs:
+    """With prototypes that start short; of the identities with many images nobody is held out."""
+    return tuning(out, "third_faces_tune", third_face_options(out, "third_faces_tune"), systems)
+
+
+def third_faces(data: Path, out: Path, systems: list[str]) -> Runs:
+    known = OWN_SETTINGS["third_faces_tune"]
+    found = tuned(out, "third_faces_tune", [one for one in systems if one in known])
+    runs = over_seeds(out / "third_faces", third_face_options(out, "faces_test"), found)
+    return {("iresnet, 4+ images, short", *key): run for key, run in runs.items()}
 
 
 class Stage(NamedTuple):
@@ -542,6 +574,8 @@ STAGES = {
     "third_classes": Stage("speech", third_classes),
     "faces_tune": Stage("face", faces_tune),
     "faces": Stage("face", faces),
+    "third_faces_tune": Stage("face", third_faces_tune),
+    "third_faces": Stage("face", third_faces),
 }
 
 

@@ -100,6 +100,21 @@ def test_identities_whose_images_are_all_in_the_errata_are_not_trained_on(tmp_pa
     assert set((lists / "faces_tune_train.txt").read_text().split()) == set(train[1:]) - held
     assert held.isdisjoint(("a000", "a001"))
     assert len((lists / "faces_test.txt").read_text().splitlines()) == 6
+    few = speakers_of(lists / "third_faces_tune.txt")  # two or three images, in no test
+    assert few == set(train) - {"a000", "a001"}
+
+
+def test_faces_with_short_prototypes_are_tuned_and_tested_on_the_same_identities(tmp_path):
+    runs = STAGES["third_faces_tune"].runs(tmp_path, tmp_path, list(SYSTEMS))
+    assert [name for name, _ in runs] == [system for system in THREE for _ in range(4)]
+    assert STAGES["third_faces"].runs(tmp_path, tmp_path, list(SYSTEMS)) == {}
+    finish_tuning(tmp_path, "third_faces_tune", dict.fromkeys(THREE, 1))
+    tests = STAGES["third_faces"].runs(tmp_path, tmp_path, list(SYSTEMS))
+    assert [key[1:] for key in tests] == [(system, seed) for seed in range(5) for system in THREE]
+    for options, _ in [*runs.values(), *tests.values()]:
+        given = dict(option.lstrip("-").split("=", 1) for option in options)
+        assert given["train_identities"].endswith("lists/faces_train.txt")
+        assert (given["min_images"], given["prototype_std"]) == ("4", "0.01")
 
 
 def test_the_second_tuning_is_as_large_for_each_system():
