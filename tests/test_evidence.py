@@ -248,6 +248,12 @@ def test_the_second_decision_reads_the_second_lists(tmp_path):
         lead = np.mean([tar["qmargin", seed] - tar[system, seed] for seed in range(2)])
         assert seeds == "2"
         assert float(points) == pytest.approx(100 * lead, abs=0.006)
+    # two rates on one list: again four comparisons
+    rates = ["TAR@1e-2", "TAR@1e-3"]
+    rows = evidence.decision_table(folders, lists[:1], rates).splitlines()[2:]
+    names = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in rows}
+    named = [f"second cv, {rate}" for rate in rates]
+    assert names == set(itertools.product(named, ("arcface", "cosface")))
 
 
 def test_fine_tuning_has_tables_of_its_own(people):
