@@ -102,8 +102,8 @@ def _normalize(args) -> None:
     of = "utterances" if args.all_utterances else "speakers"
     print(f"cohort: {len(cohort.entries):,} {of}")
     scores = cohort.scores(embeddings, trials, args.enrolment, quiet=args.quiet)
-    about = {"kind": cohort.kind, "embeddings": embeddings.source, "cohort": raw.source}
-    about["encoder"] = embeddings.encoder
+    about = {"kind": cohort.kind, "embeddings": embeddings.source, "cohort": cohort.source}
+    about |= {"cohort_file": raw.source, "encoder": embeddings.encoder}
     if args.mean:
         about["mean"] = file_source(args.mean)
     if args.score_norm.startswith("as"):
@@ -161,10 +161,7 @@ def _apply(args) -> None:
     read = read_scored(args.scores, args, columns_of(args.columns))
     qualities = _qualities(args.quality, args.norm_of)
     calibration = Calibration.load(args.calibration)
-    kind, encoder, cohort = read.origin.values()
-    llrs = calibration.apply(
-        read.scores, read.trials, qualities, kind=kind, encoder=encoder, cohort=cohort
-    )
+    llrs = calibration.apply(read.scores, read.trials, qualities, **read.origin)
     about = dict(read.about) | {"kind": "llr", "calibration": file_source(args.calibration)}
     about |= {"of": read.kind} if read.kind else {}
     write_scores(args.output, read.trials, llrs, about)

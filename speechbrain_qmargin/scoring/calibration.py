@@ -18,6 +18,7 @@ import numpy as np
 from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import load_record, save_record
 from speechbrain_qmargin.scoring.separation import (
+    ORIGIN,
     refuse_other_scores,
     refuse_shared,
     speaker_digests,
@@ -51,7 +52,7 @@ class Calibration:
         What the scores are that it was fitted on ("cosine", "as-norm", ...); empty if not known.
     speakers : list of str
         Digests of the development speakers (:func:`speaker_digests`).
-    encoder, cohort : str
+    encoder, cohort, mean, enrolment : str
         Of the scores it was fitted on, as of an operating point; empty if not known.
 
     Raises
@@ -78,6 +79,8 @@ class Calibration:
     speakers: list[str] = field(default_factory=list)
     encoder: str = ""
     cohort: str = ""
+    mean: str = ""
+    enrolment: str = ""
 
     def __post_init__(self) -> None:
         numbers = [*self.weights, self.offset, self.p_target]
@@ -104,6 +107,8 @@ class Calibration:
         kind: str = "",
         encoder: str = "",
         cohort: str = "",
+        mean: str = "",
+        enrolment: str = "",
         allow_same: bool = False,
     ) -> np.ndarray:
         """Log-likelihood ratios of new scores: float64 [N].
@@ -114,7 +119,7 @@ class Calibration:
         trials : Trials
         qualities : mapping from measure to mapping from recording to float, optional
             Those that it was fitted with; others are left.
-        kind, encoder, cohort : str
+        kind, encoder, cohort, mean, enrolment : str
             What the scores are, and of what, as far as that is known.
         allow_same : bool
             Also of the development speakers; figures on the result are optimistic.
@@ -123,10 +128,10 @@ class Calibration:
         ------
         ValueError
             The trials it was fitted on or others of their speakers (unless `allow_same`), scores
-            of another `kind`, encoder or cohort, of another shape or not finite, a missing quality
-            measure.
+            of another kind, encoder, cohort, mean or enrolment, of another shape or not finite, a
+            missing quality measure.
         """
-        given = {"kind": kind, "encoder": encoder, "cohort": cohort}
+        given = dict(zip(ORIGIN, (kind, encoder, cohort, mean, enrolment), strict=True))
         refuse_other_scores(given, vars(self), "the calibration")
         if not allow_same:
             if digest(trials) == self.fitted_on:
@@ -283,6 +288,8 @@ def fit_calibration(
     kind: str = "",
     encoder: str = "",
     cohort: str = "",
+    mean: str = "",
+    enrolment: str = "",
 ) -> Calibration:
     """Fit on development trials, of other speakers than those to be reported.
 
@@ -297,7 +304,7 @@ def fit_calibration(
     qualities : mapping from a measure's name to its value for every id
         Durations are best given as logarithms.
     p_target : float
-    kind, encoder, cohort : str
+    kind, encoder, cohort, mean, enrolment : str
         What the scores are, and of what; the calibration is refused for others.
 
     Raises
@@ -335,4 +342,6 @@ def fit_calibration(
         speaker_digests(trials),
         encoder,
         cohort,
+        mean,
+        enrolment,
     )

@@ -16,7 +16,7 @@ from speechbrain_qmargin.scoring.metrics import (
     allowed_false_accepts,
     tar_at_far,
 )
-from speechbrain_qmargin.scoring.separation import refuse_other_scores
+from speechbrain_qmargin.scoring.separation import ORIGIN, refuse_other_scores
 from speechbrain_qmargin.scoring.uncertainty import (
     FEWEST_ERRORS,
     Spread,
@@ -66,6 +66,10 @@ class OperatingPoint:
         The digest of the encoder whose embeddings were scored; empty if not known.
     cohort : str
         What the scores were normalised with, by name or digest; empty without a cohort.
+    mean : str
+        What was subtracted from the embeddings, by name and SHA-256; empty if not known.
+    enrolment : str
+        How the recordings of an enrolment model were put together; empty without models.
     enrolled_from : int
         Recordings of an enrolment in the trials (their median); 0 if not known.
     far_interval, tar_interval : (low, high) or None
@@ -112,6 +116,8 @@ class OperatingPoint:
     encoder: str = ""
     cohort: str = ""
     enrolled_from: int = 0
+    mean: str = ""
+    enrolment: str = ""
     far_interval: tuple[float, float] | None = None
     tar_interval: tuple[float, float] | None = None
     confidence: float = 0.95
@@ -132,20 +138,28 @@ class OperatingPoint:
                 if len(value) != 2 or not all(map(_is_number, value)) or not value[0] <= value[1]:
                     raise ValueError(f"the {name} is {value!r}, not two numbers in order")
                 object.__setattr__(self, name, tuple(value))  # a list in JSON
-        for name in ("kind", "encoder", "cohort", "embeddings", "scores"):
+        for name in (*ORIGIN, "embeddings", "scores"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"the {name} is {getattr(self, name)!r}, not a text")
 
-    def refuse_other(self, *, kind: str = "", encoder: str = "", cohort: str = "") -> None:
+    def refuse_other(
+        self,
+        *,
+        kind: str = "",
+        encoder: str = "",
+        cohort: str = "",
+        mean: str = "",
+        enrolment: str = "",
+    ) -> None:
         """Refuse what this threshold is not of.
 
         Raises
         ------
         ValueError
-            Another kind of score, encoder or cohort; what is not known on either side is not
-            compared.
+            Another kind of score, encoder, cohort, mean or enrolment of models; what is not known
+            on either side is not compared.
         """
-        given = {"kind": kind, "encoder": encoder, "cohort": cohort}
+        given = dict(zip(ORIGIN, (kind, encoder, cohort, mean, enrolment), strict=True))
         refuse_other_scores(given, vars(self), "the threshold")
 
     @property
@@ -316,6 +330,8 @@ def choose_operating_point(
     scores: str = "",
     encoder: str = "",
     cohort: str = "",
+    mean: str = "",
+    enrolment: str = "",
     enrolled_from: int = 0,
     apart: bool = True,
     spread: Spread | None = None,
@@ -339,7 +355,7 @@ def choose_operating_point(
         The sources of the trial lists.
     speakers : float, optional
         That contribute to the trials it is measured on, for the mark.
-    kind, embeddings, scores, encoder, cohort, enrolled_from
+    kind, embeddings, scores, encoder, cohort, mean, enrolment, enrolled_from
         Of :class:`OperatingPoint`.
     apart : bool
         Whether development and test are known to share no speaker; otherwise it is optimistic.
@@ -398,6 +414,8 @@ def choose_operating_point(
         scores=scores,
         encoder=encoder,
         cohort=cohort,
+        mean=mean,
+        enrolment=enrolment,
         enrolled_from=enrolled_from,
         far_interval=far_interval,
         tar_interval=tar_interval,

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Fusion:
         Of development.
     fitted_on : str
         The development list, with its SHA-256, if it came from a file.
-    origins : mapping from system to mapping with "kind", "encoder" and "cohort"
+    origins : mapping from system to mapping
         What its scores are and of what, where that is known; see
         :attr:`~speechbrain_qmargin.scoring.score_files.ScoreFile.origin`.
 
@@ -66,7 +67,7 @@ class Fusion:
     speakers: list[str]
     num_trials: int
     fitted_on: str = ""
-    origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    origins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def apply(
         self,
@@ -74,7 +75,7 @@ class Fusion:
         trials: Trials,
         *,
         allow_shared_speakers: bool = False,
-        origins: Mapping[str, Mapping[str, str]] | None = None,
+        origins: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> np.ndarray:
         """Log-likelihood ratios of the systems' scores: float64 [N].
 
@@ -91,8 +92,8 @@ class Fusion:
         Raises
         ------
         ValueError
-            Other systems, scores of another kind, encoder or cohort, of another shape or not
-            finite, speakers of development in the trials (unless allowed).
+            Other systems, scores of another origin, of another shape or not finite, speakers of
+            development in the trials (unless allowed).
         """
         if set(systems) != set(self.systems):
             raise ValueError(
@@ -156,7 +157,7 @@ def fit_fusion(
     trials: Trials,
     *,
     p_target: float = 0.01,
-    origins: Mapping[str, Mapping[str, str]] | None = None,
+    origins: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Fusion:
     """Fit on development trials, of which distinct pairs count, as in figures.
 

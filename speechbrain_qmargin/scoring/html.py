@@ -29,7 +29,7 @@ from speechbrain_qmargin.scoring.plots import (
     save_figure,
 )
 from speechbrain_qmargin.scoring.report import Report, compare, evaluate
-from speechbrain_qmargin.scoring.separation import refuse_shared
+from speechbrain_qmargin.scoring.separation import ORIGIN, refuse_shared
 from speechbrain_qmargin.scoring.worst import worst_speakers, worst_trials
 from speechbrain_qmargin.trials import LabelledTrials, Lost
 
@@ -188,11 +188,9 @@ def write_report(
             measured_on=trials.source,
             chosen_on=chosen_on,
             speakers=structure.contributing,
-            kind=about.get("kind", ""),
             embeddings=about.get("embeddings", ""),
             scores=provenance.files.get(name, ""),
-            encoder=about.get("encoder", ""),
-            cohort=about.get("cohort", ""),
+            **{name: about.get(name, "") for name in ORIGIN},
             enrolled_from=recordings_enrolled(trials),
             apart=apart.get(name, True),
             spread=reports[name].spread,

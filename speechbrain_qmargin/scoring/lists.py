@@ -6,6 +6,7 @@ models, speakers and cohorts are read, scored, normalised and calibrated is deci
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -101,6 +102,9 @@ class Cohort:
         Who is in it.
     recordings : tuple of str
         The ids that it was made of.
+    source : str
+        Its file's name, and the SHA-256 of all that scores depend on: the file, the speakers, the
+        mean, `method` and `top_n`. Empty where it is of no file.
 
     Examples
     --------
@@ -119,6 +123,7 @@ class Cohort:
     top_n: int = 300
     speakers: tuple[str, ...] = ()
     recordings: tuple[str, ...] = ()
+    source: str = ""
 
     @classmethod
     def of(
@@ -155,6 +160,7 @@ class Cohort:
         """
         embeddings = Embeddings.of(embeddings)
         names = sorted({speakers[name] for name in embeddings.ids if name in speakers})
+        given = mean
         if centre and mean is None:
             if len(names) == len(embeddings):
                 warnings.warn(
@@ -165,7 +171,15 @@ class Cohort:
             mean = embeddings.matrix.mean(axis=0)
         entries = make_cohort(embeddings, None if all_utterances else speakers, mean=mean)
         entries.source, entries.encoder = embeddings.source, embeddings.encoder
-        return cls(entries, mean, method, top_n, tuple(names), tuple(embeddings.ids))
+        source = ""
+        if embeddings.source:
+            whose = None if all_utterances else [speakers.get(name) for name in embeddings.ids]
+            nearest = top_n if method.startswith("as") else None
+            settings = [embeddings.source.rpartition("sha256:")[2], whose, centre, method, nearest]
+            digest = hashlib.sha256(json.dumps(settings).encode())
+            digest.update(b"" if given is None else np.asarray(given, "<f8").tobytes())
+            source = f"{embeddings.source.partition(' sha256:')[0]} sha256:{digest.hexdigest()}"
+        return cls(entries, mean, method, top_n, tuple(names), tuple(embeddings.ids), source)
 
     @property
     def kind(self) -> str:
@@ -296,7 +310,12 @@ def score_lists(
         if calibration is not None:
             last = list(systems)[-1]
             systems["calibrated"] = calibration.apply(
-                systems[last], trials, kind=kinds[last], encoder=about.get("encoder", "")
+                systems[last],
+                trials,
+                kind=kinds[last],
+                encoder=about.get("encoder", ""),
+                cohort=cohort.source if cohort is not None else "",
+                enrolment=enrolment if trials.models else "",
             )
             kinds["calibrated"] = "llr"
         reports[name] = {}
@@ -304,6 +323,10 @@ def score_lists(
         structure = TrialStructure.of(distinct.trials)
         for system, scores in systems.items():
             said = about | {"kind": kinds[system]}
+            if cohort is not None and cohort.source and system in (cohort.kind, "calibrated"):
+                said["cohort"] = cohort.source
+            if trials.models:
+                said["enrolment"] = enrolment
             write_scores(folder / name / f"{system}.tsv", trials, scores, said)
             reports[name][system] = evaluate(
                 distinct.scores(scores),
@@ -461,7 +484,13 @@ def score_files(
         else:
             scores, kind = normalised.scores(of_dev, development, enrolment), normalised.kind
         calibration = fit_calibration(
-            scores, development, p_target=min(p_target), kind=kind, encoder=of_dev.encoder
+            scores,
+            development,
+            p_target=min(p_target),
+            kind=kind,
+            encoder=of_dev.encoder,
+            cohort=normalised.source if normalised is not None else "",
+            enrolment=enrolment if development.models else "",
         )
         calibration.save(folder / "calibration.json")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_qmargin.files import replacing
+from speechbrain_qmargin.scoring.separation import Origin
 from speechbrain_qmargin.tables import Table, read_table
 from speechbrain_qmargin.trials import Lost, Trials, index_pairs, match_ids
 
@@ -39,8 +40,9 @@ class ScoreFile:
         The score file's name and SHA-256; `trials.source` is the list's.
     about : mapping
         What our commands write: "kind" ("cosine", "as-norm", "llr", ...), "trials" (the list's
-        name and SHA-256), "embeddings", "lost" (failures to acquire) and more; empty for files of
-        others.
+        name and SHA-256), "embeddings", "cohort"
+        (:attr:`~speechbrain_qmargin.scoring.lists.Cohort.source`), "lost" (failures to acquire) and
+        more; empty for files of others.
     lost : Lost or None
         This system's own failures, whoever's list the trials are.
 
@@ -53,7 +55,7 @@ class ScoreFile:
     >>> read.kind, read.scores, read.trials.pair(0)
     ('cosine', array([0.75]), 'a/1 a/2')
     >>> read.origin
-    {'kind': 'cosine', 'encoder': '', 'cohort': ''}
+    {'kind': 'cosine', 'encoder': '', 'cohort': '', 'mean': '', 'enrolment': ''}
     """
 
     trials: Trials
@@ -68,9 +70,16 @@ class ScoreFile:
         return self.about.get("kind", "")
 
     @property
-    def origin(self) -> dict[str, str]:
-        """Its kind, encoder and cohort, as far as the file says: what a threshold is bound to."""
-        return {name: self.about.get(name, "") for name in ("kind", "encoder", "cohort")}
+    def origin(self) -> Origin:
+        """What a threshold is bound to, as far as the file says."""
+        said = self.about
+        return Origin(
+            kind=self.kind,
+            encoder=said.get("encoder", ""),
+            cohort=said.get("cohort", ""),
+            mean=said.get("mean", ""),
+            enrolment=said.get("enrolment", ""),
+        )
 
 
 def write_scores(

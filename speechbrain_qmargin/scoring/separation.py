@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -16,12 +17,30 @@ from speechbrain_qmargin.tables import some
 from speechbrain_qmargin.trials import Trials
 
 __all__ = [
+    "ORIGIN",
+    "Origin",
     "name_digest",
     "refuse_other_scores",
     "refuse_shared",
     "refuse_tested",
     "speaker_digests",
 ]
+
+
+class Origin(TypedDict):
+    """What scores are made of and how; empty where it is not known.
+
+    A threshold, a calibration or a fusion is for scores of the same origin.
+    """
+
+    kind: str
+    encoder: str
+    cohort: str
+    mean: str
+    enrolment: str
+
+
+ORIGIN = tuple(Origin.__annotations__)
 
 
 def name_digest(name: str) -> str:
@@ -166,14 +185,14 @@ def refuse_tested(trials: Trials, validation: Trials, what: str = "valid_file") 
     )
 
 
-def refuse_other_scores(given: Mapping[str, str], wanted: Mapping[str, str], what: str) -> None:
+def refuse_other_scores(given: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
     """Refuse scores that are not made as those that `what` is for.
 
     Where either side does not say nothing is compared.
 
     Parameters
     ----------
-    given, wanted : mapping with "kind", "encoder" and "cohort"
+    given, wanted : mapping with what is known of :class:`Origin`
         As :attr:`~speechbrain_qmargin.scoring.score_files.ScoreFile.origin` says them; digests are
         compared, not the names of files before them.
     what : str
@@ -182,7 +201,7 @@ def refuse_other_scores(given: Mapping[str, str], wanted: Mapping[str, str], wha
     Raises
     ------
     ValueError
-        Another kind of score, encoder or cohort.
+        Another kind of score, encoder, cohort, mean or enrolment of models.
 
     Examples
     --------
@@ -194,12 +213,16 @@ def refuse_other_scores(given: Mapping[str, str], wanted: Mapping[str, str], wha
     kind, own = given.get("kind", ""), wanted.get("kind", "")
     if kind and own and kind != own:
         raise ValueError(f"{what} is for {own} scores, and these are {kind} scores")
-    for name in ("encoder", "cohort"):
+    one, own = given.get("enrolment", ""), wanted.get("enrolment", "")
+    if one and own and one != own:
+        raise ValueError(f"{what} is for enrolment by {own}, and these scores are by {one}")
+    for name in ("encoder", "cohort", "mean"):
         one, own = given.get(name, ""), wanted.get(name, "")
         if one and own and _digest_in(one) != _digest_in(own):
+            made = " (its file, speakers, mean, or the number of nearest entries)"
             raise ValueError(
                 f"{what} is of the {name} {_digest_in(own)[:16]}, and this is "
-                f"{_digest_in(one)[:16]}: it wants one of its own"
+                f"{_digest_in(one)[:16]}{made * (name == 'cohort')}: it wants one of its own"
             )
 
 

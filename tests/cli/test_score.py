@@ -280,6 +280,61 @@ def test_scores_of_two_encoders_are_kept_apart(files, tmp_path, capsys):
         assert run(*words) == 0, words
 
 
+def test_normalised_scores_of_other_settings_are_kept_apart(files, tmp_path, capsys):
+    """Of one cohort file: another number of nearest speakers, or other entries, shifts scores."""
+    cohort, settings = files / "cohort.npz", {"six": ("--top_n=6",), "four": ("--top_n=4",)}
+    settings |= {"all": ("--top_n=6", "--all_utterances"), "again": ("--top_n=6",)}
+    for name, options in settings.items():
+        for part in ("test", "dev"):
+            given = files / f"{part}.npz", files / f"{part}.txt", tmp_path / f"{part}_{name}.tsv"
+            assert run("normalize", *given, cohort, *options) == 0
+    assert run("calibrate", tmp_path / "dev_six.tsv", tmp_path / "c.json") == 0
+    dev = f"--dev_scores=a={tmp_path / 'dev_six.tsv'}"
+    report = tmp_path / "o"
+    assert run("report", f"a={tmp_path / 'test_again.tsv'}", dev, f"--output={report}") == 0
+    point = f"--operating_point={report / 'operating_point.json'}"
+    (tmp_path / "people.csv").write_text("speaker,side\ntest0,a\ntest1,b\n")
+    capsys.readouterr()
+    for name in ("four", "all"):
+        test = tmp_path / f"test_{name}.tsv"
+        for words in (
+            ("apply", tmp_path / "c.json", test, tmp_path / "out"),
+            ("report", f"a={test}", dev, f"--output={tmp_path / 'p'}"),
+            ("fuse", f"a={test}", dev, f"--output={tmp_path / 'out'}"),
+            ("breakdown", test, f"--metadata={tmp_path / 'people.csv'}", point),
+        ):
+            assert run(*words) == 1, words
+            said = capsys.readouterr().err
+            assert "is of the cohort" in said
+            assert "or the number of nearest entries): it wants one of its own" in said
+    again = tmp_path / "test_again.tsv"
+    assert run("apply", tmp_path / "c.json", again, tmp_path / "out") == 0
+    # the front end centres; what it writes goes with the steps that centre
+    both = f"--cohort={cohort}", "--top_n=6", f"--output={tmp_path / 's'}"
+    assert run("score", files / "test.npz", files / "test.txt", *both) == 0
+    centred = files / "dev.npz", files / "dev.txt", tmp_path / "centred.tsv", cohort
+    assert run("normalize", *centred, "--top_n=6", "--subtract_mean") == 0
+    assert run("calibrate", tmp_path / "centred.tsv", tmp_path / "centred.json") == 0
+    front = tmp_path / "s/test/as-norm.tsv"
+    assert run("apply", tmp_path / "centred.json", front, tmp_path / "2") == 0
+    assert run("apply", tmp_path / "c.json", front, tmp_path / "3") == 1
+
+
+def test_scores_of_another_mean_are_kept_apart(files, tmp_path, capsys):
+    for n in range(2):
+        np.save(tmp_path / f"{n}.npy", 0.1 * np.random.default_rng(n).normal(size=16))
+        for part in ("test", "dev"):
+            given = files / f"{part}.npz", files / f"{part}.txt", tmp_path / f"{part}{n}.tsv"
+            assert run("cosine", *given, f"--mean={tmp_path / f'{n}.npy'}") == 0
+    assert run("calibrate", tmp_path / "dev0.tsv", tmp_path / "c.json") == 0
+    assert run("apply", tmp_path / "c.json", tmp_path / "test0.tsv", tmp_path / "llr") == 0
+    assert run("apply", tmp_path / "c.json", tmp_path / "test1.tsv", tmp_path / "llr1") == 1
+    assert "the calibration is of the mean" in capsys.readouterr().err
+    dev, output = f"--dev_scores={tmp_path / 'dev0.tsv'}", f"--output={tmp_path / 'o'}"
+    assert run("report", tmp_path / "test1.tsv", dev, output) == 1
+    assert "is of the mean" in capsys.readouterr().err
+
+
 def peer(scores, folder):
     """The same scores as another toolkit's file, which says nothing of their origin."""
     lines = scores.read_text().splitlines()
@@ -337,6 +392,16 @@ def test_models_in_a_report(files, tmp_path, capsys):
                f"--output={tmp_path / 'scores'}") == 0  # fmt: skip
     found = json.loads((tmp_path / "scores" / "results.json").read_text())
     assert found["trials"]["cosine"]["trials"]["targets"] == 16
+    # a threshold for one way to put an enrolment's recordings together is not for the other
+    assert run("report", systems[0], f"--models={models}", f"--output={tmp_path / 'one'}") == 0
+    (tmp_path / "people.csv").write_text("speaker,side\ntest0,a\ntest1,b\n")
+    metadata = f"--metadata={tmp_path / 'people.csv'}", f"--models={models}"
+    point = f"--operating_point={tmp_path / 'one' / 'operating_point.json'}"
+    assert run("breakdown", systems[1], *metadata, point) == 1
+    said = capsys.readouterr().err
+    assert "the threshold is for enrolment by embedding, and these scores are by score" in said
+    front = tmp_path / "scores/trials/cosine.tsv"
+    assert run("breakdown", front, *metadata, point) == 0
 
 
 def test_outputs_never_overwrite_inputs(files, tmp_path, capsys):
