@@ -503,8 +503,9 @@ def write_face_lists(data: Path, out: Path) -> None:
         names = (one for who in identities for one in images(out, who)[:MOST_IMAGES])
         write_text(out / f"lists/{name}.txt", all_pairs(names))
     write_text(out / "lists/faces_train.txt", "\n".join(train) + "\n")
-    few = [one for one in able if len(images(out, one)) in (2, 3)]
-    names = (one for who in few for one in images(out, who))
+    many = [one for one in able if len(images(out, one)) >= TAILS[-1]]
+    write_text(out / "lists/third_faces_train.txt", "\n".join(many) + "\n")
+    names = (one for who in sorted({*able} - {*many}) for one in images(out, who))
     write_text(out / "lists/third_faces_tune.txt", all_pairs(names))
     rest = "\n".join(one for one in train if one not in aside)
     write_text(out / "lists/faces_tune_train.txt", rest + "\n")
@@ -535,8 +536,8 @@ def faces(data: Path, out: Path, systems: list[str]) -> Runs:
 
 
 def third_face_options(out: Path, trials: str) -> list[str]:
-    base = face_options(out, "faces_train", trials)
-    return [*base, *FACE_MODELS["iresnet"], f"--min_images={TAILS[-1]}", *SHORT]
+    base = face_options(out, "third_faces_train", trials)
+    return [*base, *FACE_MODELS["iresnet"], "--min_images=1", *SHORT]
 
 
 def third_faces_tune(data: Path, out: Path, systems: list[str]) -> Runs:

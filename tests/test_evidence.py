@@ -85,7 +85,8 @@ def test_the_test_speakers_of_the_further_looks_tuned_nothing(people):
 def test_identities_whose_images_are_all_in_the_errata_are_not_trained_on(tmp_path):
     data, out = tmp_path / "lfw", tmp_path / "runs"
     train, test = [f"a{n:03}" for n in range(410)], ["b0", "b1"]
-    for identity, count in (dict.fromkeys(train, 2) | {"a000": 1, "b0": 2, "b1": 2}).items():
+    few = {"a000": 1, "a007": 4, "b0": 2, "b1": 2}
+    for identity, count in (dict.fromkeys(train, 2) | few).items():
         (data / "images" / identity).mkdir(parents=True)
         for number in range(count):
             (data / "images" / identity / f"{number}.jpg").touch()
@@ -100,8 +101,9 @@ def test_identities_whose_images_are_all_in_the_errata_are_not_trained_on(tmp_pa
     assert set((lists / "faces_tune_train.txt").read_text().split()) == set(train[1:]) - held
     assert held.isdisjoint(("a000", "a001"))
     assert len((lists / "faces_test.txt").read_text().splitlines()) == 6
-    few = speakers_of(lists / "third_faces_tune.txt")  # two or three images, in no test
-    assert few == set(train) - {"a000", "a001"}
+    assert (lists / "third_faces_train.txt").read_text() == "a007\n"
+    few = speakers_of(lists / "third_faces_tune.txt")  # two or three images, and in no test
+    assert few == set(train) - {"a000", "a001", "a007"}
 
 
 def test_faces_with_short_prototypes_are_tuned_and_tested_on_the_same_identities(tmp_path):
@@ -113,8 +115,8 @@ def test_faces_with_short_prototypes_are_tuned_and_tested_on_the_same_identities
     assert [key[1:] for key in tests] == [(system, seed) for seed in range(5) for system in THREE]
     for options, _ in [*runs.values(), *tests.values()]:
         given = dict(option.lstrip("-").split("=", 1) for option in options)
-        assert given["train_identities"].endswith("lists/faces_train.txt")
-        assert (given["min_images"], given["prototype_std"]) == ("4", "0.01")
+        assert given["train_identities"].endswith("lists/third_faces_train.txt")
+        assert given["prototype_std"] == "0.01"
 
 
 def test_the_second_tuning_is_as_large_for_each_system():
