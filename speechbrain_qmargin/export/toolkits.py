@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import nn
+from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from speechbrain_qmargin.export.encoder import SpeakerEncoder
 from speechbrain_qmargin.export.face_encoder import FaceEncoder
@@ -165,7 +167,14 @@ def export_arcface_torch(encoder: SpeakerEncoder | FaceEncoder, file: str | Path
 
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:
-    return {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    """Its state; a batch normalisation of the embedding becomes part of the layer before it."""
+    state = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    norm = getattr(model, "seg_bn_1", None)
+    if isinstance(norm, nn.BatchNorm1d):
+        state = {key: value for key, value in state.items() if not key.startswith("seg_bn_1.")}
+        folded = fuse_linear_bn_eval(copy.deepcopy(model.seg_1).cpu(), copy.deepcopy(norm).cpu())
+        state |= {"seg_1.weight": folded.weight.detach(), "seg_1.bias": folded.bias.detach()}
+    return state
 
 
 def _check(found: float, path: Path) -> None:

@@ -100,7 +100,7 @@ class _Backbone(nn.Module):
 
     def __init__(
         self, input_size: int, channels: int, lin_neurons: int, base: int, scale: int,
-        expansion: int, least_variance: float, apart: bool,
+        expansion: int, least_variance: float, apart: bool, embedding_norm: bool,
     ) -> None:  # fmt: skip
         super().__init__()
         if input_size % 8:
@@ -120,6 +120,7 @@ class _Backbone(nn.Module):
         self.outputs = inputs
         self._make_fusions(channels * expansion)
         self.seg_1 = nn.Linear(2 * inputs * (input_size // 8), lin_neurons)
+        self.seg_bn_1 = nn.BatchNorm1d(lin_neurons) if embedding_norm else nn.Identity()
 
     def _make_fusions(self, channels: int) -> None:
         raise NotImplementedError
@@ -146,7 +147,8 @@ class _Backbone(nn.Module):
             kept.append(now)
         y = self._fused(maps, kept)
         share = None if now is None else now / y.shape[3]
-        return self.seg_1(temporal_statistics(y, share, self.least_variance)).unsqueeze(1)
+        statistics = temporal_statistics(y, share, self.least_variance)
+        return self.seg_bn_1(self.seg_1(statistics)).unsqueeze(1)
 
 
 def _halving(inputs: int) -> nn.Conv2d:
@@ -169,6 +171,8 @@ class ERes2NetV2(_Backbone):
         Dimensions of the embedding.
     base, scale, expansion : int
         Width of a group in 64ths of the channels, number of groups, factor of a block's output.
+    embedding_norm : bool
+        As of :class:`~speechbrain_qmargin.models.resnet.ResNet`.
 
     Raises
     ------
@@ -190,8 +194,10 @@ class ERes2NetV2(_Backbone):
         base: int = 26,
         scale: int = 2,
         expansion: int = 2,
+        embedding_norm: bool = False,
     ) -> None:
-        super().__init__(input_size, channels, lin_neurons, base, scale, expansion, 1e-8, False)
+        sizes = (input_size, channels, lin_neurons, base, scale, expansion)
+        super().__init__(*sizes, 1e-8, False, embedding_norm)
 
     def _make_fusions(self, channels: int) -> None:
         self.layer3_ds = _halving(4 * channels)
@@ -209,7 +215,7 @@ class ERes2Net(_Backbone):
 
     Parameters
     ----------
-    input_size, channels, lin_neurons, base, scale, expansion
+    input_size, channels, lin_neurons, base, scale, expansion, embedding_norm
         As in :class:`ERes2NetV2`.
 
     Examples
@@ -227,10 +233,10 @@ class ERes2Net(_Backbone):
         base: int = 32,
         scale: int = 2,
         expansion: int = 2,
+        embedding_norm: bool = False,
     ) -> None:
-        super().__init__(
-            input_size, channels, lin_neurons, base, scale, expansion, LEAST_VARIANCE, True
-        )
+        sizes = (input_size, channels, lin_neurons, base, scale, expansion)
+        super().__init__(*sizes, LEAST_VARIANCE, True, embedding_norm)
 
     def _make_fusions(self, channels: int) -> None:
         self.layer1_downsample = _halving(channels)

@@ -85,6 +85,10 @@ class ResNet(nn.Module):
         Dimensions of the embedding.
     depth : int
         18, 34, 50, 101, 152, 221 or 293.
+    embedding_norm : bool
+        Batch normalisation of the embedding (``seg_bn_1``), which WeSpeaker's models do not have.
+        Without it the embeddings of an untrained network all point one way, and a sparse loss may
+        move that direction instead of telling speakers apart.
 
     Raises
     ------
@@ -105,7 +109,12 @@ class ResNet(nn.Module):
     layer4: nn.Sequential
 
     def __init__(
-        self, input_size: int = 80, channels: int = 32, lin_neurons: int = 256, depth: int = 34
+        self,
+        input_size: int = 80,
+        channels: int = 32,
+        lin_neurons: int = 256,
+        depth: int = 34,
+        embedding_norm: bool = False,
     ) -> None:
         super().__init__()
         if depth not in BLOCKS:
@@ -124,6 +133,7 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layer))
             inputs, bands = outputs, (bands - 1) // stride + 1
         self.seg_1 = nn.Linear(2 * inputs * bands, lin_neurons)
+        self.seg_bn_1 = nn.BatchNorm1d(lin_neurons) if embedding_norm else nn.Identity()
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embeddings [B, 1, lin_neurons] of frames [B, T, input_size].
@@ -141,4 +151,4 @@ class ResNet(nn.Module):
                 y = block(y, before, kept)
         if kept is not None:
             lengths = kept / y.shape[3]
-        return self.seg_1(temporal_statistics(y, lengths)).unsqueeze(1)
+        return self.seg_bn_1(self.seg_1(temporal_statistics(y, lengths))).unsqueeze(1)

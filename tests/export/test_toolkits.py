@@ -53,6 +53,23 @@ def test_wespeakers_folder_and_back(tmp_path, make, name):
         export_wespeaker(encoder, tmp_path / "exp")
 
 
+@pytest.mark.parametrize("make", [lambda: ResNet(16, 2, 8, 18, True),
+                                  lambda: ERes2Net(16, 8, 8, embedding_norm=True)])  # fmt: skip
+def test_a_normalised_embedding_becomes_part_of_wespeakers_layer(tmp_path, make):
+    encoder = encoder_of(make())
+    export_wespeaker(encoder, tmp_path / "exp")
+    network = load_published(tmp_path / "exp").encoder
+    assert not any(key.startswith("seg_bn_1") for key in network.state_dict())
+    frames = torch.randn(2, 40, 16)
+    with torch.no_grad():
+        ours = encoder.embedding_model.eval()(frames)
+        torch.testing.assert_close(network.eval()(frames), ours)
+    raw = encoder.embedding_model
+    raw.seg_bn_1 = torch.nn.Identity()
+    with torch.no_grad():
+        assert (raw(frames) - ours).norm() > 0.1 * ours.norm()
+
+
 def test_what_wespeaker_does_not_have_is_refused_and_nothing_is_left(tmp_path):
     for encoder, said in (
         (encoder_of(ERes2NetV2(16, 8, 8)), "WeSpeaker has no ERes2NetV2"),

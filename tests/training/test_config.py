@@ -124,6 +124,26 @@ def test_every_value_of_a_size_is_some_models():
             assert set(YAML().load(size.read_text()) or {}) <= keys, size
 
 
+@pytest.mark.parametrize("model", ["resnet34", "resnet221", "eres2net", "eres2netv2"])
+def test_networks_without_a_normalised_embedding_can_have_one(model):
+    argv = [str(HPARAMS / "qmargin.yaml"), "--size=small", f"--model={model}", "--width=8"]
+    plain, normed = (
+        load_experiment([*argv, *options]).load(out_n_neurons=2)["embedding_model"]
+        for options in ((), ("--embedding_norm=True",))
+    )
+    more = set(normed.state_dict()) - set(plain.state_dict())
+    assert all(key.startswith("seg_bn_1.") for key in more)
+    assert len(more) == 5
+    frames = 5 + torch.randn(8, 40, normed.input_size)
+    with torch.no_grad():
+        embeddings = normed.train()(frames).squeeze(1)
+        unit = torch.nn.functional.normalize(plain.train()(frames).squeeze(1))
+    torch.testing.assert_close(
+        embeddings.mean(0), torch.zeros(embeddings.shape[1]), atol=1e-4, rtol=0
+    )
+    assert (unit @ unit.T).mean() > 0.5  # untrained, they point one way
+
+
 def test_the_full_size_has_kaldis_features_and_the_others_speechbrains():
     def features(*options):
         text = load_experiment([str(HPARAMS / "qmargin.yaml"), *options]).text
