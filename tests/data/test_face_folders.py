@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from speechbrain.dataio.encoder import CategoricalEncoder
 
 from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.face_dataset import FaceDataset, ImageDataset
@@ -51,6 +52,34 @@ def test_pairs_hold_their_identities_out(folder, tmp_path):
     pairs.write_text("1 id1/0.png id1/1.png\n")
     with pytest.raises(ValueError, match=r"pairs\.txt: it has no target or no impostor"):
         prepare_faces(folder, tmp_path / "save", verification_file=pairs)
+
+
+def test_a_list_of_identities_has_one_a_line_whatever_is_in_its_name(folder, tmp_path):
+    for name in ("Zo\u00eb Example", "Ann"):
+        write(folder / name / "IMG 1.png")
+        write(folder / name / "IMG 2.png", 1)
+    listed = tmp_path / "train_people.txt"
+    listed.write_text("\ufeffid0\r\nZoe\u0308 Example \r\n\r\n", encoding="utf-8")
+    corpus = prepare_faces(folder, tmp_path / "save", train_identities=listed)
+    assert corpus.identities == ["Zo\u00eb Example", "id0"]
+    listed.write_text("id0 id1\n")
+    with pytest.raises(ValueError, match=r"train_people\.txt: no usable images of id0 id1"):
+        prepare_faces(folder, tmp_path / "save", train_identities=listed)
+    listed.write_bytes("Zo\u00eb".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"train_people\.txt: not a UTF-8 text file"):
+        prepare_faces(folder, tmp_path / "save", train_identities=listed)
+
+
+def test_labels_are_numbered_without_a_search_for_each(tmp_path, monkeypatch):
+    """SpeechBrain's, from 0 to the next free index, takes minutes for MS1MV3's identities."""
+    monkeypatch.delattr(CategoricalEncoder, "_next_index")
+    names = [f"id{number:04d}" for number in range(2000)]
+    first = class_encoder(reversed(names), tmp_path / "labels.txt")
+    for encoder in (first, CategoricalEncoder.from_saved(tmp_path / "labels.txt")):
+        assert list(encoder.lab2ind) == names
+        assert encoder.encode_sequence(names[-2:]) == [1998, 1999]
+        assert encoder.decode_ndim([0, 1999]) == [names[0], names[-1]]
+    assert class_encoder(names, tmp_path / "labels.txt").lab2ind == first.lab2ind
 
 
 def test_images_deeper_than_their_identity_are_refused(folder, tmp_path):
