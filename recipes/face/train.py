@@ -30,6 +30,7 @@ from speechbrain_qmargin.data.shards import stored_faces
 from speechbrain_qmargin.data.skipped import Skipped
 from speechbrain_qmargin.export.inference import export_run
 from speechbrain_qmargin.faces.pair_sets import check_folds, pair_ids
+from speechbrain_qmargin.files import named_file
 from speechbrain_qmargin.training.brain import FaceBrain
 from speechbrain_qmargin.training.processes import made_by_main_process
 from speechbrain_qmargin.training.run import Datasets, Task, train_verifier
@@ -45,7 +46,7 @@ def prepare(settings):
     folder, test, valid = (
         settings[key] for key in ("data_folder", "verification_file", "valid_file")
     )
-    sets = read_sets(settings["test_sets"], test)
+    sets = read_sets(settings["test_sets"], test, folder)
     pair_sets = {name: same for name, (_, same) in sets.items()}
     stored = None if folder is None else stored_faces(folder)
     if stored is not None:
@@ -103,10 +104,11 @@ def prepare(settings):
     )
 
 
-def read_sets(paths, pair_list):
+def read_sets(paths, pair_list, data_folder):
     """InsightFace's .bin sets by name; what would fail after training fails here."""
     sets = {}
-    for path in map(Path, [paths] if isinstance(paths, str) else paths):
+    for named in [paths] if isinstance(paths, str) else paths:
+        path = set_file(named, data_folder)
         images, same = read_bin(path)
         try:
             check_folds(same)
@@ -120,6 +122,17 @@ def read_sets(paths, pair_list):
             )
         sets[path.stem] = images, same
     return sets
+
+
+def set_file(named, data_folder):
+    """A .bin set where its path says, or beside the records, where InsightFace publishes it."""
+    path = Path(named)
+    if path.is_file() or data_folder is None:
+        return named_file("test_sets", path)
+    beside = Path(data_folder) if Path(data_folder).is_dir() else Path(data_folder).parent
+    if not (beside / path).is_file():
+        raise FileNotFoundError(f"test_sets: {path} does not exist, and {beside / path} neither")
+    return beside / path
 
 
 def folder_datasets(corpus, sets, hparams):

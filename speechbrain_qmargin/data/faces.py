@@ -91,9 +91,9 @@ def prepare_faces(
     Raises
     ------
     FileNotFoundError, ValueError
-        A missing folder or list, images deeper than ``<identity>/<image>``, a pair whose image is
-        missing, a training list that shares identities with the pairs or names unknown ones: each
-        is named.
+        A missing folder or list, a file in the folder's place, images deeper than
+        ``<identity>/<image>``, a pair whose image is missing, a training list that shares
+        identities with the pairs or names unknown ones: each is named.
 
     Examples
     --------
@@ -109,6 +109,11 @@ def prepare_faces(
     (['cyd', 'dan'], 4, ['ann/1.png', 'ann/2.png', 'bob/1.png'])
     """
     root = Path(data_folder)
+    if root.is_file():
+        raise ValueError(
+            f"data_folder: {root} is a file; give the folder of <identity>/<image>, a .rec, or the "
+            "folder of a .rec or of .tar shards"
+        )
     if not root.is_dir():
         raise FileNotFoundError(f"data_folder: {root} does not exist")
     root = root / "images" if (root / "images").is_dir() else root

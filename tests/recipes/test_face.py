@@ -82,6 +82,8 @@ def test_bad_input_is_named_before_anything_is_trained(corpus, tmp_path):
         run("--size=small", "--data_folder=/nowhere", pairs, output)
     with pytest.raises(ValueError, match="verification_file"):
         run("--size=small", f"--data_folder={corpus.folder}", output)
+    with pytest.raises(ValueError, match=r"data_folder: .*trials_test\.txt is a file; give the"):
+        run("--size=small", f"--data_folder={corpus.trials_test}", pairs, output)
     broken = tmp_path / "pairs.txt"
     broken.write_text("1 train000/00.png ghost/00.png\n")
     with pytest.raises(FileNotFoundError, match="ghost"):
@@ -131,8 +133,8 @@ def test_records_by_their_folder_and_one_set_without_brackets(records, tmp_path,
     content = (records / "train.rec").read_bytes()
     (records / "train.rec").write_bytes(content.replace(FACES[1][2], b"x" * len(FACES[1][2])))
     output = tmp_path / "out"
-    tests = write_bin(tmp_path / "lfw.bin")
-    run("--size=small", f"--data_folder={records}", f"--test_sets={tests}",
+    write_bin(records / "lfw.bin")  # as InsightFace publishes it
+    run("--size=small", f"--data_folder={records}", "--test_sets=lfw.bin",
         f"--output_folder={output}")  # fmt: skip
     assert opened == [records / "train.rec"]  # once
     assert list(json.loads((output / "results.json").read_text())["pair_sets"]) == ["lfw"]
@@ -184,6 +186,9 @@ def test_faults_of_test_images_are_found_before_training(corpus, records, tmp_pa
     fails(ValueError, "verification_file: does not apply", data, f"--test_sets={good}", pairs)
     fails(ValueError, "min_images: 5 does not", data, f"--test_sets={good}", "--min_images=5")
     fails(ValueError, "give --test_sets", data)
+    lost = r"test_sets: gone\.bin does not exist, and .*ms1m/gone\.bin neither"
+    for where in (data, data + "/train.rec"):
+        fails(FileNotFoundError, lost, where, "--test_sets=gone.bin")
 
     images = tmp_path / "images"
     for identity in range(4):
