@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from speechbrain_qmargin.data.classes import all_pairs, held_out_for_validation, training_classes
+from speechbrain_qmargin.data.folders import found_file
 from speechbrain_qmargin.data.images import IMAGE_SUFFIXES
 from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.files import named_file
@@ -147,8 +148,7 @@ def prepare_faces(
         if num_valid_identities == 1:
             raise ValueError("num_valid_identities: 1 has no impostor pairs; 0, or 2 and more")
         candidates, rows = held_out_for_validation(by_identity, candidates, num_valid_identities)
-        chosen = everything.take(np.array(sorted(rows), np.int64))
-        valid_trials = all_pairs(chosen.class_of_id)
+        valid_trials = all_pairs(everything.take(_ascending(rows)).class_of_id)
     if len(candidates) < 2:
         tested = len(held_out.intersection(by_identity))
         raise ValueError(
@@ -157,8 +157,8 @@ def prepare_faces(
             f"validation {able - len(candidates)} (num_valid_identities)"
         )
 
-    def part(name: str, rows: Iterable[int]) -> Manifest:
-        chosen = everything.take(np.array(sorted(rows), np.int64))
+    def part(name: str, rows: Iterable[int] | np.ndarray) -> Manifest:
+        chosen = everything.take(_ascending(rows))
         return chosen.kept_in(Path(save_folder) / "manifests" / f"{name}.manifest")
 
     def named(names: Iterable[str]) -> set[int]:
@@ -174,32 +174,44 @@ def prepare_faces(
     )
 
 
-def _images_below(root: Path) -> Manifest:
-    """Every ``<identity>/<image>``; names that are not UTF-8 are among its faults."""
+def _ascending(rows: Iterable[int] | np.ndarray) -> np.ndarray:
+    array = rows if isinstance(rows, np.ndarray) else np.array(list(rows), np.int64)
+    return np.sort(array)
 
-    def entries(folder: str | Path) -> list[os.DirEntry]:
+
+def _images_below(root: Path) -> Manifest:
+    """Every ``<identity>/<image>``; those that cannot be used by their names are its faults."""
+    faults: dict[str, str] = {}
+    images = Manifest.of(_scanned(root, faults), faults)
+    if not len(images):
+        raise FileNotFoundError(
+            f"data_folder: no <identity>/<image> with {', '.join(IMAGE_SUFFIXES)} below {root}"
+        )
+    return images
+
+
+def _scanned(root: Path, faults: dict[str, str]) -> Iterator[Item]:
+    """In the order of their ids, so that a list of millions need not be made to be sorted."""
+
+    def entries(folder: str | Path, end: str = "") -> list[os.DirEntry]:
         with os.scandir(folder) as found:
-            return [entry for entry in found if not entry.name.startswith(".")]
+            shown = [entry for entry in found if not entry.name.startswith(".")]
+        return sorted(shown, key=lambda entry: entry.name + end)
 
     def is_image(name: str) -> bool:
         return name.lower().endswith(IMAGE_SUFFIXES)
 
-    found: list[Item] = []
-    faults: dict[str, str] = {}
-    for identity in entries(root):
+    for identity in entries(root, "/"):
         for entry in entries(identity.path) if identity.is_dir() else ():
             if is_image(entry.name):
-                name = f"{identity.name}/{entry.name}"
-                try:
-                    name.encode()
-                except UnicodeEncodeError:
-                    name = os.fsencode(name).decode("utf-8", "backslashreplace")
-                    faults[name] = "its name is not UTF-8: rename it"
-                    continue
+                image = found_file(f"{identity.name}/{entry.name}", entry.path)
+                fault = image.fault
                 if entry.is_symlink() and not os.path.exists(entry.path):
-                    faults[name] = "a link to nothing"
-                    continue
-                found.append(Item(name, entry.path, identity.name))
+                    fault = fault or "a link to nothing"
+                if fault:
+                    faults[image.name] = fault
+                else:
+                    yield Item(image.name, image.path, identity.name)
             elif entry.is_dir():
                 for folder, _, names in os.walk(entry.path):
                     if deeper := sorted(filter(is_image, names)):
@@ -209,11 +221,6 @@ def _images_below(root: Path) -> Manifest:
                             f"folders of the identities, such as {Path(folder).parent}; several "
                             "of them have to become one first (links will do)"
                         )
-    if not found:
-        raise FileNotFoundError(
-            f"data_folder: no <identity>/<image> with {', '.join(IMAGE_SUFFIXES)} below {root}"
-        )
-    return Manifest.of(found, faults)
 
 
 def _pairs(pair_list: Path, images: Manifest, root: Path) -> LabelledTrials:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES
 
-__all__ = ["FoundFile", "audio_files", "files_below"]
+__all__ = ["FoundFile", "audio_files", "files_below", "found_file"]
 
 
 class FoundFile(NamedTuple):
@@ -78,7 +78,7 @@ def files_below(folder: str | Path, suffixes: tuple[str, ...]) -> Iterator[Found
                     if not (entry.is_symlink() and _leads_back(entry.path, parent)):
                         stack.append((entry.path, f"{prefix}{entry.name}/"))
                 elif entry.name.lower().endswith(suffixes):
-                    yield _found(prefix + entry.name, entry.path)
+                    yield found_file(prefix + entry.name, entry.path)
 
 
 def _leads_back(link: str, parent: str) -> bool:
@@ -86,7 +86,14 @@ def _leads_back(link: str, parent: str) -> bool:
     return here == target or here.startswith(target.rstrip(os.sep) + os.sep)
 
 
-def _found(name: str, path: str) -> FoundFile:
+def found_file(name: str, path: str) -> FoundFile:
+    """A file with what is wrong with its name: not UTF-8, or parted by what parts lines of tables.
+
+    Examples
+    --------
+    >>> found_file("ann/1\\t2.jpg", "faces/ann/1\\t2.jpg").fault
+    'its name has a tab or a line break: rename it'
+    """
     try:
         name.encode()
     except UnicodeEncodeError:

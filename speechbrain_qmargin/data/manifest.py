@@ -272,13 +272,13 @@ class Manifest:
 
     @cached_property
     def _fast(self) -> tuple:
-        """Names of the classes, and views that give Python's numbers."""
+        """Views that give Python's numbers."""
         numbers = self.labels, self.start, self.duration, self.part
-        return (list(self.classes), *(memoryview(column.data) for column in numbers))
+        return tuple(memoryview(column.data) for column in numbers)
 
     def __getitem__(self, row: int) -> Item:
-        classes, labels, start, duration, part = self._fast
-        own = classes[labels[row]]
+        labels, start, duration, part = self._fast
+        own = self.classes[labels[row]]  # packed: a list of millions in each worker takes a lot
         return Item(self.ids[row], self.files[row], own, start[row], duration[row], part[row])
 
     def __iter__(self) -> Iterator[Item]:

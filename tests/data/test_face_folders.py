@@ -14,6 +14,7 @@ from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.face_dataset import FaceDataset, ImageDataset
 from speechbrain_qmargin.data.faces import prepare_faces
 from speechbrain_qmargin.data.images import check_images, read_image, read_pixels
+from speechbrain_qmargin.data.manifest import Manifest
 from speechbrain_qmargin.data.skipped import Skipped
 
 
@@ -86,6 +87,27 @@ def test_images_deeper_than_their_identity_are_refused(folder, tmp_path):
     write(folder / "0/0_0_0000000/a.jpg")
     with pytest.raises(ValueError, match=r"0/0_0_0000000/a\.jpg is deeper .* such as .*faces/0;"):
         prepare_faces(folder, tmp_path / "save")
+
+
+def test_images_are_found_in_the_order_of_their_ids(tmp_path, caplog, monkeypatch):
+    """So that of millions none is held but in the manifest's columns, which need no sorting."""
+    root, names = tmp_path / "faces", ["a", "a-b", "a b", "a.b", "ab", "\u00e4"]
+    for name in names:
+        for image in ("10.png", "2.png", "2-1.png"):
+            write(root / name / image)
+    write(root / "ab/bad\tname.png")
+    write(root / "bad\nname/1.png")
+    (root / "ab/lost.png").symlink_to(tmp_path / "nowhere.png")
+    found, of = [], Manifest.of
+
+    def noted(items, faults):
+        return of((found.append(item.id) or item for item in items), faults)
+
+    monkeypatch.setattr(Manifest, "of", noted)
+    corpus = prepare_faces(root, tmp_path / "save")
+    assert found == sorted(f"{a}/{b}" for a in names for b in ("10.png", "2.png", "2-1.png"))
+    assert list(corpus.train.ids) == found
+    assert r"3 images are left out, the first is ab/bad\tname.png: its name has" in caplog.text
 
 
 def test_no_images_at_all(tmp_path):
