@@ -14,6 +14,7 @@ from speechbrain_qmargin.cli import GOES_ON
 from speechbrain_qmargin.data.align import align_face
 from speechbrain_qmargin.data.images import read_pixels
 from speechbrain_qmargin.data.skipped import Skipped
+from speechbrain_qmargin.extraction import content_key
 from speechbrain_qmargin.files import replacing, write_text
 from speechbrain_qmargin.tables import read_lines
 
@@ -25,7 +26,8 @@ IMAGES, then x and y in pixels of the left and right eye, the nose, and the left
 the mouth, left and right as seen in the picture. They become the positions of ArcFace's training
 crops. OUTPUT gets <image>.png in the same folders; if these are named after the identities, it is a
 --data_folder for recipes/face/train.py. An interrupted run resumes when the same command is started
-again; images that cannot be aligned are listed in OUTPUT/skipped_images.txt.
+again, and aligns anew what has other landmarks or another photograph by then (OUTPUT/aligned.txt
+says what was taken); images that cannot be aligned are listed in OUTPUT/skipped_images.txt.
 """
 
 
@@ -44,7 +46,7 @@ def read_landmarks(path: str | Path) -> dict[str, np.ndarray]:
             ) from None
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             raise ValueError(f"{path}:{number}: {name} must be a path below IMAGES")
-        before = outputs.setdefault(PurePath(name).with_suffix(".png"), number)
+        before = outputs.setdefault(_aligned_name(name), number)
         if before != number:
             raise ValueError(f"{path}:{number}: {name} would overwrite the image of line {before}")
         landmarks[name] = points
@@ -65,7 +67,7 @@ def _align(args: argparse.Namespace) -> None:
 
     def align(name: str) -> str:
         """What is wrong with an image; nothing if it is in place."""
-        file = (out / name).with_suffix(".png")
+        file = out / _aligned_name(name)
         if file.is_file():
             return ""
         try:
@@ -80,6 +82,7 @@ def _align(args: argparse.Namespace) -> None:
     if sizes.is_file() and sizes.read_text() != f"{args.image_size}\n":
         raise ValueError(f"{out} holds images of size {sizes.read_text().strip()}; another OUTPUT")
     write_text(sizes, f"{args.image_size}\n")
+    _forget_changed(images.resolve(), landmarks, out)
     listing = out / "skipped_images.txt"
     listing.unlink(missing_ok=True)  # they are tried again
     skipped = Skipped(listing)
@@ -97,6 +100,32 @@ def _align(args: argparse.Namespace) -> None:
     print(f"{len(landmarks) - len(skipped):,} aligned images in {out}")
     if skipped:
         print(f"{len(skipped):,} could not be aligned, listed in {skipped.file}")
+
+
+def _aligned_name(name: str) -> str:
+    return PurePath(name).with_suffix(".png").as_posix()
+
+
+def _forget_changed(images: Path, landmarks: dict[str, np.ndarray], out: Path) -> None:
+    """Delete the aligned images that other landmarks or another photograph are to replace.
+
+    Of what they were made, ``aligned.txt`` says; a file that it does not list is somebody else's.
+    """
+    record = out / "aligned.txt"
+    lines = read_lines(record)[0] if record.is_file() else []
+    made = {line.rpartition(" ")[0]: line for line in lines}
+    wanted = {
+        name: content_key(name, [images / photograph, points.tobytes()])
+        for photograph, points in landmarks.items()
+        for name in [_aligned_name(photograph)]
+    }
+    for name, key in wanted.items():
+        if made.get(name) == key or not (out / name).is_file():
+            continue
+        if name not in made:
+            raise FileExistsError(f"{out / name} is not of this command; give another OUTPUT")
+        (out / name).unlink()
+    write_text(record, "".join(f"{key}\n" for key in (made | wanted).values()))
 
 
 def configure(add) -> None:

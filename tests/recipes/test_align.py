@@ -53,6 +53,40 @@ def test_photographs_are_aligned_and_broken_ones_listed(photographs, capsys):
     assert not (out / "skipped_images.txt").exists()
 
 
+def test_other_landmarks_and_another_photograph_are_aligned_anew(photographs, monkeypatch, capsys):
+    align(photographs)
+    out, pixels = photographs / "out", np.asarray(Image.open(photographs / "images/bob/1.png"))
+    before = {name: (out / name).read_bytes() for name in ("ann/first one.png", "bob/1.png")}
+    listed = photographs / "landmarks.txt"
+    ann, bob, broken = listed.read_text().splitlines()
+    points = 1.1 * ARCFACE_TEMPLATE + 7
+    bob = "bob/1.png" + "".join(f" {value:.3f}" for value in points.flatten())
+    listed.write_text(f"{bob}\n{broken}\n")  # without ann, whose image stays
+    monkeypatch.chdir(photographs)
+    assert main(["--quiet", "align", "images", "landmarks.txt", "out"]) == 0
+    difference = np.abs(np.asarray(Image.open(out / "bob/1.png")).astype(int)
+                        - align_face(pixels, points))  # fmt: skip
+    assert difference.max() <= 1
+    assert (out / "ann/first one.png").read_bytes() == before["ann/first one.png"]
+
+    Image.fromarray(pixels[::-1]).save(photographs / "images/ann/first one.jpg")
+    (out / "bob/1.png").write_bytes(b"as it is")
+    listed.write_text(f"{ann}\n{bob}\n{broken}\n")
+    align(photographs, "--quiet")
+    assert (out / "ann/first one.png").read_bytes() != before["ann/first one.png"]
+    assert (out / "bob/1.png").read_bytes() == b"as it is"  # wherefrom the command is given
+    assert "2 aligned images" in capsys.readouterr().out
+
+
+def test_an_image_that_is_not_of_the_command_is_not_passed_over(photographs, capsys):
+    file = photographs / "out/bob/1.png"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"somebody else's")
+    assert align(photographs) == 1
+    assert "out/bob/1.png is not of this command; give another OUTPUT" in capsys.readouterr().err
+    assert file.read_bytes() == b"somebody else's"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
