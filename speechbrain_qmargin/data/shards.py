@@ -75,7 +75,8 @@ class FaceShards(StoredFaces):
     Raises
     ------
     FileNotFoundError, ValueError
-        No shards; a shard that is cut off, compressed, or has an image without its ``.cls``: named.
+        No shards; a shard that is cut off, compressed, or has an image without its ``.cls`` or two
+        of one key: named.
 
     Examples
     --------
@@ -181,6 +182,11 @@ def _members(shard: Path) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]
                 if stream is None:
                     name = member.name.encode("utf-8", "backslashreplace").decode()
                     faults.append((name, "a link or a folder, not a file"))
+                elif key in (images if image else labels):  # of which all but one would be lost
+                    raise ValueError(
+                        f"{member.name}: there is another {'image' if image else '.cls'} of this "
+                        "key; give each image a key of its own"
+                    )
                 elif image:
                     images[key] = (member.offset_data, member.size)
                 elif member.size > 20:  # no number of an identity is that long

@@ -556,6 +556,26 @@ def test_shards_that_do_not_fit_are_named(tmp_path):
         FaceShards(tmp_path, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a.png", "a.cls", "a.png", "a.cls"), "a.png: there is another image of this key"),
+        (("a.png", "a.cls", "a.JPG"), "a.JPG: there is another image of this key"),
+        (("a.png", "a.cls", "b.png", "a.cls"), "a.cls: there is another .cls of this key"),
+    ],
+)
+def test_two_images_of_one_key_are_refused(tmp_path, names, message):
+    """As of shards that were joined: the last would be trained on alone."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number, name in enumerate(names):
+            content = b"%d" % number if name.endswith("cls") else encoded(number)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(ValueError, match=rf"0\.tar: .*{message}"):
+        FaceShards(tmp_path, progress=False)
+
+
 def test_members_that_are_links_or_folders_are_listed(tmp_path, caplog):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for number in range(3):
