@@ -84,10 +84,10 @@ class FaceRecords(StoredFaces):
         for file in files:
             if not file.is_file():
                 raise FileNotFoundError(f"{file}: no such file; a .rec needs its .idx beside it")
-        files += filter(Path.is_file, [self.path.with_suffix(".lst")])
+        self.files = [*files, *filter(Path.is_file, [self.path.with_suffix(".lst")])]
         index = kept_beside(
             self.path.with_name(self.path.name + ".index.npz"),
-            files,
+            self.files,
             lambda: _index_of_records(self.path, progress),
         )
         self._keys, self._offsets, self._labels = (
@@ -141,6 +141,13 @@ def _index_of_records(path: Path, progress: bool) -> dict[str, np.ndarray]:
         raise ValueError(f"{index}: must have a key and an offset per line")
     keys, offsets = table[:, 0].astype(np.int32), table[:, 1].copy()
     del table
+    ordered = np.sort(keys)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise ValueError(
+            f"{index}: {len(twice):,} keys are there again, the first is {twice[0]}; of files that "
+            "were joined the records have to be numbered anew"
+        )
     found = {"broken": keys[:0], "fault": np.array([], dtype=np.str_)}
     header = _header_of_records(path, offsets[keys == 0])
     if header is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
@@ -103,19 +103,19 @@ class FaceShards(StoredFaces):
         progress: bool = True,
     ) -> None:
         super().__init__(image_size, flip, seed, epoch)
-        self.shards = sorted(Path(folder).glob("*.tar"))
-        if not self.shards:
+        self.files = sorted(Path(folder).glob("*.tar"))
+        if not self.files:
             raise FileNotFoundError(f"{folder}: no .tar shards there")
         index = kept_beside(
             Path(folder) / "shards.index.npz",
-            self.shards,
-            lambda: _index_of_shards(self.shards, progress),
+            self.files,
+            lambda: _index_of_shards(self.files, progress),
         )
         self._index = {key: index[key] for key in ("shard", "offset", "size", "label")}
         self.num_classes = int(self._index["label"].max()) + 1
         self._check_labels(str(folder))
         for at, fault in zip(index["broken"], index["fault"], strict=True):
-            self.skipped.add(f"{self.shards[int(at)].name}: {fault[0]}", fault[1])
+            self.skipped.add(f"{self.files[int(at)].name}: {fault[0]}", fault[1])
         if self.skipped:
             logger.warning(self.skipped.warning())
 
@@ -123,7 +123,7 @@ class FaceShards(StoredFaces):
         return len(self._index["label"])
 
     def name(self, row: int) -> str:
-        shard = self.shards[int(self._index["shard"][row])].name
+        shard = self.files[int(self._index["shard"][row])].name
         return f"{shard}: the image at byte {self._index['offset'][row]}"
 
     def labels(self) -> np.ndarray:
@@ -131,12 +131,12 @@ class FaceShards(StoredFaces):
 
     def image(self, row: int) -> tuple[bytes, int]:
         at = {key: int(column[row]) for key, column in self._index.items()}
-        stream = self.stream(self.shards[at["shard"]])
+        stream = self.stream(self.files[at["shard"]])
         stream.seek(at["offset"])
         return stream.read(at["size"]), at["label"]
 
 
-def _index_of_shards(shards: list[Path], progress: bool) -> dict[str, np.ndarray]:
+def _index_of_shards(shards: Sequence[Path], progress: bool) -> dict[str, np.ndarray]:
     """shard int32, offset int64, size int32, label int32, [N] each; many by several processes.
 
     Beside them the shards of ``broken`` members and, in ``fault`` [B, 2], their names and faults.

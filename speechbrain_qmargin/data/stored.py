@@ -54,6 +54,8 @@ class StoredFaces(Dataset):
         Set by the subclass: labels are below it.
     skipped : Skipped
         The broken images met so far.
+    files : sequence of Path
+        Set by the subclass: what the images are read from.
 
     Examples
     --------
@@ -78,6 +80,7 @@ class StoredFaces(Dataset):
         self.image_size, self.flip, self.seed, self.epoch = image_size, flip, seed, epoch
         self.num_classes = 0
         self.skipped = Skipped()
+        self.files: Sequence[Path] = ()
         self._streams: dict[Path, BinaryIO] = {}
         self._process = -1
 
@@ -114,6 +117,10 @@ class StoredFaces(Dataset):
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    def state(self) -> str:
+        """What is another when a file has another name, size or time."""
+        return _state_of(self.files)
 
     def class_counts(self) -> np.ndarray | None:
         """Images of each identity; None where the labels are read with the images."""
@@ -199,8 +206,7 @@ def kept_beside(
     >>> kept_beside(index, files, lambda: 1 / 0)  # is not asked again
     {'offset': array([512])}
     """
-    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    state = hashlib.sha256(json.dumps([_INDEX_VERSION, *states]).encode()).hexdigest()
+    state = _state_of(files)
     place = hashlib.sha256(str(beside.resolve()).encode()).hexdigest()[:16]
     places = beside, cache_folder() / "face_indexes" / f"{place}-{beside.name}"
     for file in filter(Path.is_file, places):
@@ -222,3 +228,8 @@ def kept_beside(
     else:
         logger.warning(f"what was found is not kept for the next run ({fault})")
     return arrays
+
+
+def _state_of(files: Sequence[Path]) -> str:
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([_INDEX_VERSION, *states]).encode()).hexdigest()

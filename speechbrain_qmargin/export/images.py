@@ -39,6 +39,8 @@ class FaceImages:
         What cannot be used, found without decoding.
     named : str
         What the ids are, for people.
+    state : str
+        What is another when the items' contents may be, where the items do not say it.
 
     Examples
     --------
@@ -51,6 +53,7 @@ class FaceImages:
     content: Callable[[Any], str | Path | bytes]
     faults: dict[str, str] = field(default_factory=dict)
     named: str = ""
+    state: str = ""
 
 
 def find_images(source: str | Path) -> FaceImages:
@@ -143,7 +146,7 @@ def _stored(stored: StoredFaces) -> FaceImages:
 
     items = {f"{label}/{stored.key(row)}": row for row, label in enumerate(labels) if label >= 0}
     faults = {stored.name(int(row)): "its label is broken" for row in np.flatnonzero(labels < 0)}
-    return FaceImages(items, content, faults, "<identity>/<key>")
+    return FaceImages(items, content, faults, "<identity>/<key>", stored.state())
 
 
 def extract_images(
@@ -190,6 +193,7 @@ def extract_images(
     >>> found["1.png"].shape, list(faults)
     ((8,), ['2.png'])
     """
+    about = f"{about} {images.state}".strip()
     parts = EmbeddingParts(folder, f"{encoder.digest()} on {about}")
 
     def read(item: Any) -> Tensor:

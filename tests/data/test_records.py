@@ -306,6 +306,14 @@ def test_an_index_that_is_cut_off_is_named(records, caplog):
     assert "train.idx has 3 of the 6 images" in caplog.text
 
 
+def test_a_key_that_two_records_have_is_named(records):
+    index = records.with_suffix(".idx")
+    lines = index.read_text().splitlines(keepends=True)
+    index.write_text("".join([*lines, lines[3], lines[2]]))
+    with pytest.raises(ValueError, match=r"train\.idx: 2 keys are there again, the first is 2; "):
+        FaceRecords(records, 16, progress=False)
+
+
 def test_one_corrupted_label_does_not_pass_for_two_million_identities(tmp_path, caplog):
     write_im2rec(tmp_path / "a.rec", [encoded(1)] * 3, [0, 2**21, 1])
     with pytest.raises(ValueError, match=r"a\.rec: labels up to 2,097,152 for 3 images"):

@@ -5,6 +5,8 @@ import io
 import json
 import logging
 import pickle
+import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -158,6 +160,39 @@ def test_what_cannot_be_used_is_listed_and_an_interrupted_extraction_goes_on(
     assert extract(run, tmp_path, out, "--overwrite") == 0
     assert len(load_embeddings(out)) == 9
     assert not out.with_name(out.name + ".skipped.tsv").exists()
+
+
+@pytest.mark.parametrize("kind", ["records", "shards"])
+def test_records_that_changed_meanwhile_are_not_mixed(run, tmp_path, monkeypatch, capsys, kind):
+    """Their ids are the same: the embeddings of the earlier images passed for those of the new."""
+    source, out = tmp_path / "train.rec", tmp_path / "out.npz"
+
+    def write(numbers):
+        if kind == "records":
+            write_records(source, [encoded(n) for n in numbers], [0, 0, 1, 1, 2, 2, 3, 3])
+            return source
+        with tarfile.open(tmp_path / "0.tar", "w") as tar:
+            for row, number in enumerate(numbers):
+                for suffix, content in (("png", encoded(number)), ("cls", b"%d" % (row // 2))):
+                    member = tarfile.TarInfo(f"{row}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        return tmp_path
+
+    where, network = write(range(8)), FaceEncoder.forward
+    monkeypatch.setattr(
+        FaceEncoder, "forward", lambda self, x: network(self, x) if len(x) == 5 else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):  # in the second batch
+        extract(run, where, out)
+    monkeypatch.undo()
+    write(range(10, 18))
+    assert extract(run, where, out) == 1
+    assert "of another model or of other data; delete it" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out.npz.parts")
+    assert extract(run, where, out) == 0
+    found = load_embeddings(out)
+    np.testing.assert_allclose(found.matrix[0], expected(run, encoded(10)), rtol=1e-4, atol=1e-5)
 
 
 def test_pair_sets_by_any_encoder(run, folder, tmp_path, capsys):
