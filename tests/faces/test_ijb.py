@@ -640,6 +640,40 @@ def test_a_cache_of_other_images(pictures, tmp_path):
         load_image_embeddings(tmp_path / "cache", protocol)
 
 
+def test_a_cache_of_other_images_of_the_same_names(pictures, tmp_path):
+    """Other crops under the protocol's names passed for those that were embedded before."""
+    from PIL import Image
+
+    protocol, folder = pictures
+    cache, other, count = tmp_path / "cache", tmp_path / "blurred", len(protocol.names)
+    whole = extract_ijb(Embed(), folder, protocol, tmp_path / "whole").plain
+    with pytest.raises(KeyboardInterrupt):
+        extract_ijb(Embed(stop_after=5), folder, protocol, cache, batch_size=5)
+    other.mkdir()
+    for name in protocol.names:
+        Image.open(folder / name).resize((65, 60)).resize((130, 120)).save(other / name)
+    different = rf"cache: 5 of its 5 images are others than in .*blurred, .* {protocol.names[0]}; "
+    with pytest.raises(ValueError, match=different):
+        extract_ijb(Embed(), other, protocol, cache)
+    for name in protocol.names:  # those that are embedded are gone, another one is exchanged
+        target = other / name
+        target.unlink()
+        if name not in protocol.names[:5]:
+            shutil.copyfile(folder / name, target)
+    last = protocol.names[-1]
+    shutil.copyfile(folder / protocol.names[0], other / last)
+    found = extract_ijb(Embed(), other, protocol, cache).plain
+    np.testing.assert_array_equal(found[:-1], whole[:-1])
+    assert not np.array_equal(found[-1], whole[-1])
+    with pytest.raises(ValueError, match=rf"cache: 1 of its {count} images .* is {last}; "):
+        extract_ijb(Embed(), folder, protocol, cache)
+    shutil.rmtree(other)
+    np.testing.assert_array_equal(extract_ijb(Embed(), other, protocol, cache).plain, found)
+    (cache / "sizes.npy").unlink()
+    with pytest.raises(ValueError, match=r"sizes\.npy: damaged .* delete the cache"):
+        extract_ijb(Embed(), folder, protocol, cache)
+
+
 # ------------------------------------------------------------------ the field's reading
 
 

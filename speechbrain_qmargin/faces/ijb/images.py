@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import stat
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["ImageEmbeddings", "extract_ijb", "load_image_embeddings", "save_image_embeddings"]
+
+_SIZES = "sizes.npy"
 
 
 @dataclass(frozen=True)
@@ -215,8 +219,9 @@ def extract_ijb(
         ``loose_crop``.
     ijb : IJB
     cache : path
-        A folder: ``embeddings.npy`` float32 [M, 2, D], and ``cache.json`` with how many are done.
-        Progress is on disk at least every minute.
+        A folder: ``embeddings.npy`` float32 [M, 2, D], ``sizes.npy`` int64 [M], the bytes of the
+        images, by which a cache of others is known, and ``cache.json`` with how many are done.
+        Progress is on disk at least every minute. A cache of all images serves without them.
     batch_size : int
         Images at once.
     model : str
@@ -239,8 +244,8 @@ def extract_ijb(
     OSError
         An image that cannot be decoded: with the file. What was computed is kept.
     ValueError
-        A cache of other images or of another model, an embedding that is not finite: with the
-        file. Embeddings of another shape. What was computed is kept.
+        A cache of other images, by name or by size, or of another model, an embedding that is not
+        finite: with the file. Embeddings of another shape. What was computed is kept.
 
     Examples
     --------
@@ -267,10 +272,12 @@ def extract_ijb(
         "images": ijb.fingerprint, "model": model, "done": 0
     }  # fmt: skip
     total, done = len(ijb.names), state["done"]
+    sizes = _sizes_of(images_folder, ijb.names)
+    _refuse_changed(cache, images_folder, ijb.names, sizes, done)
     if done == total:
         return load_image_embeddings(cache, ijb)
-    _refuse_missing(images_folder, ijb.names[done:])
-    kept = _Cache(cache, state, total)
+    _refuse_missing(images_folder, ijb.names[done:], sizes[done:])
+    kept = _Cache(cache, state, sizes)
 
     def batches() -> Generator[tuple[Sequence[str], Tensor], None, None]:
         """Images from the first that is not done on, decoded and aligned ahead by threads."""
@@ -312,10 +319,15 @@ def extract_ijb(
 class _Cache:
     """The cache folder of an extraction, filled image by image in the protocol's order."""
 
-    def __init__(self, folder: Path, state: dict, total: int) -> None:
-        self.folder, self.state, self.total = folder, state, total
+    def __init__(self, folder: Path, state: dict, sizes: np.ndarray) -> None:
+        self.folder, self.state, self.sizes = folder, state, sizes
         self.path, self.done = folder / "embeddings.npy", int(state["done"])
-        self.array = _mapped(self.path, "r+", total) if self.done else None
+        self.array = None
+        if self.done:
+            self.array = _mapped(self.path, "r+", len(sizes))
+            # those that are gone since have the size that they had
+            sizes[: self.done] = np.load(folder / _SIZES)[: self.done]
+            self._write_sizes()
         self._written = time.monotonic()
 
     @property
@@ -325,12 +337,17 @@ class _Cache:
     def add(self, name: str, embedding: np.ndarray) -> None:
         if self.array is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            shape = (self.total, 2, len(embedding) // 2)
+            self._write_sizes()
+            shape = (len(self.sizes), 2, len(embedding) // 2)
             self.array = np.lib.format.open_memmap(self.path, "w+", np.float32, shape)
         self.array[self.done] = embedding.reshape(2, -1)
         self.done += 1
         if time.monotonic() - self._written > PART_SECONDS:
             self.flush()
+
+    def _write_sizes(self) -> None:
+        with replacing(self.folder / _SIZES) as partial:
+            np.save(partial, self.sizes)
 
     def flush(self) -> None:
         if self.array is not None:
@@ -343,10 +360,44 @@ class _Cache:
         """Every image of a protocol is needed: what has no embedding ended the extraction."""
 
 
-def _refuse_missing(folder: Path, names: Sequence[str]) -> None:
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+def _sizes_of(folder: Path, names: Sequence[str]) -> np.ndarray:
+    """Bytes of each image, int64 [M]; below 0 where there is no such file."""
+
+    def size(name: str) -> int:
+        try:
+            found = os.stat(f"{folder}/{name}")
+        except OSError:
+            return -1
+        return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+    return np.fromiter(map(size, names), np.int64, len(names))
+
+
+def _refuse_missing(folder: Path, names: Sequence[str], sizes: np.ndarray) -> None:
+    missing = np.flatnonzero(sizes < 0)
+    if len(missing):
         raise FileNotFoundError(
             f"{folder}: {len(missing):,} images of the protocol are missing, the first is "
-            f"{missing[0]}"
+            f"{names[missing[0]]}"
+        )
+
+
+def _refuse_changed(
+    cache: Path, folder: Path, names: Sequence[str], sizes: np.ndarray, done: int
+) -> None:
+    """Images that are embedded already must be those that are there, as far as they still are."""
+    if not done:
+        return
+    try:
+        before = np.load(cache / _SIZES, allow_pickle=False)
+        if before.shape != sizes.shape or before.dtype != np.int64:
+            raise ValueError(f"{before.dtype} {before.shape}")
+    except (ValueError, OSError, EOFError) as error:
+        fault = f"{cache / _SIZES}: damaged ({error}); delete the cache to extract anew"
+        raise ValueError(fault) from None
+    others = np.flatnonzero((sizes[:done] >= 0) & (sizes[:done] != before[:done]))
+    if len(others):
+        raise ValueError(
+            f"{cache}: {len(others):,} of its {done:,} images are others than in {folder}, the "
+            f"first is {names[others[0]]}; give another cache folder (--output), or delete this one"
         )
