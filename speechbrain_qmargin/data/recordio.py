@@ -113,7 +113,8 @@ def write_records(path: str | Path, images: list[bytes], labels: list[int]) -> N
     Raises
     ------
     ValueError
-        More than 2^24 images and identities, which record 0 would round.
+        Labels that are not 0 to C - 1 of C identities, as record 0 counts them; more than 2^24
+        images and identities, which it would round.
 
     Examples
     --------
@@ -125,7 +126,13 @@ def write_records(path: str | Path, images: list[bytes], labels: list[int]) -> N
     ([4.0, 6.0], [(0, b'one'), (0, b'three'), (1, b'two')])
     """
     path = Path(path)
-    records = len(images) + len(np.unique(labels)) + 1
+    identities = np.unique(labels)
+    if len(identities) and (identities[0], identities[-1]) != (0, len(identities) - 1):
+        raise ValueError(
+            f"{path}: labels from {identities[0]} to {identities[-1]} of {len(identities):,} "
+            "identities; number them from 0, without gaps"
+        )
+    records = len(images) + len(identities) + 1
     if records > EXACT:
         raise ValueError(
             f"{path}: {records:,} records, and the float32 of record 0 counts to {EXACT:,}; "

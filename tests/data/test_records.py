@@ -299,6 +299,14 @@ def test_records_whose_header_would_be_rounded_are_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("labels", [[0, 2, 2], [1, 1, 2], [-1, 0, 0]])
+def test_labels_that_record_0_would_count_wrongly_are_not_written(tmp_path, labels):
+    message = r"a\.rec: labels from .* of 2 identities; number them from 0, without gaps"
+    with pytest.raises(ValueError, match=message):
+        write_records(tmp_path / "a.rec", [encoded(n) for n in range(3)], labels)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_index_that_is_cut_off_is_named(records, caplog):
     index = records.with_suffix(".idx")
     index.write_text("".join(index.read_text().splitlines(keepends=True)[:4]))
