@@ -18,7 +18,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from speechbrain_qmargin.embeddings import Embeddings, load_embeddings, save_embeddings
-from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.files import is_lack, write_text
 
 __all__ = [
     "PART_SECONDS",
@@ -312,7 +312,8 @@ def extract_items(
         (:func:`content_key`).
     items : mapping from id to item
     read : callable
-        Of an item, called by threads; OSError and ValueError mean that the item cannot be used.
+        Of an item, called by threads; OSError and ValueError mean that the item cannot be used,
+        but where they say that the process lacks open files or memory.
     embed : callable
         From what was read of up to `batch_size` items to their embeddings [B, D].
     batch_size, workers : int
@@ -353,6 +354,8 @@ def extract_items(
                 inputs.append(future.result())
                 batch.append(key)
             except (OSError, ValueError) as error:
+                if is_lack(error):
+                    raise
                 faults[key] = str(error)
                 progress(1)
             if len(batch) == batch_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CACHE_VARIABLE",
     "cache_folder",
+    "is_lack",
     "json_values",
     "load_arrays",
     "load_record",
@@ -41,6 +43,7 @@ __all__ = [
 CACHE_VARIABLE = "SPEECHBRAIN_QMARGIN_CACHE"
 
 _LARGE, _DENSEST = 2**26, 100  # bytes; ids in UTF-32 are packed by 10 to 40, floats hardly
+_LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _DEEPEST, _LARGEST_YAML = 100, 1_000_000  # levels, characters; a recipe has 5 and 9,000
 
 
@@ -58,6 +61,20 @@ def cache_folder() -> Path:
     """
     base = os.environ.get(CACHE_VARIABLE)
     return (Path(base) if base else Path.home() / ".cache" / "speechbrain_qmargin").expanduser()
+
+
+def is_lack(error: BaseException) -> bool:
+    """Whether an error says what the process lacks, open files or memory, and not what a file is.
+
+    What is read in spite of faulty files must not take the one for the other: the images that
+    could not be opened for a moment would pass for broken.
+
+    Examples
+    --------
+    >>> is_lack(OSError(errno.EMFILE, "Too many open files")), is_lack(FileNotFoundError(2, "a"))
+    (True, False)
+    """
+    return isinstance(error, OSError) and error.errno in _LACKS
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from speechbrain_qmargin.extras import require
+from speechbrain_qmargin.files import is_lack
 
 __all__ = ["IMAGE_SUFFIXES", "check_images", "image_size", "read_image", "read_pixels"]
 
@@ -51,6 +52,8 @@ def check_images(images: Mapping[str, str | Path | bytes]) -> None:
         try:
             _check_content(read_pixels(item[1]), item[1])
         except OSError as error:
+            if is_lack(error):
+                raise
             return f"{item[0]}: {error}"
         return ""
 
@@ -122,7 +125,7 @@ def image_size(source: str | Path | bytes) -> tuple[int, int]:
 
 @contextmanager
 def _opened(source: str | Path | bytes):
-    """Pillow's image; whatever goes wrong with it is an OSError that names it."""
+    """Pillow's image; whatever is wrong with it is an OSError that names it."""
     require("PIL", why="images are read with pillow", extra="face")
     from PIL import Image, UnidentifiedImageError
 
@@ -131,6 +134,8 @@ def _opened(source: str | Path | bytes):
         with Image.open(stream, formats=_known_formats()) as image:
             yield image
     except Exception as error:  # Pillow's decoders raise anything: DecompressionBombError, ...
+        if is_lack(error):
+            raise
         name = "" if isinstance(source, bytes) else f"{source}: "
         fault = f"{type(error).__name__}: {error}"
         if isinstance(error, UnidentifiedImageError):

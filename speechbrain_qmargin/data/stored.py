@@ -5,7 +5,6 @@ Where the images lie is found once and kept for all runs, beside the data or in 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -21,7 +20,7 @@ from torch.utils.data import Dataset
 
 from speechbrain_qmargin.data.images import read_image
 from speechbrain_qmargin.data.skipped import Skipped
-from speechbrain_qmargin.files import cache_folder, load_arrays, replacing
+from speechbrain_qmargin.files import cache_folder, is_lack, load_arrays, replacing
 
 __all__ = ["StoredFaces", "kept_beside"]
 
@@ -29,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 _INDEX_VERSION = 2  # of what is kept beside the data; raised when that changes
 _IN_A_ROW = 100  # broken images, one after the other, that are passed over
-_LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # of the process, not faults of an image
 
 
 class StoredFaces(Dataset):
@@ -152,7 +150,7 @@ class StoredFaces(Dataset):
                 if not 0 <= label < self.num_classes:
                     raise ValueError(f"its label {label} is outside 0 to {self.num_classes - 1}")
             except (OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno in _LACKS:
+                if is_lack(error):
                     raise
                 fault = f"{name}: {error}"
                 if self.skipped.add(name, error):

@@ -15,6 +15,7 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import Tensor
 
 from speechbrain_qmargin.extraction import EmbeddingParts, content_key, extract_into
+from speechbrain_qmargin.files import is_lack
 
 __all__ = ["ReadableBatch", "Unreadable", "extract_dataset"]
 
@@ -40,6 +41,8 @@ class _Readable(torch.utils.data.Dataset):
         try:
             return self.dataset[row]
         except OSError as error:
+            if is_lack(error):
+                raise
             return Unreadable(self.dataset.ids[row], str(error))
 
 

@@ -1,8 +1,10 @@
 """Folders of face images: layout, what cannot be decoded, what is tested on."""
 
+import errno
 import io
 import logging
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from speechbrain_qmargin.data.faces import prepare_faces
 from speechbrain_qmargin.data.images import check_images, read_image, read_pixels
 from speechbrain_qmargin.data.manifest import Manifest
 from speechbrain_qmargin.data.skipped import Skipped
+from speechbrain_qmargin.export.face_encoder import FaceEncoder
+from speechbrain_qmargin.export.images import FaceImages, extract_images
 
 
 def write(path, value=0):
@@ -138,6 +142,28 @@ def test_an_undecodable_image_is_replaced_by_its_identitys_next(folder, tmp_path
             assert item["identity_encoded"].item() == int(name[2])
     lines = listing.read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in lines) == ["id1/1.png", "id2/2.png"]
+
+
+def test_a_lack_of_open_files_is_no_fault_of_an_image(folder, tmp_path, monkeypatch):
+    """It passed for one: the image was listed as broken, and another trained on in its place."""
+    data = training(folder, tmp_path, Skipped(tmp_path / "skipped.txt"))
+    images = FaceImages({"a.png": folder / "id0/0.png"}, Path)
+    encoder = FaceEncoder(torch.nn.Conv2d(3, 4, 16), 16)
+
+    def full(path, **_):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(Image, "open", full)
+    uses = (
+        lambda: data[4],
+        lambda: check_images({"a.png": folder / "id0/0.png"}),
+        lambda: extract_images(encoder, images, tmp_path / "parts"),
+    )
+    for use in uses:
+        with pytest.raises(OSError, match=r"Too many open files: .*\.png") as caught:
+            use()
+        assert caught.value.errno == errno.EMFILE
+    assert not (tmp_path / "skipped.txt").exists()
 
 
 def test_an_identity_without_a_decodable_image_is_named(folder, tmp_path):
