@@ -250,7 +250,7 @@ SMALL = ["--n_mels=40", "--embedding_dim=128", "--sentence_len=1.5", "--number_o
 SMALL += ["--num_valid_speakers=0", "--prototype_std=null"]  # SpeechBrain's, length 0.65 here
 SHORT = ["--prototype_std=0.01"]  # length 0.11
 ECAPA = ["--channels=64", "--attention_channels=32"]
-RESNET = ["--model=resnet34", "--width=8"]
+RESNET = ["--model=resnet34", "--width=8", "--embedding_norm=False"]
 RISING = "margin from 0"  # over the first epochs
 
 # Numbers of classes, steps, and the (alpha, r) with r = (alpha - 1) scale; at alpha 1 CosFace

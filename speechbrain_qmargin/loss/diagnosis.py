@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from speechbrain_qmargin.loss.base import Loss
-from speechbrain_qmargin.loss.functional import margin_for
+from speechbrain_qmargin.loss.functional import margin_for, q_margin_loss
 from speechbrain_qmargin.loss.parameters import ClassStatistics, suggest_parameters
 
-__all__ = ["ASLEEP", "EARLY", "Progress", "advice"]
+__all__ = ["ASLEEP", "EARLY", "LATE", "Progress", "advice"]
 
 ASLEEP, EARLY = 0.9, 0.5  # that share of the samples at zero loss, within that part of training
+LATE = 1 / 3  # by when a loss is below that of an encoder that tells nobody apart
 _AWAKE = 0.9  # the hard margin of large-margin fine-tuning
 
 
@@ -27,6 +30,8 @@ class Progress:
     num_classes, embedding_dim : int
     samples : int or None
         Training samples over all epochs.
+    mean_loss : float or None
+        Of the epoch.
 
     Examples
     --------
@@ -41,14 +46,16 @@ class Progress:
     num_classes: int
     embedding_dim: int
     samples: int | None = None
+    mean_loss: float | None = None
 
 
 def advice(loss: Loss, epoch: Progress) -> str | None:
-    """One sentence on settings that are asleep or out of reach, and what to change; None: neither.
+    """One sentence on settings that are asleep, out of reach or lost, and what to change; or None.
 
     Asleep: nine samples in ten rest before the training is half over, and what follows is learnt
     from the tenth. Out of reach: no sample rested, and the hard margin with the largest wrong
-    cosine of evenly spread classes asks for more than a target's cosine of 1.
+    cosine of evenly spread classes asks for more than a target's cosine of 1. Lost: a third of the
+    training has not brought a sparse loss below what it is where all cosines are equal.
 
     Parameters
     ----------
@@ -99,7 +106,24 @@ others train. The hard margin is 0.2 in cosine; try --loss qmargin --alpha 1.5 -
                     f"{found.scale:g}: {found.remedy}"
                 )
             return text + "try " + _flags(found.alpha, found.scale, found.margin, found.hard_margin)
+    level = _level(loss, epoch.num_classes)
+    if level and epoch.mean_loss is not None and epoch.mean_loss > level and epoch.done >= LATE:
+        return (
+            f"lost: its mean, {epoch.mean_loss:.3g}, is above the {level:.3g} of an encoder that "
+            f"tells nobody apart, with {100 * epoch.done:.0f} % of the training done. Where all "
+            "embeddings point one way a sparse posterior may move that way about; try "
+            "--embedding_norm True (resnet, eres2net), or --loss arcface"
+        )
     return None
+
+
+def _level(loss: Loss, num_classes: int) -> float | None:
+    """The loss at equal cosines, where the posterior is sparse and its settings tell."""
+    names = ("alpha", "scale", "margin")
+    if not set(names) <= set(loss.settings) or loss.value("alpha") <= 1:
+        return None
+    cosines = torch.zeros(1, num_classes, dtype=torch.float64)
+    return float(q_margin_loss(cosines, torch.tensor([0]), *(loss.value(one) for one in names)))
 
 
 def _flags(alpha: float, scale: float, margin: float, lead: float) -> str:

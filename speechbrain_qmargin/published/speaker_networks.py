@@ -93,7 +93,8 @@ def load_resnet(state: State, path: Path) -> Loaded:
     fit(model, state, path, f"ResNet{depth} with {bands} bands")
     own = depth in (34, 152, 221, 293)
     settings = {"model": f"resnet{depth}" if own else "resnet34", "width": channels,
-                "embedding_dim": dim} | ({} if own else {"depth": depth})  # fmt: skip
+                "embedding_dim": dim, "embedding_norm": False}  # fmt: skip
+    settings |= {} if own else {"depth": depth}
     return Loaded(model, f"ResNet{depth}", bands, settings)
 
 
@@ -185,7 +186,7 @@ def load_eres2net(state: State, path: Path, second: bool) -> Loaded:
     fit(model, state, path, f"{name}, base {base}, scale {scale}, expansion {expansion}")
     settings = {"model": "eres2netv2" if second else "eres2net", "width": channels,
                 "embedding_dim": dim, "base_width": base, "groups": scale,
-                "expansion": expansion}  # fmt: skip
+                "expansion": expansion, "embedding_norm": False}  # fmt: skip
     return Loaded(model, name, bands, settings)
 
 

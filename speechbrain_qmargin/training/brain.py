@@ -649,6 +649,7 @@ class VerificationBrain(OpenBrain):
                 num_classes=numbers["out_n_neurons"],
                 embedding_dim=numbers["embedding_dim"],
                 samples=numbers.get("training_samples"),
+                mean_loss=self._record["loss"],
             ),
         )
         if said is not None:

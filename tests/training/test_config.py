@@ -129,7 +129,7 @@ def test_networks_without_a_normalised_embedding_can_have_one(model):
     argv = [str(HPARAMS / "qmargin.yaml"), "--size=small", f"--model={model}", "--width=8"]
     plain, normed = (
         load_experiment([*argv, *options]).load(out_n_neurons=2)["embedding_model"]
-        for options in ((), ("--embedding_norm=True",))
+        for options in (("--embedding_norm=False",), ())
     )
     more = set(normed.state_dict()) - set(plain.state_dict())
     assert all(key.startswith("seg_bn_1.") for key in more)
