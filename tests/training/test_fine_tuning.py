@@ -73,6 +73,7 @@ def test_what_the_command_line_says_against_the_model_is_refused_before_the_data
         "model": "resnet34",
         "width": 2,
         "embedding_dim": 8,
+        "embedding_norm": False,  # whatever the size says
         "features": "kaldi",
         "n_mels": 16,
     }
