@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -121,7 +121,7 @@ def durations(
 
     bar = tqdm(total=len(stale), desc="reading recordings", unit="file", disable=not progress)
     try:
-        with bar, _pool([names[row] for row in stale]) as pool:
+        with bar, _pool(names[row] for row in stale) as pool:
             for start in range(0, len(stale), _WRITE_EVERY):
                 for at in range(start, min(start + _WRITE_EVERY, len(stale)), 4096):
                     rows = stale[at : min(at + 4096, start + _WRITE_EVERY)]
@@ -183,7 +183,7 @@ def check_recordings(folder: str | Path, files: Sequence[str], *, progress: bool
         )
 
 
-def _pool(names: list[str]) -> Executor:
+def _pool(names: Iterable[str]) -> Executor:
     """Threads; processes for many m4a files, of which PyAV decodes one at a time in a process."""
     if sum(name.lower().endswith(".m4a") for name in names) < _MANY:
         return ThreadPoolExecutor()

@@ -28,7 +28,7 @@ from speechbrain_qmargin.data.manifest import Manifest
 from speechbrain_qmargin.data.tables import is_table, read_table
 from speechbrain_qmargin.data.voxceleb import read_voxceleb
 
-__all__ = ["CorpusReader", "Read", "corpus_reader", "read_corpus", "reader_named"]
+__all__ = ["CorpusReader", "Read", "corpus_reader", "read_corpus", "reader_named", "reader_of"]
 
 
 class Read(Protocol):
@@ -139,6 +139,19 @@ def reader_named(name: str | None) -> Read | None:
     return found
 
 
+def reader_of(source: str | Path) -> Read:
+    """The reader that knows what lies there.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> (folder / "wav.scp").touch()
+    >>> reader_of(folder).__name__
+    'read_table'
+    """
+    return next(read for knows, read in _KNOWN.values() if knows(Path(source)))
+
+
 def read_corpus(
     source: str | Path, for_trials: bool = False, reader: Read | None = None
 ) -> Manifest:
@@ -166,6 +179,4 @@ def read_corpus(
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist; data_folder or manifest names it")
-    if reader is None:
-        reader = next(read for knows, read in _KNOWN.values() if knows(source))
-    return reader(source, for_trials)
+    return (reader or reader_of(source))(source, for_trials)

@@ -16,12 +16,13 @@ import numpy as np
 
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, MIN_SECONDS
 from speechbrain_qmargin.data.classes import all_pairs, held_out_for_validation, training_classes
+from speechbrain_qmargin.data.cnceleb import read_cnceleb
 from speechbrain_qmargin.data.durations import check_recordings, durations
-from speechbrain_qmargin.data.manifest import Manifest
-from speechbrain_qmargin.data.readers import Read, read_corpus
+from speechbrain_qmargin.data.manifest import Item, Manifest, Texts
+from speechbrain_qmargin.data.readers import Read, read_corpus, reader_of
 from speechbrain_qmargin.data.voxceleb import warn_of_too_many_speakers
 from speechbrain_qmargin.files import named_file, write_text
-from speechbrain_qmargin.tables import read_models
+from speechbrain_qmargin.tables import read_models, some
 from speechbrain_qmargin.trials import (
     LabelledTrials,
     Trials,
@@ -33,6 +34,9 @@ from speechbrain_qmargin.trials import (
 __all__ = ["SpeechCorpus", "prepare_speech"]
 
 logger = logging.getLogger(__name__)
+
+_SAME_SECONDS = 0.25  # between the lengths of a recording in two formats
+_CNCELEB = "cnceleb-"
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,10 @@ class SpeechCorpus:
 def _read(
     sources: list[Path], trials_sources: list[Path], reader: Read | None, progress: bool
 ) -> tuple[Manifest, set[str]]:
-    """All recordings, with their durations, and the speakers that appear in trials alone.
-
-    A recording that is in two sources, by its id without suffix, is taken from the first.
-    """
-    parts, held_out, doubles = [], set(), []
-    for number, source in enumerate([*sources, *trials_sources]):
+    """All recordings, with their durations, and the speakers that appear in trials alone."""
+    every = [*sources, *trials_sources]
+    parts = []
+    for number, source in enumerate(every):
         part = _measured(read_corpus(source, number >= len(sources), reader), source, progress)
         if part.faults and not len(part):
             name, fault = next(iter(part.faults.items()))
@@ -89,23 +91,104 @@ def _read(
                 f"{source}: none of its {len(part.faults):,} recordings can be used; the first is "
                 f"{name}: {fault}"
             )
-        own = {_stem(name): row for row, name in enumerate(part.ids)} if parts else {}
-        again = np.zeros(len(part), bool)
-        for before in parts:
-            for row, name in enumerate(before.ids):
-                there = own.get(_stem(name))
-                if there is not None:
-                    again[there] = True
-                    if part.files[there] != before.files[row]:
-                        doubles.append(f"{part.files[there]} is {before.files[row]} again")
-        left = part.take(~again) if again.any() else part
-        left = replace(left, faults=part.faults)
-        if number >= len(sources):
-            held_out |= set(left.classes) | {speaker_in(name) for name in left.faults}
-        parts.append(left)
+        parts.append(part)
+    if len(parts) > 1:
+        parts = _each_once(parts)
+        if reader is None:
+            parts = _cnceleb_apart(parts, [reader_of(source) is read_cnceleb for source in every])
+        _warn_of_shared_speakers(parts, every)
+    held_out: set[str] = set()
+    for part in parts[len(sources) :]:
+        held_out |= set(part.classes) | {speaker_in(name) for name in part.faults}
+    return Manifest.joined(parts), held_out
+
+
+def _each_once(parts: list[Manifest]) -> list[Manifest]:
+    """The corpora without the recordings that one before has, by their ids without suffix.
+
+    Raises
+    ------
+    ValueError
+        One id for two recordings: they differ in speaker or length.
+    """
+    # which may be there twice: numbers for the ids of all corpora, whose strings would not fit
+    stems = np.concatenate(
+        [np.fromiter((hash(_stem(name)) for name in one.ids), np.int64, len(one)) for one in parts]
+    )
+    order = np.argsort(stems, kind="stable")
+    equal = np.flatnonzero(stems[order[1:]] == stems[order[:-1]])
+    twice = np.zeros(len(stems), bool)
+    twice[order[equal]] = twice[order[equal + 1]] = True
+    taken: dict[str, Item] = {}
+    left, doubles = [], []
+    for part, candidates in zip(
+        parts, np.split(twice, np.cumsum([len(one) for one in parts])[:-1]), strict=True
+    ):
+        own, again = {}, np.zeros(len(part), bool)
+        for row in np.flatnonzero(candidates).tolist():
+            item = part[row]
+            before = taken.get(_stem(item.id))
+            if before is None:
+                own[_stem(item.id)] = item
+                continue
+            again[row] = True
+            _refuse_another(before, item)
+            if before.file != item.file:
+                doubles.append(f"{item.file} is {before.file} again")
+        taken |= own
+        left.append(replace(part.take(~again), faults=part.faults) if again.any() else part)
     if doubles:
         logger.warning(f"{len(doubles)} recordings are there twice, used once: {doubles[0]}")
-    return Manifest.joined(parts), held_out
+    return left
+
+
+def _refuse_another(one: Item, other: Item) -> None:
+    """Of one id: a recording may be there as m4a and decoded, which differ by some frames."""
+    lengths = abs(one.duration - other.duration) <= _SAME_SECONDS
+    starts = one.file != other.file or abs(one.start - other.start) <= _SAME_SECONDS
+    if one.label == other.label and lengths and starts:
+        return
+    said = [
+        f"{item.file}, {item.duration:.2f} s from {item.start:.2f} s, of {item.label}"
+        for item in (one, other)
+    ]
+    raise ValueError(
+        f"{other.id} is the id of two recordings: {said[0]}; {said[1]}. Give the ids and speakers "
+        "of one corpus a prefix: in wav.scp, segments and utt2spk, in the columns ID and spk_id, "
+        "or in the names of the speakers' folders"
+    )
+
+
+def _cnceleb_apart(parts: list[Manifest], is_cnceleb: list[bool]) -> list[Manifest]:
+    """CN-Celeb's speakers with a prefix where others have their names: they are other people."""
+    names = {kind: set() for kind in (True, False)}
+    for part, kind in zip(parts, is_cnceleb, strict=True):
+        names[kind] |= set(part.classes)
+    shared = names[True] & names[False]
+    if not shared:
+        return parts
+    logger.warning(
+        f"{len(shared):,} of CN-Celeb's speakers have the names of others ({some(sorted(shared))}) "
+        f"and are other people: all of CN-Celeb's are called {_CNCELEB}id00000 and so on"
+    )
+    return [
+        replace(part, classes=Texts.of(_CNCELEB + name for name in part.classes)) if kind else part
+        for part, kind in zip(parts, is_cnceleb, strict=True)
+    ]
+
+
+def _warn_of_shared_speakers(parts: list[Manifest], sources: list[Path]) -> None:
+    """A name in two sources is one speaker, which nobody but the user can tell."""
+    first: dict[str, Path] = {}
+    for part, source in zip(parts, sources, strict=True):
+        shared = [name for name in part.classes if first.setdefault(name, source) != source]
+        if shared:
+            logger.warning(
+                f"{len(shared):,} speakers of {source} are in another source too, as {shared[0]} "
+                f"in {first[shared[0]]}, and count as the same people. If they are others, give "
+                "the speakers of one corpus a prefix: in utt2spk, in the column spk_id, or in the "
+                "names of their folders"
+            )
 
 
 def _stem(name: str) -> str:
@@ -121,7 +204,7 @@ def _measured(manifest: Manifest, source: Path, progress: bool) -> Manifest:
     if unknown.any():
         rows = np.flatnonzero(unknown)
         folder = os.path.join(source, "")
-        files = [file.removeprefix(folder) for file in manifest.files.take(rows)]
+        files = Texts.of(file.removeprefix(folder) for file in manifest.files.take(rows))
         seconds[rows], broken = durations(source, files, progress=progress)
         faults |= {manifest.ids[int(rows[at])]: fault for at, fault in broken.items()}
         seconds[rows] -= manifest.start[rows]
@@ -424,8 +507,8 @@ def prepare_speech(
             f"validation {able - len(candidates)} (num_valid_speakers)"
         )
 
-    def part(name: str, rows: Iterable[int]) -> Manifest:
-        chosen = manifest.take(np.array(sorted(rows), np.int64))
+    def part(name: str, rows: np.ndarray | set[int]) -> Manifest:
+        chosen = manifest.take(np.sort(np.fromiter(rows, np.int64, len(rows))))
         return chosen.kept_in(save_folder / "manifests" / f"{name}.manifest")
 
     train = part("train", np.concatenate([by_speaker[speaker] for speaker in candidates]))

@@ -106,3 +106,23 @@ def test_without_a_list_whoever_is_not_tested_is_trained_on(tree, tmp_path):
     everything = read_corpus(tmp_path, True)
     assert list(everything.classes) == ["id00000", "id00001", "id00002", *TEST]
     assert len(everything) == 9 + 6 + 9
+
+
+def test_its_speakers_are_not_voxcelebs_of_the_same_names(tree, tmp_path, caplog):
+    first, other = tree / "CN-Celeb_flac", tmp_path / "VoxCeleb2"
+    for speaker in ("id00001", "id00012", "id00800"):
+        for take in (1, 2):
+            write(other / f"dev/aac/{speaker}/video/0000{take}.wav", take)
+    found = prepare_speech(
+        [other, first],
+        tmp_path / "save",
+        trials_folder=first,
+        verification_file=first / "eval/lists/trials.lst",
+        progress=False,
+    )
+    theirs = [f"cnceleb-id0000{number}" for number in range(3)]
+    assert found.speakers == [*theirs, "id00001", "id00012", "id00800"]
+    assert len(found.train) == 9 + 6
+    assert set(found.test_trials["trials"].speaker_names()) == {f"cnceleb-{one}" for one in TEST}
+    assert "2 of CN-Celeb's speakers have the names of others (id00001, id00800)" in caplog.text
+    assert "another source" not in caplog.text

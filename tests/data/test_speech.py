@@ -259,3 +259,77 @@ def test_the_encoder_is_kept_and_a_change_of_speakers_is_refused(corpus):
         write(corpus / "wav/new/s0" / f"{utterance}.wav")
     with pytest.raises(ValueError, match=r"classes have changed .*new"):
         class_encoder(prepare(corpus).speakers, corpus / "save/label_encoder.txt")
+
+
+def kaldi(folder, recordings):
+    """A folder of Kaldi's: from id to (file, speaker)."""
+    folder.mkdir(parents=True)
+    (folder / "wav.scp").write_text("".join(f"{k} {file}\n" for k, (file, _) in recordings.items()))
+    (folder / "utt2spk").write_text("".join(f"{k} {who}\n" for k, (_, who) in recordings.items()))
+    return folder
+
+
+@pytest.mark.parametrize("other", ["longer.flac of b", "copy.flac of b", "longer.flac of a"])
+def test_one_id_for_two_recordings_is_refused_and_a_copy_is_used_once(corpus, caplog, other):
+    own, copy = corpus / "wav/a/s0/0.flac", corpus / "copy.flac"
+    copy.write_bytes(own.read_bytes())
+    write(corpus / "longer.flac", 0.8)
+    file, speaker = other.split(" of ")
+    first = kaldi(corpus / "1", {"utt1": (own, "a")})
+    again = kaldi(corpus / "2", {"utt1": (copy, "a"), "utt2": (copy, "a")})
+    wrong = kaldi(corpus / "3", {"utt1": (corpus / file, speaker)})
+
+    def prepared(*sources):
+        trials = corpus / "trials.txt"
+        return prepare_speech(sources, corpus / "save", verification_file=trials, progress=False)
+
+    found = prepared(corpus, first, again)
+    assert list(found.train.ids[-2:]) == ["utt1", "utt2"]
+    assert found.train[found.train.row("utt1")].file == str(own)
+    assert f"1 recordings are there twice, used once: {copy} is {own} again" in caplog.text
+    with pytest.raises(ValueError, match=r"utt1 is the id of two recordings: .*0\.flac, 0\.40 s"):
+        prepared(corpus, first, wrong)
+
+
+def test_a_stretch_of_another_place_in_the_same_file_is_another_recording(corpus):
+    for name, start in (("1", 0.0), ("2", 0.2), ("3", 0.0)):
+        folder = kaldi(corpus / name, {"utt1": (corpus / "wav/a/s0/0.flac", "a")})
+        (folder / "segments").write_text(f"utt1 utt1 {start} {start + 0.1}\n")
+    trials = {"verification_file": corpus / "trials.txt", "progress": False}
+    found = prepare_speech([corpus, corpus / "1", corpus / "3"], corpus / "save", **trials)
+    assert len(found.train) == 7
+    (corpus / "2/segments").write_text("utt1 utt1 0.3 0.4\n")
+    with pytest.raises(ValueError, match="utt1 is the id of two recordings"):
+        prepare_speech([corpus, corpus / "1", corpus / "2"], corpus / "save", **trials)
+
+
+def test_speakers_of_one_name_in_two_sources_are_said(corpus, caplog):
+    more = corpus / "far/away"
+    write(more / "wav/a/s1/0.flac")
+    write(more / "wav/e/s1/0.flac")
+    found = prepare_speech(
+        [corpus, more],
+        corpus / "save",
+        verification_file=corpus / "trials.txt",
+        min_utterances=1,
+        progress=False,
+    )
+    assert found.speakers == ["a", "b", "e"]
+    assert f"1 speakers of {more} are in another source too, as a in {corpus}" in caplog.text
+    caplog.clear()
+    prepare(corpus, trials_folder=corpus)
+    assert "another source" not in caplog.text
+
+
+def test_the_time_for_sources_grows_with_their_recordings_alone(corpus, monkeypatch):
+    from speechbrain_qmargin.data import speech as module
+
+    asked = []
+    stem = module._stem
+    monkeypatch.setattr(module, "_stem", lambda name: asked.append(name) or stem(name))
+    sources = [
+        kaldi(corpus / f"k{n}", {f"{n}-{m}": (corpus / "wav/a/s0/0.flac", f"{n}") for m in (1, 2)})
+        for n in range(9)
+    ]
+    manifest, _ = module._read(sources, [], None, False)
+    assert len(manifest) == len(asked) == 18
