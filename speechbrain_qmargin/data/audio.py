@@ -24,6 +24,7 @@ __all__ = [
     "MAX_SECONDS",
     "MIN_SECONDS",
     "decode_audio",
+    "decode_stretches",
     "inspect_audio",
     "read_audio",
     "resampled",
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
 MIN_SECONDS = 0.1  # less than the networks' context
 MAX_SECONDS = 3600.0  # of what is read in one piece
+_STRETCH = 600.0  # seconds that are decoded at once of a recording of any length
 
 _RATES = 1_000, 768_000  # Hz; a header that says otherwise is damaged
 _MAX_SAMPLES = 1 << 28  # 1 GB of float32, over all channels
@@ -340,6 +342,26 @@ def decode_audio(path: Path) -> tuple[float, str]:
         return len(read_audio(path, 16000)) / 16000, ""
     except OSError as error:
         return 0.0, _without_name(path, error)
+
+
+def decode_stretches(path: Path) -> tuple[float, str]:
+    """As :func:`decode_audio`, of a recording that only stretches are taken of: of any length.
+
+    Examples
+    --------
+    >>> import soundfile
+    >>> file = getfixture("tmp_path") / "a.wav"
+    >>> soundfile.write(file, np.zeros(3601 * 1000), 1000)
+    >>> decode_stretches(file), decode_audio(file)
+    ((3601.0, ''), (0.0, 'lasts 1.0 h in 1 channels, too much to be taken in one piece; ...'))
+    """
+    seconds, fault = inspect_audio(path)
+    try:
+        for number in range(0 if fault else math.ceil(seconds / _STRETCH - 1e-6)):
+            read_audio(path, 16000, number * _STRETCH, _STRETCH)
+    except OSError as error:
+        return 0.0, _without_name(path, error)
+    return seconds, fault
 
 
 def _without_name(path: Path, error: OSError) -> str:

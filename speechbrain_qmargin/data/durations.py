@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from speechbrain_qmargin.data.audio import decode_audio, inspect_audio
+from speechbrain_qmargin.data.audio import decode_audio, decode_stretches, inspect_audio
 from speechbrain_qmargin.data.manifest import Texts
 from speechbrain_qmargin.files import cache_folder, load_arrays, replacing
 
@@ -28,7 +28,8 @@ __all__ = ["check_recordings", "durations", "durations_file"]
 
 logger = logging.getLogger(__name__)
 
-_WRITE_EVERY = 100_000  # files: what an interruption may cost
+_WRITE_EVERY = 100_000  # files, or a quarter of those read: what the end of the process may cost
+_AT_ONCE = 4096
 _MANY = 10_000  # m4a files, from which on processes are worth their start
 
 
@@ -66,8 +67,9 @@ def durations(
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Seconds of recordings, and what is wrong with some; only new and changed ones are opened.
 
-    The cache is written on the way and at the end, also of an interrupted call, whole each time. Of
-    two calls at once the later one's is kept. Where it cannot be written, a warning says so.
+    The cache is written on the way, ever more seldom, and at the end, also of an interrupted call,
+    whole each time. Of two calls at once the later one's is kept. Where it cannot be written, a
+    warning says so.
 
     Parameters
     ----------
@@ -122,24 +124,28 @@ def durations(
     bar = tqdm(total=len(stale), desc="reading recordings", unit="file", disable=not progress)
     try:
         with bar, _pool(names[row] for row in stale) as pool:
-            for start in range(0, len(stale), _WRITE_EVERY):
-                for at in range(start, min(start + _WRITE_EVERY, len(stale)), 4096):
-                    rows = stale[at : min(at + 4096, start + _WRITE_EVERY)]
-                    paths = [folder / names[row] for row in rows]
-                    found = pool.map(inspect, paths, chunksize=64)  # of processes
-                    for row, (length, fault) in zip(rows, found, strict=True):
-                        seconds[row] = np.nan if fault else length
-                        if fault:
-                            faults[row] = fault
-                        bar.update()
-                keep()
+            written = 0
+            for start in range(0, len(stale), _AT_ONCE):
+                rows = stale[start : start + _AT_ONCE]
+                found = pool.map(inspect, [folder / names[row] for row in rows], chunksize=64)
+                for row, (length, fault) in zip(rows, found, strict=True):
+                    seconds[row] = np.nan if fault else length
+                    if fault:
+                        faults[row] = fault
+                    bar.update()
+                done = start + len(rows)
+                if done - written >= max(_WRITE_EVERY, written // 4) or done == len(stale):
+                    keep()
+                    written = done
     except BaseException:
         keep()
         raise
     return seconds, faults
 
 
-def check_recordings(folder: str | Path, files: Sequence[str], *, progress: bool = True) -> None:
+def check_recordings(
+    folder: str | Path, files: Sequence[str], *, whole: bool = True, progress: bool = True
+) -> None:
     """Decode every recording once, and for later runs only what has changed.
 
     Parameters
@@ -148,11 +154,13 @@ def check_recordings(folder: str | Path, files: Sequence[str], *, progress: bool
         Names the cache.
     files : sequence of str
         Paths.
+    whole : bool
+        False: only stretches of them are taken, so that they may last for hours.
 
     Raises
     ------
     OSError
-        Some cannot be decoded: their number, and the first three of them.
+        Some cannot be decoded, or taken in one piece: their number, and the first three of them.
 
     Examples
     --------
@@ -172,8 +180,8 @@ def check_recordings(folder: str | Path, files: Sequence[str], *, progress: bool
         folder,
         [os.path.abspath(file) for file in distinct],
         progress=progress,
-        inspect=decode_audio,
-        kind="decoded",
+        inspect=decode_audio if whole else decode_stretches,
+        kind="decoded" if whole else "decoded_stretches",
     )
     if faults:
         some = "; ".join(f"{distinct[row]}: {faults[row]}" for row in sorted(faults)[:3])

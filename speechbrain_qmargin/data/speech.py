@@ -515,7 +515,9 @@ def prepare_speech(
     test = part("test", {manifest.row(one) for each in trials.values() for one in _used(each)})
     valid = part("valid", {manifest.row(one) for one in _used(valid_trials)})
     for tested in (valid, test):
-        check_recordings(sources[0], tested.files, progress=progress)
+        for whole in (True, False):
+            files = tested.files.take(np.flatnonzero(tested.part != whole))
+            check_recordings(sources[0], files, whole=whole, progress=progress)
     return SpeechCorpus(train, valid, test, valid_trials, trials, skipped)
 
 

@@ -99,7 +99,26 @@ def test_an_interrupted_scan_goes_on(tmp_path, opened, monkeypatch):
     assert "5.wav" in opened
 
 
-@pytest.mark.slow
+def test_what_is_written_on_the_way_grows_with_the_recordings_alone(tmp_path, monkeypatch):
+    sizes, keep, read = [], module._write, []
+
+    def written(cache, known):
+        sizes.append(len(known.names))
+        keep(cache, known)
+
+    monkeypatch.setattr(module, "_WRITE_EVERY", 4)
+    monkeypatch.setattr(module, "_AT_ONCE", 2)
+    monkeypatch.setattr(module, "_write", written)
+    monkeypatch.setattr(module, "inspect_audio", lambda path: read.append(path) or (1.0, ""))
+    (tmp_path / "corpus").mkdir()
+    for number in range(100):
+        (tmp_path / f"corpus/{number:03}.wav").touch()
+    assert len(scan(tmp_path / "corpus")) == 100
+    assert sizes == [4, 8, 12, 16, 20, 26, 32, 40, 50, 62, 78, 98, 100]
+    assert len(scan(tmp_path / "corpus")) == len(read) == 100
+    assert len(sizes) == 13
+
+
 @pytest.mark.slow
 def test_many_m4a_files_are_opened_by_processes(tmp_path, monkeypatch):
     pytest.importorskip("av", reason="m4a needs the extra voxceleb (PyAV)")

@@ -333,3 +333,20 @@ def test_the_time_for_sources_grows_with_their_recordings_alone(corpus, monkeypa
     ]
     manifest, _ = module._read(sources, [], None, False)
     assert len(manifest) == len(asked) == 18
+
+
+def test_stretches_of_a_recording_of_hours_are_tested_on(corpus):
+    hours = corpus / "hours.wav"
+    noise = np.random.default_rng(0).integers(-1000, 1000, 3700 * 1000).astype(np.int16)
+    soundfile.write(hours, noise, 1000)
+    folder = kaldi(corpus / "kaldi", {"hours": (hours, "c")})
+    (folder / "segments").write_text("c-1 hours 3600 3601\nc-2 hours 3690.5 3691\nd-1 hours 5 6\n")
+    (folder / "utt2spk").write_text("c-1 c\nc-2 c\nd-1 d\n")
+    (corpus / "trials.txt").write_text("1 c-1 c-2\n0 c-1 d-1\n")
+    found = prepare(corpus, trials_folder=folder)
+    whole = SpeechDataset(found.test, 1000)
+    assert torch.equal(whole[0]["sig"], torch.from_numpy(noise[3600_000:3601_000] / 2**15).float())
+    (folder / "segments").unlink()
+    (folder / "wav.scp").write_text(f"c-1 {hours}\nc-2 {hours}\nd-1 {hours}\n")
+    with pytest.raises(OSError, match=r"hours\.wav: lasts 1\.0 h .* too much to be taken in one"):
+        prepare(corpus, trials_folder=folder)
