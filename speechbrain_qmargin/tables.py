@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ __all__ = [
     "composed_name",
     "could_be_header",
     "file_source",
+    "numbered_lines",
     "read_lines",
     "read_map",
     "read_models",
@@ -113,6 +114,30 @@ def read_lines(path: str | Path) -> tuple[list[str], str]:
     if not lines[-1]:
         lines.pop()
     return lines, f"{Path(path).name} sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of :func:`read_lines` that are not blank, from 1, one by one: a file may be large.
+
+    Raises
+    ------
+    ValueError
+        Another encoding; with the file.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "wav.scp"
+    >>> _ = file.write_bytes(b"\\xef\\xbb\\xbfanna/1 a.wav\\r\\n\\r\\nanna/2 b.wav")
+    >>> list(numbered_lines(file))
+    [(1, 'anna/1 a.wav'), (3, 'anna/2 b.wav')]
+    """
+    try:
+        with Path(path).open(encoding="utf-8-sig") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.isspace():
+                    yield number, line.removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -345,17 +370,17 @@ def read_map(path: str | Path, kind: type = str) -> dict:
     {'anna/1': 4.5, 'anna/2': 8.0}
     """
     values: dict = {}
+    people: dict[str, str] = {}  # one string for all of a person's
     separator = None
-    for number, line in enumerate(read_lines(path)[0], 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         if not values:
             separator = _separator(line)
         fields = [field.strip() for field in line.split(separator)]
         value = None
         if len(fields) == 2:
             try:
-                value = composed_name(fields[1]) if kind is str else kind(fields[1])
+                name = fields[1]
+                value = people.setdefault(name, composed_name(name)) if kind is str else kind(name)
             except (TypeError, ValueError):
                 value = None
         if value is None or (kind is float and not np.isfinite(value)):

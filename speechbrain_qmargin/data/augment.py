@@ -23,7 +23,7 @@ import torch
 from speechbrain.augment import time_domain
 from torch import Tensor
 
-from speechbrain_qmargin.data.audio import read_audio
+from speechbrain_qmargin.data.audio import read_audio, said_seconds
 from speechbrain_qmargin.data.folders import audio_files
 from speechbrain_qmargin.data.manifest import Manifest, Texts
 
@@ -40,6 +40,9 @@ Augment = Callable[[Tensor, np.random.Generator, str], Tensor]
 """``augmented = augment(signal, rng, speaker)``, [time] to [time]."""
 
 Drawn = TypeVar("Drawn")
+
+_SAID = 50  # files that cannot be read and are named, once each in a process
+_said: set[str] = set()
 
 
 def room_and_noise(
@@ -177,22 +180,22 @@ def _drawn(count: int, rng: np.random.Generator, read: Callable[[int], Drawn]) -
         try:
             return read(int(rng.integers(count)))
         except OSError as error:
-            logger.warning(f"augmentation: {error}; another file is drawn")
+            if str(error) not in _said and len(_said) < _SAID:
+                _said.add(str(error))
+                more = "; others are not named" if len(_said) == _SAID else ""
+                logger.warning(f"augmentation: {error}; another file is drawn{more}")
             if attempt == 19:
-                raise
+                raise OSError(
+                    f"{error}; of 20 recordings that were drawn for the augmentation none can be "
+                    "read: look at noise_folder and rir_folder"
+                ) from error
     raise AssertionError
 
 
 def _stretch(path: str, rng: np.random.Generator, rate: int, length: int) -> Tensor:
     """[length] samples of a file from a random start; a short one is repeated."""
-    import soundfile
-
     wanted = length / rate
-    try:
-        seconds = soundfile.info(path).duration
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise OSError(f"{path}: cannot be decoded ({error})") from error
-    start = rng.uniform(0, max(0.0, seconds - wanted))
+    start = rng.uniform(0, max(0.0, said_seconds(path) - wanted))
     signal = read_audio(path, rate, start, wanted)
     return signal.repeat(-(-length // len(signal)))[:length]
 

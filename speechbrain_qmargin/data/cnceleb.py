@@ -21,6 +21,7 @@ from pathlib import Path
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES
 from speechbrain_qmargin.data.folders import audio_files
 from speechbrain_qmargin.data.manifest import Item, Manifest
+from speechbrain_qmargin.tables import numbered_lines
 from speechbrain_qmargin.trials import speaker_in
 
 __all__ = ["is_cnceleb", "read_cnceleb"]
@@ -79,7 +80,7 @@ def read_cnceleb(folder: Path, for_trials: bool = False) -> Manifest:
     """
     test_speakers = {item.label for part in ("enroll", "test") for item in _tested(folder, part)}
     listing = _training_list(folder)
-    listed = set(listing.read_text(encoding="utf-8").split()) if listing else None
+    listed = {name.strip() for _, name in numbered_lines(listing)} if listing else None
     faults: dict[str, str] = {}
     left_out = 0
 

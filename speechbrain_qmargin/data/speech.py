@@ -22,7 +22,7 @@ from speechbrain_qmargin.data.manifest import Item, Manifest, Texts
 from speechbrain_qmargin.data.readers import Read, read_corpus, reader_of
 from speechbrain_qmargin.data.voxceleb import warn_of_too_many_speakers
 from speechbrain_qmargin.files import named_file, write_text
-from speechbrain_qmargin.tables import read_models, some
+from speechbrain_qmargin.tables import numbered_lines, read_models, some
 from speechbrain_qmargin.trials import (
     LabelledTrials,
     Trials,
@@ -316,12 +316,12 @@ def _resolve_lists(
         kept = trials.without(lost) if lost else trials
         if lost:
             lines = _first_lines(path, lost)
-            report += [f"{name}\t{one}\tline {lines[one]}\t{names.fault(one)}\n" for one in lost]
+            report += [f"{name}\t{one}\t{lines[one]}\t{names.fault(one)}\n" for one in lost]
             absent = [one for one in lost if names.fault(one) == "not found"]
             broken = [one for one in lost if names.fault(one) != "not found"]
             parts = [
                 f"{len(some)} are {what} ("
-                + "; ".join(f"{one} (line {lines[one]})" for one in some[:5])
+                + "; ".join(f"{one} ({lines[one]})" for one in some[:5])
                 + ")"
                 for some, what in ((absent, "not found"), (broken, "found but unreadable"))
                 if some
@@ -362,17 +362,16 @@ def _resolve_lists(
     return resolved, speakers
 
 
-def _first_lines(list_file: Path, names: list[str]) -> dict[str, int]:
+def _first_lines(list_file: Path, names: list[str]) -> dict[str, str]:
     """The first line of a trial list that has each of the recordings, suffixes aside."""
     stems = {_stem(name): name for name in names}
-    found: dict[str, int] = {}
-    with list_file.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            for word in line.strip().split("\t") if "\t" in line else line.split():
-                name = stems.get(_stem(word))
-                if name is not None:
-                    found.setdefault(name, number)
-    return {name: found.get(name, 0) for name in names}
+    found: dict[str, str] = {}
+    for number, line in numbered_lines(list_file):
+        for word in {*line.split(), *line.split("\t"), *line.split(",")}:
+            name = stems.get(_stem(word.strip()))
+            if name is not None:
+                found.setdefault(name, f"line {number}")
+    return {name: found.get(name, "of a model") for name in names}
 
 
 def _paths(folder: str | Path | Sequence[str | Path] | None) -> list[Path]:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.files import replacing
-from speechbrain_qmargin.tables import read_map
+from speechbrain_qmargin.tables import numbered_lines, read_map, some
 
 __all__ = ["is_table", "read_csv", "read_kaldi", "read_table", "write_csv"]
 
+logger = logging.getLogger(__name__)
+
 _COLUMNS = ("ID", "duration", "wav", "start", "stop", "spk_id")
+_RATES = (8_000, 11_025, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # Hz
+_ROUNDED = 0.06  # seconds by which a duration may be off
+_COUNTED = (
+    "start and stop count samples at {rate:,} Hz here, whatever the files' rate is: count them so, "
+    "or, where the rows are whole recordings, leave the two columns out"
+)
 
 
 def is_table(source: str | Path) -> bool:
@@ -122,6 +132,8 @@ def _csv_rows(path: Path, reader, header: list[str], folder: str, rate: int) -> 
             raise ValueError(row[at])
         return value
 
+    other_rates = set(_RATES)  # at which every row's stop is the end of its recording
+    rows = 0
     for row in reader:
         if not row:
             continue
@@ -131,12 +143,14 @@ def _csv_rows(path: Path, reader, header: list[str], folder: str, rate: int) -> 
             duration = number(row, seconds_at, float("nan"))
             start = number(row, start_at, 0.0)
             stop = number(row, stop_at, float("nan"))
+            if stop <= start:
+                raise ValueError(f"a stop of {stop:.0f} and a start of {start:.0f}")
         except ValueError as error:
             raise ValueError(
                 f"{path}:{reader.line_num}: expected {len(header)} fields with seconds and samples "
                 f"that are 0 or more, got {error} in {','.join(row)!r}"
             ) from None
-        name, file, speaker = row[name_at], row[file_at], row[speaker_at]
+        name, file, speaker = (row[at].strip() for at in (name_at, file_at, speaker_at))
         if "$" in file or "{" in file:
             raise ValueError(
                 f"{path}:{reader.line_num}: {file} has a placeholder; write the paths out"
@@ -145,9 +159,29 @@ def _csv_rows(path: Path, reader, header: list[str], folder: str, rate: int) -> 
             raise ValueError(f"{path}:{reader.line_num}: ID, wav and spk_id must not be empty")
         same = abs(stop / rate - duration) < 1 / rate
         whole = start == 0 and (math.isnan(stop) or same)
-        if not whole:
-            duration = (stop - start) / rate if stop > start else duration - start / rate
-        yield Item(name, os.path.join(folder, file), speaker, start / rate, duration, not whole)
+        length = duration - start / rate if math.isnan(stop) else (stop - start) / rate
+        if length > 1.05 * duration + 0.5:
+            raise ValueError(
+                f"{path}:{reader.line_num}: {name} is to be {length:.2f} s of {duration:.2f} s. "
+                f"{_COUNTED.format(rate=rate)}"
+            )
+        rows += 1
+        other_rates = {
+            one for one in other_rates if not start and abs(stop / one - duration) < _ROUNDED
+        }
+        yield Item(
+            name,
+            os.path.join(folder, file),
+            speaker,
+            start / rate,
+            duration if whole else length,
+            not whole,
+        )
+    if rows > 1 and other_rates and rate not in other_rates:
+        raise ValueError(
+            f"{path}: every stop is the end of its recording at {min(other_rates):,} Hz. "
+            f"{_COUNTED.format(rate=rate)}"
+        )
 
 
 def write_csv(path: str | Path, manifest: Manifest, *, sample_rate: int = 16000) -> None:
@@ -212,32 +246,45 @@ def read_kaldi(source: str | Path) -> Manifest:
         raise FileNotFoundError(f"{folder / 'utt2spk'}: no such file; it says who speaks in {scp}")
     speakers: dict[str, str] = read_map(folder / "utt2spk")
     files = _read_scp(scp)
-    durations = {}
-    if (folder / "utt2dur").is_file():
-        durations = read_map(folder / "utt2dur", float)
     if (folder / "segments").is_file():
         parts = _read_segments(folder / "segments", files)
-    else:
-        parts = {
-            name: (file, 0.0, durations.get(name, float("nan")), False)
-            for name, file in files.items()
-        }
-    nobody = [name for name in parts if name not in speakers]
+        _refuse_nobodys(folder / "utt2spk", parts, speakers)
+        return Manifest.of(
+            Item(name, file, speakers[name], start, duration, True)
+            for name, (file, start, duration) in parts.items()
+        )
+    _refuse_nobodys(folder / "utt2spk", files, speakers)
+    durations: dict[str, float] = {}
+    if (folder / "utt2dur").is_file():
+        durations = read_map(folder / "utt2dur", float)
+    return Manifest.of(
+        Item(name, file, speakers[name], 0.0, durations.get(name, float("nan")))
+        for name, file in files.items()
+    )
+
+
+def _refuse_nobodys(
+    utt2spk: Path, recordings: Mapping[str, Any], speakers: Mapping[str, str]
+) -> None:
+    """Recordings without a speaker; the other way round it is said."""
+    nobody = [name for name in recordings if name not in speakers]
     if nobody:
         raise ValueError(
-            f"{folder / 'utt2spk'}: {len(nobody)} recordings have no speaker, the first is "
-            f"{nobody[0]}"
+            f"{utt2spk}: {len(nobody)} recordings have no speaker, the first is {nobody[0]}"
         )
-    return Manifest.of(
-        Item(name, file, speakers[name], start, duration, part)
-        for name, (file, start, duration, part) in parts.items()
-    )
+    if len(recordings) < len(speakers):
+        lost = [name for name in speakers if name not in recordings]
+        logger.warning(
+            f"{utt2spk}: {len(lost):,} of its {len(speakers):,} recordings are not in wav.scp or "
+            f"segments, and are not used: {some(lost)}"
+        )
 
 
 def _read_scp(scp: Path) -> dict[str, str]:
     files: dict[str, str] = {}
     folder = os.path.abspath(scp.parent)
-    for number, line in _lines(scp):
+    for number, line in numbered_lines(scp):
+        line = line.strip()
         name, _, file = line.partition("\t" if "\t" in line else " ")
         file = file.strip()
         if not file:
@@ -253,13 +300,18 @@ def _read_scp(scp: Path) -> dict[str, str]:
     return files
 
 
-def _read_segments(path: Path, files: dict[str, str]) -> dict[str, tuple[str, float, float, bool]]:
-    parts: dict[str, tuple[str, float, float, bool]] = {}
-    for number, line in _lines(path):
+def _read_segments(path: Path, files: dict[str, str]) -> dict[str, tuple[str, float, float]]:
+    """File, start and seconds of every segment; NaN seconds where it goes on to the file's end."""
+    parts: dict[str, tuple[str, float, float]] = {}
+    for number, line in numbered_lines(path):
         try:
             name, recording, start, end = line.split()
             begin, length = float(start), float(end) - float(start)
-            if not (begin >= 0 and 0 < length < 1e9) or recording not in files:
+            if float(end) == -1:  # Kaldi's: to the end
+                length = math.nan
+            if not begin >= 0 or not (0 < length < 1e9 or math.isnan(length)):
+                raise ValueError
+            if recording not in files:
                 raise ValueError
         except ValueError:
             raise ValueError(
@@ -268,15 +320,5 @@ def _read_segments(path: Path, files: dict[str, str]) -> dict[str, tuple[str, fl
             ) from None
         if name in parts:
             raise ValueError(f"{path}:{number}: {name} is listed twice")
-        parts[name] = files[recording], begin, length, True
+        parts[name] = files[recording], begin, length
     return parts
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with path.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, line.strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error})") from None

@@ -167,6 +167,37 @@ def test_folders_that_are_not_there_and_files_that_are_broken(folders, tmp_path,
     assert "broken.wav" in caplog.text
 
 
+def test_a_file_that_cannot_be_read_is_said_once_and_a_folder_of_them_ends_the_run(
+    folders, tmp_path, caplog
+):
+    broken = folders / "musan/noise/free-sound/said_once.wav"
+    broken.write_bytes(b"none")
+    augment = room_and_noise(RATE, musan=folders / "musan", probability=1.0)
+    for seed in range(60):
+        augment(torch.randn(RATE), generator(seed), "a")
+    assert caplog.text.count("said_once.wav") == 1
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/a.wav").write_bytes(b"none")
+    augment = room_and_noise(RATE, musan=tmp_path / "none", rirs=tmp_path / "none", probability=1.0)
+    with pytest.raises(OSError, match=r"none/a\.wav: .* look at noise_folder and rir_folder"):
+        augment(torch.randn(RATE), generator(0), "a")
+
+
+def test_noise_in_m4a_is_used_as_any_other(tmp_path, caplog):
+    pytest.importorskip("av", reason="m4a needs the extra voxceleb (PyAV)")
+    from voxceleb_tree import write_m4a
+
+    (tmp_path / "noise").mkdir()
+    write_m4a(tmp_path / "noise/hum.m4a", 0.3 * np.sin(0.1 * np.arange(3 * RATE)))
+    room, noise = tmp_path / "rooms", tmp_path / "noise"
+    write(room / "a.wav", np.r_[1.0, 0.0])
+    augment = room_and_noise(RATE, musan=noise, rirs=room, probability=1.0)
+    silence = torch.zeros(RATE)
+    found = [augment(silence, generator(seed), "a") for seed in range(8)]
+    assert any(signal.abs().max() > 0 for signal in found)
+    assert "cannot be decoded" not in caplog.text
+
+
 def test_recordings_at_another_rate(folders):
     write(folders / "slow/a.wav", np.ones(4000), 8000)
     augment = room_and_noise(RATE, musan=folders / "slow", rirs=folders / "slow", probability=1.0)

@@ -128,6 +128,18 @@ def test_speechbrains_csv_is_read_with_its_segments(tmp_path):
         ("ID,wav,spk_id\nx,,z\n", r"a\.csv:2: ID, wav and spk_id must not be empty"),
         ("ID,wav,spk_id\nx,1,z\nx,2,z\n", "x: there are two recordings"),
         ("ID,wav,spk_id\n\xff,1,z\n", r"a\.csv: not a UTF-8 text file"),
+        (
+            "ID,wav,spk_id,start,stop\nx,1,z,32000,16000\n",
+            r"a\.csv:2: .* a stop of 16000 and a start of 32000",
+        ),
+        (  # counted at 48 kHz
+            "ID,wav,spk_id,duration,start,stop\nx,1,z,4.0,0,192000\n",
+            r"a\.csv:2: x is to be 12\.00 s of 4\.00 s\. start and stop count samples at 16,000 Hz",
+        ),
+        (  # at 8 kHz: without a word it were the first half of each
+            "ID,wav,spk_id,duration,start,stop\nx,1,z,4.0,0,32000\ny,1,z,5.51,0,44056\n",
+            r"a\.csv: every stop is the end of its recording at 8,000 Hz",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_csv_is_named(tmp_path, text, message):
@@ -136,10 +148,43 @@ def test_what_is_wrong_with_a_csv_is_named(tmp_path, text, message):
         read_csv(tmp_path / "a.csv")
 
 
+def test_blanks_in_a_csv_belong_to_no_name_and_stretches_are_taken_as_they_are(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"ID , wav,spk_id \r\nx , /1.wav ,ann \r\ny,/2.wav,ann\r\n")
+    assert [item[:3] for item in read_csv(path)] == [("x", "/1.wav", "ann"), ("y", "/2.wav", "ann")]
+    path.write_text(  # durations rounded; of the stretch; first halves beside another stretch
+        "ID,wav,spk_id,duration,start,stop\n1,a,z,4.6,0,72345\n2,b,z,2.0,32000,64000\n"
+        "3,c,z,6.0,0,48000\n4,c,z,6.0,48000,96000\n"
+    )
+    lengths = [(item.start, item.duration) for item in read_csv(path)]
+    assert lengths == [(0.0, 72345 / 16000), (2.0, 2.0), (0.0, 3.0), (3.0, 3.0)]
+
+
 def kaldi(folder, **files):
     for name, text in files.items():
         (folder / name.replace("wav_scp", "wav.scp")).write_text(text)
     return folder
+
+
+def test_kaldis_files_from_other_editors_and_with_more_than_is_recorded(tmp_path, caplog):
+    mark = "\ufeff"
+    kaldi(tmp_path, wav_scp=f"{mark}a-1 /1.wav \r\n\r\nb-1 /2.wav\r\n",
+          utt2spk=f"{mark}a-1 ann\r\nb-1 bob \r\nc-1 cyd\r\n")  # fmt: skip
+    assert [item[:3] for item in read_kaldi(tmp_path)] == [
+        ("a-1", "/1.wav", "ann"),
+        ("b-1", "/2.wav", "bob"),
+    ]
+    assert "1 of its 3 recordings are not in wav.scp or segments, and are not used: c-1" in (
+        caplog.text
+    )
+    kaldi(tmp_path, segments=f"{mark}c-1 b-1 0.5 -1\r\n")
+    (item,) = read_kaldi(tmp_path)
+    assert (item.file, item.start, item.part, np.isnan(item.duration)) == (
+        "/2.wav",
+        0.5,
+        True,
+        True,
+    )
 
 
 def test_kaldis_folder_is_read_with_segments_and_durations(tmp_path):

@@ -350,3 +350,23 @@ def test_stretches_of_a_recording_of_hours_are_tested_on(corpus):
     (folder / "wav.scp").write_text(f"c-1 {hours}\nc-2 {hours}\nd-1 {hours}\n")
     with pytest.raises(OSError, match=r"hours\.wav: lasts 1\.0 h .* too much to be taken in one"):
         prepare(corpus, trials_folder=folder)
+
+
+def test_a_missing_recording_is_named_with_its_line_whatever_separates_the_columns(corpus):
+    for line in ("1 c/s0/0 c/s0/9", "1\tc/s0/0\tc/s0/9", "1,c/s0/0,c/s0/9"):
+        (corpus / "trials.txt").write_text(line.replace("9", "1") + f"\n{line}\n")
+        with pytest.raises(FileNotFoundError, match=r"1 are not found \(c/s0/9 \(line 2\)\)"):
+            prepare(corpus)
+    models = corpus / "models.txt"
+    models.write_text("m c/s0/0 c/s0/9\n")
+    (corpus / "trials.txt").write_text("1 m c/s0/1\n0 m d/s0/1\n")
+    with pytest.raises(FileNotFoundError, match=r"not found \(c/s0/9 \(of a model\)\)"):
+        prepare(corpus, enrolment_file=models)
+
+
+def test_a_segment_that_goes_to_the_end_lasts_as_long_as_its_file(corpus):
+    folder = kaldi(corpus / "kaldi", {"utt1": (corpus / "wav/b/s0/0.flac", "b")})
+    (folder / "segments").write_text("utt1 utt1 0.125 -1\n")
+    trials = {"verification_file": corpus / "trials.txt", "progress": False}
+    found = prepare_speech([corpus, folder], corpus / "save", **trials).train
+    assert found[found.row("utt1")][3:] == (0.125, 0.375, True)
