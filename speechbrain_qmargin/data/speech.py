@@ -508,7 +508,10 @@ def prepare_speech(
 
     def part(name: str, rows: np.ndarray | set[int]) -> Manifest:
         chosen = manifest.take(np.sort(np.fromiter(rows, np.int64, len(rows))))
-        return chosen.kept_in(save_folder / "manifests" / f"{name}.manifest")
+        kept = save_folder / "manifests" / f"{name}.manifest"
+        if name == "train":
+            _warn_of_change(kept, chosen)
+        return chosen.kept_in(kept)
 
     train = part("train", np.concatenate([by_speaker[speaker] for speaker in candidates]))
     test = part("test", {manifest.row(one) for each in trials.values() for one in _used(each)})
@@ -518,6 +521,27 @@ def prepare_speech(
             files = tested.files.take(np.flatnonzero(tested.part != whole))
             check_recordings(sources[0], files, whole=whole, progress=progress)
     return SpeechCorpus(train, valid, test, valid_trials, trials, skipped)
+
+
+def _warn_of_change(kept: Path, now: Manifest) -> None:
+    """Say that the folder's last start had other training recordings; files may have moved."""
+    try:
+        before = Manifest.load(kept)
+    except (OSError, ValueError):
+        return
+
+    def columns(one: Manifest) -> tuple[np.ndarray, ...]:
+        texts = (part for each in (one.ids, one.classes) for part in (each.content, each.offsets))
+        return *texts, one.labels, one.start, one.duration
+
+    if all(map(np.array_equal, columns(before), columns(now))):
+        return
+    logger.warning(
+        f"{kept}: the training recordings, their speakers or lengths have changed since the last "
+        f"start in this folder ({len(before):,} of {len(before.classes):,} speakers then, "
+        f"{len(now):,} of {len(now.classes):,} now). A run that goes on here does not repeat what "
+        "an uninterrupted one would be: for that give the earlier data, or a new --output_folder"
+    )
 
 
 def _used(trials: Trials | None) -> set[str]:

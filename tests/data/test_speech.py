@@ -370,3 +370,23 @@ def test_a_segment_that_goes_to_the_end_lasts_as_long_as_its_file(corpus):
     trials = {"verification_file": corpus / "trials.txt", "progress": False}
     found = prepare_speech([corpus, folder], corpus / "save", **trials).train
     assert found[found.row("utt1")][3:] == (0.125, 0.375, True)
+
+
+def test_other_training_recordings_in_a_run_that_goes_on_are_said(corpus, caplog):
+    prepare(corpus)
+    moved = corpus.rename(corpus.with_name("moved"))
+    prepare(moved)
+    assert "have changed" not in caplog.text
+    write(moved / "wav/a/s0/3.flac", 0.4)
+    prepare(moved)
+    assert (
+        "have changed since the last start in this folder (6 of 2 speakers then, 7 of 2 now)"
+        in (caplog.text)
+    )
+    caplog.clear()
+    write(moved / "wav/a/s0/3.flac", 0.6)  # the same name, another recording
+    prepare(moved)
+    assert "(7 of 2 speakers then, 7 of 2 now)" in caplog.text
+    caplog.clear()
+    prepare(moved)
+    assert "have changed" not in caplog.text
