@@ -228,11 +228,12 @@ class VerificationBrain(OpenBrain):
         kwargs.setdefault("collate_fn", PaddedBatch)
         # a copy to a GPU from other memory is slower, and the host waits for it
         kwargs.setdefault("pin_memory", torch.device(self.device).type == "cuda")
-        if stage == sb.Stage.TRAIN and self.distributed_launch and kwargs.get("shuffle"):
+        if stage == sb.Stage.TRAIN and kwargs.get("shuffle"):
             # the order of a run of one process: a step trains on the same items, shared out
-            seed = int(os.environ.get("SB_GLOBAL_SEED", 0))
-            if kwargs.get("drop_last"):
-                sampler = SharedOrder(len(dataset), self.rank, self._processes, seed)
+            seed = int(os.environ.get("SB_GLOBAL_SEED", 563375142))  # SpeechBrain's, without one
+            if kwargs.get("drop_last") or not self.distributed_launch:
+                rank = self.rank if self.distributed_launch else 0
+                sampler = SharedOrder(len(dataset), rank, self._processes, seed)
             else:  # dealt out by SpeechBrain, which repeats some items at the end
                 sampler = ReproducibleRandomSampler(dataset, seed=seed)
             kwargs |= {"sampler": sampler, "shuffle": False}

@@ -14,9 +14,11 @@ import soundfile
 import speechbrain as sb
 import torch
 from launches import Counted
+from speechbrain.dataio.sampler import ReproducibleRandomSampler
 
 from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.epochs import CurrentEpoch
+from speechbrain_qmargin.data.sampling import SharedOrder
 from speechbrain_qmargin.data.speech import prepare_speech
 from speechbrain_qmargin.data.speech_dataset import SpeechDataset
 from speechbrain_qmargin.head import QMarginHead
@@ -795,3 +797,19 @@ def test_batches_for_a_gpu_are_pinned(folder, tmp_path):
     brain.device = "cuda:0"
     assert brain.make_dataloader(test, sb.Stage.VALID).pin_memory
     assert not brain.make_dataloader(test, sb.Stage.VALID, pin_memory=False).pin_memory
+
+
+def test_the_order_of_an_epoch_is_speechbrains_and_held_in_numpys_numbers(
+    folder, tmp_path, monkeypatch
+):
+    """As Python's numbers that of 20 million items would take most of a gigabyte."""
+    _, brain, _ = make_brain(folder, tmp_path)
+    monkeypatch.setenv("SB_GLOBAL_SEED", "3")
+    loader = brain.make_dataloader([*range(50)], sb.Stage.TRAIN, shuffle=True, batch_size=1)
+    theirs = ReproducibleRandomSampler(range(50), seed=3)
+    assert isinstance(loader.sampler, SharedOrder)
+    assert brain.train_sampler is loader.sampler
+    for epoch in (1, 2):
+        brain.train_sampler.set_epoch(epoch)
+        theirs.set_epoch(epoch)
+        assert list(loader.sampler) == list(theirs)
