@@ -470,6 +470,7 @@ def tables(stage: str, data: Path, out: Path) -> str:
         return speech_tables(folders) + "\n### What the losses do\n\n" + shown
     score_with_strangers(data, folders)
     looks = {"second": SECOND_LISTS, "second_long": SECOND_LISTS, "third": THIRD_LISTS}
+    looks["resnet_norm"] = THIRD_LISTS
     lists = looks.get(stage, FIRST_LISTS)
     text = "The test that decides:\n\n" + decision_table(folders, list(lists)[:2])
     text += speech_tables(folders)

@@ -250,7 +250,8 @@ SMALL = ["--n_mels=40", "--embedding_dim=128", "--sentence_len=1.5", "--number_o
 SMALL += ["--num_valid_speakers=0", "--prototype_std=null"]  # SpeechBrain's, length 0.65 here
 SHORT = ["--prototype_std=0.01"]  # length 0.11
 ECAPA = ["--channels=64", "--attention_channels=32"]
-RESNET = ["--model=resnet34", "--width=8", "--embedding_norm=False"]
+RESNET = ["--model=resnet34", "--width=8"]
+PLAIN, NORMALISED = ["--embedding_norm=False"], ["--embedding_norm=True"]
 RISING = "margin from 0"  # over the first epochs
 
 # Numbers of classes, steps, and the (alpha, r) with r = (alpha - 1) scale; at alpha 1 CosFace
@@ -325,11 +326,11 @@ def three_lists(data: Path, out: Path, model: Sequence[str] = ECAPA) -> list[str
     return speech_options(data, out / "lists/train.txt", *lists, model=model)
 
 
-def people_held_out(data: Path, out: Path, name: str) -> list[str]:
+def people_held_out(data: Path, out: Path, name: str, model: Sequence[str] = ECAPA) -> list[str]:
     """Trained without 60 of the training speakers and tested on all pairs of them, cosine alone."""
     lists = out / "lists"
     train, *trials = (lists / f"{name}_{part}.txt" for part in ("train", "cv", "gsc"))
-    return [*speech_options(data, train, *trials), "--cohort_utterances=0"]
+    return [*speech_options(data, train, *trials, model=model), "--cohort_utterances=0"]
 
 
 def tune(data: Path, out: Path, systems: list[str]) -> Runs:
@@ -353,7 +354,14 @@ def others(data: Path, out: Path, systems: list[str]) -> Runs:
 def resnet(data: Path, out: Path, systems: list[str]) -> Runs:
     """Another encoder with the settings that the first one's third tuning chose."""
     found = tuned(out, "third_tune", [one for one in systems if one in THIRD_SETTINGS])
-    return over_seeds(out / "resnet", [*three_lists(data, out, RESNET), *SHORT], found)
+    return over_seeds(out / "resnet", [*three_lists(data, out, RESNET), *SHORT, *PLAIN], found)
+
+
+def resnet_norm(data: Path, out: Path, systems: list[str]) -> Runs:
+    """The same with a batch normalisation of the embedding, on the speakers of the third test."""
+    found = tuned(out, "third_tune", [one for one in systems if one in THIRD_SETTINGS])
+    base = [*people_held_out(data, out, "third", RESNET), *SHORT, *NORMALISED]
+    return over_seeds(out / "resnet_norm", base, found)
 
 
 def class_point(alpha: float, rate: float) -> str:
@@ -565,6 +573,7 @@ STAGES = {
     "others": Stage("speech", others),
     "classes": Stage("speech", classes),
     "resnet": Stage("speech", resnet),
+    "resnet_norm": Stage("speech", resnet_norm),
     "finetune": Stage("speech", finetune),
     "schedules": Stage("speech", schedules),
     "second_tune": Stage("speech", second_tune),
