@@ -247,8 +247,9 @@ def over_seeds(
 # -- speech -------------------------------------------------------------------
 
 SMALL = ["--n_mels=40", "--embedding_dim=128", "--sentence_len=1.5", "--number_of_epochs=12"]
-SMALL += ["--num_valid_speakers=0", "--prototype_std=null"]  # SpeechBrain's, length 0.65 here
+LONG = ["--prototype_std=null"]  # SpeechBrain's, length 0.65 here
 SHORT = ["--prototype_std=0.01"]  # length 0.11
+SMALL += ["--num_valid_speakers=0", *LONG]
 ECAPA = ["--channels=64", "--attention_channels=32"]
 RESNET = ["--model=resnet34", "--width=8"]
 PLAIN, NORMALISED = ["--embedding_norm=False"], ["--embedding_norm=True"]
@@ -478,7 +479,6 @@ def third(data: Path, out: Path, systems: list[str]) -> Runs:
 
 FACES = ["--number_of_epochs=15", "--batch_size=64", "--lr_reference_batch=64"]
 FACES += ["--image_size=64", "--warmup_epochs=2"]
-LONG = ["--prototype_std=null"]
 FACE_MODELS = {"iresnet": ["--depth=18", "--width=16"], "mobilefacenet": ["--model=mobilefacenet"]}
 FACE_SYSTEMS = ("arcface", "cosface", PRIMARY, "qmargin_prior", "adaface")
 TAILS, MOST_IMAGES = (1, 2, 4), 20

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from speechbrain_qmargin.files import replacing
-from speechbrain_qmargin.tables import composed_name, read_lines
+from speechbrain_qmargin.tables import composed_name, numbered_lines
 from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = ["all_pairs", "class_encoder", "held_out_for_validation", "training_classes"]
@@ -53,8 +53,8 @@ def training_classes(
     classes, what = names
     chosen = sorted(set(items) - held_out)
     if listed is not None:
-        lines = map(str.strip, read_lines(listed)[0])  # a name may have spaces in it
-        chosen = sorted({composed_name(name) for name in lines if name})
+        # a name may have spaces in it
+        chosen = sorted({composed_name(name.strip()) for _, name in numbered_lines(listed)})
         unknown = [name for name in chosen if name not in items]
         shared = sorted(set(chosen) & held_out)
         if unknown:
