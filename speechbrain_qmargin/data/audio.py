@@ -1,8 +1,10 @@
 """Samples of audio files: any stretch, any format of the corpora, one sample rate.
 
-wav, flac, ogg and mp3 are read by libsndfile; m4a (AAC, as VoxCeleb2 is published) by PyAV. What
-cannot be trusted is refused where it is read, with the file's name: samples that are not finite,
-files without samples, files that hold less than their headers promise.
+wav, flac, ogg, opus and mp3 are read by libsndfile; m4a (AAC, as VoxCeleb2 is published) by PyAV.
+What cannot be trusted is refused where it is read, with the file's name: samples that are not
+finite, files without samples, files that hold less than their headers promise. Where the process
+may not open more files, or has no memory left, the system's error is raised: no recording is at
+fault.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import numpy as np
 import torch
 
 from speechbrain_qmargin.extras import require
+from speechbrain_qmargin.files import is_lack
 
 __all__ = [
     "AUDIO_SUFFIXES",
     "MAX_SECONDS",
     "MIN_SECONDS",
+    "UNREAD_AUDIO",
     "decode_audio",
     "decode_stretches",
     "inspect_audio",
@@ -33,7 +37,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a")
+UNREAD_AUDIO = (".aac", ".aif", ".aifc", ".aiff", ".amr", ".au", ".caf", ".mka", ".mp2", ".sph",
+                ".w64", ".wma", ".wv")  # fmt: skip
 MIN_SECONDS = 0.1  # less than the networks' context
 MAX_SECONDS = 3600.0  # of what is read in one piece
 _STRETCH = 600.0  # seconds that are decoded at once of a recording of any length
@@ -64,7 +70,7 @@ def read_audio(
     Parameters
     ----------
     path : str or Path
-        wav, flac, ogg, mp3 or m4a.
+        wav, flac, ogg, opus, mp3 or m4a.
     sample_rate : int
         Hz; other rates are resampled.
     start, length : float
@@ -129,7 +135,7 @@ def _read_sndfile(
             )
             floating = file.subtype in ("FLOAT", "DOUBLE")
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise OSError(f"{path}: cannot be decoded ({_reason(path, error)})") from error
+        raise _fault(path, error) from error
     if len(samples) < min(wanted, total - first) and _promises(path):
         raise OSError(f"{path}: truncated: its header promises more samples than it holds")
     if channels > 1:
@@ -177,13 +183,17 @@ def _say_scaled(path: str, peak: float) -> None:
     logger.warning(f"{path}: samples up to {peak:.3g}, full scale is 1: its peaks are scaled to 1")
 
 
-def _reason(path: str | Path, error: Exception) -> str:
+def _fault(path: str | Path, error: Exception, what: str = "cannot be decoded") -> OSError:
+    """What a decoder's error is: the decoders know not why the system would not open a file."""
+    reason = getattr(error, "strerror", None) or str(error).split(": ", 1)[-1]
     try:
-        if os.path.getsize(path) == 0:
-            return "an empty file"
-    except OSError as missing:
-        return missing.strerror or str(missing)
-    return str(error).split(": ", 1)[-1] or type(error).__name__
+        with open(path, "rb") as file:
+            reason = reason if file.read(1) else "an empty file"
+    except OSError as refused:
+        if is_lack(refused):
+            return refused
+        reason = refused.strerror or str(refused)
+    return OSError(f"{path}: {what} ({reason or type(error).__name__})")
 
 
 # --------------------------------------------------------- what a header promises, what is there
@@ -201,7 +211,9 @@ def _promises(path: str | Path) -> bool:
 def _check_whole(path: str | Path) -> None:
     """Refuse a wav or ogg file that is shorter than it says; libsndfile reads what there is."""
     suffix = os.path.splitext(str(path))[1].lower()
-    if (suffix == ".wav" and _wav_lacks(path)) or (suffix == ".ogg" and _ogg_lacks(path)):
+    if (suffix == ".wav" and _wav_lacks(path)) or (
+        suffix in (".ogg", ".opus") and _ogg_lacks(path)
+    ):
         raise OSError(f"{path}: truncated: its header promises more samples than it holds")
 
 
@@ -304,7 +316,8 @@ def _resampled_directly(signal: torch.Tensor, rate: int, wanted: int) -> torch.T
 def inspect_audio(path: Path) -> tuple[float, str]:
     """(seconds, what is wrong): the header, and whether the last samples are really there.
 
-    0 seconds where something is wrong; otherwise the text is empty. Nothing is raised.
+    0 seconds where something is wrong; otherwise the text is empty. Nothing is raised but what the
+    process lacks (:func:`~speechbrain_qmargin.files.is_lack`).
 
     Examples
     --------
@@ -320,7 +333,7 @@ def inspect_audio(path: Path) -> tuple[float, str]:
     try:
         return _seconds_m4a(path) if path.suffix.lower() == ".m4a" else _seconds(path), ""
     except OSError as error:
-        return 0.0, _without_name(path, error)
+        return 0.0, _fault_of(path, error)
 
 
 def said_seconds(path: str | Path) -> float:
@@ -348,7 +361,7 @@ def said_seconds(path: str | Path) -> float:
     try:
         return soundfile.info(str(path)).duration
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise OSError(f"{path}: cannot be decoded ({_reason(path, error)})") from error
+        raise _fault(path, error) from error
 
 
 def decode_audio(path: Path) -> tuple[float, str]:
@@ -370,7 +383,7 @@ def decode_audio(path: Path) -> tuple[float, str]:
     try:
         return len(read_audio(path, 16000)) / 16000, ""
     except OSError as error:
-        return 0.0, _without_name(path, error)
+        return 0.0, _fault_of(path, error)
 
 
 def decode_stretches(path: Path) -> tuple[float, str]:
@@ -389,11 +402,13 @@ def decode_stretches(path: Path) -> tuple[float, str]:
         for number in range(0 if fault else math.ceil(seconds / _STRETCH - 1e-6)):
             read_audio(path, 16000, number * _STRETCH, _STRETCH)
     except OSError as error:
-        return 0.0, _without_name(path, error)
+        return 0.0, _fault_of(path, error)
     return seconds, fault
 
 
-def _without_name(path: Path, error: OSError) -> str:
+def _fault_of(path: Path, error: OSError) -> str:
+    if is_lack(error):
+        raise error
     return str(error).removeprefix(f"{path}: ")
 
 
@@ -413,7 +428,7 @@ def _seconds(path: Path) -> float:
                 raise OSError(f"{path}: truncated: its header promises more samples than it holds")
             return frames / rate
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise OSError(f"{path}: empty, truncated or not audio ({_reason(path, error)})") from error
+        raise _fault(path, error, "empty, truncated or not audio") from error
 
 
 def _open_m4a(path: str | Path):
@@ -424,7 +439,7 @@ def _open_m4a(path: str | Path):
     try:
         container = av.open(str(path))
     except FFmpegError as error:
-        raise OSError(f"{path}: cannot be decoded ({error.strerror})") from error
+        raise _fault(path, error) from error
     if not container.streams.audio or not getattr(container.streams.audio[0], "rate", None):
         container.close()
         raise OSError(f"{path}: cannot be decoded (it has no audio track)")
@@ -461,7 +476,7 @@ def _read_m4a(path: str | Path, start: float, length: float | None) -> tuple[np.
                 if position >= end:
                     break
         except FFmpegError as error:
-            raise OSError(f"{path}: cannot be decoded ({error.strerror})") from error
+            raise _fault(path, error) from error
     if not parts or begin < 0:
         raise OSError(f"{path}: cannot be decoded (no samples at {start:.2f} s)")
     samples = np.concatenate(parts)[begin:end].astype(np.float32, copy=False)

@@ -26,6 +26,7 @@ from torch import Tensor
 from speechbrain_qmargin.data.audio import read_audio, said_seconds
 from speechbrain_qmargin.data.folders import audio_files
 from speechbrain_qmargin.data.manifest import Manifest, Texts
+from speechbrain_qmargin.files import is_lack
 
 __all__ = ["WESPEAKER_SPEEDS", "Augment", "DropChunk", "room_and_noise"]
 
@@ -180,6 +181,8 @@ def _drawn(count: int, rng: np.random.Generator, read: Callable[[int], Drawn]) -
         try:
             return read(int(rng.integers(count)))
         except OSError as error:
+            if is_lack(error):
+                raise
             if str(error) not in _said and len(_said) < _SAID:
                 _said.add(str(error))
                 more = "; others are not named" if len(_said) == _SAID else ""

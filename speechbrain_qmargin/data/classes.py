@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from speechbrain_qmargin.data.manifest import Manifest
 from speechbrain_qmargin.files import replacing
 from speechbrain_qmargin.tables import composed_name, numbered_lines
 from speechbrain_qmargin.trials import LabelledTrials
 
-__all__ = ["all_pairs", "class_encoder", "held_out_for_validation", "training_classes"]
+__all__ = [
+    "all_pairs",
+    "class_encoder",
+    "held_out_for_validation",
+    "training_classes",
+    "warn_of_change",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -160,3 +168,44 @@ def class_encoder(classes: Iterable[str], file: str | Path):
         with replacing(file) as partial:
             encoder.save(partial)
     return encoder
+
+
+def warn_of_change(
+    kept: Path, now: Manifest, names: tuple[str, str] = ("speakers", "recordings")
+) -> None:
+    """Say that the folder's last start had other training data; files may have moved.
+
+    Parameters
+    ----------
+    kept : path
+        Where the last start kept its manifest, if there was one.
+    now : Manifest
+    names : tuple
+        What classes and items are called in the message.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.data.manifest import Item
+    >>> kept = getfixture("tmp_path") / "train.manifest"
+    >>> manifest = Manifest.of([Item("ann/1", "a.wav", "ann")]).kept_in(kept)
+    >>> warn_of_change(kept, manifest)
+    """
+    try:
+        before = Manifest.load(kept)
+    except (OSError, ValueError):
+        return
+
+    def columns(one: Manifest) -> tuple[np.ndarray, ...]:
+        texts = (part for each in (one.ids, one.classes) for part in (each.content, each.offsets))
+        return *texts, one.labels, one.start, one.duration
+
+    same = partial(np.array_equal, equal_nan=True)  # images have no duration
+    if all(map(same, columns(before), columns(now))):
+        return
+    classes, items = names
+    logger.warning(
+        f"{kept}: the training {items} or their {classes} have changed since the last "
+        f"start in this folder ({len(before):,} of {len(before.classes):,} {classes} then, "
+        f"{len(now):,} of {len(now.classes):,} now). A run that goes on here does not repeat what "
+        "an uninterrupted one would be: for that give the earlier data, or a new --output_folder"
+    )

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from speechbrain_qmargin.data.audio import read_audio
 from speechbrain_qmargin.data.folders import audio_files
 from speechbrain_qmargin.data.voxceleb import training_roots
-from speechbrain_qmargin.files import replacing, write_text
+from speechbrain_qmargin.files import is_lack, replacing, write_text
 
 __all__ = ["convert_to_flac"]
 
@@ -129,6 +129,8 @@ def _convert(task: tuple[str, Path, Path], sample_rate: int) -> tuple[str, str]:
             return "kept", ""
         signal = read_audio(path, sample_rate)
     except OSError as error:
+        if is_lack(error):
+            raise
         return "failed", f"{name}\t{error}\n"
     peak = float(signal.abs().max())
     if peak > 1:  # decoders and resampling overshoot; 16 bits would clip it

@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from speechbrain_qmargin.data.classes import all_pairs, held_out_for_validation, training_classes
-from speechbrain_qmargin.data.folders import found_file
-from speechbrain_qmargin.data.images import IMAGE_SUFFIXES
+from speechbrain_qmargin.data.classes import (
+    all_pairs,
+    held_out_for_validation,
+    training_classes,
+    warn_of_change,
+)
+from speechbrain_qmargin.data.folders import found_file, say_unread
+from speechbrain_qmargin.data.images import IMAGE_SUFFIXES, UNREAD_IMAGES
 from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.files import named_file
 from speechbrain_qmargin.trials import LabelledTrials, match_ids, read_trials, speaker_in
@@ -159,7 +165,10 @@ def prepare_faces(
 
     def part(name: str, rows: Iterable[int] | np.ndarray) -> Manifest:
         chosen = everything.take(_ascending(rows))
-        return chosen.kept_in(Path(save_folder) / "manifests" / f"{name}.manifest")
+        kept = Path(save_folder) / "manifests" / f"{name}.manifest"
+        if name == "train":
+            warn_of_change(kept, chosen, ("identities", "images"))
+        return chosen.kept_in(kept)
 
     def named(names: Iterable[str]) -> set[int]:
         return {everything.row(name) for name in names}
@@ -201,6 +210,7 @@ def _scanned(root: Path, faults: dict[str, str]) -> Iterator[Item]:
     def is_image(name: str) -> bool:
         return name.lower().endswith(IMAGE_SUFFIXES)
 
+    left_out: Counter[str] = Counter()
     for identity in entries(root, "/"):
         for entry in entries(identity.path) if identity.is_dir() else ():
             if is_image(entry.name):
@@ -221,6 +231,9 @@ def _scanned(root: Path, faults: dict[str, str]) -> Iterator[Item]:
                             f"folders of the identities, such as {Path(folder).parent}; several "
                             "of them have to become one first (links will do)"
                         )
+            elif (name := entry.name.lower()).endswith(UNREAD_IMAGES):
+                left_out[os.path.splitext(name)[1]] += 1
+    say_unread(root, left_out, IMAGE_SUFFIXES)
 
 
 def _pairs(pair_list: Path, images: Manifest, root: Path) -> LabelledTrials:

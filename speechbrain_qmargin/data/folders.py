@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES
+from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, UNREAD_AUDIO
 
-__all__ = ["FoundFile", "audio_files", "files_below", "found_file"]
+__all__ = ["FoundFile", "audio_files", "files_below", "found_file", "say_unread"]
+
+logger = logging.getLogger(__name__)
 
 
 class FoundFile(NamedTuple):
@@ -49,14 +53,17 @@ def audio_files(folder: str | Path) -> Iterator[FoundFile]:
     >>> sorted(found.name for found in audio_files(folder))
     ['1.wav', '2.FLAC']
     """
-    return files_below(folder, AUDIO_SUFFIXES)
+    return files_below(folder, AUDIO_SUFFIXES, UNREAD_AUDIO)
 
 
-def files_below(folder: str | Path, suffixes: tuple[str, ...]) -> Iterator[FoundFile]:
+def files_below(
+    folder: str | Path, suffixes: tuple[str, ...], unread: tuple[str, ...] = ()
+) -> Iterator[FoundFile]:
     """Every file of some suffixes below a folder, in no order; hidden ones are left out.
 
     Links to files and to folders are followed, but not those that lead back to a folder that they
-    lie in.
+    lie in. At the end a warning says how many there are of the suffixes `unread`, which somebody
+    might expect to be read.
 
     Examples
     --------
@@ -67,6 +74,7 @@ def files_below(folder: str | Path, suffixes: tuple[str, ...]) -> Iterator[Found
     >>> [file.name for file in files_below(folder, (".wav",))]
     ['ann/1.wav']
     """
+    left_out: Counter[str] = Counter()
     stack = [(os.fspath(folder), "")]
     while stack:
         parent, prefix = stack.pop()
@@ -77,8 +85,26 @@ def files_below(folder: str | Path, suffixes: tuple[str, ...]) -> Iterator[Found
                 if entry.is_dir():
                     if not (entry.is_symlink() and _leads_back(entry.path, parent)):
                         stack.append((entry.path, f"{prefix}{entry.name}/"))
-                elif entry.name.lower().endswith(suffixes):
+                elif (name := entry.name.lower()).endswith(suffixes):
                     yield found_file(prefix + entry.name, entry.path)
+                elif name.endswith(unread):
+                    left_out[os.path.splitext(name)[1]] += 1
+    say_unread(folder, left_out, suffixes)
+
+
+def say_unread(folder: str | Path, left_out: Mapping[str, int], suffixes: tuple[str, ...]) -> None:
+    """Warn of files below a folder that are of no suffix that is read, by suffix.
+
+    Examples
+    --------
+    >>> say_unread("corpus", {".sph": 7}, (".wav", ".flac"))
+    """
+    if left_out:
+        counts = ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(left_out.items()))
+        logger.warning(
+            f"{folder}: files are left out that are not read ({counts}): convert them to "
+            f"one of {', '.join(suffixes)}"
+        )
 
 
 def _leads_back(link: str, parent: str) -> bool:

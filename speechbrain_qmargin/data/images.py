@@ -17,9 +17,17 @@ from torch import Tensor
 from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import is_lack
 
-__all__ = ["IMAGE_SUFFIXES", "check_images", "image_size", "read_image", "read_pixels"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "UNREAD_IMAGES",
+    "check_images",
+    "image_size",
+    "read_image",
+    "read_pixels",
+]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+UNREAD_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl")
 
 # Pillow knows forty more: for EPS it runs Ghostscript, the image being a program, and others may
 # hold one

@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES
+from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, UNREAD_AUDIO
 from speechbrain_qmargin.data.folders import files_below
-from speechbrain_qmargin.data.images import IMAGE_SUFFIXES
+from speechbrain_qmargin.data.images import IMAGE_SUFFIXES, UNREAD_IMAGES
 from speechbrain_qmargin.tables import composed_name, read_lines
 from speechbrain_qmargin.trials import speaker_in
 
@@ -83,7 +83,8 @@ def read_people(source: str | Path) -> People:
 def _below(folder: Path) -> People:
     root = next((folder / one for one in ("wav", "images") if (folder / one).is_dir()), folder)
     ids, files = defaultdict(list), {}
-    for one in sorted(files_below(root, (*AUDIO_SUFFIXES, *IMAGE_SUFFIXES))):
+    read, unread = (*AUDIO_SUFFIXES, *IMAGE_SUFFIXES), (*UNREAD_AUDIO, *UNREAD_IMAGES)
+    for one in sorted(files_below(root, read, unread)):
         if one.fault:
             raise ValueError(f"{root / one.name}: {one.fault}")
         if "/" not in one.name:

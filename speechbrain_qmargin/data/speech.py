@@ -15,7 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, MIN_SECONDS
-from speechbrain_qmargin.data.classes import all_pairs, held_out_for_validation, training_classes
+from speechbrain_qmargin.data.classes import (
+    all_pairs,
+    held_out_for_validation,
+    training_classes,
+    warn_of_change,
+)
 from speechbrain_qmargin.data.cnceleb import read_cnceleb
 from speechbrain_qmargin.data.durations import check_recordings, durations
 from speechbrain_qmargin.data.manifest import Item, Manifest, Texts
@@ -510,7 +515,7 @@ def prepare_speech(
         chosen = manifest.take(np.sort(np.fromiter(rows, np.int64, len(rows))))
         kept = save_folder / "manifests" / f"{name}.manifest"
         if name == "train":
-            _warn_of_change(kept, chosen)
+            warn_of_change(kept, chosen)
         return chosen.kept_in(kept)
 
     train = part("train", np.concatenate([by_speaker[speaker] for speaker in candidates]))
@@ -521,27 +526,6 @@ def prepare_speech(
             files = tested.files.take(np.flatnonzero(tested.part != whole))
             check_recordings(sources[0], files, whole=whole, progress=progress)
     return SpeechCorpus(train, valid, test, valid_trials, trials, skipped)
-
-
-def _warn_of_change(kept: Path, now: Manifest) -> None:
-    """Say that the folder's last start had other training recordings; files may have moved."""
-    try:
-        before = Manifest.load(kept)
-    except (OSError, ValueError):
-        return
-
-    def columns(one: Manifest) -> tuple[np.ndarray, ...]:
-        texts = (part for each in (one.ids, one.classes) for part in (each.content, each.offsets))
-        return *texts, one.labels, one.start, one.duration
-
-    if all(map(np.array_equal, columns(before), columns(now))):
-        return
-    logger.warning(
-        f"{kept}: the training recordings, their speakers or lengths have changed since the last "
-        f"start in this folder ({len(before):,} of {len(before.classes):,} speakers then, "
-        f"{len(now):,} of {len(now.classes):,} now). A run that goes on here does not repeat what "
-        "an uninterrupted one would be: for that give the earlier data, or a new --output_folder"
-    )
 
 
 def _used(trials: Trials | None) -> set[str]:

@@ -16,6 +16,7 @@ from speechbrain_qmargin.data.augment import Augment
 from speechbrain_qmargin.data.epochs import first_epoch
 from speechbrain_qmargin.data.manifest import Item, Manifest, Texts
 from speechbrain_qmargin.data.skipped import Skipped
+from speechbrain_qmargin.files import is_lack
 
 __all__ = ["SpeechDataset"]
 
@@ -186,6 +187,8 @@ class SpeechDataset(Dataset):
             try:
                 return self._cropped(item.id, chosen, draw, speed)
             except OSError as error:
+                if is_lack(error):
+                    raise
                 same = self.manifest.rows_of(int(self.manifest.labels[row]))
                 left = same[~np.isin(same, tried)]
                 if not len(left) or len(tried) == _TRIES:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from speechbrain_qmargin.data.folders import files_below
-from speechbrain_qmargin.data.images import IMAGE_SUFFIXES, read_image
+from speechbrain_qmargin.data.images import IMAGE_SUFFIXES, UNREAD_IMAGES, read_image
 from speechbrain_qmargin.data.pickled import read_bin
 from speechbrain_qmargin.data.shards import stored_faces
 from speechbrain_qmargin.data.stored import StoredFaces
@@ -129,7 +129,7 @@ def select_images(images: FaceImages, ids: Sequence[str], what: str | Path) -> F
 
 
 def _below(root: Path) -> FaceImages:
-    found = sorted(files_below(root, IMAGE_SUFFIXES))
+    found = sorted(files_below(root, IMAGE_SUFFIXES, UNREAD_IMAGES))
     if not found:
         raise FileNotFoundError(f"{root}: no {', '.join(IMAGE_SUFFIXES)} file in it")
     items = {one.name: Path(one.path) for one in found if not one.fault}

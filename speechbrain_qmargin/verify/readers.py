@@ -21,6 +21,7 @@ from torch import Tensor
 from speechbrain_qmargin.data.audio import inspect_audio, read_audio
 from speechbrain_qmargin.data.images import image_size, read_image, read_pixels
 from speechbrain_qmargin.export.encoder import SpeakerEncoder
+from speechbrain_qmargin.files import is_lack
 from speechbrain_qmargin.verify.face_quality import FaceLimits, FaceQuality, measure_face
 from speechbrain_qmargin.verify.speech_quality import (
     SpeechLimits,
@@ -234,6 +235,8 @@ class SpeechReader:
             try:
                 signal = read_audio(path, rate, 0.0 if whole else start, None if whole else length)
             except OSError as error:
+                if is_lack(error):
+                    raise
                 raise OSError(str(error).replace(str(path), called(source))) from None
             quality = measure_speech(signal.numpy(), rate)
             if whole or not self.checked or not self.limits.faults(quality):
@@ -324,6 +327,8 @@ class FaceReader:
                 raise Unfit(source, faults, replace(quality, faults=faults))
             return Sample([read_image(source, self.encoder.image_size)], quality)
         except OSError as error:
+            if is_lack(error):
+                raise
             name = f"{called(source)}: " if isinstance(source, bytes) else ""
             raise OSError(f"{name}{error}") from None
 
@@ -367,7 +372,7 @@ def _as_file(source: Source) -> Iterator[Path]:
     elif not suffix and source[0] == 0xFF and source[1:2] and source[1] & 0xE0 == 0xE0:
         suffix = ".mp3"
     if not suffix:
-        raise OSError("the content is not wav, flac, ogg, mp3 or m4a")
+        raise OSError("the content is not wav, flac, ogg, opus, mp3 or m4a")
     with tempfile.TemporaryDirectory(prefix="qmargin-") as folder:  # of this user alone
         path = Path(folder) / f"content{suffix}"
         path.write_bytes(source)

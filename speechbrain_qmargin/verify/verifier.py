@@ -16,6 +16,7 @@ import torch
 from speechbrain_qmargin.export.encoder import SpeakerEncoder, is_run
 from speechbrain_qmargin.export.loading import is_exported, load_any_encoder
 from speechbrain_qmargin.export.probe import TOLERANCE
+from speechbrain_qmargin.files import is_lack
 from speechbrain_qmargin.published import split_format
 from speechbrain_qmargin.verify.people import People, checked_name
 from speechbrain_qmargin.verify.readers import (
@@ -302,6 +303,8 @@ class Verifier:
                 with self._reading:
                     return self.reader.read(source)
             except (OSError, Unfit) as error:
+                if is_lack(error):
+                    raise
                 return error
 
         if len(sources) == 1:

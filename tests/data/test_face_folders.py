@@ -19,7 +19,7 @@ from speechbrain_qmargin.data.images import check_images, read_image, read_pixel
 from speechbrain_qmargin.data.manifest import Manifest
 from speechbrain_qmargin.data.skipped import Skipped
 from speechbrain_qmargin.export.face_encoder import FaceEncoder
-from speechbrain_qmargin.export.images import FaceImages, extract_images
+from speechbrain_qmargin.export.images import FaceImages, extract_images, find_images
 
 
 def write(path, value=0):
@@ -164,6 +164,26 @@ def test_a_lack_of_open_files_is_no_fault_of_an_image(folder, tmp_path, monkeypa
             use()
         assert caught.value.errno == errno.EMFILE
     assert not (tmp_path / "skipped.txt").exists()
+
+
+def test_other_training_images_in_a_run_that_goes_on_are_said(folder, tmp_path, caplog):
+    for _ in range(2):
+        prepare_faces(folder, tmp_path / "save")
+    assert "have changed" not in caplog.text
+    write(folder / "id0/7.png")
+    prepare_faces(folder, tmp_path / "save")
+    assert "images or their identities have changed since the last start" in caplog.text
+    assert "(9 of 3 identities then, 10 of 3 now)" in caplog.text
+
+
+def test_images_of_a_format_that_is_not_read_are_said(folder, tmp_path, caplog):
+    for name in ("id0/9.HEIC", "id1/9.heic", "id1/8.gif", "id1/notes.txt", "id1/.9.gif"):
+        (folder / name).write_bytes(b"")
+    assert len(prepare_faces(folder, tmp_path / "save").train) == 9
+    assert f"{folder}: files are left out that are not read (1 .gif, 2 .heic): " in caplog.text
+    caplog.clear()
+    assert len(find_images(folder).items) == 9
+    assert "(1 .gif, 2 .heic)" in caplog.text
 
 
 def test_an_identity_without_a_decodable_image_is_named(folder, tmp_path):

@@ -1,10 +1,12 @@
 """Inputs that say what is not so: each is named, none takes memory that it only claims."""
 
+import errno
 import logging
 import os
 import pickle
 import resource
 import struct
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,7 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from speechbrain_qmargin.data import audio
-from speechbrain_qmargin.data.audio import inspect_audio, read_audio, resampled
+from speechbrain_qmargin.data.audio import (
+    decode_stretches,
+    inspect_audio,
+    read_audio,
+    resampled,
+    said_seconds,
+)
 from speechbrain_qmargin.data.convert import convert_to_flac
 from speechbrain_qmargin.data.folders import audio_files
 from speechbrain_qmargin.data.pickled import read_bin
@@ -53,10 +61,11 @@ def test_samples_that_are_not_finite_are_refused_with_the_file(tmp_path, value, 
         assert len(read_audio(path, RATE, 0.0, 0.2)) == 3200
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg"])
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg", "opus"])
 @pytest.mark.parametrize("left", [0.3, 0.9])
 def test_truncated_recordings_are_refused_with_the_file(tmp_path, suffix, left):
-    path = write(tmp_path / f"a.{suffix}", voice(3.0))
+    form = {"format": "OGG", "subtype": "OPUS"} if suffix == "opus" else {}
+    path = write(tmp_path / f"a.{suffix}", voice(3.0), **form)
     assert len(read_audio(path, RATE)) == 3 * RATE
     assert inspect_audio(path) == (pytest.approx(3.0), "")
     content = path.read_bytes()
@@ -64,6 +73,50 @@ def test_truncated_recordings_are_refused_with_the_file(tmp_path, suffix, left):
     with pytest.raises(OSError, match=rf"a\.{suffix}: "):
         read_audio(path, RATE)
     assert inspect_audio(path)[1]
+
+
+@pytest.mark.parametrize("rate", [16000, 48000])
+def test_a_stretch_of_opus_is_that_of_the_whole(tmp_path, rate):
+    path = write(tmp_path / "a.opus", voice(3.0, rate), rate, format="OGG", subtype="OPUS")
+    whole = read_audio(path, rate)
+    for start in (1 / 160, 1.0, 2.37):
+        first = round(start * rate)
+        assert torch.equal(read_audio(path, rate, start, 0.5), whole[first : first + rate // 2])
+
+
+@contextmanager
+def no_more_open_files():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)  # the lowest number that a file could have
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_lack_of_open_files_is_no_fault_of_a_recording(tmp_path):
+    """It passed for one: the recording was left out, or another one trained on in its place."""
+    corpus(tmp_path)
+    skipped = Skipped(tmp_path / "skipped.txt")
+    data = SpeechDataset(prepare(tmp_path).train, RATE, crop=0.3, skipped=skipped)
+    path = tmp_path / "wav/a/s/0.wav"
+    uses = (
+        lambda: read_audio(path, RATE),
+        lambda: inspect_audio(path),
+        lambda: decode_stretches(path),
+        lambda: said_seconds(path),
+        lambda: data[0],
+    )
+    for use in uses:
+        use()
+    with no_more_open_files():
+        for use in uses:
+            with pytest.raises(OSError, match="Too many open files") as caught:
+                use()
+            assert caught.value.errno == errno.EMFILE
+    assert not (tmp_path / "skipped.txt").exists()
 
 
 def test_a_stream_of_unknown_length_is_not_truncated(tmp_path):
@@ -199,6 +252,15 @@ def corpus(folder):
 def prepare(folder, **kwargs):
     kwargs.setdefault("verification_file", folder / "trials.txt")
     return prepare_speech(folder, folder / "save", progress=False, **kwargs)
+
+
+def test_recordings_of_a_format_that_is_not_read_are_said(tmp_path, caplog):
+    corpus(tmp_path)
+    for name in ("a/s/8.sph", "a/s/9.SPH", "b/s/9.au", "b/s/9.txt"):
+        (tmp_path / "wav" / name).write_bytes(b"")
+    assert len(prepare(tmp_path).train) == 6
+    said = f"{tmp_path / 'wav'}: files are left out that are not read (1 .au, 2 .sph): convert them"
+    assert said in caplog.text
 
 
 def test_names_and_links_that_cannot_be_used_are_listed(tmp_path, caplog):

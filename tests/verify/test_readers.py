@@ -219,7 +219,7 @@ def test_the_longest_is_refused_before_it_is_read(encoder, tmp_path):
     ("content", "fault"),
     [
         (b"", "the content is empty"),
-        (b"MZ no audio", "the content is not wav, flac, ogg, mp3 or m4a"),
+        (b"MZ no audio", "the content is not wav, flac, ogg, opus, mp3 or m4a"),
         (b"RIFF....WAVEfmt ", "the content: empty, truncated or not audio"),
         (content_of(NOISE)[:-900], "truncated"),
         (content_of(NOISE, "WAV")[:-900], "the content: truncated"),
