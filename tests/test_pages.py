@@ -135,6 +135,26 @@ classifier: !new:speechbrain.lobes.models.Xvector.Classifier
     torch.testing.assert_close(outputs[:, 0], expected)
 
 
+def test_the_x_vector_flag_is_speechbrains_network_with_a_normalised_embedding():
+    (value,) = flags("embedding_model")
+    yaml = """
+embedding_model: !new:speechbrain.lobes.models.Xvector.Xvector
+    in_channels: 24
+    activation: !name:torch.nn.LeakyReLU
+    tdnn_blocks: 5
+    tdnn_channels: [512, 512, 512, 512, 1500]
+    tdnn_kernel_sizes: [5, 3, 3, 1, 1]
+    tdnn_dilations: [1, 2, 3, 1, 1]
+    lin_neurons: 512
+"""
+    theirs = load_hyperpyyaml(yaml)["embedding_model"]
+    ours = load_hyperpyyaml(yaml, f"embedding_model: {value}")["embedding_model"]
+    shapes = {name: tuple(one.shape) for name, one in ours.state_dict().items()}
+    assert shapes.items() > {n: tuple(one.shape) for n, one in theirs.state_dict().items()}.items()
+    embeddings = ours(torch.randn(4, 60, 24)).squeeze(1)
+    torch.testing.assert_close(embeddings.mean(0), torch.zeros(512), atol=1e-5, rtol=0)
+
+
 def test_readme_is_read_in_minutes():
     words = [word for word in PAGES["README.md"].split() if re.search(r"\w", word)]
     assert len(words) <= 900

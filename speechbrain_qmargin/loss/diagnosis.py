@@ -112,7 +112,7 @@ others train. The hard margin is 0.2 in cosine; try --loss qmargin --alpha 1.5 -
             f"lost: its mean, {epoch.mean_loss:.3g}, is above the {level:.3g} of an encoder that "
             f"tells nobody apart, with {100 * epoch.done:.0f} % of the training done. Where all "
             "embeddings point one way a sparse posterior may move that way about; try "
-            "--embedding_norm True (resnet, eres2net), or --loss arcface"
+            "--embedding_norm True (resnet, eres2net, xvector), or --loss arcface"
         )
     return None
 

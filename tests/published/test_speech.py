@@ -1,6 +1,7 @@
 """Published speaker networks: true layouts and names, random weights; outputs recomputed."""
 
 import pytest
+import speechbrain.lobes.models.Xvector
 import torch
 from published_layouts import ECAPA_YAML, huggingface, randomised, save, wespeaker
 from scripts import ROOT
@@ -13,6 +14,7 @@ from speechbrain_qmargin.models.campplus import CAMPPlus
 from speechbrain_qmargin.models.ecapa import WeSpeakerEcapa
 from speechbrain_qmargin.models.eres2net import ERes2Net, ERes2NetV2
 from speechbrain_qmargin.models.resnet import ResNet
+from speechbrain_qmargin.models.xvector import Xvector
 from speechbrain_qmargin.published import load_published
 from speechbrain_qmargin.training.config import load_experiment
 
@@ -244,6 +246,51 @@ def test_a_recipe_builds_each_network_from_what_it_says_of_itself(tmp_path, name
     assert torch.equal(built.eval()(x), model(x))
     ours, theirs = hparams["compute_features"].eval(), one.speech().compute_features
     assert torch.equal(ours(noise()), theirs(noise()))
+
+
+XVECTOR = {
+    "in_channels": 16,
+    "lin_neurons": 8,
+    "tdnn_channels": [8, 8, 8, 8, 12],
+}
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments"),
+    [
+        (ResNet, {"input_size": 16, "channels": 2, "lin_neurons": 8}),
+        (ResNet, {"input_size": 16, "channels": 2, "lin_neurons": 8, "embedding_norm": True}),
+        (speechbrain.lobes.models.Xvector.Xvector, XVECTOR),
+        (Xvector, XVECTOR),
+        (Xvector, XVECTOR | {"embedding_norm": True}),
+    ],
+)
+def test_a_folder_that_speechbrain_loads_keeps_its_embedding(tmp_path, network, arguments):
+    """With the normalisation that it has, or without, whatever the recipe has by default."""
+    torch.manual_seed(0)
+    model = randomised(network(**arguments))
+    save(model.state_dict(), tmp_path / "embedding_model.ckpt")
+    lines = "".join(f"    {name}: {value}\n" for name, value in arguments.items())
+    (tmp_path / "hyperparams.yaml").write_text(
+        "sample_rate: 16000\n"
+        "compute_features: !new:speechbrain.lobes.features.Fbank {n_mels: 16}\n"
+        "mean_var_norm: !new:speechbrain.processing.features.InputNormalization\n"
+        "    {norm_type: sentence, std_norm: False}\n"
+        f"embedding_model: !new:{network.__module__}.{network.__name__}\n{lines}"
+    )
+    x = torch.randn(2, 40, 16)
+
+    @torch.no_grad()
+    def embeddings(network):
+        torch.manual_seed(1)  # SpeechBrain's pooling adds noise to the means
+        return network.eval()(x)
+
+    one = load_published(tmp_path)
+    assert torch.equal(embeddings(one.encoder), embeddings(model))
+    argv = [str(ROOT / "hparams/qmargin.yaml"), "--size=small", f"--pretrained={tmp_path}"]
+    built = load_experiment(argv).load(out_n_neurons=2)["embedding_model"]
+    built.load_state_dict(model.state_dict())
+    assert torch.equal(embeddings(built), embeddings(model))
 
 
 def test_weights_that_two_toolkits_have_are_told_apart_or_asked_about(tmp_path):

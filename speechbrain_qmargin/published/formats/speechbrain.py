@@ -35,6 +35,7 @@ NETWORKS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "speechbrain.lobes.models.ResNet.ResNet": ("speechbrain_resnet", {}),
     "speechbrain.lobes.models.Xvector.Xvector": ("xvector", {}),
+    f"{OWN}.xvector.Xvector": ("xvector", {}),
     f"{OWN}.resnet.ResNet": ("resnet34", {"channels": "width", "depth": "depth"}),
     f"{OWN}.campplus.CAMPPlus": (
         "campplus",
@@ -55,6 +56,7 @@ NETWORKS: dict[str, tuple[str, dict[str, str]]] = {
     ),
 }  # fmt: skip
 BANDS, DIMENSIONS = ("input_size", "in_channels"), "lin_neurons"
+NORMALISED = "embedding_norm"  # an argument of some networks, False by default, and a setting
 FBANK = "speechbrain.lobes.features.Fbank"
 KALDI = "speechbrain_qmargin.features.KaldiFbank"
 NORM = "speechbrain.processing.features.InputNormalization"
@@ -175,6 +177,8 @@ def _architecture(name: str, arguments: dict) -> dict[str, Any]:
     named = NETWORKS[name][1]
     rest = {key: value for key, value in arguments.items() if key not in (*BANDS, DIMENSIONS)}
     settings: dict[str, Any] = {named[key]: rest.pop(key) for key in [*rest] if key in named}
+    if NETWORKS[name][0] in ("resnet34", "eres2net", "eres2netv2", "xvector"):
+        settings[NORMALISED] = rest.pop(NORMALISED, False)
     if name.endswith(".ECAPA_TDNN"):
         channels = rest.get("channels", [])
         if len(channels) == 5 and channels == [channels[0]] * 4 + [3 * channels[0]]:
