@@ -34,7 +34,7 @@ from speechbrain_qmargin.loss.interface import (
     QMarginStats,
     Rows,
     attach,
-    check_rows,
+    completed,
     flat,
     refuse_no_tensor,
 )
@@ -621,9 +621,10 @@ class HeadOutput:
         objective: Objective | BinaryObjective = Objective(scale=1.0)
         try:
             targets = self._checked(targets)
-            objective = ask(targets)
-            if isinstance(objective, Objective):
-                self._check_objective(objective, targets)
+            objective = completed(ask(targets), targets, head.num_classes)
+            log_q = objective.log_q if isinstance(objective, Objective) else None
+            if log_q is not None and log_q.requires_grad:
+                raise TypeError("the sparse head gives no gradient by log_q: pass log_q.detach()")
         except (ValueError, TypeError) as error:
             refused = error  # raised where all ranks hear of it
         head._check_not_broadcast()
@@ -729,19 +730,6 @@ class HeadOutput:
         if targets.shape != (batch,):
             raise ValueError(f"targets must be [B] = [{batch}], got {tuple(targets.shape)}")
         return targets
-
-    def _check_objective(self, objective: Objective, targets: Tensor) -> None:
-        log_q, num_classes = objective.log_q, self.head.num_classes
-        if objective.target_log_q is not None:
-            check_rows("target_log_q", objective.target_log_q, targets)
-        if log_q is not None and log_q.shape != (num_classes,):
-            raise ValueError(
-                f"log_q must be one for each of {num_classes} classes, got {list(log_q.shape)}"
-            )
-        if log_q is not None and log_q.requires_grad:
-            raise TypeError("the sparse head gives no gradient by log_q: pass log_q.detach()")
-        if objective.move_others is not None and objective.alpha != 1:
-            raise ValueError("move_others is for cross-entropies: alpha = 1")
 
 
 def _unit(embeddings: Tensor) -> Tensor:

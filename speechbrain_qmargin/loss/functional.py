@@ -32,7 +32,13 @@ from torch import Tensor
 
 from speechbrain_qmargin.loss.dense import DenseScores, check_labels
 from speechbrain_qmargin.loss.device import host_decides
-from speechbrain_qmargin.loss.interface import Objective, QMarginStats, flat, refuse_no_tensor
+from speechbrain_qmargin.loss.interface import (
+    Objective,
+    QMarginStats,
+    flat,
+    log_q_of_targets,
+    refuse_no_tensor,
+)
 from speechbrain_qmargin.loss.learnt_order import softargmax_of_orders
 from speechbrain_qmargin.loss.solver import (
     FLOAT32_LOG_RANGE,
@@ -431,8 +437,7 @@ def q_margin_objective(
         if looked_at and not bool(log_q.detach().isfinite().all()):
             raise ValueError("log_q is not finite everywhere: q must be positive")
         log_q = log_q.to(compute_dtype(log_q))  # powers of q in half precision would be coarse
-        # a label beyond is refused where the number of classes is known
-        prior = prior + log_q.to(prior.dtype)[targets.long().clamp(0, len(log_q) - 1)]
+        prior = prior + log_q_of_targets(log_q, targets)
     return Objective(scale, alpha, target_log_q=prior, log_q=log_q, spread=spread)
 
 
