@@ -134,12 +134,14 @@ class QMarginHead(nn.Module):
         This rank has the classes from `start` up to, not including, `stop`.
     anchor : Parameter or None
         With ``torch.distributed``, a zero with zero gradient, so that DDP finds a parameter in the
-        head, whose `weight` it leaves alone.
+        head, whose `weight` it leaves alone. It is no part of ``state_dict``.
 
     Raises
     ------
     ValueError
         Ranks that disagree about the sizes, fewer classes than ranks, parameters out of range.
+    RuntimeError
+        When it is called in training: ``torch.distributed`` was initialised after it was made.
 
     Notes
     -----
@@ -218,6 +220,8 @@ class QMarginHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, embedding_dim, dtype=torch.float32))
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.anchor = nn.Parameter(torch.zeros(())) if distributed else None
+        self.register_state_dict_post_hook(_leave_out_anchor)
+        self.register_load_state_dict_pre_hook(_keep_anchor)
         # what DDP reads of the module it wraps: its names for gradients and for broadcasts
         self._ddp_params_and_buffers_to_ignore = [".weight", "weight"]
         self._derived, self._room = Derived(sizes), Room()
@@ -354,6 +358,7 @@ class QMarginHead(nn.Module):
             )
         if labels is None and not self.training:
             return self._cosines(embeddings)
+        self.comm.refuse_if_late(type(self).__name__)
         anchored = None if self.anchor is None else self.anchor * 1
         output = HeadOutput(self, embeddings, anchored)
         if labels is None:
@@ -730,6 +735,17 @@ class HeadOutput:
         if targets.shape != (batch,):
             raise ValueError(f"targets must be [B] = [{batch}], got {tuple(targets.shape)}")
         return targets
+
+
+def _leave_out_anchor(head: QMarginHead, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """What torchrun wrote is loaded without it, and the other way round."""
+    state.pop(f"{prefix}anchor", None)
+
+
+def _keep_anchor(head: QMarginHead, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    _leave_out_anchor(head, state, prefix)
+    if head.anchor is not None:
+        state[f"{prefix}anchor"] = head.anchor.detach()
 
 
 def _unit(embeddings: Tensor) -> Tensor:

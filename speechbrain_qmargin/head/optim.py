@@ -119,11 +119,14 @@ class RowSparse(torch.optim.Optimizer):
     def bind(self, head: RowOwner) -> None:
         """Take over the prototypes of one more head, whose weight is in the parameter groups.
 
+        A head in DistributedDataParallel is the head.
+
         Raises
         ------
         ValueError
             It is not.
         """
+        head = getattr(head, "module", head)
         if all(head.weight is not p for group in self.param_groups for p in group["params"]):
             raise ValueError(
                 f"{type(self).__name__}: the weight of its head is not among the parameters it was "
