@@ -103,18 +103,18 @@ def other_settings(options: Sequence[str], results: Mapping) -> list[str]:
     """Options that are not those of finished results; paths, which may be moved, are not compared.
 
     >>> done = {"settings": {"lr": 0.1, "speeds": [1.0], "train_speakers": "a/b.txt"}}
-    >>> other_settings(["--lr=0.10", "--speeds=1.0", "--train_speakers=c/b.txt"], done)
+    >>> other_settings(["--lr=0.10", "--speeds", "[1.0", "]", "--train_speakers=c/b.txt"], done)
     []
     >>> other_settings(["--lr=0.2", "--speeds=[1.0, 0.9]", "--noprogressbar"], done)
     ['--lr=0.2 (0.1 there)', '--speeds=[1.0, 0.9] ([1.0] there)']
     """
-    settings, words, found = results["settings"], list(options), []
-    for at, word in enumerate(words):
-        name, given, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in settings:
+    settings, words, found = results["settings"], [*options, "--"], []
+    begins = [at for at, word in enumerate(words) if word.startswith("--")]
+    for at, end in itertools.pairwise(begins):
+        name, given, text = words[at].removeprefix("--").partition("=")
+        if name not in settings:
             continue
-        if not given and at + 1 < len(words):
-            text = words[at + 1]
+        text = text if given else " ".join(words[at + 1 : end])
         there = settings[name]
         same = [there, *there] if isinstance(there, list) and len(there) == 1 else [there]
         if os.sep not in text and YAML(typ="safe").load(text) not in same:
