@@ -592,7 +592,7 @@ class HeadOutput:
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         rows = self._rows(
             targets,
-            lambda flat: q_margin_objective(flat, float(alpha), float(scale), margin, log_q),
+            lambda flat: q_margin_objective(flat, alpha, scale, margin, log_q),
         )
         loss, stats = rows.loss, QMarginStats.of(rows, alpha) if return_stats else None
         if reduction != "none":

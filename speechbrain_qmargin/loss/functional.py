@@ -369,7 +369,7 @@ def check_loss_parameters(alpha: float, scale: float, margin: float | Tensor) ->
     Raises
     ------
     TypeError
-        alpha as a tensor.
+        alpha as a tensor, or a scale that is to be learnt.
     ValueError
 
     Examples
@@ -382,6 +382,11 @@ def check_loss_parameters(alpha: float, scale: float, margin: float | Tensor) ->
     if isinstance(margin, Tensor) and margin.ndim:  # one that is not finite makes its loss NaN
         margin = 0.0
     check_alpha(alpha)
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise TypeError(
+            "scale is a number here: as a tensor it would not be learnt. Pass float(scale); "
+            "alpha_softmax_value of scale * cosines has a gradient by it"
+        )
     if not (0 < scale < math.inf):
         raise ValueError(f"scale must be a finite number > 0, got {scale}")
     if not (0 <= margin < math.inf):
@@ -414,7 +419,7 @@ def q_margin_objective(
     tensor([0.2500])
     """
     check_loss_parameters(alpha, scale, margin)
-    spread = None
+    alpha, scale, spread = float(alpha), float(scale), None
     if isinstance(margin, Tensor):
         if margin.shape != targets.shape:
             raise ValueError(
@@ -549,7 +554,7 @@ def q_margin_loss(
     scores = DenseScores(cosines)
     targets = flat(targets)
     check_labels(targets, scores.num_classes)
-    objective = q_margin_objective(targets, float(alpha), float(scale), margin, log_q)
+    objective = q_margin_objective(targets, alpha, scale, margin, log_q)
     rows = scores.evaluate(targets, objective, statistics=return_stats)
     loss = rows.loss
     if reduction != "none":
