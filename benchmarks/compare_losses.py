@@ -5,7 +5,8 @@
         --train_speakers=DIR/train_speakers.txt
 
 Every run is the recipe with ``--size small`` (options after ``--`` go to it) and another model,
-loss or seed; nothing else changes. Finished runs are kept: started again, it continues.
+loss or seed; nothing else changes. Finished runs are kept: started again, it continues. With other
+options it is refused: they belong to another comparison, in a folder of its own.
 
 A loss is a name of docs/losses.md or module:Class, with what the recipe is to be told beside it:
 
@@ -29,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from ruamel.yaml import YAML
 from tqdm import tqdm
 
 from speechbrain_qmargin.faces.pair_sets import ten_fold_accuracy
@@ -97,8 +99,37 @@ def last_of_each(options: Sequence[str]) -> list[str]:
     return [word for words in given.values() for word in words]
 
 
+def other_settings(options: Sequence[str], results: Mapping) -> list[str]:
+    """Options that are not those of finished results; paths, which may be moved, are not compared.
+
+    >>> done = {"settings": {"lr": 0.1, "speeds": [1.0], "train_speakers": "a/b.txt"}}
+    >>> other_settings(["--lr=0.10", "--speeds", "[1.0", "]", "--train_speakers=c/b.txt"], done)
+    []
+    >>> other_settings(["--lr=0.2", "--speeds=[1.0, 0.9]", "--noprogressbar"], done)
+    ['--lr=0.2 (0.1 there)', '--speeds=[1.0, 0.9] ([1.0] there)']
+    """
+    settings, words, found = results["settings"], [*options, "--"], []
+    begins = [at for at, word in enumerate(words) if word.startswith("--")]
+    for at, end in itertools.pairwise(begins):
+        name, given, text = words[at].removeprefix("--").partition("=")
+        if name not in settings:
+            continue
+        text = text if given else " ".join(words[at + 1 : end])
+        there = settings[name]
+        same = [there, *there] if isinstance(there, list) and len(there) == 1 else [there]
+        if os.sep not in text and YAML(typ="safe").load(text) not in same:
+            found.append(f"--{name}={text} ({there} there)")
+    return found
+
+
 def train(recipe: str, options: list[str], folder: Path) -> dict:
-    """One run in a process of its own, one thread, unless it is already done; its results."""
+    """One run in a process of its own, one thread, unless it is already done; its results.
+
+    Raises
+    ------
+    ValueError
+        It is done, with other options.
+    """
     if not (folder / "results.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         script, hparams = (str(ROOT / path) for path in RECIPES[recipe])
@@ -111,7 +142,12 @@ def train(recipe: str, options: list[str], folder: Path) -> dict:
                 stdout=log,
                 stderr=log,
             )
-    return json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
+    if differing := other_settings(options, results):
+        raise ValueError(
+            f"{folder} was trained otherwise: {', '.join(differing)}; another --output"
+        )
+    return results
 
 
 def train_all(recipe: str, runs: dict, given: list[str], jobs: int) -> dict:

@@ -155,6 +155,17 @@ def test_old_and_new_settings_compete(people, tmp_path):
     assert {"--number_of_epochs=30", "--alpha_until_epoch=20"} < set(given)
 
 
+def test_a_run_with_other_options_is_not_taken_for_the_one_asked_for(tmp_path, monkeypatch):
+    """It would be in the table as if it had been trained so."""
+    monkeypatch.setattr(compare_losses.subprocess, "run", pytest.fail)  # nothing is trained
+    done = {"settings": {"lr": 0.1, "number_of_epochs": 12, "margin": None, "loss": "arcface"}}
+    (tmp_path / "results.json").write_text(json.dumps(done))
+    same = ["--loss=arcface", "--lr", "0.10", "--margin=null", "--device=cpu"]
+    assert compare_losses.train("speech", same, tmp_path) == done
+    with pytest.raises(ValueError, match=r"otherwise: --number_of_epochs=30 \(12 there\)"):
+        compare_losses.train("speech", [*same, "--number_of_epochs=30"], tmp_path)
+
+
 def test_prototypes_start_short_in_the_third_look_alone(people, tmp_path):
     data, _ = people
     finish_tuning(tmp_path, "tune", {})

@@ -34,7 +34,7 @@ from speechbrain_qmargin.loss.interface import (
     QMarginStats,
     Rows,
     attach,
-    check_rows,
+    completed,
     flat,
     refuse_no_tensor,
 )
@@ -134,12 +134,14 @@ class QMarginHead(nn.Module):
         This rank has the classes from `start` up to, not including, `stop`.
     anchor : Parameter or None
         With ``torch.distributed``, a zero with zero gradient, so that DDP finds a parameter in the
-        head, whose `weight` it leaves alone.
+        head, whose `weight` it leaves alone. It is no part of ``state_dict``.
 
     Raises
     ------
     ValueError
         Ranks that disagree about the sizes, fewer classes than ranks, parameters out of range.
+    RuntimeError
+        When it is called in training: ``torch.distributed`` was initialised after it was made.
 
     Notes
     -----
@@ -218,6 +220,8 @@ class QMarginHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, embedding_dim, dtype=torch.float32))
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.anchor = nn.Parameter(torch.zeros(())) if distributed else None
+        self.register_state_dict_post_hook(_leave_out_anchor)
+        self.register_load_state_dict_pre_hook(_keep_anchor)
         # what DDP reads of the module it wraps: its names for gradients and for broadcasts
         self._ddp_params_and_buffers_to_ignore = [".weight", "weight"]
         self._derived, self._room = Derived(sizes), Room()
@@ -354,6 +358,7 @@ class QMarginHead(nn.Module):
             )
         if labels is None and not self.training:
             return self._cosines(embeddings)
+        self.comm.refuse_if_late(type(self).__name__)
         anchored = None if self.anchor is None else self.anchor * 1
         output = HeadOutput(self, embeddings, anchored)
         if labels is None:
@@ -587,7 +592,7 @@ class HeadOutput:
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         rows = self._rows(
             targets,
-            lambda flat: q_margin_objective(flat, float(alpha), float(scale), margin, log_q),
+            lambda flat: q_margin_objective(flat, alpha, scale, margin, log_q),
         )
         loss, stats = rows.loss, QMarginStats.of(rows, alpha) if return_stats else None
         if reduction != "none":
@@ -621,9 +626,10 @@ class HeadOutput:
         objective: Objective | BinaryObjective = Objective(scale=1.0)
         try:
             targets = self._checked(targets)
-            objective = ask(targets)
-            if isinstance(objective, Objective):
-                self._check_objective(objective, targets)
+            objective = completed(ask(targets), targets, head.num_classes)
+            log_q = objective.log_q if isinstance(objective, Objective) else None
+            if log_q is not None and log_q.requires_grad:
+                raise TypeError("the sparse head gives no gradient by log_q: pass log_q.detach()")
         except (ValueError, TypeError) as error:
             refused = error  # raised where all ranks hear of it
         head._check_not_broadcast()
@@ -730,18 +736,16 @@ class HeadOutput:
             raise ValueError(f"targets must be [B] = [{batch}], got {tuple(targets.shape)}")
         return targets
 
-    def _check_objective(self, objective: Objective, targets: Tensor) -> None:
-        log_q, num_classes = objective.log_q, self.head.num_classes
-        if objective.target_log_q is not None:
-            check_rows("target_log_q", objective.target_log_q, targets)
-        if log_q is not None and log_q.shape != (num_classes,):
-            raise ValueError(
-                f"log_q must be one for each of {num_classes} classes, got {list(log_q.shape)}"
-            )
-        if log_q is not None and log_q.requires_grad:
-            raise TypeError("the sparse head gives no gradient by log_q: pass log_q.detach()")
-        if objective.move_others is not None and objective.alpha != 1:
-            raise ValueError("move_others is for cross-entropies: alpha = 1")
+
+def _leave_out_anchor(head: QMarginHead, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """What torchrun wrote is loaded without it, and the other way round."""
+    state.pop(f"{prefix}anchor", None)
+
+
+def _keep_anchor(head: QMarginHead, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    _leave_out_anchor(head, state, prefix)
+    if head.anchor is not None:
+        state[f"{prefix}anchor"] = head.anchor.detach()
 
 
 def _unit(embeddings: Tensor) -> Tensor:

@@ -11,6 +11,11 @@ from torch import Tensor
 __all__ = ["Communicator"]
 
 
+def _processes() -> int:
+    """How many ``torch.distributed`` has; 0 where it is not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
+
+
 class Communicator:
     """Sums, maxima, gathers and decisions over the ranks of a group; with one rank, no-ops.
 
@@ -34,10 +39,13 @@ class Communicator:
     (1, 0, (0, 10))
     """
 
+    _before_others = False  # whether it was made before there could be others
+
     def __init__(self, group: Any = None) -> None:
         self.group, self.bytes, self.calls = group, 0, 0
         self.world, self.rank = 1, 0
-        if dist.is_available() and dist.is_initialized():
+        self._before_others = group is None and not _processes()
+        if _processes():
             self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
     @classmethod
@@ -46,6 +54,26 @@ class Communicator:
         comm = cls.__new__(cls)
         comm.group, comm.bytes, comm.calls, comm.world, comm.rank = None, 0, 0, 1, 0
         return comm
+
+    def refuse_if_late(self, who: str) -> None:
+        """Where it was made before ``torch.distributed`` was initialised: it knows of no others.
+
+        Raises
+        ------
+        RuntimeError
+            There are others now, each with the same classes, that nothing would keep equal.
+
+        Examples
+        --------
+        >>> Communicator().refuse_if_late("QMarginHead")        # alone, as when it was made
+        """
+        if self._before_others and _processes() > 1:
+            raise RuntimeError(
+                f"{who} was made before torch.distributed was initialised, and has all classes in "
+                "each of the processes, where they would drift apart: make it after "
+                "init_process_group, which splits its classes over the ranks (or, for one that "
+                "trains on its own process alone, with group=Communicator.alone())"
+            )
 
     def __deepcopy__(self, memo: dict) -> Communicator:
         return self

@@ -119,11 +119,14 @@ class RowSparse(torch.optim.Optimizer):
     def bind(self, head: RowOwner) -> None:
         """Take over the prototypes of one more head, whose weight is in the parameter groups.
 
+        A head in DistributedDataParallel is the head.
+
         Raises
         ------
         ValueError
             It is not.
         """
+        head = getattr(head, "module", head)
         if all(head.weight is not p for group in self.param_groups for p in group["params"]):
             raise ValueError(
                 f"{type(self).__name__}: the weight of its head is not among the parameters it was "
@@ -377,9 +380,10 @@ class RowSparseSGD(RowSparse, torch.optim.SGD):
     of the learning rate.
 
     One thing differs, on purpose: until it next has a gradient, a row stays where its last update
-    left it, in training, evaluation and checkpoints alike. Without momentum that makes no
-    difference to :class:`~speechbrain_qmargin.head.QMarginHead`: weight decay changes only the
-    length of an idle row, which cosines do not see, so training equals dense SGD's. With momentum
+    left it, in training, evaluation and checkpoints alike. Without momentum an idle row has the
+    direction that dense SGD gives it, for weight decay changes only its length; the next gradient
+    of :class:`~speechbrain_qmargin.head.QMarginHead`, in proportion to 1 / length, is that of the
+    length before the pending decay, smaller by the product of 1 - lr * weight_decay. With momentum
     the pending movement of an idle row is applied when it is next active, before its next gradient
     is added, or at :meth:`catch_up`; every row is then where dense SGD puts it for the given
     gradients.

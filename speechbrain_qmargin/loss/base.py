@@ -40,6 +40,7 @@ from speechbrain_qmargin.loss.interface import (
     QMarginStats,
     Rows,
     Scores,
+    check_found,
     flat,
 )
 
@@ -66,7 +67,8 @@ class Loss(nn.Module):
         Whether it looks at embeddings, which the dense classifier of an unmodified SpeechBrain
         recipe does not pass on.
     needs_counts : bool
-        Whether :meth:`count_classes` must be called before training, as the recipes do.
+        Whether :meth:`count_classes` must be called before training, as the recipes do. A loss that
+        is given the counts sets it to False: they are its user's, and stay.
     sized_by_task : bool
         Whether its constructor takes `num_classes`, `embedding_dim` and `samples` (training samples
         over all epochs, or None), which the recipes know and
@@ -100,7 +102,7 @@ class Loss(nn.Module):
     options: ClassVar[tuple[str, ...]] = ()
     fixed: ClassVar[Mapping[str, float]] = {}
     needs_embeddings: ClassVar[bool] = False
-    needs_counts: ClassVar[bool] = False
+    needs_counts: bool = False
     sized_by_task: ClassVar[bool] = False
     alpha: float  # where they are among the settings
     scale: float
@@ -117,10 +119,7 @@ class Loss(nn.Module):
         self.set(**values)
 
     def check(self, **values: float) -> None:
-        """Refuse values outside the family; called with all settings by name."""
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value}")
+        """Refuse finite values outside the family; called with all settings by name."""
         if "scale" in values and not values["scale"] > 0:
             raise ValueError(f"scale must be a finite number > 0, got {values['scale']}")
         if "margin" in values and not values["margin"] >= 0:
@@ -147,6 +146,8 @@ class Loss(nn.Module):
                 numbers[key] = number = float(value)
             except (TypeError, ValueError, RuntimeError):
                 raise ValueError(f"{name}: {key} must be a number, got {value!r}") from None
+            if not math.isfinite(number):
+                raise ValueError(f"{name}: {key} must be a finite number, got {number}")
             if self.fixed.get(key, number) != number:
                 raise ValueError(
                     f"{name} is {key} = {self.fixed[key]:g}, got {number:g}; use qmargin for others"
@@ -201,6 +202,18 @@ class Loss(nn.Module):
         """Losses of a batch; targets [B]."""
         return scores.evaluate(targets, self.objective(scores, targets), statistics=statistics)
 
+    def checked_rows(self, scores: Scores, targets: Tensor, *, statistics: bool = False) -> Rows:
+        """:meth:`rows`, whatever overrides it, for targets [B] or [B, 1].
+
+        Raises
+        ------
+        TypeError, ValueError
+            Labels that are none; what :meth:`rows` gave is no :class:`Rows` of these samples.
+        """
+        targets = flat(targets)
+        rows = self.rows(scores, targets, statistics=statistics)
+        return check_found(type(self).__name__, rows, targets)
+
     def forward(
         self, outputs: Tensor | Scores, targets: Tensor, length: Tensor | None = None
     ) -> Tensor:
@@ -220,11 +233,11 @@ class Loss(nn.Module):
         Tensor
             Scalar, float32 (float64 for float64 input).
         """
-        return self.rows(scores_of(outputs), flat(targets)).loss.mean()
+        return self.checked_rows(scores_of(outputs), targets).loss.mean()
 
     def with_stats(self, outputs: Tensor | Scores, targets: Tensor) -> tuple[Tensor, QMarginStats]:
         """:meth:`forward` and the batch's :class:`QMarginStats`."""
-        rows = self.rows(scores_of(outputs), flat(targets), statistics=True)
+        rows = self.checked_rows(scores_of(outputs), targets, statistics=True)
         return rows.loss.mean(), self.statistics(rows)
 
     def statistics(self, rows: Rows) -> QMarginStats:
@@ -273,9 +286,15 @@ def value_of(loss: object, name: str) -> float:
     Traceback (most recent call last):
     ValueError: loss_schedule: CrossEntropyLoss is not a speechbrain_qmargin.Loss, so its margin ...
     """
-    if not isinstance(loss, Loss):
-        raise ValueError(
-            f"loss_schedule: {type(loss).__name__} is not a speechbrain_qmargin.Loss, so its "
-            f"{name} cannot be changed in training"
-        )
-    return loss.value(name)
+    kind = type(loss).__name__
+    if isinstance(loss, Loss) and name in loss.settings:
+        return loss.value(name)
+    why = f"is not a speechbrain_qmargin.Loss, so its {name} cannot be changed in training"
+    if isinstance(loss, Loss):
+        why = f"has no {name} to change in training; it has {', '.join(loss.settings)}"
+    remedy = {
+        "margin": "--margin_from_epoch 0 --margin_until_epoch 0",
+        "alpha": "--alpha_initial null",
+        "scale": "--scale_initial null",
+    }.get(name, f"a loss_schedule without {name}")
+    raise ValueError(f"loss_schedule: {kind} {why}; give {remedy}")

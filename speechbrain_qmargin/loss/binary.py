@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speechbrain_qmargin.loss.interface import BinaryObjective, Rows
+from speechbrain_qmargin.loss.interface import BinaryObjective, Rows, check_rows
 from speechbrain_qmargin.loss.solver import compute_dtype, row_dtype
 
 __all__ = ["binary_rows"]
@@ -24,8 +24,13 @@ def binary_rows(cosines: Tensor, targets: Tensor, objective: BinaryObjective) ->
     place = targets.unsqueeze(1)
     dtype = compute_dtype(cosines)
     with torch.autocast(cosines.device.type, enabled=False):
-        own = objective.target(cosines.gather(1, place).squeeze(1).to(row_dtype(cosines)))
-        logits = objective.others(cosines.to(dtype))
+        at = cosines.gather(1, place).squeeze(1).to(row_dtype(cosines))
+        own = objective.target(at)
+        check_rows("target", own, at)
+        # the targets are not among the others, whose slope may be infinite at a cosine of 1
+        at = cosines.to(dtype).scatter(1, place, 0.0)
+        logits = objective.others(at)
+        check_rows("others", logits, at)
         others = -F.logsigmoid(-logits).scatter(1, place, 0.0).sum(1)
         loss = objective.others_weight * others - objective.target_weight * F.logsigmoid(own)
     support = torch.full_like(targets, cosines.shape[1])

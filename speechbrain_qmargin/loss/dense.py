@@ -22,6 +22,7 @@ from speechbrain_qmargin.loss.interface import (
     Rows,
     Scores,
     check_rows,
+    completed,
     flat,
     label_outside,
     prior_slope,
@@ -93,7 +94,13 @@ class DenseScores:
         if cosines.numel() == 0:
             raise ValueError(f"an empty batch: cosines have shape {tuple(cosines.shape)}")
         if embeddings is not None:
-            embeddings = embeddings.reshape(len(cosines), -1)
+            if embeddings.ndim == 3 and embeddings.shape[1] == 1:
+                embeddings = embeddings.squeeze(1)
+            if embeddings.ndim != 2 or len(embeddings) != len(cosines):
+                raise ValueError(
+                    "embeddings must be [B, D] or [B, 1, D], one for each sample, got "
+                    f"{tuple(embeddings.shape)} for cosines {tuple(cosines.shape)}"
+                )
         self._cosines, self._embeddings = cosines, embeddings
         self._checked = False
         if not kernels_run(cosines.device):  # which look at every value anyhow
@@ -142,35 +149,28 @@ class DenseScores:
             )
         targets = flat(targets)
         check_labels(targets, cosines.shape[1])
+        objective = completed(objective, targets, cosines.shape[1])
         if isinstance(objective, BinaryObjective):
             self._check()
             return binary_rows(cosines, targets, objective)
-        if objective.target_log_q is not None:
-            check_rows("target_log_q", objective.target_log_q, targets)
         if objective.generator is not None:
             return self._of_generator(targets, objective)
-        log_q = objective.log_q
-        if log_q is not None and log_q.shape != (cosines.shape[1],):
-            raise ValueError(
-                f"log_q must be one for each of {cosines.shape[1]} classes, got {list(log_q.shape)}"
-            )
-        moved = None
+        log_q, moved = objective.log_q, None
         with torch.autocast(cosines.device.type, enabled=False):
             if objective.move_target is not None:
                 own = cosines.gather(1, targets.unsqueeze(1)).squeeze(1)
                 moved = objective.move_target(own.to(row_dtype(cosines)))
                 check_rows("move_target", moved, targets)
             if objective.move_others is not None:
-                if objective.alpha != 1:
-                    raise ValueError("move_others is for cross-entropies: alpha = 1")
                 self._check()
                 if moved is None:
                     moved = cosines.gather(1, targets.unsqueeze(1)).squeeze(1)
                     moved = moved.to(row_dtype(cosines))
-                cosines = objective.move_others(
-                    cosines.to(compute_dtype(cosines)),
-                    moved.detach().to(compute_dtype(cosines)).unsqueeze(1),
-                )
+                dtype = compute_dtype(cosines)
+                # the targets are not among the others, whose slope may be infinite at a cosine of 1
+                others = cosines.to(dtype).scatter(1, targets.unsqueeze(1), 0.0)
+                cosines = objective.move_others(others, moved.detach().to(dtype).unsqueeze(1))
+                check_rows("move_others", cosines, others)
             tensors = cosines, moved, objective.target_log_q, log_q, targets
             numbers = objective.alpha, float(objective.scale), statistics
             if kernels_run(cosines.device):

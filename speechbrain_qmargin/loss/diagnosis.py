@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 
 from speechbrain_qmargin.loss.base import Loss
-from speechbrain_qmargin.loss.functional import margin_for, q_margin_loss
+from speechbrain_qmargin.loss.functional import margin_for
 from speechbrain_qmargin.loss.parameters import ClassStatistics, suggest_parameters
 
 __all__ = ["ASLEEP", "EARLY", "LATE", "Progress", "advice"]
@@ -118,12 +119,15 @@ others train. The hard margin is 0.2 in cosine; try --loss qmargin --alpha 1.5 -
 
 
 def _level(loss: Loss, num_classes: int) -> float | None:
-    """The loss at equal cosines, where the posterior is sparse and its settings tell."""
-    names = ("alpha", "scale", "margin")
-    if not set(names) <= set(loss.settings) or loss.value("alpha") <= 1:
+    """The loss at equal cosines, where the posterior is sparse and cosines alone tell."""
+    needs_more = loss.needs_embeddings or type(loss).needs_counts
+    if "alpha" not in loss.settings or loss.value("alpha") <= 1 or needs_more:
         return None
     cosines = torch.zeros(1, num_classes, dtype=torch.float64)
-    return float(q_margin_loss(cosines, torch.tensor([0]), *(loss.value(one) for one in names)))
+    try:  # of a copy: nothing is drawn from it, and no state of it moves
+        return float(copy.deepcopy(loss).cpu().eval()(cosines, torch.tensor([0])))
+    except (TypeError, ValueError, RuntimeError):  # of one's own, which looks at something else
+        return None
 
 
 def _flags(alpha: float, scale: float, margin: float, lead: float) -> str:

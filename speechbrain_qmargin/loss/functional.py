@@ -32,7 +32,13 @@ from torch import Tensor
 
 from speechbrain_qmargin.loss.dense import DenseScores, check_labels
 from speechbrain_qmargin.loss.device import host_decides
-from speechbrain_qmargin.loss.interface import Objective, QMarginStats, flat, refuse_no_tensor
+from speechbrain_qmargin.loss.interface import (
+    Objective,
+    QMarginStats,
+    flat,
+    log_q_of_targets,
+    refuse_no_tensor,
+)
 from speechbrain_qmargin.loss.learnt_order import softargmax_of_orders
 from speechbrain_qmargin.loss.solver import (
     FLOAT32_LOG_RANGE,
@@ -363,7 +369,7 @@ def check_loss_parameters(alpha: float, scale: float, margin: float | Tensor) ->
     Raises
     ------
     TypeError
-        alpha as a tensor.
+        alpha as a tensor, or a scale that is to be learnt.
     ValueError
 
     Examples
@@ -376,6 +382,11 @@ def check_loss_parameters(alpha: float, scale: float, margin: float | Tensor) ->
     if isinstance(margin, Tensor) and margin.ndim:  # one that is not finite makes its loss NaN
         margin = 0.0
     check_alpha(alpha)
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise TypeError(
+            "scale is a number here: as a tensor it would not be learnt. Pass float(scale); "
+            "alpha_softmax_value of scale * cosines has a gradient by it"
+        )
     if not (0 < scale < math.inf):
         raise ValueError(f"scale must be a finite number > 0, got {scale}")
     if not (0 <= margin < math.inf):
@@ -408,7 +419,7 @@ def q_margin_objective(
     tensor([0.2500])
     """
     check_loss_parameters(alpha, scale, margin)
-    spread = None
+    alpha, scale, spread = float(alpha), float(scale), None
     if isinstance(margin, Tensor):
         if margin.shape != targets.shape:
             raise ValueError(
@@ -431,8 +442,7 @@ def q_margin_objective(
         if looked_at and not bool(log_q.detach().isfinite().all()):
             raise ValueError("log_q is not finite everywhere: q must be positive")
         log_q = log_q.to(compute_dtype(log_q))  # powers of q in half precision would be coarse
-        # a label beyond is refused where the number of classes is known
-        prior = prior + log_q.to(prior.dtype)[targets.long().clamp(0, len(log_q) - 1)]
+        prior = prior + log_q_of_targets(log_q, targets)
     return Objective(scale, alpha, target_log_q=prior, log_q=log_q, spread=spread)
 
 
@@ -544,7 +554,7 @@ def q_margin_loss(
     scores = DenseScores(cosines)
     targets = flat(targets)
     check_labels(targets, scores.num_classes)
-    objective = q_margin_objective(targets, float(alpha), float(scale), margin, log_q)
+    objective = q_margin_objective(targets, alpha, scale, margin, log_q)
     rows = scores.evaluate(targets, objective, statistics=return_stats)
     loss = rows.loss
     if reduction != "none":

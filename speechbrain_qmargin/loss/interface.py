@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from speechbrain_qmargin.loss.device import host_decides
 from speechbrain_qmargin.loss.generators import Generator
-from speechbrain_qmargin.loss.solver import check_alpha
+from speechbrain_qmargin.loss.solver import check_alpha, row_dtype
 
 __all__ = [
     "BinaryObjective",
@@ -28,10 +28,13 @@ __all__ = [
     "Rows",
     "Scores",
     "attach",
+    "check_found",
     "check_rows",
+    "completed",
     "flat",
     "label_outside",
     "learns_another",
+    "log_q_of_targets",
     "prior_slope",
     "refuse_no_tensor",
     "refuse_second_derivatives",
@@ -62,8 +65,8 @@ class Objective:
         :meth:`~speechbrain_qmargin.loss.base.Loss.rows` and ask for all cosines.
     alpha : float, >= 1
     target_log_q : Tensor, [B], float64, or None
-        log q of the samples' targets, the class's own included. None: q = 1. It may require a
-        gradient.
+        log q of the samples' targets, the class's own included. None: that of `log_q`, where it is
+        given, else q = 1. It may require a gradient.
     log_q : Tensor, [C], or None
         log q of the classes where they are not the target. None: q = 1.
     spread : float, optional
@@ -115,6 +118,7 @@ class Objective:
         if not self.scale > 0:
             raise ValueError(f"scale must be a finite number > 0, got {self.scale}")
         check_alpha(self.alpha)
+        refuse_no_tensor(target_log_q=self.target_log_q, log_q=self.log_q)
         prior = self.target_log_q
         if prior is not None and prior.ndim != 1:
             raise ValueError(f"target_log_q must be [B], got {list(prior.shape)}")
@@ -360,6 +364,95 @@ def check_rows(name: str, values: Tensor, like: Tensor) -> None:
     """
     if values.shape != like.shape:
         raise ValueError(f"{name} must be {list(like.shape)}, got {list(values.shape)}")
+
+
+def check_found(name: str, rows: object, targets: Tensor) -> Rows:
+    """What a loss's :meth:`~speechbrain_qmargin.loss.base.Loss.rows` gave, if it is that.
+
+    A mean would be the mean of itself, and a row for each class be divided by their number.
+
+    Parameters
+    ----------
+    name : str
+        The loss's.
+    rows : Rows
+    targets : Tensor, [B]
+
+    Raises
+    ------
+    TypeError, ValueError
+        No Rows, or not one number for each sample.
+
+    Examples
+    --------
+    >>> check_found("MyLoss", torch.tensor(0.5), torch.tensor([0, 1]))
+    Traceback (most recent call last):
+    TypeError: MyLoss.rows gave Tensor; it gives Rows(loss, target_posterior, support), ...
+    """
+    if not isinstance(rows, Rows):
+        raise TypeError(
+            f"{name}.rows gave {type(rows).__name__}; it gives Rows(loss, target_posterior, "
+            "support), each [B], of speechbrain_qmargin.loss.interface"
+        )
+    for field, values in zip(Rows._fields, rows, strict=True):
+        if values is None and field == "support":
+            continue
+        if not isinstance(values, Tensor) or values.shape != targets.shape:
+            found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"{name}.rows: {field} must be {list(targets.shape)}, got {found}")
+    return rows
+
+
+def completed(
+    objective: Objective | BinaryObjective, targets: Tensor, num_classes: int
+) -> Objective | BinaryObjective:
+    """A loss's objective for targets [B], once it fits them and the classes.
+
+    Where it has a log q of the classes and none of the targets, theirs is that of their classes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        No objective; tensors of another shape; `move_others` with alpha > 1.
+
+    Examples
+    --------
+    >>> prior = Objective(scale=10.0, log_q=torch.tensor([-1.0, 0.0, 1.0]))
+    >>> completed(prior, torch.tensor([2, 0]), num_classes=3).target_log_q
+    tensor([ 1., -1.], dtype=torch.float64)
+    """
+    if isinstance(objective, BinaryObjective):
+        return objective
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"a loss's objective is an Objective or a BinaryObjective, got "
+            f"{type(objective).__name__}; a loss that computes its own values overrides rows"
+        )
+    log_q, own = objective.log_q, objective.target_log_q
+    if own is not None:
+        check_rows("target_log_q", own, targets)
+    if log_q is not None and log_q.shape != (num_classes,):
+        raise ValueError(
+            f"log_q must be one for each of {num_classes} classes, got {list(log_q.shape)}"
+        )
+    if objective.move_others is not None and objective.alpha != 1:
+        raise ValueError("move_others is for cross-entropies: alpha = 1")
+    if log_q is not None and own is None:
+        return replace(objective, target_log_q=log_q_of_targets(log_q, targets))
+    return objective
+
+
+def log_q_of_targets(log_q: Tensor, targets: Tensor) -> Tensor:
+    """log q [B], float64, of targets [B] from that of the classes [C].
+
+    Examples
+    --------
+    >>> log_q_of_targets(torch.tensor([-1.0, 0.0]), torch.tensor([1, 0, 1]))
+    tensor([ 0., -1.,  0.], dtype=torch.float64)
+    """
+    log_q = log_q.to(targets.device)
+    # a label beyond is refused where the number of classes is known
+    return log_q.to(row_dtype(log_q))[targets.long().clamp(0, len(log_q) - 1)]
 
 
 def learns_another(result: Tensor, listed: Sequence[Tensor]) -> bool:

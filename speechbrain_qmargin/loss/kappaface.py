@@ -130,6 +130,7 @@ class KappaFaceLoss(Loss):
             if embedding_dim is None:
                 raise ValueError("embedding_dim: KappaFaceLoss wants it beside counts")
             self.count_classes(counts, embedding_dim)
+            self.needs_counts = False
 
     def check(self, **values: float) -> None:
         super().check(**values)

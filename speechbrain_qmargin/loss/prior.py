@@ -71,6 +71,7 @@ class PriorQMarginLoss(QMarginLoss):
         self.register_buffer("log_counts", None, persistent=False)
         if counts is not None:
             self.count_classes(counts)
+            self.needs_counts = False
 
     def count_classes(
         self, counts: Sequence[float] | Tensor, embedding_dim: int | None = None

@@ -151,14 +151,14 @@ def make_loss(
     given = {key: value for key, value in given.items() if value is not None}
     for key, value in given.items():
         if key not in cls.settings:
-            raise ValueError(f"loss: {name} has no {key}; leave it out")
-        if options.get(key, value) != value:
+            raise ValueError(f"loss: {name} has no {key}; leave it out, or give --{key} null")
+        if key in options and options[key] != value:
             raise ValueError(
                 f"{key}: {value} and, in the loss's options, {options[key]}; leave one out"
             )
         if isinstance(value, str) and (key, value) != ("margin", "large"):
             raise ValueError(f"{key}: {value!r}; give a number{' or large' * (key == 'margin')}")
-        if not isinstance(value, str) and cls.fixed.get(key, value) != value:
+        if not isinstance(value, str) and key in cls.fixed and cls.fixed[key] != value:
             raise ValueError(
                 f"loss: {name} is {key} = {cls.fixed[key]:g}, got {value}; use qmargin for others"
             )

@@ -88,7 +88,7 @@ def check_embeddings(embeddings: Tensor, count: int) -> Tensor:
     Raises
     ------
     ValueError
-        Not [count, 1, D].
+        No tensor [count, 1, D].
 
     Examples
     --------
@@ -99,9 +99,10 @@ def check_embeddings(embeddings: Tensor, count: int) -> Tensor:
     Traceback (most recent call last):
     ValueError: embedding_model gave [2, 8] for 2 items; an encoder gives [B, 1, D]
     """
-    shape = list(embeddings.shape)
-    if len(shape) != 3 or shape[:2] != [count, 1]:
+    shape = getattr(embeddings, "shape", None)  # of a tuple, as some toolkits' encoders give, none
+    if shape is None or len(shape) != 3 or tuple(shape[:2]) != (count, 1):
+        gave = type(embeddings).__name__ if shape is None else list(shape)
         raise ValueError(
-            f"embedding_model gave {shape} for {count} items; an encoder gives [B, 1, D]"
+            f"embedding_model gave {gave} for {count} items; an encoder gives [B, 1, D]"
         )
     return embeddings

@@ -68,7 +68,12 @@ class CosineClassifier(Classifier):
         return f"{dim}, {rows // self.subcentres}, subcentres={self.subcentres}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Cosines [B, 1, C] of embeddings [B, 1, D]."""
+        """Cosines [B, 1, C] of embeddings [B, 1, D]; ValueError for another D."""
+        if x.shape[-1] != self.weight.shape[1]:
+            raise ValueError(
+                f"the classifier takes embeddings of {self.weight.shape[1]} dimensions, got "
+                f"{list(x.shape)}: set embedding_dim to what embedding_model gives"
+            )
         with torch.autocast(x.device.type, enabled=False):
             cosines = super().forward(x.to(self.weight.dtype))
         if self.subcentres == 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 import time
@@ -168,7 +169,7 @@ class VerificationBrain(OpenBrain):
         labels = self.labels(batch)
         cost = self.hparams.compute_cost
         if isinstance(cost, Loss):
-            rows = cost.rows(predictions, flat(labels), statistics=True)
+            rows = cost.checked_rows(predictions, labels, statistics=True)
             loss, stats = rows.loss.mean(), cost.statistics(rows)
             self._stats.append(torch.stack([value.detach() for value in stats]))
             if self._reset is not None and self._resets_now:
@@ -277,6 +278,13 @@ class VerificationBrain(OpenBrain):
             logger.info(f"the encoder's learning rate is {self._encoder_lr:g} of the classifier's")
         if str(self._freezing):
             logger.info(str(self._freezing))
+        epochs = self.hparams.epoch_counter.limit
+        for name, last in self._loss_at(epochs).items():
+            if not math.isclose(last, self._full[name]):
+                logger.warning(
+                    f"loss_schedule: {epochs} epochs end with {name} {last:.3g}, on the way to "
+                    f"{self._full[name]:.3g}: more epochs, or an earlier end of its schedule"
+                )
 
     @property
     def _processes(self) -> int:
@@ -574,7 +582,10 @@ class VerificationBrain(OpenBrain):
     def on_stage_start(self, stage, epoch=None):
         self._started = time.perf_counter()
         if stage == sb.Stage.TRAIN:
-            self._stats = []
+            self._stats, self._spoilt = (
+                [],
+                False,
+            )  # what made no whole step is dropped with its epoch
             self._freezing.begin(epoch or 1, self._processes)
             if self.step == 0:
                 self._earlier = _NOTHING

@@ -523,9 +523,12 @@ class _Document:
                 self.entries[key] = old.with_line(before, new.lines, new.value)
 
     def change(self, key: str, value: Any, text: str) -> None:
-        """Give a key a value from the command line; of a mapping, some of its values."""
+        """Give a key a value from the command line; of a mapping, some of its values.
+
+        An object, which has a tag, takes the place of another with all that it is given.
+        """
         entry = self.entries[key]
-        if isinstance(value, dict) and isinstance(entry.value, dict):
+        if isinstance(value, dict) and isinstance(entry.value, dict) and not tag_of(value):
             tree = _round_trip(entry.lines)
             recursive_update(tree, {key: value})
             self.entries[key] = _Entry(entry.before, _dump(tree), tree[key])

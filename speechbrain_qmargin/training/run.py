@@ -159,7 +159,7 @@ def _refuse_tested(task: Task) -> None:
 
 
 def count_classes(hparams: dict, train: Any) -> None:
-    """Tell a loss that needs it how many training items each class has.
+    """Tell a loss that needs it, and was given no counts, how many items each class has.
 
     Raises
     ------

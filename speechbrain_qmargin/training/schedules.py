@@ -94,7 +94,8 @@ def loss_schedule(
     Parameters
     ----------
     margin : (first, last)
-        :func:`margin_rise` from 0 to the loss's own; (0, 0) is full throughout.
+        :func:`margin_rise` from 0 to the loss's own; with a `last` of 0 or 1 it is full throughout,
+        and a loss need have none.
     alpha, scale : (initial, last)
         :func:`linear_change` from `initial` to the loss's own, which is reached with that epoch;
         an `initial` of None changes nothing.
@@ -102,7 +103,7 @@ def loss_schedule(
     Raises
     ------
     ValueError
-        A change whose end is missing or lies before its beginning.
+        A change whose beginning or end is missing, or that ends before it begins.
 
     Examples
     --------
@@ -115,8 +116,12 @@ def loss_schedule(
     first, last = margin
     if last < first:
         raise ValueError(f"margin_until_epoch: {last} is before margin_from_epoch: {first}")
-    schedule: dict = {"margin": partial(margin_rise, start=first - 1, end=last - 1)}
+    schedule: dict = {}
+    if last > 1:
+        schedule["margin"] = partial(margin_rise, start=first - 1, end=last - 1)
     for name, (initial, until) in (("alpha", alpha), ("scale", scale)):
+        if initial is None and until:
+            raise ValueError(f"{name}_until_epoch: {until} wants {name}_initial, to change from")
         if initial is not None:
             if until < 1:
                 raise ValueError(f"{name}_until_epoch: {name}_initial wants an epoch from 1 on")

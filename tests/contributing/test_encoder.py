@@ -12,6 +12,7 @@ from speechbrain.lobes.models.Xvector import Xvector
 from speechbrain_qmargin.cli import main
 from speechbrain_qmargin.embeddings import load_embeddings
 from speechbrain_qmargin.export.encoder import load_encoder
+from speechbrain_qmargin.models import check_embeddings
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,6 +91,16 @@ def train(folder, yaml, *options, output="out"):
     argv += [f"--verification_file={folder / 'trials.txt'}", *options]
     load("recipes/voxceleb/train.py").main(argv)
     return folder / output
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(torch.zeros(4, 8), r"\[4, 8\]"), (torch.zeros(3, 1, 8), r"\[3, 1, 8\]"), ((0.0, 1), "tuple")],
+)
+def test_what_is_no_embedding_is_named(given, said):
+    """A tuple of something and the embedding is what some toolkits' encoders give."""
+    with pytest.raises(ValueError, match=rf"gave {said} for 4 items; an encoder gives \[B, 1, D"):
+        check_embeddings(given, 4)
 
 
 @pytest.mark.slow

@@ -49,7 +49,8 @@ def alone(classes, *parameters, **options):
     """The head of one process, whatever is initialised."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "is_initialized", lambda: False)
-        return QMarginHead(DIM, classes, *parameters, sizes=SCREENED, **options)
+        comm = Communicator.alone()
+        return QMarginHead(DIM, classes, *parameters, sizes=SCREENED, group=comm, **options)
 
 
 def reference(classes, world, parameters, seed=0):

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -281,6 +282,34 @@ def test_training_the_head_with_momentum_learns_as_the_dense_optimiser_does():
         first = loss.item() if first is None else first
     assert loss.item() < 0.8 * first
     assert abs(loss.item() - loss_twin.item()) < 0.2 * loss_twin.item()
+
+
+@pytest.mark.parametrize("idle", [0, 1, 7])
+def test_without_momentum_a_row_moves_by_its_length_before_the_idle_decay(idle):
+    """As dense SGD but for the factor of its idle steps; caught up, exactly so."""
+    lr, decay, labels = 0.5, 0.2, torch.tensor([0])
+    x, far = torch.tensor([[0.6, 0.8]]), torch.tensor([[-1.0, 0.0]])
+    start = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    moved = {}
+    for way in ("dense", "rows", "caught up"):
+        head = QMarginHead(2, 3, alpha=2.0, scale=1.0, margin=0.0)
+        head.load_state_dict({"weight": start})
+        kind = torch.optim.SGD
+        if way != "dense":
+            kind = partial(RowSparseSGD, head=head)
+        optimizer = kind(head.parameters(), lr=lr, weight_decay=decay)
+        for _ in range(idle):  # class 2 is as far ahead as can be: the others are idle
+            head(far, labels + 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if way == "caught up":
+            optimizer.catch_up()
+        head(x, labels).backward()
+        optimizer.step()
+        moved[way] = head.weight.detach()[0] - (1 - lr * decay) ** (idle + 1) * start[0]
+    assert moved["dense"].norm() > 0.1
+    torch.testing.assert_close(moved["caught up"], moved["dense"])
+    torch.testing.assert_close(moved["rows"], (1 - lr * decay) ** idle * moved["dense"])
 
 
 def test_rows_are_refreshed():

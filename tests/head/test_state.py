@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from speechbrain_qmargin import make_loss, q_margin_loss
 from speechbrain_qmargin.head import QMarginHead, RowSparseAdam, RowSparseSGD
+from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.sizes import Sizes
 
 CLASSES, DIM = 600, 8
@@ -323,6 +324,52 @@ def test_a_converted_head_is_refused_in_evaluation_too(dtype):
     head = make().to(dtype).eval()
     with pytest.raises(TypeError, match=f"float32 prototypes, found {dtype}: use autocast"):
         head(embeddings())
+
+
+def test_a_head_that_is_wrapped_is_bound():
+    """As DistributedDataParallel wraps it."""
+    head = make()
+    wrapper = SimpleNamespace(module=head)
+    optimizer = RowSparseSGD(head.parameters(), lr=0.1, head=wrapper)
+    head(embeddings(), LABELS).backward()
+    assert head.weight.grad.is_sparse
+    optimizer.step()
+    assert_true(head)
+
+
+def test_its_state_is_the_same_under_torchrun_and_without(monkeypatch):
+    """With a process group there is a parameter for DDP to see."""
+    alone = make()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 1)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 0)
+    launched = torch.nn.Sequential(make())
+    assert len(list(launched.parameters())) == 2
+    assert launched.state_dict().keys() == {"0.weight"}
+    with torch.no_grad():
+        launched[0].weight.mul_(-2)
+    alone.load_state_dict(copy.deepcopy(launched[0]).state_dict())
+    assert torch.equal(alone.weight, launched[0].weight)
+    launched.load_state_dict({"0.weight": alone.weight + 1, "0.anchor": torch.ones(())})  # of old
+    pickled = pickle.loads(pickle.dumps(launched))
+    for head in (launched[0], pickled[0]):
+        assert torch.equal(head.weight, alone.weight + 1)
+        assert head.anchor == 0
+        assert head.state_dict().keys() == {"weight"}
+    alone.load_state_dict({"weight": alone.weight, "anchor": torch.zeros(())})
+
+
+def test_a_head_that_is_older_than_the_processes_is_refused(monkeypatch):
+    """Each would train all classes on its own batches, and nothing would keep them equal."""
+    head, x = make(), embeddings()
+    mine = make(group=Communicator.alone())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    for call in (lambda: head(x, LABELS), lambda: head(x)):
+        with pytest.raises(RuntimeError, match=r"before torch.distributed was init.*make it"):
+            call()
+    assert head.eval()(x).shape == (12, 1, CLASSES)
+    assert_true(mine)
 
 
 def test_bad_input():

@@ -148,6 +148,8 @@ def test_with_one_prototype_it_is_speechbrains_classifier():
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     with pytest.raises(ValueError, match="subcentres must be a whole number >= 1, got 0"):
         CosineClassifier(DIM, 5, 0)
+    with pytest.raises(ValueError, match=rf"takes embeddings of {DIM} dim.* set embedding_dim"):
+        ours(torch.randn(2, 1, DIM + 1))
     with pytest.raises(ValueError, match="subcentres must be a positive integer, got 0"):
         QMarginHead(DIM, 5, subcentres=0)
 

@@ -1,5 +1,6 @@
 """Settings that are asleep or out of reach, and what is advised instead."""
 
+import math
 import re
 
 import pytest
@@ -37,6 +38,27 @@ def test_a_loss_that_is_worse_than_equal_cosines_is_lost():
     assert said(13.4, 2 / 12) is None  # early
     assert said(20.0, 1.0, make_loss("cosface", scale=16, margin=0.35)) is None  # not sparse
     assert said(20.0, 1.0, make_loss("arcface")) is None
+
+
+@pytest.mark.parametrize(
+    ("loss", "level"),
+    [  # sparsemax of n equal logits that lead: (1 - 1 / n) / 2, and what the target is behind
+        (make_loss("a3m", alpha=2, scale=5, margin=0.2), 5 * math.sin(0.2) + 0.5 - 0.5 / 467),
+        (make_loss("sparsemax"), 0.5 - 0.5 / 468),
+    ],
+    ids=["a3m", "sparsemax"],
+)
+def test_the_level_is_that_of_the_loss_itself(loss, level):
+    """Q-Margin's at the same numbers is another: 1.36 where the first has 1.49."""
+    for mean_loss, lost in ((1.001 * level, True), (0.999 * level, False)):
+        text = advice(loss, Progress(0.01, 0.5, 468, 512, mean_loss=mean_loss))
+        assert (text or "").startswith("lost") == lost
+    settings = {"embedding_dim": 512, "mean_loss": 99.0, "num_classes": 468}
+    for name in ("qmargin_norm", "qmargin_prior"):  # whose level is not that of cosines alone
+        assert advice(make_loss(name), Progress(0.01, 0.5, **settings)) is None
+    drawn = make_loss("qmargin_elastic")
+    assert advice(drawn, Progress(0.01, 0.5, **settings)).startswith("lost")
+    assert drawn.draws.count == 0
 
 
 @pytest.mark.parametrize("name", ["entmax", "sparsemax"])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from examples import some
 from hypothesis import example, given, settings
 
+from speechbrain_qmargin.head import QMarginHead
 from speechbrain_qmargin.loss.functional import (
     alpha_softargmax,
     alpha_softmax_value,
@@ -441,6 +442,24 @@ def test_parameters_are_checked(kwargs, message):
     cosines, targets = batch()
     with pytest.raises(ValueError, match=message):
         q_margin_loss(cosines, targets, **kwargs)
+
+
+def test_a_scale_that_would_not_be_learnt_is_named():
+    """It was taken as a number: the training went on, and the scale stayed where it began."""
+    cosines, targets = batch()
+    scale = torch.tensor(10.0, requires_grad=True)
+    head = QMarginHead(8, 50)
+    for call in (
+        lambda: q_margin_loss(cosines, targets, scale=scale),
+        lambda: QMarginHead(8, 50, scale=scale),
+        lambda: head(torch.ones(len(targets), 8)).q_margin_loss(targets, 1.5, scale, 0.2),
+    ):
+        with pytest.raises(TypeError, match=r"scale is a number here.*alpha_softmax_value"):
+            call()
+    with pytest.raises(TypeError, match="alpha must be a number here"):
+        head(torch.ones(len(targets), 8)).q_margin_loss(targets, torch.tensor(1.5), 10.0, 0.2)
+    fixed = q_margin_loss(cosines, targets, scale=scale.detach())
+    assert torch.equal(fixed, q_margin_loss(cosines, targets, scale=10.0))
 
 
 @pytest.mark.parametrize(("label", "remedy"), [(-1, "no label is ignored"), (50, "out_n_neurons")])

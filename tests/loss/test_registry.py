@@ -197,6 +197,15 @@ def test_a_sparse_heads_output_evaluates_itself():
         QMarginLoss()([0.1], torch.tensor([0]))
 
 
+@pytest.mark.parametrize("shape", [(4, 8), (2, 2, 8), (16,), (1, 2, 8)])
+def test_embeddings_of_another_batch_are_named(shape):
+    """Of twice the batch, each norm would be that of two."""
+    cosines = torch.zeros(2, 5)
+    with pytest.raises(ValueError, match=r"embeddings must be \[B, D\] or \[B, 1, D\], one for"):
+        scores_of(cosines, torch.ones(shape))
+    assert scores_of(cosines, torch.ones(2, 1, 8)).embeddings.shape == (2, 8)
+
+
 def test_shapes_that_disagree_are_named():
     outputs, labels = outputs_and_labels()
     with pytest.raises(ValueError, match=r"\(5, 9\) and \(4,\)"):
@@ -480,6 +489,18 @@ def test_a_setting_that_is_no_number_is_named(value):
     assert loss.values() == QMarginLoss().values()  # all or none
     with pytest.raises(ValueError, match="loss: None is no name"):
         make_loss(None)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_setting_that_is_not_finite_is_named(name, value):
+    """Whatever a loss checks itself: `temperature: .nan` would make every loss NaN."""
+    for setting in LOSSES[name].settings:
+        with pytest.raises(ValueError, match=f"{setting} must be a (finite )?number"):
+            loss_of(name).set(**{setting: value})
+        if setting in ("alpha", "scale", "margin"):
+            with pytest.raises(ValueError, match=f"{setting}"):
+                make_loss(name, **{setting: value}, num_classes=300)
 
 
 def test_what_is_no_tensor_is_named():

@@ -296,6 +296,42 @@ def test_what_a_loss_makes_with_its_first_batch_is_named(folder, tmp_path, monke
     sys.modules.pop("lazy_losses")
 
 
+LENGTHS = """
+from speechbrain_qmargin import Loss, Objective
+
+
+class LengthLoss(Loss):
+    settings = ("scale", "pull")
+
+    def __init__(self, scale=16.0, pull=0.5):
+        super().__init__(scale=scale, pull=pull)
+
+    def objective(self, scores, targets):
+        return Objective(self.scale, move_target=lambda cosines: (1 + self.pull) * cosines)
+
+
+def schedules():
+    return {"pull": lambda epoch, full: full * epoch / 2}
+"""
+
+
+def test_a_loss_without_a_margin_trains_and_has_schedules_of_its_own(folder, tmp_path, monkeypatch):
+    (tmp_path / "length_losses.py").write_text(LENGTHS)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"loss": "length_losses:LengthLoss", "number_of_epochs": 2}
+    with pytest.raises(ValueError, match=r"LengthLoss has no margin .*--margin_until_epoch 0"):
+        make_brain(
+            folder, tmp_path / "risen", margin_from_epoch=1, margin_until_epoch=2, **settings
+        )
+    settings["loss_schedule"] = "!apply:length_losses.schedules"
+    fit, brain, _ = make_brain(folder, tmp_path / "run", **settings)
+    fit()
+    steps = len(brain._train_loader)
+    reached = [0.25 * (1 - 1 / steps), 0.25 * (2 - 1 / steps)]  # before each epoch's last step
+    assert [record["pull"] for record in brain.history()] == pytest.approx(reached)
+    sys.modules.pop("length_losses")
+
+
 @pytest.mark.slow
 def test_partial_fc_with_sub_centres_resumes_to_the_same_losses(folder, tmp_path):
     """What is drawn is a function of the seed and the step."""
@@ -602,6 +638,8 @@ def test_results_name_the_margin_that_was_reached_whichever_process_trained(fold
     for each in (brain, resumed):
         found = each.loss_values()
         assert found == pytest.approx({"alpha": 1.5, "scale": 10.0, "margin": reached})
+    said = "2 epochs end with margin 0.247, on the way to 0.3"  # 0.3 (1 - e^(-ln(1000) / 4))
+    assert said in (tmp_path / "log.txt").read_text()
 
 
 def test_the_last_epochs_are_averaged(folder, tmp_path):
@@ -774,6 +812,16 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(folder, tmp_path, head, accu
     assert all(map(math.isfinite, (record["loss"], record["zero_loss"])))
     assert len(finite) == 7
     assert all(value.isfinite().all() for value in brain.modules.state_dict().values())
+
+
+def test_a_batch_that_its_epoch_drops_spoils_no_step_of_the_next(folder, tmp_path):
+    """Of 8 batches, three a step, the last two make none: what is wrong with them is gone, too."""
+    settings = {"number_of_epochs": 2, "batch_size": 2}
+    options = {"grad_accumulation_factor": 3}
+    fit, brain, _ = make_brain(folder, tmp_path, None, Spoilt, options, **settings)
+    brain.losses, brain.changed, brain.spoilt_at = {}, [], (8,)
+    fit()
+    assert brain.optimizer_step == 4
 
 
 def test_a_scaler_of_gradients_takes_an_encoder_that_is_frozen(folder, tmp_path):

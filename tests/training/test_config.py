@@ -80,6 +80,22 @@ def test_tags_on_the_command_line_survive(yaml, tmp_path):
     assert isinstance(hparams["layer"], torch.nn.Identity)
 
 
+def test_an_object_on_the_command_line_takes_the_place_of_another(yaml, tmp_path):
+    """With named arguments it was merged into the old one, whose class it kept without a word."""
+    out = f"--output_folder={tmp_path / 'out'}"
+    layer = "--layer=!new:torch.nn.Bilinear {in1_features: !ref <width>, in2_features: 3, %s}"
+    _, hparams = load(yaml, "--width=4", layer % "out_features: 2", out)
+    assert isinstance(hparams["layer"], torch.nn.Bilinear)
+    assert hparams["layer"].weight.shape == (2, 4, 3)
+    _, hparams = load(yaml, "--layer={out_features: 7}", out)  # without a tag: some arguments
+    assert hparams["layer"].out_features == 7
+    options = [str(HPARAMS / "qmargin.yaml"), "--out_n_neurons=2", out]
+    given = "--opt_class=!name:torch.optim.Adam {lr: 0.5}"
+    optimizer = load(*options, given)[1]["opt_class"]([torch.zeros(1, requires_grad=True)])
+    assert type(optimizer) is torch.optim.Adam
+    assert optimizer.defaults["lr"] == 0.5
+
+
 def test_overlays_are_chosen_by_setting_size_and_command_line(yaml, tmp_path):
     out = f"--output_folder={tmp_path / 'out'}"
     assert load(yaml, out)[1]["layer"].out_features == 1

@@ -1,9 +1,11 @@
 """Losses that want to know how many items each class has hear it from the training data."""
 
+import math
+
 import numpy as np
 import pytest
 
-from speechbrain_qmargin import make_loss
+from speechbrain_qmargin import KappaFaceLoss, PriorQMarginLoss, make_loss
 from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.data.speech_dataset import SpeechDataset
 from speechbrain_qmargin.training.run import count_classes
@@ -39,6 +41,13 @@ def test_others_do_not_and_own_counts_stay():
     settings = hparams("qmargin_prior", counts=[1, 2])
     count_classes(settings, Counted(None))
     assert len(settings["compute_cost"].log_q) == 2
+    # as a YAML makes them
+    prior = PriorQMarginLoss(counts=[100, 1], temperature=1.0)
+    kappa = KappaFaceLoss(counts=[5, 20], embedding_dim=4)
+    for loss in (prior, kappa):
+        count_classes({"compute_cost": loss, "loss_options": {}}, Counted(np.array([7, 7])))
+    assert prior.log_q.tolist() == pytest.approx([math.log(10), -math.log(10)])
+    assert kappa.counts.tolist() == [5, 20]
     with pytest.raises(ValueError, match="qmargin_prior needs the number of images"):
         count_classes(hparams("qmargin_prior"), Counted(None))
 

@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from speechbrain_qmargin import make_loss
+from speechbrain_qmargin.loss.base import value_of
 from speechbrain_qmargin.training.schedules import loss_schedule, warmup_exponential
 
 
@@ -33,5 +35,21 @@ def test_changes_without_an_end_are_refused():
         loss_schedule(margin=(20, 0))
     with pytest.raises(ValueError, match="alpha_until_epoch: alpha_initial wants an epoch"):
         loss_schedule(alpha=(1.0, 0))
+    with pytest.raises(ValueError, match="scale_until_epoch: 5 wants scale_initial"):
+        loss_schedule(scale=(None, 5))
     step = loss_schedule(margin=(20, 20))["margin"]
     assert [step(time, 0.2) for time in (18.9, 19, 30)] == [0, 0.2, 0.2]
+
+
+@pytest.mark.parametrize("margin", [(0, 0), (0, 1), (1, 1)])
+def test_a_margin_that_is_full_throughout_is_no_schedule(margin):
+    """A loss with margins of other names, or with none, trains with it."""
+    assert loss_schedule(margin=margin) == {}
+
+
+def test_what_a_schedule_cannot_change_is_named_with_the_way_out():
+    for loss in (make_loss("magface"), make_loss("combined")):
+        with pytest.raises(ValueError, match=r"no margin .*--margin_until_epoch 0"):
+            value_of(loss, "margin")
+    with pytest.raises(ValueError, match=r"ArcFaceLoss has no alpha .*--alpha_initial null"):
+        value_of(make_loss("arcface"), "alpha")
