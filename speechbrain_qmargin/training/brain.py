@@ -582,10 +582,8 @@ class VerificationBrain(OpenBrain):
     def on_stage_start(self, stage, epoch=None):
         self._started = time.perf_counter()
         if stage == sb.Stage.TRAIN:
-            self._stats, self._spoilt = (
-                [],
-                False,
-            )  # what made no whole step is dropped with its epoch
+            self._stats = []
+            self._spoilt = False  # what made no whole step is dropped with its epoch
             self._freezing.begin(epoch or 1, self._processes)
             if self.step == 0:
                 self._earlier = _NOTHING
