@@ -1,20 +1,14 @@
 """An encoder of one's own, or any of SpeechBrain's: one file outside the package, one YAML."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import soundfile
 import torch
-from scripts import load
 from speechbrain.lobes.models.Xvector import Xvector
 
 from speechbrain_qmargin.cli import main
 from speechbrain_qmargin.embeddings import load_embeddings
 from speechbrain_qmargin.export.encoder import load_encoder
 from speechbrain_qmargin.models import check_embeddings
-
-ROOT = Path(__file__).parents[2]
 
 MODULE = '''
 """The mean over time of some layers: what else it could be is up to its author."""
@@ -39,15 +33,6 @@ class MeanNet(torch.nn.Module):
         return embeddings.unsqueeze(1) if self.shape == "good" else embeddings
 '''
 
-SETTINGS = f"""
-extends: {ROOT}/hparams/qmargin.yaml
-size: small
-number_of_epochs: 1
-batch_size: 4
-sentence_len: 0.3
-num_valid_speakers: 0
-cohort_utterances: 0
-"""
 OWN = """
 hidden: 12              # a setting of this encoder
 embedding_dim: 8
@@ -68,31 +53,6 @@ embedding_model: !new:speechbrain.lobes.models.Xvector.Xvector
 """
 
 
-@pytest.fixture
-def voices(tmp_path):
-    """Four speakers to train on and two to test, three utterances each."""
-    rng = np.random.default_rng(0)
-    for speaker in range(6):
-        folder = tmp_path / "voices" / "wav" / f"s{speaker}" / "0"
-        folder.mkdir(parents=True)
-        for utterance in range(3):
-            soundfile.write(folder / f"{utterance}.wav", 0.1 * rng.standard_normal(8000), 16000)
-    (tmp_path / "trials.txt").write_text(
-        "1 s4/0/0.wav s4/0/1.wav\n0 s4/0/0.wav s5/0/0.wav\n"
-        "1 s5/0/0.wav s5/0/1.wav\n0 s4/0/1.wav s5/0/1.wav\n"
-    )
-    return tmp_path
-
-
-def train(folder, yaml, *options, output="out"):
-    (folder / "own.yaml").write_text(SETTINGS + yaml)
-    argv = [str(folder / "own.yaml"), "--device=cpu", "--noprogressbar"]
-    argv += [f"--data_folder={folder / 'voices'}", f"--output_folder={folder / output}"]
-    argv += [f"--verification_file={folder / 'trials.txt'}", *options]
-    load("recipes/voxceleb/train.py").main(argv)
-    return folder / output
-
-
 @pytest.mark.parametrize(
     ("given", "said"),
     [(torch.zeros(4, 8), r"\[4, 8\]"), (torch.zeros(3, 1, 8), r"\[3, 1, 8\]"), ((0.0, 1), "tuple")],
@@ -104,10 +64,10 @@ def test_what_is_no_embedding_is_named(given, said):
 
 
 @pytest.mark.slow
-def test_one_file_and_one_yaml_train_an_encoder_of_ones_own(voices, monkeypatch, capsys):
+def test_one_file_and_one_yaml_train_an_encoder_of_ones_own(voices, train, monkeypatch, capsys):
     (voices / "my_encoder.py").write_text(MODULE)
     monkeypatch.syspath_prepend(voices)
-    run = train(voices, OWN, "--hidden=6")
+    run = train(OWN, "--hidden=6")
     assert "EER" in capsys.readouterr().out
     trained = load_embeddings(run / "embeddings.npz")
     assert trained.matrix.shape == (4, 8)
@@ -125,12 +85,12 @@ def test_one_file_and_one_yaml_train_an_encoder_of_ones_own(voices, monkeypatch,
         np.testing.assert_allclose(again[name], trained[name], rtol=1e-4, atol=1e-5)
 
     with pytest.raises(ValueError, match=r"gave \[4, 8\] for 4 items; an encoder gives \[B, 1, D"):
-        train(voices, OWN + "    shape: flat\n", output="flat")
+        train(OWN + "    shape: flat\n", output="flat")
 
 
 @pytest.mark.slow
-def test_one_yaml_trains_any_encoder_of_speechbrain(voices):
-    run = train(voices, SPEECHBRAINS)
+def test_one_yaml_trains_any_encoder_of_speechbrain(voices, train):
+    run = train(SPEECHBRAINS)
     encoder = load_encoder(run)  # without --trust
     assert isinstance(encoder.embedding_model, Xvector)
     assert encoder(torch.randn(1, 8000)).shape == (1, 8)
