@@ -135,7 +135,7 @@ def _read_sndfile(
             )
             floating = file.subtype in ("FLOAT", "DOUBLE")
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise _fault(path, error) from error
+        raise _undecodable(path, error) from error
     if len(samples) < min(wanted, total - first) and _promises(path):
         raise OSError(f"{path}: truncated: its header promises more samples than it holds")
     if channels > 1:
@@ -183,7 +183,7 @@ def _say_scaled(path: str, peak: float) -> None:
     logger.warning(f"{path}: samples up to {peak:.3g}, full scale is 1: its peaks are scaled to 1")
 
 
-def _fault(path: str | Path, error: Exception, what: str = "cannot be decoded") -> OSError:
+def _undecodable(path: str | Path, error: Exception, what: str = "cannot be decoded") -> OSError:
     """What a decoder's error is: the decoders know not why the system would not open a file."""
     reason = getattr(error, "strerror", None) or str(error).split(": ", 1)[-1]
     try:
@@ -361,7 +361,7 @@ def said_seconds(path: str | Path) -> float:
     try:
         return soundfile.info(str(path)).duration
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise _fault(path, error) from error
+        raise _undecodable(path, error) from error
 
 
 def decode_audio(path: Path) -> tuple[float, str]:
@@ -428,7 +428,7 @@ def _seconds(path: Path) -> float:
                 raise OSError(f"{path}: truncated: its header promises more samples than it holds")
             return frames / rate
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise _fault(path, error, "empty, truncated or not audio") from error
+        raise _undecodable(path, error, "empty, truncated or not audio") from error
 
 
 def _open_m4a(path: str | Path):
@@ -439,7 +439,7 @@ def _open_m4a(path: str | Path):
     try:
         container = av.open(str(path))
     except FFmpegError as error:
-        raise _fault(path, error) from error
+        raise _undecodable(path, error) from error
     if not container.streams.audio or not getattr(container.streams.audio[0], "rate", None):
         container.close()
         raise OSError(f"{path}: cannot be decoded (it has no audio track)")
@@ -476,7 +476,7 @@ def _read_m4a(path: str | Path, start: float, length: float | None) -> tuple[np.
                 if position >= end:
                     break
         except FFmpegError as error:
-            raise _fault(path, error) from error
+            raise _undecodable(path, error) from error
     if not parts or begin < 0:
         raise OSError(f"{path}: cannot be decoded (no samples at {start:.2f} s)")
     samples = np.concatenate(parts)[begin:end].astype(np.float32, copy=False)

@@ -28,15 +28,16 @@ KEYS = ("blocks.0.conv.conv.weight", "blocks.1.tdnn1.conv.conv.weight", "mfa.con
 YAML_FILE, WEIGHTS = "hyperparams.yaml", "embedding_model.ckpt"
 
 OWN = "speechbrain_qmargin.models"
+NORMALISED = {"embedding_norm": "embedding_norm"}  # False where a network is not given it
 # Networks, the recipe's model that has them, and which of its settings their arguments are
 NETWORKS: dict[str, tuple[str, dict[str, str]]] = {
     "speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN": (
         "ecapa", {"attention_channels": "attention_channels"},
     ),
     "speechbrain.lobes.models.ResNet.ResNet": ("speechbrain_resnet", {}),
-    "speechbrain.lobes.models.Xvector.Xvector": ("xvector", {}),
-    f"{OWN}.xvector.Xvector": ("xvector", {}),
-    f"{OWN}.resnet.ResNet": ("resnet34", {"channels": "width", "depth": "depth"}),
+    "speechbrain.lobes.models.Xvector.Xvector": ("xvector", NORMALISED),
+    f"{OWN}.xvector.Xvector": ("xvector", NORMALISED),
+    f"{OWN}.resnet.ResNet": ("resnet34", {"channels": "width", "depth": "depth", **NORMALISED}),
     f"{OWN}.campplus.CAMPPlus": (
         "campplus",
         {"growth": "growth", "channels": "tdnn_channels", "layers": "layers",
@@ -48,15 +49,16 @@ NETWORKS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     f"{OWN}.eres2net.ERes2Net": (
         "eres2net",
-        {"channels": "width", "base": "base_width", "scale": "groups", "expansion": "expansion"},
+        {"channels": "width", "base": "base_width", "scale": "groups", "expansion": "expansion",
+         **NORMALISED},
     ),
     f"{OWN}.eres2net.ERes2NetV2": (
         "eres2netv2",
-        {"channels": "width", "base": "base_width", "scale": "groups", "expansion": "expansion"},
+        {"channels": "width", "base": "base_width", "scale": "groups", "expansion": "expansion",
+         **NORMALISED},
     ),
 }  # fmt: skip
 BANDS, DIMENSIONS = ("input_size", "in_channels"), "lin_neurons"
-NORMALISED = "embedding_norm"  # an argument of some networks, False by default, and a setting
 FBANK = "speechbrain.lobes.features.Fbank"
 KALDI = "speechbrain_qmargin.features.KaldiFbank"
 NORM = "speechbrain.processing.features.InputNormalization"
@@ -177,8 +179,8 @@ def _architecture(name: str, arguments: dict) -> dict[str, Any]:
     named = NETWORKS[name][1]
     rest = {key: value for key, value in arguments.items() if key not in (*BANDS, DIMENSIONS)}
     settings: dict[str, Any] = {named[key]: rest.pop(key) for key in [*rest] if key in named}
-    if NETWORKS[name][0] in ("resnet34", "eres2net", "eres2netv2", "xvector"):
-        settings[NORMALISED] = rest.pop(NORMALISED, False)
+    if "embedding_norm" in named:
+        settings.setdefault("embedding_norm", False)  # whatever the recipe has by default
     if name.endswith(".ECAPA_TDNN"):
         channels = rest.get("channels", [])
         if len(channels) == 5 and channels == [channels[0]] * 4 + [3 * channels[0]]:
