@@ -120,11 +120,9 @@ def load_campplus(state: State, path: Path, least_variance: float) -> Loaded:
     layers = tuple(parts_below(state, f"xvector.block{number}.") for number in (1, 2, 3))
     model = CAMPPlus(bands, dim, growth, channels, layers, least_variance)
     fit(model, state, path, f"CAM++ with {layers} layers")
-    settings: dict[str, Any] = {"model": "campplus", "embedding_dim": dim}
-    usual = {"growth": 32, "tdnn_channels": 128, "layers": [12, 24, 16], "least_variance": 1e-7}
-    found = {"growth": growth, "tdnn_channels": channels, "layers": [*layers],
-             "least_variance": least_variance}  # fmt: skip
-    settings |= {key: value for key, value in found.items() if value != usual[key]}
+    settings = {"model": "campplus", "embedding_dim": dim, "growth": growth,
+                "tdnn_channels": channels, "layers": [*layers],
+                "least_variance": least_variance}  # fmt: skip
     return Loaded(model, "CAMPPlus", bands, settings)
 
 
@@ -151,10 +149,8 @@ def load_wespeaker_ecapa(state: State, path: Path) -> Loaded:
     model = WeSpeakerEcapa(bands, channels, dim, context, pooled)
     name = f"ECAPA_TDNN{'_GLOB' * context}_c{channels}"
     fit(model, state, path, name)
-    settings = {"model": "wespeaker_ecapa", "channels": channels, "embedding_dim": dim}
-    usual = {"global_context": True, "pooled_channels": 1536}
-    found = {"global_context": context, "pooled_channels": pooled}
-    settings |= {key: value for key, value in found.items() if value != usual[key]}
+    settings = {"model": "wespeaker_ecapa", "channels": channels, "embedding_dim": dim,
+                "global_context": context, "pooled_channels": pooled}  # fmt: skip
     return Loaded(model, name, bands, settings)
 
 

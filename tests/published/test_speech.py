@@ -260,13 +260,16 @@ XVECTOR = {
     [
         (ResNet, {"input_size": 16, "channels": 2, "lin_neurons": 8}),
         (ResNet, {"input_size": 16, "channels": 2, "lin_neurons": 8, "embedding_norm": True}),
+        (ResNet, {"input_size": 16, "lin_neurons": 8}),
+        (CAMPPlus, {"input_size": 16}),
+        (ECAPA_TDNN, {"input_size": 16, "lin_neurons": 8}),
         (speechbrain.lobes.models.Xvector.Xvector, XVECTOR),
         (Xvector, XVECTOR),
         (Xvector, XVECTOR | {"embedding_norm": True}),
     ],
 )
 def test_a_folder_that_speechbrain_loads_keeps_its_embedding(tmp_path, network, arguments):
-    """With the normalisation that it has, or without, whatever the recipe has by default."""
+    """What it leaves to its network's defaults too, where the recipe or its size has others."""
     torch.manual_seed(0)
     model = randomised(network(**arguments))
     save(model.state_dict(), tmp_path / "embedding_model.ckpt")

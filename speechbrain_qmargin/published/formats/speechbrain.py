@@ -132,7 +132,7 @@ def load(source: Source) -> Published:
             )
     settings: dict[str, Any] = {
         "model": NETWORKS[name][0],
-        "embedding_dim": _dim(network, arguments),
+        "embedding_dim": int((_defaults(name) | arguments)[DIMENSIONS]),
     }
     settings |= _architecture(name, arguments)
     settings |= _features(features_name, features_arguments, rate)
@@ -158,10 +158,10 @@ def load(source: Source) -> Published:
     )
 
 
-def _dim(network: nn.Module, arguments: dict[str, Any]) -> int:
-    """Dimensions of the embedding: as the YAML says, or the network's own default."""
-    default = inspect.signature(type(network)).parameters[DIMENSIONS].default
-    return int(arguments.get(DIMENSIONS, default))
+def _defaults(name: str) -> dict[str, Any]:
+    """What the arguments of a network are where a YAML does not give them."""
+    parameters = inspect.signature(_found(name)).parameters
+    return {key: one.default for key, one in parameters.items() if one.default is not one.empty}
 
 
 def _statistics(norm: Any, file: Path | None) -> None:
@@ -175,16 +175,21 @@ def _statistics(norm: Any, file: Path | None) -> None:
 
 
 def _architecture(name: str, arguments: dict) -> dict[str, Any]:
-    """Settings of the recipe's YAML of a network; what it has none for is set inside it."""
-    named = NETWORKS[name][1]
+    """Settings of the recipe's YAML of a network; what it has none for is set inside it.
+
+    What a YAML leaves to the network's defaults is among them: a recipe, or its ``--size``, has
+    others.
+    """
+    named, defaults = NETWORKS[name][1], _defaults(name)
     rest = {key: value for key, value in arguments.items() if key not in (*BANDS, DIMENSIONS)}
-    settings: dict[str, Any] = {named[key]: rest.pop(key) for key in [*rest] if key in named}
-    if "embedding_norm" in named:
-        settings.setdefault("embedding_norm", False)  # whatever the recipe has by default
+    settings: dict[str, Any] = {
+        setting: rest.pop(key, defaults.get(key, False)) for key, setting in named.items()
+    }
     if name.endswith(".ECAPA_TDNN"):
-        channels = rest.get("channels", [])
+        channels = rest.get("channels", defaults["channels"])
         if len(channels) == 5 and channels == [channels[0]] * 4 + [3 * channels[0]]:
-            settings["channels"] = rest.pop("channels")[0]
+            settings["channels"] = channels[0]
+            rest.pop("channels", None)
         usual = {"kernel_sizes": [5, 3, 3, 3, 1], "dilations": [1, 2, 3, 4, 1], "groups": [1] * 5}
         rest = {key: value for key, value in rest.items() if usual.get(key) != value}
     rest = {key: value for key, value in rest.items() if not isinstance(value, type)}
