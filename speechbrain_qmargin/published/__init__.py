@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from speechbrain_qmargin.published import formats
-from speechbrain_qmargin.published.model import FaceInput, Published, SpeechInput
+from speechbrain_qmargin.published.model import FaceInput, Published, SpeechInput, as_option
 from speechbrain_qmargin.published.source import Source, first_keys
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Format",
     "Published",
     "SpeechInput",
+    "as_option",
     "known_formats",
     "load_published",
     "split_format",

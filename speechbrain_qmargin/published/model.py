@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from speechbrain_qmargin.models.digest import digest_of_modules
 
-__all__ = ["FaceInput", "Published", "SpeechInput"]
+__all__ = ["FaceInput", "Published", "SpeechInput", "as_option"]
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,8 @@ class Published:
 
     @property
     def options(self) -> list[str]:
-        """The settings as a recipe's command line."""
-        return [f"--{key}={value}" for key, value in self.settings.items()]
+        """The settings as a recipe's command line, quoted for a shell."""
+        return [f"--{key}={shlex.quote(as_option(v))}" for key, v in self.settings.items()]
 
     def summary(self) -> str:
         """What was loaded, for people: some lines."""
@@ -193,3 +195,14 @@ class Published:
         if self.settings:
             lines.append(f"  in a recipe: {' '.join(self.options)}")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def as_option(value: Any) -> str:
+    """A value as YAML on one line, as a command line has it.
+
+    Examples
+    --------
+    >>> as_option("resnet34"), as_option([1, 2]), as_option(None)
+    ('resnet34', '[1, 2]', 'null')
+    """
+    return value if isinstance(value, str) and value.isidentifier() else json.dumps(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from ruamel.yaml.error import YAMLError
 
-from speechbrain_qmargin.published import Published, load_published
+from speechbrain_qmargin.published import Published, as_option, load_published
 from speechbrain_qmargin.training.checkpoints import AtomicCheckpointer, load_average
 from speechbrain_qmargin.training.config import plain_settings, resolved, settings_of
 from speechbrain_qmargin.training.internals import has_statistics, load_statistics, statistics
-from speechbrain_qmargin.training.published_settings import as_option, is_run
+from speechbrain_qmargin.training.published_settings import is_run
 from speechbrain_qmargin.training.trust import object_names, refuse_code
 
 __all__ = ["load_pretrained"]
@@ -127,7 +128,9 @@ def _other_sizes(saved: Path, hparams: Mapping[str, Any], modules: Sequence[str]
         return ""
     each = "; ".join(f"{key}: {old} there, {hparams[key]} now" for key, old in differing.items())
     words = " ".join(
-        f"--{key} {as_option(old)}" for key, old in differing.items() if key != "out_n_neurons"
+        f"--{key}={shlex.quote(as_option(old))}"
+        for key, old in differing.items()
+        if key != "out_n_neurons"
     )
     return f": {each}." + (f" To start from it, say {words}" if words else "")
 

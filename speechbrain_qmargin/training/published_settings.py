@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from speechbrain_qmargin.published import load_published
+from speechbrain_qmargin.published import as_option, load_published
 
-__all__ = ["as_option", "is_run", "published_overrides"]
+__all__ = ["is_run", "published_overrides"]
 
 
 def is_run(source: str | Path) -> bool:
@@ -75,14 +74,3 @@ def published_overrides(settings: Mapping[str, Any], given: Mapping[str, str]) -
                 f"{key} {as_option(value)}; leave --{key} out"
             )
     return {key: as_option(value) for key, value in published.settings.items()}
-
-
-def as_option(value: Any) -> str:
-    """A value as YAML on one line, as a command line has it.
-
-    Examples
-    --------
-    >>> as_option("resnet34"), as_option([1, 2]), as_option(None)
-    ('resnet34', '[1, 2]', 'null')
-    """
-    return value if isinstance(value, str) and value.isidentifier() else json.dumps(value)

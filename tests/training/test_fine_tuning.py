@@ -164,7 +164,7 @@ def test_a_run_of_other_sizes_is_named_by_its_settings(tmp_path):
     hparams = {"pretrained": str(tmp_path / "run"), "pretrained_classes": "none", "lr": 2}
     hparams |= {"model": "one", "size": 3, "n_mels": 4, "embedding_dim": 2}
     hparams |= {"embedding_model": nn.Linear(4, 2), "checkpointer": _Nothing()}
-    said = r"other sizes than this run: n_mels: 3 there, 4 now\. To start from it, say --n_mels 3$"
+    said = r"other sizes than this run: n_mels: 3 there, 4 now\. To start from it, say --n_mels=3$"
     with pytest.raises(ValueError, match=said):
         load_pretrained(hparams)
     (tmp_path / "run/experiment.yaml").unlink()
