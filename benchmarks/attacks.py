@@ -4,7 +4,8 @@
 
 Every input is made here. What is right is one of three: an error (ValueError or OSError) whose
 message has the file and the words given, the right value, or a list that names it while the rest
-goes on. OUT gets the inputs, ``attacks.json`` and ``attacks.md``, the table of docs/robustness.md.
+goes on. OUT gets the inputs, and ``attacks.json`` and ``attacks.md`` with a row for each kind.
+docs/robustness.md has how many there are.
 """
 
 import argparse
