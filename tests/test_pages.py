@@ -2,10 +2,12 @@
 
 import ast
 import contextlib
+import doctest
 import importlib
 import io
 import re
 import shlex
+from statistics import mean
 
 import pytest
 import torch
@@ -62,6 +64,13 @@ def test_python_that_is_shown_can_be_imported(page):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("speechbrain_qmargin"):
                 module = importlib.import_module(node.module)
                 assert [n.name for n in node.names if not hasattr(module, n.name)] == []
+
+
+@pytest.mark.parametrize("page", [name for name in PAGES if ">>>" in PAGES[name]])
+def test_examples_give_what_is_shown(page):
+    text = "\n".join(one for one in blocks(page, "python") if one.startswith(">>>"))
+    example = doctest.DocTestParser().get_doctest(text, {}, page, page, 0)
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 @every_page
@@ -153,6 +162,38 @@ embedding_model: !new:speechbrain.lobes.models.Xvector.Xvector
     assert shapes.items() > {n: tuple(one.shape) for n, one in theirs.state_dict().items()}.items()
     embeddings = ours(torch.randn(4, 60, 24)).squeeze(1)
     torch.testing.assert_close(embeddings.mean(0), torch.zeros(512), atol=1e-5, rtol=0)
+
+
+def of_a_list(rows):
+    """A row of docs/intervals.md from those of a list in the benchmark's record."""
+
+    def numbers(column):
+        return [float(row[column].strip("*")) for row in rows if row[column]]
+
+    def width(column):
+        return f"{min(numbers(column)):.2f} to {max(numbers(column)):.2f}"
+
+    (name, speakers, simulations, *_), covered = rows[0], numbers(8)
+    return [
+        *(name, speakers, simulations.replace(", ", " / "), str(len(rows))),
+        f"{mean(covered):.1f} ({min(covered):g} to {max(covered):g})",
+        *(width(9), f"{mean(numbers(11)):.1f}"),
+        *(f"{mean(numbers(5)):.1f}", width(6), f"{mean(numbers(7)):.1f}"),
+    ]
+
+
+def test_the_coverage_of_the_intervals_is_that_of_the_record():
+    def cells(text):
+        lines = [line for line in text.splitlines() if re.match(r"\| (dense|sparse|VoxC)", line)]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    shown, records = cells(PAGES["intervals.md"]), []
+    for model in ("usual", "heavy"):
+        record = cells((ROOT / f"benchmarks/intervals_{model}.md").read_text(encoding="utf-8"))
+        rows = [row for row in record if int(row[4].replace(",", "")) >= 30]
+        for name in dict.fromkeys(row[0] for row in rows):
+            records.append(of_a_list([row for row in rows if row[0] == name]))
+    assert shown == records
 
 
 def test_readme_is_read_in_minutes():
