@@ -96,8 +96,8 @@ def main(argv=None):
                         "lists in meta/")  # fmt: skip
     parser.add_argument("--all_options", action="store_true", help="also print a table of every "
                         "combination of the three options")  # fmt: skip
-    parser.add_argument("--output", help="folder to write; without it <run>/<target>, or "
-                        "<name>_<target> beside the model or the embeddings")  # fmt: skip
+    parser.add_argument("--output", help="folder to write (default: <run>/<target>, or "
+                        "<name>_<target> beside the model or the embeddings)")  # fmt: skip
     args = parser.parse_args(argv)
 
     folder = Path(args.output or default_folder(args))

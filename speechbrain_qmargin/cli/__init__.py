@@ -2,8 +2,8 @@
 
 A module of this package that has subcommands defines ``configure(add)``, which calls
 ``add(name, run, about)`` once for each and adds the arguments to the parser that it returns;
-`about` is what its ``--help`` says beyond the one line. ``run(args)`` does the work; what it
-returns, if anything, is the exit status. :data:`GROUPS` names
+`about` is what its ``--help`` says beyond the one line: an example, and what to know beforehand.
+``run(args)`` does the work; what it returns, if anything, is the exit status. :data:`GROUPS` names
 the modules; only the one that has the subcommand is imported, so that ``--help`` costs nothing.
 """
 
@@ -30,7 +30,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "normalize": "cosine scores normalised against a cohort (AS-norm and others)",
         "calibrate": "fit a calibration to log-likelihood ratios on development scores",
         "apply": "apply a calibration to other scores",
-        "score": "score several lists from one set of embeddings: cosine, AS-norm, calibration",
+        "score": "cosine, AS-norm and calibrated scores of several lists, with tables",
         "report": "compare systems: HTML page, plots, JSON and operating point",
     },
     "evaluate": {
@@ -43,13 +43,13 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "encoder": {
         "extract": "embed recordings or face images with a trained encoder",
-        "export": "write a trained encoder for SpeechBrain's inference classes, ONNX and others",
+        "export": "write an encoder for SpeechBrain, ONNX and other toolkits",
         "pairs": "face pair sets, such as LFW: accuracy over ten folds, TAR@FAR",
     },
     "people": {
         "threshold": "choose and measure an encoder's threshold on your own people",
         "enrol": "enrol a person from recordings or face images",
-        "verify": "accept or reject the claim that recordings or images are of an enrolled person",
+        "verify": "accept or reject a claim to be an enrolled person",
         "identify": "search the enrolled people for the person in a recording or image",
         "people": "list, export or erase enrolments",
         "serve": "enrol and verify over HTTP, with a demonstration page",
@@ -57,6 +57,23 @@ GROUPS: dict[str, dict[str, str]] = {
     "trials": {"trials": "make trial lists from your own recordings or images"},
     "faces": {"align": "align photographs of faces by five landmarks"},
 }
+# how `qmargin --help` lists them
+_HEADINGS = {
+    "prepare data": ("trials", "faces"),
+    "use an encoder": ("encoder",),
+    "decide about people": ("people",),
+    "score trials and report": ("score",),
+    "evaluate further": ("evaluate",),
+}
+
+
+def _listing() -> str:
+    lines = ["`qmargin COMMAND --help` explains a command, with an example."]
+    for heading, modules in _HEADINGS.items():
+        lines += ["", f"{heading}:"]
+        for module in modules:
+            lines += [f"  {name:<10} {text}" for name, text in GROUPS[module].items()]
+    return "\n".join(lines)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -103,13 +120,17 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="qmargin",
-        description="Speaker and face verification with Q-Margin.",
+        description="Speaker and face verification: embed, score, report, enrol and decide.",
+        epilog=_listing(),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
         "--quiet", action="store_true", help="no progress bars; goes before COMMAND"
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help="one of those below"
+    )
     wanted = next((word for word in argv if not word.startswith("-")), None)
     for group, texts in GROUPS.items():
         if wanted in texts:
@@ -117,7 +138,6 @@ def main(argv: list[str] | None = None) -> int:
             def add(name: str, run, about: str = "", texts=texts) -> argparse.ArgumentParser:
                 sub = commands.add_parser(
                     name,
-                    help=texts[name],
                     description=f"{texts[name]}\n{about}",
                     formatter_class=HelpFormatter,
                     allow_abbrev=False,
@@ -127,8 +147,8 @@ def main(argv: list[str] | None = None) -> int:
 
             importlib.import_module(f"{__name__}.{group}").configure(add)
         else:
-            for name, text in texts.items():
-                commands.add_parser(name, help=text)
+            for name in texts:
+                commands.add_parser(name)
     args = parser.parse_args(argv)
     said: list[int | None] = []
     work, again = lambda: said.append(args.run(args)), getattr(args, "again", "")

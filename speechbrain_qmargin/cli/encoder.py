@@ -17,8 +17,10 @@ from speechbrain_qmargin.cli.inputs import add_encoder, add_overwrite
 __all__ = ["configure"]
 
 EXTRACT = """
+    qmargin extract results/voxceleb/full/resnet34_qmargin/0 recordings embeddings.npz
+
 ENCODER is a run's output folder, an inference folder or a published model (a file of weights or its
-folder). OUT ends in .npz, or in .ark or .scp for Kaldi's pair of files.
+folder). OUTPUT ends in .npz, or in .ark or .scp for Kaldi's pair of files.
 
 Speech: SOURCE is a folder, or a text file with a path, or an id and a path, on each line. In a
 folder with a layout of VoxCeleb (wav/<speaker>/..., dev/aac/<speaker>/...,
@@ -29,15 +31,19 @@ on its own.
 Faces: SOURCE is a folder of aligned images (named by their path below it, or below its images/), a
 text file as above, a .rec file or a folder of .tar shards (named <identity>/<key>), or a .bin set.
 
-Files that cannot be embedded are listed in OUT.skipped.tsv. An interrupted extraction resumes when
-the same command is started again.
+Files that cannot be embedded are listed in OUTPUT.skipped.tsv. An interrupted extraction resumes
+when the same command is started again.
 """
 EXPORT = """
-Rebuilds RUN/inference/ from the run's checkpoints. With --operating_point the threshold that
-`qmargin report` chose on plain cosines becomes that folder's own. If RUN is an inference folder or
-a published model, only the files that the options name are written.
+    qmargin export encoder --operating_point report/operating_point.json --onnx encoder.onnx
+
+Of a run ENCODER/inference/ is rebuilt from its checkpoints. With --operating_point the threshold
+that `qmargin report` chose on plain cosines is stored in that folder. Of an inference folder or a
+published model only the files that the options name are written.
 """
 PAIRS = """
+    qmargin pairs backbone.pth lfw.bin cfp_fp.bin agedb_30.bin
+
 Ten-fold accuracy and TAR@FAR=1e-3 of a face encoder on each SET: one of InsightFace's .bin files,
 or a text list of pairs (`label image image`, or LFW's own pairs.txt) of images below --images.
 The output folder gets pairs.json and, for each set, a folder with the unrounded scores and the DET
@@ -259,12 +265,14 @@ def configure(add) -> None:
     def flips(sub: argparse.ArgumentParser) -> None:
         choices = ("none", "sum", "concat")
         sub.add_argument("--flip", choices=choices, help="faces: how the embeddings of the image "
-                         "and of its mirror image are combined; without it as the encoder was "
-                         "tested")  # fmt: skip
+                         "and of its mirror image are combined (default: as the encoder was "
+                         "tested)")  # fmt: skip
 
     def embeds(sub: argparse.ArgumentParser) -> None:
         sub.set_defaults(again=GOES_ON)
-        sub.add_argument("--device", help="without it cuda where there is a GPU, else cpu")
+        sub.add_argument(
+            "--device", help="where the encoder runs (default: cuda if there is a GPU, else cpu)"
+        )
         sub.add_argument("--num_workers", type=int, default=4, help="threads that read files")
         sub.add_argument("--batch_size", type=int, default=64, help="images in a batch")
         flips(sub)

@@ -31,6 +31,42 @@ from speechbrain_qmargin.trials import read_unlabelled, speaker_in
 
 __all__ = ["configure"]
 
+BREAKDOWN = """
+    qmargin breakdown scores.tsv --metadata people.csv --by gender --operating_point point.json
+
+All groups are measured at one threshold: the false match rate within and between groups and the
+false non-match rate of each, with 95 % intervals over speakers.
+"""
+FUSE = """
+    qmargin fuse a=a.tsv b=b.tsv --dev_scores a=dev_a.tsv --dev_scores b=dev_b.tsv --output ab.tsv
+
+Logistic regression on development scores of other speakers gives each system a weight.
+"""
+WATCHLIST = """
+    qmargin watchlist embeddings.npz gallery.txt probes.txt --sizes 10,100,1000
+
+The recordings in PROBES are searched among the identities in GALLERY. Probes of identities that are
+not there make the search open-set: they give the false-positive identification rate (FPIR).
+"""
+BAYES = """
+    qmargin bayes fused=fused.tsv a=calibrated_a.tsv --output bayes_error.png
+
+For every prior, the cost of Bayes decisions relative to deciding without scores, and the minimum
+that a perfect calibration would reach. Above 1 the scores do harm.
+"""
+QUALITY = """
+    qmargin quality dev.npz cohort.npz dev_quality.txt
+
+The measure of a recording is the mean of its scores with the nearest cohort entries; give the file
+to `qmargin calibrate` and `apply` as --quality cohort=FILE.
+"""
+PLDA = """
+    qmargin plda test.npz trials.txt plda.tsv --train train.npz --rank 100
+
+The scores are log-likelihood ratios. Encoders trained with a margin are made for the cosine, which
+PLDA seldom beats.
+"""
+
 
 # ------------------------------------------------------------------ breakdown
 
@@ -259,12 +295,12 @@ def _plda(args) -> None:
 def configure(add) -> None:
     """The subcommands that evaluate further; see :mod:`speechbrain_qmargin.cli`."""
 
-    sub = add("breakdown", _breakdown)
+    sub = add("breakdown", _breakdown, BREAKDOWN)
     sub.add_argument("scores", metavar="SCORES", help="a score file")
     sub.add_argument("--metadata", required=True, metavar="FILE", help="table with a header; its "
                      "first column names recordings or speakers")  # fmt: skip
     sub.add_argument("--by", action="append", default=[], metavar="COLUMN", help="a column of the "
-                     "metadata; repeatable, all without it")  # fmt: skip
+                     "metadata; repeatable (default: all)")  # fmt: skip
     sub.add_argument("--relation", default="both", choices=("both", "same"),
                      help="group trials by the values of both sides, or by whether the two are the "
                      "same")  # fmt: skip
@@ -281,19 +317,19 @@ def configure(add) -> None:
     add_overwrite(sub)
     add_scored(sub)
 
-    sub = add("fuse", _fuse)
+    sub = add("fuse", _fuse, FUSE)
     sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES", help="a score file of each "
                      "system")  # fmt: skip
     sub.add_argument("--output", required=True, help="score file to write")
     add_overwrite(sub)
     add_dev_scores(sub, "fit on these scores, of other speakers; one for each system")
-    sub.add_argument("--fusion", metavar="FILE", help="apply this fusion, fitted before")
+    sub.add_argument("--fusion", metavar="FILE", help="apply this fusion instead of fitting one")
     sub.add_argument("--save", metavar="FILE", help="JSON to write the fusion to")
     sub.add_argument("--p_target", type=share, default=0.01, help="prior of a target trial that "
                      "weights the fit")  # fmt: skip
     add_scored(sub)
 
-    sub = add("watchlist", _watchlist)
+    sub = add("watchlist", _watchlist, WATCHLIST)
     sub.add_argument("embeddings", metavar="EMBEDDINGS", help="npz, npy, ark or scp")
     sub.add_argument("gallery", metavar="GALLERY", help="file of 'recording identity' lines; an "
                      "identity may have several recordings")  # fmt: skip
@@ -313,7 +349,7 @@ def configure(add) -> None:
     sub.add_argument("--output", help="JSON to write")
     add_overwrite(sub)
 
-    sub = add("bayes", _bayes)
+    sub = add("bayes", _bayes, BAYES)
     sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES", help="a score file of each "
                      "system, of log-likelihood ratios")  # fmt: skip
     sub.add_argument("--output", default="bayes_error.png", help="picture to write")
@@ -322,7 +358,7 @@ def configure(add) -> None:
                      help="priors of a target trial in the printed table")  # fmt: skip
     add_scored(sub)
 
-    sub = add("quality", _quality)
+    sub = add("quality", _quality, QUALITY)
     sub.add_argument("embeddings", metavar="EMBEDDINGS", help="npz, npy, ark or scp")
     sub.add_argument("cohort", metavar="COHORT", help="embeddings of training utterances")
     sub.add_argument(
@@ -335,18 +371,18 @@ def configure(add) -> None:
                      "not the part of the id before the first slash")  # fmt: skip
     add_cohort(sub)
 
-    sub = add("plda", _plda)
+    sub = add("plda", _plda, PLDA)
     sub.add_argument("embeddings", metavar="EMBEDDINGS", help="npz, npy, ark or scp")
     sub.add_argument("trials", metavar="TRIALS", help="trial list, in any published form")
     sub.add_argument("output", metavar="OUTPUT", help="score file to write")
     add_overwrite(sub)
     add_tables(sub)
     sub.add_argument("--train", metavar="EMBEDDINGS", help="fit on these, of other speakers")
-    sub.add_argument("--train_utt2spk", metavar="FILE", help="their speakers; without it the part "
-                     "of the id before the first slash")  # fmt: skip
+    sub.add_argument("--train_utt2spk", metavar="FILE", help="their speakers (default: the part "
+                     "of the id before the first slash)")  # fmt: skip
+    sub.add_argument("--rank", type=int, help="rank of the speaker subspace (default: the largest)")
     sub.add_argument(
-        "--rank", type=int, help="rank of the speaker subspace; without it the largest"
+        "--iterations", type=int, default=10, help="iterations of expectation-maximisation"
     )
-    sub.add_argument("--iterations", type=int, default=10, help="of expectation-maximisation")
-    sub.add_argument("--plda", metavar="FILE", help="apply this PLDA, fitted before")
+    sub.add_argument("--plda", metavar="FILE", help="apply this PLDA instead of fitting one")
     sub.add_argument("--save", metavar="FILE", help="npz to write the fitted PLDA to")

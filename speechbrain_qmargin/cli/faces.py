@@ -21,13 +21,15 @@ from speechbrain_qmargin.tables import read_lines
 __all__ = ["configure", "read_landmarks"]
 
 ALIGN = """
+    qmargin align originals landmarks.txt photographs
+
 LANDMARKS is a text file with a line for each face, `image x1 y1 ... x5 y5`: the image's path below
 IMAGES, then x and y in pixels of the left and right eye, the nose, and the left and right corner of
 the mouth, left and right as seen in the picture. They become the positions of ArcFace's training
 crops. OUTPUT gets <image>.png in the same folders; if these are named after the identities, it is a
 --data_folder for recipes/face/train.py. An interrupted run resumes when the same command is started
-again, and aligns anew what has other landmarks or another photograph by then (OUTPUT/aligned.txt
-says what was taken); images that cannot be aligned are listed in OUTPUT/skipped_images.txt.
+again, and aligns those anew whose landmarks or photograph have changed (OUTPUT/aligned.txt says
+what was used); images that cannot be aligned are listed in OUTPUT/skipped_images.txt.
 """
 
 

@@ -90,7 +90,7 @@ def add_cohort(sub: argparse.ArgumentParser) -> None:
 def add_cohort_utt2spk(sub: argparse.ArgumentParser) -> None:
     """Whose recordings the cohort's are."""
     sub.add_argument("--cohort_utt2spk", metavar="FILE", help="the speaker of each cohort "
-                     "recording; without it the part of the id before the first slash")  # fmt: skip
+                     "recording (default: the part of the id before the first slash)")  # fmt: skip
 
 
 def add_encoder(sub: argparse.ArgumentParser) -> None:

@@ -17,6 +17,8 @@ from speechbrain_qmargin.cli.inputs import add_encoder, add_overwrite, share
 __all__ = ["configure"]
 
 THRESHOLD = """
+    qmargin threshold encoder people --far 0.01 --enrol_with 3
+
 ENCODER is a run's output folder, an inference folder or a published model. SOURCE is a folder of
 <person>/<file> or <person>/<session>/<file>, directly or below its wav/ or images/; a list of
 `person/... path` lines; for faces also a .rec file or a folder of shards; or a file that --save
@@ -29,23 +31,34 @@ calibration, the cohort and the score histogram, all bound to this encoder. Peop
 was trained on (by the names of its classes) are left out.
 """
 ENROL = """
+    qmargin enrol encoder "Ann Example" ann_1.wav ann_2.wav ann_3.wav
+
 Several recordings make a better template than one. If one of them is too short, too quiet, clipped
 or no speech (images: too small, blurred, badly exposed, no photograph), all are refused. Only an
 embedding of each is stored: no recording and no file name.
 """
 VERIFY = """
+    qmargin verify encoder "Ann Example" claim.wav
+
 Run `qmargin threshold` for this encoder first. The exit status is 0 if every file is accepted, 3 if
 one is rejected, and 1 if one cannot be decided on.
 """
 IDENTIFY = """
+    qmargin identify encoder somebody.wav
+
 The more people are enrolled, the likelier a stranger matches one of them: an upper bound of that
 probability is printed. The exit status is 0 if somebody is found and 3 if nobody is.
 """
 PEOPLE = """
+    qmargin people list encoder
+    qmargin people delete encoder "Ann Example"
+
 WHAT is a file of enrolments, or the encoder that it belongs to. delete leaves nothing of the person
 in the file; its copies and backups are yours to erase.
 """
 SERVE = """
+    qmargin serve encoder
+
 Needs `pip install -e '.[serve]'`. The service accepts connections from this machine only, unless
 --host says otherwise. Whoever has the token can do everything; without --token_file a new token is
 made and printed with the page's address.
@@ -319,7 +332,7 @@ def configure(add) -> None:
         sub.add_argument(
             "--people",
             metavar="FILE",
-            help="the file of enrolments; without it one beside the encoder",
+            help="file of enrolments (default: one beside the encoder)",
         )
 
     sub = with_encoder("threshold", _threshold, THRESHOLD)
@@ -333,10 +346,9 @@ def configure(add) -> None:
                      "other people; or a folder of their files")  # fmt: skip
     sub.add_argument("--score_norm", default="as", choices=("as", "s", "z", "t"), help="kind of "
                      "normalisation, with --cohort")  # fmt: skip
-    sub.add_argument("--top_n", type=int, help="nearest people of the cohort; without it a third "
-                     "of them, at most 300")  # fmt: skip
-    sub.add_argument("--enrol_with", type=int, default=1, help="recordings that a template is made "
-                     "of")  # fmt: skip
+    sub.add_argument("--top_n", type=int, help="nearest people of the cohort (default: a third of "
+                     "them, at most 300)")  # fmt: skip
+    sub.add_argument("--enrol_with", type=int, default=1, help="recordings in a template")
     sub.add_argument("--max_per_person", type=int, default=10, help="recordings or images taken of "
                      "a person, at most")  # fmt: skip
 
@@ -345,8 +357,8 @@ def configure(add) -> None:
     enrolled(sub)
     sub.add_argument("name", metavar="NAME", help="of the person")
     sub.add_argument("files", metavar="FILE", nargs="+", help="recordings or aligned images")
-    sub.add_argument("--replace", action="store_true", help="replace the person's enrolment, "
-                     "do not add to it")  # fmt: skip
+    sub.add_argument("--replace", action="store_true", help="replace the person's enrolment "
+                     "instead of adding to it")  # fmt: skip
 
     sub = with_encoder("verify", _verify, VERIFY)
     prints(sub)
@@ -365,8 +377,7 @@ def configure(add) -> None:
     sub.add_argument("action", choices=("list", "export", "delete"), help="what to do")
     sub.add_argument("place", metavar="WHAT", help="file of enrolments, or ENCODER")
     sub.add_argument("name", metavar="NAME", nargs="?", help="whom to export or delete")
-    sub.add_argument("--output", help="file to export to; without it standard "
-                     "output")  # fmt: skip
+    sub.add_argument("--output", help="file to export to (default: standard output)")
     add_overwrite(sub)
 
     sub = with_encoder("serve", _serve, SERVE)

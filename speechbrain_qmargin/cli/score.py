@@ -41,6 +41,39 @@ from speechbrain_qmargin.trials import Trials, read_trials, read_unlabelled
 
 __all__ = ["configure"]
 
+COSINE = """
+    qmargin cosine embeddings.npz veri_test2.txt cosine.tsv
+"""
+NORMALIZE = """
+    qmargin normalize embeddings.npz veri_test2.txt asnorm.tsv cohort.npz --top_n 300
+
+The cohort are speakers who are in no trial, usually those that the encoder was trained on.
+"""
+CALIBRATE = """
+    qmargin calibrate dev_cosine.tsv calibration.json
+    qmargin apply calibration.json test_cosine.tsv test_llr.tsv
+
+Logistic regression turns scores into natural log-likelihood ratios.
+"""
+APPLY = """
+    qmargin apply calibration.json test_cosine.tsv test_llr.tsv
+
+Refused for scores of another kind than the calibration was fitted on, and for its own speakers.
+"""
+SCORE = """
+    qmargin score embeddings.npz veri_test2.txt list_test_hard2.txt --cohort cohort.npz
+
+Does what cosine, normalize, calibrate and apply do, for several lists at once. OUTPUT gets the
+scores, figures and DET plot of each list.
+"""
+REPORT = """
+    qmargin report cosine=test.tsv --dev_scores cosine=dev.tsv --far 0.01 --output report
+
+The folder gets report.html, plots, report.json and operating_point.json, whose threshold is chosen
+on the development scores, or else on the scores themselves, which is optimistic. Score files of
+SpeechBrain, WeSpeaker, 3D-Speaker, NIST and others are read as they are.
+"""
+
 
 def _trials(args, embeddings: Embeddings) -> Trials:
     """The list with its tables, without the recordings that failed, where that is allowed."""
@@ -299,12 +332,12 @@ def configure(add) -> None:
         sub.add_argument("--confidence", type=share, default=0.95, help="confidence of the "
                          "intervals")  # fmt: skip
 
-    sub = add("cosine", _cosine)
+    sub = add("cosine", _cosine, COSINE)
     embedded(sub)
     sub.add_argument("--mean", metavar="FILE", help="subtract this mean vector, or the mean of "
                      "these embeddings")  # fmt: skip
 
-    sub = add("normalize", _normalize)
+    sub = add("normalize", _normalize, NORMALIZE)
     embedded(sub)
     sub.add_argument(
         "cohort", metavar="COHORT", help="embeddings of training utterances, or of speakers"
@@ -319,7 +352,7 @@ def configure(add) -> None:
         help="subtract this mean vector, or the mean of these embeddings, instead of the cohort's",
     )
 
-    sub = add("calibrate", _calibrate)
+    sub = add("calibrate", _calibrate, CALIBRATE)
     sub.add_argument(
         "scores", metavar="SCORES", help="development scores, of other speakers than the test's"
     )
@@ -330,7 +363,7 @@ def configure(add) -> None:
     sub.add_argument("--p_target", type=share, default=0.01, help="prior of a target trial that "
                      "weights the fit")  # fmt: skip
 
-    sub = add("apply", _apply)
+    sub = add("apply", _apply, APPLY)
     sub.add_argument("calibration", metavar="CALIBRATION", help="what `qmargin calibrate` wrote")
     sub.add_argument("scores", metavar="SCORES", help="scores of the same kind")
     sub.add_argument(
@@ -340,7 +373,7 @@ def configure(add) -> None:
     add_scored(sub)
     measured(sub)
 
-    sub = add("score", _score)
+    sub = add("score", _score, SCORE)
     sub.add_argument("embeddings", metavar="EMBEDDINGS", help="npz, npy, ark or scp")
     sub.add_argument(
         "trials", metavar="TRIALS", nargs="+", help="trial lists; each gets its own table"
@@ -358,15 +391,15 @@ def configure(add) -> None:
                      "the adaptive methods")  # fmt: skip
     sub.add_argument("--dev_trials", metavar="FILE", help="calibrate on this list, of other "
                      "speakers")  # fmt: skip
-    sub.add_argument("--dev_embeddings", metavar="EMBEDDINGS", help="where its recordings are not "
-                     "among the embeddings")  # fmt: skip
-    sub.add_argument("--dev_utt2spk", metavar="FILE", help="its speakers; without it those of "
-                     "--utt2spk")  # fmt: skip
-    sub.add_argument("--dev_models", metavar="FILE", help="its models; without it those of "
-                     "--models")  # fmt: skip
+    sub.add_argument("--dev_embeddings", metavar="EMBEDDINGS", help="embeddings of its recordings, "
+                     "if they are not in EMBEDDINGS")  # fmt: skip
+    sub.add_argument("--dev_utt2spk", metavar="FILE", help="its speakers (default: those of "
+                     "--utt2spk)")  # fmt: skip
+    sub.add_argument("--dev_models", metavar="FILE", help="its models (default: those of "
+                     "--models)")  # fmt: skip
     costs(sub, FARS[:4], PRIORS[:2])
 
-    sub = add("report", _report)
+    sub = add("report", _report, REPORT)
     sub.add_argument("systems", nargs="+", metavar="[NAME=]SCORES", help="a score file of each "
                      "system")  # fmt: skip
     sub.add_argument("--output", default="report", help="folder to write")
@@ -381,6 +414,6 @@ def configure(add) -> None:
     sub.add_argument("--metadata", metavar="FILE", help="table with a header: error rates by the "
                      "groups in its columns")  # fmt: skip
     sub.add_argument("--by", action="append", default=[], metavar="COLUMN",
-                     help="a column of the metadata; repeatable, all without it")  # fmt: skip
+                     help="a column of the metadata; repeatable (default: all)")  # fmt: skip
     sub.add_argument("--figures_from", action="append", default=[], metavar="MODULE",
                      help="your Python module or file that registers figures")  # fmt: skip

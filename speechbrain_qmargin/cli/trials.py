@@ -14,6 +14,8 @@ from speechbrain_qmargin.cli.inputs import add_overwrite
 __all__ = ["configure", "divided_trials"]
 
 TRIALS = """
+    qmargin trials recordings lists --dev 20 --test 20
+
 SOURCE is a folder of <person>/<file> or <person>/<session>/<file>, directly or below its wav/ or
 images/; or a table with a header, with a column of files (file, image, wav, path or recording), one
 of people (person, identity, speaker, spk_id, name or label) and, if you like, one of sessions

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import re
+import shlex
 from collections import defaultdict
 
 import pytest
@@ -21,11 +23,11 @@ def helped(capsys, name):
 
 
 def parsers_of(group):
-    """The subcommands of a group, each with its own parser."""
+    """The subcommands of a group, each with its own parser; what is said of it is its usage."""
     parsers = {}
 
     def add(name, run, about=""):
-        parsers[name] = argparse.ArgumentParser(name)
+        parsers[name] = argparse.ArgumentParser(name, usage=about)
         return parsers[name]
 
     importlib.import_module(f"speechbrain_qmargin.cli.{group}").configure(add)
@@ -98,6 +100,27 @@ def test_every_argument_is_explained(group):
         if not action.help
     ]
     assert bare == []
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_subcommand_has_an_example_that_its_parser_takes(group):
+    parsers = parsers_of(group)
+    for name, parser in parsers.items():
+        shown = re.findall(r"^    qmargin (.+)$", parser.usage, re.MULTILINE)
+        words = [shlex.split(line) for line in shown]
+        assert name in [first for first, *_ in words]
+        for other, *arguments in words:
+            parsers[other].parse_args(arguments)
+
+
+def test_every_subcommand_is_listed_with_what_it_does(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    for texts in GROUPS.values():
+        for name, about in texts.items():
+            assert f"  {name:<10} {about}\n" in text
 
 
 def test_defaults_are_shown(capsys):
