@@ -91,9 +91,9 @@ class QMarginHead(nn.Module):
 
     The loss and its gradients are those of :func:`~speechbrain_qmargin.q_margin_loss` on the
     cosines of embeddings and prototypes, to float32 rounding; nothing is sampled. Logits of size
-    batch x classes are not formed: a step costs one pass over the prototypes in few bits, and the
-    work on the active classes. At alpha = 1, or when nearly everything is active, it is computed in
-    chunks.
+    batch x classes are not formed: a step costs one pass over the prototypes at low precision, and
+    the work on the active classes. At alpha = 1, or when nearly everything is active, it is
+    computed in chunks.
 
     If ``torch.distributed`` is initialised before the head is made, its classes are split over all
     ranks in contiguous shards. Every rank then calls it at every step, in evaluation too, with

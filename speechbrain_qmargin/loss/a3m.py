@@ -41,7 +41,7 @@ class A3MLoss(Loss):
     Notes
     -----
     arXiv 2511.13621, "Alpha Divergence Losses for Biometric Verification", whose full text was not
-    at hand. That its margin is ArcFace's is inferred from its name. Beyond an angle of pi - m the
+    available. That its margin is ArcFace's is inferred from its name. Beyond an angle of pi - m the
     target's cosine continues as in :func:`~speechbrain_qmargin.loss.arcface.angular_margin`, which
     may not be the preprint's choice. The defaults are Q-Margin's.
 

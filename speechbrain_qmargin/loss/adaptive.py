@@ -18,8 +18,8 @@ class NormQMarginLoss(QMarginLoss):
     r"""Q-Margin whose margin follows the embedding's norm, by AdaFace's rule.
 
     The reference measure of the target is :math:`e^{-s m (1 + r z)}` with the quality z in
-    [-1, 1] of :class:`~speechbrain_qmargin.loss.adaface.AdaFaceLoss`: a bad sample is asked for
-    less. Exact on the sparse head and in shards, as every reference measure is.
+    [-1, 1] of :class:`~speechbrain_qmargin.loss.adaface.AdaFaceLoss`: less is asked of
+    a poor sample. Exact on the sparse head and in shards, as every reference measure is.
 
     Parameters
     ----------

@@ -13,8 +13,8 @@ class AngularSparsemaxLoss(A3MLoss):
     r"""Angular Sparsemax (Chan and Kittler, ICPR 2020): the sparsemax loss of ArcFace's logits.
 
     The Fenchel-Young loss of alpha = 2 with the target's logit :math:`s \cos(\theta_y + m)` and no
-    reference measure: A3M at alpha = 2, five years earlier. Exact on the sparse head and in shards,
-    where it costs what its support costs.
+    reference measure, which is A3M at alpha = 2. Exact on the sparse head and in shards, where only
+    its support costs anything.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class AngularSparsemaxLoss(A3MLoss):
     -----
     Written from the paper's abstract, "sparseness similar to sparsemax with Fenchel-Young
     regularisation" and "an additive angular margin on the score vector": its full text and numbers
-    were not at hand. The defaults are this package's for sparsemax and ArcFace.
+    were not available. The defaults are this package's for sparsemax and ArcFace.
 
     Examples
     --------

@@ -9,7 +9,7 @@ __all__ = ["QMarginAutoLoss"]
 
 
 class QMarginAutoLoss(QMarginLoss):
-    """Q-Margin with the numbers of :func:`~speechbrain_qmargin.suggest_parameters`.
+    """Q-Margin with alpha, scale and margin of :func:`~speechbrain_qmargin.suggest_parameters`.
 
     ``--loss qmargin_auto`` in the recipes, which know the arguments.
 

@@ -51,13 +51,13 @@ class Loss(nn.Module):
     """Base class of the losses, called as SpeechBrain calls ``compute_cost``.
 
     A subclass names its numbers in `settings`, passes them to ``super().__init__`` by name, and
-    defines :meth:`objective`. The numbers are attributes; :meth:`set` changes them between steps.
+    defines :meth:`objective`. The settings are attributes; :meth:`set` changes them between steps.
 
     Attributes
     ----------
     settings : tuple of str
         Names of the numbers that a user may give and a schedule may change. Alpha, scale and margin
-        are called just that.
+        must be called just that.
     options : tuple of str
         Further constructor arguments that change the loss; its text shows those that are not at
         their defaults.

@@ -12,6 +12,13 @@ __all__ = ["CosFaceLoss"]
 class CosFaceLoss(QMarginLoss):
     """CosFace (Wang et al., CVPR 2018): Q-Margin's alpha = 1, a cross-entropy with a margin.
 
+    Parameters
+    ----------
+    alpha : float
+        1.
+    scale, margin : float
+        As for :class:`~speechbrain_qmargin.QMarginLoss`.
+
     Raises
     ------
     ValueError

@@ -12,6 +12,13 @@ __all__ = ["EntmaxLoss", "SparsemaxLoss"]
 class EntmaxLoss(QMarginLoss):
     """The alpha-entmax loss (Peters et al., ACL 2019): Q-Margin without a margin.
 
+    Parameters
+    ----------
+    alpha, scale : float
+        As for :class:`~speechbrain_qmargin.QMarginLoss`.
+    margin : float
+        0.
+
     Raises
     ------
     ValueError
@@ -37,6 +44,13 @@ class EntmaxLoss(QMarginLoss):
 
 class SparsemaxLoss(QMarginLoss):
     """The sparsemax loss (Martins and Astudillo, ICML 2016): alpha = 2 without a margin.
+
+    Parameters
+    ----------
+    alpha, margin : float
+        2 and 0.
+    scale : float
+        As for :class:`~speechbrain_qmargin.QMarginLoss`.
 
     Raises
     ------

@@ -70,7 +70,7 @@ def hard_margin(alpha: float, scale: float, margin: float) -> float:
     r"""The lead in cosine over the best wrong class from which on the loss is exactly zero.
 
     :math:`e^{(\alpha - 1) s m} / ((\alpha - 1) s)`; infinite at alpha = 1, where the loss is a
-    cross-entropy and never vanishes. Above 2 no pair of cosines can reach it.
+    cross-entropy and never vanishes. A lead above 2 is out of reach of any pair of cosines.
 
     Parameters
     ----------

@@ -131,7 +131,7 @@ def make_loss(
         Further arguments of the loss.
     num_classes, embedding_dim, samples : int, optional
         The classifier's classes, the embeddings' size, and the training samples over all epochs (0:
-        not known), for losses that choose their numbers by them, as ``qmargin_auto`` does.
+        not known), for losses that choose their settings by them, as ``qmargin_auto`` does.
 
     Raises
     ------
