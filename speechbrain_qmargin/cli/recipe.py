@@ -16,11 +16,11 @@ HELP = """{about}
 Every setting is an option, --key value or --key=value, its value in YAML. Those of {yaml}:
 
 {settings}
-Beside them:
-  --print_config   write the whole experiment as one plain HyperPyYAML and end
-  --trust          let the YAML of a run that this one starts from run any code (--pretrained)
+Other options:
+  --print_config   print the whole experiment as one plain HyperPyYAML file, and do nothing else
+  --trust          allow the YAML of the run that --pretrained names to run any code
   SpeechBrain's    --device, --precision, --grad_accumulation_factor, --noprogressbar, --debug, ...
-Messages are one line; QMARGIN_TRACEBACK=1 shows where an error came from."""
+An error is one line; QMARGIN_TRACEBACK=1 in the environment shows where it came from."""
 
 
 def run_recipe(about: str | None, main: Callable[[list[str]], Any], argv: Sequence[str]) -> int:
@@ -74,7 +74,11 @@ def _help(about: str, words: list[str]) -> None:
     from speechbrain_qmargin.training.config import compose, settings_text
 
     file = next((word for word in words if not word.startswith("-")), None)
-    settings = settings_text(compose(file, {})) if file else "  (give the YAML as well)\n"
+    settings = (
+        settings_text(compose(file, {}))
+        if file
+        else "  (name the YAML before --help to see its settings)\n"
+    )
     print(HELP.format(about=about.strip(), yaml=file or "the YAML", settings=settings))
 
 
