@@ -24,7 +24,7 @@ def test_help_prints_the_settings_with_their_comments(capsys):
     assert "--print_config" in told
     assert "\nloss_options: {}\n" in told
     assert run_recipe("About.", refuse, []) == 0
-    assert "give the YAML" in capsys.readouterr().out
+    assert "name the YAML" in capsys.readouterr().out
 
 
 def test_the_plain_experiment_is_loaded_as_it_is(tmp_path, capsys):
