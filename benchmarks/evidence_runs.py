@@ -482,6 +482,11 @@ FACES += ["--image_size=64", "--warmup_epochs=2"]
 FACE_MODELS = {"iresnet": ["--depth=18", "--width=16"], "mobilefacenet": ["--model=mobilefacenet"]}
 FACE_SYSTEMS = ("arcface", "cosface", PRIMARY, "qmargin_prior", "adaface")
 TAILS, MOST_IMAGES = (1, 2, 4), 20
+TAILED = {  # networks, least numbers of images, and who is compared
+    ("iresnet", 4): ("arcface", "cosface", PRIMARY, "qmargin_prior"),
+    ("iresnet", 1): ("arcface", PRIMARY, "qmargin_prior"),
+    ("mobilefacenet", 4): ("arcface", "cosface", PRIMARY),
+}
 
 
 def images(out: Path, identity: str) -> list[str]:
@@ -543,9 +548,11 @@ def faces(data: Path, out: Path, systems: list[str]) -> Runs:
     return runs
 
 
-def third_face_options(out: Path, trials: str) -> list[str]:
-    base = face_options(out, "third_faces_train", trials)
-    return [*base, *FACE_MODELS["iresnet"], "--min_images=1", *SHORT]
+def third_face_options(
+    out: Path, trials: str, part: str = "third_faces_train", model: str = "iresnet"
+) -> list[str]:
+    base = face_options(out, part, trials)
+    return [*base, *FACE_MODELS[model], "--min_images=1", *SHORT]
 
 
 def third_faces_tune(data: Path, out: Path, systems: list[str]) -> Runs:
@@ -558,6 +565,26 @@ def third_faces(data: Path, out: Path, systems: list[str]) -> Runs:
     found = tuned(out, "third_faces_tune", [one for one in systems if one in known])
     runs = over_seeds(out / "third_faces", third_face_options(out, "faces_test"), found)
     return {("iresnet, 4+ images, short", *key): run for key, run in runs.items()}
+
+
+def third_faces_tail(data: Path, out: Path, systems: list[str]) -> Runs:
+    """A class prior with and without the long tail, and another network; runs of the test serve.
+
+    All at the settings of the test; the prior at Q-Margin's.
+    """
+    stage, runs = "third_faces_tune", {}
+    found = tuned(out, stage, [one for one in systems if one in OWN_SETTINGS[stage]])
+    if "qmargin_prior" in systems and (setting := chosen(out, stage, PRIMARY)) is not None:
+        found["qmargin_prior"] = options("qmargin_prior", setting)
+    for (model, tail), names in TAILED.items():
+        part = "faces_train" if tail == 1 else "third_faces_train"
+        base = third_face_options(out, "faces_test", part, model)
+        for system in (one for one in names if one in found):
+            tested = (model, tail) == ("iresnet", 4) and system in OWN_SETTINGS[stage]
+            name = "third_faces" if tested else f"third_faces_tail/{model}_{tail}"
+            some = over_seeds(out / name, base, {system: found[system]}, range(3))
+            runs |= {(f"{model}, {tail}+ images, tail", *key): run for key, run in some.items()}
+    return runs
 
 
 class Stage(NamedTuple):
@@ -586,6 +613,7 @@ STAGES = {
     "faces": Stage("face", faces),
     "third_faces_tune": Stage("face", third_faces_tune),
     "third_faces": Stage("face", third_faces),
+    "third_faces_tail": Stage("face", third_faces_tail),
 }
 
 

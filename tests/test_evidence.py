@@ -119,6 +119,27 @@ def test_faces_with_short_prototypes_are_tuned_and_tested_on_the_same_identities
         assert given["prototype_std"] == "0.01"
 
 
+def test_a_class_prior_meets_the_long_tail_beside_the_runs_of_the_test(tmp_path):
+    finish_tuning(tmp_path, "third_faces_tune", dict.fromkeys(THREE, 1))
+    tested = STAGES["third_faces"].runs(tmp_path, tmp_path, list(SYSTEMS))
+    runs = STAGES["third_faces_tail"].runs(tmp_path, tmp_path, list(SYSTEMS))
+    many = {key[1:]: run for key, run in runs.items() if key[0].startswith("iresnet, 4+")}
+    assert {key: run for key, run in many.items() if key[0] in THREE} == {
+        key[1:]: run for key, run in tested.items() if key[2] < 3
+    }
+    assert len(runs) == 3 * (4 + 3 + 3)
+    assert len({folder for _, folder in runs.values()}) == len(runs)
+    for (part, system, _), (options, _) in runs.items():
+        given = dict(option.lstrip("-").split("=", 1) for option in options)
+        whole = part.startswith("iresnet, 1+")
+        assert given["train_identities"].endswith("third_faces_train.txt") == (not whole)
+        assert (given.get("model") == "mobilefacenet") == part.startswith("mobilefacenet")
+        assert given["prototype_std"] == "0.01"
+        if system == "qmargin_prior":
+            same = [one for one in many["qmargin", 0][0] if one.startswith(("--alpha", "--scale"))]
+            assert set(same) < set(options)
+
+
 def test_the_second_tuning_is_as_large_for_each_system():
     for system, settings in SECOND_SETTINGS.items():
         both = [*SYSTEMS[system][1], *settings]
