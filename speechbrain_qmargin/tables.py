@@ -215,6 +215,18 @@ class Table:
                         "column, and in the embeddings"
                     )
 
+    def refuse_empty(self, *columns: int) -> None:
+        """Refuse an empty id.
+
+        Raises
+        ------
+        ValueError
+            An empty cell in one of the columns; with file and line.
+        """
+        for column in columns:
+            if "" in self.columns[column]:
+                raise ValueError(f"{self.row(self.columns[column].index(''))}: an id is empty")
+
     def label_columns(self) -> list[int]:
         """The columns that hold nothing but labels."""
         return [n for n, column in enumerate(self.columns) if _all_labels(column)]
@@ -304,9 +316,12 @@ def read_table(path: str | Path, *, fewest: int = 2) -> Table:
         if len(row) != width or width < fewest:
             if not lines[number].strip():
                 continue
+            semicolons = width < fewest and ";" in lines[number]
             raise ValueError(
                 f"{path}:{number + 1}: expected {max(width, fewest)} columns as in the first line, "
                 f"got {_cut(lines[number])!r}"
+                + ", whose columns are between semicolons: save it with commas or tabs"
+                * semicolons
             )
         cells += row
         numbers.append(number + 1)

@@ -199,6 +199,7 @@ def read_score_file(
     labels = table.labels(order["label"]) if "label" in order else None
     scores = _numbers(table, order["score"])
     enrolment, test = table.columns[order["enrolment"]], table.columns[order["test"]]
+    table.refuse_empty(order["enrolment"], order["test"])
     own = index_pairs(enrolment, test, labels, table.source)
     _refuse_two_scores(table, own, scores)
     about = _about(table)
@@ -231,6 +232,12 @@ def _order(table: Table, columns: str | None) -> dict[str, int]:
     """Where enrolment, test, score and perhaps label stand."""
     header = table.header
     if header is not None and {"enrolment", "test", "score"} <= set(header):
+        twice = [name for name in _HEADER if header.count(name) > 1]
+        if twice:
+            raise ValueError(
+                f"{table.path}: {header.count(twice[0])} columns are called {twice[0]}, or another "
+                "word for it: rename those that are not meant"
+            )
         return {name: header.index(name) for name in _HEADER if name in header}
     width = len(table.columns)
     if columns is not None:
@@ -256,8 +263,10 @@ def _order(table: Table, columns: str | None) -> dict[str, int]:
             "be told by their values. Say it: columns='enrolment test label score' (SpeechBrain), "
             "'enrolment test score label' (WeSpeaker), or another order"
         )
-    if table.separator == "," and not words and all(map(str.isdigit, table.columns[numbers[0]])):
-        raise ValueError(  # a,b,0,5: the label 0 and the score 5, or 0.5?
+    # a,b,0,5: the label 0 and the score 5, or 0.5? And a,b,-3,21,target: -3, or -3.21?
+    whole = (cell.lstrip("+-").isdigit() for cell in table.columns[numbers[0]])
+    if table.separator == "," and (not words or len(numbers) > 1) and all(whole):
+        raise ValueError(
             f"{table.row(0)}: the scores are whole numbers, or have commas as decimal points; "
             "write points, or name the columns in a first line"
         )

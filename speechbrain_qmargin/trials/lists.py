@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +63,7 @@ def read_trials(path: str | Path) -> LabelledTrials:
     labels = table.labels(label)
     table.refuse_sides(sides[1])
     enrolment, test = (table.columns[side] for side in sides)
-    _refuse_empty(table, enrolment, test)
+    table.refuse_empty(*sides)
     return index_pairs(enrolment, test, labels, table.source).labelled()
 
 
@@ -97,14 +96,8 @@ def read_unlabelled(path: str | Path) -> Trials:
     at = (header.index("enrolment"), header.index("test")) if named else (0, 1)
     table.refuse_sides(at[1])
     enrolment, test = (table.columns[side] for side in at)
-    _refuse_empty(table, enrolment, test)
+    table.refuse_empty(*at)
     return index_pairs(enrolment, test, None, table.source)
-
-
-def _refuse_empty(table: Table, *sides: Sequence[str]) -> None:
-    for side in sides:
-        if "" in side:
-            raise ValueError(f"{table.row(side.index(''))}: an id is empty")
 
 
 def _no_label(table: Table, found: list[int]) -> str:

@@ -67,6 +67,16 @@ def test_score_files_of_others(tmp_path):
         # a label of 0 and a score of 5, or a score of 0.5?
         ("a,b,0,5\na,c,0,25\n", r":1: 'a b 0 5': the scores are whole numbers, or have commas as"),
         ("a,b,1,5\na,c,0,25\n", r":1: 'a b 1 5': the scores are whole numbers, or have commas as"),
+        (
+            "a,b,-3,21,target\na,c,-7,02,nontarget\n",
+            r":1: 'a b -3 21 target': the scores are whole numbers, or have commas as",
+        ),
+        ("a,b,+3,21,target\na,c,-7,02,nontarget\n", r":1: .*have commas as decimal points"),
+        ("a;b;0,5;1\na;c;0,2;0\n", r":1: .*between semicolons: save it with commas or tabs"),
+        ("model,test,score,label\na,b,0.5,1\na,,0.4,0\n", r":3: 'a  0.4 0': an id is empty"),
+        ("a\tb\t0.5\n\tc\t0.4\n", r":2: .*an id is empty"),
+        ("model,test,score,llr\na,b,0.5,3.2\n", "2 columns are called score, or another word"),
+        ("model,utt1,test,score\nm,a,b,0.5\n", "2 columns are called enrolment, or another word"),
         ("# speechbrain_qmargin scores " + "[" * 20_000 + "\na b 1\n", r":1: malformed comment"),
         (
             '# speechbrain_qmargin scores {"lost": "{\\"recordings\\": \\"1\\", \\"tried\\": 1, '
