@@ -265,6 +265,11 @@ def test_models_that_do_not_fit_are_named(tmp_path):
     mixed = trials.with_models({"m0": ["a/1", "b/1"], "m9": ["c/1"]})
     with pytest.raises(ValueError, match="the model m0 is of several speakers: a, b"):
         mixed.speakers()
+    speakers = {"a/1": "anna", "b/1": "bert", "c/1": "cleo", "a/3": "anna", "b/2": "bert"}
+    with pytest.raises(ValueError, match="the model m0 is of several speakers: anna, bert"):
+        mixed.with_speakers(speakers)
+    with pytest.raises(ValueError, match="the model m9 is of several speakers: anna, cleo"):
+        mixed.with_speakers(speakers | {"b/1": "anna", "m9": "anna"})
     with pytest.raises(ValueError, match=r"models:2: a/1 is in the model m0 twice"):
         read_models(write(tmp_path / "models", "m0 a/1\nm0 a/1\n"))
     inside = trials.with_models({"m0": ["a/3", "a/1"], "m9": ["c/1"]})

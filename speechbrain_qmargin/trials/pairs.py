@@ -228,17 +228,24 @@ class Trials:
         Raises
         ------
         ValueError
-            An id without a speaker; named.
+            An id without a speaker, a model of several speakers; named.
         """
         found, missing = [], []
         for name in self.ids:
             own = [name, *self.models.get(name, ())]
-            known = [speakers[one] for one in own if one in speakers]
-            found.append(composed_name(known[0]) if known else "")
+            known = sorted({composed_name(speakers[one]) for one in own if one in speakers})
+            if len(known) > 1:
+                raise self._of_several(name, known)
+            found.append(known[0] if known else "")
             missing += [] if known else [name]
         if missing:
             raise ValueError(f"{len(missing)} recordings have no speaker: {some(missing)}")
         return replace(self, speaker_of=found)
+
+    def _of_several(self, model: str, speakers: Sequence[str]) -> ValueError:
+        return ValueError(
+            f"{self.name}: the model {model} is of several speakers: {some(speakers)}"
+        )
 
     def with_models(self: AnyTrials, models: Mapping[str, Sequence[str]]) -> AnyTrials:
         """The same trials, whose enrolment ids name models of several recordings.
@@ -501,9 +508,7 @@ class LabelledTrials(Trials):
                 for model, recordings in self.models.items():
                     voices = sorted({speaker_in(one) for one in recordings})
                     if len(voices) > 1:
-                        raise ValueError(
-                            f"{self.name}: the model {model} is of several speakers: {some(voices)}"
-                        )
+                        raise self._of_several(model, voices)
         else:
             people, speakers = self._linked()
         same = speakers[self.enrolment] == speakers[self.test]
