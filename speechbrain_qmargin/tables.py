@@ -108,7 +108,7 @@ def read_lines(path: str | Path) -> tuple[list[str], str]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error})") from None
+        raise ValueError(f"{path}: not a UTF-8 text file ({error}); save it as UTF-8") from None
     # not splitlines, which also parts at characters that a name may hold
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     if not lines[-1]:
@@ -137,7 +137,7 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
                 if not line.isspace():
                     yield number, line.removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error})") from None
+        raise ValueError(f"{path}: not a UTF-8 text file ({error}); save it as UTF-8") from None
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def test_ids_that_look_like_labels(tmp_path):
         ("a b c\n", r":1: 'a b c': .*no column holds labels"),
         ("a b x 1\n", r":1: .*4 columns; a first line must name them"),
         ("1\ta\t\n", r":1: .*an id is empty"),
-        (b"1 a \xff\n", "not a UTF-8 text file"),
+        (b"1 a \xff\n", "not a UTF-8 text file .*; save it as UTF-8"),
     ],
 )
 def test_bad_lists_are_named_with_their_line(tmp_path, text, message):

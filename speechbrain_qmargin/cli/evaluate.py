@@ -170,7 +170,12 @@ def _watchlist(args) -> None:
     refuse_overwriting([args.output], inputs, args.overwrite)
     embeddings = load_embeddings(args.embeddings)
     gallery, probes = _people(args.gallery), _people(args.probes)
-    both = sorted(gallery.keys() & probes.keys())
+    # the embeddings' own ids: one recording may be written with its suffix here, without it there
+    enrolled, searched = (
+        [embeddings.ids[row] for row in embeddings.rows(list(people), f"recordings of {path}")]
+        for people, path in ((gallery, args.gallery), (probes, args.probes))
+    )
+    both = sorted(set(enrolled) & set(searched))
     if both:
         raise ValueError(
             f"{len(both)} recordings are in the gallery and among the probes, such as {both[0]}: "
@@ -179,9 +184,9 @@ def _watchlist(args) -> None:
     mean = load_mean(args.mean, embeddings) if args.mean else None
     with tqdm(unit=" probes", disable=args.quiet) as bar:
         found = identify(
-            embeddings.unit(list(gallery), mean),
+            embeddings.unit(enrolled, mean),
             list(gallery.values()),
-            embeddings.unit(list(probes), mean),
+            embeddings.unit(searched, mean),
             list(probes.values()),
             ranks=args.ranks,
             fpirs=args.fpirs,

@@ -144,6 +144,13 @@ def test_watchlist(files, capsys):
     assert found["cmc"]["1"]["value"] > 0.5
     assert run(*arguments[:3], files / "gallery.txt") == 1
     assert "16 recordings are in the gallery and among the probes" in capsys.readouterr().err
+    with_suffix = "".join(line.replace(" ", ".wav ") for line in gallery)  # the same recordings
+    (files / "suffix.txt").write_text(with_suffix)
+    assert run(*arguments[:3], files / "suffix.txt") == 1
+    assert "16 recordings are in the gallery and among the probes" in capsys.readouterr().err
+    (files / "strange.txt").write_text("nobody/1 person1\n")
+    assert run(*arguments[:3], files / "strange.txt") == 1
+    assert "strange.txt have no embedding: nobody/1" in capsys.readouterr().err
     (files / "bare.txt").write_text("a\nb\n")
     assert run(*arguments[:2], files / "bare.txt", files / "probes.txt") == 1
     assert "do not tell the identity" in capsys.readouterr().err
