@@ -21,6 +21,7 @@ __all__ = [
     "composed_name",
     "could_be_header",
     "file_source",
+    "not_utf8",
     "numbered_lines",
     "read_lines",
     "read_map",
@@ -108,12 +109,26 @@ def read_lines(path: str | Path) -> tuple[list[str], str]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error}); save it as UTF-8") from None
+        raise not_utf8(path, error) from None
     # not splitlines, which also parts at characters that a name may hold
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     if not lines[-1]:
         lines.pop()
     return lines, f"{Path(path).name} sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def not_utf8(path: str | Path, error: UnicodeDecodeError) -> ValueError:
+    """What is said of a text file in another encoding.
+
+    Examples
+    --------
+    >>> try:
+    ...     b"J\\xf6rg".decode()
+    ... except UnicodeDecodeError as error:
+    ...     print(not_utf8("ids.txt", error))  # doctest: +ELLIPSIS
+    ids.txt: not a UTF-8 text file (...); save it as UTF-8
+    """
+    return ValueError(f"{path}: not a UTF-8 text file ({error}); save it as UTF-8")
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -137,7 +152,7 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
                 if not line.isspace():
                     yield number, line.removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error}); save it as UTF-8") from None
+        raise not_utf8(path, error) from None
 
 
 @dataclass(frozen=True)
@@ -188,19 +203,22 @@ class Table:
         cells = " ".join(column[index] for column in self.columns)
         return f"{self.path}:{self.numbers[index]}: {_cut(cells)!r}"
 
-    def refuse_sides(self, test: int) -> None:
-        """Refuse one id for the two sides of a telephone call (NIST SRE's ``side``).
-
-        Parameters
-        ----------
-        test : int
-            The column of the ids.
+    def pairs(self, enrolment: int, test: int) -> tuple[Sequence[str], Sequence[str]]:
+        """The ids of trials, from their two columns.
 
         Raises
         ------
         ValueError
-            An id with two sides; with file and line.
+            An empty id; one id for the two sides of a telephone call (NIST SRE's ``side``); with
+            file and line.
         """
+        for column in (enrolment, test):
+            if "" in self.columns[column]:
+                raise ValueError(f"{self.row(self.columns[column].index(''))}: an id is empty")
+        self._refuse_sides(test)
+        return self.columns[enrolment], self.columns[test]
+
+    def _refuse_sides(self, test: int) -> None:
         for column, name in enumerate(self.header or []):
             if name not in _SIDES or column == test:
                 continue
@@ -214,18 +232,6 @@ class Table:
                         f"{side}, which are two recordings: write their ids apart in the test "
                         "column, and in the embeddings"
                     )
-
-    def refuse_empty(self, *columns: int) -> None:
-        """Refuse an empty id.
-
-        Raises
-        ------
-        ValueError
-            An empty cell in one of the columns; with file and line.
-        """
-        for column in columns:
-            if "" in self.columns[column]:
-                raise ValueError(f"{self.row(self.columns[column].index(''))}: an id is empty")
 
     def label_columns(self) -> list[int]:
         """The columns that hold nothing but labels."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.files import replacing
-from speechbrain_qmargin.tables import numbered_lines, read_map, some
+from speechbrain_qmargin.tables import not_utf8, numbered_lines, read_map, some
 
 __all__ = ["is_table", "read_csv", "read_kaldi", "read_table", "write_csv"]
 
@@ -113,7 +113,7 @@ def read_csv(path: str | Path, *, sample_rate: int = 16000) -> Manifest:
                 )
             return Manifest.of(_csv_rows(path, reader, header, folder, sample_rate))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not a UTF-8 text file ({error})") from None
+            raise not_utf8(path, error) from None
         except csv.Error as error:
             raise ValueError(f"{path}:{reader.line_num}: {error}") from None
 

@@ -26,7 +26,13 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from speechbrain_qmargin.published import formats
-from speechbrain_qmargin.published.model import FaceInput, Published, SpeechInput, as_option
+from speechbrain_qmargin.published.model import (
+    FaceInput,
+    Published,
+    SpeechInput,
+    as_option,
+    as_options,
+)
 from speechbrain_qmargin.published.source import Source, first_keys
 
 __all__ = [
@@ -35,6 +41,7 @@ __all__ = [
     "Published",
     "SpeechInput",
     "as_option",
+    "as_options",
     "known_formats",
     "load_published",
     "split_format",

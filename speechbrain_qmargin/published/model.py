@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from speechbrain_qmargin.models.digest import digest_of_modules
 
-__all__ = ["FaceInput", "Published", "SpeechInput", "as_option"]
+__all__ = ["FaceInput", "Published", "SpeechInput", "as_option", "as_options"]
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Published:
     @property
     def options(self) -> list[str]:
         """The settings as a recipe's command line, quoted for a shell."""
-        return [f"--{key}={shlex.quote(as_option(v))}" for key, v in self.settings.items()]
+        return as_options(self.settings)
 
     def summary(self) -> str:
         """What was loaded, for people: some lines."""
@@ -206,3 +206,14 @@ def as_option(value: Any) -> str:
     ('resnet34', '[1, 2]', 'null')
     """
     return value if isinstance(value, str) and value.isidentifier() else json.dumps(value)
+
+
+def as_options(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as a recipe's command line, quoted for a shell.
+
+    Examples
+    --------
+    >>> print(*as_options({"model": "campplus", "layers": [12, 24, 16]}))
+    --model=campplus --layers='[12, 24, 16]'
+    """
+    return [f"--{key}={shlex.quote(as_option(value))}" for key, value in settings.items()]

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_qmargin.scoring.shares import Share, share_of_trials
-from speechbrain_qmargin.tables import composed_name
+from speechbrain_qmargin.tables import composed_name, read_lines
 from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = [
@@ -148,11 +148,7 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     {'gender': {'s1': 'f', 's2': 'm'}}
     """
     path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error})") from None
-    lines = text.splitlines()
+    lines, _ = read_lines(path)
     header = lines[0] if lines else ""
     separator = max("\t,;", key=header.count)
     rows = _csv_rows(lines, separator, path)

@@ -195,11 +195,9 @@ def read_score_file(
     """
     table = read_table(path, fewest=3)
     order = _order(table, columns)
-    table.refuse_sides(order["test"])
+    enrolment, test = table.pairs(order["enrolment"], order["test"])
     labels = table.labels(order["label"]) if "label" in order else None
     scores = _numbers(table, order["score"])
-    enrolment, test = table.columns[order["enrolment"]], table.columns[order["test"]]
-    table.refuse_empty(order["enrolment"], order["test"])
     own = index_pairs(enrolment, test, labels, table.source)
     _refuse_two_scores(table, own, scores)
     about = _about(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from ruamel.yaml.error import YAMLError
 
-from speechbrain_qmargin.published import Published, as_option, load_published
+from speechbrain_qmargin.published import Published, as_options, load_published
 from speechbrain_qmargin.training.checkpoints import AtomicCheckpointer, load_average
 from speechbrain_qmargin.training.config import plain_settings, resolved, settings_of
 from speechbrain_qmargin.training.internals import has_statistics, load_statistics, statistics
@@ -127,11 +126,8 @@ def _other_sizes(saved: Path, hparams: Mapping[str, Any], modules: Sequence[str]
     if not differing:
         return ""
     each = "; ".join(f"{key}: {old} there, {hparams[key]} now" for key, old in differing.items())
-    words = " ".join(
-        f"--{key}={shlex.quote(as_option(old))}"
-        for key, old in differing.items()
-        if key != "out_n_neurons"
-    )
+    settable = {key: old for key, old in differing.items() if key != "out_n_neurons"}
+    words = " ".join(as_options(settable))
     return f": {each}." + (f" To start from it, say {words}" if words else "")
 
 

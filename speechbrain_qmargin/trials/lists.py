@@ -61,10 +61,7 @@ def read_trials(path: str | Path) -> LabelledTrials:
             "label'"
         )
     labels = table.labels(label)
-    table.refuse_sides(sides[1])
-    enrolment, test = (table.columns[side] for side in sides)
-    table.refuse_empty(*sides)
-    return index_pairs(enrolment, test, labels, table.source).labelled()
+    return index_pairs(*table.pairs(*sides), labels, table.source).labelled()
 
 
 def read_unlabelled(path: str | Path) -> Trials:
@@ -94,10 +91,7 @@ def read_unlabelled(path: str | Path) -> Trials:
     if not named and table.label_columns():
         raise ValueError(_no_label(table, table.label_columns()))
     at = (header.index("enrolment"), header.index("test")) if named else (0, 1)
-    table.refuse_sides(at[1])
-    enrolment, test = (table.columns[side] for side in at)
-    table.refuse_empty(*at)
-    return index_pairs(enrolment, test, None, table.source)
+    return index_pairs(*table.pairs(*at), None, table.source)
 
 
 def _no_label(table: Table, found: list[int]) -> str:
