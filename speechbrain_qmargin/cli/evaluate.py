@@ -16,6 +16,7 @@ from speechbrain_qmargin.cli.inputs import (
     add_overwrite,
     add_scored,
     add_tables,
+    both_classes,
     columns_of,
     files_of,
     read_scored,
@@ -79,7 +80,7 @@ def _breakdown(args) -> None:
     inputs = [args.scores, args.metadata, args.trials, args.operating_point]
     refuse_overwriting([args.output], [*inputs, args.utt2spk, args.models], args.overwrite)
     found = read_scored(args.scores, args, columns_of(args.columns))
-    trials = found.trials.labelled()
+    trials = both_classes(found.trials)
     table = choose_columns(args.metadata, args.by)
     if args.operating_point:
         point = OperatingPoint.load(args.operating_point)
@@ -135,7 +136,7 @@ def _fuse(args) -> None:
         dev_scores = {name: read.scores for name, read in dev_files.items()}
         origins = {name: read.origin for name, read in dev_files.items()}
         fusion = fit_fusion(
-            dev_scores, dev_trials.labelled(), p_target=args.p_target, origins=origins
+            dev_scores, both_classes(dev_trials), p_target=args.p_target, origins=origins
         )
     trials, files = read_systems(args.systems, args, labelled=False)
     origins = {name: read.origin for name, read in files.items()}
@@ -143,7 +144,8 @@ def _fuse(args) -> None:
     llrs = fusion.apply(scores, trials, origins=origins)
     if args.save:
         fusion.save(args.save)
-    write_scores(args.output, trials, llrs, {"kind": "llr", "fused": ", ".join(files)})
+    about = {"kind": "llr", "fused": ", ".join(files), "backend": fusion.digest}
+    write_scores(args.output, trials, llrs, about)
     print(f"{fusion}\n{args.output}: {len(trials):,} log-likelihood ratios of {trials.source}")
 
 
@@ -211,7 +213,7 @@ def _bayes(args) -> None:
     inputs = [*files_of(args.systems), args.trials, args.utt2spk, args.models]
     refuse_overwriting([args.output], inputs, args.overwrite)
     found, files = read_systems(args.systems, args)
-    distinct = found.labelled().distinct
+    distinct = both_classes(found).distinct
     is_target = distinct.trials.is_target
     points = {
         name: operating_points(distinct.scores(read.scores), is_target)
@@ -255,13 +257,14 @@ def _quality(args) -> None:
         refuse_shared_speakers(speakers.values(), own.values())
     mean = raw.matrix.mean(axis=0) if args.subtract_mean else None
     cohort = make_cohort(raw, None if args.all_utterances else speakers, mean=mean)
-    top_n = min(args.top_n, len(cohort))
     unit = embeddings.unit(embeddings.ids, mean)
-    values = cohort_mean_quality(unit, cohort.matrix, embeddings.ids, top_n)
+    values = cohort_mean_quality(unit, cohort.matrix, embeddings.ids, args.top_n)
     with replacing(args.output) as partial, partial.open("w", encoding="utf-8") as stream:
         stream.writelines(f"{name}\t{value!r}\n" for name, value in values.items())
-    print(f"{args.output}: the mean of the {top_n} nearest of {len(cohort):,} cohort entries, for "
-          f"{len(values):,} recordings")  # fmt: skip
+    print(
+        f"{args.output}: the mean of the {args.top_n} nearest of {len(cohort):,} cohort entries, "
+        f"for {len(values):,} recordings"
+    )
 
 
 def _plda(args) -> None:
@@ -293,6 +296,7 @@ def _plda(args) -> None:
     if args.save:
         plda.save(args.save)
     about = {"kind": "plda", "embeddings": embeddings.source, "encoder": embeddings.encoder}
+    about["backend"] = plda.digest
     write_scores(args.output, trials, scores, {k: value for k, value in about.items() if value})
     print(f"{args.output}: {len(trials):,} scores of {trials.source}")
 

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from speechbrain_qmargin.scoring.score_files import ScoreFile, read_score_file
-from speechbrain_qmargin.trials import Trials, read_unlabelled
+from speechbrain_qmargin.trials import LabelledTrials, Trials, read_unlabelled
 
 __all__ = [
     "add_cohort",
@@ -19,6 +21,7 @@ __all__ = [
     "add_overwrite",
     "add_scored",
     "add_tables",
+    "both_classes",
     "columns_of",
     "files_of",
     "read_scored",
@@ -148,6 +151,31 @@ def read_scored(path: str, args, columns: str | None = None) -> ScoreFile:
     if not args.trials and "trials" in read.about:  # the user's list, not its copy with scores
         trials = replace(trials, source=read.about["trials"])
     return replace(read, trials=trials)
+
+
+def both_classes(trials: Trials) -> LabelledTrials:
+    """The trials with their labels, of which there are two: figures need both.
+
+    Raises
+    ------
+    ValueError
+        No labels, no target or no impostor trials; with the list's name.
+
+    Examples
+    --------
+    >>> both_classes(Trials(["a/1", "a/2"], np.array([0]), np.array([1]), np.array([True])))
+    Traceback (most recent call last):
+    ValueError: trials: it has no impostor trials (targets: 1); figures need both
+    """
+    labelled = trials.labelled()
+    targets = np.count_nonzero(labelled.is_target)
+    if targets in (0, len(labelled)):
+        lack, there = ("impostor", "targets") if targets else ("target", "impostors")
+        raise ValueError(
+            f"{trials.name}: it has no {lack} trials ({there}: {len(labelled):,}); figures need "
+            "both"
+        )
+    return labelled
 
 
 def files_of(systems: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from speechbrain_qmargin.cli.inputs import (
     add_overwrite,
     add_scored,
     add_tables,
+    both_classes,
     columns_of,
     files_of,
     read_scored,
@@ -177,7 +178,7 @@ def _calibrate(args) -> None:
     refuse_overwriting([args.output], inputs, args.overwrite)
     read = read_scored(args.scores, args, columns_of(args.columns))
     qualities = _qualities(args.quality, args.norm_of)
-    trials = read.trials.labelled()
+    trials = both_classes(read.trials)
     calibration = fit_calibration(
         read.scores, trials, qualities, p_target=args.p_target, **read.origin
     )
@@ -196,7 +197,7 @@ def _apply(args) -> None:
     calibration = Calibration.load(args.calibration)
     llrs = calibration.apply(read.scores, read.trials, qualities, **read.origin)
     about = dict(read.about) | {"kind": "llr", "calibration": file_source(args.calibration)}
-    about |= {"of": read.kind} if read.kind else {}
+    about |= {"backend": calibration.digest} | ({"of": read.kind} if read.kind else {})
     write_scores(args.output, read.trials, llrs, about)
     _done(args.output, read.trials)
 
@@ -244,7 +245,7 @@ def _report(args) -> None:
     for place in args.figures_from:
         _import(place)
     found, systems = read_systems(args.systems, args)
-    trials = found.labelled()
+    trials = both_classes(found)
     kinds = {name: read.kind for name, read in systems.items()}
     for name, kind in kinds.items():
         if args.llr and kind not in ("", "llr"):
@@ -260,7 +261,7 @@ def _report(args) -> None:
         read = read_score_file(path, dev_list, columns_of(args.columns, name))
         what = f"{name} ({systems[name].source.split()[0]})"
         refuse_other_scores(read.origin, systems[name].origin, what)
-        labelled = read.trials.labelled()
+        labelled = both_classes(read.trials)
         if args.dev_utt2spk:
             labelled = labelled.with_speakers(read_map(args.dev_utt2spk))
         development[name] = read.scores, labelled

@@ -240,7 +240,7 @@ def trial_groups(
     ------
     ValueError
         No recording has a value, a value that is not a number where there are edges, edges that
-        do not rise, more than twelve values that are words.
+        are not finite or do not rise, more than twelve values that are words.
 
     Examples
     --------
@@ -305,8 +305,9 @@ def _natural(value: str) -> tuple[bool, float, str]:
 
 
 def _binned(known: Sequence[str], edges: Sequence[float]) -> tuple[dict[str, int], list[str]]:
-    if not len(edges) or not all(a < b for a, b in itertools.pairwise(edges)):
-        raise ValueError(f"edges of bins must rise, got {list(edges)}")
+    rising = all(a < b for a, b in itertools.pairwise(edges))
+    if not len(edges) or not np.isfinite(edges).all() or not rising:
+        raise ValueError(f"edges of bins must be finite and rise, got {list(edges)}")
     number = {}
     for value in known:
         try:

@@ -12,19 +12,24 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from speechbrain_qmargin.extras import require
 from speechbrain_qmargin.files import load_record, save_record
 from speechbrain_qmargin.scoring.separation import (
-    ORIGIN,
+    Origin,
+    json_digest,
     refuse_other_scores,
     refuse_shared,
     speaker_digests,
 )
 from speechbrain_qmargin.trials import LabelledTrials, Trials
 from speechbrain_qmargin.trials.pairs import as_labels
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Calibration", "digest", "fit_calibration", "fit_log_odds"]
 
@@ -52,8 +57,9 @@ class Calibration:
         What the scores are that it was fitted on ("cosine", "as-norm", ...); empty if not known.
     speakers : list of str
         Digests of the development speakers (:func:`speaker_digests`).
-    encoder, cohort, mean, enrolment : str
-        Of the scores it was fitted on, as of an operating point; empty if not known.
+    encoder, cohort, mean, enrolment, backend : str
+        Of the scores it was fitted on (:class:`~speechbrain_qmargin.scoring.separation.Origin`);
+        empty if not known.
 
     Raises
     ------
@@ -81,6 +87,7 @@ class Calibration:
     cohort: str = ""
     mean: str = ""
     enrolment: str = ""
+    backend: str = ""
 
     def __post_init__(self) -> None:
         numbers = [*self.weights, self.offset, self.p_target]
@@ -98,18 +105,19 @@ class Calibration:
         names = [f"{end} {name}" for name in self.qualities for end in ("lower", "higher")]
         return list(zip(["score", *names], self.weights, strict=True))
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that its log-likelihood ratios depend on, their ``backend``."""
+        return json_digest([self.qualities, self.weights, self.offset, self.backend])
+
     def apply(
         self,
         scores: np.ndarray,
         trials: Trials,
         qualities: Qualities | None = None,
         *,
-        kind: str = "",
-        encoder: str = "",
-        cohort: str = "",
-        mean: str = "",
-        enrolment: str = "",
         allow_same: bool = False,
+        **origin: Unpack[Origin],
     ) -> np.ndarray:
         """Log-likelihood ratios of new scores: float64 [N].
 
@@ -119,20 +127,19 @@ class Calibration:
         trials : Trials
         qualities : mapping from measure to mapping from recording to float, optional
             Those that it was fitted with; others are left.
-        kind, encoder, cohort, mean, enrolment : str
-            What the scores are, and of what, as far as that is known.
         allow_same : bool
             Also of the development speakers; figures on the result are optimistic.
+        **origin
+            What the scores are, and of what, as far as that is known
+            (:class:`~speechbrain_qmargin.scoring.separation.Origin`).
 
         Raises
         ------
         ValueError
             The trials it was fitted on or others of their speakers (unless `allow_same`), scores
-            of another kind, encoder, cohort, mean or enrolment, of another shape or not finite, a
-            missing quality measure.
+            of another origin, of another shape or not finite, a missing quality measure.
         """
-        given = dict(zip(ORIGIN, (kind, encoder, cohort, mean, enrolment), strict=True))
-        refuse_other_scores(given, vars(self), "the calibration")
+        refuse_other_scores(origin, vars(self), "the calibration")
         if not allow_same:
             if digest(trials) == self.fitted_on:
                 raise ValueError(
@@ -285,11 +292,7 @@ def fit_calibration(
     qualities: Qualities | None = None,
     *,
     p_target: float = 0.01,
-    kind: str = "",
-    encoder: str = "",
-    cohort: str = "",
-    mean: str = "",
-    enrolment: str = "",
+    **origin: Unpack[Origin],
 ) -> Calibration:
     """Fit on development trials, of other speakers than those to be reported.
 
@@ -304,8 +307,10 @@ def fit_calibration(
     qualities : mapping from a measure's name to its value for every id
         Durations are best given as logarithms.
     p_target : float
-    kind, encoder, cohort, mean, enrolment : str
-        What the scores are, and of what; the calibration is refused for others.
+    **origin
+        What the scores are, and of what
+        (:class:`~speechbrain_qmargin.scoring.separation.Origin`); the calibration is refused for
+        others.
 
     Raises
     ------
@@ -338,10 +343,6 @@ def fit_calibration(
         p_target,
         digest(trials),
         len(counted),
-        kind,
-        speaker_digests(trials),
-        encoder,
-        cohort,
-        mean,
-        enrolment,
+        speakers=speaker_digests(trials),
+        **origin,
     )

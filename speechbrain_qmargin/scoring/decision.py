@@ -6,6 +6,7 @@ import math
 import numbers
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from speechbrain_qmargin.scoring.metrics import (
     allowed_false_accepts,
     tar_at_far,
 )
-from speechbrain_qmargin.scoring.separation import ORIGIN, refuse_other_scores
+from speechbrain_qmargin.scoring.separation import ORIGIN, Origin, refuse_other_scores
 from speechbrain_qmargin.scoring.uncertainty import (
     FEWEST_ERRORS,
     Spread,
@@ -25,6 +26,9 @@ from speechbrain_qmargin.scoring.uncertainty import (
     scarcer,
 )
 from speechbrain_qmargin.trials import Trials
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "OperatingPoint",
@@ -56,20 +60,13 @@ class OperatingPoint:
         not known that the speakers of the two are apart.
     chosen_on, measured_on : str
         The trial lists, with their SHA-256.
-    kind : str
-        What the scores are ("cosine", "as-norm", "llr", ...); empty if not known.
+    kind, encoder, cohort, mean, enrolment, backend : str
+        What the scores are, and of what (:class:`~speechbrain_qmargin.scoring.separation.Origin`);
+        empty if not known.
     embeddings : str
         What they were computed from: the file by name and SHA-256; empty if not known.
     scores : str
         The score file that the threshold was chosen on, by name and SHA-256.
-    encoder : str
-        The digest of the encoder whose embeddings were scored; empty if not known.
-    cohort : str
-        What the scores were normalised with, by name or digest; empty without a cohort.
-    mean : str
-        What was subtracted from the embeddings, by name and SHA-256; empty if not known.
-    enrolment : str
-        How the recordings of an enrolment model were put together; empty without models.
     enrolled_from : int
         Recordings of an enrolment in the trials (their median); 0 if not known.
     far_interval, tar_interval : (low, high) or None
@@ -118,6 +115,7 @@ class OperatingPoint:
     enrolled_from: int = 0
     mean: str = ""
     enrolment: str = ""
+    backend: str = ""
     far_interval: tuple[float, float] | None = None
     tar_interval: tuple[float, float] | None = None
     confidence: float = 0.95
@@ -142,25 +140,15 @@ class OperatingPoint:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"the {name} is {getattr(self, name)!r}, not a text")
 
-    def refuse_other(
-        self,
-        *,
-        kind: str = "",
-        encoder: str = "",
-        cohort: str = "",
-        mean: str = "",
-        enrolment: str = "",
-    ) -> None:
+    def refuse_other(self, **origin: Unpack[Origin]) -> None:
         """Refuse what this threshold is not of.
 
         Raises
         ------
         ValueError
-            Another kind of score, encoder, cohort, mean or enrolment of models; what is not known
-            on either side is not compared.
+            Scores of another origin; what is not known on either side is not compared.
         """
-        given = dict(zip(ORIGIN, (kind, encoder, cohort, mean, enrolment), strict=True))
-        refuse_other_scores(given, vars(self), "the threshold")
+        refuse_other_scores(origin, vars(self), "the threshold")
 
     @property
     def doubt(self) -> str:
@@ -224,23 +212,23 @@ class OperatingPoint:
         note = f", optimistic: {self.doubt}" if self.optimistic else ""
         return f"accepts {far} and {tar}; these rates are {self.mark}{note}"
 
-    def accepts(self, score: float, kind: str = "", encoder: str = "") -> bool:
+    def accepts(self, score: float, **origin: Unpack[Origin]) -> bool:
         """Whether to accept.
 
         Parameters
         ----------
         score : float
-        kind, encoder : str
-            What the score is, and of which encoder (its digest); others than the threshold's are
-            refused.
+        **origin
+            What the score is, and of what: ``kind="cosine"``, the digest of its ``encoder``, ...
+            (:class:`~speechbrain_qmargin.scoring.separation.Origin`).
 
         Raises
         ------
         ValueError
-            A score that is not a finite number, of another kind or of another encoder: neither
+            A score that is not a finite number, or of another origin than the threshold's: neither
             accepted nor rejected in silence.
         """
-        self.refuse_other(kind=kind, encoder=encoder)
+        self.refuse_other(**origin)
         if not _is_number(score) or not math.isfinite(score):
             raise ValueError(f"the score is {score!r}; no decision can rest on it")
         return bool(score >= self.threshold)
@@ -325,17 +313,13 @@ def choose_operating_point(
     measured_on: str = "",
     chosen_on: str = "",
     speakers: float | None = None,
-    kind: str = "",
     embeddings: str = "",
     scores: str = "",
-    encoder: str = "",
-    cohort: str = "",
-    mean: str = "",
-    enrolment: str = "",
     enrolled_from: int = 0,
     apart: bool = True,
     spread: Spread | None = None,
     confidence: float = 0.95,
+    **origin: Unpack[Origin],
 ) -> OperatingPoint:
     """The threshold for a FAR, chosen on development scores if given.
 
@@ -355,13 +339,15 @@ def choose_operating_point(
         The sources of the trial lists.
     speakers : float, optional
         That contribute to the trials it is measured on, for the mark.
-    kind, embeddings, scores, encoder, cohort, mean, enrolment, enrolled_from
+    embeddings, scores, enrolled_from
         Of :class:`OperatingPoint`.
     apart : bool
         Whether development and test are known to share no speaker; otherwise it is optimistic.
     spread : Spread, optional
         Of the scores it is measured on, for the intervals.
     confidence : float
+    **origin
+        What the scores are, and of what.
 
     Raises
     ------
@@ -409,15 +395,11 @@ def choose_operating_point(
         optimistic=development is None or not apart,
         chosen_on=chosen_on if development else measured_on,
         measured_on=measured_on,
-        kind=kind,
         embeddings=embeddings,
         scores=scores,
-        encoder=encoder,
-        cohort=cohort,
-        mean=mean,
-        enrolment=enrolment,
         enrolled_from=enrolled_from,
         far_interval=far_interval,
         tar_interval=tar_interval,
         confidence=confidence,
+        **origin,
     )

@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from speechbrain_qmargin.files import load_record, save_record
 from speechbrain_qmargin.scoring.calibration import fit_log_odds
 from speechbrain_qmargin.scoring.separation import (
+    Origin,
+    json_digest,
     refuse_other_scores,
     refuse_shared,
     speaker_digests,
@@ -46,7 +47,7 @@ class Fusion:
         Of development.
     fitted_on : str
         The development list, with its SHA-256, if it came from a file.
-    origins : mapping from system to mapping
+    origins : mapping from system to Origin
         What its scores are and of what, where that is known; see
         :attr:`~speechbrain_qmargin.scoring.score_files.ScoreFile.origin`.
 
@@ -67,7 +68,13 @@ class Fusion:
     speakers: list[str]
     num_trials: int
     fitted_on: str = ""
-    origins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that its log-likelihood ratios depend on, their ``backend``."""
+        backends = [self.origins.get(name, {}).get("backend", "") for name in self.systems]
+        return json_digest([self.systems, self.weights, self.offset, backends])
 
     def apply(
         self,
@@ -75,7 +82,7 @@ class Fusion:
         trials: Trials,
         *,
         allow_shared_speakers: bool = False,
-        origins: Mapping[str, Mapping[str, Any]] | None = None,
+        origins: Mapping[str, Origin] | None = None,
     ) -> np.ndarray:
         """Log-likelihood ratios of the systems' scores: float64 [N].
 
@@ -86,7 +93,7 @@ class Fusion:
         trials : Trials
         allow_shared_speakers : bool
             Figures on the result are optimistic.
-        origins : mapping from system to mapping, optional
+        origins : mapping from system to Origin, optional
             What the scores are and of what.
 
         Raises
@@ -157,7 +164,7 @@ def fit_fusion(
     trials: Trials,
     *,
     p_target: float = 0.01,
-    origins: Mapping[str, Mapping[str, Any]] | None = None,
+    origins: Mapping[str, Origin] | None = None,
 ) -> Fusion:
     """Fit on development trials, of which distinct pairs count, as in figures.
 
@@ -167,7 +174,7 @@ def fit_fusion(
     trials : Trials
         Of development, with labels; of other speakers than those to be reported.
     p_target : float
-    origins : mapping from system to mapping, optional
+    origins : mapping from system to Origin, optional
         What the scores are and of what; the fusion is refused for others.
 
     Raises
@@ -203,5 +210,5 @@ def fit_fusion(
         speaker_digests(trials),
         len(counted),
         trials.source,
-        {name: dict(origin) for name, origin in (origins or {}).items()},
+        dict(origins or {}),
     )

@@ -29,7 +29,7 @@ from speechbrain_qmargin.scoring.plots import (
     save_figure,
 )
 from speechbrain_qmargin.scoring.report import Report, compare, evaluate
-from speechbrain_qmargin.scoring.separation import ORIGIN, refuse_shared
+from speechbrain_qmargin.scoring.separation import origin_of, refuse_shared
 from speechbrain_qmargin.scoring.worst import worst_speakers, worst_trials
 from speechbrain_qmargin.trials import LabelledTrials, Lost
 
@@ -190,11 +190,11 @@ def write_report(
             speakers=structure.contributing,
             embeddings=about.get("embeddings", ""),
             scores=provenance.files.get(name, ""),
-            **{name: about.get(name, "") for name in ORIGIN},
             enrolled_from=recordings_enrolled(trials),
             apart=apart.get(name, True),
             spread=reports[name].spread,
             confidence=confidence,
+            **origin_of(about),
         )
     names = list(reports)
     differences = {

@@ -325,6 +325,8 @@ def score_lists(
             said = about | {"kind": kinds[system]}
             if cohort is not None and cohort.source and system in (cohort.kind, "calibrated"):
                 said["cohort"] = cohort.source
+            if calibration is not None and system == "calibrated":
+                said["backend"] = calibration.digest
             if trials.models:
                 said["enrolment"] = enrolment
             write_scores(folder / name / f"{system}.tsv", trials, scores, said)

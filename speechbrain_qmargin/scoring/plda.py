@@ -12,6 +12,7 @@ for embeddings that are not, and to compare with systems that use it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -62,6 +63,13 @@ class PLDA:
     within: np.ndarray
     encoder: str = ""
     speakers: Sequence[str] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that its scores depend on, their ``backend``."""
+        arrays = (self.centre, self.mean, self.between, self.within)
+        content = b"".join(np.asarray(array, "<f8").tobytes() for array in arrays)
+        return hashlib.sha256(content).hexdigest()
 
     @cached_property
     def _quadratic(self) -> tuple[np.ndarray, np.ndarray, float]:

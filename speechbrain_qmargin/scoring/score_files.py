@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_qmargin.files import replacing
-from speechbrain_qmargin.scoring.separation import Origin
+from speechbrain_qmargin.scoring.separation import Origin, origin_of
 from speechbrain_qmargin.tables import Table, read_table
 from speechbrain_qmargin.trials import Lost, Trials, index_pairs, match_ids
 
@@ -55,7 +55,7 @@ class ScoreFile:
     >>> read.kind, read.scores, read.trials.pair(0)
     ('cosine', array([0.75]), 'a/1 a/2')
     >>> read.origin
-    {'kind': 'cosine', 'encoder': '', 'cohort': '', 'mean': '', 'enrolment': ''}
+    {'kind': 'cosine'}
     """
 
     trials: Trials
@@ -72,14 +72,7 @@ class ScoreFile:
     @property
     def origin(self) -> Origin:
         """What a threshold is bound to, as far as the file says."""
-        said = self.about
-        return Origin(
-            kind=self.kind,
-            encoder=said.get("encoder", ""),
-            cohort=said.get("cohort", ""),
-            mean=said.get("mean", ""),
-            enrolment=said.get("enrolment", ""),
-        )
+        return origin_of(self.about)
 
 
 def write_scores(

@@ -8,18 +8,22 @@ they cannot.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 
 from speechbrain_qmargin.tables import some
 from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials.ids import match_ids
 
 __all__ = [
     "ORIGIN",
     "Origin",
+    "json_digest",
     "name_digest",
+    "origin_of",
     "refuse_other_scores",
     "refuse_shared",
     "refuse_tested",
@@ -27,10 +31,25 @@ __all__ = [
 ]
 
 
-class Origin(TypedDict):
-    """What scores are made of and how; empty where it is not known.
+class Origin(TypedDict, total=False):
+    """What scores are made of and how; empty or left out where it is not known.
 
     A threshold, a calibration or a fusion is for scores of the same origin.
+
+    Attributes
+    ----------
+    kind : str
+        What they are: "cosine", "centred cosine", "as-norm", "plda", "llr", ...
+    encoder : str
+        Digest of the encoder whose embeddings were scored.
+    cohort : str
+        What they were normalised with, by name or digest; empty without a cohort.
+    mean : str
+        What was subtracted from the embeddings, by name and SHA-256.
+    enrolment : str
+        How the recordings of an enrolment model were put together; empty without models.
+    backend : str
+        Digest of the PLDA, the calibration or the fusion that they come from; empty for cosines.
     """
 
     kind: str
@@ -38,9 +57,27 @@ class Origin(TypedDict):
     cohort: str
     mean: str
     enrolment: str
+    backend: str
 
 
 ORIGIN = tuple(Origin.__annotations__)
+_DIGESTS = {  # what is told by its digest, and a word on what makes it another
+    "encoder": "",
+    "cohort": " (its file, speakers, mean, or the number of nearest entries)",
+    "mean": "",
+    "backend": " (a PLDA, a calibration or a fusion)",
+}
+
+
+def origin_of(about: Mapping[str, str]) -> Origin:
+    """What the line at the head of a score file says of the scores' origin.
+
+    Examples
+    --------
+    >>> origin_of({"kind": "cosine", "encoder": "5e11", "trials": "list.txt"})
+    {'kind': 'cosine', 'encoder': '5e11'}
+    """
+    return cast("Origin", {name: about[name] for name in ORIGIN if about.get(name)})
 
 
 def name_digest(name: str) -> str:
@@ -52,6 +89,17 @@ def name_digest(name: str) -> str:
     '55579b557896d0ce'
     """
     return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def json_digest(content: Any) -> str:
+    """SHA-256 of numbers and names, in hexadecimal digits.
+
+    Examples
+    --------
+    >>> json_digest([["a"], [1.5]])[:16]
+    'e71c07767cad9659'
+    """
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def speaker_digests(trials: Trials) -> list[str]:
@@ -88,7 +136,8 @@ def refuse_shared(
     Raises
     ------
     ValueError
-        Speakers (where they are not known: recordings) in both; named.
+        Speakers in both; recordings where the speakers are not known (by
+        :func:`~speechbrain_qmargin.trials.ids.match_ids`). They are named.
 
     Examples
     --------
@@ -103,9 +152,11 @@ def refuse_shared(
     known = trials.speakers_known
     if isinstance(development, Trials):
         known = known and development.speakers_known
-        seen = set(development.speaker_names() if known else development.recordings)
-        own = set(trials.speaker_names() if known else trials.recordings)
-        shared = sorted(seen & own)
+        if known:
+            shared = sorted({*development.speaker_names()} & {*trials.speaker_names()})
+        else:
+            places, _ = match_ids(trials.recordings, development.recordings)
+            shared = [one for one, at in zip(trials.recordings, places, strict=True) if at >= 0]
     else:
         digests = set(development)
         shared = sorted(
@@ -201,7 +252,9 @@ def refuse_other_scores(given: Mapping[str, Any], wanted: Mapping[str, Any], wha
     Raises
     ------
     ValueError
-        Another kind of score, encoder, cohort, mean or enrolment of models.
+        Another kind of score, encoder, cohort, mean, enrolment of models or back end.
+    TypeError
+        A name in `given` that is none of these.
 
     Examples
     --------
@@ -210,19 +263,20 @@ def refuse_other_scores(given: Mapping[str, Any], wanted: Mapping[str, Any], wha
     Traceback (most recent call last):
     ValueError: the threshold is of the encoder 5e11, and this is ac1d: it wants one of its own
     """
+    if unknown := given.keys() - set(ORIGIN):
+        raise TypeError(f"{min(unknown)!r} tells no origin of scores; {', '.join(ORIGIN)} do")
     kind, own = given.get("kind", ""), wanted.get("kind", "")
     if kind and own and kind != own:
         raise ValueError(f"{what} is for {own} scores, and these are {kind} scores")
     one, own = given.get("enrolment", ""), wanted.get("enrolment", "")
     if one and own and one != own:
         raise ValueError(f"{what} is for enrolment by {own}, and these scores are by {one}")
-    for name in ("encoder", "cohort", "mean"):
+    for name, note in _DIGESTS.items():
         one, own = given.get(name, ""), wanted.get(name, "")
         if one and own and _digest_in(one) != _digest_in(own):
-            made = " (its file, speakers, mean, or the number of nearest entries)"
             raise ValueError(
                 f"{what} is of the {name} {_digest_in(own)[:16]}, and this is "
-                f"{_digest_in(one)[:16]}{made * (name == 'cohort')}: it wants one of its own"
+                f"{_digest_in(one)[:16]}{note}: it wants one of its own"
             )
 
 

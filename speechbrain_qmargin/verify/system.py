@@ -196,6 +196,8 @@ class System:
             if self.calibration.kind != self.kind or self.calibration.cohort != self.point.cohort:
                 raise ValueError("the calibration is of other scores than the threshold")
             self.point.refuse_other(encoder=self.calibration.encoder)
+            if self.point.kind == "llr":
+                self.point.refuse_other(backend=self.calibration.digest)
         if self.histogram is not None:
             if self.histogram.kind != self.kind:
                 raise ValueError("the histogram is of other scores than the threshold")
@@ -253,8 +255,8 @@ class System:
         if self.point.kind == "llr":
             decided = self.llr(score)
             assert decided is not None  # there is a calibration, or the kind were not known
-            return self.point.accepts(decided, "llr")
-        return self.point.accepts(score, self.kind)
+            return self.point.accepts(decided, kind="llr")
+        return self.point.accepts(score, kind=self.kind)
 
     # ---------------------------------------------------------------- files
 

@@ -162,6 +162,8 @@ def test_quality(files, capsys):
     values = read_map(files / "quality.txt", float)
     assert len(values) == 48
     assert "the mean of the 5 nearest of 12 cohort entries" in capsys.readouterr().out
+    assert run("quality", *arguments[:2], files / "no.txt", "--top_n=13") == 1
+    assert "top_n is 13; it must be from 2 to the cohort's size, 12" in capsys.readouterr().err
     given = [files / "dev_one.tsv", files / "calibration.json"]
     assert run("calibrate", *given, f"--quality=cohort={files / 'quality.txt'}") == 0
     assert "higher cohort" in capsys.readouterr().out
@@ -188,6 +190,66 @@ def test_plda(files, capsys):
     assert "plda.npz: 12 speakers are in dev.txt too" in capsys.readouterr().err
     assert run("plda", *given, files / "no.tsv") == 1
     assert "give --train embeddings" in capsys.readouterr().err
+
+
+def test_scores_of_another_back_end_are_kept_apart(files, tmp_path, capsys):
+    """Of one encoder and one kind: a PLDA, a calibration or a fusion of their own."""
+    for name, rank in (("eight", 8), ("four", 4)):
+        saved = tmp_path / f"{name}.npz"
+        held = files / "cohort_one.npz"
+        for part in ("dev", "test"):
+            given = files / f"{part}_one.npz", files / f"{part}.txt", tmp_path / f"{part}_{name}"
+            made = f"--plda={saved}" if saved.exists() else f"--train={held}"
+            more = [f"--rank={rank}", f"--save={saved}"] if not saved.exists() else []
+            assert run("plda", *given, made, *more) == 0
+        given = tmp_path / f"dev_{name}", tmp_path / f"{name}.json"
+        assert run("calibrate", *given) == 0
+        llr = tmp_path / f"llr_{name}"
+        assert run("apply", tmp_path / f"{name}.json", tmp_path / f"test_{name}", llr) == 0
+        fused = f"--output={tmp_path / f'fused_{name}'}", f"--save={tmp_path / f'fusion_{name}'}"
+        systems = f"a={tmp_path / f'test_{name}'}", f"--dev_scores=a={tmp_path / f'dev_{name}'}"
+        assert run("fuse", *systems, *fused) == 0
+    bound = {}
+    for kind in ("test", "llr", "fused"):
+        assert run("report", tmp_path / f"{kind}_eight", f"--output={tmp_path / kind}") == 0
+        bound[kind] = f"--operating_point={tmp_path / kind / 'operating_point.json'}"
+    people, dev = f"--metadata={files / 'people.csv'}", tmp_path / "dev_eight"
+    capsys.readouterr()
+    for words in (
+        *(("breakdown", tmp_path / f"{kind}_four", people, point) for kind, point in bound.items()),
+        ("apply", tmp_path / "eight.json", tmp_path / "test_four", tmp_path / "out"),
+        ("report", tmp_path / "test_four", f"--dev_scores={dev}", f"--output={tmp_path / 'p'}"),
+        ("fuse", f"a={tmp_path / 'test_four'}", f"--fusion={tmp_path / 'fusion_eight'}",
+         f"--output={tmp_path / 'out'}"),
+    ):  # fmt: skip
+        assert run(*words) == 1, words
+        said = capsys.readouterr().err
+        assert "is of the backend " in said
+        assert "(a PLDA, a calibration or a fusion): it wants one of its own" in said
+    for kind, point in bound.items():
+        assert run("breakdown", tmp_path / f"{kind}_eight", people, point) == 0
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_trials_of_one_class_are_refused_by_their_file(files, tmp_path, capsys, label):
+    lines = (files / "test_one.tsv").read_text().splitlines()
+    kept = [lines[1], *(line for line in lines[2:] if line.endswith(f"\t{label}"))]
+    lone = tmp_path / "lone.tsv"  # without the first line, which names the list
+    lone.write_text("\n".join(kept) + "\n")
+    both, output = files / "test_one.tsv", f"--output={tmp_path / 'out'}"
+    capsys.readouterr()
+    for words in (
+        ("report", lone, output),
+        ("report", both, f"--dev_scores={lone}", output),
+        ("bayes", lone, output),
+        ("breakdown", lone, f"--metadata={files / 'people.csv'}"),
+        ("calibrate", lone, tmp_path / "out"),
+        ("fuse", f"a={both}", f"--dev_scores=a={lone}", output),
+    ):
+        assert run(*words) == 1, words
+        lack = "impostor" if label else "target"
+        assert f"lone.tsv: it has no {lack} trials" in capsys.readouterr().err, words
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_command_replaces_what_is_there_unasked(files, tmp_path, capsys):

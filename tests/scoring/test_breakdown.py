@@ -63,8 +63,10 @@ def test_bins_and_same_session():
         trial_groups(trials, {"c": "1"})
     with pytest.raises(ValueError, match="'x' is not a number"):
         trial_groups(trials, {"a": "x"}, edges=[1])
-    with pytest.raises(ValueError, match="must rise"):
+    with pytest.raises(ValueError, match="must be finite and rise"):
         trial_groups(trials, {"a": "1"}, edges=[2, 1])
+    with pytest.raises(ValueError, match="must be finite and rise"):
+        trial_groups(trials, {"a": "1"}, edges=[float("nan")])
 
 
 def test_many_values_are_binned_or_refused():

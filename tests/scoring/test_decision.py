@@ -97,10 +97,10 @@ def test_scores_that_float32_makes_one_are_rejected_together():
 
 def test_another_kind_of_score_is_refused():
     point = choose_operating_point("a", points_of(0)[0], 0.01, kind="cosine")
-    assert point.accepts(5.0, "cosine")
+    assert point.accepts(5.0, kind="cosine")
     assert point.accepts(5.0)
     with pytest.raises(ValueError, match="the threshold is for cosine scores, and these are as-n"):
-        point.accepts(5.0, "as-norm")
+        point.accepts(5.0, kind="as-norm")
 
 
 def test_what_it_promises_has_the_intervals_of_its_list():
@@ -131,6 +131,8 @@ def test_another_encoder_or_cohort_is_refused():
         point.accepts(5.0, encoder="f")
     with pytest.raises(ValueError, match="of the cohort c, and this is d"):
         point.refuse_other(cohort="d")
+    with pytest.raises(TypeError, match="'encodr' tells no origin of scores; kind, encoder, "):
+        point.accepts(5.0, encodr="f")
 
 
 @pytest.mark.parametrize("bad", ["0.5", None, True, float("nan"), float("inf"), [0.5]])
@@ -156,6 +158,8 @@ def test_development_that_has_seen_the_test_speakers_is_refused():
     assert "whether they share speakers is not known" in refuse_shared(test, unknown)
     with pytest.raises(ValueError, match="2 recordings are in dev too: x, y"):
         refuse_shared(unknown, unknown)
+    with pytest.raises(ValueError, match="2 recordings are in dev too: x, y"):
+        refuse_shared(unknown, replace(unknown, ids=["x.wav", "y.wav"]))
     point = choose_operating_point(
         "a", points_of(0)[0], 0.01, development=points_of(1)[0], apart=False
     )

@@ -141,6 +141,9 @@ def test_a_calibrated_threshold_decides_on_ratios(tmp_path):
     assert [system.accepts(score) for score in (0.41, 0.39)] == [True, False]
     with pytest.raises(ValueError, match="the score is nan"):
         system.accepts(float("nan"))
+    System(replace(point, backend=calibration.digest), None, calibration)
+    with pytest.raises(ValueError, match="the threshold is of the backend"):
+        System(replace(point, backend=calibration.digest), None, replace(calibration, offset=-3.0))
 
 
 def test_identification_names_the_nearest_and_what_a_search_costs(verifier):
