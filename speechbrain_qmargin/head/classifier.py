@@ -220,8 +220,8 @@ class QMarginHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, embedding_dim, dtype=torch.float32))
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.anchor = nn.Parameter(torch.zeros(())) if distributed else None
-        self.register_state_dict_post_hook(_leave_out_anchor)
-        self.register_load_state_dict_pre_hook(_keep_anchor)
+        self.register_state_dict_post_hook(_say_shard)
+        self.register_load_state_dict_pre_hook(_check_shard)
         # what DDP reads of the module it wraps: its names for gradients and for broadcasts
         self._ddp_params_and_buffers_to_ignore = [".weight", "weight"]
         self._derived, self._room = Derived(sizes), Room()
@@ -737,13 +737,25 @@ class HeadOutput:
         return targets
 
 
-def _leave_out_anchor(head: QMarginHead, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """What torchrun wrote is loaded without it, and the other way round."""
+def _say_shard(head: QMarginHead, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The anchor is left out: what torchrun wrote is loaded without it, and the other way round."""
     state.pop(f"{prefix}anchor", None)
+    if head.comm.world > 1:
+        state[f"{prefix}shard"] = torch.tensor([head.start, head.stop, head.num_classes])
 
 
-def _keep_anchor(head: QMarginHead, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    _leave_out_anchor(head, state, prefix)
+def _check_shard(head: QMarginHead, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse the classes of another rank: shards have one size and one name."""
+    said = state.pop(f"{prefix}shard", None)
+    own = [head.start, head.stop, head.num_classes]
+    if said is not None and said.tolist() != own:
+        one, other = ("[{}, {}) of {}".format(*each) for each in (said.tolist(), own))
+        raise ValueError(
+            f"the state is of the classes {one}, and rank {head.comm.rank} holds {other}. "
+            "torch.distributed.checkpoint keeps one rank's shard for all; use save_shards and "
+            "load_shards, which load on any number of ranks"
+        )
+    state.pop(f"{prefix}anchor", None)
     if head.anchor is not None:
         state[f"{prefix}anchor"] = head.anchor.detach()
 

@@ -359,6 +359,26 @@ def test_its_state_is_the_same_under_torchrun_and_without(monkeypatch):
     alone.load_state_dict({"weight": alone.weight, "anchor": torch.zeros(())})
 
 
+def test_another_ranks_shard_is_refused():
+    """torch.distributed.checkpoint gives every rank the first one's tensors of one name."""
+
+    def rank_state(communicator):
+        head = make(group=communicator)
+        own = copy.deepcopy(head.state_dict())
+        head.load_state_dict(own)
+        assert torch.equal(head.weight, own["weight"])
+        first = {key: communicator.gather_rows(value)[0] for key, value in own.items()}
+        if communicator.rank:
+            with pytest.raises(ValueError, match=r"of the classes \[0, .*, and rank 1 holds \["):
+                head.load_state_dict(first)
+        assert torch.equal(head.weight, own["weight"])
+        return own
+
+    first, _ = on_ranks(2, rank_state)
+    with pytest.raises(ValueError, match="keeps one rank's shard for all"):
+        make().load_state_dict(first)
+
+
 def test_a_head_that_is_older_than_the_processes_is_refused(monkeypatch):
     """Each would train all classes on its own batches, and nothing would keep them equal."""
     head, x = make(), embeddings()
