@@ -445,7 +445,8 @@ def _prototypes(classifier: nn.Module | None, labels: int) -> Tensor | None:
     if getattr(bare(classifier), "subcentres", 1) > 1:
         return None
     state = {} if classifier is None else bare(classifier).state_dict()
-    if [key for key, value in state.items() if value.ndim] != ["weight"]:
+    numbers = {key for key, value in state.items() if value.ndim and value.is_floating_point()}
+    if numbers != {"weight"}:
         return None
     weight, comm = state["weight"].detach(), getattr(bare(classifier), "comm", None)
     if comm is not None and comm.world > 1:

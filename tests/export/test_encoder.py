@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from ranks import on_ranks
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.inference.speaker import SpeakerRecognition
@@ -23,6 +24,7 @@ from speechbrain_qmargin.export.inference import (
     set_operating_point,
 )
 from speechbrain_qmargin.export.onnx import export_onnx
+from speechbrain_qmargin.head import QMarginHead
 from speechbrain_qmargin.scoring.decision import OperatingPoint, choose_operating_point
 from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.training.brain import SpeakerBrain
@@ -207,6 +209,15 @@ def test_a_run_loads_before_and_after_its_export(tmp_path):
     folder = export_run(tmp_path)
     assert load_encoder(tmp_path).digest() == wanted
     assert load_encoder(folder).digest() == wanted
+
+
+def test_the_prototypes_of_all_shards_are_exported():
+    def exported(communicator):
+        return inference._prototypes(QMarginHead(4, 7, seed=0, group=communicator), 6)
+
+    whole = QMarginHead(4, 7, seed=0).weight[:6]
+    for found in on_ranks(2, exported):
+        assert torch.equal(found, whole)
 
 
 def test_the_sparse_heads_prototypes_classify_without_the_copies_at_other_speeds(tmp_path):
