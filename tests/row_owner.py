@@ -6,6 +6,7 @@ class Rows:
 
     def __init__(self, weight):
         self.weight, self.optimizer = weight, None
+        self.shard = 0, len(weight), len(weight)
 
     def bind(self, optimizer):
         self.optimizer = optimizer

@@ -23,7 +23,7 @@ from speechbrain_qmargin.head.binary import BinaryLoss
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.kernel_search import Room, takes
 from speechbrain_qmargin.head.optim import RowSparse
-from speechbrain_qmargin.head.prototypes import Derived, Mark, Prototypes, are_finite
+from speechbrain_qmargin.head.prototypes import Derived, Mark, Prototypes, are_finite, content
 from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.head.step import Evaluation, HeadLoss, RowsInOrder, Shard, refuse_labels
 from speechbrain_qmargin.loss.device import assert_on_device, host_decides
@@ -44,6 +44,14 @@ __all__ = ["HeadOutput", "LookedAt", "QMarginHead"]
 
 _BLOCK = 32768  # rows initialised from one seed
 _MOST_SUBCENTRES = 255
+_ALIKE = (
+    "all ranks hold the same prototypes, where each has classes of its own: they were broadcast or "
+    "averaged as if they were copies. DistributedDataParallel does so around a module that "
+    "contains the head (before wrapping, put the name of the head's weight in it, "
+    "'classifier.weight', into that module's list _ddp_params_and_buffers_to_ignore, or wrap the "
+    "encoder alone), and so do ZeroRedundancyOptimizer, model averaging, and loops over all "
+    "parameters: leave the weight out"
+)
 
 
 class LookedAt(NamedTuple):
@@ -227,7 +235,6 @@ class QMarginHead(nn.Module):
         self._derived, self._room = Derived(sizes), Room()
         self._in_order = RowsInOrder()
         self._optimizer: weakref.ref | None = None
-        self._checked_against_ddp = False
         self.reset_parameters(seed)
 
     @torch.no_grad()
@@ -238,6 +245,8 @@ class QMarginHead(nn.Module):
         """
         if self.weight.is_meta:
             return
+        if self.anchor is not None:
+            self.anchor.zero_()
         if seed is None:
             drawn = torch.randint(2**31, (1,), device="cpu").to(self.comm.device())
             seed = int(self.comm.from_first(drawn))
@@ -303,12 +312,33 @@ class QMarginHead(nn.Module):
         self.in_use()
         return self._derived.of(self.weight)
 
+    @property
+    def shard(self) -> tuple[int, int, int]:
+        """Start, stop and the number of all classes: what states say of a shard.
+
+        ``torch.distributed.checkpoint.state_dict`` looks for an attribute of the state's name.
+        """
+        return self.start, self.stop, self.num_classes
+
     def in_use(self) -> None:
-        """Refuse prototypes of another type; from now on torch's optimisers are watched."""
+        """Refuse prototypes of another type or number; from now on torch's optimisers are watched.
+
+        Raises
+        ------
+        TypeError, ValueError
+        """
         if self.weight.dtype != torch.float32:
             raise TypeError(
                 f"QMarginHead keeps float32 prototypes, found {self.weight.dtype}: use autocast "
                 "instead of converting the module"
+            )
+        classes, rows = self.stop - self.start, len(self.weight)
+        known = (self.start, self.stop) == self.comm.shard_of(self.num_classes)
+        if not known or rows != classes * self.subcentres:
+            raise ValueError(
+                f"QMarginHead was made for {classes} classes here, of {self.subcentres} rows each, "
+                f"and has {rows} rows and num_classes={self.num_classes}: for other classes make "
+                "another head, and an optimiser, and copy the rows that stay"
             )
         _heads.add(self)
 
@@ -437,6 +467,7 @@ class QMarginHead(nn.Module):
         kernels = labels is not None and refused is None and self.may_use_kernels
         kernels = kernels and takes(self.prototypes(), alpha=2.0)
         facts = [len(embeddings), wrong, refused is not None, ~finite, ~finite_rows, not kernels]
+        facts.append(content(self.weight))
         facts = torch.stack(
             [torch.as_tensor(fact, device=embeddings.device).long() for fact in facts]
         )
@@ -454,29 +485,23 @@ class QMarginHead(nn.Module):
                     f"rank {rank}: {wrong_labels} labels outside [0, {self.num_classes}){mine}: "
                     "set num_classes (out_n_neurons) to the size of the label encoder"
                 )
-        sizes, _, _, *infinite, without = zip(*facts, strict=True)
+        sizes, _, _, *infinite, without, contents = zip(*facts, strict=True)
+        if len(set(contents)) == 1 and not any(infinite[1]):
+            raise RuntimeError(_ALIKE)
         finite, finite_rows = (
             torch.tensor(not any(one), device=embeddings.device) for one in infinite
         )
         return _Agreement(list(sizes), finite, finite_rows, not any(without))
 
-    def _check_not_broadcast(self) -> None:
-        """DDP around a larger module makes all ranks' prototypes those of the first."""
-        if self.comm.world == 1 or self._checked_against_ddp:
-            return
-        rows = self.weight.detach()[: self.num_classes // self.comm.world]
-        content = rows.double().abs().sum().to(self.comm.device()).view(1)
-        found = [float(other) for other in self.comm.gather_rows(content)]
-        if len(set(found)) == 1:
-            raise RuntimeError(
-                "all ranks hold the same prototypes: DistributedDataParallel wraps a module that "
-                "contains the head, and has broadcast the first rank's. Before wrapping, put the "
-                "name of the head's weight in it ('classifier.weight') into that module's list "
-                "_ddp_params_and_buffers_to_ignore, or wrap the encoder alone"
-            )
-        self._checked_against_ddp = True
-
     # ---------------------------------------------------------------- checkpoints
+
+    def _check_bound(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if optimizer is not None and not self.is_bound_to(optimizer):
+            raise ValueError(
+                f"shards hold the state of the RowSparseSGD or RowSparseAdam that steps this head, "
+                f"and it is not bound to the {type(optimizer).__name__} given: pass that one, or "
+                "none, and each rank saves the state_dict of its optimiser by itself"
+            )
 
     def save_shards(self, folder: str | Path, optimizer: RowSparse | None = None) -> None:
         """Write a checkpoint that any number of ranks can load; every rank calls it.
@@ -489,7 +514,13 @@ class QMarginHead(nn.Module):
             Seen by all ranks.
         optimizer : RowSparseSGD or RowSparseAdam, optional
             Its state of the prototypes is saved with them.
+
+        Raises
+        ------
+        ValueError
+            An optimiser that this head is not bound to.
         """
+        self._check_bound(optimizer)
         shards.save_shards(
             folder, self.weight, self.num_classes, self.comm, optimizer, subcentres=self.subcentres
         )
@@ -505,8 +536,11 @@ class QMarginHead(nn.Module):
         Raises
         ------
         FileNotFoundError, ValueError
-            No checkpoint, or one of another size: the message names the folder and both sizes.
+            No checkpoint, or one of another size: the message names the folder and both sizes. One
+            without an optimiser's state, where there is an `optimizer`; one that this head is not
+            bound to.
         """
+        self._check_bound(optimizer)
         shards.load_shards(
             folder,
             self.weight,
@@ -632,7 +666,6 @@ class HeadOutput:
                 raise TypeError("the sparse head gives no gradient by log_q: pass log_q.detach()")
         except (ValueError, TypeError) as error:
             refused = error  # raised where all ranks hear of it
-        head._check_not_broadcast()
         with torch.autocast(embeddings.device.type, enabled=False):
             alone = head.comm.world == 1
             if refused is None and isinstance(objective, Objective) and alone:
@@ -741,15 +774,14 @@ def _say_shard(head: QMarginHead, state: dict[str, Any], prefix: str, *_: Any) -
     """The anchor is left out: what torchrun wrote is loaded without it, and the other way round."""
     state.pop(f"{prefix}anchor", None)
     if head.comm.world > 1:
-        state[f"{prefix}shard"] = torch.tensor([head.start, head.stop, head.num_classes])
+        state[f"{prefix}shard"] = torch.tensor(head.shard)
 
 
 def _check_shard(head: QMarginHead, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Refuse the classes of another rank: shards have one size and one name."""
     said = state.pop(f"{prefix}shard", None)
-    own = [head.start, head.stop, head.num_classes]
-    if said is not None and said.tolist() != own:
-        one, other = ("[{}, {}) of {}".format(*each) for each in (said.tolist(), own))
+    if said is not None and tuple(said.tolist()) != head.shard:
+        one, other = ("[{}, {}) of {}".format(*each) for each in (said.tolist(), head.shard))
         raise ValueError(
             f"the state is of the classes {one}, and rank {head.comm.rank} holds {other}. "
             "torch.distributed.checkpoint keeps one rank's shard for all; use save_shards and "

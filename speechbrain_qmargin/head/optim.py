@@ -37,6 +37,11 @@ class RowOwner(Protocol):
 
     weight: nn.Parameter
 
+    @property
+    def shard(self) -> tuple[int, int, int]:
+        """Which classes its rows are, start and stop, and of how many."""
+        ...
+
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on the gradient of `weight` may be row-sparse: `optimizer` takes it."""
 
@@ -54,8 +59,9 @@ class RowSparse(torch.optim.Optimizer):
     """What the optimisers share: their heads, the table of idle steps, state that can be saved.
 
     State of a head's weight: the moments, `idle_since` [C], int32, which numbers a line of `idle`
-    [n, 4 or 5], float64: what the idle steps since that line's step amount to. Both are part of
-    ``state_dict``, as they are: saving changes nothing, and a resumed run goes on the same.
+    [n, 4 or 5], float64: what the idle steps since that line's step amount to; and `shard`, which
+    classes they are of. All is part of ``state_dict``, as it is: saving changes nothing, and a
+    resumed run goes on the same.
 
     Examples
     --------
@@ -140,7 +146,7 @@ class RowSparse(torch.optim.Optimizer):
         for head in heads if isinstance(heads, Iterable) else (heads,):
             self.bind(head)
 
-    def _weights(self) -> dict[Tensor, RowOwner]:
+    def _weights(self, *, loading: bool = False) -> dict[Tensor, RowOwner]:
         found = {}
         parameters = {p for group in self.param_groups for p in group["params"]}
         for head in self._heads:
@@ -151,10 +157,28 @@ class RowSparse(torch.optim.Optimizer):
                     "assign=True). Make the optimiser anew from the head"
                 )
             found[head.weight] = head
+            if not loading:
+                self._check_state(head)
         for group in self.param_groups:
             if any(p in found for p in group["params"]):
                 self._refuse(group)
         return found
+
+    def _check_state(self, head: RowOwner) -> None:
+        """Refuse the state of other rows: where there are as many or more, nothing else would."""
+        state, own = self.state.get(head.weight, {}), head.shard
+        said = tuple(state.get("shard", own))
+        names = [n for n in (*self._moments, "idle_since") if state.get(n) is not None]
+        sizes = {len(state[name]) for name in names}
+        if said == own and sizes <= {len(head.weight)}:
+            return
+        theirs, mine = ("[{}, {}) of {}".format(*each) for each in (said, own))
+        raise ValueError(
+            f"{type(self).__name__}: its state of the prototypes is of the classes {theirs}, "
+            f"{', '.join(map(str, sorted(sizes)))} rows, and the head has {mine}, "
+            f"{len(head.weight)} rows. For another number of classes make the optimiser anew; in "
+            "shards call load_shards after load_state_dict, or save one state_dict on each rank"
+        )
 
     def _refuse(self, group: dict) -> None:
         """Settings of a group that the rows would not follow, as of a dense optimiser's state."""
@@ -188,7 +212,8 @@ class RowSparse(torch.optim.Optimizer):
             A row-sparse gradient of a parameter that belongs to no bound head, or a head whose
             weight is no longer the parameter given here.
         ValueError
-            A setting of the prototypes' group that they cannot follow, as ``maximize``.
+            A setting of the prototypes' group that they cannot follow, as ``maximize``; a state
+            that was loaded and is of other classes.
         """
         loss = None
         if closure is not None:
@@ -227,7 +252,7 @@ class RowSparse(torch.optim.Optimizer):
             self._drop(p, group)
         self._begin(p, group, state)
         if "idle" not in state:
-            state["idle"] = self._line(group, state)
+            state["idle"], state["shard"] = self._line(group, state), head.shard
             state["idle_since"] = torch.zeros(p.shape[0], dtype=torch.int32, device=p.device)
         assert p.grad is not None
         rows, values = _rows_and_values(p.grad, head)
@@ -341,13 +366,14 @@ class RowSparse(torch.optim.Optimizer):
 
     def rows_state(self, weight: Tensor) -> dict[str, Tensor]:
         """The state of a head's weight, for a checkpoint in shards."""
+        self._weights()
         names = (*self._moments, "idle_since", "idle", "step")
         state = self.state.get(weight, {})
         return {name: state[name] for name in names if state.get(name) is not None}
 
     def load_rows_state(self, weight: Tensor, parts: list[tuple[slice, dict]]) -> None:
         """What :meth:`rows_state` gave, of the rows of any number of shards."""
-        state: dict[str, Any] = {}
+        state: dict[str, Any] = {"shard": self._weights(loading=True)[weight].shard}
         for rows, stored in parts:
             for name in self._moments:
                 if name in stored:

@@ -17,6 +17,7 @@ __all__ = [
     "Prototypes",
     "Screen",
     "are_finite",
+    "content",
     "int8_product",
     "mark",
     "screen_dtype",
@@ -55,6 +56,19 @@ def mark(weight: Tensor) -> Mark:
         rows = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED)]
         content = int((rows.view(torch.int32) * _keys(*rows.shape)).sum(dtype=torch.int64))
     return Mark(weight.data_ptr(), weight.device, weight._version, content)
+
+
+def content(weight: Tensor) -> Tensor:
+    """A number, int64, of what 64 rows of a tensor [C, D], float32, hold; on its device.
+
+    Examples
+    --------
+    >>> one, other = (content(row.unsqueeze(0)) for row in torch.eye(2))
+    >>> one == other                    # where a value stands counts
+    tensor(False)
+    """
+    rows = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED)]
+    return rows.view(torch.int32).flatten().cumsum(0).sum()
 
 
 @lru_cache(maxsize=8)

@@ -98,7 +98,8 @@ def load_shards(
     Raises
     ------
     FileNotFoundError, ValueError
-        No checkpoint, or one of another size: the message names the folder and both sizes.
+        No checkpoint, or one of another size: the message names the folder and both sizes. One
+        without an optimiser's state, where there is an `optimizer`; `weight` is then as it was.
 
     Examples
     --------
@@ -138,6 +139,11 @@ def load_shards(
         if low >= high:
             continue
         stored = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+        if optimizer is not None and "optimizer" not in stored:
+            raise ValueError(
+                f"{folder}: saved without an optimiser's state; load it without one, which then "
+                "begins anew"
+            )
         rows = (stop - start) * subcentres
         if stored["weight"].shape != (rows, weight.shape[1]):
             raise ValueError(
@@ -149,7 +155,7 @@ def load_shards(
             for origin in (first, start)
         )
         weight[here] = stored["weight"][there].to(weight.device)
-        if optimizer is not None and "optimizer" in stored:
+        if optimizer is not None:
             state = stored["optimizer"]
             state = {
                 key: value[there] if value.ndim and len(value) == rows and key != "idle" else value

@@ -55,7 +55,6 @@ def in_shards(
 
     def one(comm):
         head = QMarginHead(DIM, CLASSES, *parameters, seed=0, group=comm, sizes=sizes).to(device)
-        head._check_not_broadcast()  # in the first step alone
         x, labels = on(device, *batch(comm.rank, weight, noise))
         comm.calls = 0
         rows = head.train()(x).evaluate(labels, ask(labels, *parameters))
@@ -151,7 +150,6 @@ def test_launches_do_not_grow_with_the_ranks(device):
     def one(comm):
         head = QMarginHead(DIM, CLASSES, 1.25, 32.0, 0.2, seed=0, group=comm, sizes=SIZES)
         head = head.to(device)
-        head._check_not_broadcast()
         x, labels = on(device, *batch(comm.rank, weight, 0.1))
         head.prototypes()
         comm.calls = 0

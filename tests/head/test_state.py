@@ -14,11 +14,12 @@ import torch
 from processes import start
 from ranks import on_ranks
 from speechbrain import Brain
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from speechbrain_qmargin import make_loss, q_margin_loss
-from speechbrain_qmargin.head import QMarginHead, RowSparseAdam, RowSparseSGD
+from speechbrain_qmargin.head import PartialHead, QMarginHead, RowSparseAdam, RowSparseSGD
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.sizes import Sizes
 
@@ -377,6 +378,134 @@ def test_another_ranks_shard_is_refused():
     first, _ = on_ranks(2, rank_state)
     with pytest.raises(ValueError, match="keeps one rank's shard for all"):
         make().load_state_dict(first)
+
+
+def broadcast(comm, weight):
+    weight.data.copy_(comm.gather_rows(weight.data)[0])
+
+
+def averaged(comm, weight):
+    weight.data.copy_(torch.stack(comm.gather_rows(weight.data)).mean(0))
+
+
+@pytest.mark.parametrize("spoil", [broadcast, averaged])
+def test_shards_that_become_copies_are_refused_at_any_step(spoil):
+    """By DDP around a trained head, ZeroRedundancyOptimizer, model averaging, a resumed loop."""
+
+    def train(comm):
+        head = make(group=comm, seed=0)
+        optimizer = RowSparseSGD(head.parameters(), lr=0.3, momentum=0.9, head=head)
+        run(head, optimizer, 3, seed=comm.rank)
+        spoil(comm, head.weight)
+        x = embeddings(comm.rank)
+        for call in (lambda: head.train()(x, LABELS), lambda: head.eval()(x)):
+            with pytest.raises(RuntimeError, match="all ranks hold the same prototypes"):
+                call()
+
+    on_ranks(2, train)
+
+
+def test_the_optimisers_state_of_another_shard_is_refused_until_the_own_is_loaded(tmp_path):
+    """As when the first rank saves for all: of as many rows, it would fit."""
+
+    def resume(comm):
+        head = make(group=comm, seed=0)
+        optimizer = RowSparseSGD(head.parameters(), lr=0.3, momentum=0.9, head=head)
+        run(head, optimizer, 3, seed=comm.rank)
+        head.save_shards(tmp_path, optimizer)
+        momentum = optimizer.state[head.weight]["momentum_buffer"].clone()
+        if comm.rank == 0:
+            first.append(copy.deepcopy(optimizer.state_dict()))
+        comm.barrier()
+        optimizer.load_state_dict(first[0])
+        head.weight.grad = torch.zeros_like(head.weight)
+        if comm.rank:
+            match = r"of the classes \[0, 300\) of 600, 300 rows, and the head has \[300, 600\)"
+            for call in (
+                optimizer.step,
+                optimizer.catch_up,
+                partial(optimizer.rows_state, head.weight),
+            ):
+                with pytest.raises(ValueError, match=match):
+                    call()
+        head.load_shards(tmp_path, optimizer)
+        assert torch.equal(optimizer.state[head.weight]["momentum_buffer"], momentum)
+        optimizer.step()
+
+    first = []
+    on_ranks(2, resume)
+
+
+@pytest.mark.parametrize("kind", [RowSparseSGD, RowSparseAdam])
+@pytest.mark.parametrize("classes", [CLASSES - 100, CLASSES + 100])
+@pytest.mark.parametrize("said", [True, False])
+def test_the_optimisers_state_of_another_number_of_classes_is_refused(kind, classes, said):
+    """The rows that both have would take the other classes' momentum."""
+    _, optimizer = trained(kind)
+    state = optimizer.state_dict()
+    if not said:  # as of an older version, or of a dense optimiser
+        state = copy.deepcopy(state)
+        del state["state"][0]["shard"]
+    head = QMarginHead(DIM, classes, *PARAMETERS)
+    fresh = kind(head.parameters(), lr=0.3, head=head)
+    fresh.load_state_dict(state)
+    head(embeddings(), LABELS).backward()
+    before = weights(head)
+    with pytest.raises(ValueError, match=f"600 rows, and the head has .*, {classes} rows. For an"):
+        fresh.step()
+    assert torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("classes", [CLASSES - 100, CLASSES + 100])
+@pytest.mark.parametrize("kind", [QMarginHead, PartialHead])
+def test_classes_that_are_added_or_taken_away_in_place_are_refused(kind, classes, told):
+    """The loss was that of neither number."""
+    head = kind(DIM, CLASSES)
+    head.weight = torch.nn.Parameter(torch.randn(classes, DIM))
+    if told:
+        head.num_classes = classes
+    match = f"{classes} rows and num_classes={head.num_classes}: for other classes make another"
+    for call in (lambda: head.train()(embeddings(), LABELS), lambda: head.eval()(embeddings())):
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+def test_shards_are_saved_and_loaded_with_the_heads_own_optimiser(tmp_path):
+    """Another's state was saved as none, and none was loaded, without a word."""
+    head, optimizer = trained()
+    _, others = trained()
+    dense = torch.optim.AdamW(head.parameters())
+    for other in (others, dense):
+        name = type(other).__name__
+        for call in (head.save_shards, head.load_shards):
+            with pytest.raises(ValueError, match=f"not bound to the {name} given: pass that one"):
+                call(tmp_path, other)
+    head.save_shards(tmp_path)
+    twin = make()
+    its, before = RowSparseSGD(twin.parameters(), lr=0.3, head=twin), weights(twin)
+    with pytest.raises(ValueError, match="saved without an optimiser's state; load it without"):
+        twin.load_shards(tmp_path, its)
+    assert torch.equal(twin.weight, before)
+    twin.load_shards(tmp_path)
+    assert torch.equal(twin.weight, head.weight)
+    twin.load_state_dict(head.state_dict(), assign=True)
+    head.save_shards(tmp_path, optimizer)
+    for call in (twin.save_shards, twin.load_shards):
+        with pytest.raises(RuntimeError, match="assign=True"):
+            call(tmp_path, its)
+
+
+def test_torchs_distributed_state_dict_knows_what_a_shard_says():
+    """It looks for an attribute of each name."""
+
+    def state(comm):
+        model = torch.nn.Sequential(torch.nn.Linear(DIM, DIM), make(group=comm))
+        found = get_model_state_dict(model)
+        assert found.keys() == model.state_dict().keys()
+        return torch.as_tensor(found["1.shard"]).tolist()
+
+    assert on_ranks(2, state) == [[0, 300, 600], [300, 600, 600]]
 
 
 def test_a_head_that_is_older_than_the_processes_is_refused(monkeypatch):
