@@ -282,7 +282,7 @@ def bad_input(rank, world):
     assert not head.weight.grad.any()
     whole = torch.nn.ModuleDict({"classifier": QMarginHead(DIM, 50, seed=0)})
     torch.nn.parallel.DistributedDataParallel(whole)
-    with pytest.raises(RuntimeError, match="DistributedDataParallel wraps a module that contains"):
+    with pytest.raises(RuntimeError, match="DistributedDataParallel does so around a module"):
         whole["classifier"](torch.randn(3, DIM), torch.arange(3))
     with pytest.raises(ValueError, match="shards disagree"):
         QMarginHead(DIM, 50 + 2 * rank)
