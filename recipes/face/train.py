@@ -2,9 +2,9 @@
 
     python recipes/face/train.py hparams/face_qmargin.yaml [--key value ...]
 
-Without a ``--data_folder`` it generates synthetic faces and ends in minutes on a CPU. Started again
+Without a --data_folder it generates synthetic faces and ends in minutes on a CPU. Started again
 with the same settings, it resumes, or says that it is done. Training images that cannot be decoded
-are listed in ``save/skipped_images.txt``.
+are listed in save/skipped_images.txt.
 """
 
 import sys

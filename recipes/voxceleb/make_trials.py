@@ -7,7 +7,8 @@ groups: those of dev.txt, to validate and to choose a threshold on; those of tes
 on; and the others, to train on or for a cohort. Every pair of the chosen recordings is a trial,
 except two of one session of a speaker who has several sessions. For `qmargin extract`,
 trial_recordings.txt lists the recordings of the trials, and train_recordings.txt those of the
-others. Existing lists with other contents are replaced only with --overwrite.
+others, whom train_speakers.txt names. Existing lists with other contents are replaced only with
+--overwrite.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python recipes/voxceleb/train.py hparams/qmargin.yaml [--key value ...]
 
-Without a ``--data_folder`` it builds the synthetic mini corpus and ends in minutes on a CPU.
-Started again with the same settings, it resumes, or says that it is done.
+Without a --data_folder or --manifest it builds the synthetic mini corpus and ends in minutes on a
+CPU. Started again with the same settings, it resumes, or says that it is done.
 """
 
 import sys

@@ -13,14 +13,14 @@ __all__ = ["end_early", "run_recipe"]
 
 HELP = """{about}
 
-Every setting is an option, --key value or --key=value, its value in YAML. Those of {yaml}:
-
-{settings}
+Every setting is an option, --key value or --key=value, its value in YAML. {settings}
 Other options:
   --print_config   print the whole experiment as one plain HyperPyYAML file, and do nothing else
+{training}An error is one line; QMARGIN_TRACEBACK=1 in the environment shows where it came from."""
+TRAINING = """\
   --trust          allow the YAML of the run that --pretrained names to run any code
   SpeechBrain's    --device, --precision, --grad_accumulation_factor, --noprogressbar, --debug, ...
-An error is one line; QMARGIN_TRACEBACK=1 in the environment shows where it came from."""
+"""
 
 
 def run_recipe(about: str | None, main: Callable[[list[str]], Any], argv: Sequence[str]) -> int:
@@ -71,15 +71,17 @@ def _program() -> str:
 
 
 def _help(about: str, words: list[str]) -> None:
-    from speechbrain_qmargin.training.config import compose, settings_text
+    from speechbrain_qmargin.training.config import CommandLine, compose, composed, settings_text
 
-    file = next((word for word in words if not word.startswith("-")), None)
-    settings = (
-        settings_text(compose(file, {}))
-        if file
-        else "  (name the YAML before --help to see its settings)\n"
-    )
-    print(HELP.format(about=about.strip(), yaml=file or "the YAML", settings=settings))
+    words = [word for word in words if word not in ("-h", "--help", "--print_config")]
+    settings, training = "Name the YAML before --help to see its own.\n", ""
+    if words:
+        # a YAML alone needs no SpeechBrain, whose import takes seconds
+        alone = len(words) == 1 and not words[0].startswith("-")
+        text = compose(words[0], {}) if alone else composed(CommandLine.of(words))
+        settings = f"With {' '.join(words)}:\n\n{settings_text(text)}"
+        training = TRAINING if "\npretrained:" in text else ""
+    print(HELP.format(about=about.strip(), settings=settings, training=training))
 
 
 def _print_config(words: list[str]) -> None:

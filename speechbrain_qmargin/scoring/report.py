@@ -119,11 +119,16 @@ class Report:
                 )
             )
         lines = _columns(rows)
-        nist = any(figure.key == ("eer", "nist") for figure in self.figures)
+        keys = {figure.key for figure in self.figures}
+        how = {
+            "step": "at the nearest threshold, as SpeechBrain",
+            "nist": "by the ROC, as most papers",
+        }
+        how = "; ".join(f"{name}: {said}" for name, said in how.items() if ("eer", name) in keys)
         lines.append(
             f"{self.num_targets:,} target and {self.num_impostors:,} impostor trials of "
             f"{self.num_speakers} {self.units}; EER by the ROC's convex hull"
-            + (" (nist: by the ROC, as most papers)" if nist else "")
+            + (f" ({how})" if how else "")
             + ", DCF over the better of accepting and rejecting all"
         )
         if self.source:

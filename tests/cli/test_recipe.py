@@ -24,7 +24,36 @@ def test_help_prints_the_settings_with_their_comments(capsys):
     assert "--print_config" in told
     assert "\nloss_options: {}\n" in told
     assert run_recipe("About.", refuse, []) == 0
-    assert "name the YAML" in capsys.readouterr().out
+    assert "Name the YAML" in capsys.readouterr().out
+
+
+def test_help_shows_the_settings_that_the_options_choose(tmp_path, capsys):
+    options = ["--model=campplus", "--size", "small", "--precision=fp16"]
+    assert run_recipe("", refuse, [RECIPE, *options, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "\ngrowth: 32" in told  # of CAM++
+    assert "\nchannels:" not in told  # of ECAPA-TDNN
+    assert "\nnumber_of_epochs: 30\n" in told
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "experiment.yaml").write_text("output_folder: there\nsubcentres: 7\n")
+    lm = [RECIPE.replace("qmargin.yaml", "qmargin_lm.yaml"), f"--pretrained={run}"]
+    assert run_recipe("", refuse, ["-h", *lm]) == 0
+    assert "\nsubcentres: 7\n" in capsys.readouterr().out
+    assert run_recipe("", refuse, [lm[0], "--help"]) == 1
+    assert "--pretrained must be given" in capsys.readouterr().err
+    assert run_recipe("", refuse, ["--trust", "--help"]) == 1
+    assert "YAML first" in capsys.readouterr().err
+
+
+def test_help_names_options_of_trainings_for_trainings_only(capsys):
+    assert run_recipe("", refuse, [RECIPE, "--help"]) == 0
+    assert "--trust" in capsys.readouterr().out
+    assert run_recipe("", refuse, [RECIPE.replace("qmargin.yaml", "score.yaml"), "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "--print_config" in told
+    assert "--trust" not in told
+    assert "--device" not in told
 
 
 def test_the_plain_experiment_is_loaded_as_it_is(tmp_path, capsys):

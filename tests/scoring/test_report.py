@@ -55,6 +55,8 @@ def test_a_report_gives_the_plain_metrics_within_their_intervals():
     assert (report.num_targets, report.num_speakers) == (30 * 6, 30)
     assert json.loads(json.dumps(report.to_dict()))["figures"]["EER"]["mark"]
     assert "95 % interval" in report.table()
+    all_eers = evaluate(scores, trials, all_eers=True).table()  # which of the three is which
+    assert "(step: at the nearest threshold, as SpeechBrain; nist: by the ROC" in all_eers
 
 
 def test_the_same_scores_give_the_same_intervals():
