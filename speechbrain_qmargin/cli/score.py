@@ -183,8 +183,7 @@ def _calibrate(args) -> None:
         read.scores, trials, qualities, p_target=args.p_target, **read.origin
     )
     calibration.save(args.output)
-    terms = " ".join(f"{weight:+.4g} {name}" for name, weight in calibration.terms)
-    print(f"{terms} {calibration.offset:+.4g}")
+    print(f"{args.output}: {calibration}")
 
 
 def _apply(args) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ from speechbrain_qmargin.trials.pairs import as_labels
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Calibration", "digest", "fit_calibration", "fit_log_odds"]
+__all__ = ["Calibration", "digest", "fit_calibration", "fit_log_odds", "in_words"]
 
 Qualities = Mapping[str, Mapping[str, float]]
 
@@ -105,6 +105,9 @@ class Calibration:
         names = [f"{end} {name}" for name in self.qualities for end in ("lower", "higher")]
         return list(zip(["score", *names], self.weights, strict=True))
 
+    def __str__(self) -> str:
+        return in_words(self.terms, self.offset)
+
     @property
     def digest(self) -> str:
         """SHA-256 of all that its log-likelihood ratios depend on, their ``backend``."""
@@ -174,6 +177,25 @@ class Calibration:
             Another file, fields that are missing, weights that are not finite; with the file.
         """
         return load_record(path, "calibration", cls)
+
+
+def in_words(terms: Iterable[tuple[str, float]], offset: float) -> str:
+    """A log-likelihood ratio as the sum that it is.
+
+    Parameters
+    ----------
+    terms : iterable of (str, float)
+        What each weight is of, and the weight.
+    offset : float
+
+    Examples
+    --------
+    >>> in_words([("score", 10.0), ("lower duration", -2.0)], -4.0)
+    'log-likelihood ratio = 10 * score - 2 * lower duration - 4'
+    """
+    parts = [*((weight, f" * {name}") for name, weight in terms), (offset, "")]
+    signed = " ".join(f"{'-' if one < 0 else '+'} {abs(one):.4g}{of}" for one, of in parts)
+    return f"log-likelihood ratio = {signed.removeprefix('+ ')}"
 
 
 def digest(trials: Trials) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_qmargin.files import load_record, save_record
-from speechbrain_qmargin.scoring.calibration import fit_log_odds
+from speechbrain_qmargin.scoring.calibration import fit_log_odds, in_words
 from speechbrain_qmargin.scoring.separation import (
     Origin,
     json_digest,
@@ -55,7 +55,7 @@ class Fusion:
     --------
     >>> fusion = Fusion(["cosine", "plda"], [8.0, 0.5], -3.0, 0.01, [], 1000)
     >>> print(fusion)
-    +8 cosine +0.5 plda -3
+    log-likelihood ratio = 8 * cosine + 0.5 * plda - 3
     >>> trials = Trials(["a/1", "b/1"], np.array([0]), np.array([1]))
     >>> fusion.apply({"cosine": np.array([0.5]), "plda": np.array([2.0])}, trials)
     array([2.])
@@ -137,10 +137,7 @@ class Fusion:
         return fusion
 
     def __str__(self) -> str:
-        terms = [
-            f"{weight:+.4g} {name}" for name, weight in zip(self.systems, self.weights, strict=True)
-        ]
-        return " ".join([*terms, f"{self.offset:+.4g}"])
+        return in_words(zip(self.systems, self.weights, strict=True), self.offset)
 
 
 def _matrix(systems: Mapping[str, np.ndarray], trials: Trials) -> np.ndarray:

@@ -217,6 +217,9 @@ def test_a_threshold_must_not_have_seen_what_it_is_measured_on(files, tmp_path, 
     assert run(*report, "--llr", "--overwrite") == 1
     assert "the scores of a are cosine scores" in capsys.readouterr().err
     assert run("calibrate", tmp_path / "dev.tsv", tmp_path / "c.json") == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"{tmp_path / 'c.json'}: log-likelihood ratio = ")
+    assert " * score - " in told
     assert run("apply", tmp_path / "c.json", tmp_path / "as.tsv", tmp_path / "llr.tsv") == 1
     assert "for cosine scores, and these are as-norm scores" in capsys.readouterr().err
     assert run("apply", tmp_path / "c.json", tmp_path / "test.tsv", tmp_path / "llr.tsv") == 0

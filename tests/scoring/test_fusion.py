@@ -48,7 +48,8 @@ def test_it_beats_each_system_on_other_speakers(tmp_path):
     errors = [eer(operating_points(x, trials.is_target)) for x in (fused, *systems.values())]
     assert errors[0] < min(errors[1:])
     assert "s3" not in (tmp_path / "fusion.json").read_text()
-    assert "+" in str(fusion)
+    one = Fusion(["a", "b"], [2.0, -0.5], 1.0, 0.01, [], 100)
+    assert str(one) == "log-likelihood ratio = 2 * a - 0.5 * b + 1"
 
 
 def test_speakers_of_development_are_refused():
