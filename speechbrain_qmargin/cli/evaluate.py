@@ -295,8 +295,8 @@ def _plda(args) -> None:
     scores = plda.scores(embeddings, trials)
     if args.save:
         plda.save(args.save)
-    about = {"kind": "plda", "embeddings": embeddings.source, "encoder": embeddings.encoder}
-    about["backend"] = plda.digest
+    about = {"kind": "plda", "embeddings": embeddings.source, "encoder": embeddings.encoder,
+             "backend": plda.digest}  # fmt: skip
     write_scores(args.output, trials, scores, {k: value for k, value in about.items() if value})
     print(f"{args.output}: {len(trials):,} scores of {trials.source}")
 

@@ -6,7 +6,6 @@ Where the images lie is found once and kept for all runs, beside the data or in 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import zlib
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset
 
 from speechbrain_qmargin.data.images import read_image
 from speechbrain_qmargin.data.skipped import Skipped
-from speechbrain_qmargin.files import cache_folder, is_lack, load_arrays, replacing
+from speechbrain_qmargin.files import cache_folder, is_lack, json_digest, load_arrays, replacing
 
 __all__ = ["StoredFaces", "kept_beside"]
 
@@ -230,4 +229,4 @@ def kept_beside(
 
 def _state_of(files: Sequence[Path]) -> str:
     states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([_INDEX_VERSION, *states]).encode()).hexdigest()
+    return json_digest([_INDEX_VERSION, *states])

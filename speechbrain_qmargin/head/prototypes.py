@@ -51,11 +51,9 @@ def mark(weight: Tensor) -> Mark:
     >>> mark(weight) == before
     False
     """
-    content = 0
-    if host_decides(weight.device) and weight.dtype == torch.float32:
-        rows = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED)]
-        content = int((rows.view(torch.int32) * _keys(*rows.shape)).sum(dtype=torch.int64))
-    return Mark(weight.data_ptr(), weight.device, weight._version, content)
+    looked_at = host_decides(weight.device) and weight.dtype == torch.float32
+    held = int(content(weight)) if looked_at else 0
+    return Mark(weight.data_ptr(), weight.device, weight._version, held)
 
 
 def content(weight: Tensor) -> Tensor:
@@ -68,13 +66,13 @@ def content(weight: Tensor) -> Tensor:
     tensor(False)
     """
     rows = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED)]
-    return rows.view(torch.int32).flatten().cumsum(0).sum()
+    return (rows.view(torch.int32) * _keys(*rows.shape, rows.device)).sum(dtype=torch.int64)
 
 
 @lru_cache(maxsize=8)
-def _keys(rows: int, dim: int) -> Tensor:
+def _keys(rows: int, dim: int, device: torch.device) -> Tensor:
     """Odd numbers, so that rows that change places change the sum too."""
-    return torch.arange(1, 2 * rows * dim, 2, dtype=torch.int32, device="cpu").view(rows, dim)
+    return torch.arange(1, 2 * rows * dim, 2, dtype=torch.int32, device=device).view(rows, dim)
 
 
 class Screen(NamedTuple):

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from speechbrain_qmargin.extras import require
-from speechbrain_qmargin.files import load_record, save_record
+from speechbrain_qmargin.files import json_digest, load_record, save_record
 from speechbrain_qmargin.scoring.separation import (
     Origin,
-    json_digest,
     refuse_other_scores,
     refuse_shared,
     speaker_digests,

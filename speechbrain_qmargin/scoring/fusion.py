@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from speechbrain_qmargin.files import load_record, save_record
+from speechbrain_qmargin.files import json_digest, load_record, save_record
 from speechbrain_qmargin.scoring.calibration import fit_log_odds, in_words
 from speechbrain_qmargin.scoring.separation import (
     Origin,
-    json_digest,
     refuse_other_scores,
     refuse_shared,
     speaker_digests,

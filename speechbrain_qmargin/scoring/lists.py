@@ -24,7 +24,7 @@ from speechbrain_qmargin.scoring.normalisation import make_cohort, normalize, re
 from speechbrain_qmargin.scoring.plots import plot_det
 from speechbrain_qmargin.scoring.report import FARS, Report, compare, evaluate
 from speechbrain_qmargin.scoring.score_files import write_scores
-from speechbrain_qmargin.scoring.separation import refuse_shared
+from speechbrain_qmargin.scoring.separation import Origin, origin_of, refuse_shared
 from speechbrain_qmargin.tables import read_map, read_models
 from speechbrain_qmargin.trials import LabelledTrials, Trials, read_trials, speaker_in
 from speechbrain_qmargin.trials.pairs import AnyTrials
@@ -296,39 +296,27 @@ def score_lists(
     folder, text = Path(folder), []
     if cohort is not None:
         cohort.refuse_speakers_of(lists.values())
-    about = {"embeddings": getattr(embeddings, "source", "")}
-    about["encoder"] = getattr(embeddings, "encoder", "")
-    about = {key: value for key, value in about.items() if value}
+    source = getattr(embeddings, "source", "")
+    about = {"embeddings": source} if source else {}
     reports: dict[str, dict[str, Report]] = {}
     for name, trials in tqdm(lists.items(), "lists", disable=len(lists) <= 1):
         systems = {"cosine": cosine_scores(embeddings, trials, enrolment=enrolment)}
-        kinds = {"cosine": "cosine"}
+        origins = {"cosine": _origin("cosine", embeddings, trials, enrolment)}
         if cohort is not None:
             systems["centred"] = cosine_scores(embeddings, trials, cohort.mean, enrolment)
             systems[cohort.kind] = cohort.scores(embeddings, trials, enrolment)
-            kinds |= {"centred": "centred cosine", cohort.kind: cohort.kind}
+            origins["centred"] = _origin("centred cosine", embeddings, trials, enrolment)
+            origins[cohort.kind] = _origin(cohort.kind, embeddings, trials, enrolment, cohort)
         if calibration is not None:
             last = list(systems)[-1]
-            systems["calibrated"] = calibration.apply(
-                systems[last],
-                trials,
-                kind=kinds[last],
-                encoder=about.get("encoder", ""),
-                cohort=cohort.source if cohort is not None else "",
-                enrolment=enrolment if trials.models else "",
-            )
-            kinds["calibrated"] = "llr"
+            systems["calibrated"] = calibration.apply(systems[last], trials, **origins[last])
+            made: Origin = {"kind": "llr", "backend": calibration.digest}
+            origins["calibrated"] = {**origins[last], **made}
         reports[name] = {}
         distinct = trials.distinct
         structure = TrialStructure.of(distinct.trials)
         for system, scores in systems.items():
-            said = about | {"kind": kinds[system]}
-            if cohort is not None and cohort.source and system in (cohort.kind, "calibrated"):
-                said["cohort"] = cohort.source
-            if calibration is not None and system == "calibrated":
-                said["backend"] = calibration.digest
-            if trials.models:
-                said["enrolment"] = enrolment
+            said = {**about, **origins[system]}
             write_scores(folder / name / f"{system}.tsv", trials, scores, said)
             reports[name][system] = evaluate(
                 distinct.scores(scores),
@@ -361,6 +349,24 @@ def score_lists(
         drawn.pop("calibrated", None)  # a straight line of the scores before: the same curve
         plot_det(drawn, folder / name / "det.png", title=title or name)
     return reports, "\n".join(text)
+
+
+def _origin(
+    kind: str,
+    embeddings: Mapping[str, np.ndarray],
+    trials: Trials,
+    enrolment: str,
+    cohort: Cohort | None = None,
+) -> Origin:
+    """Of a list's scores; `cohort` is what they are normalised with."""
+    return origin_of(
+        {
+            "kind": kind,
+            "encoder": getattr(embeddings, "encoder", ""),
+            "cohort": cohort.source if cohort is not None else "",
+            "enrolment": enrolment if trials.models else "",
+        }
+    )
 
 
 def score_files(
@@ -489,10 +495,7 @@ def score_files(
             scores,
             development,
             p_target=min(p_target),
-            kind=kind,
-            encoder=of_dev.encoder,
-            cohort=normalised.source if normalised is not None else "",
-            enrolment=enrolment if development.models else "",
+            **_origin(kind, of_dev, development, enrolment, normalised),
         )
         calibration.save(folder / "calibration.json")
 

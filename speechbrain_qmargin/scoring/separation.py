@@ -8,7 +8,6 @@ they cannot.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict, cast
 
@@ -21,7 +20,6 @@ from speechbrain_qmargin.trials.ids import match_ids
 __all__ = [
     "ORIGIN",
     "Origin",
-    "json_digest",
     "name_digest",
     "origin_of",
     "refuse_other_scores",
@@ -89,17 +87,6 @@ def name_digest(name: str) -> str:
     '55579b557896d0ce'
     """
     return hashlib.sha256(name.encode()).hexdigest()[:16]
-
-
-def json_digest(content: Any) -> str:
-    """SHA-256 of numbers and names, in hexadecimal digits.
-
-    Examples
-    --------
-    >>> json_digest([["a"], [1.5]])[:16]
-    'e71c07767cad9659'
-    """
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def speaker_digests(trials: Trials) -> list[str]:
