@@ -494,7 +494,9 @@ def main() -> None:
     parser.add_argument("--stage", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument(
-        "--runs", default="*", help="only runs whose folder is called so, as in iresnet_4_*"
+        "--runs",
+        default="*",
+        help="only runs whose folder in OUT is called so, as in */*_1/qmargin_*",
     )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--tables", action="store_true", help="of what is finished; no training")
@@ -512,7 +514,11 @@ def main() -> None:
         if not args.tables:
             recipe, planned = STAGES[stage]
             runs = planned(data, out, args.systems)
-            some = {key: run for key, run in runs.items() if fnmatch(run[1].name, args.runs)}
+            some = {
+                key: run
+                for key, run in runs.items()
+                if fnmatch(str(run[1].relative_to(out)), args.runs)
+            }
             if stage in BY_FIGURES:
                 kept = recorded()
                 some = {k: run for k, run in some.items() if name_in_record(run[1]) not in kept}
