@@ -465,8 +465,8 @@ def tables(stage: str, data: Path, out: Path) -> str:
         return speech_tables(folders, baseline="arcface, then arcface")
     if stage == "schedules":
         return schedule_tables(data, out, folders)
-    if stage == "others":
-        shown = posterior_table(folders, ["trials_cv"])
+    if stage in ("others", "third_others"):
+        shown = posterior_table(folders, ["trials_cv" if stage == "others" else "third_cv"])
         return speech_tables(folders) + "\n### What the losses do\n\n" + shown
     score_with_strangers(data, folders)
     looks = {"second": SECOND_LISTS, "second_long": SECOND_LISTS, "third": THIRD_LISTS}

@@ -23,7 +23,14 @@ from speechbrain_qmargin.loss.functional import margin_for
 Run = tuple[list[str], Path]
 Runs = dict[tuple, Run]
 SEEDS, TUNING_SEED = range(5), 1000
-TUNINGS = ("tune", "second_tune", "third_tune", "faces_tune", "third_faces_tune")
+TUNINGS = (
+    "tune",
+    "second_tune",
+    "third_tune",
+    "third_others_tune",
+    "faces_tune",
+    "third_faces_tune",
+)
 BY_FIGURES = (*TUNINGS, "classes", "third_classes")  # stages whose tables need no scores
 RECORD = Path(__file__).with_name("evidence_record.json")
 
@@ -105,6 +112,11 @@ FACE_QMARGIN = points((1.1, 32, 0.2), (1.25, 10, 0.2), (1.25, 20, 0.2), (1.5, 10
 OWN_SETTINGS = {
     "second_tune": SECOND_SETTINGS,
     "third_tune": THIRD_SETTINGS,
+    "third_others_tune": {
+        "adaface": SYSTEMS["adaface"][1],
+        "subcenter": THIRD_COSINES,
+        "entmax": SYSTEMS["entmax"][1],
+    },
     "third_faces_tune": {
         "arcface": FACE_COSINES,
         "cosface": FACE_COSINES,
@@ -475,6 +487,27 @@ def third(data: Path, out: Path, systems: list[str]) -> Runs:
     return over_seeds(out / "third", base, found)
 
 
+def third_others_tune(data: Path, out: Path, systems: list[str]) -> Runs:
+    base = [*people_held_out(data, out, "tune"), *SHORT]
+    return tuning(out, "third_others_tune", base, systems)
+
+
+def third_others(data: Path, out: Path, systems: list[str]) -> Runs:
+    """Other losses beside the runs of the third test; Q-Margin's kin at its setting."""
+    tuned_by = {
+        "third_tune": THIRD_SETTINGS,
+        "third_others_tune": OWN_SETTINGS["third_others_tune"],
+    }
+    found = {}
+    for stage, known in tuned_by.items():
+        found |= tuned(out, stage, [one for one in systems if one in known])
+    if (setting := chosen(out, "third_tune", PRIMARY)) is not None:
+        kin = [one for one in systems if one in ("qmargin_norm", "a3m")]
+        found |= {system: options(system, setting) for system in kin}
+    base = [*people_held_out(data, out, "third"), *SHORT]
+    return over_seeds(out / "third", base, found, range(3))
+
+
 # -- faces --------------------------------------------------------------------
 
 FACES = ["--number_of_epochs=15", "--batch_size=64", "--lr_reference_batch=64"]
@@ -609,6 +642,8 @@ STAGES = {
     "third_tune": Stage("speech", third_tune),
     "third": Stage("speech", third),
     "third_classes": Stage("speech", third_classes),
+    "third_others_tune": Stage("speech", third_others_tune),
+    "third_others": Stage("speech", third_others),
     "faces_tune": Stage("face", faces_tune),
     "faces": Stage("face", faces),
     "third_faces_tune": Stage("face", third_faces_tune),

@@ -140,6 +140,30 @@ def test_a_class_prior_meets_the_long_tail_beside_the_runs_of_the_test(tmp_path)
             assert set(same) < set(options)
 
 
+def test_other_losses_meet_the_third_test_beside_its_own_runs(people, tmp_path):
+    data, _ = people
+    tuned = STAGES["third_others_tune"].runs(data, tmp_path, list(SYSTEMS))
+    assert [name for name, _ in tuned] == [
+        system for system in ("adaface", "subcenter", "entmax") for _ in range(6)
+    ]
+    finish_tuning(tmp_path, "third_tune", dict.fromkeys(THREE, 3))
+    for number, (_, folder) in enumerate(tuned.values()):
+        finish(folder, 0.5 if number % 6 == 1 else 0.4)
+    runs = STAGES["third_others"].runs(data, tmp_path, list(SYSTEMS))
+    own = STAGES["third"].runs(data, tmp_path, THREE)
+    assert {key: run for key, run in runs.items() if key[0] in THREE} == {
+        key: run for key, run in own.items() if key[1] < 3
+    }
+    assert len(runs) == 3 * 8
+    for (system, _), (options, _) in runs.items():
+        given = dict(option.lstrip("-").split("=", 1) for option in options)
+        assert given["prototype_std"] == "0.01"
+        assert given["train_speakers"].endswith("third_train.txt")
+        if system in ("qmargin_norm", "a3m"):
+            assert (given["alpha"], given["scale"], given["margin"]) == ("1.25", "20", "0.2")
+    assert {"--scale=16", "--margin=0.4"} < set(runs["adaface", 2][0])
+
+
 def test_the_second_tuning_is_as_large_for_each_system():
     for system, settings in SECOND_SETTINGS.items():
         both = [*SYSTEMS[system][1], *settings]
