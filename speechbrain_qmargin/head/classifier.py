@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 from speechbrain_qmargin.head import fused, fused_shards, shards
 from speechbrain_qmargin.head import refusals as refusals  # kernels that name the remedy
 from speechbrain_qmargin.head.binary import BinaryLoss
-from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.head.communicator import Communicator, named_classes
 from speechbrain_qmargin.head.kernel_search import Room, takes
 from speechbrain_qmargin.head.optim import RowSparse
 from speechbrain_qmargin.head.prototypes import Derived, Mark, Prototypes, are_finite, content
@@ -42,6 +42,10 @@ from speechbrain_qmargin.loss.solver import row_dtype
 
 __all__ = ["HeadOutput", "LookedAt", "QMarginHead"]
 
+# What torch.compile leaves as it is: traced it would take a minute, to break at every decision
+_eager = torch.compiler.disable(
+    reason="a sparse head's step depends on its values: the graph breaks around it"
+)
 _BLOCK = 32768  # rows initialised from one seed
 _MOST_SUBCENTRES = 255
 _ALIKE = (
@@ -157,7 +161,8 @@ class QMarginHead(nn.Module):
     unit rows. Both follow `weight`: rows are refreshed by the bound optimiser; any other change is
     noticed and everything is rebuilt. A change through ``weight.data`` is noticed on the CPU where
     it reaches one of 64 evenly spaced rows; call :meth:`written` after one that may not. Neither is
-    in the checkpoint, in a copy or in a pickle. Second derivatives raise.
+    in the checkpoint, in a copy or in a pickle. Second derivatives raise. ``torch.compile`` leaves the
+    head as it is, and compiles what comes before it.
 
     Embeddings or prototypes that are not finite make the loss NaN, on all ranks, and give no
     gradient (prototypes on a GPU one that is not finite either, as nobody looks there).
@@ -355,6 +360,7 @@ class QMarginHead(nn.Module):
 
     # ---------------------------------------------------------------- forward
 
+    @_eager
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor | HeadOutput:
         """Loss with labels; without, what ``compute_cost`` takes in training, cosines otherwise.
 
@@ -414,6 +420,7 @@ class QMarginHead(nn.Module):
         """Whether this rank's prototypes are, a bool on the device: a search would pass one by."""
         return are_finite(self.prototypes().inverse_norm)
 
+    @_eager
     def training_cosines(self, embeddings: Tensor) -> Tensor:
         """[B, C] of embeddings [B, D], in the graph; TypeError where the classes are in shards."""
         if self.comm.world > 1:
@@ -655,6 +662,7 @@ class HeadOutput:
         """
         return self._rows(targets, lambda _: objective)
 
+    @_eager
     def _rows(self, targets: Tensor, ask: Callable[[Tensor], Objective | BinaryObjective]) -> Rows:
         head, embeddings, refused = self.head, self.embeddings, None
         objective: Objective | BinaryObjective = Objective(scale=1.0)
@@ -781,7 +789,7 @@ def _check_shard(head: QMarginHead, state: dict[str, Any], prefix: str, *_: Any)
     """Refuse the classes of another rank: shards have one size and one name."""
     said = state.pop(f"{prefix}shard", None)
     if said is not None and tuple(said.tolist()) != head.shard:
-        one, other = ("[{}, {}) of {}".format(*each) for each in (said.tolist(), head.shard))
+        one, other = named_classes(*said.tolist()), named_classes(*head.shard)
         raise ValueError(
             f"the state is of the classes {one}, and rank {head.comm.rank} holds {other}. "
             "torch.distributed.checkpoint keeps one rank's shard for all; use save_shards and "

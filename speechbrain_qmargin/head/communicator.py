@@ -8,7 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Communicator"]
+__all__ = ["Communicator", "named_classes"]
+
+
+def named_classes(start: int, stop: int, num_classes: int) -> str:
+    """How messages name a rank's part of the classes.
+
+    >>> named_classes(0, 5, 10)
+    '[0, 5) of 10'
+    """
+    return f"[{start}, {stop}) of {num_classes}"
 
 
 def _processes() -> int:

@@ -14,6 +14,7 @@ is a factor, and its movement is m / sqrt(v) times a number that is the same for
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from speechbrain_qmargin.head.communicator import named_classes
 from speechbrain_qmargin.head.prototypes import Mark, mark
 from speechbrain_qmargin.head.sizes import constants
 from speechbrain_qmargin.loss.device import kernels_run, sent
@@ -172,10 +174,10 @@ class RowSparse(torch.optim.Optimizer):
         sizes = {len(state[name]) for name in names}
         if said == own and sizes <= {len(head.weight)}:
             return
-        theirs, mine = ("[{}, {}) of {}".format(*each) for each in (said, own))
         raise ValueError(
-            f"{type(self).__name__}: its state of the prototypes is of the classes {theirs}, "
-            f"{', '.join(map(str, sorted(sizes)))} rows, and the head has {mine}, "
+            f"{type(self).__name__}: its state of the prototypes is of the classes "
+            f"{named_classes(*said)}, {', '.join(map(str, sorted(sizes)))} rows, and the head has "
+            f"{named_classes(*own)}, "
             f"{len(head.weight)} rows. For another number of classes make the optimiser anew; in "
             "shards call load_shards after load_state_dict, or save one state_dict on each rank"
         )
@@ -351,7 +353,20 @@ class RowSparse(torch.optim.Optimizer):
     # ------------------------------------------------------------ state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``torch.optim``; the state of the dense optimiser loads too."""
+        """As ``torch.optim``; the state of the dense optimiser loads too.
+
+        Raises
+        ------
+        ValueError
+            The state of another kind of optimiser.
+        """
+        own = self.defaults.keys() & inspect.signature(type(self)).parameters.keys()
+        for group in state_dict["param_groups"]:
+            if missing := sorted(own - group.keys()):
+                raise ValueError(
+                    f"{type(self).__name__}: the state is of another kind of optimiser, without "
+                    f"{', '.join(missing)}. Load it into that one, or begin with a new state"
+                )
         super().load_state_dict(state_dict)
         # torch casts all state to the parameter's type
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]

@@ -243,6 +243,32 @@ def test_a_cache_made_under_inference_mode():
         assert_true(head)
 
 
+def test_torch_compile_leaves_the_head_as_it_is():
+    """Traced, its step took a minute; the encoder before it is one graph."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module.forward
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(DIM, DIM), make())
+    head = model[1]
+    x = embeddings()
+    for taken in (lambda x: model(x).q_margin_loss(LABELS, *PARAMETERS), model.eval()):
+        model.train(taken is not model)
+        found = []
+        for function in (taken, torch.compile(taken, backend=backend)):
+            model.zero_grad()
+            value = function(x)
+            value.sum().backward()
+            found.append([value.detach(), head.weight.grad.to_dense(), model[0].weight.grad])
+        torch.testing.assert_close(*found)
+    assert 1 <= len(graphs) <= 2  # of the encoder
+    assert not any("qmargin" in str(node.target) for g in graphs for node in g.graph.nodes)
+
+
 def test_second_derivatives_raise():
     head = make()
     x = embeddings().requires_grad_()
@@ -434,6 +460,22 @@ def test_the_optimisers_state_of_another_shard_is_refused_until_the_own_is_loade
 
     first = []
     on_ranks(2, resume)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "missing"),
+    [
+        (RowSparseSGD, torch.optim.AdamW, "momentum, nesterov"),
+        (RowSparseAdam, torch.optim.SGD, "betas, eps"),
+    ],
+)
+def test_the_state_of_another_kind_of_optimiser_is_refused(kind, other, missing):
+    head, optimizer = trained(kind)
+    before = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    with pytest.raises(ValueError, match=f"{kind.__name__}: .* another kind.* {missing}"):
+        optimizer.load_state_dict(other(head.parameters(), lr=0.1).state_dict())
+    assert optimizer.state_dict()["param_groups"] == before
+    run(head, optimizer, 1)
 
 
 @pytest.mark.parametrize("kind", [RowSparseSGD, RowSparseAdam])
