@@ -19,6 +19,8 @@ from speechbrain_qmargin.export.face_encoder import FaceEncoder, has_faces, load
 from speechbrain_qmargin.export.loading import load_any_encoder
 from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe, probe_images
 from speechbrain_qmargin.files import replacing_folder, write_text
+from speechbrain_qmargin.head.shards import ShardedClassifier, whole_weight
+from speechbrain_qmargin.models.classifier import prototypes_per_class
 from speechbrain_qmargin.scoring.decision import OperatingPoint
 from speechbrain_qmargin.tables import composed_name
 from speechbrain_qmargin.training.checkpoints import bare
@@ -442,17 +444,17 @@ def _labels(path: str | Path | None) -> int | None:
 def _prototypes(classifier: nn.Module | None, labels: int) -> Tensor | None:
     """The classes' vectors [labels, D] of a cosine classifier; None if it is none, or has several
     for each class."""
-    if getattr(bare(classifier), "subcentres", 1) > 1:
+    if classifier is None:
         return None
-    state = {} if classifier is None else bare(classifier).state_dict()
+    module: nn.Module = bare(classifier)
+    if prototypes_per_class(module) > 1:
+        return None
+    state = module.state_dict()
     numbers = {key for key, value in state.items() if value.ndim and value.is_floating_point()}
     if numbers != {"weight"}:
         return None
-    weight, comm = state["weight"].detach(), getattr(bare(classifier), "comm", None)
-    if comm is not None and comm.world > 1:
-        classes = bare(classifier).num_classes
-        bounds = [comm.shard_of(classes, rank) for rank in range(comm.world)]
-        weight = comm.gather(weight, [stop - start for start, stop in bounds])
+    sharded = isinstance(module, ShardedClassifier)
+    weight = whole_weight(module) if sharded else state["weight"].detach()
     if labels > len(weight):
         raise ValueError(f"label_encoder: {labels} labels and {len(weight)} classes")
     return weight[:labels].float().cpu().clone()

@@ -98,7 +98,7 @@ class _Agreement(NamedTuple):
     kernels: bool
 
 
-class QMarginHead(nn.Module):
+class QMarginHead(shards.ShardedClassifier):
     r"""Exact classification head for up to millions of classes, with row-sparse gradients.
 
     The loss and its gradients are those of :func:`~speechbrain_qmargin.q_margin_loss` on the
@@ -161,8 +161,8 @@ class QMarginHead(nn.Module):
     unit rows. Both follow `weight`: rows are refreshed by the bound optimiser; any other change is
     noticed and everything is rebuilt. A change through ``weight.data`` is noticed on the CPU where
     it reaches one of 64 evenly spaced rows; call :meth:`written` after one that may not. Neither is
-    in the checkpoint, in a copy or in a pickle. Second derivatives raise. ``torch.compile`` leaves the
-    head as it is, and compiles what comes before it.
+    in the checkpoint, in a copy or in a pickle. Second derivatives raise. ``torch.compile`` leaves
+    the head as it is, and compiles what comes before it.
 
     Embeddings or prototypes that are not finite make the loss NaN, on all ranks, and give no
     gradient (prototypes on a GPU one that is not finite either, as nobody looks there).

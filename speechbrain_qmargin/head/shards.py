@@ -1,4 +1,4 @@
-"""Checkpoints of a head whose classes are in shards, for any number of ranks to load."""
+"""Classifiers whose classes are in shards: their contract, and checkpoints that any ranks load."""
 
 from __future__ import annotations
 
@@ -7,15 +7,66 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from speechbrain_qmargin.files import replacing, write_text
 from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.optim import RowSparse
 
-__all__ = ["load_shards", "save_shards"]
+__all__ = ["ShardedClassifier", "load_shards", "save_shards", "whole_weight"]
 
 _INDEX = "index.json"
+
+
+class ShardedClassifier(nn.Module):
+    """What a training asks of a classifier whose classes may be in shards over the processes.
+
+    It has an optimiser of its own, by ``head_opt_class``, and writes its own checkpoint;
+    :class:`~.QMarginHead` is one.
+
+    Attributes
+    ----------
+    weight : Parameter, [classes of this rank * subcentres, D]
+    comm : Communicator
+        Of the ranks that share the classes.
+    num_classes : int
+        On all ranks together.
+    """
+
+    weight: nn.Parameter
+    comm: Communicator
+    num_classes: int
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """What the optimiser of its own steps, and no other of ``parameters()``."""
+        raise NotImplementedError
+
+    def save_shards(
+        self, folder: str | Path, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        """Write a checkpoint; every rank calls it."""
+        raise NotImplementedError
+
+    def load_shards(
+        self,
+        folder: str | Path,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        first_rows: bool = False,
+    ) -> None:
+        """Read one; with `first_rows` into a classifier of fewer classes, the first ones."""
+        raise NotImplementedError
+
+
+def whole_weight(head: ShardedClassifier) -> Tensor:
+    """The prototypes of all ranks [C, D], where each class has one; every rank calls it.
+
+    >>> from speechbrain_qmargin.head import QMarginHead
+    >>> whole_weight(QMarginHead(embedding_dim=4, num_classes=10)).shape
+    torch.Size([10, 4])
+    """
+    sizes = [stop - start for start, stop in head.comm.shards(head.num_classes)]
+    return head.comm.gather(head.weight.detach(), sizes)
 
 
 def save_shards(

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol, runtime_checkable
 
 import torch
 from speechbrain.lobes.models.ECAPA_TDNN import Classifier
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["CosineClassifier"]
+__all__ = ["CosineClassifier", "prototypes_per_class"]
+
+
+@runtime_checkable
+class _Subcentred(Protocol):
+    """A classifier that may have several prototypes of each class."""
+
+    subcentres: int
+
+
+def prototypes_per_class(classifier: nn.Module) -> int:
+    """How many a class has; one, as in SpeechBrain's ``Classifier``, if nothing is said.
+
+    >>> prototypes_per_class(Classifier(4, out_neurons=10))
+    1
+    """
+    return classifier.subcentres if isinstance(classifier, _Subcentred) else 1
 
 
 class CosineClassifier(Classifier):

@@ -36,12 +36,14 @@ from tqdm import tqdm
 
 from speechbrain_qmargin.data.sampling import SharedOrder
 from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.head.shards import ShardedClassifier
 from speechbrain_qmargin.loss.base import Loss, value_of
 from speechbrain_qmargin.loss.dense import scores_of
 from speechbrain_qmargin.loss.device import asked_for
 from speechbrain_qmargin.loss.diagnosis import Progress, advice
 from speechbrain_qmargin.loss.interface import flat
 from speechbrain_qmargin.models import Encoder, ImageEncoder, check_embeddings
+from speechbrain_qmargin.models.classifier import prototypes_per_class
 from speechbrain_qmargin.training.batch_norm import RunningStatistics
 from speechbrain_qmargin.training.checkpoints import bare, ends_an_epoch, load_average
 from speechbrain_qmargin.training.extraction import ReadableBatch, extract_dataset
@@ -117,7 +119,7 @@ class VerificationBrain(OpenBrain):
         self.validate = validate
         self.embeddings: dict[str, np.ndarray] = {}
         head = self.modules["classifier"]
-        self._sharded_head = head if hasattr(head, "save_shards") else None
+        self._sharded_head = head if isinstance(head, ShardedClassifier) else None
         if self._sharded_head is not None:
             alone, device = self.scaler, str(self.device)
             self.scaler = scaler_of_shards(alone, device, self._sharded_head.comm)
@@ -189,7 +191,7 @@ class VerificationBrain(OpenBrain):
         if not epochs:
             return None
         head, cost = self.modules["classifier"], self.hparams.compute_cost
-        if getattr(head, "subcentres", 1) > 1:
+        if prototypes_per_class(head) > 1:
             raise ValueError("reset_after_epochs: only with one prototype per class")
         if not isinstance(cost, Loss):
             raise ValueError("reset_after_epochs: for a loss of speechbrain_qmargin, as a3m")
@@ -218,7 +220,8 @@ class VerificationBrain(OpenBrain):
         if self._reset is None or not self._resets_now:
             return
         head = bare(self.modules["classifier"])
-        *_, optimizer = self.optimizers_dict.values()  # a head in shards has the last one
+        of_head = "opt_class" if self._sharded_head is None else "head_opt_class"
+        optimizer = self.optimizers_dict[of_head]
         found, every = self._reset.apply_to(head.weight, optimizer), self._reset.num_classes
         logger.info(f"prototypes set to the mean of their samples: {found} of {every}")
         self._record["prototypes_reset"] = found

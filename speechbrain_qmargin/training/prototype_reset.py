@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.head.optim import RowSparse
 from speechbrain_qmargin.head.shards import load_shards, save_shards
 from speechbrain_qmargin.loss.device import add_rows
 
@@ -143,9 +144,8 @@ class PrototypeReset(nn.Module):
         weight: Tensor, rows: Tensor, sums: Tensor, optimizer: torch.optim.Optimizer | None
     ) -> None:
         if optimizer is not None:
-            catch_up = getattr(optimizer, "catch_up", None)  # idle rows of a row-sparse optimiser
-            if catch_up is not None:
-                catch_up()
+            if isinstance(optimizer, RowSparse):
+                optimizer.catch_up()  # idle rows
             for moment in optimizer.state.get(weight, {}).values():
                 if isinstance(moment, Tensor) and moment.shape == weight.shape:
                     moment[rows] = 0
