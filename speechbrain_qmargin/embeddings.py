@@ -368,6 +368,8 @@ def load_embeddings(path: str | Path, ids: str | Path | None = None) -> Embeddin
         if not listed.is_file():
             raise ValueError(f"{path}: its ids are wanted in {listed}, one a line")
         names, matrix = read_lines(listed)[0], loaded
+    if not len(matrix):
+        raise ValueError(f"{path}: no embeddings in it")
     try:
         return Embeddings(names, _floats(matrix), file_source(path), encoder)
     except ValueError as error:

@@ -209,7 +209,7 @@ def refuse_overwriting(
     inputs: Iterable[str | Path | None],
     overwrite: bool = False,
 ) -> None:
-    """Refuse to write over what is read and, unless that is wanted, over what is there.
+    """Refuse to write over what is read, twice, and, unless that is wanted, over what is there.
 
     For before the work. A command asks it for whatever files it is told to write; what it keeps
     in a place of its own, a run's folder or an encoder's, it replaces unasked.
@@ -223,7 +223,8 @@ def refuse_overwriting(
     Raises
     ------
     ValueError
-        An output that is an input, by whatever path; named.
+        An output that is an input or another output, by whatever path; one that is a device or a
+        pipe, which a file would replace; named.
     FileExistsError
         An output that is there already; named.
 
@@ -235,10 +236,17 @@ def refuse_overwriting(
     ValueError: a.tsv: the output is an input too (./a.tsv)
     """
     outputs = [path for path in outputs if path]
-    read = {Path(path).resolve(): path for path in inputs if path}
+    read = {os.path.realpath(path): path for path in inputs if path}
+    written: set[str] = set()
     for path in outputs:
-        if Path(path).resolve() in read:
-            raise ValueError(f"{path}: the output is an input too ({read[Path(path).resolve()]})")
+        place = os.path.realpath(path)
+        if place in read:
+            raise ValueError(f"{path}: the output is an input too ({read[place]})")
+        if place in written:
+            raise ValueError(f"{path}: two outputs would be written there; give one another name")
+        if os.path.exists(place) and not (os.path.isfile(place) or os.path.isdir(place)):
+            raise ValueError(f"{path}: a device or a pipe, which a file would replace")
+        written.add(place)
     there = [] if overwrite else [path for path in outputs if os.path.lexists(path)]
     if there:
         raise FileExistsError(

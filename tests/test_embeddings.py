@@ -1,5 +1,6 @@
 """Embeddings by id: what is read and refused; cosines; models."""
 
+import re
 import zipfile
 
 import kaldiio
@@ -61,6 +62,18 @@ def test_embeddings_that_cannot_be_scored_are_named():
         cosine_scores({"a": np.ones(2), "b": np.ones(3)}, trials)
     with pytest.raises(ValueError, match=r"1 embeddings are zero or not finite: b"):
         cosine_scores({"a": np.ones(2), "b": np.array([np.nan, 1])}, trials)
+
+
+@pytest.mark.parametrize("name", ["e.npz", "e.npy"])
+def test_a_file_without_embeddings_is_named(tmp_path, name):
+    nothing = np.zeros((0, 4), np.float32)
+    if name == "e.npz":
+        np.savez(tmp_path / name, ids=np.array([], "U5"), embeddings=nothing)
+    else:
+        np.save(tmp_path / name, nothing)
+        (tmp_path / "e.txt").write_text("")
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: no embeddings in it"):
+        load_embeddings(tmp_path / name)
 
 
 def test_npy_with_ids(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from speechbrain_qmargin import files
-from speechbrain_qmargin.files import replacing_folder, write_text
+from speechbrain_qmargin.files import refuse_overwriting, replacing_folder, write_text
 
 
 @pytest.mark.parametrize("fails", ["to_disk", "rename"])
@@ -63,3 +63,28 @@ def test_a_file_is_as_private_as_the_one_in_whose_place_it_comes(tmp_path):
             assert (file.read_text(), file.stat().st_mode & 0o777) == ("new", after)
     finally:
         os.umask(umask)
+
+
+def test_two_outputs_of_one_place_are_refused(tmp_path):
+    link = tmp_path / "link.tsv"
+    link.symlink_to(tmp_path / "a.tsv")
+    for other in (tmp_path / "a.tsv", tmp_path / "b" / ".." / "a.tsv", link):
+        with pytest.raises(ValueError, match="two outputs would be written there"):
+            refuse_overwriting([tmp_path / "a.tsv", None, other], [], overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_file_takes_the_place_of_a_device_or_a_pipe(tmp_path, overwrite):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for output in (pipe, os.devnull):
+        with pytest.raises(ValueError, match=f"{output}: a device or a pipe"):
+            refuse_overwriting([output], [], overwrite)
+
+
+def test_an_input_that_is_a_loop_of_links_is_left_to_who_reads_it(tmp_path):
+    loop = tmp_path / "loop.npz"
+    loop.symlink_to(loop)
+    refuse_overwriting([tmp_path / "a.tsv"], [loop])
+    with pytest.raises(OSError, match="links"):
+        loop.read_bytes()

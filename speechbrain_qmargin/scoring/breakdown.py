@@ -275,7 +275,8 @@ def trial_groups(
         group, names = (one != two).astype(np.int64), ["same", "other"]
     else:
         low, high = np.minimum(one, two), np.maximum(one, two)
-        pairs, group = np.unique(low * len(known) + high, return_inverse=True)
+        group = np.full(len(missing), -1)
+        pairs, group[~missing] = np.unique((low * len(known) + high)[~missing], return_inverse=True)
         names = [
             known[p // len(known)]
             if p // len(known) == p % len(known)

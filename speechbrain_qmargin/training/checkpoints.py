@@ -317,8 +317,10 @@ def load_weights(module: Any, path: str | Path) -> None:
 
     Raises
     ------
-    OSError, RuntimeError
+    OSError
         As :func:`load_module`.
+    ValueError
+        The weights are of another module; with the file, and what is missing or too much.
 
     Examples
     --------
@@ -332,7 +334,11 @@ def load_weights(module: Any, path: str | Path) -> None:
     """
     if fault := zip_damage(path):
         raise OSError(f"{path}: damaged ({fault})")
-    load_module(module, path)
+    try:
+        load_module(module, path)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path}: weights of another network: {said[:300]}") from error
 
 
 def load_module(module: Any, path: str | Path, first_rows: bool = False) -> None:

@@ -200,6 +200,19 @@ def test_flipped_bits_of_an_exported_encoder_are_noticed(run):
         load_encoder(run)
 
 
+@pytest.mark.parametrize("change", ["missing", "other size"])
+def test_weights_of_another_network_are_named(run, change):
+    file = run / "inference" / "embedding_model.ckpt"
+    weights = torch.load(file, weights_only=True)
+    if change == "missing":
+        del weights["fc.conv.weight"]
+    else:
+        weights["fc.conv.weight"] = weights["fc.conv.weight"][:-1]
+    torch.save(weights, file)
+    with pytest.raises(ValueError, match=r"embedding_model\.ckpt: weights of another .*fc\.conv"):
+        load_encoder(run)
+
+
 def test_a_run_loads_before_and_after_its_export(tmp_path):
     modules = make_run(tmp_path, epochs=3)
     load_average(modules, Checkpointer(tmp_path / "save"), 2)

@@ -69,6 +69,16 @@ def test_bins_and_same_session():
         trial_groups(trials, {"a": "1"}, edges=[float("nan")])
 
 
+@pytest.mark.parametrize("given", [{"a": "f"}, {"a": "f", "b": "m"}])
+def test_trials_both_of_whose_sides_have_no_value_are_in_no_group(given):
+    ids = ["a/1", "a/2", "b/1", "c/1", "c/2"]
+    trials = LabelledTrials(ids, np.array([0, 3, 0, 2]), np.array([1, 4, 3, 3]),
+                    np.array([True, True, False, False]))  # fmt: skip
+    group, names = trial_groups(trials, given)
+    assert group.tolist() == [0, -1, -1, -1]
+    assert names[0] == "f"
+
+
 def test_many_values_are_binned_or_refused():
     ids = [f"s{i}/{i}" for i in range(20)]
     trials = LabelledTrials(ids, np.arange(19), np.arange(1, 20), np.zeros(19, dtype=bool))
