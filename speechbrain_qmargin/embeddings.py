@@ -29,6 +29,7 @@ __all__ = [
 ENROLMENT_RULES = ("embedding", "score")
 _BLOCK = 16384
 _LONGEST_ID = 4096
+_SHORT, _LONG = 1e-15, 1e15
 
 
 class OfEncoder(Protocol):
@@ -208,7 +209,13 @@ class Embeddings(Mapping):
 
 
 def _unit(rows: np.ndarray, ids: Sequence[str], what: str) -> np.ndarray:
-    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    with np.errstate(over="ignore"):
+        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    far = ~((norms > _SHORT) & (norms < _LONG))  # whose squares are too small or large for float32
+    if far.any():
+        largest = np.abs(rows[far]).max(1, keepdims=True, initial=0)
+        rows[far] /= np.where((largest > 0) & np.isfinite(largest), largest, 1)
+        norms[far] = np.sqrt(np.einsum("nd,nd->n", rows[far], rows[far]))
     fine = np.isfinite(norms) & (norms > 0)
     if not fine.all():
         bad = [name for name, good in zip(ids, fine, strict=True) if not good]

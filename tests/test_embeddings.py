@@ -76,6 +76,15 @@ def test_a_file_without_embeddings_is_named(tmp_path, name):
         load_embeddings(tmp_path / name)
 
 
+@pytest.mark.parametrize("length", [1e-30, 1e-22, 1e-12, 1e12, 1e22, 1e30])
+def test_cosines_do_not_depend_on_the_lengths(length):
+    rows = np.random.default_rng(0).normal(size=(2, 8))
+    true = rows[0] @ rows[1] / np.linalg.norm(rows[0]) / np.linalg.norm(rows[1])
+    for kind in (np.float32, np.float64):
+        unit = Embeddings(["a", "b"], (length * rows).astype(kind)).unit(["a", "b"])
+        assert unit[0] @ unit[1] == pytest.approx(true, abs=2e-6)
+
+
 def test_npy_with_ids(tmp_path):
     np.save(tmp_path / "e.npy", np.float32([[1, 2], [3, 4]]))
     write(tmp_path / "e.txt", "a\nb\n")

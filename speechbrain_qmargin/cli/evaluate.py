@@ -126,6 +126,8 @@ def _fuse(args) -> None:
     inputs += [args.dev_trials, args.dev_utt2spk]
     refuse_overwriting([args.output, args.save], inputs, args.overwrite)
     if args.fusion:
+        if args.dev_scores:
+            raise ValueError("--fusion is fitted already: leave out --dev_scores, or --fusion")
         fusion = Fusion.load(args.fusion)
     else:
         if not args.dev_scores:

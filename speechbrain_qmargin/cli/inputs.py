@@ -65,7 +65,10 @@ def several(kind: Callable[[str], Any]) -> dict[str, Any]:
     """
 
     def parse(text: str) -> list[Any]:
-        return [kind(part) for part in text.split(",") if part]
+        found = [kind(part) for part in text.split(",") if part]
+        if not found:
+            raise argparse.ArgumentTypeError(f"{text!r} holds no value")
+        return found
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return {"type": parse, "nargs": "+", "action": _Joined}

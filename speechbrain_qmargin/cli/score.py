@@ -155,8 +155,10 @@ def _qualities(given: Sequence[str], embeddings: str | None) -> dict[str, dict[s
     qualities = {}
     for item in given:
         name, _, path = item.partition("=")
-        if not path:
+        if not name or not path:
             raise ValueError(f"--quality {item!r}: expected NAME=FILE")
+        if name in qualities or (name == "norm" and embeddings):
+            raise ValueError(f"--quality {item!r}: there is another quality of the name {name}")
         values = read_map(path, float)
         if name == "duration":
             bad = [key for key, value in values.items() if value <= 0]

@@ -217,7 +217,8 @@ def identify(
         raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine!r}")
     table = _Table(gallery, gallery_identity, probes, probe_identity, combine)
     count = table.count
-    if min(ranks, default=1) < 1 or not 1 <= rank_limit <= count:
+    ranked = not ranks or 1 <= min(ranks) <= count  # larger ones are passed over
+    if not ranked or not 1 <= rank_limit <= count:
         raise ValueError(f"ranks must be from 1 to the {count:,} identities of the gallery")
     bad = [size for size in sizes if not 2 <= size <= count]
     if bad:

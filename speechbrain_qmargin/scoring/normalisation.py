@@ -193,6 +193,17 @@ def _checked_top(top_n: int | None, cohort_size: int) -> int:
     return top_n
 
 
+def _spread(std: np.ndarray) -> np.ndarray:
+    """Standard deviations to divide by; what float32 rounds off is none."""
+    if len(std) and std.min() < _LEAST_STD:
+        raise ValueError(
+            f"the cohort's scores of a recording do not differ (deviation {std.min():.1g}), and "
+            "nothing can be normalised by them: does the cohort repeat one embedding? Give a "
+            "cohort of different speakers, or a larger top-n"
+        )
+    return std
+
+
 def cohort_statistics(
     matrix: np.ndarray,
     cohort: np.ndarray,
@@ -222,12 +233,11 @@ def cohort_statistics(
     Returns
     -------
     (mean, std) : float64 arrays [N]
-        `std` is at least 1e-6.
 
     Raises
     ------
     ValueError
-        A `top_n` larger than the cohort, or below 2.
+        A `top_n` larger than the cohort, or below 2; a row whose cohort scores do not differ.
 
     Examples
     --------
@@ -254,7 +264,7 @@ def cohort_statistics(
     for done in _each_block(block, len(matrix), device):
         if progress:
             progress(done)
-    return means, np.maximum(stds, _LEAST_STD)
+    return means, _spread(stds)
 
 
 def _each_block(block: Callable[[int], int], count: int, device: str) -> Iterator[int]:
@@ -409,8 +419,7 @@ def _cross_selected(unit, trials, cohort, top_n, scores, device, progress) -> np
                 local = torch.from_numpy(own[trial] - start)[:, None]
                 chosen = nearest[torch.from_numpy(selecting[trial])].long()
                 mean, std = _moments(table[local, chosen])
-                spread = np.maximum(std.numpy(), _LEAST_STD)
-                result[trial] += (scores[trial] - mean.numpy()) / spread / 2
+                result[trial] += (scores[trial] - mean.numpy()) / _spread(std.numpy()) / 2
     return result
 
 

@@ -216,6 +216,8 @@ def fit_plda(
         raise ValueError(
             f"{count:,} recordings cannot tell a covariance of {size} dimensions: more are needed"
         )
+    if iterations < 1:
+        raise ValueError(f"iterations must be 1 or more, got {iterations}")
     most = min(size, len(names) - 1)
     wanted = most if rank is None else rank
     if not 1 <= wanted <= most:

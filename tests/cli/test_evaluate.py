@@ -123,6 +123,12 @@ def test_fuse(files, capsys):
     assert "development trials: 12 speakers are in test.txt too" in capsys.readouterr().err
     assert run("fuse", *systems, f"--output={files / 'no.tsv'}") == 1
     assert "give --dev_scores" in capsys.readouterr().err
+    both = [*development, f"--fusion={saved}"]
+    assert run("fuse", *systems, *both, f"--output={files / 'no.tsv'}") == 1
+    assert "--fusion is fitted already" in capsys.readouterr().err
+    place = files / "no.tsv"
+    assert run("fuse", *systems, *development, f"--output={place}", f"--save={place}") == 1
+    assert "two outputs would be written there" in capsys.readouterr().err
     assert not (files / "no.tsv").exists()
     picture = files / "bayes.png"
     assert run("bayes", f"fused={output}", f"--output={picture}") == 0
@@ -142,6 +148,8 @@ def test_watchlist(files, capsys):
     found = json.loads((files / "found.json").read_text())
     assert [row["size"] for row in found["open_set"]] == [2, 4, 8]
     assert found["cmc"]["1"]["value"] > 0.5
+    assert run(*arguments, "--ranks=100") == 1
+    assert "ranks must be from 1 to the 8 identities" in capsys.readouterr().err
     assert run(*arguments[:3], files / "gallery.txt") == 1
     assert "16 recordings are in the gallery and among the probes" in capsys.readouterr().err
     with_suffix = "".join(line.replace(" ", ".wav ") for line in gallery)  # the same recordings
@@ -167,6 +175,13 @@ def test_quality(files, capsys):
     given = [files / "dev_one.tsv", files / "calibration.json"]
     assert run("calibrate", *given, f"--quality=cohort={files / 'quality.txt'}") == 0
     assert "higher cohort" in capsys.readouterr().out
+    norms = f"--norm_of={files / 'dev_one.npz'}"
+    for twice in ([f"--quality=a={files / 'quality.txt'}"] * 2,
+                  [f"--quality=norm={files / 'quality.txt'}", norms]):  # fmt: skip
+        assert run("calibrate", *given, "--overwrite", *twice) == 1
+        assert "there is another quality of the name" in capsys.readouterr().err
+    assert run("calibrate", *given, "--overwrite", f"--quality=={files / 'quality.txt'}") == 1
+    assert "expected NAME=FILE" in capsys.readouterr().err
     assert run("quality", *arguments[:2], arguments[1]) == 1
     assert "the output is an input too" in capsys.readouterr().err
     assert run("quality", files / "dev_one.npz", files / "dev_two.npz", files / "no.txt") == 1
@@ -188,6 +203,9 @@ def test_plda(files, capsys):
     own = [files / "dev_one.npz", files / "dev.txt"]
     assert run("plda", *own, files / "no.tsv", f"--plda={saved}") == 1  # those it was fitted on
     assert "plda.npz: 12 speakers are in dev.txt too" in capsys.readouterr().err
+    few = [f"--train={files / 'dev_one.npz'}", "--iterations=0"]
+    assert run("plda", *given, files / "no.tsv", *few) == 1
+    assert "iterations must be 1 or more, got 0" in capsys.readouterr().err
     assert run("plda", *given, files / "no.tsv") == 1
     assert "give --train embeddings" in capsys.readouterr().err
 
