@@ -106,6 +106,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
             if new & old != new:
                 partial.chmod(new & old)
         os.replace(partial, path)
+    except OSError as error:  # a full disk names no file, others the hidden one
+        if error.errno is not None and error.filename in (None, os.fspath(partial)):
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

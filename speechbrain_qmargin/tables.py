@@ -267,7 +267,9 @@ def _all_labels(cells: Sequence[str]) -> bool:
 def _separator(line: str) -> str | None:
     if "\t" in line.strip():
         return "\t"
-    return "," if "," in line and len(line.split()) < 3 else None
+    words = line.split()
+    apart = len(words) < 3 or all(word.endswith(",") for word in words[:-1])  # a, b, target
+    return "," if "," in line and apart else None
 
 
 def _named(cell: str) -> str:

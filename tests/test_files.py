@@ -1,5 +1,6 @@
 """Files and folders that take another's place: it is there until they can, and as private."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -63,6 +64,22 @@ def test_a_file_is_as_private_as_the_one_in_whose_place_it_comes(tmp_path):
             assert (file.read_text(), file.stat().st_mode & 0o777) == ("new", after)
     finally:
         os.umask(umask)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_full_disk_names_the_file_that_was_asked_for(tmp_path, named):
+    file = tmp_path / "scores.tsv"
+
+    def write():
+        with files.replacing(file) as partial:
+            names = [str(partial)] if named else []
+            raise OSError(errno.ENOSPC, "No space left on device", *names)
+
+    with pytest.raises(OSError, match="No space left") as error:
+        write()
+    assert error.value.filename == str(file)
+    with pytest.raises(OSError, match=r"Errno 2.*list\.txt"), files.replacing(file):
+        (tmp_path / "list.txt").read_text()
 
 
 def test_two_outputs_of_one_place_are_refused(tmp_path):

@@ -157,7 +157,7 @@ def _fuse(args) -> None:
 def _people(path: str) -> dict[str, str]:
     """``recording`` or ``recording identity`` lines, as a mapping."""
     lines = [line for line in read_lines(path)[0] if line.strip()]
-    if lines and all(len(line.split()) == 1 for line in lines):
+    if lines and all(len(line.split()) == 1 and "," not in line for line in lines):
         names = [line.strip() for line in lines]
         if not all("/" in name for name in names):
             raise ValueError(

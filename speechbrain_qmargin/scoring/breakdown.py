@@ -381,7 +381,10 @@ def breakdown(
         raise ValueError("the threshold is NaN; no decision can rest on it")
     distinct = trials.distinct  # a trial and its reverse are one
     scores, trials = distinct.scores(scores), distinct.trials
-    group, names = trial_groups(trials, values, relation=relation, edges=edges)
+    try:
+        group, names = trial_groups(trials, values, relation=relation, edges=edges)
+    except ValueError as error:
+        raise ValueError(f"the column {column}: {error}" if column else str(error)) from None
     accepted, target, people = scores >= threshold, trials.is_target, trials.speakers()
     one, two = people[trials.enrolment], people[trials.test]
 

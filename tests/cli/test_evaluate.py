@@ -156,6 +156,10 @@ def test_watchlist(files, capsys):
     (files / "suffix.txt").write_text(with_suffix)
     assert run(*arguments[:3], files / "suffix.txt") == 1
     assert "16 recordings are in the gallery and among the probes" in capsys.readouterr().err
+    between = "".join(line.replace(" ", ", ") for line in gallery)
+    (files / "commas.txt").write_text(between)
+    assert run(*arguments[:2], files / "commas.txt", arguments[3]) == 0
+    assert "8 identities of 16 templates" in capsys.readouterr().out
     (files / "strange.txt").write_text("nobody/1 person1\n")
     assert run(*arguments[:3], files / "strange.txt") == 1
     assert "strange.txt have no embedding: nobody/1" in capsys.readouterr().err

@@ -96,7 +96,11 @@ def test_bad_score_files_are_named_with_their_line(tmp_path, text, message):
 
 
 def test_commas_and_points_are_read_with_a_header_or_a_fraction(tmp_path):
-    for text in ("a,b,0,0.5\na,c,1,25\n", "enrol,test,label,score\na,b,0,5\na,c,1,25\n"):
+    for text in (
+        "a,b,0,0.5\na,c,1,25\n",
+        "a, b, 0, 0.5\na, c, 1, 25\n",
+        "enrol,test,label,score\na,b,0,5\na,c,1,25\n",
+    ):
         found, scores = read_scores(write(tmp_path / "scores.csv", text))
         assert found.is_target.tolist() == [False, True]
         assert scores[1] == 25
