@@ -20,7 +20,6 @@ import torch
 from tqdm import tqdm
 
 from speechbrain_qmargin.cli import GOES_ON, HelpFormatter, status_of
-from speechbrain_qmargin.export.encoder import is_run
 from speechbrain_qmargin.export.face_encoder import FaceEncoder
 from speechbrain_qmargin.export.loading import load_any_encoder
 from speechbrain_qmargin.faces.ijb import (
@@ -35,6 +34,7 @@ from speechbrain_qmargin.faces.ijb import (
 from speechbrain_qmargin.faces.pair_sets import FLIPS
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.loss.device import usable_device
+from speechbrain_qmargin.training.layout import is_run
 
 SWITCH = argparse.BooleanOptionalAction
 

@@ -112,13 +112,13 @@ def _extract(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from speechbrain_qmargin.export.encoder import is_run
     from speechbrain_qmargin.export.inference import export_run
     from speechbrain_qmargin.export.loading import load_any_encoder
     from speechbrain_qmargin.export.onnx import export_onnx
     from speechbrain_qmargin.export.toolkits import export_arcface_torch, export_wespeaker
     from speechbrain_qmargin.files import refuse_overwriting
     from speechbrain_qmargin.scoring.decision import OperatingPoint
+    from speechbrain_qmargin.training.layout import is_run
 
     outputs = [one for one in (args.onnx, args.wespeaker, args.arcface_torch) if one]
     for option, file in (("--onnx", args.onnx), ("--arcface_torch", args.arcface_torch)):

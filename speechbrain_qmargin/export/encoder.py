@@ -24,8 +24,9 @@ from speechbrain_qmargin.training.checkpoints import (
     load_weights,
 )
 from speechbrain_qmargin.training.internals import has_statistics
+from speechbrain_qmargin.training.layout import SAVE, encoder_folder, is_run
 
-__all__ = ["PARTS", "SpeakerEncoder", "is_run", "load_encoder", "load_run"]
+__all__ = ["PARTS", "SpeakerEncoder", "load_encoder", "load_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +156,7 @@ def load_encoder(
     >>> load_encoder(folder)(torch.zeros(1, 8000)).shape
     torch.Size([1, 4])
     """
-    folder = Path(folder)
-    if is_run(folder) and (folder / "inference" / "hyperparams.yaml").is_file():
-        folder = folder / "inference"
+    folder = encoder_folder(folder)
     if is_run(folder):
         modules, tree = load_run(folder, PARTS, trust)
         logger.info(f"{folder} has no inference/; the average of its last epochs is taken")
@@ -177,21 +176,6 @@ def load_encoder(
         if file.is_file():
             load_weights(modules[name], file)
     return SpeakerEncoder(modules, tree["sample_rate"], canonical(tree, PARTS)).to(device)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's output folder, with checkpoints.
-
-    Examples
-    --------
-    >>> folder = getfixture("tmp_path")
-    >>> is_run(folder)
-    False
-    >>> (folder / "save").mkdir()
-    >>> is_run(folder)
-    True
-    """
-    return (folder / "save").is_dir()
 
 
 def load_run(
@@ -217,7 +201,7 @@ def load_run(
     """
     folder = Path(folder)
     tree = hyperparams_tree(folder / "hyperparams.yaml", ("modules",), trust)
-    checkpointer = AtomicCheckpointer(folder / "save")
+    checkpointer = AtomicCheckpointer(folder / SAVE)
     modules = build(tree, names)
     load_average(modules, checkpointer, tree.get("average_checkpoints", 1))
     return modules, tree

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_qmargin.export.definitions import build, canonical, hyperparams_tree
-from speechbrain_qmargin.export.encoder import is_run, load_run
+from speechbrain_qmargin.export.encoder import load_run
 from speechbrain_qmargin.faces.pair_sets import FLIPS
 from speechbrain_qmargin.models.digest import digest_of_modules
 from speechbrain_qmargin.published import Published
 from speechbrain_qmargin.training.checkpoints import bare, load_weights
+from speechbrain_qmargin.training.layout import encoder_folder, is_run
 
 __all__ = ["FaceEncoder", "has_faces", "load_face_encoder"]
 
@@ -150,9 +151,7 @@ def load_face_encoder(
     >>> load_face_encoder(folder)(torch.zeros(1, 3, 32, 32)).shape
     torch.Size([1, 8])
     """
-    folder = Path(folder)
-    if is_run(folder) and (folder / "inference" / "hyperparams.yaml").is_file():
-        folder = folder / "inference"
+    folder = encoder_folder(folder)
     file = folder / "hyperparams.yaml"
     tree = hyperparams_tree(file, ("modules",), trust)
     if not has_faces(tree):

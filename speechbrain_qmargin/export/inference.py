@@ -14,7 +14,7 @@ from speechbrain.utils.distributed import if_main_process
 from torch import Tensor, nn
 
 from speechbrain_qmargin.export.definitions import canonical, definitions, hyperparams_tree
-from speechbrain_qmargin.export.encoder import PARTS, SpeakerEncoder, is_run, load_encoder, load_run
+from speechbrain_qmargin.export.encoder import PARTS, SpeakerEncoder, load_encoder, load_run
 from speechbrain_qmargin.export.face_encoder import FaceEncoder, has_faces, load_face_encoder
 from speechbrain_qmargin.export.loading import load_any_encoder
 from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe, probe_images
@@ -25,6 +25,7 @@ from speechbrain_qmargin.scoring.decision import OperatingPoint
 from speechbrain_qmargin.tables import composed_name
 from speechbrain_qmargin.training.checkpoints import bare
 from speechbrain_qmargin.training.internals import has_statistics, statistics
+from speechbrain_qmargin.training.layout import INFERENCE, SAVE, is_run
 
 __all__ = [
     "DECISION_FILES",
@@ -237,12 +238,12 @@ def export_run(run_folder: str | Path, **options: Any) -> Path:
     run_folder = Path(run_folder)
     if not is_run(run_folder):
         raise FileNotFoundError(f"{run_folder}: not a run's output folder (no save/)")
-    hyperparams, folder = run_folder / "hyperparams.yaml", run_folder / "inference"
+    hyperparams, folder = run_folder / "hyperparams.yaml", run_folder / INFERENCE
     trust = options.get("trust", False)
     if has_faces(hyperparams_tree(hyperparams, ("modules",), trust)):
         modules, _ = load_run(run_folder, ["embedding_model"], trust)
         return export_faces(hyperparams, modules["embedding_model"], folder, **options)
-    labels = run_folder / "save" / "label_encoder.txt"
+    labels = run_folder / SAVE / "label_encoder.txt"
     options = {"label_encoder": labels if labels.is_file() else None, **options}
     count = _labels(options["label_encoder"])
     few = count is not None and count <= options.get("max_classes", MAX_CLASSES)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from speechbrain_qmargin.export.definitions import hyperparams_tree
-from speechbrain_qmargin.export.encoder import SpeakerEncoder, is_run, load_encoder
+from speechbrain_qmargin.export.encoder import SpeakerEncoder, load_encoder
 from speechbrain_qmargin.export.face_encoder import FaceEncoder, has_faces, load_face_encoder
 from speechbrain_qmargin.loss.device import usable_device
 from speechbrain_qmargin.published import load_published
+from speechbrain_qmargin.training.layout import is_run
 
 __all__ = ["is_exported", "load_any_encoder"]
 

@@ -52,8 +52,6 @@ __all__ = [
     "with_values",
 ]
 
-COMPOSERS = ("extends", "overlays", "auto")
-
 
 # ---------------------------------------------------------------- the experiment
 

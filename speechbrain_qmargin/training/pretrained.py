@@ -14,7 +14,7 @@ from speechbrain_qmargin.published import Published, as_options, load_published
 from speechbrain_qmargin.training.checkpoints import AtomicCheckpointer, load_average
 from speechbrain_qmargin.training.config import plain_settings, resolved, settings_of
 from speechbrain_qmargin.training.internals import has_statistics, load_statistics, statistics
-from speechbrain_qmargin.training.published_settings import is_run
+from speechbrain_qmargin.training.layout import SAVE, is_run
 from speechbrain_qmargin.training.trust import object_names, refuse_code
 
 __all__ = ["load_pretrained"]
@@ -132,7 +132,7 @@ def _other_sizes(saved: Path, hparams: Mapping[str, Any], modules: Sequence[str]
 
 
 def _load_run(hparams: dict, source: Path, classes: str) -> None:
-    save = source / "save"
+    save = source / SAVE
     if not save.is_dir():
         raise FileNotFoundError(f"{save} holds no checkpoint of a finished epoch")
     names = ["embedding_model"] + ["classifier"] * (classes != "none")

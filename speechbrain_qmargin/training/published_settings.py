@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from speechbrain_qmargin.published import as_option, load_published
+from speechbrain_qmargin.training.layout import is_run
 
-__all__ = ["is_run", "published_overrides"]
-
-
-def is_run(source: str | Path) -> bool:
-    """Whether `pretrained` names the folder of a run, not a published model.
-
-    Examples
-    --------
-    >>> is_run(getfixture("tmp_path"))
-    False
-    """
-    return any((Path(source) / name).exists() for name in ("experiment.yaml", "save"))
+__all__ = ["published_overrides"]
 
 
 def published_overrides(settings: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:

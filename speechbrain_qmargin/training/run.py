@@ -22,6 +22,7 @@ from speechbrain_qmargin.scoring.lists import Cohort
 from speechbrain_qmargin.scoring.separation import refuse_tested
 from speechbrain_qmargin.training.brain import VerificationBrain
 from speechbrain_qmargin.training.config import Experiment, load_experiment
+from speechbrain_qmargin.training.layout import INFERENCE
 from speechbrain_qmargin.training.pretrained import load_pretrained
 from speechbrain_qmargin.training.processes import (
     deterministic_algorithms,
@@ -126,7 +127,7 @@ def train_verifier(
         refuse_one_gpu_for_all(experiment.run_opts.device)
         usable_device(experiment.run_opts.device)
     folder = RunFolder(experiment)
-    inference = folder.path / "inference"
+    inference = folder.path / INFERENCE
     deterministic = experiment.settings.get("deterministic", False)
     with processes(experiment.run_opts), deterministic_algorithms(deterministic):
         main, trained = if_main_process(), False

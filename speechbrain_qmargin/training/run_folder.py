@@ -30,6 +30,7 @@ from speechbrain_qmargin.training.config import (
     tag_of,
     with_values,
 )
+from speechbrain_qmargin.training.layout import INFERENCE, SAVE
 
 __all__ = ["RunFolder"]
 
@@ -77,7 +78,7 @@ OPTIONS = (
     "remove_vector_weight_decay",
 )
 # What is there once something was trained, beside the checkpoints
-TRAINED = ("history.jsonl", "results.json", "results.previous.json", "embeddings.npz", "inference")
+TRAINED = ("history.jsonl", "results.json", "results.previous.json", "embeddings.npz", INFERENCE)
 # Libraries that say something of every image or font where they are let; SpeechBrain's log lets all
 TALKATIVE = ("PIL", "matplotlib")
 SAVED, SAVED_OPTIONS, LOCK = "experiment.yaml", "run_options.json", ".lock"
@@ -218,7 +219,7 @@ class RunFolder:
         Nothing was trained there, so there is nothing to continue: a mistake in a setting may be
         mended in the same folder.
         """
-        saves = {self.path / "save", Path(self.experiment.settings["save_folder"])}
+        saves = {self.path / SAVE, Path(self.experiment.settings["save_folder"])}
         trained = any(next(save.glob("CKPT*"), None) for save in saves)
         if trained or any((self.path / name).exists() for name in TRAINED):
             return

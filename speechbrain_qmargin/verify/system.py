@@ -26,6 +26,7 @@ from speechbrain_qmargin.scoring.calibration import Calibration
 from speechbrain_qmargin.scoring.decision import OperatingPoint
 from speechbrain_qmargin.scoring.lists import Cohort
 from speechbrain_qmargin.scoring.normalisation import cohort_statistics
+from speechbrain_qmargin.training.layout import INFERENCE
 
 __all__ = ["Histogram", "NoThreshold", "System", "Vectors", "cohort_digest", "when_written"]
 
@@ -303,7 +304,7 @@ class System:
             No file; damaged files, of another encoder, or not of each other; with what to do.
         """
         folder = Path(folder)
-        shown = folder.parent if folder.name == "inference" else folder
+        shown = folder.parent if folder.name == INFERENCE else folder
         shown = str(shown).removesuffix(".verifier")
         remedy = f"measure one on your own people: qmargin threshold {shown} SOURCE"
         if not (folder / _POINT).is_file():

@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from speechbrain_qmargin.export.encoder import SpeakerEncoder, is_run
+from speechbrain_qmargin.export.encoder import SpeakerEncoder
 from speechbrain_qmargin.export.loading import is_exported, load_any_encoder
 from speechbrain_qmargin.export.probe import TOLERANCE
 from speechbrain_qmargin.files import is_lack
 from speechbrain_qmargin.published import split_format
+from speechbrain_qmargin.training.layout import INFERENCE, is_run
 from speechbrain_qmargin.verify.people import People, checked_name
 from speechbrain_qmargin.verify.readers import (
     FaceReader,
@@ -563,7 +564,7 @@ def place_of(encoder: str | Path) -> Path:
     if path.name in ("", ".."):
         path = path.resolve()
     if is_run(path):
-        return path / "inference"
+        return path / INFERENCE
     return path if is_exported(path) else path.with_name(f"{path.name}.verifier")
 
 
