@@ -251,6 +251,16 @@ def _best(c, log_q, there, scale, rate, DTYPE: tl.constexpr, SOFTMAX: tl.constex
 
 
 @triton.jit
+def _moments(v, f, level, rate, POWER: tl.constexpr, IN_LOGS: tl.constexpr, Q: tl.constexpr):
+    """Of a tile's posterior p before it is divided by its sum: sum p, sum p v and its support."""
+    w, h = _powers(v, f, level, rate, POWER, IN_LOGS, Q)
+    p = h * w
+    mass = tl.sum(p, 0).to(tl.float64)
+    share = tl.sum(tl.where(p > 0, p * v, 0.0), 0).to(tl.float64)
+    return mass, share, tl.sum((p > 0).to(tl.int32), 0)
+
+
+@triton.jit
 def _solve_kernel(
     cosines, targets, moved, prior, log_q, places, loss, posterior, kept, counts,
     rows, classes, stride, q_stride, capacity, alpha_bits, scale_bits, limit_bits,
@@ -373,11 +383,7 @@ def _solve_kernel(
             v, f, z_y, log_q_y, lower, upper, rate, eps_mass, POWER, IN_LOGS, SAFE, Q
         )
         if RESIDENT:
-            w, h = _powers(v, f, level, rate, POWER, IN_LOGS, Q)
-            p = h * w
-            others = tl.sum(p, 0).to(tl.float64)
-            gap = tl.sum(tl.where(p > 0, p * v, 0.0), 0).to(tl.float64)
-            support = tl.sum((p > 0).to(tl.int32), 0)
+            others, gap, support = _moments(v, f, level, rate, POWER, IN_LOGS, Q)
         else:
             first = origin
             tau = level if IN_LOGS else level + 1 / rate
@@ -423,11 +429,10 @@ def _solve_kernel(
                 level = _level_of_tile(
                     v, f, z_y, log_q_y, lower, upper, rate, eps_mass, POWER, IN_LOGS, SAFE, Q
                 )
-                w, h = _powers(v, f, level, rate, POWER, IN_LOGS, Q)
-                p = h * w
-                others += tl.sum(p, 0).to(tl.float64)
-                gap += tl.sum(tl.where(p > 0, p * v, 0.0), 0).to(tl.float64)
-                support += tl.sum((p > 0).to(tl.int32), 0)
+                mass, share, active = _moments(v, f, level, rate, POWER, IN_LOGS, Q)
+                others += mass
+                gap += share
+                support += active
                 read += count
             else:
                 level, steps = _level_of_list(
@@ -439,11 +444,10 @@ def _solve_kernel(
                     i, there = _listed(places, start, count, listed, BLOCK)
                     v, more_q = _scores(cosines, log_q, i, there, label, origin, factor, DTYPE, Q)
                     f = _factor(more_q, rate, IN_LOGS) if Q else more_q
-                    w, h = _powers(v, f, level, rate, POWER, IN_LOGS, Q)
-                    p = h * w
-                    others += tl.sum(p, 0).to(tl.float64)
-                    gap += tl.sum(tl.where(p > 0, p * v, 0.0), 0).to(tl.float64)
-                    support += tl.sum((p > 0).to(tl.int32), 0)
+                    mass, share, active = _moments(v, f, level, rate, POWER, IN_LOGS, Q)
+                    others += mass
+                    gap += share
+                    support += active
                 read += count * (steps + 1)
         alone = level_alone(z_y, log_q_y, rate, IN_LOGS)
         p_y, _ = _target_powers(z_y, level, log_q_y, rate, IN_LOGS)
