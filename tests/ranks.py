@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 
-from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.communicator import Communicator
 
 
 class Threads(Communicator):

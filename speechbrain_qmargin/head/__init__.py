@@ -8,7 +8,7 @@ checkpoint for any number of processes.
 On a GPU the step is that of ``fused``, in shards that of ``fused_shards``, and the search that of
 ``kernel_search``; their kernels are in ``kernels``, ``solve_kernels`` and ``row_kernels``. All look
 at classes through ``prototypes``, in pieces of ``sizes`` and with the ``precision`` in force;
-``communicator`` speaks to the other processes, ``refusals`` says what cannot be done with rows.
+``refusals`` says what cannot be done with rows.
 """
 
 from speechbrain_qmargin.head.classifier import HeadOutput, QMarginHead

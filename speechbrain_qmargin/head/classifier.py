@@ -17,10 +17,10 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from speechbrain_qmargin.communicator import Communicator, named_classes
 from speechbrain_qmargin.head import fused, fused_shards, shards
 from speechbrain_qmargin.head import refusals as refusals  # kernels that name the remedy
 from speechbrain_qmargin.head.binary import BinaryLoss
-from speechbrain_qmargin.head.communicator import Communicator, named_classes
 from speechbrain_qmargin.head.kernel_search import Room, takes
 from speechbrain_qmargin.head.optim import RowSparse
 from speechbrain_qmargin.head.prototypes import Derived, Mark, Prototypes, are_finite, content

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.communicator import Communicator
 from speechbrain_qmargin.head.prototypes import Prototypes
 from speechbrain_qmargin.head.search import Query, agreed_level, chunked_cosines, rounding
 from speechbrain_qmargin.loss.device import refuse_unless

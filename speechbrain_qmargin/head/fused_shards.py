@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.communicator import Communicator
 from speechbrain_qmargin.head.fused import Step, by_class, ones, stage
 from speechbrain_qmargin.head.kernel_search import (
     MOST_HALVINGS,

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from speechbrain_qmargin.head.communicator import named_classes
+from speechbrain_qmargin.communicator import named_classes
 from speechbrain_qmargin.head.prototypes import Mark, mark
 from speechbrain_qmargin.head.sizes import constants
 from speechbrain_qmargin.loss.device import kernels_run, sent

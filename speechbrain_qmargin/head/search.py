@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.communicator import Communicator
 from speechbrain_qmargin.head.precision import product_roundoff
 from speechbrain_qmargin.head.prototypes import Prototypes, int8_product
 from speechbrain_qmargin.loss.f_operators import GeneratorMeasure

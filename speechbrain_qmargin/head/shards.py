@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from speechbrain_qmargin.communicator import Communicator
 from speechbrain_qmargin.files import replacing, write_text
-from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.optim import RowSparse
 
 __all__ = ["ShardedClassifier", "load_shards", "save_shards", "whole_weight"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.communicator import Communicator
 from speechbrain_qmargin.head.dense import AllClasses, AllOfGenerator
 from speechbrain_qmargin.head.precision import exact_accumulation
 from speechbrain_qmargin.head.prototypes import Prototypes

@@ -20,7 +20,7 @@ What a loss learns is an ``nn.Parameter`` of it, what it keeps a buffer, both ma
 The recipes train the first with the encoder, the same in all processes, and save both with a
 checkpoint; ``.half()`` and ``.bfloat16()`` leave buffers as they are. A buffer that follows the
 batches is of one process's samples, unless the loss gathers those of all
-(:func:`~speechbrain_qmargin.loss.norms.of_all_processes`). In a recipe of SpeechBrain's, list such
+(:class:`~speechbrain_qmargin.communicator.Communicator`). In a recipe of SpeechBrain's, list such
 a loss in ``modules`` and in the checkpointer's ``recoverables``.
 """
 

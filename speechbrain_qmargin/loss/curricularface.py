@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from speechbrain_qmargin.communicator import Communicator
 from speechbrain_qmargin.loss.arcface import angular_margin
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.interface import Objective, Rows, Scores
@@ -85,8 +85,7 @@ class CurricularFaceLoss(Loss):
         """t after a batch whose targets have these cosines."""
         sums = cosines.double().sum()
         sums = torch.stack((sums, sums.new_full((), len(cosines))))
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
+        sums = Communicator().sum(sums)
         mean, t = sums[0] / sums[1], self.t.to(sums.device)
         moved = self.momentum * mean + (1 - self.momentum) * t
         return torch.where(torch.isfinite(mean), moved, t)

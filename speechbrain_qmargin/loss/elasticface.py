@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from speechbrain_qmargin.communicator import Communicator
 from speechbrain_qmargin.loss.arcface import angular_margin
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.interface import Objective, Scores
@@ -50,7 +50,7 @@ class Draws(torch.nn.Module):
 
     def next(self, size: int, device: torch.device | None = None) -> Tensor:
         """[size], float64, others in each process; the same on all devices."""
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        rank = Communicator().rank
         # three numbers in one seed, none of which the others can imitate
         seed = (self.seed % 2**20 << 42) + (rank % 2**12 << 30) + self.count % 2**30
         self.count += 1

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from speechbrain_qmargin.communicator import Communicator
 from speechbrain_qmargin.loss.arcface import angular_margin, check_angle
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.device import add_rows
 from speechbrain_qmargin.loss.interface import Objective, Scores, flat
-from speechbrain_qmargin.loss.norms import embeddings_of, of_all_processes
+from speechbrain_qmargin.loss.norms import embeddings_of
 
 __all__ = ["KappaFaceLoss", "concentration"]
 
@@ -167,7 +168,8 @@ class KappaFaceLoss(Loss):
     def _observe(self, embeddings: Tensor, targets: Tensor) -> None:
         """Take in a batch; one that diverged, or whose labels are wrong, is no measure."""
         unit = F.normalize(embeddings.detach().float(), dim=1)
-        unit, targets = of_all_processes(unit), of_all_processes(targets)
+        comm = Communicator()
+        unit, targets = comm.gather_all(unit), comm.gather_all(targets)
         if self._passed is None:  # a run begins, or goes on: the host waits for a GPU this once
             self._passed = float(self.seen.sum())
         known = (targets >= 0) & (targets < len(self.counts))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from speechbrain_qmargin.communicator import Communicator
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.interface import Scores
 
-__all__ = ["RunningNorms", "embeddings_of", "norms_of", "of_all_processes"]
+__all__ = ["RunningNorms", "embeddings_of", "norms_of"]
 
 _LEAST, _MOST = 1e-3, 100.0  # norms are clipped to these, as in AdaFace's code
 
@@ -53,27 +53,6 @@ def norms_of(loss: Loss, scores: Scores) -> Tensor:
     return torch.linalg.vector_norm(embeddings.double(), dim=1)
 
 
-def of_all_processes(tensor: Tensor) -> Tensor:
-    """[n, ...] of every process, one below the other; they may have different n.
-
-    Examples
-    --------
-    >>> of_all_processes(torch.tensor([5.0, 7.0]))      # of one process: its own
-    tensor([5., 7.])
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return tensor
-    sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device)] * dist.get_world_size()
-    sizes = [size.clone() for size in sizes]
-    dist.all_gather(sizes, torch.tensor([len(tensor)], device=tensor.device))
-    most = max(int(size) for size in sizes)
-    padded = tensor.new_zeros(most, *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
-
-
 class RunningNorms(nn.Module):
     """Running mean and standard deviation of norms, over all processes.
 
@@ -106,9 +85,7 @@ class RunningNorms(nn.Module):
         self.to(norms.device)
         if weight:
             sums = torch.stack((torch.ones_like(norms), norms, norms.square())).sum(1)
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(sums)
-            count, total, squares = sums
+            count, total, squares = Communicator().sum(sums)
             mean = total / count
             # one sample has no deviation: the running value stays
             variance = (squares - count * mean.square()).clamp(min=0) / (count - 1).clamp(min=1)

@@ -34,8 +34,8 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from speechbrain_qmargin.communicator import Communicator
 from speechbrain_qmargin.data.sampling import SharedOrder
-from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.shards import ShardedClassifier
 from speechbrain_qmargin.loss.base import Loss, value_of
 from speechbrain_qmargin.loss.dense import scores_of
@@ -673,10 +673,7 @@ class VerificationBrain(OpenBrain):
         """Rows [n, ...] of every process, one below the other."""
         if not self.distributed_launch:
             return rows
-        rows = rows.to(self.device)
-        parts = [torch.empty_like(rows) for _ in range(self._processes)]
-        torch.distributed.all_gather(parts, rows)
-        return torch.cat(parts)
+        return torch.cat(Communicator().gather_rows(rows.to(self.device)))
 
     def _end_epoch(self, valid_stats: dict[str, float]) -> None:
         self.epochs_trained += 1

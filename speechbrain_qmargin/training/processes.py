@@ -17,7 +17,7 @@ from speechbrain.utils.distributed import (
 )
 from torch.amp.grad_scaler import GradScaler
 
-from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.communicator import Communicator
 
 __all__ = [
     "deterministic_algorithms",

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechbrain_qmargin.head.communicator import Communicator
+from speechbrain_qmargin.communicator import Communicator
 from speechbrain_qmargin.head.optim import RowSparse
 from speechbrain_qmargin.head.shards import load_shards, save_shards
 from speechbrain_qmargin.loss.device import add_rows
@@ -106,11 +106,7 @@ class PrototypeReset(nn.Module):
         """
         unit = F.normalize(embeddings.detach().float(), dim=1)
         names = torch.stack((targets.long(), (target_posterior > 0).long()), 1)
-        sizes = [len(unit)]
-        if self.comm.world > 1:
-            own = torch.tensor(sizes, device=unit.device)
-            sizes = [int(size) for size in self.comm.gather_rows(own)]
-        unit, names = self.comm.gather(unit, sizes), self.comm.gather(names, sizes)
+        unit, names = self.comm.gather_all(unit), self.comm.gather_all(names)
         targets, active = names.unbind(1)
         mine = unit.isfinite().all(1) & (targets >= self.start) & (targets < self.stop)
         rows = targets[mine] - self.start

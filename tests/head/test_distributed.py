@@ -11,8 +11,8 @@ from processes import start
 from ranks import on_ranks
 
 from speechbrain_qmargin import QMarginLoss
+from speechbrain_qmargin.communicator import Communicator
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
-from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.search import Screening
 from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.loss.arcface import ArcFaceLoss

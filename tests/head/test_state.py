@@ -19,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from speechbrain_qmargin import make_loss, q_margin_loss
+from speechbrain_qmargin.communicator import Communicator
 from speechbrain_qmargin.head import PartialHead, QMarginHead, RowSparseAdam, RowSparseSGD
-from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.head.sizes import Sizes
 
 CLASSES, DIM = 600, 8

@@ -16,8 +16,8 @@ from speechbrain.utils.checkpoints import (
 from torch.nn.parallel import DistributedDataParallel
 
 from speechbrain_qmargin import QMarginLoss
+from speechbrain_qmargin.communicator import Communicator
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
-from speechbrain_qmargin.head.communicator import Communicator
 from speechbrain_qmargin.training.brain import VerificationBrain
 from speechbrain_qmargin.training.processes import scaler_of_shards
 

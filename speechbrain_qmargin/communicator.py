@@ -159,6 +159,19 @@ class Communicator:
         parts = self.gather_rows(padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
+    def gather_all(self, tensor: Tensor) -> Tensor:
+        """Concatenation over the ranks of [n_r, ...], whose n_r each rank knows alone.
+
+        Examples
+        --------
+        >>> Communicator().gather_all(torch.tensor([5.0, 7.0]))     # alone: its own
+        tensor([5., 7.])
+        """
+        if self.world == 1:
+            return tensor
+        own = torch.tensor([len(tensor)], device=tensor.device)
+        return self.gather(tensor, [int(size) for size in self.gather_rows(own)])
+
     def gather_rows(self, tensor: Tensor) -> list[Tensor]:
         """One tensor of the same shape from every rank."""
         if self.world == 1:
