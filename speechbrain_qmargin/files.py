@@ -36,6 +36,7 @@ __all__ = [
     "replacing",
     "replacing_folder",
     "save_record",
+    "tag_of",
     "to_disk",
     "write_new",
     "write_text",
@@ -432,6 +433,19 @@ def zip_damage(path: str | Path) -> str | None:
     except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         return " ".join(str(error).split())[:200]
     return None
+
+
+def tag_of(node: Any) -> str:
+    """The tag that a node of a parsed YAML was written with; empty without one.
+
+    Examples
+    --------
+    >>> from ruamel.yaml import YAML
+    >>> tree = YAML().load("{network: !new:torch.nn.ReLU {inplace: true}, dropout: 0.1}")
+    >>> tag_of(tree["network"]), tag_of(tree["dropout"])
+    ('!new:torch.nn.ReLU', '')
+    """
+    return str(getattr(getattr(node, "tag", None), "value", None) or "")
 
 
 def refuse_yaml_bomb(text: str) -> None:

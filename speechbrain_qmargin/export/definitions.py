@@ -12,6 +12,7 @@ from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import Comment, CommentedMap, CommentedSeq
 
+from speechbrain_qmargin.files import tag_of
 from speechbrain_qmargin.training.config import resolved
 from speechbrain_qmargin.training.trust import refuse_code
 
@@ -103,7 +104,7 @@ def canonical(tree: Any, names: Iterable[str]) -> str:
     """
 
     def plain(node: Any) -> Any:
-        tag = str(getattr(getattr(node, "tag", None), "value", None) or "")
+        tag = tag_of(node)
         if isinstance(node, CommentedMap):
             content = {str(key): plain(value) for key, value in node.items()}
         elif isinstance(node, (CommentedSeq, list, tuple)):

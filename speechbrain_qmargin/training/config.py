@@ -36,6 +36,7 @@ from hyperpyyaml.core import recursive_update
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from speechbrain_qmargin.files import tag_of
 from speechbrain_qmargin.training.trust import object_names, refuse_code, refuse_outside
 
 __all__ = [
@@ -48,7 +49,6 @@ __all__ = [
     "resolved",
     "settings_of",
     "settings_text",
-    "tag_of",
     "with_values",
 ]
 
@@ -313,17 +313,6 @@ def plain_settings(tree: Any) -> dict:
         for key, value in tree.items()
         if value is None or (isinstance(value, (bool, int, float, str, list)) and not tag_of(value))
     }
-
-
-def tag_of(node: Any) -> str:
-    """The tag that a node of a parsed YAML was written with; empty without one.
-
-    Examples
-    --------
-    >>> tag_of(resolved("network: !new:torch.nn.ReLU {inplace: True}")["network"]), tag_of(0.1)
-    ('!new:torch.nn.ReLU', '')
-    """
-    return getattr(getattr(node, "tag", None), "value", None) or ""
 
 
 # ---------------------------------------------------------------- the command line

@@ -22,12 +22,11 @@ from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_pr
 from speechbrain.utils.logger import get_environment_description, setup_logging
 from speechbrain.utils.quirks import log_applied_quirks
 
-from speechbrain_qmargin.files import make_folder, write_text
+from speechbrain_qmargin.files import make_folder, tag_of, write_text
 from speechbrain_qmargin.training.config import (
     Experiment,
     plain_settings,
     resolved,
-    tag_of,
     with_values,
 )
 from speechbrain_qmargin.training.layout import INFERENCE, SAVE

@@ -26,7 +26,7 @@ from ruamel.yaml import YAML, Loader
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from speechbrain_qmargin.files import refuse_yaml_bomb
+from speechbrain_qmargin.files import refuse_yaml_bomb, tag_of
 
 __all__ = ["load_checked", "object_names", "refuse_code", "refuse_outside"]
 
@@ -150,7 +150,7 @@ def _refuse_growth(tree: Any) -> None:
 
     def size(node: Any) -> int:
         """Its characters, aliases and references written out."""
-        tag = getattr(getattr(node, "tag", None), "value", None)
+        tag = tag_of(node)
         if not isinstance(node, (dict, list, tuple, set)) and tag not in ("!ref", "!copy"):
             return len(str(getattr(node, "value", node))) + 1
         if id(node) not in sizes:
@@ -240,7 +240,7 @@ def refuse_outside(text: str, source: str | Path) -> None:
 
 def _places(node: Any, writes: bool = False) -> Iterator[str]:
     """Where the objects of a resolved tree write."""
-    tag = getattr(getattr(node, "tag", None), "value", None) or ""
+    tag = tag_of(node)
     if tag:  # an object's own arguments, not those of the objects among them
         writes = tag.endswith(WRITERS)
     if isinstance(node, dict):
@@ -324,7 +324,7 @@ def _imports(tree: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(tree, dict):
         return
     for key, node in tree.items():
-        tag = getattr(getattr(node, "tag", None), "value", None)
+        tag = tag_of(node)
         if key in IMPORTED or tag == f"!apply:{MAKE_LOSS}":
             for _, value in _written(node):
                 if _dotted(value):
@@ -337,7 +337,7 @@ def _dotted(value: str | None) -> TypeGuard[str]:
 
 def _written(node: Any) -> Iterator[tuple[str, str | None]]:
     """Tag and scalar of every node of a tree that keeps its tags; no tag is the empty string."""
-    tag = getattr(getattr(node, "tag", None), "value", None) or ""
+    tag = tag_of(node)
     if isinstance(node, dict):
         yield tag, None
         for key, value in node.items():

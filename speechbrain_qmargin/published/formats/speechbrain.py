@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from torch import Tensor, nn
 
-from speechbrain_qmargin.files import refuse_yaml_bomb
+from speechbrain_qmargin.files import refuse_yaml_bomb, tag_of
 from speechbrain_qmargin.published.model import Published, SpeechInput
 from speechbrain_qmargin.published.source import Source, fit, read_tensors
 
@@ -236,7 +236,7 @@ class _Document:
         node = self.tree.get(key, modules.get(key) if isinstance(modules, dict) else None)
         if node is None:
             raise ValueError(f"{self.file}: no {key} in it")
-        tag = _tag(node)
+        tag = tag_of(node)
         if not tag.startswith("!new:") or tag[5:] not in known:
             raise ValueError(
                 f"{self.file}: {key} is {tag or 'no object'}; known are {', '.join(known)}"
@@ -255,7 +255,7 @@ class _Document:
             raise ValueError(f"{self.file}: {name} cannot be built ({error})") from None
 
     def _value(self, node: Any, depth: int = 0) -> Any:
-        tag = _tag(node)
+        tag = tag_of(node)
         self.left -= 1
         if self.left < 0:
             raise ValueError(f"{self.file}: its references grow beyond {_MOST_VALUES:,} values")
@@ -275,10 +275,6 @@ class _Document:
         if isinstance(node, dict):
             raise ValueError(f"{self.file}: a mapping among the arguments is not read")
         return node.item() if hasattr(node, "item") else node
-
-
-def _tag(node: Any) -> str:
-    return getattr(getattr(node, "tag", None), "value", None) or ""
 
 
 def _found(name: str) -> Any:
