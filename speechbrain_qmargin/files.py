@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CACHE_VARIABLE",
     "cache_folder",
+    "fault_of",
     "is_lack",
     "json_digest",
     "json_values",
@@ -78,6 +79,24 @@ def is_lack(error: BaseException) -> bool:
     (True, False)
     """
     return isinstance(error, OSError) and error.errno in _LACKS
+
+
+def fault_of(error: BaseException) -> str:
+    """What an error says is wrong with a file; raises it where it is a lack (:func:`is_lack`).
+
+    Whoever goes on without a faulty file asks this of what reading it raised.
+
+    Examples
+    --------
+    >>> fault_of(ValueError("a.wav: cut off"))
+    'a.wav: cut off'
+    >>> fault_of(OSError(errno.EMFILE, "Too many open files"))
+    Traceback (most recent call last):
+    OSError: [Errno ...] Too many open files
+    """
+    if is_lack(error):
+        raise error
+    return str(error)
 
 
 @contextmanager
@@ -361,6 +380,8 @@ def load_arrays(
         file.
     FileNotFoundError
         No such file.
+    OSError
+        The process lacks open files or memory.
 
     Examples
     --------
@@ -394,7 +415,7 @@ def load_arrays(
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError,
             RuntimeError, MemoryError, OverflowError, SyntaxError,
             AttributeError, TypeError) as error:  # fmt: skip
-        raise ValueError(f"{path}: damaged, or not {what} ({error})") from None
+        raise ValueError(f"{path}: damaged, or not {what} ({fault_of(error)})") from None
 
 
 def _refuse_bomb(archive: zipfile.ZipFile, name: str) -> None:
@@ -431,7 +452,7 @@ def zip_damage(path: str | Path) -> str | None:
                 bad = archive.testzip()
             return f"{bad} is not what was written" if bad else None
     except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        return " ".join(str(error).split())[:200]
+        return " ".join(fault_of(error).split())[:200]
     return None
 
 

@@ -5,7 +5,9 @@ that the server forks takes none. ``conftest.py`` tells the server what to impor
 """
 
 import os
+import resource
 import socket
+from contextlib import contextmanager
 
 import torch.multiprocessing as mp
 from scripts import train
@@ -19,6 +21,19 @@ def start(function, *arguments, number):
 def train_together(recipe, yaml, *options, number):
     """A recipe over several gloo processes, as torchrun starts them."""
     start(_ranks_run, recipe, yaml, options, number, free_port(), number=number)
+
+
+@contextmanager
+def no_more_open_files():
+    """As where a process has as many as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)  # the lowest number that a file could have
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def free_port():

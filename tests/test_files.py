@@ -4,10 +4,18 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from processes import no_more_open_files
 
 from speechbrain_qmargin import files
-from speechbrain_qmargin.files import refuse_overwriting, replacing_folder, write_text
+from speechbrain_qmargin.files import (
+    load_arrays,
+    refuse_overwriting,
+    replacing_folder,
+    write_text,
+    zip_damage,
+)
 
 
 @pytest.mark.parametrize("fails", ["to_disk", "rename"])
@@ -105,3 +113,13 @@ def test_an_input_that_is_a_loop_of_links_is_left_to_who_reads_it(tmp_path):
     refuse_overwriting([tmp_path / "a.tsv"], [loop])
     with pytest.raises(OSError, match="links"):
         loop.read_bytes()
+
+
+@pytest.mark.parametrize("read", [load_arrays, zip_damage])
+def test_a_lack_of_open_files_is_no_damage(tmp_path, read):
+    """It passed for it: an older checkpoint was taken, a part of an extraction thrown away."""
+    np.savez(tmp_path / "x.npz", x=np.ones(3))
+    read(tmp_path / "x.npz")
+    with no_more_open_files(), pytest.raises(OSError, match="Too many open files") as caught:
+        read(tmp_path / "x.npz")
+    assert caught.value.errno == errno.EMFILE

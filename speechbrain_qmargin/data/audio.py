@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from speechbrain_qmargin.extras import require
-from speechbrain_qmargin.files import is_lack
+from speechbrain_qmargin.files import fault_of, is_lack
 
 __all__ = [
     "AUDIO_SUFFIXES",
@@ -407,9 +407,7 @@ def decode_stretches(path: Path) -> tuple[float, str]:
 
 
 def _fault_of(path: Path, error: OSError) -> str:
-    if is_lack(error):
-        raise error
-    return str(error).removeprefix(f"{path}: ")
+    return fault_of(error).removeprefix(f"{path}: ")
 
 
 def _seconds(path: Path) -> float:

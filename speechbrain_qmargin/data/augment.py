@@ -26,7 +26,7 @@ from torch import Tensor
 from speechbrain_qmargin.data.audio import read_audio, said_seconds
 from speechbrain_qmargin.data.folders import audio_files
 from speechbrain_qmargin.data.manifest import Manifest, Texts
-from speechbrain_qmargin.files import is_lack
+from speechbrain_qmargin.files import fault_of
 
 __all__ = ["WESPEAKER_SPEEDS", "Augment", "DropChunk", "room_and_noise"]
 
@@ -181,15 +181,14 @@ def _drawn(count: int, rng: np.random.Generator, read: Callable[[int], Drawn]) -
         try:
             return read(int(rng.integers(count)))
         except OSError as error:
-            if is_lack(error):
-                raise
-            if str(error) not in _said and len(_said) < _SAID:
-                _said.add(str(error))
+            fault = fault_of(error)
+            if fault not in _said and len(_said) < _SAID:
+                _said.add(fault)
                 more = "; others are not named" if len(_said) == _SAID else ""
-                logger.warning(f"augmentation: {error}; another file is drawn{more}")
+                logger.warning(f"augmentation: {fault}; another file is drawn{more}")
             if attempt == 19:
                 raise OSError(
-                    f"{error}; of 20 recordings that were drawn for the augmentation none can be "
+                    f"{fault}; of 20 recordings that were drawn for the augmentation none can be "
                     "read: look at noise_folder and rir_folder"
                 ) from error
     raise AssertionError

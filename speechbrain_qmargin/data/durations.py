@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from speechbrain_qmargin.data.audio import decode_audio, decode_stretches, inspect_audio
 from speechbrain_qmargin.data.manifest import Texts
-from speechbrain_qmargin.files import cache_folder, load_arrays, replacing
+from speechbrain_qmargin.files import cache_folder, fault_of, load_arrays, replacing
 
 __all__ = ["check_recordings", "durations", "durations_file"]
 
@@ -249,7 +249,7 @@ def _read(cache: Path) -> _Known:
             raise ValueError("columns of several lengths")
         return found
     except (ValueError, LookupError, OSError) as error:
-        logger.warning(f"{cache} is damaged ({error}); the recordings are opened again")
+        logger.warning(f"{cache} is damaged ({fault_of(error)}); the recordings are opened again")
         return nothing
 
 

@@ -16,7 +16,7 @@ from speechbrain_qmargin.data.epochs import first_epoch
 from speechbrain_qmargin.data.images import read_image
 from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.data.skipped import Skipped
-from speechbrain_qmargin.files import is_lack
+from speechbrain_qmargin.files import fault_of
 
 __all__ = ["FaceDataset", "ImageDataset"]
 
@@ -105,9 +105,7 @@ class FaceDataset(Dataset):
         raise OSError(f"no image of the identity {item.label} can be used: take it out")
 
     def _skip(self, item: Item, error: OSError) -> None:
-        if is_lack(error):
-            raise error
-        if self.skipped.add(item.id, error):
+        if self.skipped.add(item.id, fault_of(error)):
             logger.warning(f"{error}; its identity's next image takes its place")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from speechbrain_qmargin.extras import require
-from speechbrain_qmargin.files import is_lack
+from speechbrain_qmargin.files import fault_of
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -60,9 +60,7 @@ def check_images(images: Mapping[str, str | Path | bytes]) -> None:
         try:
             _check_content(read_pixels(item[1]), item[1])
         except OSError as error:
-            if is_lack(error):
-                raise
-            return f"{item[0]}: {error}"
+            return f"{item[0]}: {fault_of(error)}"
         return ""
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -142,10 +140,8 @@ def _opened(source: str | Path | bytes):
         with Image.open(stream, formats=_known_formats()) as image:
             yield image
     except Exception as error:  # Pillow's decoders raise anything: DecompressionBombError, ...
-        if is_lack(error):
-            raise
         name = "" if isinstance(source, bytes) else f"{source}: "
-        fault = f"{type(error).__name__}: {error}"
+        fault = f"{type(error).__name__}: {fault_of(error)}"
         if isinstance(error, UnidentifiedImageError):
             fault = "of no format that is read"
         raise OSError(f"{name}cannot be decoded ({fault})") from error

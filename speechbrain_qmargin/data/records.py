@@ -14,6 +14,7 @@ from tqdm import tqdm
 from speechbrain_qmargin.data.epochs import first_epoch
 from speechbrain_qmargin.data.recordio import LENGTH, MAGIC, are_identities, read_record
 from speechbrain_qmargin.data.stored import StoredFaces, kept_beside
+from speechbrain_qmargin.files import fault_of
 
 __all__ = ["FaceRecords"]
 
@@ -255,7 +256,7 @@ def _read_labels(
                 stream.seek(int(offsets[row]))
                 labels[row] = read_record(stream).identity
             except (OSError, ValueError) as error:
-                faults[row] = str(error)
+                faults[row] = fault_of(error)
     return labels, faults
 
 

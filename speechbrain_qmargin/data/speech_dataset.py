@@ -16,7 +16,7 @@ from speechbrain_qmargin.data.augment import Augment
 from speechbrain_qmargin.data.epochs import first_epoch
 from speechbrain_qmargin.data.manifest import Item, Manifest, Texts
 from speechbrain_qmargin.data.skipped import Skipped
-from speechbrain_qmargin.files import is_lack
+from speechbrain_qmargin.files import fault_of
 
 __all__ = ["SpeechDataset"]
 
@@ -187,16 +187,15 @@ class SpeechDataset(Dataset):
             try:
                 return self._cropped(item.id, chosen, draw, speed)
             except OSError as error:
-                if is_lack(error):
-                    raise
+                fault = fault_of(error)
                 same = self.manifest.rows_of(int(self.manifest.labels[row]))
                 left = same[~np.isin(same, tried)]
                 if not len(left) or len(tried) == _TRIES:
                     raise OSError(
-                        f"{error}; {len(tried)} utterances of {item.label} were tried"
+                        f"{fault}; {len(tried)} utterances of {item.label} were tried"
                     ) from error
-                if self.skipped.add(chosen.id, error):
-                    logger.warning(f"{error}; another utterance of {item.label} is taken instead")
+                if self.skipped.add(chosen.id, fault):
+                    logger.warning(f"{fault}; another utterance of {item.label} is taken instead")
                 rng = self._rng(item.id, draw, 3, len(tried))
                 tried.append(int(left[int(rng.integers(len(left)))]))
                 chosen = self.manifest[tried[-1]]

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from speechbrain_qmargin.data.images import read_image
 from speechbrain_qmargin.data.skipped import Skipped
-from speechbrain_qmargin.files import cache_folder, is_lack, json_digest, load_arrays, replacing
+from speechbrain_qmargin.files import cache_folder, fault_of, json_digest, load_arrays, replacing
 
 __all__ = ["StoredFaces", "kept_beside"]
 
@@ -149,9 +149,7 @@ class StoredFaces(Dataset):
                 if not 0 <= label < self.num_classes:
                     raise ValueError(f"its label {label} is outside 0 to {self.num_classes - 1}")
             except (OSError, ValueError) as error:
-                if is_lack(error):
-                    raise
-                fault = f"{name}: {error}"
+                fault = f"{name}: {fault_of(error)}"
                 if self.skipped.add(name, error):
                     logger.warning(f"{name} is skipped, the next takes its place ({error})")
                 continue
@@ -211,8 +209,8 @@ def kept_beside(
             saved = load_arrays(file, "an index")
             if isinstance(saved, dict) and str(saved.pop("state")) == state:
                 return saved
-        except (OSError, ValueError, KeyError):
-            logger.warning(f"{file} cannot be read and is made anew")
+        except (OSError, ValueError, KeyError) as error:
+            logger.warning(f"{file} cannot be read ({fault_of(error)}) and is made anew")
     arrays = make()
     fault: OSError | None = None
     for file in places:

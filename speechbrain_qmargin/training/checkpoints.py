@@ -23,7 +23,7 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
-from speechbrain_qmargin.files import to_disk, zip_damage
+from speechbrain_qmargin.files import fault_of, to_disk, zip_damage
 from speechbrain_qmargin.training.internals import (
     HiddenCheckpointer,
     has_statistics,
@@ -106,7 +106,7 @@ def _naming_the_file(hook: Callable[..., None]) -> Callable[[Any, Path, bool], N
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join(fault_of(error).split())[:200]
 
 
 class AtomicCheckpointer(HiddenCheckpointer):
@@ -163,7 +163,7 @@ class AtomicCheckpointer(HiddenCheckpointer):
                     self.load_checkpoint(checkpoint)
                     return checkpoint
                 except OSError as error:
-                    fault = str(error)
+                    fault = fault_of(error)
             self._say(checkpoint.path, fault)
             faults.append(fault)
         if faults or self.named:

@@ -21,7 +21,7 @@ from torch import Tensor
 from speechbrain_qmargin.data.audio import inspect_audio, read_audio
 from speechbrain_qmargin.data.images import image_size, read_image, read_pixels
 from speechbrain_qmargin.export.encoder import SpeakerEncoder
-from speechbrain_qmargin.files import is_lack
+from speechbrain_qmargin.files import fault_of
 from speechbrain_qmargin.verify.face_quality import FaceLimits, FaceQuality, measure_face
 from speechbrain_qmargin.verify.speech_quality import (
     SpeechLimits,
@@ -235,9 +235,7 @@ class SpeechReader:
             try:
                 signal = read_audio(path, rate, 0.0 if whole else start, None if whole else length)
             except OSError as error:
-                if is_lack(error):
-                    raise
-                raise OSError(str(error).replace(str(path), called(source))) from None
+                raise OSError(fault_of(error).replace(str(path), called(source))) from None
             quality = measure_speech(signal.numpy(), rate)
             if whole or not self.checked or not self.limits.faults(quality):
                 inputs.append(signal)
@@ -327,10 +325,8 @@ class FaceReader:
                 raise Unfit(source, faults, replace(quality, faults=faults))
             return Sample([read_image(source, self.encoder.image_size)], quality)
         except OSError as error:
-            if is_lack(error):
-                raise
             name = f"{called(source)}: " if isinstance(source, bytes) else ""
-            raise OSError(f"{name}{error}") from None
+            raise OSError(f"{name}{fault_of(error)}") from None
 
     def embed(self, samples: Sequence[Sample]) -> np.ndarray:
         """Embeddings float32 [len(samples), D], in batches."""

@@ -1,5 +1,7 @@
 """Checkpoints that appear whole."""
 
+import builtins
+import errno
 import shutil
 
 import pytest
@@ -112,6 +114,25 @@ def test_where_none_is_whole_the_run_does_not_begin_anew(tmp_path):
     with pytest.raises(OSError, match=r"no checkpoint is whole.*layer\.ckpt: damaged"):
         AtomicCheckpointer(tmp_path, recoverables).recover_if_possible()
     assert AtomicCheckpointer(tmp_path / "new", {}).recover_if_possible() is None
+
+
+@pytest.mark.parametrize("name", ["CKPT.yaml", "layer.ckpt"])
+def test_a_lack_of_open_files_is_no_damage_of_a_checkpoint(tmp_path, monkeypatch, name):
+    """An older one would be taken, or the mean of fewer epochs."""
+    layer, _, recoverables = three(tmp_path)
+    checkpointer = AtomicCheckpointer(tmp_path, recoverables)
+    newest, opened = sorted(tmp_path.glob("CKPT*"))[-1] / name, open
+
+    def full(path, *arguments, **options):
+        if newest.samefile(path):
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        checkpointer.recover_if_possible()
+    with pytest.raises(OSError, match="Too many open files"):
+        load_average({"layer": layer}, checkpointer, 3)
 
 
 def test_the_average_leaves_damaged_epochs_out_and_says_so(tmp_path, caplog):

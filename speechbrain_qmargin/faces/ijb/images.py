@@ -19,7 +19,7 @@ from speechbrain_qmargin.embeddings import id_texts
 from speechbrain_qmargin.extraction import PART_SECONDS, extract_into, read_ahead
 from speechbrain_qmargin.faces.ijb.protocol import IJB
 from speechbrain_qmargin.faces.pair_sets import flip_fusion
-from speechbrain_qmargin.files import load_arrays, replacing, write_text
+from speechbrain_qmargin.files import fault_of, load_arrays, replacing, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,7 +167,9 @@ def _mapped(path: Path, mode: Literal["r", "r+"], images: int) -> np.memmap:
     try:
         array = np.load(path, mmap_mode=mode, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: damaged ({error}); delete the cache to extract anew") from None
+        raise ValueError(
+            f"{path}: damaged ({fault_of(error)}); delete the cache to extract anew"
+        ) from None
     if array.ndim != 3 or array.shape[:2] != (images, 2):
         raise ValueError(f"{path}: damaged ({array.shape}); delete the cache to extract anew")
     assert isinstance(array, np.memmap)
@@ -393,7 +395,7 @@ def _refuse_changed(
         if before.shape != sizes.shape or before.dtype != np.int64:
             raise ValueError(f"{before.dtype} {before.shape}")
     except (ValueError, OSError, EOFError) as error:
-        fault = f"{cache / _SIZES}: damaged ({error}); delete the cache to extract anew"
+        fault = f"{cache / _SIZES}: damaged ({fault_of(error)}); delete the cache to extract anew"
         raise ValueError(fault) from None
     others = np.flatnonzero((sizes[:done] >= 0) & (sizes[:done] != before[:done]))
     if len(others):
