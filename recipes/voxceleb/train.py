@@ -23,7 +23,7 @@ from speechbrain_qmargin.data.epochs import CurrentEpoch
 from speechbrain_qmargin.data.readers import reader_named
 from speechbrain_qmargin.data.sampling import BalancedSampler
 from speechbrain_qmargin.data.skipped import Skipped
-from speechbrain_qmargin.data.speech import prepare_speech
+from speechbrain_qmargin.data.speech import SKIPPED, prepare_speech
 from speechbrain_qmargin.data.speech_dataset import SpeechDataset
 from speechbrain_qmargin.export.inference import export_run
 from speechbrain_qmargin.training.brain import SpeakerBrain
@@ -118,7 +118,7 @@ def datasets(corpus, hparams):
 def main(argv):
     """A run, and at its end which recordings could not be used."""
     settings = train_verifier(argv, SpeakerBrain, prepare, export_run).settings
-    skipped = Skipped(f"{settings['save_folder']}/skipped_audio.txt", what="recordings")
+    skipped = Skipped(f"{settings['save_folder']}/{SKIPPED}", what="recordings")
     if skipped and if_main_process():
         logger.warning(skipped.warning())
 

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from speechbrain_qmargin.cli import GOES_ON
 from speechbrain_qmargin.data.align import align_face
 from speechbrain_qmargin.data.images import read_pixels
-from speechbrain_qmargin.data.skipped import Skipped
+from speechbrain_qmargin.data.skipped import write_listing
 from speechbrain_qmargin.extraction import content_key
-from speechbrain_qmargin.files import replacing, write_text
+from speechbrain_qmargin.files import fault_of, replacing, write_text
 from speechbrain_qmargin.tables import read_lines
 
 __all__ = ["configure", "read_landmarks"]
@@ -75,7 +75,7 @@ def _align(args: argparse.Namespace) -> None:
         try:
             aligned = align_face(read_pixels(images / name), landmarks[name], args.image_size)
         except (OSError, ValueError) as error:
-            return str(error)
+            return fault_of(error)
         with replacing(file) as partial:
             Image.fromarray(aligned).save(partial)
         return ""
@@ -85,23 +85,20 @@ def _align(args: argparse.Namespace) -> None:
         raise ValueError(f"{out} holds images of size {sizes.read_text().strip()}; another OUTPUT")
     write_text(sizes, f"{args.image_size}\n")
     _forget_changed(images.resolve(), landmarks, out)
-    listing = out / "skipped_images.txt"
-    listing.unlink(missing_ok=True)  # they are tried again
-    skipped = Skipped(listing)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = tqdm(
+        found = tqdm(
             pool.map(align, landmarks),
             "aligning",
             len(landmarks),
             unit="face",
             disable=args.quiet,
         )
-        for name, fault in zip(landmarks, faults, strict=True):
-            if fault:
-                skipped.add(name, fault)
-    print(f"{len(landmarks) - len(skipped):,} aligned images in {out}")
-    if skipped:
-        print(f"{len(skipped):,} could not be aligned, listed in {skipped.file}")
+        faults = {name: fault for name, fault in zip(landmarks, found, strict=True) if fault}
+    listing = out / "skipped_images.txt"
+    write_listing(listing, faults)
+    print(f"{len(landmarks) - len(faults):,} aligned images in {out}")
+    if faults:
+        print(f"{len(faults):,} could not be aligned, listed in {listing}")
 
 
 def _aligned_name(name: str) -> str:

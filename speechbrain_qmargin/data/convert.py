@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from speechbrain_qmargin.data.audio import read_audio
 from speechbrain_qmargin.data.folders import audio_files
+from speechbrain_qmargin.data.skipped import write_listing
 from speechbrain_qmargin.data.voxceleb import training_roots
-from speechbrain_qmargin.files import is_lack, replacing, write_text
+from speechbrain_qmargin.files import fault_of, replacing
 
 __all__ = ["convert_to_flac"]
 
@@ -75,7 +76,7 @@ def convert_to_flac(
     """
     destination = Path(destination)
     tasks: list[tuple[str, Path, Path]] = []
-    failures: list[str] = []
+    faults: dict[str, str] = {}
     roots = training_roots(source)
     if (destination / "wav").resolve() in [root.resolve() for root in roots]:
         raise ValueError(
@@ -85,7 +86,7 @@ def convert_to_flac(
     for root in roots:
         for found in audio_files(root):
             if found.fault:
-                failures.append(f"{found.name}\t{found.fault}\n")
+                faults[found.name] = found.fault
                 continue
             target = destination / "wav" / Path(found.name).with_suffix(".flac")
             if target in named:
@@ -95,7 +96,7 @@ def convert_to_flac(
     if not tasks:
         raise FileNotFoundError(f"{source}: no audio below {', '.join(map(str, roots))}")
     jobs = jobs or os.cpu_count() or 1
-    counts = dict.fromkeys(("converted", "kept"), 0) | {"failed": len(failures)}
+    counts = dict.fromkeys(("converted", "kept"), 0) | {"failed": len(faults)}
     convert = partial(_convert, sample_rate=sample_rate)
     with ExitStack() as stack:
         bar = stack.enter_context(
@@ -106,15 +107,18 @@ def convert_to_flac(
             pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
             run = partial(stack.enter_context(pool).map, chunksize=16)
         for start in range(0, len(tasks), 4096):
-            for outcome, failure in run(convert, tasks[start : start + 4096]):
+            some = tasks[start : start + 4096]
+            for (name, *_), (outcome, fault) in zip(some, run(convert, some), strict=True):
                 counts[outcome] += 1
-                failures += [failure] if failure else []
+                if fault:
+                    faults[name] = fault
                 bar.update()
-    if failures:
-        write_text(destination / "not_converted.txt", "".join(failures))
+    listing = destination / "not_converted.txt"
+    write_listing(listing, faults)
+    if faults:
+        name, fault = next(iter(faults.items()))
         logger.warning(
-            f"{len(failures)} files could not be decoded, all listed in "
-            f"{destination / 'not_converted.txt'}: {failures[0].strip()}"
+            f"{len(faults)} files could not be decoded, all listed in {listing}: {name}: {fault}"
         )
     return counts
 
@@ -123,15 +127,13 @@ def _convert(task: tuple[str, Path, Path], sample_rate: int) -> tuple[str, str]:
     """(converted, kept or failed, the reason)."""
     import soundfile
 
-    name, path, target = task
+    _, path, target = task
     try:
         if target.is_file() and target.stat().st_mtime_ns >= path.stat().st_mtime_ns:
             return "kept", ""
         signal = read_audio(path, sample_rate)
     except OSError as error:
-        if is_lack(error):
-            raise
-        return "failed", f"{name}\t{error}\n"
+        return "failed", fault_of(error)
     peak = float(signal.abs().max())
     if peak > 1:  # decoders and resampling overshoot; 16 bits would clip it
         signal = torch.div(signal, peak)

@@ -3,9 +3,41 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["Skipped"]
+from speechbrain_qmargin.files import write_text
+
+__all__ = ["Skipped", "write_listing"]
+
+
+def write_listing(file: str | Path, faults: Mapping[str, object]) -> None:
+    """List what cannot be used, in lines of ``name<TAB>reason``; there is no file of nothing.
+
+    Parameters
+    ----------
+    file : path
+        What it listed before is forgotten.
+    faults : mapping from name to reason
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "skipped.txt"
+    >>> write_listing(file, {"lfw/7.jpg": "cut\\noff"})
+    >>> file.read_text()
+    'lfw/7.jpg\\tcut off\\n'
+    >>> write_listing(file, {})
+    >>> file.exists()
+    False
+    """
+    if faults:
+        write_text(file, "".join(_line(*one) for one in faults.items()))
+    else:
+        Path(file).unlink(missing_ok=True)
+
+
+def _line(name: str, reason: object) -> str:
+    return f"{name}\t{' '.join(str(reason).split())}\n"
 
 
 class Skipped:
@@ -13,7 +45,7 @@ class Skipped:
 
     They stand in a file that workers, ranks and runs share.
 
-    Lines are ``name<TAB>reason``, each appended by one write.
+    Its lines are those of :func:`write_listing`, each appended by one write.
 
     Attributes
     ----------
@@ -94,6 +126,6 @@ class Skipped:
         place = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             for name in names:
-                os.write(place, f"{name}\t{self._reasons[name]}\n".encode())
+                os.write(place, _line(name, self._reasons[name]).encode())
         finally:
             os.close(place)

@@ -25,6 +25,7 @@ from speechbrain_qmargin.data.cnceleb import read_cnceleb
 from speechbrain_qmargin.data.durations import check_recordings, durations
 from speechbrain_qmargin.data.manifest import Item, Manifest, Texts
 from speechbrain_qmargin.data.readers import Read, read_corpus, reader_of
+from speechbrain_qmargin.data.skipped import write_listing
 from speechbrain_qmargin.data.voxceleb import warn_of_too_many_speakers
 from speechbrain_qmargin.files import named_file, write_text
 from speechbrain_qmargin.tables import numbered_lines, read_models, some
@@ -36,9 +37,12 @@ from speechbrain_qmargin.trials import (
     write_trials,
 )
 
-__all__ = ["SpeechCorpus", "prepare_speech"]
+__all__ = ["SKIPPED", "SpeechCorpus", "prepare_speech"]
 
 logger = logging.getLogger(__name__)
+
+SKIPPED = "skipped_audio.txt"
+"""In a run's save folder: the recordings that cannot be used."""
 
 _SAME_SECONDS = 0.25  # between the lengths of a recording in two formats
 _CNCELEB = "cnceleb-"
@@ -71,7 +75,7 @@ class SpeechCorpus:
     test: Manifest
     valid_trials: LabelledTrials | None
     test_trials: dict[str, LabelledTrials] = field(default_factory=dict)
-    skipped: Path = Path("skipped_audio.txt")
+    skipped: Path = Path(SKIPPED)
 
     @property
     def speakers(self) -> list[str]:
@@ -481,17 +485,13 @@ def prepare_speech(
     valid_trials = trials.pop("valid") if valid_list else None
     held_out |= named
 
-    skipped = save_folder / "skipped_audio.txt"
+    skipped = save_folder / SKIPPED
+    write_listing(skipped, manifest.faults)
     if manifest.faults:
-        write_text(
-            skipped, "".join(f"{name}\t{fault}\n" for name, fault in manifest.faults.items())
-        )
         first = "; ".join(f"{name}: {fault}" for name, fault in list(manifest.faults.items())[:3])
         logger.warning(
             f"{len(manifest.faults)} audio files are left out, all listed in {skipped}: {first}"
         )
-    else:
-        skipped.unlink(missing_ok=True)
 
     by_speaker = manifest.rows_by_class()
     candidates = training_classes(

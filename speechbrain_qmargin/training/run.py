@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from speechbrain.utils.distributed import if_main_process
 
-from speechbrain_qmargin.files import write_text
+from speechbrain_qmargin.data.skipped import write_listing
 from speechbrain_qmargin.loss.base import Loss
 from speechbrain_qmargin.loss.device import usable_device
 from speechbrain_qmargin.scoring.lists import Cohort
@@ -241,9 +241,9 @@ def _train_and_verify(
     cohort_embeddings = brain.extract(data.cohort, faults, **loading) if data.cohort else {}
     if not if_main_process():
         return brain.epochs_trained > 0
+    listing = Path(hparams["save_folder"]) / "skipped_cohort.tsv"
+    write_listing(listing, faults)
     if faults:
-        listing = Path(hparams["save_folder"]) / "skipped_cohort.tsv"
-        write_text(listing, "".join(f"{name}\t{why}\n" for name, why in faults.items()))
         logger.warning(
             f"cohort: {len(faults)} of its recordings are left out, listed in {listing}; the "
             f"first is {next(iter(faults))}: {next(iter(faults.values()))}"

@@ -6,7 +6,6 @@ import os
 import pickle
 import resource
 import struct
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ import torch
 from examples import some
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import no_more_open_files
 
 from speechbrain_qmargin.data import audio
 from speechbrain_qmargin.data.audio import (
@@ -82,18 +82,6 @@ def test_a_stretch_of_opus_is_that_of_the_whole(tmp_path, rate):
     for start in (1 / 160, 1.0, 2.37):
         first = round(start * rate)
         assert torch.equal(read_audio(path, rate, start, 0.5), whole[first : first + rate // 2])
-
-
-@contextmanager
-def no_more_open_files():
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.dup(0)  # the lowest number that a file could have
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_lack_of_open_files_is_no_fault_of_a_recording(tmp_path):
@@ -177,14 +165,20 @@ def test_conversion_overwrites_no_recording(tmp_path):
 
 
 def test_conversion_lists_what_it_cannot_convert(tmp_path):
-    write(tmp_path / "wav/ann/1/a.wav", np.full(100, np.nan), subtype="FLOAT")
-    (tmp_path / "wav/ann/1/gone.wav").symlink_to("nowhere.wav")
-    write(tmp_path / "wav/ann/1/good.wav")
-    counts = convert_to_flac(tmp_path, tmp_path / "out", jobs=1, progress=False)
+    source = tmp_path / "source"
+    write(source / "wav/ann/1/a.wav", np.full(100, np.nan), subtype="FLOAT")
+    (source / "wav/ann/1/gone.wav").symlink_to("nowhere.wav")
+    write(source / "wav/ann/1/good.wav")
+    counts = convert_to_flac(source, tmp_path / "out", jobs=1, progress=False)
     assert counts == {"converted": 1, "kept": 0, "failed": 2}
     listed = (tmp_path / "out/not_converted.txt").read_text()
     assert "a.wav: 100 of its samples are not finite" in listed
     assert "gone.wav" in listed
+    write(source / "wav/ann/1/a.wav")  # mended
+    (source / "wav/ann/1/gone.wav").unlink()
+    counts = convert_to_flac(source, tmp_path / "out", jobs=1, progress=False)
+    assert counts == {"converted": 1, "kept": 1, "failed": 0}
+    assert not (tmp_path / "out/not_converted.txt").exists()
 
 
 # ------------------------------------------------------------------------------- sizes
