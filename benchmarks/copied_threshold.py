@@ -35,10 +35,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for given in args.people:
             name, _, place = given.partition("=")
-            files = find_recordings(Path(place))
+            files = find_recordings(place)
             embeddings, faults = embed_files(reader, files, Path(folder) / name)
             found = measure_threshold(embeddings, reader.digest, args.far, source=name)
-            print(f"{name}: {len(files)} files, {len(faults)} refused; threshold "
+            print(f"{name}: {len(embeddings)} files and {len(faults)} refused; threshold "
                   f"{found.system.point.threshold:.4f} {found.system.point.promise()}")  # fmt: skip
             thresholds[f"of {name}"] = found.system.point.threshold
             people: dict[str, list[str]] = {}

@@ -62,6 +62,7 @@ from speechbrain_qmargin.embeddings import Embeddings, load_embeddings
 from speechbrain_qmargin.export.encoder import load_encoder
 from speechbrain_qmargin.export.recordings import extract_recordings
 from speechbrain_qmargin.export.sources import write_embeddings
+from speechbrain_qmargin.extraction import Inputs
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.figures import Measure, TarAtFar
 from speechbrain_qmargin.scoring.lists import Cohort
@@ -236,7 +237,8 @@ def score_with_strangers(data: Path, folders: Mapping[tuple, Path]) -> None:
         if not kept.is_file():
             encoder = load_encoder(folder / "inference")
             parts = folder / "strangers.parts"
-            found, faults = extract_recordings(encoder, recordings, parts, str(root), 0, int)
+            inputs = Inputs(recordings)
+            found, faults = extract_recordings(encoder, inputs, parts, str(root), 0, int)
             if faults:
                 raise OSError(f"{len(faults)} of the cohort cannot be read: {next(iter(faults))}")
             write_embeddings(kept, found, encoder.digest())

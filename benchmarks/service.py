@@ -90,7 +90,7 @@ def post(client, path: str, field: str, contents: list[bytes]) -> tuple[int, dic
 def fit_recordings(folder: Path, wanted: int) -> dict[str, list[Path]]:
     """People with three recordings or more of a second or more."""
     found = defaultdict(list)
-    for name, path in find_recordings(folder).items():
+    for name, path in find_recordings(folder).items.items():
         if inspect_audio(path)[0] >= 1:
             found[speaker_in(name)].append(path)
     able = {name: files for name, files in found.items() if len(files) >= 3}

@@ -70,7 +70,7 @@ def embeddings(args) -> None:
     from speechbrain_qmargin.verify.verifier import load_reader
 
     files = defaultdict(list)
-    for name, path in find_recordings(args.recordings).items():
+    for name, path in find_recordings(args.recordings).items.items():
         files[speaker_in(name)].append(path)
     windows, halves = [], []
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,12 +19,14 @@ from zipfile import BadZipFile
 import numpy as np
 
 from speechbrain_qmargin.embeddings import Embeddings, load_embeddings, save_embeddings
-from speechbrain_qmargin.files import is_lack, write_text
+from speechbrain_qmargin.files import fault_of, write_text
 
 __all__ = [
     "PART_SECONDS",
     "EmbeddingParts",
+    "Inputs",
     "Sink",
+    "collect",
     "content_key",
     "extract_into",
     "extract_items",
@@ -37,6 +40,36 @@ Item = TypeVar("Item")
 Read = TypeVar("Read")
 
 PART_SECONDS, PART_SIZE = 60, 5000  # what an interruption may cost; what is held in memory
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Recordings or images by id.
+
+    Attributes
+    ----------
+    items : mapping from id to whatever `content` takes
+    content : callable
+        From an item to its file or its bytes; threads may call it.
+    faults : dict from id to str
+        What cannot be used, found without decoding.
+    named : str
+        What the ids are, for people.
+    state : str
+        What is another when the items' contents may be, where the items do not say it.
+
+    Examples
+    --------
+    >>> images = Inputs({"ann/1.png": b"a file's content", "bob/1.png": b"another's"}, bytes)
+    >>> images.content(images.items["bob/1.png"])
+    b"another's"
+    """
+
+    items: Mapping[str, Any]
+    content: Callable[[Any], str | Path | bytes] = Path
+    faults: dict[str, str] = field(default_factory=dict)
+    named: str = ""
+    state: str = ""
 
 
 class Sink(Protocol):
@@ -150,17 +183,11 @@ class EmbeddingParts:
             found.update(json.loads(file.read_text(encoding="utf-8")))
         return found
 
-    def merged(self, order: Iterable[str]) -> dict[str, np.ndarray]:
-        """All that are there, of every writer, in an order of ids; ids without one are left out."""
-        everything: dict[str, np.ndarray] = {}
-        for file in self._files():
-            loaded = _load(file)
-            if loaded is not None:
-                everything.update(zip(loaded.ids, loaded.matrix, strict=True))
-        return {name: everything[name] for name in order if name in everything}
-
     def gathered(self, order: Iterable[str]) -> Mapping[str, np.ndarray]:
-        """As :meth:`merged`, but in a file of the folder: memory holds one part at a time."""
+        """All that are there, of every writer, in an order of ids; ids without one are left out.
+
+        They lie in a file of the folder: memory holds one part at a time.
+        """
         place: dict[str, tuple[int, int]] = {}
         files, dim = self._files(), 0
         for number, file in enumerate(files):
@@ -172,9 +199,9 @@ class EmbeddingParts:
         if not names:
             return {}
         source = np.array([place.pop(name) for name in names])
-        matrix = np.lib.format.open_memmap(
-            self.folder / "gathered.npy", "w+", np.dtype(np.float32), (len(names), dim)
-        )
+        file = self.folder / "gathered.npy"
+        file.unlink(missing_ok=True)  # who has the one before, keeps it
+        matrix = np.lib.format.open_memmap(file, "w+", np.dtype(np.float32), (len(names), dim))
         for number, file in enumerate(files):
             (rows,) = np.nonzero(source[:, 0] == number)
             if len(rows):
@@ -211,8 +238,8 @@ def extract_into(
     >>> double = lambda rows: 2 * np.array(rows)
     >>> extract_into(parts, [(["a", "b"], [[1.0], [np.inf]]), (["c"], [[2.0]])], double)
     {'b': 'its embedding is not finite'}
-    >>> parts.merged(["c", "b", "a"])
-    {'c': array([4.], dtype=float32), 'a': array([2.], dtype=float32)}
+    >>> parts.gathered(["c", "b", "a"]).ids
+    ['c', 'a']
     """
     found = {} if faults is None else faults
     try:
@@ -293,27 +320,79 @@ def content_key(name: str, content: Iterable[Any]) -> str:
     return f"{name} {zlib.crc32(b' '.join(parts)):08x}"
 
 
+def collect(
+    parts: EmbeddingParts, keys: Mapping[str, str], faults: Mapping[str, str]
+) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
+    """What became of everything that was to be embedded into a folder of parts.
+
+    Parameters
+    ----------
+    parts : EmbeddingParts
+    keys : mapping from id to what it is in the parts, see :func:`content_key`
+    faults : mapping from key to str
+        What could not be embedded, and why; other keys than those are passed over.
+
+    Returns
+    -------
+    embeddings : mapping from id to float32 [D]
+        In the order of `keys`, in a file of the folder of `parts`: it ends with that folder.
+    faults : dict from id to str
+
+    Raises
+    ------
+    OSError
+        Some have neither an embedding nor a fault: a part was damaged or replaced meanwhile.
+
+    Examples
+    --------
+    >>> parts = EmbeddingParts(getfixture("tmp_path") / "parts", "model 1")
+    >>> parts.add("ann/1 fc850c3f", np.ones(1))
+    >>> parts.flush()
+    >>> keys = {"ann/1": "ann/1 fc850c3f", "bob/1": "bob/1 643b557b"}
+    >>> found, faults = collect(parts, keys, {"bob/1 643b557b": "cut off"})
+    >>> dict(found), faults
+    ({'ann/1': array([1.], dtype=float32)}, {'bob/1': 'cut off'})
+    >>> collect(parts, keys, {})
+    Traceback (most recent call last):
+    OSError: ...parts: 1 of 2 embeddings are not there any more, the first is bob/1; ...
+    """
+    found = parts.gathered(keys.values())
+    lost = [name for name, key in keys.items() if key not in found and key not in faults]
+    if lost:
+        raise OSError(
+            f"{parts.folder}: {len(lost)} of {len(keys)} embeddings are not there any more, the "
+            f"first is {lost[0]}; end whatever else writes there, and start again: the others are "
+            "kept"
+        )
+    if isinstance(found, Embeddings):
+        found = Embeddings([name for name, key in keys.items() if key in found], found.matrix)
+    return found, {name: faults[key] for name, key in keys.items() if key in faults}
+
+
 def extract_items(
-    parts: EmbeddingParts,
-    items: Mapping[str, Item],
-    read: Callable[[Item], Read],
+    folder: str | Path,
+    model: str,
+    inputs: Inputs,
+    read: Callable[[Any], Read],
     embed: Callable[[list[Read]], Any],
     *,
     batch_size: int = 1,
     workers: int = 4,
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[Mapping[str, np.ndarray], dict[str, str]]:
-    """Embed files, whatever they are; interrupted, it goes on.
+    """Embed recordings or images; interrupted, it goes on.
 
     Parameters
     ----------
-    parts : EmbeddingParts
-        What it has already is not embedded again, unless the item is another by now
-        (:func:`content_key`).
-    items : mapping from id to item
+    folder : path
+        Of :class:`EmbeddingParts`. What it has already is not embedded again, unless the item is
+        another by now (:func:`content_key`).
+    model : str
+        What tells the model from others.
+    inputs : Inputs
     read : callable
-        Of an item, called by threads; OSError and ValueError mean that the item cannot be used,
-        but where they say that the process lacks open files or memory.
+        Of a file or bytes, called by threads; OSError and ValueError mean that the item cannot be
+        used, but where they say that the process lacks open files or memory.
     embed : callable
         From what was read of up to `batch_size` items to their embeddings [B, D].
     batch_size, workers : int
@@ -323,61 +402,55 @@ def extract_items(
     Returns
     -------
     embeddings : mapping from id to float32 [D]
-        In the order of the items, in a file of the folder of `parts`: it ends with that folder.
+        In the order of the items, in a file of the folder: it ends with that.
     faults : dict from id to str
-        What could not be embedded, and why.
+        What could not be embedded, and why; those of `inputs` first.
 
     Raises
     ------
+    ValueError
+        The folder holds embeddings of another model.
     OSError
         Embeddings that were written are not there at the end.
 
     Examples
     --------
-    >>> parts = EmbeddingParts(getfixture("tmp_path") / "parts", "model 1")
-    >>> found, faults = extract_items(parts, {"a": "1", "b": "x"}, int, lambda rows: [[1.0]])
+    >>> folder, inputs = getfixture("tmp_path") / "parts", Inputs({"a": "1", "b": "x"}, str)
+    >>> found, faults = extract_items(folder, "model 1", inputs, int, lambda rows: [[1.0]])
     >>> found["a"].tolist(), faults
     ([1.0], {'b': "invalid literal for int() with base 10: 'x'"})
     """
-    keys = {name: content_key(name, [item]) for name, item in items.items()}
-    names = {key: name for name, key in keys.items()}
+    parts, items = EmbeddingParts(folder, model), inputs.items
+    keys = {name: content_key(name, [item, inputs.state]) for name, item in items.items()}
     todo = {keys[name]: item for name, item in items.items() if keys[name] not in parts.done}
     progress = progress or (lambda count: None)
     progress(len(items) - len(todo))
     faults: dict[str, str] = {}
 
+    def read_one(item: Any) -> Read:
+        return read(inputs.content(item))
+
     def batches() -> Iterator[tuple[list[str], list[Read]]]:
         batch: list[str] = []
-        inputs: list[Read] = []
-        for key, future in read_ahead(todo.items(), read, workers, 2 * batch_size):
+        rows: list[Read] = []
+        for key, future in read_ahead(todo.items(), read_one, workers, 2 * batch_size):
             try:
-                inputs.append(future.result())
+                rows.append(future.result())
                 batch.append(key)
             except (OSError, ValueError) as error:
-                if is_lack(error):
-                    raise
-                faults[key] = str(error)
+                faults[key] = fault_of(error)
                 progress(1)
             if len(batch) == batch_size:
-                yield batch, inputs
+                yield batch, rows
                 progress(len(batch))
-                batch, inputs = [], []
+                batch, rows = [], []
         if batch:
-            yield batch, inputs
+            yield batch, rows
             progress(len(batch))
 
     extract_into(parts, batches(), embed, faults)
-    found = parts.gathered(names)
-    lost = [name for name, key in keys.items() if key not in found and key not in faults]
-    if lost:  # a part was damaged or replaced since
-        raise OSError(
-            f"{parts.folder}: {len(lost)} of {len(keys)} embeddings are not there any more, the "
-            f"first is {lost[0]}; end whatever else writes there, and start again: the others are "
-            "kept"
-        )
-    if isinstance(found, Embeddings):
-        found = Embeddings([names[key] for key in found.ids], found.matrix)
-    return found, {names[key]: why for key, why in faults.items()}
+    found, wrong = collect(parts, keys, faults)
+    return found, inputs.faults | wrong
 
 
 def _model_of(about: Path) -> str:
@@ -392,6 +465,7 @@ def _load(file: Path) -> Embeddings | None:
     try:
         return load_embeddings(file)
     except (ValueError, OSError, EOFError, KeyError, BadZipFile, NotImplementedError) as error:
+        fault = fault_of(error)
         file.rename(file.with_suffix(".damaged"))
-        logger.warning(f"{file}: damaged, what it held is embedded again ({error})")
+        logger.warning(f"{file}: damaged, what it held is embedded again ({fault})")
         return None

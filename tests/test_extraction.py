@@ -4,14 +4,18 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
+from processes import no_more_open_files
 
 from speechbrain_qmargin.embeddings import load_embeddings, save_embeddings
 from speechbrain_qmargin.extraction import (
     EmbeddingParts,
+    Inputs,
     extract_into,
     extract_items,
     read_ahead,
 )
+from speechbrain_qmargin.training.extraction import ReadableBatch, extract_dataset
 
 ROWS = {name: np.full(3, n, np.float32) for n, name in enumerate("abcdef", 1)}
 
@@ -38,7 +42,7 @@ def test_an_interruption_keeps_what_was_embedded(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         extract_into(parts, batches("abcdef"), dies)
     assert EmbeddingParts(tmp_path, "model").done == set("abcd")
-    assert list(extract(tmp_path).merged("fedcba")) == list("fedcba")
+    assert list(extract(tmp_path).gathered("fedcba")) == list("fedcba")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
@@ -53,9 +57,24 @@ def test_a_damaged_part_is_named_and_embedded_again(tmp_path, damage, caplog):
     parts = EmbeddingParts(tmp_path, "model")
     assert parts.done == set("abef")
     assert f"{file}: damaged, what it held is embedded again" in caplog.text
-    found = extract(tmp_path).merged("abcdef")
+    found = extract(tmp_path).gathered("abcdef")
     for name, row in ROWS.items():
         np.testing.assert_array_equal(found[name], row)
+
+
+def test_a_lack_of_open_files_damages_no_part(tmp_path):
+    extract(tmp_path)
+    with no_more_open_files(), pytest.raises(OSError, match="Too many open files"):
+        EmbeddingParts(tmp_path, "model")
+    assert EmbeddingParts(tmp_path, "model").done == set("abcdef")
+
+
+def test_who_has_the_embeddings_keeps_them_when_others_are_gathered(tmp_path):
+    parts = extract(tmp_path)
+    found = parts.gathered("abc")
+    parts.gathered("def")
+    for name in "abc":
+        np.testing.assert_array_equal(found[name], ROWS[name])
 
 
 def test_a_long_extraction_is_put_together_a_part_at_a_time(tmp_path):
@@ -111,7 +130,7 @@ def embed_texts(folder, files):
         return float(file.read_text())
 
     found, faults = extract_items(
-        EmbeddingParts(folder / "parts", "model"), files, number, lambda batch: [batch]
+        folder / "parts", "model", Inputs(files), number, lambda batch: [batch]
     )
     return {name: row.tolist() for name, row in found.items()}, faults, sorted(read)
 
@@ -134,25 +153,53 @@ def test_what_changed_since_an_interruption_is_embedded_again(tmp_path):
     assert (faults, read) == ({}, ["b.txt", "c.txt", "d.txt"])
 
 
-def test_embeddings_that_are_lost_meanwhile_are_no_short_result(tmp_path):
+def test_embeddings_that_are_lost_meanwhile_are_no_short_result(tmp_path, monkeypatch):
     """As where a second process writes its parts into the folder in the place of these."""
-    parts = EmbeddingParts(tmp_path / "parts", "model")
+    monkeypatch.setattr("speechbrain_qmargin.extraction.PART_SIZE", 3)
+    folder, inputs = tmp_path / "parts", Inputs({str(n): n for n in range(6)}, int)
 
     def embed(batch):
         if batch == [3]:
-            parts.flush()
-            (tmp_path / "parts" / "part_0_000000.npz").write_bytes(b"damaged")
+            (folder / "part_0_000000.npz").write_bytes(b"damaged")
         return [batch]
 
-    items = {str(n): n for n in range(6)}
     with pytest.raises(
         OSError, match=r"parts: 3 of 6 embeddings .*, the first is 0; .*start again"
     ):
-        extract_items(parts, items, int, embed)
-    again, read = EmbeddingParts(tmp_path / "parts", "model"), []
-    found, _ = extract_items(again, items, lambda n: read.append(n) or n, lambda batch: [batch])
+        extract_items(folder, "model", inputs, int, embed)
+    read = []
+    found, _ = extract_items(
+        folder, "model", inputs, lambda n: read.append(n) or n, lambda batch: [batch]
+    )
     assert {name: row.tolist() for name, row in found.items()} == {str(n): [n] for n in range(6)}
     assert sorted(read) == [0, 1, 2]
+
+
+def test_a_dataset_whose_embeddings_are_lost_meanwhile_is_no_shorter_one(tmp_path):
+    """A cohort was smaller for it, and nobody said so."""
+
+    class Numbers:
+        ids = ("a/0", "a/1", "a/2")
+
+        def describe(self, row):
+            return {"row": row}
+
+        def __getitem__(self, row):
+            return {"id": self.ids[row], "x": torch.tensor([float(row)])}
+
+    def load(items):
+        for part in tmp_path.glob("*/part_0_000000.npz"):
+            part.write_bytes(b"damaged")
+        return [ReadableBatch()([items[row] for row in range(len(items))])]
+
+    def extract():
+        return extract_dataset(Numbers(), tmp_path, "model", load, lambda batch: batch.x.data, {})
+
+    assert list(extract()) == ["a/0", "a/1", "a/2"]
+    Numbers.ids = (*Numbers.ids, "a/3")
+    with pytest.raises(OSError, match=r"3 of 4 embeddings are not there .*, the first is a/0"):
+        extract()
+    assert [row.item() for row in extract().values()] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

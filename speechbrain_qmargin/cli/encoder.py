@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,47 +59,37 @@ alone. A run with a network of your own needs --trust; the folder can then run a
 def _extract(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from speechbrain_qmargin.data.skipped import write_listing
     from speechbrain_qmargin.export.encoder import SpeakerEncoder
+    from speechbrain_qmargin.export.images import find_images
     from speechbrain_qmargin.export.loading import load_any_encoder
+    from speechbrain_qmargin.export.recordings import extract_recordings, find_recordings
     from speechbrain_qmargin.export.sources import check_output, output_files, write_embeddings
-    from speechbrain_qmargin.files import refuse_overwriting, write_text
+    from speechbrain_qmargin.files import refuse_overwriting
 
     source, out = Path(args.source), Path(args.output)
     outputs = output_files(out)
     refuse_overwriting(outputs, [source], args.overwrite)
     encoder = load_any_encoder(args.encoder, args.device or _device(), args.trust, args.flip, print)
-    parts, about, said = out.with_name(out.name + ".parts"), str(source.resolve()), ""
-    with tqdm(desc="embeddings", disable=args.quiet, unit="") as bar:
-
-        def begin(items: Iterable[str]) -> None:
-            names = list(items)
-            check_output(out, names)
-            bar.reset(len(names))
-
-        if isinstance(encoder, SpeakerEncoder):
-            from speechbrain_qmargin.export import recordings as speech
-
-            what, recordings = "recording", speech.find_recordings(source)
-            begin(recordings)
-            embeddings, faults = speech.extract_recordings(
-                encoder, recordings, parts, about, args.num_workers, bar.update
+    speech = isinstance(encoder, SpeakerEncoder)
+    what, find = ("recording", find_recordings) if speech else ("image", find_images)
+    inputs = find(source)
+    check_output(out, inputs.items)
+    flip = "" if speech else f"; flip {encoder.flip}"
+    print(f"{source}: {what}s are named {inputs.named}{flip}")
+    parts, about = out.with_name(out.name + ".parts"), str(source.resolve())
+    with tqdm(total=len(inputs.items), desc="embeddings", disable=args.quiet, unit="") as bar:
+        if speech:
+            embeddings, faults = extract_recordings(
+                encoder, inputs, parts, about, args.num_workers, bar.update
             )
         else:
-            from speechbrain_qmargin.export.images import find_images
-
-            what, images = "image", find_images(source)
-            said = f"{source}: images are named {images.named}; flip {encoder.flip}"
-            begin(images.items)
-            embeddings, faults = _embedded(encoder, images, parts, about, args, bar)
-    if said:
-        print(said)
+            embeddings, faults = _embedded(encoder, inputs, parts, about, args, bar)
     if not embeddings:
         raise OSError(f"{source}: no {what} could be embedded: {next(iter(faults.values()))}")
     listing = out.with_name(out.name + ".skipped.tsv")
-    if not faults:
-        listing.unlink(missing_ok=True)  # of an extraction before, whose output is replaced
-    else:
-        write_text(listing, "".join(f"{name}\t{fault}\n" for name, fault in faults.items()))
+    write_listing(listing, faults)
+    if faults:
         print(
             f"{len(faults):,} {what}s skipped, listed in {listing}; the first: "
             f"{next(iter(faults.values()))}"

@@ -7,8 +7,8 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,9 @@ def _threshold(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from speechbrain_qmargin.embeddings import Embeddings, load_embeddings, save_embeddings
+    from speechbrain_qmargin.export.images import find_images
     from speechbrain_qmargin.export.inference import trained_on
+    from speechbrain_qmargin.export.recordings import find_recordings
     from speechbrain_qmargin.files import refuse_overwriting
     from speechbrain_qmargin.published import split_format
     from speechbrain_qmargin.verify import threshold as module
@@ -117,15 +119,18 @@ def _threshold(args: argparse.Namespace) -> None:
                 raise ValueError(f"{source}: embeddings of another encoder, or of one not known")
             kept = _without(found, known, source)
             return Embeddings(kept, found.matrix[found.rows(kept)], found.source, found.encoder)
-        files, content = _files(source, reader.modality)
-        files = {name: files[name] for name in _without(files, known, source)}
+        inputs = find_recordings(source) if reader.modality == "speech" else find_images(source)
+        print(f"{source}: files are named {inputs.named}")
+        kept = {name: inputs.items[name] for name in _without(inputs.items, known, source)}
         folders.append(place.with_name(f".{place.name}.{part}.parts"))
-        with tqdm(total=len(files), desc=part, unit="file", disable=args.quiet) as bar:
-            found, faults = module.embed_files(reader, files, folders[-1], bar.update, content)
-        for name in list(faults)[:3]:
-            print(f"{part}: left out: {faults[name]}")
+        with tqdm(total=len(kept), desc=part, unit="file", disable=args.quiet) as bar:
+            found, faults = module.embed_files(
+                reader, replace(inputs, items=kept), folders[-1], bar.update
+            )
+        for name, fault in list(faults.items())[:3]:
+            print(f"{part}: left out: {fault if name in fault else f'{name}: {fault}'}")
         if len(faults) > 3:
-            print(f"{part}: {len(faults)} of {len(files)} files are left out")
+            print(f"{part}: {len(faults)} of {len(found) + len(faults)} files are left out")
         return found
 
     cohort = None
@@ -181,20 +186,6 @@ def _without(ids: Iterable[str], trained: Collection[str], source: Path) -> list
             f"trained: {some(sorted(known))}"
         )
     return [name for name in ids if person.get(name) not in known]
-
-
-def _files(source: Path, modality: str) -> tuple[Mapping[str, Any], Callable[[Any], Any]]:
-    """What a source holds by id, and how its content is had."""
-    if modality == "speech":
-        from speechbrain_qmargin.export.recordings import find_recordings
-
-        if not source.exists():
-            raise FileNotFoundError(f"{source}: no such folder or list")
-        return find_recordings(source), Path
-    from speechbrain_qmargin.export.images import find_images
-
-    images = find_images(source)
-    return images.items, images.content
 
 
 # ---------------------------------------------------------------- people

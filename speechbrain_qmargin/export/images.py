@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +19,14 @@ from speechbrain_qmargin.data.shards import stored_faces
 from speechbrain_qmargin.data.stored import StoredFaces
 from speechbrain_qmargin.export.face_encoder import FaceEncoder
 from speechbrain_qmargin.export.sources import read_list
-from speechbrain_qmargin.extraction import EmbeddingParts, extract_items
+from speechbrain_qmargin.extraction import Inputs, extract_items
 from speechbrain_qmargin.faces.pair_sets import pair_ids
 from speechbrain_qmargin.trials import match_ids
 
-__all__ = ["FaceImages", "extract_images", "find_images", "select_images"]
+__all__ = ["extract_images", "find_images", "select_images"]
 
 
-@dataclass(frozen=True)
-class FaceImages:
-    """Images by id.
-
-    Attributes
-    ----------
-    items : mapping from id to whatever `content` takes
-    content : callable
-        From an item to the image's file or its bytes; threads may call it.
-    faults : dict from id to str
-        What cannot be used, found without decoding.
-    named : str
-        What the ids are, for people.
-    state : str
-        What is another when the items' contents may be, where the items do not say it.
-
-    Examples
-    --------
-    >>> images = FaceImages({"ann/1.png": b"a file's content", "bob/1.png": b"another's"}, bytes)
-    >>> images.content(images.items["bob/1.png"])
-    b"another's"
-    """
-
-    items: Mapping[str, Any]
-    content: Callable[[Any], str | Path | bytes]
-    faults: dict[str, str] = field(default_factory=dict)
-    named: str = ""
-    state: str = ""
-
-
-def find_images(source: str | Path) -> FaceImages:
+def find_images(source: str | Path) -> Inputs:
     """What a path holds, with ids as trial lists write them.
 
     Parameters
@@ -88,7 +58,7 @@ def find_images(source: str | Path) -> FaceImages:
     if source.suffix == ".bin":
         contents, same = read_bin(source)
         items = dict(zip(pair_ids(source.stem, len(same)), contents, strict=True))
-        return FaceImages(items, bytes, named="<set>/<number of the image>")
+        return Inputs(items, bytes, named="<set>/<number of the image>")
     stored = stored_faces(source) if source.is_dir() or source.suffix == ".rec" else None
     if stored is not None:
         return _stored(stored)
@@ -96,10 +66,10 @@ def find_images(source: str | Path) -> FaceImages:
         return _below(source / "images" if (source / "images").is_dir() else source)
     if source.suffix.lower() in IMAGE_SUFFIXES:
         raise ValueError(f"{source}: an image; give its folder, or a list of images")
-    return FaceImages(read_list(source, "images"), Path, named="as the list names them")
+    return Inputs(read_list(source, "images"), Path, named="as the list names them")
 
 
-def select_images(images: FaceImages, ids: Sequence[str], what: str | Path) -> FaceImages:
+def select_images(images: Inputs, ids: Sequence[str], what: str | Path) -> Inputs:
     """Those images alone, in the order of some ids; suffixes aside where they differ.
 
     Raises
@@ -109,7 +79,7 @@ def select_images(images: FaceImages, ids: Sequence[str], what: str | Path) -> F
 
     Examples
     --------
-    >>> images = FaceImages({"ann/1.png": b"a file's content", "bob/1.png": b"another's"}, bytes)
+    >>> images = Inputs({"ann/1.png": b"a file's content", "bob/1.png": b"another's"}, bytes)
     >>> list(select_images(images, ["bob/1", "ann/1"], "trials.txt").items)
     ['bob/1', 'ann/1']
     >>> select_images(images, ["eve/1"], "trials.txt")
@@ -128,16 +98,16 @@ def select_images(images: FaceImages, ids: Sequence[str], what: str | Path) -> F
     return replace(images, items=items, faults={})
 
 
-def _below(root: Path) -> FaceImages:
+def _below(root: Path) -> Inputs:
     found = sorted(files_below(root, IMAGE_SUFFIXES, UNREAD_IMAGES))
     if not found:
         raise FileNotFoundError(f"{root}: no {', '.join(IMAGE_SUFFIXES)} file in it")
     items = {one.name: Path(one.path) for one in found if not one.fault}
     faults = {one.name: one.fault for one in found if one.fault}
-    return FaceImages(items, Path, faults, f"by their path below {root}")
+    return Inputs(items, Path, faults, f"by their path below {root}")
 
 
-def _stored(stored: StoredFaces) -> FaceImages:
+def _stored(stored: StoredFaces) -> Inputs:
     labels, lock = stored.identities(), threading.Lock()
 
     def content(row: int) -> bytes:
@@ -146,12 +116,12 @@ def _stored(stored: StoredFaces) -> FaceImages:
 
     items = {f"{label}/{stored.key(row)}": row for row, label in enumerate(labels) if label >= 0}
     faults = {stored.name(int(row)): "its label is broken" for row in np.flatnonzero(labels < 0)}
-    return FaceImages(items, content, faults, "<identity>/<key>", stored.state())
+    return Inputs(items, content, faults, "<identity>/<key>", stored.state())
 
 
 def extract_images(
     encoder: FaceEncoder,
-    images: FaceImages,
+    images: Inputs,
     folder: str | Path,
     about: str = "",
     *,
@@ -164,7 +134,7 @@ def extract_images(
     Parameters
     ----------
     encoder : FaceEncoder
-    images : FaceImages
+    images : Inputs
     folder : path
         Where embeddings are kept on their way, and where those that are returned lie.
     about : str
@@ -193,23 +163,21 @@ def extract_images(
     >>> found["1.png"].shape, list(faults)
     ((8,), ['2.png'])
     """
-    about = f"{about} {images.state}".strip()
-    parts = EmbeddingParts(folder, f"{encoder.digest()} on {about}")
 
-    def read(item: Any) -> Tensor:
-        return read_image(images.content(item), encoder.image_size)
+    def read(content: Any) -> Tensor:
+        return read_image(content, encoder.image_size)
 
     def embed(batch: list[Tensor]) -> Tensor:
         return encoder(torch.stack(batch).to(encoder.device))
 
     with torch.inference_mode():
-        found, faults = extract_items(
-            parts,
-            images.items,
+        return extract_items(
+            folder,
+            f"{encoder.digest()} on {about}",
+            images,
             read,
             embed,
             batch_size=batch_size,
             workers=workers,
             progress=progress,
         )
-    return found, images.faults | faults

@@ -15,50 +15,51 @@ from speechbrain_qmargin.data.folders import audio_files
 from speechbrain_qmargin.data.voxceleb import audio_roots
 from speechbrain_qmargin.export.encoder import SpeakerEncoder
 from speechbrain_qmargin.export.sources import read_list
-from speechbrain_qmargin.extraction import EmbeddingParts, extract_items
+from speechbrain_qmargin.extraction import Inputs, extract_items
 
 __all__ = ["extract_recordings", "find_recordings"]
 
 
-def find_recordings(audio: Path) -> dict[str, Path]:
-    """Id to file, of a folder or of a list.
+def find_recordings(audio: str | Path) -> Inputs:
+    """What a folder or a list holds, with ids as trial lists write them.
 
     Parameters
     ----------
-    audio : Path
+    audio : path
         A folder of recordings, at any depth: an id is the path below it, or in a layout of
-        VoxCeleb the path from the speaker on; which of the two is printed. A text file: a path a
-        line, or an id and a path.
+        VoxCeleb the path from the speaker on; the result's `named` says which. A text file: a path
+        a line, or an id and a path.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        No recording in the folder; a recording in the place of a folder; a list that does not
-        fit, see :func:`~speechbrain_qmargin.export.sources.read_list`.
+        Nothing there, no recording in the folder; a recording in the place of a folder; a list that
+        does not fit, see :func:`~speechbrain_qmargin.export.sources.read_list`.
 
     Examples
     --------
     >>> folder = getfixture("tmp_path")
     >>> (folder / "a.wav").touch()
     >>> _ = (folder / "recordings.txt").write_text(f"ann/1 {folder / 'a.wav'}")
-    >>> {name: path.name for name, path in find_recordings(folder / "recordings.txt").items()}
-    {'ann/1': 'a.wav'}
+    >>> list(find_recordings(folder / "recordings.txt").items), find_recordings(folder).named
+    (['ann/1'], 'by their path below it')
     """
+    audio = Path(audio)
+    if not audio.exists():
+        raise FileNotFoundError(f"{audio}: no such folder or list of recordings")
     if audio.is_dir():
         return _recordings_in(audio)
     if audio.suffix.lower() in AUDIO_SUFFIXES:
         raise ValueError(f"{audio}: a recording; give its folder, or a list of recordings")
-    return read_list(audio, "recordings")
+    return Inputs(read_list(audio, "recordings"), named="as the list names them")
 
 
-def _recordings_in(folder: Path) -> dict[str, Path]:
-    """Id to file: from the speaker on in a layout of VoxCeleb, else the path below the folder."""
+def _recordings_in(folder: Path) -> Inputs:
+    """Named from the speaker on in a layout of VoxCeleb, else by the path below the folder."""
     found = list(audio_files(folder))
-    for one in found:
-        if one.fault:
-            print(f"{folder}: {one.name} is left out: {one.fault}")
+    faults = {one.name: one.fault for one in found if one.fault}
     files = {one.name: Path(one.path) for one in found if not one.fault}
-    if not files:
+    if not found:
         raise FileNotFoundError(f"{folder}: no {', '.join(AUDIO_SUFFIXES)} file in it")
     try:
         roots = [root.relative_to(folder).as_posix() + "/" for root in audio_roots(folder)]
@@ -70,18 +71,19 @@ def _recordings_in(folder: Path) -> dict[str, Path]:
         if root is not None:
             ids[name] = name.removeprefix(root)
     if ids and len(set(ids.values())) == len(ids) and all("/" in one for one in ids.values()):
-        print(f"{folder}: recordings are named from their speaker on, below {', '.join(roots)}")
+        named = f"from their speaker on, below {', '.join(roots)}"
         if len(ids) < len(files):
-            print(f"{folder}: {len(files) - len(ids):,} recordings elsewhere are not embedded")
+            named += f"; {len(files) - len(ids):,} elsewhere are not embedded"
     else:
         ids = {name: name for name in files}
-        print(f"{folder}: recordings are named by their path below it")
-    return {ids[name]: files[name] for name in sorted(ids, key=lambda name: ids[name])}
+        named = "by their path below it"
+    items = {ids[name]: files[name] for name in sorted(ids, key=lambda name: ids[name])}
+    return Inputs(items, Path, faults, named)
 
 
 def extract_recordings(
     encoder: SpeakerEncoder,
-    recordings: Mapping[str, Path],
+    recordings: Inputs,
     folder: str | Path,
     about: str = "",
     workers: int = 4,
@@ -92,7 +94,8 @@ def extract_recordings(
     Parameters
     ----------
     encoder : SpeakerEncoder
-    recordings : mapping from id to path
+    recordings : Inputs
+        Of files.
     folder : path
         Where embeddings are kept on their way, and where those that are returned lie.
     about : str
@@ -117,12 +120,11 @@ def extract_recordings(
     >>> folder = getfixture("tmp_path")
     >>> soundfile.write(folder / "a.wav", np.sin(np.arange(16000)), 16000)
     >>> soundfile.write(folder / "b.wav", np.zeros(16000), 16000)
-    >>> recordings = {"ann/a": folder / "a.wav", "bob/b": folder / "b.wav"}
+    >>> recordings = Inputs({"ann/a": folder / "a.wav", "bob/b": folder / "b.wav"})
     >>> found, faults = extract_recordings(SpeakerEncoder(parts), recordings, folder / "parts")
     >>> found["ann/a"].shape, faults
     ((4,), {'bob/b': '...b.wav: silent, all samples are equal'})
     """
-    parts = EmbeddingParts(folder, f"{encoder.digest()} on {about}")
 
     def read(path: Path) -> Tensor:
         signal = read_audio(path, encoder.sample_rate)
@@ -136,4 +138,12 @@ def extract_recordings(
         return encoder(signals[0][None].to(encoder.device))
 
     with torch.inference_mode():
-        return extract_items(parts, recordings, read, embed, workers=workers, progress=progress)
+        return extract_items(
+            folder,
+            f"{encoder.digest()} on {about}",
+            recordings,
+            read,
+            embed,
+            workers=workers,
+            progress=progress,
+        )

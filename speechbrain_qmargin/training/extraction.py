@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import Tensor
 
-from speechbrain_qmargin.extraction import EmbeddingParts, content_key, extract_into
-from speechbrain_qmargin.files import is_lack
+from speechbrain_qmargin.extraction import EmbeddingParts, collect, content_key, extract_into
+from speechbrain_qmargin.files import fault_of
 
 __all__ = ["ReadableBatch", "Unreadable", "extract_dataset"]
 
@@ -41,9 +41,7 @@ class _Readable(torch.utils.data.Dataset):
         try:
             return self.dataset[row]
         except OSError as error:
-            if is_lack(error):
-                raise
-            return Unreadable(self.dataset.ids[row], str(error))
+            return Unreadable(self.dataset.ids[row], fault_of(error))
 
 
 class ReadableBatch:
@@ -70,7 +68,7 @@ def extract_dataset(
     load: Callable[[Any], Iterable[tuple[Any, list[Unreadable]]]],
     embed: Callable[[Any], Tensor],
     faults: dict[str, str] | None = None,
-) -> dict[str, np.ndarray]:
+) -> Mapping[str, np.ndarray]:
     """Embeddings of a dataset, id to float32 [D]; what is in the folder already is not made again.
 
     Every process embeds its share; the main process returns the whole, the others nothing.
@@ -92,7 +90,8 @@ def extract_dataset(
     Raises
     ------
     OSError
-        Without `faults`: those items, named once all others are embedded and kept.
+        Without `faults`: those items, named once all others are embedded and kept. Embeddings that
+        were written are not there at the end.
 
     Examples
     --------
@@ -109,7 +108,8 @@ def extract_dataset(
     >>> def load(dataset):
     ...     return torch.utils.data.DataLoader(dataset, batch_size=2, collate_fn=ReadableBatch())
     >>> folder, faults = getfixture("tmp_path"), {}
-    >>> extract_dataset(Vectors(), folder, "model 1", load, lambda batch: batch.x.data, faults)
+    >>> embed = lambda batch: batch.x.data
+    >>> dict(extract_dataset(Vectors(), folder, "model 1", load, embed, faults))
     {'ann/1': array([3., 4.], dtype=float32)}
     >>> faults
     {'bob/1': 'bob/1.wav: damaged'}
@@ -144,8 +144,7 @@ def extract_dataset(
     ddp_barrier()
     if not if_main_process():
         return {}
-    found, names = parts.merged(keys.values()), {key: name for name, key in keys.items()}
-    wrong = {names[key]: why for key, why in parts.faults().items() if key in names}
+    found, wrong = collect(parts, keys, parts.faults())
     if faults is not None:
         faults.update(wrong)
     elif wrong:
@@ -154,4 +153,4 @@ def extract_dataset(
             f"{len(wrong)} of {len(keys)} test items have no embedding, the first is {name}: "
             f"{why}. The others are kept; mend it and start again"
         )
-    return {name: found[key] for name, key in keys.items() if key in found}
+    return found

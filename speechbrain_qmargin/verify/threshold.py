@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from speechbrain_qmargin.embeddings import Embeddings, cosine_scores
-from speechbrain_qmargin.extraction import EmbeddingParts, extract_items
+from speechbrain_qmargin.extraction import Inputs, extract_items
 from speechbrain_qmargin.scoring.calibration import Calibration, digest, fit_calibration
 from speechbrain_qmargin.scoring.decision import choose_operating_point
 from speechbrain_qmargin.scoring.influence import TrialStructure
@@ -26,7 +25,7 @@ from speechbrain_qmargin.scoring.pairing import every_model, every_pair, spread_
 from speechbrain_qmargin.scoring.separation import name_digest
 from speechbrain_qmargin.scoring.uncertainty import Spread
 from speechbrain_qmargin.trials import LabelledTrials, speaker_in
-from speechbrain_qmargin.verify.readers import Reader, Source
+from speechbrain_qmargin.verify.readers import Reader
 from speechbrain_qmargin.verify.system import Histogram, System, cohort_digest
 
 __all__ = ["Measured", "cohort_of", "embed_files", "measure_threshold"]
@@ -69,23 +68,20 @@ class Measured:
 
 def embed_files(
     reader: Reader,
-    files: Mapping[str, Any],
+    inputs: Inputs,
     folder: str | Path,
     progress: Callable[[int], object] | None = None,
-    content: Callable[[Any], Source] = Path,
 ) -> tuple[Embeddings, dict[str, str]]:
-    """Embed files that are fit, as :class:`~speechbrain_qmargin.verify.verifier.Verifier` would.
+    """Embed what is fit, as :class:`~speechbrain_qmargin.verify.verifier.Verifier` would.
 
     Parameters
     ----------
     reader : Reader
-    files : mapping from id to path, or to whatever `content` takes
+    inputs : Inputs
     folder : path
         Where embeddings are kept on their way; interrupted, it goes on there.
     progress : callable, optional
         Called with how many were done since the last call.
-    content : callable
-        From what `files` has to a path or bytes; threads call it.
 
     Returns
     -------
@@ -110,23 +106,22 @@ def embed_files(
     ...
     ...     def embed(self, samples):
     ...         return np.stack([sample.inputs[0].numpy() for sample in samples])
-    >>> files = {"ann/1": b"1 0", "bob/1": b"0 1", "bob/2": b""}
-    >>> folder = getfixture("tmp_path") / "parts"
-    >>> found, faults = embed_files(Written(), files, folder, content=bytes)
+    >>> files = Inputs({"ann/1": b"1 0", "bob/1": b"0 1", "bob/2": b""}, bytes)
+    >>> found, faults = embed_files(Written(), files, getfixture("tmp_path") / "parts")
     >>> list(found), faults
     (['ann/1', 'bob/1'], {'bob/2': 'the content is empty'})
     """
-    parts = EmbeddingParts(folder, f"{reader.digest} verified {reader.rules}")
     merged, faults = extract_items(
-        parts,
-        files,
-        lambda one: reader.read(content(one)),
+        folder,
+        f"{reader.digest} verified {reader.rules}",
+        inputs,
+        reader.read,
         reader.embed,
         batch_size=_AT_ONCE,
         progress=progress,
     )
     if not merged:
-        raise ValueError(f"none of {len(files)} files is fit: {next(iter(faults.values()), '')}")
+        raise ValueError(f"none of {len(faults)} files is fit: {next(iter(faults.values()), '')}")
     return Embeddings.of(merged), faults
 
 

@@ -4,7 +4,6 @@ import errno
 import io
 import logging
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,8 @@ from speechbrain_qmargin.data.images import check_images, read_image, read_pixel
 from speechbrain_qmargin.data.manifest import Manifest
 from speechbrain_qmargin.data.skipped import Skipped
 from speechbrain_qmargin.export.face_encoder import FaceEncoder
-from speechbrain_qmargin.export.images import FaceImages, extract_images, find_images
+from speechbrain_qmargin.export.images import extract_images, find_images
+from speechbrain_qmargin.extraction import Inputs
 
 
 def write(path, value=0):
@@ -147,7 +147,7 @@ def test_an_undecodable_image_is_replaced_by_its_identitys_next(folder, tmp_path
 def test_a_lack_of_open_files_is_no_fault_of_an_image(folder, tmp_path, monkeypatch):
     """It passed for one: the image was listed as broken, and another trained on in its place."""
     data = training(folder, tmp_path, Skipped(tmp_path / "skipped.txt"))
-    images = FaceImages({"a.png": folder / "id0/0.png"}, Path)
+    images = Inputs({"a.png": folder / "id0/0.png"})
     encoder = FaceEncoder(torch.nn.Conv2d(3, 4, 16), 16)
 
     def full(path, **_):

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import pickle
-import shutil
 import tarfile
 
 import numpy as np
@@ -163,7 +162,7 @@ def test_what_cannot_be_used_is_listed_and_an_interrupted_extraction_goes_on(
 
 
 @pytest.mark.parametrize("kind", ["records", "shards"])
-def test_records_that_changed_meanwhile_are_not_mixed(run, tmp_path, monkeypatch, capsys, kind):
+def test_records_that_changed_meanwhile_are_not_mixed(run, tmp_path, monkeypatch, kind):
     """Their ids are the same: the embeddings of the earlier images passed for those of the new."""
     source, out = tmp_path / "train.rec", tmp_path / "out.npz"
 
@@ -187,9 +186,6 @@ def test_records_that_changed_meanwhile_are_not_mixed(run, tmp_path, monkeypatch
         extract(run, where, out)
     monkeypatch.undo()
     write(range(10, 18))
-    assert extract(run, where, out) == 1
-    assert "of another model or of other data; delete it" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "out.npz.parts")
     assert extract(run, where, out) == 0
     found = load_embeddings(out)
     np.testing.assert_allclose(found.matrix[0], expected(run, encoded(10)), rtol=1e-4, atol=1e-5)

@@ -60,24 +60,24 @@ def test_ids_are_those_of_trial_lists_where_the_layout_is_voxcelebs(tmp_path, ca
             (tmp_path / folder / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / folder / path).touch()
         found = find_recordings(tmp_path / folder)
-        assert all(path.is_file() for path in found.values())
-        return list(found)
+        assert all(path.is_file() for path in found.items.values())
+        return list(found.items), found.named
 
     one, two = "vox1_dev_wav/wav/id10001/v/1.wav", "vox1_test_wav/wav/id10270/v/1.wav"
-    assert ids("1", one, two, "x.wav") == ["id10001/v/1.wav", "id10270/v/1.wav"]
-    printed = capsys.readouterr().out
-    assert "from their speaker on, below vox1_dev_wav/wav/, vox1_test_wav/wav/" in printed
-    assert "1 recordings elsewhere are not embedded" in printed
+    roots = "vox1_dev_wav/wav/, vox1_test_wav/wav/"
+    assert ids("1", one, two, "x.wav") == (
+        ["id10001/v/1.wav", "id10270/v/1.wav"],
+        f"from their speaker on, below {roots}; 1 elsewhere are not embedded",
+    )
     parts = ["dev/aac/id00012/v/1.m4a", "test/aac/id00017/v/1.m4a"]
-    assert ids("2", *parts) == ["id00012/v/1.m4a", "id00017/v/1.m4a"]
-    capsys.readouterr()
+    assert ids("2", *parts)[0] == ["id00012/v/1.m4a", "id00017/v/1.m4a"]
     for folder, paths in {
         "plain": ["ann/1.wav", "bob/1.wav"],
         "flat": ["ann/wav/1.wav", "bob/wav/2.wav"],  # speakers with a folder of that name
         "equal": ["ann/wav/s1/1.wav", "bob/wav/s1/1.wav"],
     }.items():
-        assert ids(folder, *paths) == paths
-        assert "named by their path below it" in capsys.readouterr().out
+        assert ids(folder, *paths) == (paths, "by their path below it")
+    assert not capsys.readouterr().out  # what is said is the command's to say
 
 
 @pytest.mark.parametrize("suffix", [".ark", ".scp"])
@@ -96,15 +96,16 @@ def test_a_list_becomes_kaldis_files(run, audio, tmp_path, suffix):
 def test_broken_audio_is_listed_and_the_rest_embedded(run, audio, tmp_path, capsys):
     wav = audio / "wav"
     (wav / "ann" / "s1" / "0.wav").write_bytes(b"not audio")
+    (wav / "ann" / "s1" / "2\n3.wav").touch()
     soundfile.write(wav / "bob" / "s1" / "0.wav", np.zeros(16000), 16000)
     soundfile.write(wav / "cyd" / "s1" / "0.wav", np.ones(100), 16000)
     assert extract(run, audio, tmp_path / "out.npz") == 0
     found = load_embeddings(tmp_path / "out.npz")
     assert found.ids == ["ann/s1/1.wav", "bob/s1/1.wav", "cyd/s1/1.wav"]
     lines = (tmp_path / "out.npz.skipped.tsv").read_text().splitlines()
-    for line, why in zip(lines, ("decoded", "silent", "shorter"), strict=True):
+    for line, why in zip(lines, ("line break", "decoded", "silent", "shorter"), strict=True):
         assert why in line
-    assert "3 recordings skipped" in capsys.readouterr().out
+    assert "4 recordings skipped" in capsys.readouterr().out
     for path in wav.rglob("1.wav"):
         path.unlink()
     assert extract(run, audio, tmp_path / "none.npz") == 1
@@ -221,7 +222,7 @@ def test_trial_lists_share_no_speaker_and_cross_sessions(tmp_path, capsys):
         assert all(trials.ids[a].split("/")[1] != trials.ids[b].split("/")[1] for a, b in pairs)
     assert not speakers["dev"] & speakers["test"]
     listed = {
-        part: find_recordings(tmp_path / "lists" / f"{part}_recordings.txt")
+        part: find_recordings(tmp_path / "lists" / f"{part}_recordings.txt").items
         for part in ("trial", "train")
     }
     assert all(path.is_file() for paths in listed.values() for path in paths.values())

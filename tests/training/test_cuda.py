@@ -21,6 +21,7 @@ from speechbrain_qmargin.export.loading import load_any_encoder
 from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe, probe_images
 from speechbrain_qmargin.export.recordings import extract_recordings
 from speechbrain_qmargin.export.toolkits import export_arcface_torch
+from speechbrain_qmargin.extraction import Inputs
 from speechbrain_qmargin.head import fused
 from speechbrain_qmargin.models.iresnet import IResNet
 from speechbrain_qmargin.training.brain import FaceBrain
@@ -219,11 +220,11 @@ def test_recordings_are_extracted_on_a_gpu(folder, tmp_path):
     where = "cuda" if torch.cuda.is_available() else "cpu"
     run = speech_run(tmp_path / "run")
     files = {path.name: path for path in sorted((folder / "wav" / "s0" / "0").iterdir())}
-    rows = []
+    inputs, rows = Inputs(files), []
     with true_float32():
         for device in ("cpu", where):
             found, faults = extract_recordings(
-                load_any_encoder(run, device), files, tmp_path / f"parts {len(rows)}"
+                load_any_encoder(run, device), inputs, tmp_path / f"parts {len(rows)}"
             )
             assert not faults
             rows.append(torch.stack([torch.from_numpy(found[name].copy()) for name in files]))

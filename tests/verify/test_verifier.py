@@ -10,6 +10,7 @@ import pytest
 from verify.stub import DIGEST, Stub
 
 from speechbrain_qmargin.embeddings import Embeddings, cosine_scores
+from speechbrain_qmargin.extraction import Inputs
 from speechbrain_qmargin.scoring.calibration import Calibration
 from speechbrain_qmargin.scoring.normalisation import normalize
 from speechbrain_qmargin.scoring.pairing import every_model
@@ -321,7 +322,7 @@ def test_an_interrupted_threshold_goes_on_with_its_own_people_alone(tmp_path):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(f"{source} {name}")
     for source, files in sources.items():
-        found, _ = threshold.embed_files(READER, files, tmp_path / "parts")
+        found, _ = threshold.embed_files(READER, Inputs(files), tmp_path / "parts")
         for name in files:
             np.testing.assert_array_equal(found[name], READER.vector(f"{source} {name}"))
 
@@ -329,7 +330,17 @@ def test_an_interrupted_threshold_goes_on_with_its_own_people_alone(tmp_path):
         rules = "unchecked"
 
     with pytest.raises(ValueError, match=r"parts holds embeddings of another model or of other"):
-        threshold.embed_files(Unchecked(), sources["one"], tmp_path / "parts")
+        threshold.embed_files(Unchecked(), Inputs(sources["one"]), tmp_path / "parts")
+
+
+def test_a_threshold_takes_no_embedding_of_another_file_of_records(tmp_path):
+    """Whose rows have the same numbers and names; what it could not take was known beforehand."""
+    inputs = [Inputs({"1/0": 0}, lambda row: b"one", {"2/1": "its label is broken"}, state="one")]
+    inputs.append(replace(inputs[0], content=lambda row: b"other", state="other"))
+    for one in inputs:
+        found, faults = threshold.embed_files(READER, one, tmp_path / "parts")
+        np.testing.assert_array_equal(found["1/0"], READER.vector(one.state))
+        assert faults == {"2/1": "its label is broken"}
 
 
 def test_few_people_are_marked():
