@@ -23,6 +23,7 @@ __all__ = [
     "file_source",
     "not_utf8",
     "numbered_lines",
+    "read_columns",
     "read_lines",
     "read_map",
     "read_models",
@@ -153,6 +154,66 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
                     yield number, line.removesuffix("\n")
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
+
+
+def read_columns(path: str | Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """A table with a header: the columns' names, and the rows with the numbers of their last lines.
+
+    Parameters
+    ----------
+    path : path
+        Separated by tabs, commas or semicolons, whichever the header has most of; cells may be
+        quoted.
+
+    Returns
+    -------
+    list of str, and iterator of (int, list of str)
+        Cells are stripped; rows without any are passed over. The file is read row by row.
+
+    Raises
+    ------
+    ValueError
+        Another encoding, a column twice, a row of another length, what is no table; with file and
+        line, of a row once it is drawn.
+
+    Examples
+    --------
+    >>> file = getfixture("tmp_path") / "people.csv"
+    >>> _ = file.write_text('file;person\\n"a;b.wav"; ann\\n\\nc.wav\\n')
+    >>> header, rows = read_columns(file)
+    >>> header, next(rows)
+    (['file', 'person'], (2, ['a;b.wav', 'ann']))
+    >>> next(rows)
+    Traceback (most recent call last):
+    ValueError: ...people.csv:4: 1 cells, the header has 2
+    """
+    _, first = next(numbered_lines(path), (1, ""))
+    rows = _rows(path, max("\t,;", key=first.count))
+    number, header = next(rows, (1, []))
+    twice = [name for name in header if name and header.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path}:{number}: the column {twice[0]} is there twice")
+    return header, rows
+
+
+def _rows(path: str | Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    with Path(path).open(encoding="utf-8-sig", newline="") as stream:
+        rows, width = csv.reader(stream, delimiter=separator, skipinitialspace=True), 0
+        try:
+            for row in rows:
+                cells = [cell.strip() for cell in row]
+                if not any(cells):
+                    continue
+                width = width or len(cells)
+                if len(cells) != width:
+                    raise ValueError(
+                        f"{path}:{rows.line_num}: {len(cells)} cells, the header has {width}"
+                    )
+                yield rows.line_num, cells
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, error) from None
+        except csv.Error as error:
+            raise ValueError(f"{path}:{rows.line_num}: not a table ({error})") from None
 
 
 @dataclass(frozen=True)

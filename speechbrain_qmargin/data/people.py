@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from speechbrain_qmargin.data.audio import AUDIO_SUFFIXES, UNREAD_AUDIO
 from speechbrain_qmargin.data.folders import files_below
 from speechbrain_qmargin.data.images import IMAGE_SUFFIXES, UNREAD_IMAGES
-from speechbrain_qmargin.tables import composed_name, read_lines
+from speechbrain_qmargin.tables import composed_name, read_columns
 from speechbrain_qmargin.trials import speaker_in
 
 __all__ = ["People", "draw_parts", "read_people"]
@@ -54,10 +53,10 @@ def read_people(source: str | Path) -> People:
     ----------
     source : path
         A folder of ``<person>/<file>`` or ``<person>/<session>/<file>``, itself or below its
-        ``wav/`` or ``images/``. Or a table with a header, between commas or tabs: a column of
-        files (file, image, wav, path or recording) and one of people (person, identity, speaker,
-        spk_id, name or label), perhaps one of sessions (session); relative paths are relative to
-        the table.
+        ``wav/`` or ``images/``. Or a table as
+        :func:`~speechbrain_qmargin.tables.read_columns` takes it: a column of files (file, image,
+        wav, path or recording) and one of people (person, identity, speaker, spk_id, name or
+        label), perhaps one of sessions (session); relative paths are relative to the table.
 
     Raises
     ------
@@ -97,11 +96,8 @@ def _below(folder: Path) -> People:
 
 
 def _table(path: Path) -> People:
-    lines, _ = read_lines(path)
-    separator = "\t" if lines and "\t" in lines[0] else ","
-    rows = csv.reader(lines, delimiter=separator, skipinitialspace=True)
-    header = [cell.strip().lower() for cell in next(rows, [])]
-    places = []
+    header, rows = read_columns(path)
+    header, places = [name.lower() for name in header], []
     for wanted in (_FILE, _PERSON):
         found = [n for n, cell in enumerate(header) if cell in wanted]
         if len(found) != 1:
@@ -111,14 +107,9 @@ def _table(path: Path) -> People:
         places += found
     session_at = header.index("session") if "session" in header else None
     ids, files = defaultdict(list), {}
-    for row in rows:
-        if not row:
-            continue
-        where = f"{path}:{rows.line_num}"
-        if len(row) != len(header):
-            raise ValueError(f"{where}: {len(row)} cells, expected {len(header)}")
-        file, person = (row[place].strip() for place in places)
-        session = "" if session_at is None else row[session_at].strip()
+    for number, row in rows:
+        where, (file, person) = f"{path}:{number}", (row[place] for place in places)
+        session = "" if session_at is None else row[session_at]
         if not file or not person or "/" in person + session:
             raise ValueError(f"{where}: a file and a person without a slash are wanted, got {row}")
         name = _id(file, person, session)

@@ -12,7 +12,7 @@ from typing import Any
 
 from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.files import replacing
-from speechbrain_qmargin.tables import not_utf8, numbered_lines, read_map, some
+from speechbrain_qmargin.tables import numbered_lines, read_columns, read_map, some
 
 __all__ = ["is_table", "read_csv", "read_kaldi", "read_table", "write_csv"]
 
@@ -101,31 +101,29 @@ def read_csv(path: str | Path, *, sample_rate: int = 16000) -> Manifest:
     """
     path = Path(path)
     folder = os.path.abspath(path.parent)
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, skipinitialspace=True)
-        try:
-            header = [name.strip() for name in next(reader, [])]
-            missing = {"ID", "wav", "spk_id"} - set(header)
-            if missing or len(set(header)) < len(header):
-                raise ValueError(
-                    f"{path}:1: the columns must be {', '.join(_COLUMNS)} (duration, start and "
-                    f"stop may be left out), each once; they are {', '.join(header)}"
-                )
-            return Manifest.of(_csv_rows(path, reader, header, folder, sample_rate))
-        except UnicodeDecodeError as error:
-            raise not_utf8(path, error) from None
-        except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num}: {error}") from None
+    header, rows = read_columns(path)
+    if not {"ID", "wav", "spk_id"} <= set(header):
+        raise ValueError(
+            f"{path}:1: the columns must be {', '.join(_COLUMNS)} (duration, start and stop may be "
+            f"left out); they are {', '.join(header)}"
+        )
+    return Manifest.of(_items(path, header, rows, folder, sample_rate))
 
 
-def _csv_rows(path: Path, reader, header: list[str], folder: str, rate: int) -> Iterator[Item]:
+def _items(
+    path: Path,
+    header: list[str],
+    rows: Iterator[tuple[int, list[str]]],
+    folder: str,
+    rate: int,
+) -> Iterator[Item]:
     name_at, file_at, speaker_at = (header.index(key) for key in ("ID", "wav", "spk_id"))
     seconds_at, start_at, stop_at = (
         header.index(key) if key in header else None for key in ("duration", "start", "stop")
     )
 
     def number(row: list[str], at: int | None, default: float) -> float:
-        if at is None or not row[at].strip():
+        if at is None or not row[at]:
             return default
         value = float(row[at])
         if not 0 <= value < 1e9 * rate:
@@ -133,13 +131,9 @@ def _csv_rows(path: Path, reader, header: list[str], folder: str, rate: int) -> 
         return value
 
     other_rates = set(_RATES)  # at which every row's stop is the end of its recording
-    rows = 0
-    for row in reader:
-        if not row:
-            continue
+    count = 0
+    for line, row in rows:
         try:
-            if len(row) != len(header):
-                raise ValueError(f"{len(row)} fields")
             duration = number(row, seconds_at, float("nan"))
             start = number(row, start_at, 0.0)
             stop = number(row, stop_at, float("nan"))
@@ -147,25 +141,23 @@ def _csv_rows(path: Path, reader, header: list[str], folder: str, rate: int) -> 
                 raise ValueError(f"a stop of {stop:.0f} and a start of {start:.0f}")
         except ValueError as error:
             raise ValueError(
-                f"{path}:{reader.line_num}: expected {len(header)} fields with seconds and samples "
-                f"that are 0 or more, got {error} in {','.join(row)!r}"
+                f"{path}:{line}: seconds and samples that are 0 or more are wanted, got {error} in "
+                f"{','.join(row)!r}"
             ) from None
-        name, file, speaker = (row[at].strip() for at in (name_at, file_at, speaker_at))
+        name, file, speaker = (row[at] for at in (name_at, file_at, speaker_at))
         if "$" in file or "{" in file:
-            raise ValueError(
-                f"{path}:{reader.line_num}: {file} has a placeholder; write the paths out"
-            )
+            raise ValueError(f"{path}:{line}: {file} has a placeholder; write the paths out")
         if not (name and file and speaker):
-            raise ValueError(f"{path}:{reader.line_num}: ID, wav and spk_id must not be empty")
+            raise ValueError(f"{path}:{line}: ID, wav and spk_id must not be empty")
         same = abs(stop / rate - duration) < 1 / rate
         whole = start == 0 and (math.isnan(stop) or same)
         length = duration - start / rate if math.isnan(stop) else (stop - start) / rate
         if length > 1.05 * duration + 0.5:
             raise ValueError(
-                f"{path}:{reader.line_num}: {name} is to be {length:.2f} s of {duration:.2f} s. "
+                f"{path}:{line}: {name} is to be {length:.2f} s of {duration:.2f} s. "
                 f"{_COUNTED.format(rate=rate)}"
             )
-        rows += 1
+        count += 1
         other_rates = {
             one for one in other_rates if not start and abs(stop / one - duration) < _ROUNDED
         }
@@ -177,7 +169,7 @@ def _csv_rows(path: Path, reader, header: list[str], folder: str, rate: int) -> 
             duration if whole else length,
             not whole,
         )
-    if rows > 1 and other_rates and rate not in other_rates:
+    if count > 1 and other_rates and rate not in other_rates:
         raise ValueError(
             f"{path}: every stop is the end of its recording at {min(other_rates):,} Hz. "
             f"{_COUNTED.format(rate=rate)}"

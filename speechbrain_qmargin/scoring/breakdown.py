@@ -7,17 +7,16 @@ trials is what a column of a metadata table says of both sides.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from speechbrain_qmargin.scoring.shares import Share, share_of_trials
-from speechbrain_qmargin.tables import composed_name, read_lines
+from speechbrain_qmargin.tables import composed_name, read_columns
 from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = [
@@ -127,7 +126,7 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     Parameters
     ----------
     path : path
-        Separated by tabs, commas or semicolons, whichever the header has most of.
+        See :func:`~speechbrain_qmargin.tables.read_columns`.
 
     Returns
     -------
@@ -147,26 +146,15 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     >>> read_metadata(path)
     {'gender': {'s1': 'f', 's2': 'm'}}
     """
-    path = Path(path)
-    lines, _ = read_lines(path)
-    header = lines[0] if lines else ""
-    separator = max("\t,;", key=header.count)
-    rows = _csv_rows(lines, separator, path)
-    _, fields = next(rows, (1, []))
-    columns = [name.strip() for name in fields]
-    if len(columns) < 2 or not all(columns) or len(set(columns)) < len(columns):
+    columns, rows = read_columns(path)
+    if len(columns) < 2 or not all(columns):
         raise ValueError(
-            f"{path}:1: expected a header of distinct names, an id's first and then columns, "
-            f"separated by tabs or commas; got {header!r}"
+            f"{path}:1: expected a header of names, an id's first and then columns, separated by "
+            f"tabs, commas or semicolons; got {columns}"
         )
     table: dict[str, dict[str, str]] = {name: {} for name in columns[1:]}
     seen: dict[str, int] = {}
-    for number, row in rows:
-        if not any(field.strip() for field in row):
-            continue
-        if len(row) != len(columns):
-            raise ValueError(f"{path}:{number}: {len(row)} fields, the header has {len(columns)}")
-        name, *values = (field.strip() for field in row)
+    for number, (name, *values) in rows:
         before = seen.setdefault(name, number)
         if before != number:
             raise ValueError(f"{path}:{number}: {name} is listed in line {before} already")
@@ -176,16 +164,6 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     if not seen:
         raise ValueError(f"{path}: a header and no lines")
     return table
-
-
-def _csv_rows(lines: Sequence[str], separator: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows with the number of their last line."""
-    rows = csv.reader(lines, delimiter=separator)
-    try:
-        for row in rows:
-            yield rows.line_num, row
-    except csv.Error as error:
-        raise ValueError(f"{path}:{rows.line_num}: not a table ({error})") from None
 
 
 def choose_columns(path: str | Path, columns: Sequence[str] = ()) -> dict[str, dict[str, str]]:

@@ -82,11 +82,13 @@ def test_lists_that_are_there_are_not_lost(photographs, tmp_path, capsys):
     assert "the output is an input too" in capsys.readouterr().err
 
 
-def test_a_table_everybody_and_sessions(tmp_path):
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_everybody_and_sessions(tmp_path, separator):
     rows = [("x/1.jpg", "ann", "mon"), ("x/2.jpg", "ann", "mon"), ("3.jpg", "ann", "tue")]
     rows += [("bob/s/4.jpg", "bob", "")]
     table = tmp_path / "people.csv"
-    table.write_text("image,identity,session\n" + "".join(",".join(row) + "\n" for row in rows))
+    lines = [("image", "identity", "session"), *rows]
+    table.write_text("".join(f"{separator.join(row)}\n" for row in lines))
     found = read_people(table)
     assert found.ids["ann"] == ["ann/mon/1.jpg", "ann/mon/2.jpg", "ann/tue/3.jpg"]
     assert found.ids["bob"] == ["bob/s/4.jpg"]
@@ -125,10 +127,11 @@ def test_a_list_of_pairs_gets_its_labels(photographs, tmp_path, capsys):
     [
         ("image,who\na,b\n", "p.csv:1: 0 columns are called person"),
         ("image,file,person\na,b,c\n", "p.csv:1: 2 columns are called file"),
-        ("image,person\na.jpg\n", "p.csv:2: 1 cells, expected 2"),
+        ("image,person\na.jpg\n", "p.csv:2: 1 cells, the header has 2"),
         ("image,person\na.jpg,a/b\n", "p.csv:2: a file and a person without a slash"),
         ("image,person\na.jpg,ann\nann/a.jpg,ann\n", "p.csv:3: ann/a.jpg is there twice"),
         ("image,person\n", "p.csv: nobody in it"),
+        ("image,person\n" + 140_000 * "a" + ",ann\n", "p.csv:2: not a table (field larger"),
     ],
 )
 def test_tables_that_do_not_fit_are_named(tmp_path, capsys, text, message):

@@ -118,7 +118,9 @@ def test_speechbrains_csv_is_read_with_its_segments(tmp_path):
     [
         ("", r"a\.csv:1: the columns must be"),
         ("ID,wav\nx,y\n", r"a\.csv:1: the columns must be .*; they are ID, wav"),
-        ("ID,wav,spk_id\nx,y\n", r"a\.csv:2: expected 3 fields"),
+        ("ID,wav,spk_id\nx,y\n", r"a\.csv:2: 2 cells, the header has 3"),
+        ("ID,wav,spk_id,wav\nx,y,z,y\n", r"a\.csv:1: the column wav is there twice"),
+        (f"ID,wav,spk_id\nx,{140_000 * 'y'},z\n", r"a\.csv:2: not a table \(field larger"),
         ("ID,wav,spk_id,start\nx,y,z,-5\n", r"a\.csv:2: .*-5"),
         ("ID,wav,spk_id,duration\nx,y,z,nan\n", r"a\.csv:2: .*nan"),
         (

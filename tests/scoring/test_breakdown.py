@@ -97,10 +97,10 @@ def test_many_values_are_binned_or_refused():
     [
         ("", "expected a header"),
         ("id\na\n", "expected a header"),
-        ("id,x,x\n", "distinct"),
+        ("id,x,x\n", ":1: the column x is there twice"),
         ("id,x\n", "no lines"),
         ("id,x\na,1\na,2\n", ":3: a is listed in line 2 already"),
-        ("id\tx\na\t1\t2\n", ":2: 3 fields, the header has 2"),
+        ("id\tx\na\t1\t2\n", ":2: 3 cells, the header has 2"),
     ],
 )
 def test_a_bad_table_is_named(tmp_path, text, message):
