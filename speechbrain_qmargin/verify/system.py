@@ -264,7 +264,8 @@ class System:
     def save(self, folder: str | Path) -> None:
         """Write the files into an encoder's folder; if one cannot be written, those there stay.
 
-        The threshold comes last: whoever reads meanwhile has the one before.
+        All are written before the first takes its place, and the threshold takes its own last:
+        whoever reads meanwhile has the one before. Then what only the system before had is removed.
         """
         folder = Path(folder)
         writes: dict[str, Callable[[Path], None]] = {_POINT: self.point.save}
@@ -277,8 +278,8 @@ class System:
         with ExitStack() as files:  # which take their places in the reverse order
             for name, write in writes.items():
                 write(files.enter_context(replacing(folder / name)))
-            for name in set(DECISION_FILES) - set(writes):
-                (folder / name).unlink(missing_ok=True)
+        for name in set(DECISION_FILES) - set(writes):
+            (folder / name).unlink(missing_ok=True)
 
     def install(self, folder: str | Path) -> None:
         """As :meth:`save`; SpeechBrain's ``threshold`` in the folder is set, or taken out.

@@ -1,5 +1,6 @@
 """Enrol, verify, identify: the scores are those of the lists, in one thread or many."""
 
+import os
 import shutil
 import threading
 import warnings
@@ -131,6 +132,24 @@ def test_a_system_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeyp
                 system_of("s").save(tmp_path)
         assert System.load(tmp_path, DIGEST).point == old.point
         assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_threshold_that_cannot_take_its_place_leaves_the_cohort(tmp_path, monkeypatch):
+    old = system_of("as")
+    old.save(tmp_path)
+
+    def full(source, target, replace=os.replace):
+        if target == tmp_path / "operating_point.json":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("speechbrain_qmargin.files.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        System(system_of().point).save(tmp_path)
+    loaded = System.load(tmp_path, DIGEST)
+    assert loaded.point == old.point
+    assert loaded.calibration == old.calibration
+    assert cohort_digest(loaded.cohort) == cohort_digest(old.cohort)
 
 
 def test_a_calibrated_threshold_decides_on_ratios(tmp_path):
