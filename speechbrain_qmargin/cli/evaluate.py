@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import warnings
-from collections.abc import Mapping
 
 import numpy as np
 from tqdm import tqdm
@@ -19,16 +17,17 @@ from speechbrain_qmargin.cli.inputs import (
     both_classes,
     columns_of,
     files_of,
+    read_development,
     read_scored,
     read_systems,
     several,
     share,
 )
-from speechbrain_qmargin.embeddings import Embeddings, load_embeddings, load_mean
+from speechbrain_qmargin.embeddings import load_embeddings, load_mean
 from speechbrain_qmargin.files import refuse_overwriting, replacing, write_text
 from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.tables import read_lines, read_map
-from speechbrain_qmargin.trials import read_unlabelled, speaker_in
+from speechbrain_qmargin.trials import Trials, read_unlabelled, speaker_in
 
 __all__ = ["configure"]
 
@@ -123,8 +122,9 @@ def _fuse(args) -> None:
 
     inputs = files_of([*args.systems, *args.dev_scores])
     inputs += [args.trials, args.utt2spk, args.models, args.fusion]
-    inputs += [args.dev_trials, args.dev_utt2spk]
+    inputs += [args.dev_trials, args.dev_utt2spk, args.dev_models]
     refuse_overwriting([args.output, args.save], inputs, args.overwrite)
+    trials, files = read_systems(args.systems, args, labelled=False)
     if args.fusion:
         if args.dev_scores:
             raise ValueError("--fusion is fitted already: leave out --dev_scores, or --fusion")
@@ -132,15 +132,13 @@ def _fuse(args) -> None:
     else:
         if not args.dev_scores:
             raise ValueError("give --dev_scores to fit the fusion on, or a --fusion file")
-        own = argparse.Namespace(**vars(args))
-        own.trials, own.utt2spk = args.dev_trials, args.dev_utt2spk
-        dev_trials, dev_files = read_systems(args.dev_scores, own)
-        dev_scores = {name: read.scores for name, read in dev_files.items()}
-        origins = {name: read.origin for name, read in dev_files.items()}
+        dev_trials, development = read_development(args, files)
         fusion = fit_fusion(
-            dev_scores, both_classes(dev_trials), p_target=args.p_target, origins=origins
+            {name: read.scores for name, read in development.items()},
+            dev_trials,
+            p_target=args.p_target,
+            origins={name: read.origin for name, read in development.items()},
         )
-    trials, files = read_systems(args.systems, args, labelled=False)
     origins = {name: read.origin for name, read in files.items()}
     scores = {name: read.scores for name, read in files.items()}
     llrs = fusion.apply(scores, trials, origins=origins)
@@ -234,38 +232,30 @@ def _bayes(args) -> None:
     print(args.output)
 
 
-def _speakers_of(embeddings: Embeddings, utt2spk: str | None) -> Mapping[str, str] | None:
-    if utt2spk:
-        return read_map(utt2spk)
-    if all("/" in name for name in embeddings.ids):
-        return {name: speaker_in(name) for name in embeddings.ids}
-    return None
-
-
 def _quality(args) -> None:
-    from speechbrain_qmargin.scoring.normalisation import (
-        cohort_mean_quality,
-        make_cohort,
-        refuse_shared_speakers,
-    )
+    from speechbrain_qmargin.scoring.lists import Cohort, speakers_in_cohort, with_tables
+    from speechbrain_qmargin.scoring.normalisation import cohort_mean_quality
 
     inputs = [args.embeddings, args.cohort, args.utt2spk, args.cohort_utt2spk]
     refuse_overwriting([args.output], inputs, args.overwrite)
     embeddings, raw = load_embeddings(args.embeddings), load_embeddings(args.cohort)
     embeddings.refuse_other(raw, args.cohort)
-    speakers = _speakers_of(raw, args.cohort_utt2spk)
-    own = _speakers_of(embeddings, args.utt2spk)
-    if speakers is not None and own is not None:
-        refuse_shared_speakers(speakers.values(), own.values())
-    mean = raw.matrix.mean(axis=0) if args.subtract_mean else None
-    cohort = make_cohort(raw, None if args.all_utterances else speakers, mean=mean)
-    unit = embeddings.unit(embeddings.ids, mean)
-    values = cohort_mean_quality(unit, cohort.matrix, embeddings.ids, args.top_n)
+    cohort = Cohort.of(
+        raw,
+        speakers_in_cohort(raw.ids, args.cohort_utt2spk),
+        centre=args.subtract_mean,
+        all_utterances=args.all_utterances,
+    )
+    no_pairs = np.empty(0, dtype=np.int64)
+    measured = with_tables(Trials(embeddings.ids, no_pairs, no_pairs), args.utt2spk)
+    cohort.refuse_speakers_of([measured])
+    unit = embeddings.unit(embeddings.ids, cohort.mean)
+    values = cohort_mean_quality(unit, cohort.entries.matrix, embeddings.ids, args.top_n)
     with replacing(args.output) as partial, partial.open("w", encoding="utf-8") as stream:
         stream.writelines(f"{name}\t{value!r}\n" for name, value in values.items())
     print(
-        f"{args.output}: the mean of the {args.top_n} nearest of {len(cohort):,} cohort entries, "
-        f"for {len(values):,} recordings"
+        f"{args.output}: the mean of the {args.top_n} nearest of {len(cohort.entries):,} cohort "
+        f"entries, for {len(values):,} recordings"
     )
 
 
@@ -287,8 +277,11 @@ def _plda(args) -> None:
             raise ValueError("give --train embeddings to fit on, or a --plda file")
         train = load_embeddings(args.train)
         embeddings.refuse_other(train, args.train)
-        speakers = _speakers_of(train, args.train_utt2spk)
-        if speakers is None:
+        if args.train_utt2spk:
+            speakers = read_map(args.train_utt2spk)
+        elif all("/" in name for name in train.ids):
+            speakers = {name: speaker_in(name) for name in train.ids}
+        else:
             raise ValueError(f"{args.train}: its ids do not tell the speakers: --train_utt2spk")
         note = refuse_shared(trials, map(name_digest, speakers.values()), args.train)
         plda = fit_plda(train, speakers, rank=args.rank, iterations=args.iterations)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from speechbrain_qmargin.scoring.score_files import ScoreFile, read_score_file
+from speechbrain_qmargin.scoring.separation import refuse_other_scores
 from speechbrain_qmargin.trials import LabelledTrials, Trials, read_unlabelled
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "both_classes",
     "columns_of",
     "files_of",
+    "read_development",
     "read_scored",
     "read_systems",
     "several",
@@ -130,6 +132,8 @@ def add_dev_scores(sub: argparse.ArgumentParser, use: str) -> None:
                      "scores without labels")  # fmt: skip
     sub.add_argument("--dev_utt2spk", metavar="FILE", help="speakers of the development "
                      "recordings")  # fmt: skip
+    sub.add_argument("--dev_models", metavar="FILE", help="table of the development list's "
+                     "enrolment models")  # fmt: skip
 
 
 def columns_of(given: Sequence[str], system: str = "") -> str | None:
@@ -209,21 +213,67 @@ def read_systems(
     strange = {item.partition("=")[0] for item in args.columns if "=" in item} - set(paths)
     if strange:
         raise ValueError(f"--columns: no system is called {', '.join(sorted(strange))}")
+    trials, files = _in_one_order(paths, args)
+    if labelled and trials.is_target is None:
+        raise _no_labels(paths, "--trials")
+    return trials, files
+
+
+def read_development(
+    args, systems: Mapping[str, ScoreFile]
+) -> tuple[LabelledTrials, dict[str, ScoreFile]]:
+    """The ``--dev_scores`` of systems in the order of one development list, which has its labels.
+
+    A file that names no system is that of the system called like it, else that of the first.
+
+    Raises
+    ------
+    ValueError
+        No such system, two files of one, scores that are made otherwise than the system's; no
+        labels; as :func:`both_classes`.
+    """
+    paths: dict[str, str] = {}
+    for given in args.dev_scores:
+        name, _, path = given.rpartition("=")
+        like = Path(path).stem
+        name = name or (like if like in systems else next(iter(systems)))
+        if name not in systems:
+            raise ValueError(f"--dev_scores {given!r}: no system is called {name}")
+        if name in paths:
+            raise ValueError(
+                f"--dev_scores: both {paths[name]} and {path} are of {name}: write NAME=FILE"
+            )
+        paths[name] = path
+    tables = {"utt2spk": args.dev_utt2spk, "models": args.dev_models}
+    own = argparse.Namespace(trials=args.dev_trials, columns=args.columns, **tables)
+    trials, files = _in_one_order(paths, own)
+    for name, read in files.items():
+        what = f"{name} ({systems[name].source.split()[0]})"
+        refuse_other_scores(read.origin, systems[name].origin, what)
+    if trials.is_target is None:
+        raise _no_labels(paths, "--dev_trials")
+    return both_classes(trials), files
+
+
+def _in_one_order(paths: Mapping[str, str], args) -> tuple[Trials, dict[str, ScoreFile]]:
+    """Systems' scores in the order of the list given, else of the first file that has labels."""
     files: dict[str, ScoreFile] = {}
     reference: Trials | None = None
-    for name, path in paths.items():  # the first that has labels
+    for name, path in paths.items():
         files[name] = read_scored(path, args, columns_of(args.columns, name))
         if files[name].trials.is_target is not None:
             reference = files[name].trials
             break
     if reference is None:
-        if labelled:
-            raise ValueError(
-                f"{', '.join(paths.values())}: no file says which trials are targets; give the "
-                "trial list (--trials)"
-            )
         reference = next(iter(files.values())).trials
     for name, path in paths.items():
         if name not in files or files[name].trials is not reference:
             files[name] = read_score_file(path, reference, columns_of(args.columns, name))
     return reference, {name: files[name] for name in paths}
+
+
+def _no_labels(paths: Mapping[str, str], option: str) -> ValueError:
+    return ValueError(
+        f"{', '.join(paths.values())}: no file says which trials are targets; give the trial list "
+        f"({option})"
+    )

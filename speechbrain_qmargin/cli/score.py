@@ -22,6 +22,7 @@ from speechbrain_qmargin.cli.inputs import (
     both_classes,
     columns_of,
     files_of,
+    read_development,
     read_scored,
     read_systems,
     several,
@@ -36,9 +37,9 @@ from speechbrain_qmargin.embeddings import (
 )
 from speechbrain_qmargin.files import refuse_overwriting
 from speechbrain_qmargin.scoring.normalisation import METHODS
-from speechbrain_qmargin.scoring.score_files import read_score_file, write_scores
+from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.tables import file_source, read_map
-from speechbrain_qmargin.trials import Trials, read_trials, read_unlabelled
+from speechbrain_qmargin.trials import Trials, read_unlabelled
 
 __all__ = ["configure"]
 
@@ -234,12 +235,11 @@ def _report(args) -> None:
     from speechbrain_qmargin.scoring.html import report_files, write_report
     from speechbrain_qmargin.scoring.page import Provenance
     from speechbrain_qmargin.scoring.plots import canvas
-    from speechbrain_qmargin.scoring.separation import refuse_other_scores
 
     canvas(1, 1)  # without matplotlib it ends here, before anything is computed
     inputs = files_of([*args.systems, *args.dev_scores])
     inputs += [args.trials, args.utt2spk, args.models, args.dev_trials]
-    inputs += [args.dev_utt2spk, args.metadata]
+    inputs += [args.dev_utt2spk, args.dev_models, args.metadata]
     outputs = [Path(args.output) / name for name in report_files(len(args.systems))]
     refuse_overwriting(outputs, inputs, args.overwrite)
     metadata = choose_columns(args.metadata, args.by) if args.metadata else None
@@ -253,19 +253,9 @@ def _report(args) -> None:
             raise ValueError(f"--llr: the scores of {name} are {kind} scores; calibrate them first")
     llr = args.llr or all(kind == "llr" for kind in kinds.values())
     development = {}
-    for given in args.dev_scores:
-        name, _, path = given.rpartition("=")
-        name = name or next(iter(systems))
-        if name not in systems:
-            raise ValueError(f"--dev_scores {given!r}: no system is called {name}")
-        dev_list = read_trials(args.dev_trials) if args.dev_trials else None
-        read = read_score_file(path, dev_list, columns_of(args.columns, name))
-        what = f"{name} ({systems[name].source.split()[0]})"
-        refuse_other_scores(read.origin, systems[name].origin, what)
-        labelled = both_classes(read.trials)
-        if args.dev_utt2spk:
-            labelled = labelled.with_speakers(read_map(args.dev_utt2spk))
-        development[name] = read.scores, labelled
+    if args.dev_scores:
+        dev_trials, dev_files = read_development(args, systems)
+        development = {name: (read.scores, dev_trials) for name, read in dev_files.items()}
     provenance = Provenance(
         command=shlex.join(["qmargin", *sys.argv[1:]]),
         files={name: read.source for name, read in systems.items()},

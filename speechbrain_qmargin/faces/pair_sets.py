@@ -23,7 +23,7 @@ from speechbrain_qmargin.scoring.metrics import (
     operating_points,
     tar_at_far,
 )
-from speechbrain_qmargin.scoring.plots import plot_det
+from speechbrain_qmargin.scoring.plots import det_figure, save_figure
 from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.scoring.uncertainty import mark_of, rate_interval, scarcer
 from speechbrain_qmargin.trials import LabelledTrials
@@ -359,7 +359,9 @@ def pair_set_figures(
     rows = np.array([place[one] for one in ids])
     trials = LabelledTrials([*place], rows[0::2], rows[1::2], same)
     write_scores(folder / "cosine.tsv", trials, scores, {"kind": "cosine"})
-    plot_det({"cosine": (scores, same)}, folder / "det.png", f"{name}. {note}" if note else name)
+    curve = operating_points(scores, trials.is_target), None
+    title = f"{name}. {note}" if note else name
+    save_figure(det_figure({"cosine": curve}, title), folder / "det.png")
     return ten_fold_accuracy(scores, same), ten_fold_tar(scores, same)
 
 

@@ -21,7 +21,7 @@ from speechbrain_qmargin.files import refuse_overwriting, write_text
 from speechbrain_qmargin.scoring.calibration import Calibration, fit_calibration
 from speechbrain_qmargin.scoring.influence import TrialStructure
 from speechbrain_qmargin.scoring.normalisation import make_cohort, normalize, refuse_shared_speakers
-from speechbrain_qmargin.scoring.plots import plot_det
+from speechbrain_qmargin.scoring.plots import det_figure, save_figure
 from speechbrain_qmargin.scoring.report import FARS, Report, compare, evaluate
 from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.scoring.separation import Origin, origin_of, refuse_shared
@@ -343,11 +343,12 @@ def score_lists(
                     f"interval {difference.low:+.4f} to {difference.high:+.4f}{sure}"
                 )
             text.append("")
-        drawn = {
-            system: (distinct.scores(scores), distinct.trials) for system, scores in systems.items()
+        curves = {
+            system: (report.points, report.spread)
+            for system, report in reports[name].items()
+            if system != "calibrated"  # a straight line of the scores before: the same curve
         }
-        drawn.pop("calibrated", None)  # a straight line of the scores before: the same curve
-        plot_det(drawn, folder / name / "det.png", title=title or name)
+        save_figure(det_figure(curves, title or name, confidence), folder / name / "det.png")
     return reports, "\n".join(text)
 
 

@@ -16,11 +16,9 @@ from speechbrain_qmargin.scoring.metrics import (
     OperatingPoints,
     eer,
     log_likelihood_ratios,
-    operating_points,
     tar_at_far,
 )
 from speechbrain_qmargin.scoring.uncertainty import Spread
-from speechbrain_qmargin.trials import LabelledTrials
 
 __all__ = [
     "bayes_error_figure",
@@ -29,7 +27,6 @@ __all__ = [
     "det_figure",
     "histogram_figure",
     "plain",
-    "plot_det",
     "pooled_det_figure",
     "save_figure",
 ]
@@ -277,38 +274,6 @@ def _staircase(points: OperatingPoints) -> tuple[np.ndarray, np.ndarray]:
         kept = np.append(True, cell[1:] != cell[:-1])
         far, frr = far[kept], frr[kept]
     return far, frr
-
-
-def plot_det(
-    systems: Mapping[str, tuple[np.ndarray, np.ndarray | LabelledTrials]],
-    path: str | Path,
-    title: str = "",
-) -> None:
-    """Draw detection error trade-offs on normal-deviate axes and write them as PNG, SVG or PDF.
-
-    Parameters
-    ----------
-    systems : mapping from name to (scores [N], labels)
-        Labels are a bool array [N], or LabelledTrials, which give a 95 % band over speakers too.
-    path : path
-        Its suffix is the format.
-    title : str
-
-    Examples
-    --------
-    >>> labels = np.array([True, True, False, False])
-    >>> systems = {"mine": (np.array([0.9, 0.4, 0.6, 0.1]), labels)}
-    >>> plot_det(systems, getfixture("tmp_path") / "det.svg", title="VoxCeleb1-O")
-    """
-    curves = {}
-    for name, (scores, labels) in systems.items():
-        given = isinstance(labels, LabelledTrials)
-        points = operating_points(scores, labels.is_target if given else labels)
-        band = None
-        if given:
-            band = Spread(scores, labels, points)
-        curves[name] = points, band
-    save_figure(det_figure(curves, title), path)
 
 
 def histogram_figure(name: str, points: OperatingPoints, thresholds: Mapping[str, float]):

@@ -7,6 +7,7 @@ import pytest
 
 from speechbrain_qmargin.cli import main
 from speechbrain_qmargin.embeddings import save_embeddings
+from speechbrain_qmargin.scoring.decision import OperatingPoint
 from speechbrain_qmargin.scoring.fusion import Fusion
 from speechbrain_qmargin.scoring.html import report_files
 from speechbrain_qmargin.scoring.metrics import eer, operating_points
@@ -192,6 +193,23 @@ def test_quality(files, capsys):
     assert "12 speakers are in the cohort" in capsys.readouterr().err
 
 
+def test_a_quality_is_refused_for_speakers_of_the_cohort_whose_ids_are_their_names(
+    files, tmp_path, capsys
+):
+    rng, given = np.random.default_rng(0), [files / "dev_one.npz", tmp_path / "means.npz"]
+    for names, fault in (("dev", "12 speakers are in the cohort"), ("other", "")):
+        means = {f"{names}{n}": rng.normal(size=16) for n in range(12)}
+        save_embeddings(tmp_path / "means.npz", means)
+        failed = run("quality", *given, tmp_path / f"{names}.txt", "--top_n=5")
+        assert (failed, fault in capsys.readouterr().err) == (bool(fault), True)
+    flat = {f"dev{n}": rng.normal(size=16) for n in range(3)}  # recordings of somebody
+    save_embeddings(tmp_path / "flat.npz", flat)
+    (tmp_path / "utt2spk").write_text("".join(f"{name} other1\n" for name in flat))
+    given, known = [tmp_path / "flat.npz", tmp_path / "means.npz"], tmp_path / "utt2spk"
+    assert run("quality", *given, tmp_path / "no.txt", f"--utt2spk={known}") == 1
+    assert "1 speakers are in the cohort and in the trials: other1" in capsys.readouterr().err
+
+
 def test_plda(files, capsys):
     given, saved = [files / "test_one.npz", files / "test.txt"], files / "plda.npz"
     fitted, again = files / "plda.tsv", files / "plda_again.tsv"
@@ -212,6 +230,47 @@ def test_plda(files, capsys):
     assert "iterations must be 1 or more, got 0" in capsys.readouterr().err
     assert run("plda", *given, files / "no.tsv") == 1
     assert "give --train embeddings" in capsys.readouterr().err
+
+
+def test_development_scores_have_models_of_their_own(files, tmp_path, capsys):
+    """Every model is of two recordings, of test or of development speakers."""
+    for part in ("test", "dev"):
+        models = [f"{part}-m{s} {part}{s}/{take}" for s in range(12) for take in (0, 1)]
+        (tmp_path / f"{part}.models").write_text("\n".join(models) + "\n")
+        pairs = [(s, t, take) for s in range(12) for t in range(12) for take in (2, 3)]
+        lines = [f"{int(s == t)} {part}-m{s} {part}{t}/{take}\n" for s, t, take in pairs]
+        (tmp_path / f"{part}.txt").write_text("".join(lines))
+        for system in ("one", "two"):
+            given = files / f"{part}_{system}.npz", tmp_path / f"{part}.txt"
+            tables = tmp_path / f"{part}_{system}.tsv", f"--models={tmp_path / part}.models"
+            assert run("cosine", *given, *tables) == 0
+    systems = [f"{name}={tmp_path / f'test_{name}.tsv'}" for name in ("one", "two")]
+    given = [f"--dev_scores={name}={tmp_path / f'dev_{name}.tsv'}" for name in ("one", "two")]
+    given += [f"--models={tmp_path / 'test.models'}", f"--dev_models={tmp_path / 'dev.models'}"]
+    fusion = tmp_path / "fusion.json"
+    assert run("fuse", *systems, *given, f"--output={tmp_path / 'ab'}", f"--save={fusion}") == 0
+    assert len(Fusion.load(fusion).speakers) == 12
+    assert run("report", *systems, *given, f"--output={tmp_path / 'page'}") == 0
+    points = [tmp_path / "page" / name for name in report_files(2) if "operating" in name]
+    assert [OperatingPoint.load(one).optimistic for one in points] == [False, False]
+
+
+@pytest.mark.parametrize("command", ["fuse", "report"])
+def test_whose_development_scores_are_meant_is_read_in_one_way(files, tmp_path, capsys, command):
+    systems = [f"{name}={files / f'test_{name}.tsv'}" for name in ("one", "two")]
+    lines = (files / "dev_two.tsv").read_text().splitlines()
+    bare = tmp_path / "two.tsv"  # of the system called so; its labels are the other file's
+    bare.write_text("".join(line.rpartition("\t")[0] + "\n" for line in lines[1:]))
+    given = [f"--dev_scores={files / 'dev_one.tsv'}", f"--dev_scores={bare}"]
+    assert run(command, *systems, *given, f"--output={tmp_path / 'out'}") == 0
+    capsys.readouterr()
+    for wrong, message in (
+        ([f"--dev_scores=three={bare}"], "no system is called three"),
+        ([given[0], f"--dev_scores=one={bare}"], "two.tsv are of one: write NAME=FILE"),
+        ([given[1]], "no file says which trials are targets; give the trial list (--dev_trials)"),
+    ):
+        assert run(command, *systems, *wrong, f"--output={tmp_path / 'no'}") == 1
+        assert message in capsys.readouterr().err
 
 
 def test_scores_of_another_back_end_are_kept_apart(files, tmp_path, capsys):

@@ -262,7 +262,7 @@ def test_scores_of_two_encoders_are_kept_apart(files, tmp_path, capsys):
         (("report", other, f"--dev_scores={dev}", f"--output={tmp_path / 'p'}"), "tsv) is of the"),
         (("breakdown", other, metadata, point), "the threshold is of the encoder 5e11,"),
         (("fuse", f"a={other}", f"--dev_scores=a={dev}", f"--output={tmp_path / 'out'}"),
-         "the fusion's weight of a is of the encoder 5e11, and this is ac1d"),
+         "a (test_ac1d.tsv) is of the encoder ac1d, and this is 5e11"),
         (("normalize", *vectors, tmp_path / "out", cohort, "--top_n=6"),
          "cohort_5e11.npz is of the encoder 5e11, the trials' embeddings are of ac1d"),
         (("quality", vectors[0], cohort, tmp_path / "out"), "cohort_5e11.npz is of the encoder"),

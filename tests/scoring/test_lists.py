@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from speechbrain_qmargin.embeddings import cosine_scores, save_embeddings
-from speechbrain_qmargin.scoring.lists import Cohort, score_files
+from speechbrain_qmargin.scoring.lists import Cohort, score_files, score_lists
 from speechbrain_qmargin.scoring.metrics import eer, operating_points
+from speechbrain_qmargin.scoring.plots import det_figure, save_figure
 from speechbrain_qmargin.trials import LabelledTrials, write_trials
 
 
@@ -115,3 +116,16 @@ def test_a_list_read_from_a_file_is_scored_as_in_memory(tmp_path):
             output_folder=tmp_path / "out",
             utt2spk=tmp_path / "out" / "results.txt",
         )
+
+
+def test_the_det_picture_has_the_bands_of_the_confidence_asked_for(tmp_path):
+    raw = vectors("t", 8, 3)
+    names, (one, two) = list(raw), np.triu_indices(len(raw), 1)
+    trials = LabelledTrials(names, one, two, one // 3 == two // 3)
+    reports, _ = score_lists(tmp_path, {"mine": trials}, raw, confidence=0.5)
+    curves = {name: (report.points, report.spread) for name, report in reports["mine"].items()}
+    for confidence in (0.5, 0.95):
+        save_figure(det_figure(curves, "mine", confidence), tmp_path / f"{confidence}.png")
+    drawn = (tmp_path / "mine" / "det.png").read_bytes()
+    assert drawn == (tmp_path / "0.5.png").read_bytes()
+    assert drawn != (tmp_path / "0.95.png").read_bytes()

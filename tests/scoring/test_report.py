@@ -13,7 +13,7 @@ from speechbrain_qmargin.scoring.metrics import (
     operating_points,
     tar_at_far,
 )
-from speechbrain_qmargin.scoring.plots import plot_det
+from speechbrain_qmargin.scoring.plots import det_figure, save_figure
 from speechbrain_qmargin.scoring.report import evaluate
 from speechbrain_qmargin.scoring.uncertainty import mark_of, rate_interval
 from speechbrain_qmargin.trials import LabelledTrials
@@ -117,10 +117,10 @@ def test_few_errors_widen_the_interval_and_are_marked():
 
 
 def test_det_plots_are_written_whole(tmp_path):
-    scores, trials = simulated()
-    systems = {"cosine": (scores, trials.is_target), "better": (scores, trials.is_target)}
-    plot_det(systems, tmp_path / "a" / "det.png", title="a title")
-    plot_det(systems, tmp_path / "det.svg")
+    report = evaluate(*simulated())
+    systems = {"cosine": (report.points, None), "better": (report.points, report.spread)}
+    save_figure(det_figure(systems, title="a title"), tmp_path / "a" / "det.png")
+    save_figure(det_figure(systems), tmp_path / "det.svg")
     assert (tmp_path / "a" / "det.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "det.svg").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "det.svg"]
@@ -128,7 +128,6 @@ def test_det_plots_are_written_whole(tmp_path):
 
 def test_systems_without_errors_can_be_drawn(tmp_path):
     scores = np.arange(8.0)
-    plot_det({"perfect": (scores, scores > 3)}, tmp_path / "det.png")
-    with pytest.raises(ValueError, match="both are needed"):
-        plot_det({"none": (scores, scores > 9)}, tmp_path / "other.png")
-    assert not (tmp_path / "other.png").exists()
+    perfect = operating_points(scores, scores > 3)
+    save_figure(det_figure({"perfect": (perfect, None)}), tmp_path / "det.png")
+    assert (tmp_path / "det.png").stat().st_size > 1000
