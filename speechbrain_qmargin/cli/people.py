@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from speechbrain_qmargin.cli.inputs import add_encoder, add_overwrite, share
+from speechbrain_qmargin.scoring.normalisation import PER_RECORDING
 
 __all__ = ["configure"]
 
@@ -335,7 +336,7 @@ def configure(add) -> None:
     sub.add_argument("--far", type=share, default=0.01, help="false-accept rate to aim for")
     sub.add_argument("--cohort", metavar="EMBEDDINGS", help="normalise scores against these, of "
                      "other people; or a folder of their files")  # fmt: skip
-    sub.add_argument("--score_norm", default="as", choices=("as", "s", "z", "t"), help="kind of "
+    sub.add_argument("--score_norm", default="as", choices=PER_RECORDING, help="kind of "
                      "normalisation, with --cohort")  # fmt: skip
     sub.add_argument("--top_n", type=int, help="nearest people of the cohort (default: a third of "
                      "them, at most 300)")  # fmt: skip

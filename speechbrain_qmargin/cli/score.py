@@ -36,7 +36,8 @@ from speechbrain_qmargin.embeddings import (
     load_mean,
 )
 from speechbrain_qmargin.files import refuse_overwriting
-from speechbrain_qmargin.scoring.normalisation import METHODS
+from speechbrain_qmargin.scoring.html import FARS, PRIORS
+from speechbrain_qmargin.scoring.normalisation import METHODS, top_of
 from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.tables import file_source, read_map
 from speechbrain_qmargin.trials import Trials, read_unlabelled
@@ -141,8 +142,8 @@ def _normalize(args) -> None:
     about |= {"cohort_file": raw.source, "encoder": embeddings.encoder}
     if args.mean:
         about["mean"] = file_source(args.mean)
-    if args.score_norm.startswith("as"):
-        about["top_n"] = str(args.top_n)
+    if top := top_of(args.score_norm, args.top_n):
+        about["top_n"] = str(top)
     write_scores(args.output, trials, scores, _enrolled(about, args, trials))
     _done(args.output, trials)
 
@@ -283,9 +284,6 @@ def _report(args) -> None:
     for name, report in reports.items():
         print(f"\n{name}\n{report.table()}")
     print(f"\n{args.output}: report.html, report.json, pictures, operating_point*.json")
-
-
-FARS, PRIORS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6), (0.05, 0.01, 0.001)
 
 
 def configure(add) -> None:

@@ -33,7 +33,7 @@ from speechbrain_qmargin.scoring.separation import origin_of, refuse_shared
 from speechbrain_qmargin.scoring.worst import worst_speakers, worst_trials
 from speechbrain_qmargin.trials import LabelledTrials, Lost
 
-__all__ = ["report_files", "write_report"]
+__all__ = ["FARS", "PRIORS", "report_files", "write_report"]
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 PRIORS = (0.05, 0.01, 0.001)

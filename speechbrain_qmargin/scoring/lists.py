@@ -20,7 +20,13 @@ from speechbrain_qmargin.embeddings import Embeddings, cosine_scores, load_embed
 from speechbrain_qmargin.files import refuse_overwriting, write_text
 from speechbrain_qmargin.scoring.calibration import Calibration, fit_calibration
 from speechbrain_qmargin.scoring.influence import TrialStructure
-from speechbrain_qmargin.scoring.normalisation import make_cohort, normalize, refuse_shared_speakers
+from speechbrain_qmargin.scoring.normalisation import (
+    kind_of,
+    make_cohort,
+    normalize,
+    refuse_shared_speakers,
+    top_of,
+)
 from speechbrain_qmargin.scoring.plots import det_figure, save_figure
 from speechbrain_qmargin.scoring.report import FARS, Report, compare, evaluate
 from speechbrain_qmargin.scoring.score_files import write_scores
@@ -174,7 +180,7 @@ class Cohort:
         source = ""
         if embeddings.source:
             whose = None if all_utterances else [speakers.get(name) for name in embeddings.ids]
-            nearest = top_n if method.startswith("as") else None
+            nearest = top_of(method, top_n)
             settings = [embeddings.source.rpartition("sha256:")[2], whose, centre, method, nearest]
             digest = hashlib.sha256(json.dumps(settings).encode())
             digest.update(b"" if given is None else np.asarray(given, "<f8").tobytes())
@@ -184,7 +190,7 @@ class Cohort:
     @property
     def kind(self) -> str:
         """What its scores are called."""
-        return f"{self.method}-norm"
+        return kind_of(self.method)
 
     def refuse_speakers_of(self, lists: Iterable[Trials]) -> None:
         """ValueError where a speaker or a recording of the cohort is in a trial."""
@@ -457,7 +463,7 @@ def score_files(
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         raise ValueError("trials: two lists of one name; their results would overwrite each other")
-    systems = ["cosine", *(["centred", f"{score_norm}-norm"] if cohort else [])]
+    systems = ["cosine", *(["centred", kind_of(score_norm)] if cohort else [])]
     systems += ["calibrated"] if dev_trials else []
     written = [folder / name for name in ("results.txt", "results.json")]
     written += [folder / "calibration.json"] if dev_trials else []

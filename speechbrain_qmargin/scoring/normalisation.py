@@ -19,17 +19,79 @@ from speechbrain_qmargin.trials import Trials
 
 __all__ = [
     "METHODS",
+    "PER_RECORDING",
     "class_means",
     "cohort_mean_quality",
     "cohort_statistics",
+    "kind_of",
     "make_cohort",
     "normalize",
+    "over_sides",
     "refuse_shared_speakers",
+    "sides_of",
+    "top_of",
 ]
 
 METHODS = ("as", "as-cross", "s", "z", "t")
+PER_RECORDING = ("as", "s", "z", "t")  # whose statistics a recording has alone, without the other
 _ROWS, _COLUMNS = 128, 8192  # of a block of cohort scores: 4 MiB
 _LEAST_STD = 1e-6
+
+
+def kind_of(method: str) -> str:
+    """What the scores that a method gives are called.
+
+    Examples
+    --------
+    >>> kind_of("as")
+    'as-norm'
+    """
+    return f"{method}-norm"
+
+
+def top_of(method: str, top_n: int | None) -> int | None:
+    """How many of the nearest cohort entries a method takes: `top_n`, or None for all of them.
+
+    Examples
+    --------
+    >>> top_of("as", 300), top_of("s", 300)
+    (300, None)
+    """
+    return top_n if method in ("as", "as-cross") else None
+
+
+def sides_of(method: str) -> tuple[str, ...]:
+    """The sides of a trial that a method normalises: ``enrolment``, ``test`` or both.
+
+    Examples
+    --------
+    >>> sides_of("z"), sides_of("s")
+    (('enrolment',), ('enrolment', 'test'))
+    """
+    return {"z": ("enrolment",), "t": ("test",)}.get(method, ("enrolment", "test"))
+
+
+def over_sides(
+    scores: np.ndarray, statistics: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """Scores less a side's mean, over its standard deviation; of several sides the mean.
+
+    Parameters
+    ----------
+    scores : float array
+    statistics : sequence of (mean, std)
+        Of each of a method's :func:`sides_of`, by :func:`cohort_statistics`; arrays that fit the
+        scores.
+
+    Examples
+    --------
+    >>> over_sides(np.array([1.0]), [(np.array([0.5]), np.array([0.5])), (np.zeros(1), np.ones(1))])
+    array([1.])
+    """
+    first, *others = ((scores - mean) / std for mean, std in statistics)
+    for other in others:
+        first += other
+    return first / (1 + len(others))
 
 
 def class_means(matrix: np.ndarray, labels: np.ndarray, count: int | None = None) -> np.ndarray:
@@ -359,10 +421,10 @@ def normalize(
             f"enrolment must be one of {', '.join(ENROLMENT_RULES)}, got {enrolment!r}"
         )
     if trials.models and enrolment == "score":
-        apart, owner = trials.by_recording()
-        each = normalize(embeddings, apart, cohort, method=method, top_n=top_n, mean=mean,
-                         device=device, progress=progress)  # fmt: skip
-        return np.bincount(owner, each, len(trials)) / np.bincount(owner, minlength=len(trials))
+        return trials.mean_over_recordings(
+            lambda apart: normalize(embeddings, apart, cohort, method=method, top_n=top_n,
+                                    mean=mean, device=device, progress=progress)
+        )  # fmt: skip
     unit = Embeddings.of(embeddings).enrolled(trials, mean)
     if unit.shape[1] != cohort.matrix.shape[1]:
         raise ValueError(
@@ -371,21 +433,12 @@ def normalize(
     scores = pair_products(unit, trials.enrolment, trials.test).astype(np.float64)
     if method == "as-cross":
         return _cross_selected(unit, trials, cohort.matrix, top_n, scores, device, progress)
-    top = top_n if method == "as" else None
-    named, at = np.unique(
-        {"z": trials.enrolment, "t": trials.test}.get(
-            method, np.concatenate((trials.enrolment, trials.test))
-        ),
-        return_inverse=True,
-    )
+    sides = [getattr(trials, side) for side in sides_of(method)]
+    named, at = np.unique(np.concatenate(sides), return_inverse=True)
     centre, spread = cohort_statistics(
-        unit[named], cohort.matrix, top, device=device, progress=progress
+        unit[named], cohort.matrix, top_of(method, top_n), device=device, progress=progress
     )
-    if method in "zt":
-        return (scores - centre[at]) / spread[at]
-    sides = at.reshape(2, -1)
-    one, two = ((scores - centre[side]) / spread[side] for side in sides)
-    return (one + two) / 2
+    return over_sides(scores, [(centre[side], spread[side]) for side in at.reshape(len(sides), -1)])
 
 
 def _cross_selected(unit, trials, cohort, top_n, scores, device, progress) -> np.ndarray:

@@ -113,9 +113,7 @@ class PLDA:
                 f"embeddings have {found.matrix.shape[1]} dimensions, the PLDA {len(self.centre)}"
             )
         if trials.models and enrolment == "score":
-            apart, owner = trials.by_recording()
-            each = self.scores(found, apart)
-            return np.bincount(owner, each, len(trials)) / np.bincount(owner, minlength=len(trials))
+            return trials.mean_over_recordings(lambda apart: self.scores(found, apart))
         phi, psi, constant = self._quadratic
         rows = found.enrolled(trials, self.centre, enrolment) - self.mean
         own = np.einsum("nd,nd->n", rows @ phi, rows) / 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -286,21 +286,23 @@ class Trials:
         ids = [name if name in models else names.get(name, name) for name in self.ids]
         return replace(self, ids=ids, models=models)
 
-    def by_recording(self) -> tuple[Trials, np.ndarray]:
-        """A trial for every recording of every trial's model, without labels.
+    def mean_over_recordings(self, score: Callable[[Trials], np.ndarray]) -> np.ndarray:
+        """The mean of the scores of each trial's model's recordings: float64 [N].
 
-        Returns
-        -------
-        (Trials, int array)
-            And the trial of these that each is of.
+        Parameters
+        ----------
+        score : callable
+            Gets a trial for every recording of every trial's model, without labels: Trials of M,
+            and gives their scores, float array [M].
 
         Examples
         --------
         >>> trials = Trials(["anna", "x"], np.array([0]), np.array([1]),
         ...                 models={"anna": ("a/1", "a/2")})
-        >>> apart, owner = trials.by_recording()
-        >>> [apart.pair(n) for n in range(2)], owner
-        (['a/1 x', 'a/2 x'], array([0, 0]))
+        >>> known = {"a/1 x": 0.5, "a/2 x": 0.75}
+        >>> trials.mean_over_recordings(
+        ...     lambda apart: np.array([known[apart.pair(n)] for n in range(len(apart))]))
+        array([0.625])
         """
         place = {name: n for n, name in enumerate(self.recordings)}
         rows = [[place[one] for one in self.models.get(name, (name,))] for name in self.ids]
@@ -308,7 +310,8 @@ class Trials:
         owner = np.repeat(np.arange(len(self)), counts[self.enrolment])
         enrolment = np.concatenate([rows[n] for n in self.enrolment.tolist()])
         tests = np.array([row[0] for row in rows])[self.test]
-        return Trials(self.recordings, enrolment.astype(np.int64), tests[owner]), owner
+        each = score(Trials(self.recordings, enrolment.astype(np.int64), tests[owner]))
+        return np.bincount(owner, each, len(self)) / np.bincount(owner, minlength=len(self))
 
     def without(self: AnyTrials, lost: Iterable[str]) -> AnyTrials:
         """Only the trials that need none of the recordings in `lost`.

@@ -25,14 +25,20 @@ from speechbrain_qmargin.files import load_arrays, load_record, replacing, save_
 from speechbrain_qmargin.scoring.calibration import Calibration
 from speechbrain_qmargin.scoring.decision import OperatingPoint
 from speechbrain_qmargin.scoring.lists import Cohort
-from speechbrain_qmargin.scoring.normalisation import cohort_statistics
+from speechbrain_qmargin.scoring.normalisation import (
+    PER_RECORDING,
+    cohort_statistics,
+    kind_of,
+    over_sides,
+    sides_of,
+    top_of,
+)
 from speechbrain_qmargin.training.layout import INFERENCE
 
 __all__ = ["Histogram", "NoThreshold", "System", "Vectors", "cohort_digest", "when_written"]
 
 _POINT, _CALIBRATION, _COHORT, _HISTOGRAM = DECISION_FILES
 _COUNTS = "score histogram"
-_NORMALISED = ("as", "s", "z", "t")
 
 
 class NoThreshold(ValueError):
@@ -177,7 +183,7 @@ class System:
     histogram: Histogram | None = None
 
     def __post_init__(self) -> None:
-        normalised = [f"{method}-norm" for method in _NORMALISED]
+        normalised = [kind_of(method) for method in PER_RECORDING]
         if self.kind not in ("cosine", "centred cosine", *normalised):
             raise ValueError(
                 f"the threshold is for {self.kind or 'unknown'} scores; a verifier decides on "
@@ -211,6 +217,11 @@ class System:
             return self.calibration.kind if self.calibration else ""
         return self.point.kind
 
+    @property
+    def _normalising(self) -> Cohort | None:
+        """The cohort that the scores are normalised with; None where at most its mean is taken."""
+        return self.cohort if self.cohort is not None and self.cohort.kind == self.kind else None
+
     # ---------------------------------------------------------------- scores
 
     def vectors(self, people: Sequence[np.ndarray]) -> Vectors:
@@ -229,21 +240,21 @@ class System:
             ids = [str(n) for n in range(len(embeddings))]
             each = Embeddings(ids, embeddings).unit(ids, mean)
             unit[row] = Embeddings(["0"], each.mean(axis=0, keepdims=True)).unit(["0"])[0]
-        if not self.kind.endswith("-norm"):
+        if (cohort := self._normalising) is None:
             return Vectors(unit, np.zeros(len(unit)), np.ones(len(unit)))
-        assert self.cohort is not None
-        top = self.cohort.top_n if self.cohort.method == "as" else None
-        return Vectors(unit, *cohort_statistics(unit, self.cohort.entries.matrix, top))
+        top = top_of(cohort.method, cohort.top_n)
+        return Vectors(unit, *cohort_statistics(unit, cohort.entries.matrix, top))
 
     def scores(self, enrolled: Vectors, tests: Vectors) -> np.ndarray:
         """Every enrolment's score with every test: float64 [N, M]."""
         raw = (enrolled.unit @ tests.unit.T).astype(np.float64)
-        if not self.kind.endswith("-norm"):
+        if (cohort := self._normalising) is None:
             return raw
-        assert self.cohort is not None
-        ours = (raw - enrolled.centre[:, None]) / enrolled.spread[:, None]
-        theirs = (raw - tests.centre) / tests.spread
-        return {"z": ours, "t": theirs}.get(self.cohort.method, (ours + theirs) / 2)
+        statistics = {
+            "enrolment": (enrolled.centre[:, None], enrolled.spread[:, None]),
+            "test": (tests.centre, tests.spread),
+        }
+        return over_sides(raw, [statistics[side] for side in sides_of(cohort.method)])
 
     def llr(self, score: float) -> float | None:
         """The natural log-likelihood ratio of a score; None without a calibration."""
