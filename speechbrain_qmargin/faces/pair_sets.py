@@ -25,7 +25,7 @@ from speechbrain_qmargin.scoring.metrics import (
 )
 from speechbrain_qmargin.scoring.plots import det_figure, save_figure
 from speechbrain_qmargin.scoring.score_files import write_scores
-from speechbrain_qmargin.scoring.uncertainty import mark_of, rate_interval, scarcer
+from speechbrain_qmargin.scoring.uncertainty import FEWEST_ERRORS, mark_of, rate_interval, scarcer
 from speechbrain_qmargin.trials import LabelledTrials
 from speechbrain_qmargin.trials.pairs import as_labels
 
@@ -415,7 +415,7 @@ def _figure(
     mean = float(values.mean())
     reach = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     low, high = mean - reach, mean + reach
-    if rests_on < 30:
+    if rests_on < FEWEST_ERRORS:
         low, high = min(low, few[0]), max(high, few[1])
     low, high = float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))
     std = float(values.std())

@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
+from speechbrain_qmargin.scoring.influence import effective_number
 from speechbrain_qmargin.scoring.metrics import allowed_false_accepts
-from speechbrain_qmargin.scoring.shares import Share, effective_number, share
+from speechbrain_qmargin.scoring.shares import Share, share
 from speechbrain_qmargin.scoring.uncertainty import mark_of
 
 __all__ = ["COMBINE", "Identification", "OpenSet", "identify"]

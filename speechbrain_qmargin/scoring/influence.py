@@ -15,10 +15,27 @@ import numpy as np
 
 from speechbrain_qmargin.trials import LabelledTrials
 
-__all__ = ["FEWEST_SPEAKERS", "Influence", "PairSums", "TrialStructure"]
+__all__ = ["FEWEST_SPEAKERS", "Influence", "PairSums", "TrialStructure", "effective_number"]
 
 FEWEST_SPEAKERS = 8  # below, nothing is called measured
 Scale = Literal["plain", "log", "logit"]
+
+
+def effective_number(counts: np.ndarray) -> float:
+    """How many people of equal weight they amount to: Kish's effective number.
+
+    Parameters
+    ----------
+    counts : array [people]
+        Trials of each.
+
+    Examples
+    --------
+    >>> effective_number(np.array([5, 5, 5])), round(effective_number(np.array([400, 5, 5])), 2)
+    (3.0, 1.05)
+    """
+    counts = np.asarray(counts, dtype=float)
+    return float(counts.sum() ** 2 / (counts @ counts)) if counts.any() else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,13 +145,13 @@ class TrialStructure:
 
     @cached_property
     def effective(self) -> float:
-        """How many speakers of equal weight the trials amount to: Kish's effective number.
+        """How many speakers of equal weight the trials amount to (:func:`effective_number`).
 
         The lower one of target and of impostor trials: a list of which one speaker has nearly all
         trials has one speaker, whoever else is on it.
         """
-        numbers = (n.sum() ** 2 / (n @ n) for n in (self.targets, self.impostors) if n.any())
-        return float(min(numbers, default=0.0))
+        numbers = (effective_number(n) for n in (self.targets, self.impostors) if n.any())
+        return min(numbers, default=0.0)
 
     @property
     def contributing(self) -> float:

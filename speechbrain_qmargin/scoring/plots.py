@@ -18,7 +18,7 @@ from speechbrain_qmargin.scoring.metrics import (
     log_likelihood_ratios,
     tar_at_far,
 )
-from speechbrain_qmargin.scoring.uncertainty import Spread
+from speechbrain_qmargin.scoring.uncertainty import FEWEST_ERRORS, Spread
 
 __all__ = [
     "bayes_error_figure",
@@ -112,6 +112,7 @@ def det_figure(
 
     Examples
     --------
+    >>> from speechbrain_qmargin.scoring.metrics import operating_points
     >>> points = operating_points(np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool))
     >>> figure = det_figure({"mine": (points, None)}, title="VoxCeleb1-O")
     >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
@@ -126,7 +127,7 @@ def det_figure(
         equal = eer(points)
         far, frr = _staircase(points)
         rarer = np.minimum(frr, 1 - frr) * points.num_targets
-        sure = (far * points.num_impostors >= 30) & (rarer >= 30)
+        sure = np.minimum(far * points.num_impostors, rarer) >= FEWEST_ERRORS
         x, y = norm.ppf(far), norm.ppf(frr)
         label = plain(f"{name} (EER {100 * equal:.2f} %)")
         (line,) = axes.plot(x, y, linewidth=0.9, linestyle=(0, (3, 2)))
@@ -136,7 +137,7 @@ def det_figure(
         if 0 < equal < 1:
             axes.plot(_probit(equal), _probit(equal), "o", color=color, markersize=4)
         lowest = min(lowest, 1 / points.num_impostors)
-        supported = max(supported, 30 / points.num_impostors)
+        supported = max(supported, FEWEST_ERRORS / points.num_impostors)
         if len(frr):
             least_frr, most_frr = min(least_frr, frr.min()), max(most_frr, frr.max())
         if spread is not None:
@@ -165,7 +166,7 @@ def _det_axes(axes, title: str, lowest: float, supported: float, least_frr: floa
     if supported > low:
         axes.axvspan(_probit(low * 0.8), _probit(min(supported, 0.5)), color="0.93", zorder=0)
         axes.annotate(
-            "fewer than 30\nfalse accepts",
+            f"fewer than {FEWEST_ERRORS}\nfalse accepts",
             (_probit(low * 0.8), _probit(bottom)),
             xytext=(4, 4),
             textcoords="offset points",
@@ -201,6 +202,8 @@ def pooled_det_figure(
 
     Examples
     --------
+    >>> from speechbrain_qmargin.scoring.metrics import operating_points
+    >>> from speechbrain_qmargin.trials import LabelledTrials
     >>> ids = ["a/1", "a/2", "b/1", "b/2", "c/1", "c/2", "d/1", "d/2"]
     >>> left, right = np.triu_indices(8, 1)
     >>> trials = LabelledTrials(ids, left, right, left // 2 == right // 2)
@@ -235,7 +238,7 @@ def pooled_det_figure(
             axes.plot(x, each, color=line.get_color(), linewidth=0.6, alpha=0.6)
         low, high = norm.ppf(np.clip([low, high], least, 1 - 1e-6))
         _band(axes, x, low, high, line.get_color(), next(hatches) if len(systems) > 1 else "")
-        lowest, supported = min(lowest, 1 / count), max(supported, 30 / count)
+        lowest, supported = min(lowest, 1 / count), max(supported, FEWEST_ERRORS / count)
         least_frr = min(least_frr, max(float(mean.min()), least))
         most_frr = max(most_frr, float(mean.max()))
     _det_axes(axes, title, lowest, supported, least_frr, most_frr)
@@ -281,6 +284,7 @@ def histogram_figure(name: str, points: OperatingPoints, thresholds: Mapping[str
 
     Examples
     --------
+    >>> from speechbrain_qmargin.scoring.metrics import operating_points
     >>> points = operating_points(np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0], bool))
     >>> axes = histogram_figure("mine", points, {"decision": 0.5}).axes[0]
     >>> [text.get_text() for text in axes.get_legend().get_texts()]
@@ -320,6 +324,7 @@ def calibration_figure(systems: Mapping[str, OperatingPoints], llr: bool):
 
     Examples
     --------
+    >>> from speechbrain_qmargin.scoring.metrics import operating_points
     >>> points = operating_points(np.array([3.0, -0.5, 0.5, -3]), np.array([1, 1, 0, 0], bool))
     >>> axes = calibration_figure({"mine": points}, llr=True).axes[0]
     >>> axes.get_xlabel(), axes.get_ylabel()
@@ -347,6 +352,7 @@ def bayes_error_figure(systems: Mapping[str, OperatingPoints], log_odds: np.ndar
 
     Examples
     --------
+    >>> from speechbrain_qmargin.scoring.metrics import operating_points
     >>> points = operating_points(np.array([3.0, -0.5, 0.5, -3]), np.array([1, 1, 0, 0], bool))
     >>> axes = bayes_error_figure({"mine": points}).axes[0]
     >>> [text.get_text() for text in axes.get_legend().get_texts()]
@@ -356,7 +362,7 @@ def bayes_error_figure(systems: Mapping[str, OperatingPoints], log_odds: np.ndar
     highest = 1.0
     for name, points in systems.items():
         found = bayes_error(points, log_odds, force=True)
-        sure = np.minimum(found.misses, found.false_accepts) >= 30
+        sure = np.minimum(found.misses, found.false_accepts) >= FEWEST_ERRORS
         (line,) = axes.plot(found.log_odds, found.actual, linewidth=0.8)
         color = line.get_color()
         bold = np.where(sure, found.actual, np.nan)
@@ -369,7 +375,9 @@ def bayes_error_figure(systems: Mapping[str, OperatingPoints], log_odds: np.ndar
                   textcoords="offset points", fontsize=7, color="0.4")  # fmt: skip
     axes.set_xlim(log_odds[0], log_odds[-1])
     axes.set_ylim(0, min(1.25 * highest, 2.5))
-    axes.set_xlabel("log odds of the prior (dashed: the minimum; thin: fewer than 30 errors)")
+    axes.set_xlabel(
+        f"log odds of the prior (dashed: the minimum; thin: fewer than {FEWEST_ERRORS} errors)"
+    )
     axes.set_ylabel("normalised Bayes error rate")
     axes.grid(color="0.9", linewidth=0.6)
     axes.legend(loc="upper right", fontsize=8)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from speechbrain_qmargin.scoring.influence import FEWEST_SPEAKERS
-from speechbrain_qmargin.scoring.uncertainty import mark_of, rate_interval
+from speechbrain_qmargin.scoring.influence import FEWEST_SPEAKERS, effective_number
+from speechbrain_qmargin.scoring.uncertainty import FEWEST_ERRORS, mark_of, rate_interval
 
-__all__ = ["Share", "effective_number", "share", "share_of_trials"]
+__all__ = ["Share", "share", "share_of_trials"]
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,6 @@ class Share:
         return f"{shown} {self.mark}"
 
 
-def effective_number(counts: np.ndarray) -> float:
-    """How many people of equal weight they amount to: Kish's effective number.
-
-    Parameters
-    ----------
-    counts : array [people]
-        Trials of each.
-
-    Examples
-    --------
-    >>> effective_number(np.array([5, 5, 5])), round(effective_number(np.array([400, 5, 5])), 2)
-    (3.0, 1.05)
-    """
-    counts = np.asarray(counts, dtype=float)
-    return float(counts.sum() ** 2 / (counts @ counts)) if counts.any() else 0.0
-
-
 def share(
     rate: float,
     variance: float,
@@ -102,7 +85,8 @@ def share(
     trials, people : int
     confidence : float
     effective : float, optional
-        The :func:`effective_number` of people; all of them by default.
+        The :func:`~speechbrain_qmargin.scoring.influence.effective_number` of people; all of them
+        by default.
 
     Examples
     --------
@@ -124,7 +108,7 @@ def share(
         low, high = expit(logit(rate) - reach), expit(logit(rate) + reach)
     if people < 2:
         low, high = 0.0, 1.0
-    if errors < 30:
+    if errors < FEWEST_ERRORS:
         widest = rate_interval(round(rate * trials), trials, confidence)
         low, high = min(low, widest[0]), max(high, widest[1])
     mark = mark_of(errors, effective)

@@ -23,7 +23,7 @@ from speechbrain_qmargin.scoring.lists import Cohort
 from speechbrain_qmargin.scoring.metrics import OperatingPoints, eer, operating_points
 from speechbrain_qmargin.scoring.pairing import every_model, every_pair, spread_over_sessions
 from speechbrain_qmargin.scoring.separation import name_digest
-from speechbrain_qmargin.scoring.uncertainty import Spread
+from speechbrain_qmargin.scoring.uncertainty import FEWEST_ERRORS, Spread
 from speechbrain_qmargin.trials import LabelledTrials, speaker_in
 from speechbrain_qmargin.verify.readers import Reader
 from speechbrain_qmargin.verify.system import Histogram, System, cohort_digest
@@ -283,12 +283,12 @@ def measure_threshold(
 
 
 def _asked(far: float, points: OperatingPoints, people: int) -> list[str]:
-    wanted = 30 / far
+    wanted = FEWEST_ERRORS / far
     if points.num_impostors >= wanted:
         return []
     return [
         f"it is chosen on {points.num_impostors:,} impostor trials of {people} people; a "
-        f"false-accept rate of {far:g} wants {wanted:,.0f} (30 errors)"
+        f"false-accept rate of {far:g} wants {wanted:,.0f} ({FEWEST_ERRORS} errors)"
     ]
 
 

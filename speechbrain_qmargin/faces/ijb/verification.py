@@ -16,7 +16,7 @@ from speechbrain_qmargin.files import replacing, write_text
 from speechbrain_qmargin.scoring.figures import TarAtFar
 from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.scoring.report import Report, evaluate
-from speechbrain_qmargin.scoring.uncertainty import mark_of
+from speechbrain_qmargin.scoring.uncertainty import FEWEST_ERRORS, mark_of
 
 __all__ = ["IJB_FARS", "IJBResult", "evaluate_ijb", "sweep_table"]
 
@@ -220,11 +220,11 @@ def _roc_figure(report: Report, title: str):
             axes.plot(*at, "o", color=line.get_color(), markersize=4)
             axes.annotate(f"{100 * rate.value:.2f}", at, fontsize=8,
                           xytext=(4, -11), textcoords="offset points")  # fmt: skip
-    axes.axvspan(lowest / 2, 30 / points.num_impostors, color="0.93", zorder=0)
+    axes.axvspan(lowest / 2, FEWEST_ERRORS / points.num_impostors, color="0.93", zorder=0)
     axes.set_xscale("log")
     axes.set_xlim(max(lowest / 2, 1e-7), 1)
     axes.set_ylim(max(0.0, bottom - 0.05), 1.01)
-    axes.set_xlabel("False accept rate (grey: fewer than 30 false accepts)")
+    axes.set_xlabel(f"False accept rate (grey: fewer than {FEWEST_ERRORS} false accepts)")
     axes.set_ylabel("True accept rate")
     axes.set_title(title, fontsize=10)
     axes.grid(color="0.88", linewidth=0.6)
