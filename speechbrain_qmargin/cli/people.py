@@ -194,12 +194,11 @@ def _without(ids: Iterable[str], trained: Collection[str], source: Path) -> list
 
 def _enrol(args: argparse.Namespace) -> None:
     verifier = _verifier(args)
-    qualities = verifier.enrol(args.name, args.files, replace=args.replace)
-    count = len(verifier.people.embeddings(args.name, verifier.reader.digest))
+    count, added = verifier.enrol(args.name, args.files, replace=args.replace)
     content = {
         "name": args.name,
         "recordings": count,
-        "added": [asdict(one) for one in qualities],
+        "added": [asdict(one) for one in added],
         "file": str(verifier.people.path),
     }
     _say(args, content, f"{args.name}: {count} enrolled, in {verifier.people.path}")

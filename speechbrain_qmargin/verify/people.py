@@ -95,7 +95,7 @@ class OtherEncoder(ValueError):
     Examples
     --------
     >>> people = People(getfixture("tmp_path") / "people.sqlite")
-    >>> people.enrol("Ann", np.ones((1, 2)), "encoder 1")
+    >>> _ = people.enrol("Ann", np.ones((1, 2)), "encoder 1")
     >>> people.embeddings("Ann", "encoder 2")
     Traceback (most recent call last):
     speechbrain_qmargin.verify.people.OtherEncoder: Ann is enrolled with the encoder encoder 1, ...
@@ -130,7 +130,7 @@ class Person:
     Examples
     --------
     >>> people = People(getfixture("tmp_path") / "people.sqlite")
-    >>> people.enrol("Ann", np.ones((2, 4)), "encoder 1")
+    >>> _ = people.enrol("Ann", np.ones((2, 4)), "encoder 1")
     >>> (ann,) = people.list()
     >>> ann.name, ann.recordings, ann.encoder
     ('Ann', 2, 'encoder 1')
@@ -237,7 +237,7 @@ class People:
     Examples
     --------
     >>> people = People(getfixture("tmp_path") / "people.sqlite")
-    >>> people.enrol("Ann", np.eye(2, dtype=np.float32), "encoder 1")
+    >>> _ = people.enrol("Ann", np.eye(2, dtype=np.float32), "encoder 1")
     >>> people.list()[0].recordings
     2
     >>> people.delete("Ann"), people.list()
@@ -353,7 +353,7 @@ class People:
         qualities: Sequence[Any] | None = None,
         replace: bool = False,
         refuse: Callable[[np.ndarray], None] | None = None,
-    ) -> None:
+    ) -> int:
         """Add recordings to a person, who is made if not there: all of them or none.
 
         Parameters
@@ -370,6 +370,11 @@ class People:
         refuse : callable, optional
             Called with the person's embeddings that are there, float32 [n, D], while nobody else
             can add any; what it raises undoes everything.
+
+        Returns
+        -------
+        int
+            How many recordings of the person there are now.
 
         Raises
         ------
@@ -405,9 +410,17 @@ class People:
                     for held in [(encoder, row.tobytes(), quality, now)]
                 ],
             )
+            count = self._count(person)
         if replace:
             with self._reading(), suppress(sqlite3.OperationalError):  # or at the next deletion
                 self._empty_log()
+        return count
+
+    def _count(self, person: int | None) -> int:
+        """How many recordings of a person there are."""
+        return self._db.execute(
+            "SELECT count(*) FROM recordings WHERE person = ?", (person,)
+        ).fetchone()[0]
 
     def _refuse_other(self, person: int | None, name: str, encoder: str, size: int) -> None:
         held = self._db.execute(
@@ -437,9 +450,7 @@ class People:
         with self._reading():
             with self._transaction("IMMEDIATE") as db:
                 person, name = self._person(name)
-                (count,) = db.execute(
-                    "SELECT count(*) FROM recordings WHERE person = ?", (person,)
-                ).fetchone()
+                count = self._count(person)
                 db.execute("DELETE FROM people WHERE id = ?", (person,))
             try:
                 self._db.execute("VACUUM")

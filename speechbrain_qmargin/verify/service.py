@@ -373,9 +373,8 @@ def make_app(
         """Enrol somebody, or add recordings: all of them or none."""
         if len(files) > MAX_FILES:
             raise ValueError(f"at most {MAX_FILES} files at once")
-        qualities = verifier.enrol(name, [_content(one) for one in files], replace)
-        count = len(verifier.people.embeddings(name, verifier.reader.digest))
-        return Enrolled(name=name, recordings=count, added=[json_values(one) for one in qualities])
+        count, added = verifier.enrol(name, [_content(one) for one in files], replace)
+        return Enrolled(name=name, recordings=count, added=[json_values(one) for one in added])
 
     @api.get("/people/{name}")
     def export_person(name: str) -> dict[str, Any]:

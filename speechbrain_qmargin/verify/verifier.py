@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from speechbrain_qmargin.verify.system import NoThreshold, System, Vectors, when
 __all__ = [
     "Candidate",
     "Decision",
+    "Enrolment",
     "Found",
     "Verifier",
     "load_reader",
@@ -151,6 +152,21 @@ class Found:
     threshold: float
     quality: Quality
     kind: str
+
+
+class Enrolment(NamedTuple):
+    """What was enrolled.
+
+    Examples
+    --------
+    >>> Enrolment(recordings=3, added=[]).recordings
+    3
+    """
+
+    recordings: int
+    """Of the person, with those that were there."""
+    added: list[Quality]
+    """What was measured on each that was given."""
 
 
 @dataclass
@@ -321,7 +337,7 @@ class Verifier:
 
     def enrol(
         self, name: str, recordings: Source | Iterable[Source], replace: bool = False
-    ) -> list[Quality]:
+    ) -> Enrolment:
         """Enrol somebody, or add recordings to those enrolled: all of them or none.
 
         Parameters
@@ -334,7 +350,9 @@ class Verifier:
 
         Returns
         -------
-        list of SpeechQuality or FaceQuality
+        Enrolment
+            How many recordings of the person there are now, and the SpeechQuality or FaceQuality
+            of each that was added.
 
         Raises
         ------
@@ -368,8 +386,8 @@ class Verifier:
                     raise Unfit(given[n], [how], qualities[n])
 
         encoder = self.reader.digest
-        self.people.enrol(name, embeddings, encoder, qualities, replace, refuse_repeated)
-        return qualities
+        count = self.people.enrol(name, embeddings, encoder, qualities, replace, refuse_repeated)
+        return Enrolment(count, qualities)
 
     def erase(self, name: str) -> int:
         """Erase a person from the file and from memory; the number of recordings there were.

@@ -267,6 +267,14 @@ def test_who_has_a_name_that_is_refused_now_can_be_erased(file, name):
             people.embeddings(unknown, "e1")
 
 
+def test_an_enrolment_says_how_many_recordings_there_are_now(file):
+    people = People(file)
+    counts = [people.enrol("Ann", rows(number, 2), "e1") for number in (0, 1)]
+    assert [*counts, people.enrol("Bob", rows(2), "e1")] == [2, 4, 3]
+    assert people.enrol("Ann", rows(3), "e2", replace=True) == 3
+    assert people.delete("Ann") == 3
+
+
 def test_what_is_there_is_looked_at_in_the_same_transaction(file):
     """Or two who enrol one recording at once would both find it new."""
     people, other = People(file), People(file)

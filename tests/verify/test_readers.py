@@ -344,7 +344,7 @@ def test_a_published_model_is_a_reader_and_its_threshold_lies_beside_it(tmp_path
     found = reader.embed([reader.read(file)])
     np.testing.assert_allclose(found[0], expected[0, 0], rtol=1e-4, atol=1e-5)
     verifier = Verifier.load(folder)
-    assert len(verifier.enrol("Ann", file)) == 1
+    assert len(verifier.enrol("Ann", file).added) == 1
     assert [one.name for one in folder.iterdir() if "sqlite" in one.name] == []
 
 

@@ -93,6 +93,20 @@ def test_from_enrolment_to_erasure(client, verifier):
     refusal(client.get("/v1/people/Ann"), 404, "not_enrolled")
 
 
+def test_an_erasure_just_after_an_enrolment_does_not_change_its_answer(client, verifier):
+    enrol = verifier.people.enrol
+
+    def then_erased(name, *given):
+        count = enrol(name, *given)
+        verifier.people.delete(name)
+        return count
+
+    verifier.people.enrol = then_erased
+    answer = client.post("/v1/people/Ann", files=files(b"ann 1", b"ann 2"))
+    assert (answer.status_code, answer.json()["recordings"]) == (201, 2), answer.text
+    assert [one["seconds"] for one in answer.json()["added"]] == [2.0, 2.0]
+
+
 def test_the_system_says_what_it_promises(client):
     found = client.get("/v1/system").json()
     assert found["threshold"] == SYSTEM.point.threshold
