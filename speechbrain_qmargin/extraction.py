@@ -138,7 +138,7 @@ class EmbeddingParts:
         self.folder, self.writer = Path(folder), writer
         self.waiting: dict[str, np.ndarray] = {}
         about = self.folder / "model.json"
-        if not about.is_file():
+        if not about.is_file() or not self._files():  # whatever else was tried gave nothing
             write_text(about, json.dumps({"model": model}))
         elif _model_of(about) != model:
             raise ValueError(

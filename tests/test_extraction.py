@@ -109,6 +109,17 @@ def test_another_model_and_a_damaged_record_are_named(tmp_path):
         EmbeddingParts(tmp_path, "model")
 
 
+def test_a_folder_without_embeddings_is_any_models(tmp_path):
+    """As after files of which none could be used: the remedy is another setting, not to delete."""
+    nothing = Inputs({"a": "x"}, str)
+    for model in ("one", "another"):
+        found, faults = extract_items(tmp_path, model, nothing, int, np.array)
+        assert (dict(found), list(faults)) == ({}, ["a"])
+    extract_items(tmp_path, "another", Inputs({"a": "1"}, str), int, lambda rows: [[1.0]])
+    with pytest.raises(ValueError, match="another model"):
+        EmbeddingParts(tmp_path, "one")
+
+
 def test_faults_of_every_writer_are_kept_until_the_next_start(tmp_path):
     EmbeddingParts(tmp_path, "model")
     for writer in (0, 1):
