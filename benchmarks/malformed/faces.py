@@ -14,6 +14,7 @@ from PIL import Image
 
 from malformed.images import GREY, encoded
 from malformed.kinds import Kind, Touch, content, cut, error, flip, listed, value
+from speechbrain_qmargin.data.face_dataset import StoredDataset
 from speechbrain_qmargin.data.pickled import read_bin
 from speechbrain_qmargin.data.recordio import write_records
 from speechbrain_qmargin.data.records import FaceRecords
@@ -75,9 +76,9 @@ def stored(folder: Path) -> Iterator[Kind]:
         return content(path, bytes(data))
 
     def read(path: Path) -> str:
-        data = FaceRecords(path, 16, progress=False)
+        data = StoredDataset(FaceRecords(path, progress=False), 16)
         found = [int(data[row]["identity_encoded"]) for row in range(len(data))]
-        return f"labels {found} of {data.num_classes} classes"
+        return f"labels {found} of {data.stored.num_classes} classes"
 
     def put(place: int, form: str, number: float) -> Callable:
         def harm(data: bytearray, places: list[int]) -> None:
@@ -138,9 +139,9 @@ def stored(folder: Path) -> Iterator[Kind]:
         return place
 
     def opened(place: Path) -> str:
-        data = FaceShards(place, 16, progress=False)
+        data = StoredDataset(FaceShards(place, progress=False), 16)
         found = [int(data[row]["identity_encoded"]) for row in range(len(data))]
-        return f"labels {found} of {data.num_classes} classes"
+        return f"labels {found} of {data.stored.num_classes} classes"
 
     two: list[tuple[str, bytes | str]]
     two = [("a.png", faces[0]), ("a.cls", b"0"), ("b.png", faces[1]), ("b.cls", b"1")]

@@ -22,7 +22,7 @@ from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_qmargin.data.classes import class_encoder
 from speechbrain_qmargin.data.epochs import CurrentEpoch
-from speechbrain_qmargin.data.face_dataset import FaceDataset, ImageDataset
+from speechbrain_qmargin.data.face_dataset import FaceDataset, ImageDataset, StoredDataset
 from speechbrain_qmargin.data.faces import prepare_faces
 from speechbrain_qmargin.data.images import check_images
 from speechbrain_qmargin.data.pickled import read_bin
@@ -136,18 +136,11 @@ def set_file(named, data_folder):
 
 
 def folder_datasets(corpus, sets, hparams):
-    """Half of the training images mirrored; the others as they are."""
-    size, epochs = hparams["image_size"], hparams["epoch_counter"]
+    """A manifest to train on, files and .bin sets to test on."""
+    size = hparams["image_size"]
     encoder = class_encoder(corpus.identities, f"{hparams['save_folder']}/label_encoder.txt")
-    train = FaceDataset(
-        corpus.train,
-        size,
-        encoder.lab2ind,
-        flip=True,
-        seed=hparams["seed"],
-        epoch=CurrentEpoch(epochs),
-        skipped=warned(Skipped(Path(hparams["save_folder"]) / SKIPPED)),
-    )
+    train = FaceDataset(corpus.train, size, encoder.lab2ind, **training_options(hparams))
+    warned(train.skipped)
     valid, test = corpus.valid, corpus.test
     return Datasets(
         train,
@@ -158,11 +151,20 @@ def folder_datasets(corpus, sets, hparams):
 
 def stored_datasets(stored, sets, hparams):
     """Records or shards to train on, InsightFace's verification sets to test on."""
-    stored.image_size, stored.flip, stored.seed = hparams["image_size"], True, hparams["seed"]
-    stored.epoch = CurrentEpoch(hparams["epoch_counter"])
-    stored.skipped.keep_in(Path(hparams["save_folder"]) / SKIPPED)
-    warned(stored.skipped)
-    return Datasets(stored, test=images_of(sets, hparams["image_size"]))
+    size = hparams["image_size"]
+    train = StoredDataset(stored, size, **training_options(hparams))
+    warned(train.skipped)
+    return Datasets(train, test=images_of(sets, size))
+
+
+def training_options(hparams):
+    """Half of the images are mirrored, and those that cannot be used are listed."""
+    return {
+        "flip": True,
+        "seed": hparams["seed"],
+        "epoch": CurrentEpoch(hparams["epoch_counter"]),
+        "skipped": Skipped(Path(hparams["save_folder"]) / SKIPPED),
+    }
 
 
 def images_of(sets, size, ids=(), files=()):

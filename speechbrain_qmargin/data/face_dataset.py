@@ -1,4 +1,4 @@
-"""Folders of images as a dataset."""
+"""Images as datasets: those of a manifest, of large files, and those to embed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,20 @@ from speechbrain_qmargin.data.epochs import first_epoch
 from speechbrain_qmargin.data.images import read_image
 from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.data.skipped import Skipped
+from speechbrain_qmargin.data.stored import StoredFaces
 from speechbrain_qmargin.files import fault_of
 
-__all__ = ["FaceDataset", "ImageDataset"]
+__all__ = ["FaceDataset", "ImageDataset", "StoredDataset"]
 
 logger = logging.getLogger(__name__)
+
+_IN_A_ROW = 100  # broken images, one after the other, that are passed over
+
+
+def _mirrored(image: Tensor, name: str, seed: int, epoch: int) -> Tensor:
+    """Half of the images [3, H, W] are; which, tell seed, epoch and name alone."""
+    rng = np.random.default_rng([seed, epoch, zlib.crc32(name.encode())])
+    return image.flip(2) if rng.random() < 0.5 else image
 
 
 class FaceDataset(Dataset):
@@ -83,9 +92,7 @@ class FaceDataset(Dataset):
         item = self.manifest[row]
         image = self._readable(row, item)
         if self.flip:
-            crc = zlib.crc32(item.id.encode())
-            if np.random.default_rng([self.seed, self.epoch(), crc]).random() < 0.5:
-                image = image.flip(2)
+            image = _mirrored(image, item.id, self.seed, self.epoch())
         label = int(self._label_of[self.manifest.labels[row]])
         return {"id": item.id, "image": image, "identity_encoded": torch.tensor([label])}
 
@@ -107,6 +114,77 @@ class FaceDataset(Dataset):
     def _skip(self, item: Item, error: OSError) -> None:
         if self.skipped.add(item.id, fault_of(error)):
             logger.warning(f"{error}; its identity's next image takes its place")
+
+
+class StoredDataset(Dataset):
+    """The images of large files, to train on. It can be pickled if `epoch` can.
+
+    Parameters
+    ----------
+    stored : StoredFaces
+    image_size, flip, seed, epoch
+        As :class:`FaceDataset`.
+    skipped : Skipped, optional
+        Where images that cannot be used are listed; the next one takes the place of each.
+
+    Raises
+    ------
+    OSError
+        When an item is read: a hundred images in a row cannot be used.
+
+    Examples
+    --------
+    >>> from speechbrain_qmargin.data.recordio import write_records
+    >>> from speechbrain_qmargin.data.records import FaceRecords
+    >>> file, image = getfixture("tmp_path") / "train.rec", b"P5 2 1 255 " + bytes([0, 255])
+    >>> write_records(file, [b"broken", image, image], [0, 1, 1])
+    >>> data = StoredDataset(FaceRecords(file), 112)
+    >>> data[0]["id"], data[0]["identity_encoded"], len(data.skipped)
+    ('train.rec: record 2', tensor([1]), 1)
+    """
+
+    def __init__(
+        self,
+        stored: StoredFaces,
+        image_size: int,
+        *,
+        flip: bool = False,
+        seed: int = 0,
+        epoch: Callable[[], int] = first_epoch,
+        skipped: Skipped | None = None,
+    ) -> None:
+        self.stored, self.image_size, self.flip = stored, image_size, flip
+        self.seed, self.epoch = seed, epoch
+        self.skipped = Skipped() if skipped is None else skipped
+        for name, fault in stored.broken.items():
+            self.skipped.add(name, fault)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def class_counts(self) -> np.ndarray | None:
+        """Images of each identity; None where the labels are read with the images."""
+        return self.stored.class_counts()
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        stored, step, fault = self.stored, 0, ""
+        for step in range(min(len(stored), _IN_A_ROW)):
+            at = (row + step) % len(stored)
+            name = stored.name(at)
+            try:
+                content, label = stored.image(at)
+                image = read_image(content, self.image_size)
+                if not 0 <= label < stored.num_classes:
+                    raise ValueError(f"its label {label} is outside 0 to {stored.num_classes - 1}")
+            except (OSError, ValueError) as error:
+                fault = f"{name}: {fault_of(error)}"
+                if self.skipped.add(name, error):
+                    logger.warning(f"{name} is skipped, the next takes its place ({error})")
+                continue
+            if self.flip:
+                image = _mirrored(image, name, self.seed, self.epoch())
+            return {"id": name, "image": image, "identity_encoded": torch.tensor([label])}
+        raise OSError(f"{step + 1} images in a row cannot be read, the last is {fault}")
 
 
 class ImageDataset(Dataset):

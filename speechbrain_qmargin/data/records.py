@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from speechbrain_qmargin.data.epochs import first_epoch
 from speechbrain_qmargin.data.recordio import LENGTH, MAGIC, are_identities, read_record
 from speechbrain_qmargin.data.stored import StoredFaces, kept_beside
 from speechbrain_qmargin.files import fault_of
@@ -35,22 +33,14 @@ class FaceRecords(StoredFaces):
     ----------
     path : path
         The ``.rec``; its ``.idx`` is beside it.
-    image_size : int
-    flip : bool
-        Mirror half of the images, as :class:`~speechbrain_qmargin.data.face_dataset.FaceDataset`.
-    seed : int
-    epoch : callable
-        Gives the current epoch.
     progress : bool
         Show a bar while the labels are read.
 
     Attributes
     ----------
     num_classes : int
-    image_size, flip, seed, epoch
-        As above; they may be set later.
-    skipped : Skipped
-        The broken images met so far.
+    broken : dict from str to str
+        Records that are no images, and why.
 
     Raises
     ------
@@ -62,24 +52,13 @@ class FaceRecords(StoredFaces):
     >>> from speechbrain_qmargin.data.recordio import write_records
     >>> file, image = getfixture("tmp_path") / "train.rec", b"P5 2 1 255 " + bytes([0, 255])
     >>> write_records(file, [image, image, image], [0, 1, 1])
-    >>> data = FaceRecords(file, image_size=112)
-    >>> len(data), data.num_classes
-    (3, 2)
-    >>> data[2]["image"].shape, data[2]["identity_encoded"]
-    (torch.Size([3, 112, 112]), tensor([1]))
+    >>> stored = FaceRecords(file)
+    >>> len(stored), stored.num_classes, stored.name(2), stored.image(2) == (image, 1)
+    (3, 2, 'train.rec: record 3', True)
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        image_size: int = 112,
-        *,
-        flip: bool = False,
-        seed: int = 0,
-        epoch: Callable[[], int] = first_epoch,
-        progress: bool = True,
-    ) -> None:
-        super().__init__(image_size, flip, seed, epoch)
+    def __init__(self, path: str | Path, *, progress: bool = True) -> None:
+        super().__init__()
         self.path = Path(path)
         files = [self.path, self.path.with_suffix(".idx")]
         for file in files:
@@ -97,9 +76,7 @@ class FaceRecords(StoredFaces):
         self.num_classes = int(index["num_classes"])
         self._check_labels(str(self.path))
         for key, fault in zip(index["broken"], index["fault"], strict=True):
-            self.skipped.add(f"{self.path.name}: record {key}", fault)
-        if self.skipped:
-            logger.warning(self.skipped.warning())
+            self.broken[f"{self.path.name}: record {key}"] = str(fault)
 
     def __len__(self) -> int:
         return len(self._keys)

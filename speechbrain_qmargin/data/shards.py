@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
@@ -14,14 +13,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from speechbrain_qmargin.data.epochs import first_epoch
 from speechbrain_qmargin.data.images import IMAGE_SUFFIXES
 from speechbrain_qmargin.data.records import FaceRecords
 from speechbrain_qmargin.data.stored import StoredFaces, kept_beside
 
 __all__ = ["FaceShards", "stored_faces"]
-
-logger = logging.getLogger(__name__)
 
 
 def stored_faces(path: str | Path) -> FaceRecords | FaceShards | None:
@@ -69,8 +65,9 @@ class FaceShards(StoredFaces):
     Parameters
     ----------
     folder : path
-    image_size, flip, seed, epoch, progress
-        As :class:`~speechbrain_qmargin.data.records.FaceRecords`, and so are the attributes.
+    progress : bool
+        Show a bar while the headers are read. Attributes are those of
+        :class:`~speechbrain_qmargin.data.records.FaceRecords`.
 
     Raises
     ------
@@ -87,22 +84,13 @@ class FaceShards(StoredFaces):
     ...         member = tarfile.TarInfo(name)
     ...         member.size = len(content)
     ...         tar.addfile(member, io.BytesIO(content))
-    >>> data = FaceShards(folder, image_size=112, progress=False)
-    >>> data[0]["image"].shape, data[0]["identity_encoded"]
-    (torch.Size([3, 112, 112]), tensor([7]))
+    >>> stored = FaceShards(folder, progress=False)
+    >>> len(stored), stored.image(0) == (image, 7)
+    (1, True)
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        image_size: int = 112,
-        *,
-        flip: bool = False,
-        seed: int = 0,
-        epoch: Callable[[], int] = first_epoch,
-        progress: bool = True,
-    ) -> None:
-        super().__init__(image_size, flip, seed, epoch)
+    def __init__(self, folder: str | Path, *, progress: bool = True) -> None:
+        super().__init__()
         self.files = sorted(Path(folder).glob("*.tar"))
         if not self.files:
             raise FileNotFoundError(f"{folder}: no .tar shards there")
@@ -115,9 +103,7 @@ class FaceShards(StoredFaces):
         self.num_classes = int(self._index["label"].max()) + 1
         self._check_labels(str(folder))
         for at, fault in zip(index["broken"], index["fault"], strict=True):
-            self.skipped.add(f"{self.files[int(at)].name}: {fault[0]}", fault[1])
-        if self.skipped:
-            logger.warning(self.skipped.warning())
+            self.broken[f"{self.files[int(at)].name}: {fault[0]}"] = str(fault[1])
 
     def __len__(self) -> int:
         return len(self._index["label"])

@@ -8,17 +8,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
-from speechbrain_qmargin.data.images import read_image
-from speechbrain_qmargin.data.skipped import Skipped
 from speechbrain_qmargin.files import cache_folder, fault_of, json_digest, load_arrays, replacing
 
 __all__ = ["StoredFaces", "kept_beside"]
@@ -26,39 +21,28 @@ __all__ = ["StoredFaces", "kept_beside"]
 logger = logging.getLogger(__name__)
 
 _INDEX_VERSION = 2  # of what is kept beside the data; raised when that changes
-_IN_A_ROW = 100  # broken images, one after the other, that are passed over
 
 
-class StoredFaces(Dataset):
+class StoredFaces:
     """Images inside large files, read as they are asked for; a subclass says how one is read.
 
-    An image that cannot be used is listed in `skipped`, and the next one takes its place. It can be
-    pickled if `epoch` can.
-
-    Parameters
-    ----------
-    image_size : int
-        Pixels; an item's ``image`` is float32 [3, image_size, image_size] in [-1, 1].
-    flip : bool
-        Mirror half of the images, others in every epoch.
-    seed : int
-    epoch : callable
-        Gives the current epoch.
+    To train on them: :class:`~speechbrain_qmargin.data.face_dataset.StoredDataset`. It can be
+    pickled.
 
     Attributes
     ----------
     num_classes : int
         Set by the subclass: labels are below it.
-    skipped : Skipped
-        The broken images met so far.
     files : sequence of Path
         Set by the subclass: what the images are read from.
+    broken : dict from str to str
+        What was found that is no image: its name, and why; none of the rows.
 
     Examples
     --------
     >>> class InMemory(StoredFaces):
     ...     def __init__(self, images):
-    ...         super().__init__(image_size=112, flip=False, seed=0, epoch=lambda: 0)
+    ...         super().__init__()
     ...         self.images, self.num_classes = images, len(images)
     ...     def __len__(self):
     ...         return len(self.images)
@@ -68,16 +52,14 @@ class StoredFaces(Dataset):
     ...         return f"image {row}"
     ...     def image(self, row):
     ...         return self.images[row], row
-    >>> data = InMemory([b"broken", b"P5 2 1 255 " + bytes([0, 255])])
-    >>> data[0]["id"], data[0]["identity_encoded"], len(data.skipped)
-    ('image 1', tensor([1]), 1)
+    >>> InMemory([b"one", b"two"]).class_counts()
+    array([1, 1])
     """
 
-    def __init__(self, image_size: int, flip: bool, seed: int, epoch: Callable[[], int]) -> None:
-        self.image_size, self.flip, self.seed, self.epoch = image_size, flip, seed, epoch
+    def __init__(self) -> None:
         self.num_classes = 0
-        self.skipped = Skipped()
         self.files: Sequence[Path] = ()
+        self.broken: dict[str, str] = {}
         self._streams: dict[Path, BinaryIO] = {}
         self._process = -1
 
@@ -137,27 +119,6 @@ class StoredFaces(Dataset):
                 f"cannot be of more than {most:,} identities: a label is damaged, or they have to "
                 "be numbered anew from 0"
             )
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        step, fault = 0, ""
-        for step in range(min(len(self), _IN_A_ROW)):
-            at = (row + step) % len(self)
-            name = self.name(at)
-            try:
-                content, label = self.image(at)
-                image = read_image(content, self.image_size)
-                if not 0 <= label < self.num_classes:
-                    raise ValueError(f"its label {label} is outside 0 to {self.num_classes - 1}")
-            except (OSError, ValueError) as error:
-                fault = f"{name}: {fault_of(error)}"
-                if self.skipped.add(name, error):
-                    logger.warning(f"{name} is skipped, the next takes its place ({error})")
-                continue
-            if self.flip:
-                rng = np.random.default_rng([self.seed, self.epoch(), zlib.crc32(name.encode())])
-                image = image.flip(2) if rng.random() < 0.5 else image
-            return {"id": name, "image": image, "identity_encoded": torch.tensor([label])}
-        raise OSError(f"{step + 1} images in a row cannot be read, the last is {fault}")
 
 
 def _most_open() -> int:

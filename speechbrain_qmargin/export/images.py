@@ -116,6 +116,7 @@ def _stored(stored: StoredFaces) -> Inputs:
 
     items = {f"{label}/{stored.key(row)}": row for row, label in enumerate(labels) if label >= 0}
     faults = {stored.name(int(row)): "its label is broken" for row in np.flatnonzero(labels < 0)}
+    faults |= stored.broken
     return Inputs(items, content, faults, "<identity>/<key>", stored.state())
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from speechbrain_qmargin.data.face_dataset import FaceDataset, ImageDataset
+from speechbrain_qmargin.data.face_dataset import FaceDataset, ImageDataset, StoredDataset
 from speechbrain_qmargin.data.images import check_images, image_size, read_image, read_pixels
 from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.data.pickled import read_bin
@@ -230,7 +230,7 @@ def test_every_reader_shows_the_same_or_refuses_by_name(tmp_path, kind):
     found = find_images(tmp_path / "images")
     in_set = find_images(tmp_path / "lfw.bin")
     folder = FaceDataset(manifest, 28, {"ann": 0})
-    records = FaceRecords(tmp_path / "train.rec", 28)
+    records = StoredDataset(FaceRecords(tmp_path / "train.rec"), 28)
     readers = {
         "a folder": lambda: ImageDataset(["a"], [str(file)], 28)[0]["image"],
         "a set": lambda: ImageDataset(["a"], read_bin(tmp_path / "lfw.bin")[0], 28)[0]["image"],

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from speechbrain_qmargin.data.augment import WESPEAKER_SPEEDS, room_and_noise
 from speechbrain_qmargin.data.epochs import CurrentEpoch
-from speechbrain_qmargin.data.face_dataset import FaceDataset, ImageDataset
+from speechbrain_qmargin.data.face_dataset import FaceDataset, ImageDataset, StoredDataset
 from speechbrain_qmargin.data.manifest import Item, Manifest
 from speechbrain_qmargin.data.recordio import write_records
 from speechbrain_qmargin.data.records import FaceRecords
@@ -67,7 +67,9 @@ def datasets(speech, faces, save):
     classes = {"0": 0, "1": 1, "2": 2}
     yield FaceDataset(images, 16, classes, flip=True, epoch=epoch, skipped=Skipped(save / "f.txt"))
     yield ImageDataset(images.ids, images.files, 16)
-    yield FaceRecords(folder / "train.rec", 16, flip=True, epoch=epoch, progress=False)
+    yield StoredDataset(
+        FaceRecords(folder / "train.rec", progress=False), 16, flip=True, epoch=epoch
+    )
 
 
 @pytest.mark.slow

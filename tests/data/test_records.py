@@ -18,6 +18,7 @@ from speechbrain_qmargin.data import records as module
 from speechbrain_qmargin.data import shards as shards_module
 from speechbrain_qmargin.data import stored as stored_module
 from speechbrain_qmargin.data.align import ARCFACE_TEMPLATE, align_face
+from speechbrain_qmargin.data.face_dataset import StoredDataset
 from speechbrain_qmargin.data.pickled import read_bin
 from speechbrain_qmargin.data.recordio import read_record, write_records
 from speechbrain_qmargin.data.records import FaceRecords
@@ -82,8 +83,8 @@ def records(tmp_path):
 
 
 def test_training_records(records):
-    data = FaceRecords(records, image_size=16)
-    assert (len(data), data.num_classes) == (6, 3)
+    data = StoredDataset(FaceRecords(records), 16)
+    assert (len(data), data.stored.num_classes) == (6, 3)
     for i, item in enumerate(data[row] for row in range(6)):
         wanted = (np.array([10 * i, 5 * i, 255 - 10 * i]) - 127.5) / 127.5
         np.testing.assert_allclose(item["image"][:, 3, 5], wanted, atol=1e-6)
@@ -91,7 +92,9 @@ def test_training_records(records):
 
 
 def test_records_are_read_by_workers(records):
-    loader = torch.utils.data.DataLoader(FaceRecords(records, 16), batch_size=2, num_workers=2)
+    loader = torch.utils.data.DataLoader(
+        StoredDataset(FaceRecords(records), 16), batch_size=2, num_workers=2
+    )
     labels = torch.cat([batch["identity_encoded"] for batch in loader])
     assert labels.flatten().tolist() == [0, 0, 1, 1, 2, 2]
 
@@ -108,7 +111,7 @@ def test_mirroring_is_a_function_of_seed_epoch_and_record(records):
             contents.append(stream.getvalue())
         path = records.parent / "wide.rec"
         write_records(path, contents, [0, 0, 1, 1, 2, 2])
-        data = FaceRecords(path, 16, flip=True, seed=seed, epoch=lambda: epoch)
+        data = StoredDataset(FaceRecords(path), 16, flip=True, seed=seed, epoch=lambda: epoch)
         return [float(data[i]["image"][0, 0, 0]) < 0 for i in range(6)]
 
     first = mirrored(0, 1)
@@ -122,7 +125,7 @@ def test_a_corrupt_record_is_named_and_the_next_takes_its_place(records, caplog)
     content = bytearray(records.read_bytes())
     content[offsets[2] + 40 : offsets[2] + 60] = b"\0" * 20
     records.write_bytes(content)
-    data = FaceRecords(records, 16)
+    data = StoredDataset(FaceRecords(records), 16)
     with caplog.at_level(logging.WARNING):
         item = data[1]
     assert item["id"] == "train.rec: record 3"
@@ -134,7 +137,7 @@ def test_a_file_of_broken_images_alone_ends_with_an_error(records):
     content = records.read_bytes()
     records.write_bytes(content.replace(b"\x89PNG", b"\0PNG"))
     with pytest.raises(OSError, match=r"6 images in a row cannot be read, the last is .*record 6"):
-        FaceRecords(records, 16)[0]
+        StoredDataset(FaceRecords(records), 16)[0]
 
 
 # ------------------------------------------------------------- as im2rec writes: no header record
@@ -164,8 +167,8 @@ def im2rec(tmp_path):
 
 
 def test_records_without_a_header(im2rec):
-    data = FaceRecords(im2rec, 16, progress=False)
-    assert (len(data), data.num_classes) == (6, 4)
+    data = StoredDataset(FaceRecords(im2rec, progress=False), 16)
+    assert (len(data), data.stored.num_classes) == (6, 4)
     assert labels_of(data) == [2, 0, 1, 0, 2, 3]
     assert [data[row]["id"][-1] for row in range(6)] == list("402153")
     with np.load(f"{im2rec}.index.npz", allow_pickle=False) as saved:
@@ -176,18 +179,18 @@ def test_records_without_a_header(im2rec):
 def test_only_the_headers_of_the_records_are_read(im2rec, monkeypatch):
     monkeypatch.setattr(module, "read_record", lambda stream: pytest.fail("a whole record"))
     monkeypatch.setattr(module, "_header_of_records", lambda path, offset: None)
-    assert FaceRecords(im2rec, 16, progress=False).num_classes == 4
+    assert FaceRecords(im2rec, progress=False).num_classes == 4
 
 
 def test_the_labels_are_read_once_for_all_runs(im2rec, monkeypatch):
-    FaceRecords(im2rec, 16, progress=False)
+    FaceRecords(im2rec, progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(module, "_index_of_records", lambda *_: pytest.fail("read again"))
-        assert labels_of(FaceRecords(im2rec, 16)) == [2, 0, 1, 0, 2, 3]
+        assert labels_of(StoredDataset(FaceRecords(im2rec), 16)) == [2, 0, 1, 0, 2, 3]
     write_im2rec(im2rec, [encoded(1)] * 3, [0, 1, 1])
-    assert FaceRecords(im2rec, 16, progress=False).num_classes == 2  # the file has changed
+    assert FaceRecords(im2rec, progress=False).num_classes == 2  # the file has changed
     Path(f"{im2rec}.index.npz").write_bytes(b"PK no more")
-    assert FaceRecords(im2rec, 16, progress=False).num_classes == 2
+    assert FaceRecords(im2rec, progress=False).num_classes == 2
 
 
 def test_where_the_data_cannot_be_written_the_labels_go_to_the_cache_folder(
@@ -202,11 +205,11 @@ def test_where_the_data_cannot_be_written_the_labels_go_to_the_cache_folder(
         return replacing(path)
 
     monkeypatch.setattr(stored_module, "replacing", read_only)
-    FaceRecords(im2rec, 16, progress=False)
+    FaceRecords(im2rec, progress=False)
     assert not Path(f"{im2rec}.index.npz").exists()
     assert len(list((tmp_path / "cache/face_indexes").iterdir())) == 1
     monkeypatch.setattr(module, "_index_of_records", lambda *_: pytest.fail("read again"))
-    assert FaceRecords(im2rec, 16).num_classes == 4
+    assert FaceRecords(im2rec).num_classes == 4
 
 
 @pytest.mark.parametrize(
@@ -223,29 +226,28 @@ def test_where_the_data_cannot_be_written_the_labels_go_to_the_cache_folder(
          "shorter than its labels"),
     ],
 )  # fmt: skip
-def test_a_broken_record_without_a_header_is_named_and_left_out(im2rec, caplog, fault, reason):
+def test_a_broken_record_without_a_header_is_named_and_left_out(im2rec, fault, reason):
     offsets = [int(line.split("\t")[1]) for line in im2rec.with_suffix(".idx").open()]
     content = bytearray(im2rec.read_bytes())
     fault(content, offsets[1])
     im2rec.write_bytes(content)
     for _ in range(2):  # the second time from the index
-        data = FaceRecords(im2rec, 16, progress=False)
+        data = StoredDataset(FaceRecords(im2rec, progress=False), 16)
         assert labels_of(data) == [2, 1, 0, 2, 3]
         assert "train.rec: record 0" in data.skipped
-        assert reason in caplog.text
-        caplog.clear()
+        assert reason in data.stored.broken["train.rec: record 0"]
 
 
 def test_the_last_record_cut_off(im2rec):
     im2rec.write_bytes(im2rec.read_bytes()[:-20])
-    data = FaceRecords(im2rec, 16, progress=False)
+    data = StoredDataset(FaceRecords(im2rec, progress=False), 16)
     assert (labels_of(data), len(data.skipped)) == ([2, 0, 1, 0, 2], 1)
 
 
 def test_an_index_of_another_file_is_refused(im2rec):
     im2rec.with_suffix(".idx").write_text("".join(f"{i}\t{40 * i + 4}\n" for i in range(5)))
     with pytest.raises(ValueError, match=r"train\.rec: no images begin at 5 of the 5 offsets"):
-        FaceRecords(im2rec, 16, progress=False)
+        FaceRecords(im2rec, progress=False)
 
 
 def test_a_record_in_parts_keeps_its_label(tmp_path):
@@ -256,8 +258,8 @@ def test_a_record_in_parts_keeps_its_label(tmp_path):
     first = plain(encoded(3), 0.0)
     (tmp_path / "a.rec").write_bytes(first + parts)
     (tmp_path / "a.idx").write_text(f"0\t0\n1\t{len(first)}\n")
-    data = FaceRecords(tmp_path / "a.rec", 16, progress=False)
-    assert (data.num_classes, data.skipped._reasons) == (2, {})
+    data = StoredDataset(FaceRecords(tmp_path / "a.rec", progress=False), 16)
+    assert (data.stored.num_classes, data.skipped._reasons) == (2, {})
 
 
 def test_labels_come_from_the_list_where_it_fits(im2rec, caplog, monkeypatch):
@@ -270,11 +272,18 @@ def test_labels_come_from_the_list_where_it_fits(im2rec, caplog, monkeypatch):
         patch.setattr(module, "_read_labels", lambda path, offsets, progress: (
             pytest.fail("all records are read") if progress else read(path, offsets, progress)
         ))  # fmt: skip
-        data = FaceRecords(im2rec, 16)
-    assert (labels_of(data), data.num_classes) == ([2, 0, 1, 0, 2, 3], 4)
+        data = StoredDataset(FaceRecords(im2rec), 16)
+    assert (labels_of(data), data.stored.num_classes) == ([2, 0, 1, 0, 2, 3], 4)
     for wrong in ("".join(lines[1:]), "".join(lines).replace("3.0", "1.0"), "words\n", ""):
         listing.write_text(wrong)
-        assert labels_of(FaceRecords(im2rec, 16, progress=False)) == [2, 0, 1, 0, 2, 3]
+        assert labels_of(StoredDataset(FaceRecords(im2rec, progress=False), 16)) == [
+            2,
+            0,
+            1,
+            0,
+            2,
+            3,
+        ]
         assert "train.lst does not fit train.rec" in caplog.text
         caplog.clear()
 
@@ -287,8 +296,8 @@ def test_a_header_above_two_to_the_24_is_not_trusted(records):
     header = struct.pack("<2f", 7, 10)
     assert content.count(header) == 1
     records.write_bytes(content.replace(header, rounded.tobytes()))
-    data = FaceRecords(records, 16, progress=False)
-    assert (len(data), data.num_classes) == (6, 3)  # the records of identities are no images
+    data = StoredDataset(FaceRecords(records, progress=False), 16)
+    assert (len(data), data.stored.num_classes) == (6, 3)  # the records of identities are no images
     assert labels_of(data) == [0, 0, 1, 1, 2, 2]
     assert not data.skipped
 
@@ -310,7 +319,7 @@ def test_labels_that_record_0_would_count_wrongly_are_not_written(tmp_path, labe
 def test_an_index_that_is_cut_off_is_named(records, caplog):
     index = records.with_suffix(".idx")
     index.write_text("".join(index.read_text().splitlines(keepends=True)[:4]))
-    assert len(FaceRecords(records, 16)) == 3
+    assert len(FaceRecords(records)) == 3
     assert "train.idx has 3 of the 6 images" in caplog.text
 
 
@@ -319,13 +328,13 @@ def test_a_key_that_two_records_have_is_named(records):
     lines = index.read_text().splitlines(keepends=True)
     index.write_text("".join([*lines, lines[3], lines[2]]))
     with pytest.raises(ValueError, match=r"train\.idx: 2 keys are there again, the first is 2; "):
-        FaceRecords(records, 16, progress=False)
+        FaceRecords(records, progress=False)
 
 
 def test_one_corrupted_label_does_not_pass_for_two_million_identities(tmp_path, caplog):
     write_im2rec(tmp_path / "a.rec", [encoded(1)] * 3, [0, 2**21, 1])
     with pytest.raises(ValueError, match=r"a\.rec: labels up to 2,097,152 for 3 images"):
-        FaceRecords(tmp_path / "a.rec", 16, progress=False)
+        FaceRecords(tmp_path / "a.rec", progress=False)
     assert "is the label 2097152 of record 1 broken?" in caplog.text
 
 
@@ -345,7 +354,7 @@ def test_a_flipped_size_and_a_label_of_infinity_are_skipped(tmp_path, caplog):
     content = bytearray(path.read_bytes())
     content[offsets[3] + 12 : offsets[3] + 16] = struct.pack("<f", np.inf)
     path.write_bytes(content)
-    data = FaceRecords(path, 16)
+    data = StoredDataset(FaceRecords(path), 16)
     assert labels_of(data) == [0, 3, 3, 3]
     assert "record 2 is skipped, the next takes its place (cannot be decoded (Decompression" in (
         caplog.text
@@ -360,7 +369,7 @@ def test_workers_list_what_they_skip_once(records, tmp_path, caplog):
         content = content.replace(encoded(value), b"x" * len(encoded(value)))
     records.write_bytes(content)
     for _ in range(2):
-        data = FaceRecords(records, 16)
+        data = StoredDataset(FaceRecords(records), 16)
         data.skipped.keep_in(listing)
         for _ in range(2):
             loader = torch.utils.data.DataLoader(data, batch_size=1, num_workers=2)
@@ -497,8 +506,8 @@ def test_shards_are_read_at_random_and_their_index_is_kept(tmp_path, caplog, mon
     write_shard(tmp_path / "0.tar", [encoded(10), encoded(20)], [0, 1])
     write_shard(tmp_path / "1.tar", [encoded(30), b"no image"], [1, 2])
     for _ in range(2):  # the second time from the index
-        data = FaceShards(tmp_path, 16, progress=False)
-        assert (len(data), data.num_classes) == (4, 3)
+        data = StoredDataset(FaceShards(tmp_path, progress=False), 16)
+        assert (len(data), data.stored.num_classes) == (4, 3)
         assert [data[i]["identity_encoded"].item() for i in (2, 0, 1)] == [1, 0, 1]
         monkeypatch.setattr(shards_module, "_members", lambda shard: pytest.fail("read again"))
     monkeypatch.undo()
@@ -507,9 +516,9 @@ def test_shards_are_read_at_random_and_their_index_is_kept(tmp_path, caplog, mon
     loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=2)
     assert len(torch.cat([batch["identity_encoded"] for batch in loader])) == 4
     write_shard(tmp_path / "1.tar", [encoded(30)], [4])
-    assert FaceShards(tmp_path, 16, progress=False).num_classes == 5
+    assert FaceShards(tmp_path, progress=False).num_classes == 5
     (tmp_path / "1.tar").rename(tmp_path / "2.tar")
-    data = FaceShards(tmp_path, 16, progress=False)
+    data = StoredDataset(FaceShards(tmp_path, progress=False), 16)
     assert data[2]["id"].startswith("2.tar")
 
 
@@ -517,17 +526,18 @@ def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
     """They would pass for broken, and the images of the first ones be trained on alone."""
     for number in range(9):
         write_shard(tmp_path / f"{number}.tar", [encoded(number)], [number])
-    data = FaceShards(tmp_path, 16, progress=False)
+    data = StoredDataset(FaceShards(tmp_path, progress=False), 16)
     monkeypatch.setattr(stored_module, "_most_open", lambda: 3)
     assert labels_of(data) == list(range(9))
-    assert [path.name for path in data._streams] == ["6.tar", "7.tar", "8.tar"]
+    assert [path.name for path in data.stored._streams] == ["6.tar", "7.tar", "8.tar"]
     assert data[6]["identity_encoded"].item() == 6
-    assert [path.name for path in data._streams] == ["7.tar", "8.tar", "6.tar"]  # the last last
+    names = [path.name for path in data.stored._streams]
+    assert names == ["7.tar", "8.tar", "6.tar"]  # the last last
 
     def full(path):
         raise OSError(errno.EMFILE, "Too many open files", str(path))
 
-    monkeypatch.setattr(data, "stream", full)
+    monkeypatch.setattr(data.stored, "stream", full)
     with pytest.raises(OSError, match="Too many open files"):
         data[0]
     assert not data.skipped
@@ -535,7 +545,7 @@ def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
 
 def test_an_index_of_shards_is_20_bytes_an_image(tmp_path):
     write_shard(tmp_path / "0.tar", [encoded(10), encoded(20)], [0, 1])
-    index = FaceShards(tmp_path, 16, progress=False)._index
+    index = FaceShards(tmp_path, progress=False)._index
     assert sum(column.itemsize for column in index.values()) == 20
     assert {key: column.dtype for key, column in index.items()} == {
         "shard": np.int32, "offset": np.int64, "size": np.int32, "label": np.int32
@@ -548,7 +558,7 @@ def test_many_shards_are_read_by_several_processes(tmp_path, monkeypatch):
     for number in range(64):
         write_shard(tmp_path / f"{number:02d}.tar", [encoded(number)], [number])
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    data = FaceShards(tmp_path, 16, progress=False)
+    data = StoredDataset(FaceShards(tmp_path, progress=False), 16)
     assert labels_of(data) == list(range(64))
     assert data[9]["image"][0, 1, 1].item() == pytest.approx((9 - 127.5) / 127.5)
 
@@ -592,7 +602,7 @@ def test_two_images_of_one_key_are_refused(tmp_path, names, message):
         FaceShards(tmp_path, progress=False)
 
 
-def test_members_that_are_links_or_folders_are_listed(tmp_path, caplog):
+def test_members_that_are_links_or_folders_are_listed(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for number in range(3):
             for suffix, content in (("png", encoded(10 * number)), ("cls", b"%d" % number)):
@@ -606,11 +616,11 @@ def test_members_that_are_links_or_folders_are_listed(tmp_path, caplog):
             member.type, member.linkname = kind, "000000.png"
             tar.addfile(member)
     for _ in range(2):  # the second time from the index
-        data = FaceShards(tmp_path, 16, progress=False)
+        data = StoredDataset(FaceShards(tmp_path, progress=False), 16)
         assert labels_of(data) == [0, 1, 2]
         assert len(data.skipped) == 4
         assert "0.tar: 7.png" in data.skipped
-    assert "a link or a folder, not a file" in caplog.text
+    assert "a link or a folder, not a file" in data.skipped.warning()
 
 
 @pytest.mark.parametrize("label", [2_000_000_000, 5000])
@@ -632,4 +642,4 @@ def test_a_header_that_counts_more_identities_than_images_is_refused(records):
     header = struct.pack("<2f", 7, 10)
     records.write_bytes(content.replace(header, struct.pack("<2f", 7, 2**23)))
     with pytest.raises(ValueError, match=r"train\.rec: labels up to 8,388,600 for 6 images"):
-        FaceRecords(records, 16, progress=False)
+        FaceRecords(records, progress=False)

@@ -117,6 +117,21 @@ def test_lists_records_and_sets(run, folder, tmp_path):
     assert [name.split("/")[0] for name in found.ids] == ["0", "0", "1", "1"]
     np.testing.assert_allclose(found.matrix[3], expected(run, encoded(3)), rtol=1e-4, atol=1e-5)
 
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in (("a.png", encoded(3)), ("a.cls", b"1")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.png"
+        tar.addfile(link)
+    (tmp_path / "train.rec").unlink()
+    assert extract(run, tmp_path, tmp_path / "tar.npz") == 0
+    one = load_embeddings(tmp_path / "tar.npz").matrix
+    np.testing.assert_allclose(one, found.matrix[3:], rtol=1e-4, atol=1e-5)
+    listed = (tmp_path / "tar.npz.skipped.tsv").read_text()
+    assert listed == "0.tar: b.png\ta link or a folder, not a file\n"
+
     (tmp_path / "lfw.bin").write_bytes(
         pickle.dumps(([encoded(n) for n in range(4)], [True, False]))
     )
