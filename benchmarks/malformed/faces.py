@@ -19,6 +19,7 @@ from speechbrain_qmargin.data.pickled import read_bin
 from speechbrain_qmargin.data.recordio import write_records
 from speechbrain_qmargin.data.records import FaceRecords
 from speechbrain_qmargin.data.shards import FaceShards
+from speechbrain_qmargin.data.stored import StoredFaces
 
 
 def pickles(folder: Path) -> Iterator[Kind]:
@@ -63,6 +64,13 @@ def pickles(folder: Path) -> Iterator[Kind]:
         yield value(f"arrays, protocol {protocol}", lambda path=path: read_bin(path)[0], pair)
 
 
+def labels_of(stored: StoredFaces) -> str:
+    """What is trained on, and what is said of the rest."""
+    data = StoredDataset(stored, 16)
+    found = [int(data[row]["identity_encoded"]) for row in range(len(data))]
+    return f"labels {found} of {stored.num_classes} classes\n{data.skipped.warning()}"
+
+
 def stored(folder: Path) -> Iterator[Kind]:
     faces = [encoded(Image.fromarray(np.roll(GREY, n, 0)).convert("RGB")) for n in range(4)]
     labels = [0, 0, 1, 1]
@@ -76,9 +84,7 @@ def stored(folder: Path) -> Iterator[Kind]:
         return content(path, bytes(data))
 
     def read(path: Path) -> str:
-        data = StoredDataset(FaceRecords(path, progress=False), 16)
-        found = [int(data[row]["identity_encoded"]) for row in range(len(data))]
-        return f"labels {found} of {data.stored.num_classes} classes"
+        return labels_of(FaceRecords(path, progress=False))
 
     def put(place: int, form: str, number: float) -> Callable:
         def harm(data: bytearray, places: list[int]) -> None:
@@ -139,9 +145,7 @@ def stored(folder: Path) -> Iterator[Kind]:
         return place
 
     def opened(place: Path) -> str:
-        data = StoredDataset(FaceShards(place, progress=False), 16)
-        found = [int(data[row]["identity_encoded"]) for row in range(len(data))]
-        return f"labels {found} of {data.stored.num_classes} classes"
+        return labels_of(FaceShards(place, progress=False))
 
     two: list[tuple[str, bytes | str]]
     two = [("a.png", faces[0]), ("a.cls", b"0"), ("b.png", faces[1]), ("b.cls", b"1")]
