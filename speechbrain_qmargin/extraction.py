@@ -10,10 +10,12 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from uuid import uuid4
 from zipfile import BadZipFile
 
 import numpy as np
@@ -199,8 +201,10 @@ class EmbeddingParts:
         if not names:
             return {}
         source = np.array([place.pop(name) for name in names])
-        file = self.folder / "gathered.npy"
-        file.unlink(missing_ok=True)  # who has the one before, keeps it
+        for old in self.folder.glob("gathered_*.npy"):  # who has one open, keeps it
+            with suppress(OSError):  # Windows does not part with that
+                old.unlink()
+        file = self.folder / f"gathered_{uuid4().hex[:12]}.npy"
         matrix = np.lib.format.open_memmap(file, "w+", np.dtype(np.float32), (len(names), dim))
         for number, file in enumerate(files):
             (rows,) = np.nonzero(source[:, 0] == number)

@@ -14,7 +14,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -728,7 +728,7 @@ class VerificationBrain(OpenBrain):
 
     def extract(
         self, dataset: Any, faults: dict[str, str] | None = None, **loader_kwargs: Any
-    ) -> dict[str, np.ndarray]:
+    ) -> Mapping[str, np.ndarray]:
         """Embeddings of a dataset, id to float32 [D], with the averaged weights.
 
         They are kept in ``embeddings/`` of the checkpoints' folder, so an interrupted extraction
@@ -747,7 +747,8 @@ class VerificationBrain(OpenBrain):
         Raises
         ------
         OSError
-            Without `faults`: those items, named once all others are embedded and kept.
+            Without `faults`: those items, named once all others are embedded and kept. Embeddings
+            that were written are not there at the end.
         """
         averaged = load_average(self.modules, self.checkpointer, self._averaged)
         model = " ".join(sorted(checkpoint.path.name for checkpoint in averaged))
