@@ -494,13 +494,9 @@ def third_others_tune(data: Path, out: Path, systems: list[str]) -> Runs:
 
 def third_others(data: Path, out: Path, systems: list[str]) -> Runs:
     """Other losses beside the runs of the third test; Q-Margin's kin at its setting."""
-    tuned_by = {
-        "third_tune": THIRD_SETTINGS,
-        "third_others_tune": OWN_SETTINGS["third_others_tune"],
-    }
     found = {}
-    for stage, known in tuned_by.items():
-        found |= tuned(out, stage, [one for one in systems if one in known])
+    for stage in ("third_tune", "third_others_tune"):
+        found |= tuned(out, stage, [one for one in systems if one in OWN_SETTINGS[stage]])
     if (setting := chosen(out, "third_tune", PRIMARY)) is not None:
         kin = [one for one in systems if one in ("qmargin_norm", "a3m")]
         found |= {system: options(system, setting) for system in kin}

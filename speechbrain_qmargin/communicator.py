@@ -159,18 +159,19 @@ class Communicator:
         parts = self.gather_rows(padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
-    def gather_all(self, tensor: Tensor) -> Tensor:
-        """Concatenation over the ranks of [n_r, ...], whose n_r each rank knows alone.
+    def gather_all(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Concatenations over the ranks of [n_r, ...], all of one n_r, which each rank knows alone.
 
         Examples
         --------
         >>> Communicator().gather_all(torch.tensor([5.0, 7.0]))     # alone: its own
-        tensor([5., 7.])
+        (tensor([5., 7.]),)
         """
         if self.world == 1:
-            return tensor
-        own = torch.tensor([len(tensor)], device=tensor.device)
-        return self.gather(tensor, [int(size) for size in self.gather_rows(own)])
+            return tensors
+        own = torch.tensor([len(tensors[0])], device=tensors[0].device)
+        sizes = [int(size) for size in self.gather_rows(own)]
+        return tuple(self.gather(tensor, sizes) for tensor in tensors)
 
     def gather_rows(self, tensor: Tensor) -> list[Tensor]:
         """One tensor of the same shape from every rank."""

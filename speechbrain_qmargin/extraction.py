@@ -204,8 +204,8 @@ class EmbeddingParts:
         for old in self.folder.glob("gathered_*.npy"):  # who has one open, keeps it
             with suppress(OSError):  # Windows does not part with that
                 old.unlink()
-        file = self.folder / f"gathered_{uuid4().hex[:12]}.npy"
-        matrix = np.lib.format.open_memmap(file, "w+", np.dtype(np.float32), (len(names), dim))
+        whole = self.folder / f"gathered_{uuid4().hex[:12]}.npy"
+        matrix = np.lib.format.open_memmap(whole, "w+", np.dtype(np.float32), (len(names), dim))
         for number, file in enumerate(files):
             (rows,) = np.nonzero(source[:, 0] == number)
             if len(rows):

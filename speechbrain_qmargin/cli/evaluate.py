@@ -260,7 +260,7 @@ def _quality(args) -> None:
 
 
 def _plda(args) -> None:
-    from speechbrain_qmargin.scoring.lists import with_tables
+    from speechbrain_qmargin.scoring.lists import speakers_in_cohort, with_tables
     from speechbrain_qmargin.scoring.plda import PLDA, fit_plda
     from speechbrain_qmargin.scoring.separation import name_digest, refuse_shared
 
@@ -277,12 +277,9 @@ def _plda(args) -> None:
             raise ValueError("give --train embeddings to fit on, or a --plda file")
         train = load_embeddings(args.train)
         embeddings.refuse_other(train, args.train)
-        if args.train_utt2spk:
-            speakers = read_map(args.train_utt2spk)
-        elif all("/" in name for name in train.ids):
-            speakers = {name: speaker_in(name) for name in train.ids}
-        else:
+        if not args.train_utt2spk and not all("/" in name for name in train.ids):
             raise ValueError(f"{args.train}: its ids do not tell the speakers: --train_utt2spk")
+        speakers = speakers_in_cohort(train.ids, args.train_utt2spk)
         note = refuse_shared(trials, map(name_digest, speakers.values()), args.train)
         plda = fit_plda(train, speakers, rank=args.rank, iterations=args.iterations)
     if note:

@@ -156,8 +156,7 @@ class StoredDataset(Dataset):
         self.stored, self.image_size, self.flip = stored, image_size, flip
         self.seed, self.epoch = seed, epoch
         self.skipped = Skipped() if skipped is None else skipped
-        for name, fault in stored.broken.items():
-            self.skipped.add(name, fault)
+        self.skipped.update(stored.broken)
 
     def __len__(self) -> int:
         return len(self.stored)

@@ -79,13 +79,16 @@ class Skipped:
 
     def add(self, name: str, reason: object) -> bool:
         """List one; False if it is listed already, by whomever."""
-        if name not in self._reasons:
+        return self.update({name: reason}) == 1
+
+    def update(self, faults: Mapping[str, object]) -> int:
+        """List several at once; how many were not listed yet, by whomever."""
+        if not faults.keys() <= self._reasons.keys():
             self._catch_up()
-        if name in self._reasons:
-            return False
-        self._reasons[name] = " ".join(str(reason).split())
-        self._append([name])
-        return True
+        new = [name for name in faults if name not in self._reasons]
+        self._reasons |= {name: " ".join(str(faults[name]).split()) for name in new}
+        self._append(new)
+        return len(new)
 
     def keep_in(self, file: str | Path) -> None:
         """Go on in a file: what it lists is known from now on, what was known so far is added."""

@@ -168,8 +168,7 @@ class KappaFaceLoss(Loss):
     def _observe(self, embeddings: Tensor, targets: Tensor) -> None:
         """Take in a batch; one that diverged, or whose labels are wrong, is no measure."""
         unit = F.normalize(embeddings.detach().float(), dim=1)
-        comm = Communicator()
-        unit, targets = comm.gather_all(unit), comm.gather_all(targets)
+        unit, targets = Communicator().gather_all(unit, targets)
         if self._passed is None:  # a run begins, or goes on: the host waits for a GPU this once
             self._passed = float(self.seen.sum())
         known = (targets >= 0) & (targets < len(self.counts))

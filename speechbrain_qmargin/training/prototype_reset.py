@@ -106,7 +106,7 @@ class PrototypeReset(nn.Module):
         """
         unit = F.normalize(embeddings.detach().float(), dim=1)
         names = torch.stack((targets.long(), (target_posterior > 0).long()), 1)
-        unit, names = self.comm.gather_all(unit), self.comm.gather_all(names)
+        unit, names = self.comm.gather_all(unit, names)
         targets, active = names.unbind(1)
         mine = unit.isfinite().all(1) & (targets >= self.start) & (targets < self.stop)
         rows = targets[mine] - self.start
