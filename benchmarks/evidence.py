@@ -112,8 +112,8 @@ def tuning_table(out: Path, stage: str, systems: Sequence[str]) -> str:
             ]
             mean = percent(criterion(results))
             last = results["last_epoch"]
-            support = f"{last['support_mean']:.1f}" if "support_mean" in last else "all"
-            rest = f"{100 * last['zero_loss']:.0f}" if "zero_loss" in last else "0"
+            support = f"{last['support_mean']:.1f}" if "support_mean" in last else ""
+            rest = f"{100 * last['zero_loss']:.0f}" if "zero_loss" in last else ""
             shown = ", ".join(f"{key} {value:g}" for key, value in setting.items())
             mean = f"**{mean}**" if setting == best else mean
             lines.append([system, shown, *cells, mean, support, rest])
@@ -467,7 +467,7 @@ def tables(stage: str, data: Path, out: Path) -> str:
         return speech_tables(folders, baseline="arcface, then arcface")
     if stage == "schedules":
         return schedule_tables(data, out, folders)
-    if stage in ("others", "third_others"):
+    if stage in ("others", "third_others", "third_alpha", "resnet_own"):
         shown = posterior_table(folders, ["trials_cv" if stage == "others" else "third_cv"])
         return speech_tables(folders) + "\n### What the losses do\n\n" + shown
     score_with_strangers(data, folders)

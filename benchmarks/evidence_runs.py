@@ -30,6 +30,7 @@ TUNINGS = (
     "third_others_tune",
     "faces_tune",
     "third_faces_tune",
+    "resnet_tune",
 )
 BY_FIGURES = (*TUNINGS, "classes", "third_classes")  # stages whose tables need no scores
 RECORD = Path(__file__).with_name("evidence_record.json")
@@ -53,6 +54,7 @@ QMARGIN = points(
 )
 COSINES = grid(scale=[16, 32], margin=[0.1, 0.2, 0.35])
 RISING_ALPHA = {"alpha_initial": 1.05, "alpha_until_epoch": 8}
+FALLING_ALPHA = {"alpha_initial": 2, "alpha_until_epoch": 8}
 
 # The systems in the order of the plan: the recipe's options and the settings that are tried with
 # them; one setting is not tuned.
@@ -109,6 +111,10 @@ THIRD_SETTINGS = {"arcface": THIRD_COSINES, "cosface": THIRD_COSINES, "qmargin":
 
 FACE_COSINES = [*grid(scale=[10], margin=[0.2]), *grid(scale=[16], margin=[0.1, 0.2, 0.35])]
 FACE_QMARGIN = points((1.1, 32, 0.2), (1.25, 10, 0.2), (1.25, 20, 0.2), (1.5, 10, 0.2))
+
+RESNET_COSINES = [*grid(scale=[16], margin=[0.2, 0.1, 0.35]), *grid(scale=[24], margin=[0.2])]
+RESNET_QMARGIN = points((1.25, 20, 0.2), (1.1, 32, 0.2), (1.25, 10, 0.2), (1.25, 20, 0.2))
+RESNET_QMARGIN[-1] |= RISING_ALPHA
 OWN_SETTINGS = {
     "second_tune": SECOND_SETTINGS,
     "third_tune": THIRD_SETTINGS,
@@ -122,6 +128,7 @@ OWN_SETTINGS = {
         "cosface": FACE_COSINES,
         "qmargin": FACE_QMARGIN,
     },
+    "resnet_tune": {"arcface": RESNET_COSINES, "qmargin": RESNET_QMARGIN},
 }
 
 
@@ -377,6 +384,19 @@ def resnet_norm(data: Path, out: Path, systems: list[str]) -> Runs:
     return over_seeds(out / "resnet_norm", base, found)
 
 
+def resnet_tune(data: Path, out: Path, systems: list[str]) -> Runs:
+    """The settings of that encoder's own."""
+    base = [*people_held_out(data, out, "tune", RESNET), *SHORT, *NORMALISED]
+    return tuning(out, "resnet_tune", base, systems)
+
+
+def resnet_own(data: Path, out: Path, systems: list[str]) -> Runs:
+    known = OWN_SETTINGS["resnet_tune"]
+    found = tuned(out, "resnet_tune", [one for one in systems if one in known])
+    base = [*people_held_out(data, out, "third", RESNET), *SHORT, *NORMALISED]
+    return over_seeds(out / "resnet_own", base, found, range(3))
+
+
 def class_point(alpha: float, rate: float) -> str:
     return f"{alpha:g}" if rate == PAPERS_RATE else f"{alpha:g}, r {rate:g}"
 
@@ -504,6 +524,26 @@ def third_others(data: Path, out: Path, systems: list[str]) -> Runs:
     return over_seeds(out / "third", base, found, range(3))
 
 
+def third_alpha(data: Path, out: Path, systems: list[str]) -> Runs:
+    """An alpha that moves over the first epochs, beside the runs of the third test."""
+    setting = chosen(out, "third_tune", PRIMARY)
+    if setting is None or PRIMARY not in systems:
+        return {}
+    ways = {
+        PRIMARY: setting,
+        f"{PRIMARY}, alpha from 1.05": setting | RISING_ALPHA,
+        f"{PRIMARY}, alpha from 2": setting | FALLING_ALPHA,
+    }
+    found = {name: options(PRIMARY, way) for name, way in ways.items()}
+    runs = over_seeds(
+        out / "third", [*people_held_out(data, out, "third"), *SHORT], found, range(3)
+    )
+    return {
+        key: (given, folder.with_name(folder.name.replace(", ", "_").replace(" ", "_")))
+        for key, (given, folder) in runs.items()
+    }
+
+
 # -- faces --------------------------------------------------------------------
 
 FACES = ["--number_of_epochs=15", "--batch_size=64", "--lr_reference_batch=64"]
@@ -514,6 +554,7 @@ TAILS, MOST_IMAGES = (1, 2, 4), 20
 TAILED = {  # networks, least numbers of images, and who is compared
     ("iresnet", 4): ("arcface", "cosface", PRIMARY, "qmargin_prior"),
     ("iresnet", 1): ("arcface", PRIMARY, "qmargin_prior"),
+    ("iresnet", 2): ("arcface", PRIMARY),
     ("mobilefacenet", 4): ("arcface", "cosface", PRIMARY),
 }
 
@@ -578,10 +619,14 @@ def faces(data: Path, out: Path, systems: list[str]) -> Runs:
 
 
 def third_face_options(
-    out: Path, trials: str, part: str = "third_faces_train", model: str = "iresnet"
+    out: Path,
+    trials: str,
+    part: str = "third_faces_train",
+    min_images: int = 1,
+    model: str = "iresnet",
 ) -> list[str]:
     base = face_options(out, part, trials)
-    return [*base, *FACE_MODELS[model], "--min_images=1", *SHORT]
+    return [*base, *FACE_MODELS[model], f"--min_images={min_images}", *SHORT]
 
 
 def third_faces_tune(data: Path, out: Path, systems: list[str]) -> Runs:
@@ -606,8 +651,8 @@ def third_faces_tail(data: Path, out: Path, systems: list[str]) -> Runs:
     if "qmargin_prior" in systems and (setting := chosen(out, stage, PRIMARY)) is not None:
         found["qmargin_prior"] = options("qmargin_prior", setting)
     for (model, tail), names in TAILED.items():
-        part = "faces_train" if tail == 1 else "third_faces_train"
-        base = third_face_options(out, "faces_test", part, model)
+        part = ("third_faces_train", 1) if tail == TAILS[-1] else ("faces_train", tail)
+        base = third_face_options(out, "faces_test", *part, model)
         for system in (one for one in names if one in found):
             tested = (model, tail) == ("iresnet", 4) and system in OWN_SETTINGS[stage]
             name = "third_faces" if tested else f"third_faces_tail/{model}_{tail}"
@@ -630,6 +675,8 @@ STAGES = {
     "classes": Stage("speech", classes),
     "resnet": Stage("speech", resnet),
     "resnet_norm": Stage("speech", resnet_norm),
+    "resnet_tune": Stage("speech", resnet_tune),
+    "resnet_own": Stage("speech", resnet_own),
     "finetune": Stage("speech", finetune),
     "schedules": Stage("speech", schedules),
     "second_tune": Stage("speech", second_tune),
@@ -640,6 +687,7 @@ STAGES = {
     "third_classes": Stage("speech", third_classes),
     "third_others_tune": Stage("speech", third_others_tune),
     "third_others": Stage("speech", third_others),
+    "third_alpha": Stage("speech", third_alpha),
     "faces_tune": Stage("face", faces_tune),
     "faces": Stage("face", faces),
     "third_faces_tune": Stage("face", third_faces_tune),
