@@ -127,17 +127,47 @@ def test_a_class_prior_meets_the_long_tail_beside_the_runs_of_the_test(tmp_path)
     assert {key: run for key, run in many.items() if key[0] in THREE} == {
         key[1:]: run for key, run in tested.items() if key[2] < 3
     }
-    assert len(runs) == 3 * (4 + 3 + 3)
+    assert len(runs) == 3 * (4 + 3 + 2 + 3)
     assert len({folder for _, folder in runs.values()}) == len(runs)
     for (part, system, _), (options, _) in runs.items():
         given = dict(option.lstrip("-").split("=", 1) for option in options)
-        whole = part.startswith("iresnet, 1+")
-        assert given["train_identities"].endswith("third_faces_train.txt") == (not whole)
+        cut = "4+" in part  # by the list itself; elsewhere by the option
+        assert given["train_identities"].endswith("third_faces_train.txt") == cut
+        assert given["min_images"] == ("2" if "2+" in part else "1")
         assert (given.get("model") == "mobilefacenet") == part.startswith("mobilefacenet")
         assert given["prototype_std"] == "0.01"
         if system == "qmargin_prior":
             same = [one for one in many["qmargin", 0][0] if one.startswith(("--alpha", "--scale"))]
             assert set(same) < set(options)
+
+
+def test_the_other_encoder_is_tuned_by_itself_and_alpha_moves_beside_the_third_test(
+    people, tmp_path
+):
+    data, _ = people
+    tuned = STAGES["resnet_tune"].runs(data, tmp_path, list(SYSTEMS))
+    assert [name for name, _ in tuned] == [one for one in ("arcface", "qmargin") for _ in range(4)]
+    assert STAGES["resnet_own"].runs(data, tmp_path, list(SYSTEMS)) == {}
+    assert STAGES["third_alpha"].runs(data, tmp_path, list(SYSTEMS)) == {}
+    finish_tuning(tmp_path, "resnet_tune", {"arcface": 1, "qmargin": 3})
+    finish_tuning(tmp_path, "third_tune", dict.fromkeys(THREE, 3))
+    tests = STAGES["resnet_own"].runs(data, tmp_path, list(SYSTEMS))
+    assert list(tests) == [(one, seed) for seed in range(3) for one in ("arcface", "qmargin")]
+    for options, _ in [*tuned.values(), *tests.values()]:
+        assert {"--model=resnet34", "--embedding_norm=True", "--prototype_std=0.01"} < set(options)
+    assert "--margin=0.1" in tests["arcface", 0][0]
+    assert "--alpha_initial=1.05" in tests["qmargin", 0][0]
+    moving = STAGES["third_alpha"].runs(data, tmp_path, list(SYSTEMS))
+    third = STAGES["third"].runs(data, tmp_path, ["qmargin"])
+    for seed in range(3):
+        assert moving["qmargin", seed] == third["qmargin", seed]
+        for start in ("1.05", "2"):
+            options, folder = moving[f"qmargin, alpha from {start}", seed]
+            assert set(options) - set(third["qmargin", seed][0]) == {
+                f"--alpha_initial={start}",
+                "--alpha_until_epoch=8",
+            }
+            assert folder.name == f"qmargin_alpha_from_{start}_{seed}"
 
 
 def test_other_losses_meet_the_third_test_beside_its_own_runs(people, tmp_path):
