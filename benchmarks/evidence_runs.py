@@ -113,7 +113,7 @@ FACE_COSINES = [*grid(scale=[10], margin=[0.2]), *grid(scale=[16], margin=[0.1, 
 FACE_QMARGIN = points((1.1, 32, 0.2), (1.25, 10, 0.2), (1.25, 20, 0.2), (1.5, 10, 0.2))
 
 RESNET_COSINES = [*grid(scale=[16], margin=[0.2, 0.1, 0.35]), *grid(scale=[24], margin=[0.2])]
-RESNET_QMARGIN = points((1.25, 20, 0.2), (1.1, 32, 0.2), (1.25, 10, 0.2), (1.25, 20, 0.2))
+RESNET_QMARGIN = points((1.25, 20, 0.2), (1.1, 32, 0.2), (1.25, 20, 0.1), (1.25, 20, 0.2))
 RESNET_QMARGIN[-1] |= RISING_ALPHA
 OWN_SETTINGS = {
     "second_tune": SECOND_SETTINGS,
