@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from speechbrain_qmargin.scoring.metrics import (
 )
 from speechbrain_qmargin.scoring.plots import det_figure, save_figure
 from speechbrain_qmargin.scoring.score_files import write_scores
-from speechbrain_qmargin.scoring.uncertainty import FEWEST_ERRORS, mark_of, rate_interval, scarcer
+from speechbrain_qmargin.scoring.uncertainty import mark_of, rate_interval, scarcer, widened
 from speechbrain_qmargin.trials import LabelledTrials
 from speechbrain_qmargin.trials.pairs import as_labels
 
@@ -149,7 +150,7 @@ def ten_fold_accuracy(scores: np.ndarray, is_same: np.ndarray, folds: int = 10) 
         thresholds.append(threshold)
         wrong += errors
     name, count = f"accuracy over {folds} folds", len(scores)
-    few = rate_interval(count - wrong, count)
+    few = partial(rate_interval, count - wrong, count)
     kind = "fold_accuracy", None
     return _figure(kind, name, values, wrong, count, wrong, few, thresholds)
 
@@ -192,7 +193,7 @@ def ten_fold_tar(
         missed += int(np.count_nonzero(~accepted & same))
     measure, genuine = TarAtFar(far), int(np.count_nonzero(is_same))
     everything = operating_points(scores, is_same)
-    few = measure.few_errors(measure.find(everything), everything)
+    few = partial(measure.few_errors, measure.find(everything), everything)
     rests_on = min(scarcer(missed, genuine), allowed_false_accepts(far, len(is_same) - genuine))
     name = f"{measure.name} over {folds} folds"
     kind = "fold_tar_at_far", far
@@ -408,16 +409,14 @@ def _best_threshold(scores: np.ndarray, is_same: np.ndarray) -> float:
 def _figure(
     kind: tuple[str, float | None], name, values, errors, pairs, rests_on, few, thresholds, far=None
 ) -> FoldFigure:
-    """`few` is the interval for fewer than 30 errors."""
+    """`few` gives the interval for few errors (``widened``)."""
     from scipy.stats import t
 
     values = np.asarray(values)
     mean = float(values.mean())
     reach = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     low, high = mean - reach, mean + reach
-    if rests_on < FEWEST_ERRORS:
-        low, high = min(low, few[0]), max(high, few[1])
-    low, high = float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))
+    low, high = np.clip(widened((low, high), rests_on, few), 0, 1).tolist()
     std = float(values.std())
     thresholds = np.asarray(thresholds)
     return FoldFigure(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,11 @@ from speechbrain_qmargin.scoring.metrics import (
 )
 from speechbrain_qmargin.scoring.separation import ORIGIN, Origin, refuse_other_scores
 from speechbrain_qmargin.scoring.uncertainty import (
-    FEWEST_ERRORS,
     Spread,
     mark_of,
     rate_interval,
     scarcer,
+    widened,
 )
 from speechbrain_qmargin.trials import Trials
 
@@ -377,10 +378,10 @@ def choose_operating_point(
             tar_interval = 1 - rates.frr_interval[1], 1 - rates.frr_interval[0]
     elif spread is not None:  # its FAR is what was asked for, whatever other people's may be
         tar_interval = spread.tar_at_far(far).interval(1 - misses / points.num_targets, confidence)
-        if tar_interval is not None and errors < FEWEST_ERRORS:
+        if tar_interval is not None:
             measure = TarAtFar(far)
-            few = measure.few_errors(measure.find(points), points, confidence)
-            tar_interval = min(tar_interval[0], few[0]), max(tar_interval[1], few[1])
+            few = partial(measure.few_errors, measure.find(points), points, confidence)
+            tar_interval = widened(tar_interval, errors, few)
     return OperatingPoint(
         system=system,
         threshold=threshold,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -25,11 +26,7 @@ from speechbrain_qmargin.scoring.figures import (
 )
 from speechbrain_qmargin.scoring.influence import Influence, TrialStructure
 from speechbrain_qmargin.scoring.metrics import OperatingPoints, eer, operating_points
-from speechbrain_qmargin.scoring.uncertainty import (
-    FEWEST_ERRORS,
-    Spread,
-    mark_of,
-)
+from speechbrain_qmargin.scoring.uncertainty import Spread, mark_of, widened
 from speechbrain_qmargin.trials import LabelledTrials, Lost
 
 __all__ = ["FARS", "Difference", "Report", "compare", "evaluate"]
@@ -281,10 +278,9 @@ def _measured(
     errors = figure.errors
     if errors is not None:
         figure = replace(figure, mark=mark_of(errors, spread.structure.contributing))
-        if interval is not None and errors < FEWEST_ERRORS:
-            few = measure.few_errors(figure, spread.points, confidence)
-            if few is not None:
-                interval = min(interval[0], few[0]), max(interval[1], few[1])
+        if interval is not None:
+            few = partial(measure.few_errors, figure, spread.points, confidence)
+            interval = widened(interval, errors, few)
     if interval is None:
         return figure
     low, high = min(interval[0], figure.value), max(interval[1], figure.value)

@@ -10,11 +10,12 @@ trials only, or few people.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from speechbrain_qmargin.scoring.influence import FEWEST_SPEAKERS, effective_number
-from speechbrain_qmargin.scoring.uncertainty import FEWEST_ERRORS, mark_of, rate_interval
+from speechbrain_qmargin.scoring.uncertainty import mark_of, rate_interval, widened
 
 __all__ = ["Share", "share", "share_of_trials"]
 
@@ -108,9 +109,8 @@ def share(
         low, high = expit(logit(rate) - reach), expit(logit(rate) + reach)
     if people < 2:
         low, high = 0.0, 1.0
-    if errors < FEWEST_ERRORS:
-        widest = rate_interval(round(rate * trials), trials, confidence)
-        low, high = min(low, widest[0]), max(high, widest[1])
+    few = partial(rate_interval, round(rate * trials), trials, confidence)
+    low, high = widened((low, high), errors, few)
     mark = mark_of(errors, effective)
     return Share(rate, float(low), float(high), float(errors), trials, people, mark)
 

@@ -53,17 +53,17 @@ interval up.
 **Differences** of two systems on the same trials subtract the contributions trial by trial (no
 scale, the same V and degrees of freedom), which makes them paired.
 
-**Few errors.** Below 30 the wider of this and Clopper-Pearson is given (see
-:mod:`~speechbrain_qmargin.scoring.report`). A trial and its reverse are one trial: they fall into
-one :math:`P_{ij}`, and :func:`~speechbrain_qmargin.scoring.report.evaluate` counts every unordered
-pair of recordings once.
+**Few errors.** Below 30 the wider of this and Clopper-Pearson is given (:func:`widened`). A trial
+and its reverse are one trial: they fall into one :math:`P_{ij}`, and
+:func:`~speechbrain_qmargin.scoring.report.evaluate` counts every unordered pair of recordings once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -84,6 +84,7 @@ __all__ = [
     "mark_of",
     "rate_interval",
     "scarcer",
+    "widened",
 ]
 
 FEWEST_ERRORS = 30  # below, their number is luck
@@ -129,21 +130,18 @@ def scarcer(errors: int, trials: int) -> int:
     return min(errors, trials - errors)
 
 
-def rate_interval(
-    errors: int, trials: int, confidence: float = 0.95, method: str = "clopper-pearson"
-) -> tuple[float, float]:
-    """Interval of a rate, for trials that are independent of each other.
+def rate_interval(errors: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of a rate by Clopper and Pearson (1934), for trials that are independent.
 
     Parameters
     ----------
     errors, trials : int
     confidence : float
-    method : {"clopper-pearson", "wilson"}
 
     Raises
     ------
     ValueError
-        Errors that are not from 0 to `trials`, no trials, another method.
+        Errors that are not from 0 to `trials`, no trials.
 
     Examples
     --------
@@ -151,21 +149,42 @@ def rate_interval(
     >>> round(low, 4), round(high, 4)
     (0.0, 0.0122)
     """
-    from scipy.special import betaincinv, ndtri
+    from scipy.special import betaincinv
 
     if not 0 <= errors <= trials or not trials:
         raise ValueError(f"{errors} errors of {trials} trials: no rate")
-    if method == "clopper-pearson":
-        tail, right = (1 - confidence) / 2, trials - errors
-        low = float(betaincinv(errors, right + 1, tail)) if errors else 0.0
-        return low, float(betaincinv(errors + 1, right, 1 - tail)) if right else 1.0
-    if method != "wilson":
-        raise ValueError(f"method must be one of clopper-pearson, wilson, got {method!r}")
-    z, rate = float(ndtri((1 + confidence) / 2)), errors / trials
-    middle = rate + z * z / (2 * trials)
-    half = z * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
-    scale = 1 + z * z / trials
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    tail, right = (1 - confidence) / 2, trials - errors
+    low = float(betaincinv(errors, right + 1, tail)) if errors else 0.0
+    return low, float(betaincinv(errors + 1, right, 1 - tail)) if right else 1.0
+
+
+def widened(
+    interval: tuple[float, float],
+    errors: float,
+    few_errors: Callable[[], tuple[float, float] | None],
+) -> tuple[float, float]:
+    """An interval over people; below 30 errors joined with the one for independent trials.
+
+    Few errors are few people's, so that an interval over people is too narrow: at none it has no
+    width.
+
+    Parameters
+    ----------
+    interval : (low, high)
+        Over people.
+    errors : float
+        What the figure rests on.
+    few_errors : callable
+        Gives the other interval, by Clopper-Pearson (:func:`rate_interval`), or None where there
+        is none; called below 30 errors only.
+
+    Examples
+    --------
+    >>> widened((0.01, 0.03), 4, lambda: (0.005, 0.02)), widened((0.01, 0.03), 30, lambda: (0, 1))
+    ((0.005, 0.03), (0.01, 0.03))
+    """
+    few = few_errors() if errors < FEWEST_ERRORS else None
+    return interval if few is None else (min(interval[0], few[0]), max(interval[1], few[1]))
 
 
 @dataclass(frozen=True)
@@ -340,9 +359,9 @@ class Spread:
         for errors, trials, influence in counted:
             interval = influence.interval(errors / trials, confidence)
             rests_on = scarcer(errors, trials)
-            if interval is not None and rests_on < FEWEST_ERRORS:
-                few = rate_interval(errors, trials, confidence)
-                interval = min(interval[0], few[0]), max(interval[1], few[1])
+            if interval is not None:
+                few = partial(rate_interval, errors, trials, confidence)
+                interval = widened(interval, rests_on, few)
             mark = mark_of(rests_on, self.structure.contributing)
             found.append((errors / trials, interval, errors, mark))
         (frr, frr_range, misses, frr_mark), (far, far_range, accepts, far_mark) = found

@@ -69,12 +69,6 @@ def test_intervals_of_a_rate():
     assert rate_interval(3, 50) == pytest.approx(
         (beta.ppf(0.025, 3, 48), beta.ppf(0.975, 4, 47)), abs=1e-9
     )
-    z, n, p = 1.959963984540054, 50, 3 / 50
-    middle, half = p + z * z / 2 / n, z * np.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
-    wilson = [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
-    assert rate_interval(3, 50, method="wilson") == pytest.approx(wilson, abs=1e-9)
-    with pytest.raises(ValueError, match="clopper-pearson, wilson, got 'wald'"):
-        rate_interval(3, 50, method="wald")
 
 
 def test_calibrated_costs_have_their_interval_and_badge():
