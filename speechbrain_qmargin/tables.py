@@ -1,17 +1,23 @@
 """Text tables as people publish them: lists of trials, of scores, of ids and values.
 
 Columns stand between tabs (then cells may hold spaces), commas or blanks; a byte order mark, blank
-lines and a header are allowed.
+lines and a header are allowed. Text is UTF-8, or UTF-16 with its mark, which Excel calls Unicode
+text.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
+import io
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -21,7 +27,6 @@ __all__ = [
     "composed_name",
     "could_be_header",
     "file_source",
-    "not_utf8",
     "numbered_lines",
     "read_columns",
     "read_lines",
@@ -91,7 +96,7 @@ def file_source(path: str | Path) -> str:
 
 
 def read_lines(path: str | Path) -> tuple[list[str], str]:
-    """The lines of a UTF-8 text file, and its name with its SHA-256.
+    """The lines of a text file, and its name with its SHA-256.
 
     Raises
     ------
@@ -107,29 +112,28 @@ def read_lines(path: str | Path) -> tuple[list[str], str]:
     (['anna/1', 'anna/2'], True)
     """
     content = Path(path).read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from None
-    # not splitlines, which also parts at characters that a name may hold
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    with _text(path, io.BufferedReader(io.BytesIO(content))) as stream:
+        # not splitlines, which also parts at characters that a name may hold
+        lines = stream.read().split("\n")
     if not lines[-1]:
         lines.pop()
     return lines, f"{Path(path).name} sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def not_utf8(path: str | Path, error: UnicodeDecodeError) -> ValueError:
-    """What is said of a text file in another encoding.
-
-    Examples
-    --------
-    >>> try:
-    ...     b"J\\xf6rg".decode()
-    ... except UnicodeDecodeError as error:
-    ...     print(not_utf8("ids.txt", error))  # doctest: +ELLIPSIS
-    ids.txt: not a UTF-8 text file (...); save it as UTF-8
-    """
-    return ValueError(f"{path}: not a UTF-8 text file ({error}); save it as UTF-8")
+@contextmanager
+def _text(
+    path: str | Path, content: io.BufferedReader, newline: str | None = None
+) -> Iterator[TextIO]:
+    """A file's content as text, which is UTF-16 where it begins with that byte order mark."""
+    start = content.peek(2)[:2]  # not read and sought: it may be a pipe
+    marked = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    try:
+        with io.TextIOWrapper(
+            content, "utf-16" if marked else "utf-8-sig", newline=newline
+        ) as text:
+            yield text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file ({error}); save it as UTF-8") from None
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -147,13 +151,10 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     >>> list(numbered_lines(file))
     [(1, 'anna/1 a.wav'), (3, 'anna/2 b.wav')]
     """
-    try:
-        with Path(path).open(encoding="utf-8-sig") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.isspace():
-                    yield number, line.removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from None
+    with Path(path).open("rb") as content, _text(path, content) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.isspace():
+                yield number, line.removesuffix("\n")
 
 
 def read_columns(path: str | Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
@@ -187,8 +188,7 @@ def read_columns(path: str | Path) -> tuple[list[str], Iterator[tuple[int, list[
     Traceback (most recent call last):
     ValueError: ...people.csv:4: 1 cells, the header has 2
     """
-    _, first = next(numbered_lines(path), (1, ""))
-    rows = _rows(path, max("\t,;", key=first.count))
+    rows = _rows(path)
     number, header = next(rows, (1, []))
     twice = [name for name in header if name and header.count(name) > 1]
     if twice:
@@ -196,9 +196,14 @@ def read_columns(path: str | Path) -> tuple[list[str], Iterator[tuple[int, list[
     return header, rows
 
 
-def _rows(path: str | Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    with Path(path).open(encoding="utf-8-sig", newline="") as stream:
-        rows, width = csv.reader(stream, delimiter=separator, skipinitialspace=True), 0
+def _rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:
+    with Path(path).open("rb") as content, _text(path, content, newline="") as stream:
+        begun = [next(stream, "")]
+        while begun[-1].isspace():
+            begun.append(next(stream, ""))
+        separator = max("\t,;", key=begun[-1].count)
+        lines = chain(begun, stream)
+        rows, width = csv.reader(lines, delimiter=separator, skipinitialspace=True), 0
         try:
             for row in rows:
                 cells = [cell.strip() for cell in row]
@@ -210,8 +215,6 @@ def _rows(path: str | Path, separator: str) -> Iterator[tuple[int, list[str]]]:
                         f"{path}:{rows.line_num}: {len(cells)} cells, the header has {width}"
                     )
                 yield rows.line_num, cells
-        except UnicodeDecodeError as error:
-            raise not_utf8(path, error) from None
         except csv.Error as error:
             raise ValueError(f"{path}:{rows.line_num}: not a table ({error})") from None
 

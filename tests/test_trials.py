@@ -62,6 +62,7 @@ FORMS = {
     "csv": lines(lambda p, q, y: f"{p},{q},{y:d}", "enrol,test,label\n"),
     "csv, other order": lines(lambda p, q, y: f'{y:d},"{q}",{p}', "label,test,enrollment\n"),
     "bom": b"\xef\xbb\xbf" + VOXCELEB.encode(),
+    "Excel's Unicode text": VOXCELEB.replace("\n", "\r\n").encode("utf-16"),
     "carriage returns": VOXCELEB.replace("\n", "\r\n"),
     "blank lines": VOXCELEB.replace("\n", "\n\n") + "\n  \n",
 }
@@ -108,6 +109,7 @@ def test_ids_that_look_like_labels(tmp_path):
         ("a b x 1\n", r":1: .*4 columns; a first line must name them"),
         ("1\ta\t\n", r":1: .*an id is empty"),
         (b"1 a \xff\n", "not a UTF-8 text file .*; save it as UTF-8"),
+        ("1 a b\n".encode("utf-16")[:-1], "not a UTF-8 text file .*; save it as UTF-8"),
     ],
 )
 def test_bad_lists_are_named_with_their_line(tmp_path, text, message):
@@ -141,6 +143,8 @@ def test_a_kaldi_list_with_its_speakers(tmp_path):
     with pytest.raises(ValueError, match=r"utt2spk:1: expected an id and one str"):
         read_map(write(utt2spk, "b-1\n"))
     assert read_map(write(utt2spk, "b 1\tbob\nb 2\tbob\n")) == {"b 1": "bob", "b 2": "bob"}
+    unicode_text = "b 1\tJörg\r\nb 2\tbob\r\n".encode("utf-16")  # of Excel
+    assert read_map(write(utt2spk, unicode_text)) == {"b 1": "Jörg", "b 2": "bob"}
 
 
 def test_an_impostor_trial_within_a_linked_group_is_named(tmp_path):

@@ -39,6 +39,7 @@ def lists(folder: Path) -> Iterator[Kind]:
         "CSV": rows("{p},{q},{n}", "enrol,test,label\n"),
         "CSV in another order": rows("{n},{q},{p}", "label,test,enrol\n"),
         "byte order mark": "\ufeff" + voxceleb,
+        "UTF-16 with its mark": voxceleb.encode("utf-16"),
         "carriage returns": voxceleb.replace("\n", "\r\n"),
         "blank lines": voxceleb.replace("\n", "\n\n"),
     }
@@ -61,7 +62,7 @@ def lists(folder: Path) -> Iterator[Kind]:
         "two columns of labels": "0 a 1\n1 b 0\n",
         "an empty id": "1\ta\t\n",
         "bytes that are not UTF-8": b"1 a \xff\n",
-        "UTF-16": voxceleb.encode("utf-16"),
+        "UTF-16 without its mark": voxceleb.encode("utf-16-le"),
         "four columns, no header": "a b x 1\n",
     }
     for name, data in wrong.items():

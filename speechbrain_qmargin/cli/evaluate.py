@@ -26,7 +26,7 @@ from speechbrain_qmargin.cli.inputs import (
 from speechbrain_qmargin.embeddings import load_embeddings, load_mean
 from speechbrain_qmargin.files import refuse_overwriting, replacing, write_text
 from speechbrain_qmargin.scoring.score_files import write_scores
-from speechbrain_qmargin.tables import read_lines, read_map
+from speechbrain_qmargin.tables import read_map, read_table
 from speechbrain_qmargin.trials import Trials, read_unlabelled, speaker_in
 
 __all__ = ["configure"]
@@ -72,7 +72,7 @@ PLDA seldom beats.
 
 
 def _breakdown(args) -> None:
-    from speechbrain_qmargin.scoring.breakdown import breakdown, choose_columns
+    from speechbrain_qmargin.scoring.breakdown import breakdown, read_metadata
     from speechbrain_qmargin.scoring.decision import OperatingPoint
     from speechbrain_qmargin.scoring.metrics import operating_points, tar_at_far
 
@@ -80,7 +80,7 @@ def _breakdown(args) -> None:
     refuse_overwriting([args.output], [*inputs, args.utt2spk, args.models], args.overwrite)
     found = read_scored(args.scores, args, columns_of(args.columns))
     trials = both_classes(found.trials)
-    table = choose_columns(args.metadata, args.by)
+    table = read_metadata(args.metadata, args.by, trials)
     if args.operating_point:
         point = OperatingPoint.load(args.operating_point)
         point.refuse_other(**found.origin)
@@ -154,15 +154,14 @@ def _fuse(args) -> None:
 
 def _people(path: str) -> dict[str, str]:
     """``recording`` or ``recording identity`` lines, as a mapping."""
-    lines = [line for line in read_lines(path)[0] if line.strip()]
-    if lines and all(len(line.split()) == 1 and "," not in line for line in lines):
-        names = [line.strip() for line in lines]
-        if not all("/" in name for name in names):
-            raise ValueError(
-                f"{path}: ids without a slash do not tell the identity: write 'recording identity'"
-            )
-        return {name: speaker_in(name) for name in names}
-    return read_map(path)
+    names, *identities = read_table(path, fewest=1).columns
+    if identities:
+        return read_map(path)
+    if not all("/" in name for name in names):
+        raise ValueError(
+            f"{path}: ids without a slash do not tell the identity: write 'recording identity'"
+        )
+    return {name: speaker_in(name) for name in names}
 
 
 def _watchlist(args) -> None:

@@ -232,7 +232,7 @@ def _import(place: str) -> None:
 def _report(args) -> None:
     from tqdm import tqdm
 
-    from speechbrain_qmargin.scoring.breakdown import choose_columns
+    from speechbrain_qmargin.scoring.breakdown import read_metadata
     from speechbrain_qmargin.scoring.html import report_files, write_report
     from speechbrain_qmargin.scoring.page import Provenance
     from speechbrain_qmargin.scoring.plots import canvas
@@ -243,11 +243,11 @@ def _report(args) -> None:
     inputs += [args.dev_utt2spk, args.dev_models, args.metadata]
     outputs = [Path(args.output) / name for name in report_files(len(args.systems))]
     refuse_overwriting(outputs, inputs, args.overwrite)
-    metadata = choose_columns(args.metadata, args.by) if args.metadata else None
     for place in args.figures_from:
         _import(place)
     found, systems = read_systems(args.systems, args)
     trials = both_classes(found)
+    metadata = read_metadata(args.metadata, args.by, trials) if args.metadata else None
     kinds = {name: read.kind for name, read in systems.items()}
     for name, kind in kinds.items():
         if args.llr and kind not in ("", "llr"):

@@ -23,7 +23,6 @@ __all__ = [
     "Breakdown",
     "GroupRates",
     "breakdown",
-    "choose_columns",
     "read_metadata",
     "trial_groups",
 ]
@@ -120,13 +119,20 @@ class Breakdown:
         return asdict(self)
 
 
-def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
+def read_metadata(
+    path: str | Path, columns: Sequence[str] = (), trials: LabelledTrials | None = None
+) -> dict[str, dict[str, str]]:
     """Read a table with a header: the first column names recordings or speakers.
 
     Parameters
     ----------
     path : path
         See :func:`~speechbrain_qmargin.tables.read_columns`.
+    columns : sequence of str
+        Those that are wanted; by default all.
+    trials : LabelledTrials, optional
+        That the table is of: where its first line names a recording or speaker of theirs, it has no
+        header.
 
     Returns
     -------
@@ -137,22 +143,26 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     ------
     ValueError
         No header of two columns, a column twice, a line of another length, an id twice: with file
-        and line.
+        and line. A column that is not there.
 
     Examples
     --------
     >>> path = getfixture("tmp_path") / "people.csv"
-    >>> _ = path.write_text("speaker,gender\\ns1,f\\ns2,m\\n")
-    >>> read_metadata(path)
+    >>> _ = path.write_text("speaker,gender,city\\ns1,f,Bonn\\ns2,m,Graz\\n")
+    >>> read_metadata(path, ["gender"])
     {'gender': {'s1': 'f', 's2': 'm'}}
     """
-    columns, rows = read_columns(path)
-    if len(columns) < 2 or not all(columns):
+    header, rows = read_columns(path)
+    first = header[0] if header else ""
+    known = trials is not None and (
+        first in trials.ids or composed_name(first) in trials.speaker_names()
+    )
+    if len(header) < 2 or not all(header) or known:
         raise ValueError(
             f"{path}:1: expected a header of names, an id's first and then columns, separated by "
-            f"tabs, commas or semicolons; got {columns}"
+            f"tabs, commas or semicolons, such as 'speaker,gender'; got {','.join(header)!r}"
         )
-    table: dict[str, dict[str, str]] = {name: {} for name in columns[1:]}
+    table: dict[str, dict[str, str]] = {name: {} for name in header[1:]}
     seen: dict[str, int] = {}
     for number, (name, *values) in rows:
         before = seen.setdefault(name, number)
@@ -163,25 +173,6 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
                 column[name] = value
     if not seen:
         raise ValueError(f"{path}: a header and no lines")
-    return table
-
-
-def choose_columns(path: str | Path, columns: Sequence[str] = ()) -> dict[str, dict[str, str]]:
-    """Some columns of a metadata table, or all of them; see :func:`read_metadata`.
-
-    Raises
-    ------
-    ValueError
-        As :func:`read_metadata`; a column that is not there.
-
-    Examples
-    --------
-    >>> path = getfixture("tmp_path") / "people.csv"
-    >>> _ = path.write_text("speaker,gender,city\\ns1,f,Bonn\\ns2,m,Graz\\n")
-    >>> choose_columns(path, ["gender"])
-    {'gender': {'s1': 'f', 's2': 'm'}}
-    """
-    table = read_metadata(path)
     for name in columns:
         if name not in table:
             raise ValueError(f"{path}: no column {name}; there are {', '.join(table)}")

@@ -55,6 +55,11 @@ def test_breakdown(files, capsys):
     assert "test_one.tsv sha256:" in found["scores"]
     assert run(*arguments, "--by=age") == 1
     assert "no column age; there are gender" in capsys.readouterr().err
+    headless = files / "headless.csv"
+    headless.write_text((files / "people.csv").read_text().partition("\n")[2])
+    for command in (["breakdown"], ["report", f"--output={files / 'none'}"]):
+        assert run(*command, files / "test_one.tsv", f"--metadata={headless}") == 1
+        assert "headless.csv:1: expected a header of names" in capsys.readouterr().err
 
 
 def test_distinct_pairs_count_for_every_command(files, tmp_path, capsys):
@@ -160,6 +165,11 @@ def test_watchlist(files, capsys):
     between = "".join(line.replace(" ", ", ") for line in gallery)
     (files / "commas.txt").write_text(between)
     assert run(*arguments[:2], files / "commas.txt", arguments[3]) == 0
+    assert "8 identities of 16 templates" in capsys.readouterr().out
+    bare = [files / "gallery_ids.txt", files / "probe_ids.txt"]  # the ids say whose they are
+    for file, lines in zip(bare, (gallery, probes), strict=True):
+        file.write_text("# recordings\n" + "".join(f"{line.split()[0]}\n" for line in lines))
+    assert run(*arguments[:2], *bare) == 0
     assert "8 identities of 16 templates" in capsys.readouterr().out
     (files / "strange.txt").write_text("nobody/1 person1\n")
     assert run(*arguments[:3], files / "strange.txt") == 1

@@ -111,6 +111,17 @@ def test_a_bad_table_is_named(tmp_path, text, message):
     assert "table.csv" in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["ann,f\nbob,m\n", "ann/1,f\nann/2,f\nbob/1,m\n"])
+def test_a_table_of_the_trials_people_or_recordings_without_a_header_is_named(tmp_path, text):
+    trials = LabelledTrials(["ann/1", "ann/2", "bob/1"], np.array([0, 0]), np.array([1, 2]),
+                            np.array([True, False]))  # fmt: skip
+    (tmp_path / "people.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"people\.csv:1: expected a header .*; got 'ann(/1)?,f'"):
+        read_metadata(tmp_path / "people.csv", trials=trials)
+    (tmp_path / "people.csv").write_text("who,gender\n" + text)
+    assert read_metadata(tmp_path / "people.csv", trials=trials)["gender"].popitem()[1] == "m"
+
+
 def test_no_rate_is_given_at_a_threshold_that_is_none():
     trials = LabelledTrials(["a/1", "b/1"], np.array([0]), np.array([1]), np.array([False]))
     with pytest.raises(ValueError, match="the threshold is NaN"):
@@ -128,6 +139,8 @@ def test_a_table_is_read(tmp_path):
     path = tmp_path / "table.tsv"
     path.write_bytes('\ufeffid\tlanguage\tyears\na b/1\t"de"\t\nb\tfr\t3\n'.encode())
     assert read_metadata(path) == {"language": {"a b/1": "de", "b": "fr"}, "years": {"b": "3"}}
+    path.write_bytes("\n \nid\tcity\nann\tKöln\n".encode("utf-16"))  # Excel's Unicode text
+    assert read_metadata(path) == {"city": {"ann": "Köln"}}
     path.write_bytes(b"id,x\n\xff,1\n")
     with pytest.raises(ValueError, match="not a UTF-8 text file"):
         read_metadata(path)
