@@ -361,8 +361,26 @@ def test_ids_match_by_the_strictest_rule():
     assert (places.tolist(), how) == ([1, 2], "without their suffix")
     places, how = match_ids(["a/1.seg3.wav", "c/9.wav"], held)
     assert (places.tolist(), how) == ([0, -1], "up to their first dot")
-    # two recordings that one stem names are not confused
-    assert match_ids(["a/1"], ["a/1.wav", "a/1.flac"])[0].tolist() == [-1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "held"),
+    [
+        (["a/1"], ["b/1.wav", "b/1.flac", "a/1.wav", "a/1.flac"]),
+        (["b/1"], ["a/1.wav", "b/1.wav", "a/1.flac"]),  # by its suffix, which two others have not
+        (["a/1.wav", "a/1.flac", "b/1"], ["b/1.wav"]),
+    ],
+)
+def test_two_recordings_that_one_stem_names_are_named_and_not_confused(wanted, held):
+    said = "two recordings, a/1.wav and a/1.flac, are a/1 without their suffix; write ids in full"
+    with pytest.raises(ValueError, match=said):
+        match_ids(wanted, held)
+
+
+def test_a_recording_that_is_lost_is_not_taken_for_an_ambiguous_one():
+    takes = [f"a/call.{take}" for take in "123"]
+    assert match_ids(takes, takes[:2])[0].tolist() == [0, 1, -1]
+    assert match_ids([*takes, "b"], takes[:2])[0].tolist() == [0, 1, -1, -1]
 
 
 NAMES = st.text(

@@ -51,6 +51,11 @@ def match_ids(wanted: Sequence[str], held: Sequence[str]) -> tuple[np.ndarray, s
         Int array [len(wanted)], -1 where an id is not held; and the rule for a warning, empty
         where the ids are equal.
 
+    Raises
+    ------
+    ValueError
+        Two recordings become one under the rule that an id wants; both are named.
+
     Examples
     --------
     >>> match_ids(["a/1.wav", "a/2.wav"], ["a/2", "a/1"])
@@ -65,9 +70,27 @@ def match_ids(wanted: Sequence[str], held: Sequence[str]) -> tuple[np.ndarray, s
         if not len(best) or best.min() >= 0:
             break
         found = _places(wanted, held, rule)
-        if found is not None and np.count_nonzero(found >= 0) > np.count_nonzero(best >= 0):
+        if found is None:
+            lost = {name for name, place in zip(wanted, best, strict=True) if place < 0}
+            if not lost.isdisjoint(map(rule, held)):
+                raise _ambiguous(wanted, held, lost, rule, how)
+        elif np.count_nonzero(found >= 0) > np.count_nonzero(best >= 0):
             best, said = found, how
     return best, said
+
+
+def _ambiguous(wanted, held, lost, rule, how) -> ValueError:
+    """What is said of two ids that become one under a rule; of those that are lost by it first."""
+    twice = []
+    for names in (held, wanted):
+        first: dict[str, str] = {}
+        pairs = ((first.setdefault(rule(name), name), name) for name in names)
+        twice += [pair for pair in pairs if pair[0] != pair[1]]
+    one, other = min(twice, key=lambda pair: rule(pair[0]) not in lost)
+    return ValueError(
+        f"ids are ambiguous: two recordings, {one} and {other}, are {rule(one)} {how}; write ids "
+        "in full, as they are there"
+    )
 
 
 def _places(wanted, held, rule) -> Any:
