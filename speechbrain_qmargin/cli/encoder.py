@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from speechbrain_qmargin.cli import GOES_ON
-from speechbrain_qmargin.cli.inputs import add_encoder, add_overwrite
+from speechbrain_qmargin.cli.inputs import add_encoder, add_overwrite, find_inputs
 
 __all__ = ["configure"]
 
@@ -61,9 +61,8 @@ def _extract(args: argparse.Namespace) -> None:
 
     from speechbrain_qmargin.data.skipped import write_listing
     from speechbrain_qmargin.export.encoder import SpeakerEncoder
-    from speechbrain_qmargin.export.images import find_images
     from speechbrain_qmargin.export.loading import load_any_encoder
-    from speechbrain_qmargin.export.recordings import extract_recordings, find_recordings
+    from speechbrain_qmargin.export.recordings import extract_recordings
     from speechbrain_qmargin.export.sources import check_output, output_files, write_embeddings
     from speechbrain_qmargin.files import refuse_overwriting
 
@@ -72,8 +71,8 @@ def _extract(args: argparse.Namespace) -> None:
     refuse_overwriting(outputs, [source], args.overwrite)
     encoder = load_any_encoder(args.encoder, args.device or _device(), args.trust, args.flip, print)
     speech = isinstance(encoder, SpeakerEncoder)
-    what, find = ("recording", find_recordings) if speech else ("image", find_images)
-    inputs = find(source)
+    what = "recording" if speech else "image"
+    inputs = find_inputs(source, speech=speech, quiet=args.quiet)
     check_output(out, inputs.items)
     flip = "" if speech else f"; flip {encoder.flip}"
     print(f"{source}: {what}s are named {inputs.named}{flip}")
@@ -159,7 +158,7 @@ def _pairs(args: argparse.Namespace) -> None:
     for path in map(Path, args.sets):
         if path.stem in sets:
             raise ValueError(f"two sets are called {path.stem}; their results would be one folder")
-        sets[path.stem] = _read_pairs(path, args.images)
+        sets[path.stem] = _read_pairs(path, args.images, args.quiet)
     refuse_overwriting([output / "pairs.json"], args.sets, args.overwrite)
     encoder = load_any_encoder(args.encoder, args.device or _device(), args.trust, args.flip, print)
     if not isinstance(encoder, FaceEncoder):
@@ -178,7 +177,9 @@ def _pairs(args: argparse.Namespace) -> None:
     print("\n".join([f"flip {encoder.flip}", *lines, f"files: {output}/"]))
 
 
-def _read_pairs(path: Path, folder: str | None) -> tuple[Any, list[str], np.ndarray, str]:
+def _read_pairs(
+    path: Path, folder: str | None, quiet: bool
+) -> tuple[Any, list[str], np.ndarray, str]:
     """Images, their ids two a pair, which pairs are of one person, what the images are."""
     from speechbrain_qmargin.data.images import check_images
     from speechbrain_qmargin.data.pickled import read_bin
@@ -197,7 +198,7 @@ def _read_pairs(path: Path, folder: str | None) -> tuple[Any, list[str], np.ndar
         same = trials.is_target
         sides = np.stack((trials.enrolment, trials.test), axis=1).reshape(-1)
         ids = [trials.ids[row] for row in sides]
-        images = select_images(find_images(folder), trials.ids, path)
+        images = select_images(find_images(folder, progress=not quiet), trials.ids, path)
     try:
         check_folds(same)
     except ValueError as error:

@@ -6,13 +6,16 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from speechbrain_qmargin.scoring.score_files import ScoreFile, read_score_file
 from speechbrain_qmargin.scoring.separation import refuse_other_scores
 from speechbrain_qmargin.trials import LabelledTrials, Trials, read_unlabelled
+
+if TYPE_CHECKING:
+    from speechbrain_qmargin.extraction import Inputs
 
 __all__ = [
     "add_cohort",
@@ -25,6 +28,7 @@ __all__ = [
     "both_classes",
     "columns_of",
     "files_of",
+    "find_inputs",
     "read_development",
     "read_scored",
     "read_systems",
@@ -134,6 +138,17 @@ def add_dev_scores(sub: argparse.ArgumentParser, use: str) -> None:
                      "recordings")  # fmt: skip
     sub.add_argument("--dev_models", metavar="FILE", help="table of the development list's "
                      "enrolment models")  # fmt: skip
+
+
+def find_inputs(source: Path, *, speech: bool, quiet: bool) -> Inputs:
+    """What an encoder of speech, or of faces, is to embed, with ids as trial lists write them."""
+    if speech:
+        from speechbrain_qmargin.export.recordings import find_recordings
+
+        return find_recordings(source)
+    from speechbrain_qmargin.export.images import find_images
+
+    return find_images(source, progress=not quiet)
 
 
 def columns_of(given: Sequence[str], system: str = "") -> str | None:

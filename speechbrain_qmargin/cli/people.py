@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from speechbrain_qmargin.cli.inputs import add_encoder, add_overwrite, share
+from speechbrain_qmargin.cli.inputs import add_encoder, add_overwrite, find_inputs, share
 from speechbrain_qmargin.scoring.normalisation import PER_RECORDING
 
 __all__ = ["configure"]
@@ -93,9 +93,7 @@ def _threshold(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from speechbrain_qmargin.embeddings import Embeddings, load_embeddings, save_embeddings
-    from speechbrain_qmargin.export.images import find_images
     from speechbrain_qmargin.export.inference import trained_on
-    from speechbrain_qmargin.export.recordings import find_recordings
     from speechbrain_qmargin.files import refuse_overwriting
     from speechbrain_qmargin.published import split_format
     from speechbrain_qmargin.verify import threshold as module
@@ -120,7 +118,7 @@ def _threshold(args: argparse.Namespace) -> None:
                 raise ValueError(f"{source}: embeddings of another encoder, or of one not known")
             kept = _without(found, known, source)
             return Embeddings(kept, found.matrix[found.rows(kept)], found.source, found.encoder)
-        inputs = find_recordings(source) if reader.modality == "speech" else find_images(source)
+        inputs = find_inputs(source, speech=reader.modality == "speech", quiet=args.quiet)
         print(f"{source}: files are named {inputs.named}")
         kept = {name: inputs.items[name] for name in _without(inputs.items, known, source)}
         folders.append(place.with_name(f".{place.name}.{part}.parts"))

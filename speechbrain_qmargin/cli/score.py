@@ -209,7 +209,7 @@ def _score(args) -> None:
     from speechbrain_qmargin.scoring.lists import score_files
 
     given = vars(args)
-    names = [action for action in given if action not in ("quiet", "command", "run")]
+    names = [action for action in given if action not in ("command", "run")]
     score_files(**{name: given[name] for name in names})
 
 

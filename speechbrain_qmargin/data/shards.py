@@ -20,8 +20,14 @@ from speechbrain_qmargin.data.stored import StoredFaces, kept_beside
 __all__ = ["FaceShards", "stored_faces"]
 
 
-def stored_faces(path: str | Path) -> FaceRecords | FaceShards | None:
+def stored_faces(path: str | Path, *, progress: bool = True) -> FaceRecords | FaceShards | None:
     """The images at a path that keeps them inside large files.
+
+    Parameters
+    ----------
+    path : path
+    progress : bool
+        Show a bar where labels have to be read.
 
     Returns
     -------
@@ -43,15 +49,15 @@ def stored_faces(path: str | Path) -> FaceRecords | FaceShards | None:
     """
     path = Path(path)
     if path.suffix == ".rec":
-        return FaceRecords(path)
+        return FaceRecords(path, progress=progress)
     records = sorted(path.glob("*.rec"))
     if len(records) > 1:
         records = [one for one in records if one.name == "train.rec"]
         if not records:
             raise ValueError(f"{path}: several .rec files are there; name the one to train on")
     if records:
-        return FaceRecords(records[0])
-    return FaceShards(path) if any(path.glob("*.tar")) else None
+        return FaceRecords(records[0], progress=progress)
+    return FaceShards(path, progress=progress) if any(path.glob("*.tar")) else None
 
 
 class FaceShards(StoredFaces):

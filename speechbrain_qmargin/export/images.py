@@ -26,7 +26,7 @@ from speechbrain_qmargin.trials import match_ids
 __all__ = ["extract_images", "find_images", "select_images"]
 
 
-def find_images(source: str | Path) -> Inputs:
+def find_images(source: str | Path, *, progress: bool = True) -> Inputs:
     """What a path holds, with ids as trial lists write them.
 
     Parameters
@@ -36,6 +36,8 @@ def find_images(source: str | Path) -> Inputs:
         text file: a path a line, or an id and a path. A ``.rec`` or the folder of one, or of
         webdataset shards: ``<identity>/<key of the record>``. A ``.bin`` set: ``<set>/000000`` and
         ``<set>/000001`` are its first pair.
+    progress : bool
+        Show a bar where the labels of records or shards have to be read.
 
     Raises
     ------
@@ -59,9 +61,10 @@ def find_images(source: str | Path) -> Inputs:
         contents, same = read_bin(source)
         items = dict(zip(pair_ids(source.stem, len(same)), contents, strict=True))
         return Inputs(items, bytes, named="<set>/<number of the image>")
-    stored = stored_faces(source) if source.is_dir() or source.suffix == ".rec" else None
-    if stored is not None:
-        return _stored(stored)
+    if source.is_dir() or source.suffix == ".rec":
+        stored = stored_faces(source, progress=progress)
+        if stored is not None:
+            return _stored(stored)
     if source.is_dir():
         return _below(source / "images" if (source / "images").is_dir() else source)
     if source.suffix.lower() in IMAGE_SUFFIXES:

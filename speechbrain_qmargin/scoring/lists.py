@@ -247,6 +247,7 @@ def score_lists(
     confidence: float = 0.95,
     title: str = "",
     units: str = "speakers",
+    quiet: bool = False,
 ) -> tuple[dict[str, dict[str, Report]], str]:
     """Score every list: cosine, centred cosine and normalised with a cohort, calibrated.
 
@@ -269,6 +270,8 @@ def score_lists(
         Of the pictures.
     units : str
         What the tables call the speakers.
+    quiet : bool
+        Whether progress bars are left out.
 
     Returns
     -------
@@ -305,12 +308,12 @@ def score_lists(
     source = getattr(embeddings, "source", "")
     about = {"embeddings": source} if source else {}
     reports: dict[str, dict[str, Report]] = {}
-    for name, trials in tqdm(lists.items(), "lists", disable=len(lists) <= 1):
+    for name, trials in tqdm(lists.items(), "lists", disable=quiet or len(lists) <= 1):
         systems = {"cosine": cosine_scores(embeddings, trials, enrolment=enrolment)}
         origins = {"cosine": _origin("cosine", embeddings, trials, enrolment)}
         if cohort is not None:
             systems["centred"] = cosine_scores(embeddings, trials, cohort.mean, enrolment)
-            systems[cohort.kind] = cohort.scores(embeddings, trials, enrolment)
+            systems[cohort.kind] = cohort.scores(embeddings, trials, enrolment, quiet)
             origins["centred"] = _origin("centred cosine", embeddings, trials, enrolment)
             origins[cohort.kind] = _origin(cohort.kind, embeddings, trials, enrolment, cohort)
         if calibration is not None:
@@ -398,6 +401,7 @@ def score_files(
     c_fa: float = 1.0,
     confidence: float = 0.95,
     overwrite: bool = False,
+    quiet: bool = False,
     say: Callable[[str], object] = print,
 ) -> dict[str, dict[str, Report]]:
     """Everything of :func:`score_lists` from files; ``results.txt`` and ``results.json``.
@@ -427,6 +431,8 @@ def score_files(
         See :func:`score_lists`.
     overwrite : bool
         Whether results that are there may be replaced.
+    quiet : bool
+        See :func:`score_lists`.
     say : callable
         Gets the tables.
 
@@ -497,7 +503,8 @@ def score_files(
         if normalised is None:
             scores, kind = cosine_scores(of_dev, development, enrolment=enrolment), "cosine"
         else:
-            scores, kind = normalised.scores(of_dev, development, enrolment), normalised.kind
+            scores = normalised.scores(of_dev, development, enrolment, quiet)
+            kind = normalised.kind
         calibration = fit_calibration(
             scores,
             development,
@@ -518,6 +525,7 @@ def score_files(
         c_miss=c_miss,
         c_fa=c_fa,
         confidence=confidence,
+        quiet=quiet,
     )
     results = {
         name: {system: report.to_dict() for system, report in systems.items()}

@@ -464,3 +464,16 @@ def test_rates_priors_and_confidences_are_shares(capsys, command, option):
     with pytest.raises(SystemExit):
         main([command, "one", "other", option])
     assert "is not between 0 and 1; 1 % is 0.01" in capsys.readouterr().err
+
+
+def test_quiet_shows_no_progress_bar(files, tmp_path, capsys):
+    shutil.copy(files / "test.txt", tmp_path / "again.txt")
+    words = ["score", files / "test.npz", files / "test.txt", tmp_path / "again.txt", "--top_n=6"]
+    words += [f"--cohort={files / 'cohort.npz'}", f"--dev_trials={files / 'dev.txt'}"]
+    words += [f"--dev_embeddings={files / 'dev.npz'}"]
+    shown = {}
+    for quiet in ([], ["--quiet"]):
+        assert main([*quiet, *map(str, words), f"--output={tmp_path / str(len(quiet))}"]) == 0
+        shown[bool(quiet)] = capsys.readouterr().err
+    assert "lists: 100%" in shown[False]
+    assert shown[True] == ""

@@ -102,7 +102,7 @@ def test_a_folder_is_embedded_as_the_run_was_tested(run, folder, tmp_path, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["e.npz"]
 
 
-def test_lists_records_and_sets(run, folder, tmp_path):
+def test_lists_records_and_sets(run, folder, tmp_path, capsys):
     image = folder / "images/person1/0.png"
     (tmp_path / "list.txt").write_text(f"one {image}\n{image}\n")
     assert extract(run, tmp_path / "list.txt", tmp_path / "list.npz") == 0
@@ -129,6 +129,7 @@ def test_lists_records_and_sets(run, folder, tmp_path):
     assert extract(run, tmp_path, tmp_path / "tar.npz") == 0
     one = load_embeddings(tmp_path / "tar.npz").matrix
     np.testing.assert_allclose(one, found.matrix[3:], rtol=1e-4, atol=1e-5)
+    assert capsys.readouterr().err == ""  # qmargin --quiet
     listed = (tmp_path / "tar.npz.skipped.tsv").read_text()
     assert listed == "0.tar: b.png\ta link or a folder, not a file\n"
 
