@@ -197,8 +197,15 @@ def make_folder(folder: str | Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        file = next(one for one in (folder, *folder.parents) if one.exists())
-        raise NotADirectoryError(f"{file} is a file; a folder is wanted there") from None
+        _refuse_file(folder)
+        raise
+
+
+def _refuse_file(folder: Path) -> None:
+    """A file in the place of a folder, or in that of one above it."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file; a folder is wanted there")
 
 
 def named_file(setting: str, path: str | Path) -> Path:
@@ -251,6 +258,8 @@ def refuse_overwriting(
         pipe, which a file would replace; named.
     FileExistsError
         An output that is there already; named.
+    IsADirectoryError, NotADirectoryError
+        A folder in the place of an output, or a file in that of its folder; named.
 
     Examples
     --------
@@ -268,7 +277,10 @@ def refuse_overwriting(
             raise ValueError(f"{path}: the output is an input too ({read[place]})")
         if place in written:
             raise ValueError(f"{path}: two outputs would be written there; give one another name")
-        if os.path.exists(place) and not (os.path.isfile(place) or os.path.isdir(place)):
+        if os.path.isdir(place):
+            raise IsADirectoryError(f"{path} is a folder; give the file to write")
+        _refuse_file(Path(path).parent)
+        if os.path.exists(place) and not os.path.isfile(place):
             raise ValueError(f"{path}: a device or a pipe, which a file would replace")
         written.add(place)
     there = [] if overwrite else [path for path in outputs if os.path.lexists(path)]

@@ -107,6 +107,17 @@ def test_no_file_takes_the_place_of_a_device_or_a_pipe(tmp_path, overwrite):
             refuse_overwriting([output], [], overwrite)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_file_is_written_where_a_folder_is_nor_below_a_file(tmp_path, overwrite):
+    (tmp_path / "scores").mkdir()
+    with pytest.raises(IsADirectoryError, match="scores is a folder; give the file to write"):
+        refuse_overwriting([tmp_path / "scores"], [], overwrite)
+    (tmp_path / "list.txt").touch()
+    with pytest.raises(NotADirectoryError, match=r"list\.txt is a file; a folder is wanted there"):
+        refuse_overwriting([tmp_path / "list.txt" / "new" / "scores.tsv"], [], overwrite)
+    refuse_overwriting([tmp_path / "new" / "scores.tsv", "here.tsv"], [], overwrite)
+
+
 def test_an_input_that_is_a_loop_of_links_is_left_to_who_reads_it(tmp_path):
     loop = tmp_path / "loop.npz"
     loop.symlink_to(loop)

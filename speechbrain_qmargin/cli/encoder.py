@@ -69,6 +69,7 @@ def _extract(args: argparse.Namespace) -> None:
     source, out = Path(args.source), Path(args.output)
     outputs = output_files(out)
     refuse_overwriting(outputs, [source], args.overwrite)
+    check_output(out, ())
     encoder = load_any_encoder(args.encoder, args.device or _device(), args.trust, args.flip, print)
     speech = isinstance(encoder, SpeakerEncoder)
     what = "recording" if speech else "image"
@@ -110,9 +111,6 @@ def _export(args: argparse.Namespace) -> None:
     from speechbrain_qmargin.training.layout import is_run
 
     outputs = [one for one in (args.onnx, args.wespeaker, args.arcface_torch) if one]
-    for option, file in (("--onnx", args.onnx), ("--arcface_torch", args.arcface_torch)):
-        if file and Path(file).is_dir():  # before minutes of work
-            raise IsADirectoryError(f"{option}: {file} is a folder; give the file to write")
     if args.wespeaker and Path(args.wespeaker).exists():  # with whatever lies in it
         raise FileExistsError(f"--wespeaker: {args.wespeaker} is there already; give a new folder")
     refuse_overwriting(outputs, [args.operating_point], args.overwrite)
@@ -152,6 +150,7 @@ def _pairs(args: argparse.Namespace) -> None:
     from speechbrain_qmargin.export.loading import load_any_encoder
     from speechbrain_qmargin.faces.pair_sets import pair_set_figures
     from speechbrain_qmargin.files import refuse_overwriting, write_text
+    from speechbrain_qmargin.scoring.plots import check_picture
 
     output = Path(args.output)
     sets = {}
@@ -160,6 +159,7 @@ def _pairs(args: argparse.Namespace) -> None:
             raise ValueError(f"two sets are called {path.stem}; their results would be one folder")
         sets[path.stem] = _read_pairs(path, args.images, args.quiet)
     refuse_overwriting([output / "pairs.json"], args.sets, args.overwrite)
+    check_picture(output / "det.png")
     encoder = load_any_encoder(args.encoder, args.device or _device(), args.trust, args.flip, print)
     if not isinstance(encoder, FaceEncoder):
         raise ValueError(f"{args.encoder}: an encoder of speech")

@@ -207,10 +207,11 @@ def _watchlist(args) -> None:
 def _bayes(args) -> None:
     from speechbrain_qmargin.scoring.bayes import bayes_error
     from speechbrain_qmargin.scoring.metrics import operating_points
-    from speechbrain_qmargin.scoring.plots import bayes_error_figure, save_figure
+    from speechbrain_qmargin.scoring.plots import bayes_error_figure, check_picture, save_figure
 
     inputs = [*files_of(args.systems), args.trials, args.utt2spk, args.models]
     refuse_overwriting([args.output], inputs, args.overwrite)
+    check_picture(args.output)
     found, files = read_systems(args.systems, args)
     distinct = both_classes(found).distinct
     is_target = distinct.trials.is_target

@@ -235,14 +235,14 @@ def _report(args) -> None:
     from speechbrain_qmargin.scoring.breakdown import read_metadata
     from speechbrain_qmargin.scoring.html import report_files, write_report
     from speechbrain_qmargin.scoring.page import Provenance
-    from speechbrain_qmargin.scoring.plots import canvas
+    from speechbrain_qmargin.scoring.plots import check_picture
 
-    canvas(1, 1)  # without matplotlib it ends here, before anything is computed
     inputs = files_of([*args.systems, *args.dev_scores])
     inputs += [args.trials, args.utt2spk, args.models, args.dev_trials]
     inputs += [args.dev_utt2spk, args.dev_models, args.metadata]
     outputs = [Path(args.output) / name for name in report_files(len(args.systems))]
     refuse_overwriting(outputs, inputs, args.overwrite)
+    check_picture(outputs[0].with_name("det.png"))
     for place in args.figures_from:
         _import(place)
     found, systems = read_systems(args.systems, args)

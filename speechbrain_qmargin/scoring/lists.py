@@ -27,7 +27,7 @@ from speechbrain_qmargin.scoring.normalisation import (
     refuse_shared_speakers,
     top_of,
 )
-from speechbrain_qmargin.scoring.plots import det_figure, save_figure
+from speechbrain_qmargin.scoring.plots import check_picture, det_figure, save_figure
 from speechbrain_qmargin.scoring.report import FARS, Report, compare, evaluate
 from speechbrain_qmargin.scoring.score_files import write_scores
 from speechbrain_qmargin.scoring.separation import Origin, origin_of, refuse_shared
@@ -478,6 +478,7 @@ def score_files(
     inputs = [*paths, embeddings, utt2spk, models, cohort, cohort_utt2spk]
     inputs += [dev_trials, dev_embeddings, dev_utt2spk, dev_models]
     refuse_overwriting(written, inputs, overwrite)
+    check_picture(written[-1])
     lists = {path.stem: with_tables(read_trials(path), utt2spk, models) for path in paths}
     vectors = load_embeddings(embeddings)
     of_dev = load_embeddings(dev_embeddings) if dev_embeddings else vectors

@@ -24,6 +24,7 @@ __all__ = [
     "bayes_error_figure",
     "calibration_figure",
     "canvas",
+    "check_picture",
     "det_figure",
     "histogram_figure",
     "plain",
@@ -68,6 +69,30 @@ def canvas(width: float, height: float):
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def check_picture(path: str | Path) -> None:
+    """Refuse, before anything is computed, a picture that could not be written.
+
+    Raises
+    ------
+    ImportError
+        No matplotlib.
+    ValueError
+        A suffix that is no format of pictures; with the path.
+
+    Examples
+    --------
+    >>> check_picture("bayes_error.svg")
+    >>> check_picture("bayes_error")
+    Traceback (most recent call last):
+    ValueError: bayes_error: a picture's suffix is its format, such as .png, .svg or .pdf
+    """
+    require("matplotlib", why="plots", extra="report")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if Path(path).suffix.lower()[1:] not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"{path}: a picture's suffix is its format, such as .png, .svg or .pdf")
 
 
 def _probit(rate: float) -> float:

@@ -142,6 +142,14 @@ def test_fuse(files, capsys):
     assert "0.01: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["picture", "picture.xlsx"])
+def test_a_picture_of_no_format_is_refused_before_the_scores_are_read(tmp_path, capsys, name):
+    assert run("bayes", tmp_path / "gone.tsv", f"--output={tmp_path / name}") == 1
+    said = capsys.readouterr()
+    assert f"{name}: a picture's suffix is its format, such as .png, .svg or .pdf" in said.err
+    assert said.out == ""
+
+
 def test_watchlist(files, capsys):
     gallery = [f"test{i}/{j} person{i}\n" for i in range(8) for j in range(2)]
     probes = [f"test{i}/{j} person{i}\n" for i in range(12) for j in (2, 3)]
@@ -332,7 +340,7 @@ def test_trials_of_one_class_are_refused_by_their_file(files, tmp_path, capsys, 
     for words in (
         ("report", lone, output),
         ("report", both, f"--dev_scores={lone}", output),
-        ("bayes", lone, output),
+        ("bayes", lone, f"{output}.png"),
         ("breakdown", lone, f"--metadata={files / 'people.csv'}"),
         ("calibrate", lone, tmp_path / "out"),
         ("fuse", f"a={both}", f"--dev_scores=a={lone}", output),

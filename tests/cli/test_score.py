@@ -417,11 +417,13 @@ def test_outputs_never_overwrite_inputs(files, tmp_path, capsys):
     assert "cohort.npz: the output is an input too" in capsys.readouterr().err
 
 
-def test_without_matplotlib_nothing_is_computed(tmp_path):
-    written(tmp_path / "s", ["a b 0.5 target"])
+@pytest.mark.parametrize(
+    "words", [["report", "gone.tsv"], ["bayes", "gone.tsv"], ["score", "gone.npz", "gone.txt"]]
+)
+def test_without_matplotlib_nothing_is_computed(tmp_path, words):
     code = (
         "import sys; sys.modules['matplotlib'] = None; sys.modules['matplotlib.figure'] = None\n"
-        "from speechbrain_qmargin.cli import main\nsys.exit(main(['report', 'gone.tsv']))"
+        f"from speechbrain_qmargin.cli import main\nsys.exit(main({words}))"
     )
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True

@@ -292,6 +292,7 @@ def test_bad_input_is_named(run, folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "no .bmp, " in error(run, tmp_path / "empty", tmp_path / "o.npz")
     assert "no such folder or file of images" in error(run, tmp_path / "gone", tmp_path / "o.npz")
+    assert "o.csv: embeddings are written as .npz" in error("gone", folder, tmp_path / "o.csv")
     image = folder / "images/person0/0.png"
     assert "give its folder, or a list" in error(run, image, tmp_path / "o.npz")
     (tmp_path / "list.txt").write_text(f"a {image}\na {image}\n")
