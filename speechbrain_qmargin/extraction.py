@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import time
 import zlib
 from collections import deque
@@ -32,6 +33,7 @@ __all__ = [
     "content_key",
     "extract_into",
     "extract_items",
+    "folder_of_model",
     "read_ahead",
 ]
 
@@ -211,6 +213,32 @@ class EmbeddingParts:
             if len(rows):
                 matrix[rows] = load_embeddings(file).matrix[source[rows, 1]]
         return Embeddings(names, matrix)
+
+
+def folder_of_model(folder: str | Path, model: str, *, alone: bool = True) -> Path:
+    """Where a model's parts lie in a folder that nobody has named: no other model is in the way.
+
+    Parameters
+    ----------
+    folder : path
+    model : str
+        What tells the model from others.
+    alone : bool
+        Whether those of other models are deleted.
+
+    Examples
+    --------
+    >>> folder = getfixture("tmp_path")
+    >>> parts = EmbeddingParts(folder_of_model(folder, "model 1"), "model 1")
+    >>> place = folder_of_model(folder, "model 2")
+    >>> place.parent == folder, list(folder.iterdir())
+    (True, [])
+    """
+    own = Path(folder) / f"{zlib.crc32(model.encode()):08x}"
+    if alone:
+        for other in set(Path(folder).glob("*")) - {own}:
+            shutil.rmtree(other, ignore_errors=True)
+    return own
 
 
 def extract_into(

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from speechbrain_qmargin.cli import GOES_ON
 from speechbrain_qmargin.cli.inputs import add_encoder, add_overwrite, find_inputs, share
 from speechbrain_qmargin.scoring.normalisation import PER_RECORDING
 
@@ -325,6 +326,7 @@ def configure(add) -> None:
         )
 
     sub = with_encoder("threshold", _threshold, THRESHOLD)
+    sub.set_defaults(again=GOES_ON)
     prints(sub)
     sub.add_argument("source", metavar="SOURCE", help="a folder of your people, a list, or .npz")
     sub.add_argument("--save", metavar="FILE", help="keep the embeddings of SOURCE (.npz), to try "

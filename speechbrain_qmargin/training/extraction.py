@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +12,13 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import Tensor
 
-from speechbrain_qmargin.extraction import EmbeddingParts, collect, content_key, extract_into
+from speechbrain_qmargin.extraction import (
+    EmbeddingParts,
+    collect,
+    content_key,
+    extract_into,
+    folder_of_model,
+)
 from speechbrain_qmargin.files import fault_of
 
 __all__ = ["ReadableBatch", "Unreadable", "extract_dataset"]
@@ -117,10 +121,8 @@ def extract_dataset(
     together = torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if together else 0
     world = torch.distributed.get_world_size() if together else 1
-    own = Path(folder) / f"{zlib.crc32(model.encode()):08x}"
+    own = folder_of_model(folder, model, alone=if_main_process())
     if if_main_process():
-        for older in set(Path(folder).glob("*")) - {own}:
-            shutil.rmtree(older, ignore_errors=True)
         EmbeddingParts(own, model)
     ddp_barrier()  # the main process has made the folder
     parts = EmbeddingParts(own, model, rank)

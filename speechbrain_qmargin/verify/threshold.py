@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from speechbrain_qmargin.embeddings import Embeddings, cosine_scores
-from speechbrain_qmargin.extraction import Inputs, extract_items
+from speechbrain_qmargin.extraction import Inputs, extract_items, folder_of_model
 from speechbrain_qmargin.scoring.calibration import Calibration, digest, fit_calibration
 from speechbrain_qmargin.scoring.decision import choose_operating_point
 from speechbrain_qmargin.scoring.influence import TrialStructure
@@ -79,7 +79,8 @@ def embed_files(
     reader : Reader
     inputs : Inputs
     folder : path
-        Where embeddings are kept on their way; interrupted, it goes on there.
+        Where embeddings are kept on their way; interrupted, it goes on there. Those of another
+        encoder or of other rules go.
     progress : callable, optional
         Called with how many were done since the last call.
 
@@ -111,9 +112,10 @@ def embed_files(
     >>> list(found), faults
     (['ann/1', 'bob/1'], {'bob/2': 'the content is empty'})
     """
+    model = f"{reader.digest} verified {reader.rules}"
     merged, faults = extract_items(
-        folder,
-        f"{reader.digest} verified {reader.rules}",
+        folder_of_model(folder, model),
+        model,
         inputs,
         reader.read,
         reader.embed,

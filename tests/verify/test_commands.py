@@ -15,6 +15,7 @@ from speechbrain_qmargin.cli import main
 from speechbrain_qmargin.embeddings import load_embeddings, save_embeddings
 from speechbrain_qmargin.scoring.decision import OperatingPoint
 from speechbrain_qmargin.synthetic.faces import draw_face
+from speechbrain_qmargin.verify.readers import SpeechReader
 from speechbrain_qmargin.verify.verifier import Verifier
 
 
@@ -59,6 +60,29 @@ def test_a_threshold_by_one_command(encoder, capsys, voices_folder, tmp_path):
     assert (status, json.loads(out)["threshold"]) == (0, point.threshold)
     status, _, error = called(capsys, *given, f"--save={tmp_path / 'people.npz'}")
     assert (status, "people.npz" in error) == (1, True)
+
+
+def test_an_interrupted_threshold_keeps_what_was_embedded_until_other_settings_are_tried(
+    capsys, voices_folder, tmp_path, monkeypatch
+):
+    run, read = speech_run(tmp_path / "run"), SpeechReader.read
+    assert main(["--quiet", "export", str(run)]) == 0
+    given = ["threshold", run, voices_folder, "--far=0.2"]
+
+    def dies(self, source):
+        if len(seen) >= 20:
+            raise KeyboardInterrupt
+        return seen.append(source) or read(self, source)
+
+    seen: list = []
+    monkeypatch.setattr(SpeechReader, "read", dies)
+    status, _, error = called(capsys, *given)
+    assert (status, "interrupted; the same command goes on" in error) == (130, True)
+    assert list(run.glob(".inference.people.parts/*/part_*"))
+    monkeypatch.setattr(SpeechReader, "read", read)
+    status, out, error = called(capsys, *given, "--unchecked")  # nothing has to be deleted
+    assert (status, "threshold" in out, error) == (0, True, "")
+    assert not list(run.glob(".inference*.parts"))
 
 
 def test_whom_the_encoder_was_trained_on_is_left_out(encoder, capsys, voices_folder, tmp_path):

@@ -333,7 +333,7 @@ def test_a_threshold_is_chosen_on_one_half_and_measured_on_the_other():
 
 
 def test_an_interrupted_threshold_goes_on_with_its_own_people_alone(tmp_path):
-    """Two folders whose people and files have the same names; recordings taken unchecked."""
+    """Two folders whose people and files have the same names; other rules, another encoder."""
     sources = {}
     for source in ("one", "other"):
         sources[source] = {name: tmp_path / source / name for name in ("p1/1", "p1/2", "p2/1")}
@@ -348,8 +348,13 @@ def test_an_interrupted_threshold_goes_on_with_its_own_people_alone(tmp_path):
     class Unchecked(Stub):
         rules = "unchecked"
 
-    with pytest.raises(ValueError, match=r"parts holds embeddings of another model or of other"):
-        threshold.embed_files(Unchecked(), Inputs(sources["one"]), tmp_path / "parts")
+        def vector(self, text):
+            return -super().vector(text)
+
+    for reader in (Unchecked(), Stub(digest="cd" * 32)):  # what others left is not in the way
+        found, _ = threshold.embed_files(reader, Inputs(sources["one"]), tmp_path / "parts")
+        np.testing.assert_array_equal(found["p1/1"], reader.vector("one p1/1"))
+        assert len(list((tmp_path / "parts").iterdir())) == 1
 
 
 def test_a_threshold_takes_no_embedding_of_another_file_of_records(tmp_path):
