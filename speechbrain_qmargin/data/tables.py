@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 import os
@@ -11,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from speechbrain_qmargin.data.manifest import Item, Manifest
-from speechbrain_qmargin.files import replacing
 from speechbrain_qmargin.tables import numbered_lines, read_columns, read_map, some
 
-__all__ = ["is_table", "read_csv", "read_kaldi", "read_table", "write_csv"]
+__all__ = ["is_table", "read_csv", "read_kaldi", "read_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -174,33 +172,6 @@ def _items(
             f"{path}: every stop is the end of its recording at {min(other_rates):,} Hz. "
             f"{_COUNTED.format(rate=rate)}"
         )
-
-
-def write_csv(path: str | Path, manifest: Manifest, *, sample_rate: int = 16000) -> None:
-    """The table of a manifest as :func:`read_csv` reads it, samples counted at `sample_rate`.
-
-    Examples
-    --------
-    >>> file = getfixture("tmp_path") / "train.csv"
-    >>> whole = Item("ann--1", "/data/a.wav", "ann", duration=4.0)
-    >>> part = Item("ann--2", "/data/b.wav", "ann", start=1.0, duration=2.0, part=True)
-    >>> write_csv(file, Manifest.of([whole, part]))
-    >>> print(file.read_text())
-    ID,duration,wav,start,stop,spk_id
-    ann--1,4.0,/data/a.wav,,,ann
-    ann--2,,/data/b.wav,16000,48000,ann
-    """
-    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(_COLUMNS)
-        for item in manifest:
-            seconds = "" if item.part or math.isnan(item.duration) else item.duration
-            ends = item.start, item.start + item.duration
-            start, stop = (
-                round(one * sample_rate) if item.part and not math.isnan(one) else ""
-                for one in ends
-            )
-            writer.writerow((item.id, seconds, item.file, start, stop, item.label))
 
 
 def read_kaldi(source: str | Path) -> Manifest:

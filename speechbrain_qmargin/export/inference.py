@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from speechbrain_qmargin.export.definitions import canonical, definitions, hyperparams_tree
 from speechbrain_qmargin.export.encoder import PARTS, SpeakerEncoder, load_encoder, load_run
 from speechbrain_qmargin.export.face_encoder import FaceEncoder, has_faces, load_face_encoder
-from speechbrain_qmargin.export.loading import load_any_encoder
 from speechbrain_qmargin.export.probe import TOLERANCE, difference, probe, probe_images
 from speechbrain_qmargin.files import replacing_folder, write_text
 from speechbrain_qmargin.head.shards import ShardedClassifier, whole_weight
@@ -32,7 +31,6 @@ __all__ = [
     "export_faces",
     "export_for_inference",
     "export_run",
-    "set_operating_point",
     "set_plain_threshold",
     "trained_on",
 ]
@@ -78,7 +76,10 @@ def export_for_inference(
         labels than the classifier has classes, the first classes are the labels; the others,
         copies of speakers at other speeds, are left out.
     operating_point : OperatingPoint, optional
-        As by :func:`set_operating_point`.
+        A threshold for the cosine of two embeddings. It becomes ``operating_point.json``, and
+        ``threshold`` in ``hyperparams.yaml``, hence ``verifier.hparams.threshold``. SpeechBrain's
+        ``verify_batch`` takes it as an argument; ``verify_files`` always decides at its own 0.25,
+        so compare the score that it returns. One whose encoder is not known is warned of.
     max_classes : int
         With more labels the classifier is left out: ``classify_batch`` is then not available.
     trust : bool or collection of str
@@ -250,47 +251,6 @@ def export_run(run_folder: str | Path, **options: Any) -> Path:
     names = (*PARTS, "classifier") if few else PARTS
     modules, _ = load_run(run_folder, names, trust)
     return export_for_inference(hyperparams, modules, folder, **options)
-
-
-def set_operating_point(
-    folder: str | Path, point: OperatingPoint, trust: bool | Collection[str] = False
-) -> None:
-    """Put a threshold for the cosine of two embeddings into an inference folder.
-
-    It becomes ``operating_point.json``, and ``threshold`` in ``hyperparams.yaml``, hence
-    ``verifier.hparams.threshold``. SpeechBrain's ``verify_batch`` takes it as an argument;
-    ``verify_files`` always decides at its own 0.25, so compare the score that it returns. Files of
-    a decision that was there before go: they were of other scores.
-
-    Raises
-    ------
-    ValueError
-        A threshold for other scores than plain cosines, or of another encoder. One whose encoder is
-        not known is warned of.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from speechbrain_qmargin.scoring.decision import choose_operating_point
-    >>> from speechbrain_qmargin.scoring.metrics import operating_points
-    >>> folder = getfixture("tmp_path")
-    >>> _ = (folder / "hyperparams.yaml").write_text(
-    ...     "image_size: 32\\nmodules: {embedding_model: "
-    ...     "!new:torch.nn.Conv2d {in_channels: 3, out_channels: 8, kernel_size: 32}}"
-    ... )
-    >>> torch.save(nn.Conv2d(3, 8, 32).state_dict(), folder / "embedding_model.ckpt")
-    >>> points = operating_points(np.array([0.0, 0.25, 0.75]), np.array([False, False, True]))
-    >>> digest = load_any_encoder(folder).digest()
-    >>> point = choose_operating_point("mine", points, 0.01, kind="cosine", encoder=digest)
-    >>> set_operating_point(folder, point)
-    >>> (folder / "hyperparams.yaml").read_text().splitlines()[-1]
-    'threshold: 0.5'
-    """
-    folder = Path(folder)
-    _set_threshold(folder, point, load_any_encoder(folder, trust=trust).digest())
-    for name in DECISION_FILES:
-        if name != POINT:
-            (folder / name).unlink(missing_ok=True)
 
 
 def _set_threshold(folder: Path, point: OperatingPoint, encoder: str) -> None:

@@ -48,7 +48,6 @@ from torch import Tensor
 __all__ = [
     "GENERATORS",
     "Generator",
-    "alpha_generator",
     "f_hard_margin",
     "generator_named",
 ]
@@ -178,58 +177,6 @@ GENERATORS = {
         ),
     )
 }
-
-
-def alpha_generator(alpha: float) -> Generator:
-    """The alpha-divergence's f for any order but 0 and 1; above 1 it is sparse.
-
-    For comparison: :func:`~speechbrain_qmargin.q_margin_loss` is the fast path, for orders from 1.
-
-    Raises
-    ------
-    ValueError
-        0, 1 or no finite number.
-
-    Examples
-    --------
-    >>> alpha_generator(1.5).is_sparse, alpha_generator(0.5).is_sparse
-    (True, False)
-    """
-    if not math.isfinite(alpha) or alpha in (0, 1):
-        raise ValueError(f"alpha must be finite and neither 0 (reverse_kl) nor 1 (kl), got {alpha}")
-    rate = alpha - 1
-    if alpha > 1:
-        pole, edge = 0.0, 1 / rate
-
-        def log_ratio(w: Tensor) -> Tensor:
-            return torch.log1p(-rate * w) / rate
-
-        def depth(log_u: Tensor) -> Tensor:
-            return -torch.expm1(rate * log_u) / rate
-    else:
-        pole, edge = -1 / rate, math.inf
-
-        def log_ratio(w: Tensor) -> Tensor:
-            return torch.log(-rate * w) / rate
-
-        def depth(log_u: Tensor) -> Tensor:
-            return torch.exp(rate * log_u) / -rate
-
-    def drop(u: Tensor) -> Tensor:
-        whole = (alpha * u - u**alpha) / (alpha * rate)
-        return whole if alpha > 0 else whole - 1 / alpha
-
-    return Generator(
-        f"alpha {alpha:g}",
-        pole=pole,
-        log_ratio=log_ratio,
-        slope=lambda w: torch.exp((2 - alpha) * log_ratio(w)),
-        depth=depth,
-        drop=drop,
-        edge=edge,
-        at_zero=1 / alpha if alpha > 0 else math.inf,
-        alpha=alpha if alpha > 1 else None,
-    )
 
 
 def generator_named(name: str) -> Generator:

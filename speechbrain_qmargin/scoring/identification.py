@@ -87,8 +87,8 @@ class Identification:
     --------
     >>> probes = np.array([[1, 0.1, 0], [0, 1, 0.2], [0.6, 0.7, 0], [0.5, 0.5, 0.4]])
     >>> found = identify(np.eye(3), "abc", probes, "abac", ranks=[1, 2], fpirs=[])
-    >>> found.ranks.tolist(), found.match_curve()
-    ([1, 1, 2, 3], array([0.5 , 0.75, 1.  ]))
+    >>> found.ranks.tolist(), found.cmc[2].value
+    ([1, 1, 2, 3], 0.75)
     """
 
     identities: int
@@ -100,11 +100,6 @@ class Identification:
     mate_scores: np.ndarray = field(repr=False)
     highest: np.ndarray = field(repr=False)
     confidence: float = 0.95
-
-    def match_curve(self) -> np.ndarray:
-        """The share of mated probes found among the k best, for k = 1 to `identities`."""
-        counts = np.bincount(self.ranks, minlength=self.identities + 1)[1:]
-        return np.cumsum(counts) / len(self.ranks)
 
     def table(self) -> str:
         """For people."""

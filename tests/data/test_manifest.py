@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speechbrain_qmargin.data.manifest import Item, Manifest, Texts
-from speechbrain_qmargin.data.tables import read_csv, read_kaldi, read_table, write_csv
+from speechbrain_qmargin.data.tables import read_csv, read_kaldi, read_table
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=9)), st.data())
@@ -102,11 +102,8 @@ def test_speechbrains_csv_is_read_with_its_segments(tmp_path):
         Item("id1--a--1_3.0_6.0", "/vox/id1/a/1.wav", "id1", 3.0, 3.0, True),
         Item("id2--a--1", str(tmp_path / "b/2.wav"), "id2", 0.0, 4.5, False),
     ]
-    write_csv(tmp_path / "again.csv", read_csv(path))
-    assert list(read_csv(tmp_path / "again.csv")) == list(read_csv(path))
     path.write_text("ID,wav,start,spk_id\nann 1,/1.wav,16000,ann\n")  # to an end not known
-    write_csv(tmp_path / "again.csv", read_csv(path))
-    (item,) = read_csv(tmp_path / "again.csv")
+    (item,) = read_csv(path)
     assert (item.start, item.part, np.isnan(item.duration)) == (1.0, True, True)
     path.write_text("spk_id,wav,ID,age\nann,/1.wav,ann 1,30\n")
     (item,) = read_csv(path)

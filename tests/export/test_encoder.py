@@ -21,7 +21,6 @@ from speechbrain_qmargin.export.encoder import SpeakerEncoder, load_encoder
 from speechbrain_qmargin.export.inference import (
     export_for_inference,
     export_run,
-    set_operating_point,
 )
 from speechbrain_qmargin.export.onnx import export_onnx
 from speechbrain_qmargin.head import QMarginHead
@@ -296,7 +295,7 @@ def test_the_operating_point_travels_with_the_folder(run):
     encoder = load_encoder(folder).digest()
     for shift in (0.0, 0.125):
         point = point_of(encoder=encoder, shift=shift)
-        set_operating_point(folder, point)
+        export_run(run, operating_point=point)
         verifier = SpeakerRecognition.from_hparams(source=str(folder))
         assert verifier.hparams.threshold == point.threshold
     assert OperatingPoint.load(folder / "operating_point.json") == point
@@ -321,19 +320,15 @@ def test_a_threshold_of_other_scores_or_of_another_encoder_is_refused(
 ):
     folder = exported / "inference"
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    for put in (
-        lambda point: set_operating_point(folder, point),
-        lambda point: export_run(exported, operating_point=point),
-    ):
-        with pytest.raises(ValueError, match=fault):
-            put(point_of(kind, encoder))
+    with pytest.raises(ValueError, match=fault):
+        export_run(exported, operating_point=point_of(kind, encoder))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_a_second_export_keeps_what_was_measured(run, tmp_path):
     folder = run / "inference"
     point = point_of(encoder=load_encoder(folder).digest())
-    set_operating_point(folder, point)
+    export_run(run, operating_point=point)
     (folder / "calibration.json").write_text("{}")
     export_run(run)
     assert OperatingPoint.load(folder / "operating_point.json") == point
