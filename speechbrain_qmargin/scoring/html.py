@@ -10,13 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from speechbrain_qmargin import __version__
 from speechbrain_qmargin.files import write_text
 from speechbrain_qmargin.scoring.breakdown import breakdown
-from speechbrain_qmargin.scoring.decision import choose_operating_point, recordings_enrolled
+from speechbrain_qmargin.scoring.decision import (
+    OperatingPoint,
+    choose_operating_point,
+    recordings_enrolled,
+)
 from speechbrain_qmargin.scoring.influence import TrialStructure
 from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.scoring.page import Page, Provenance, render
@@ -140,7 +145,7 @@ def write_report(
     ['operating_point.json', 'report.html', 'report.json']
     """
     folder = Path(folder)
-    check_picture(Path(folder) / "det.png")
+    check_picture(folder / "det.png")
     distinct = trials.distinct
     systems = {name: distinct.scores(np.asarray(one)) for name, one in systems.items()}
     trials = distinct.trials
@@ -152,7 +157,7 @@ def write_report(
         apart[name] = not note
         notes += [note] if note else []
     reports: dict[str, Report] = {}
-    decisions, pictures = {}, {}
+    decisions: dict[str, OperatingPoint] = {}
     structure = TrialStructure.of(trials.distinct.trials)
     for name, scores in systems.items():
         reports[name] = evaluate(
@@ -224,45 +229,13 @@ def write_report(
         for name, scores in systems.items()
         if metadata
     }
-    if (folder / "report.json").is_file():  # of another report, whose thresholds must not stay
-        for pattern in ("operating_point*.json", "histogram_*.png", "bayes_error.png"):
-            for old in folder.glob(pattern):
-                old.unlink()
-    curves = {name: (report.points, report.spread) for name, report in reports.items()}
-    figure = det_figure(curves, title, confidence)
-    pictures["det"] = figure
-    save_figure(figure, folder / "det.svg")
-    for number, (name, report) in enumerate(reports.items(), 1):
-        lines = {"EER": report["eer"].threshold, f"FAR {far:g}": decisions[name].threshold}
-        pictures[f"histogram_{number}"] = histogram_figure(name, report.points, lines)
-    pictures["calibration"] = calibration_figure({n: r.points for n, r in reports.items()}, llr)
-    if llr:
-        pictures["bayes_error"] = bayes_error_figure({n: r.points for n, r in reports.items()})
-    for name, figure in pictures.items():
-        save_figure(figure, folder / f"{name}.png")
-    for number, decision in enumerate(decisions.values(), 1):
-        suffix = "" if len(decisions) == 1 else f"_{number}"
-        decision.save(folder / f"operating_point{suffix}.json")
-
     provenance = replace(
         provenance,
         notes=tuple(notes),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=f"speechbrain_qmargin {__version__}",
     )
-    content = {
-        "title": title,
-        "made": asdict(provenance),
-        "systems": {name: report.to_dict() for name, report in reports.items()},
-        "operating_points": {name: asdict(decision) for name, decision in decisions.items()},
-        "differences": [
-            {"first": first, "second": second, "figures": [asdict(d) for d in values]}
-            for (first, second), values in differences.items()
-        ],
-        "groups": {name: [found.to_dict() for found in tables] for name, tables in groups.items()},
-        "worst": worst,
-    }
-    write_text(folder / "report.json", json.dumps(content, indent=2) + "\n")
+    figures = _figures(reports, decisions, title, far, confidence, llr)
     page = Page(
         title,
         reports,
@@ -270,10 +243,65 @@ def write_report(
         differences,
         worst,
         folder,
-        list(pictures),
+        list(figures),
         llr,
         groups,
         provenance,
     )
+    _forget_another(folder)
+    save_figure(figures["det"], folder / "det.svg")
+    for name, figure in figures.items():
+        save_figure(figure, folder / f"{name}.png")
+    for number, decision in enumerate(decisions.values(), 1):
+        suffix = "" if len(decisions) == 1 else f"_{number}"
+        decision.save(folder / f"operating_point{suffix}.json")
+    write_text(folder / "report.json", json.dumps(_content(page), indent=2) + "\n")
     write_text(folder / "report.html", render(page))
     return reports
+
+
+def _figures(
+    reports: Mapping[str, Report],
+    decisions: Mapping[str, OperatingPoint],
+    title: str,
+    far: float,
+    confidence: float,
+    llr: bool,
+) -> dict[str, Any]:
+    """The pictures by name."""
+    points = {name: report.points for name, report in reports.items()}
+    curves = {name: (report.points, report.spread) for name, report in reports.items()}
+    figures = {"det": det_figure(curves, title, confidence)}
+    for number, (name, report) in enumerate(reports.items(), 1):
+        lines = {"EER": report["eer"].threshold, f"FAR {far:g}": decisions[name].threshold}
+        figures[f"histogram_{number}"] = histogram_figure(name, report.points, lines)
+    figures["calibration"] = calibration_figure(points, llr)
+    if llr:
+        figures["bayes_error"] = bayes_error_figure(points)
+    return figures
+
+
+def _forget_another(folder: Path) -> None:
+    """Of another report in the folder, what may not be replaced: its thresholds must not stay."""
+    if (folder / "report.json").is_file():
+        for pattern in ("operating_point*.json", "histogram_*.png", "bayes_error.png"):
+            for old in folder.glob(pattern):
+                old.unlink()
+
+
+def _content(page: Page) -> dict[str, Any]:
+    """What ``report.json`` holds."""
+    return {
+        "title": page.title,
+        "made": asdict(page.provenance),
+        "systems": {name: report.to_dict() for name, report in page.reports.items()},
+        "operating_points": {name: asdict(point) for name, point in page.decisions.items()},
+        "differences": [
+            {"first": first, "second": second, "figures": [asdict(one) for one in values]}
+            for (first, second), values in page.differences.items()
+        ],
+        "groups": {
+            name: [found.to_dict() for found in tables] for name, tables in page.breakdowns.items()
+        },
+        "worst": page.worst,
+    }

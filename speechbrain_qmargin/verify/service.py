@@ -288,11 +288,8 @@ def make_app(
         A token that is too short, or not of printable ASCII; a limit that is not positive.
     """
     require("fastapi", "python_multipart", why="the service", extra="serve")
-    from fastapi import APIRouter, Depends, FastAPI, File, Request, UploadFile
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import HTMLResponse, JSONResponse
+    from fastapi import APIRouter, Depends, FastAPI, File, UploadFile
     from fastapi.security import HTTPBearer
-    from starlette.exceptions import HTTPException
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     content = File(description="a file's content; its name is not used")
@@ -303,8 +300,6 @@ def make_app(
         raise ValueError(
             f"limits must be positive, got {max_bytes} bytes, {max_seconds:g} s, {at_once} at once"
         )
-    folder = files("speechbrain_qmargin.verify") / "page"
-    page = {name: (folder / name).read_text(encoding="utf-8") for name in _PAGE}
 
     app = FastAPI(
         title="speechbrain_qmargin",
@@ -316,48 +311,13 @@ def make_app(
     app.add_middleware(_Limit, max_bytes=max_bytes, max_seconds=max_seconds, at_once=at_once)
     app.add_middleware(_Guard, token=token)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    _answer_faults(app)
+    _serve_page(app)
     refused: dict[int | str, dict[str, Any]] = {
         status: {"model": Refused} for status in (400, 401, 404, 408, 409, 413, 422, 500, 503)
     }
     described = [Depends(HTTPBearer(auto_error=False))]  # for OpenAPI; the guard has seen to it
     api = APIRouter(prefix="/v1", dependencies=described, responses=refused)
-
-    @app.exception_handler(HTTPException)
-    def _(request: Request, error: HTTPException) -> JSONResponse:
-        codes = {400: "malformed", 404: "not_found", 405: "not_allowed"}
-        code = codes.get(error.status_code, "refused")
-        return _refused(error.status_code, code, str(error.detail))
-
-    @app.exception_handler(RequestValidationError)
-    def _(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(one) for one in first.get("loc", ()))
-        return _refused(422, "malformed", f"{where}: {first.get('msg', 'not as described')}")
-
-    @app.exception_handler(ValueError)
-    def _(request: Request, error: ValueError) -> JSONResponse:
-        for kind, status, code in (
-            (NotEnrolled, 404, "not_enrolled"),
-            (OtherEncoder, 409, "other_encoder"),
-            (NoThreshold, 409, "no_threshold"),
-            (Unfit, 422, "unfit"),
-        ):
-            if isinstance(error, kind):
-                return _refused(status, code, str(error))
-        return _refused(422, "invalid", str(error))
-
-    @app.exception_handler(OSError)
-    def _(request: Request, error: OSError) -> JSONResponse:
-        if isinstance(error, StorageFault):
-            logging.getLogger(__name__).error("%s", error)  # its message has the file
-            return _refused(503, "unavailable", "the enrolments cannot be read or written")
-        if error.errno is not None:  # of the disk
-            return _refused(503, "unavailable", error.strerror or "the storage failed")
-        return _refused(422, "undecodable", str(error))
-
-    @app.exception_handler(Exception)
-    def _(request: Request, error: Exception) -> JSONResponse:
-        return _refused(500, "internal", "the service failed; its log says how")
 
     # ---------------------------------------------------------------- people
 
@@ -424,8 +384,58 @@ def make_app(
         )
 
     app.include_router(api)
+    return app
 
-    # ---------------------------------------------------------------- page
+
+def _answer_faults(app: Any) -> None:
+    """What goes wrong as :class:`Refused`."""
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+
+    @app.exception_handler(HTTPException)
+    def _(request: Any, error: HTTPException) -> Any:
+        codes = {400: "malformed", 404: "not_found", 405: "not_allowed"}
+        code = codes.get(error.status_code, "refused")
+        return _refused(error.status_code, code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    def _(request: Any, error: RequestValidationError) -> Any:
+        first = error.errors()[0]
+        where = ".".join(str(one) for one in first.get("loc", ()))
+        return _refused(422, "malformed", f"{where}: {first.get('msg', 'not as described')}")
+
+    @app.exception_handler(ValueError)
+    def _(request: Any, error: ValueError) -> Any:
+        for kind, status, code in (
+            (NotEnrolled, 404, "not_enrolled"),
+            (OtherEncoder, 409, "other_encoder"),
+            (NoThreshold, 409, "no_threshold"),
+            (Unfit, 422, "unfit"),
+        ):
+            if isinstance(error, kind):
+                return _refused(status, code, str(error))
+        return _refused(422, "invalid", str(error))
+
+    @app.exception_handler(OSError)
+    def _(request: Any, error: OSError) -> Any:
+        if isinstance(error, StorageFault):
+            logging.getLogger(__name__).error("%s", error)  # its message has the file
+            return _refused(503, "unavailable", "the enrolments cannot be read or written")
+        if error.errno is not None:  # of the disk
+            return _refused(503, "unavailable", error.strerror or "the storage failed")
+        return _refused(422, "undecodable", str(error))
+
+    @app.exception_handler(Exception)
+    def _(request: Any, error: Exception) -> Any:
+        return _refused(500, "internal", "the service failed; its log says how")
+
+
+def _serve_page(app: Any) -> None:
+    """The demonstration page, and whether the service is there; neither wants the token."""
+    from fastapi.responses import HTMLResponse
+
+    folder = files("speechbrain_qmargin.verify") / "page"
+    page = {name: (folder / name).read_text(encoding="utf-8") for name in _PAGE}
 
     @app.get("/health", include_in_schema=False)
     def health() -> dict[str, str]:
@@ -447,7 +457,6 @@ def make_app(
 
     for name, kind in _PAGE.items():
         served(name, kind)
-    return app
 
 
 def _content(upload: Any) -> bytes:
