@@ -114,7 +114,5 @@ def bayes_error(
     false_accepts = points.num_impostors - np.searchsorted(points.impostors, -log_odds, side="left")
     actual = prior * misses / points.num_targets + other * false_accepts / points.num_impostors
     frr, far = points.frr, points.far
-    best = [(p * frr + o * far).min() for p, o in zip(prior, other, strict=True)]
-    return BayesError(
-        log_odds, actual / least, np.minimum(best, least) / least, misses, false_accepts
-    )
+    best = np.array([(p * frr + o * far).min() for p, o in zip(prior, other, strict=True)])
+    return BayesError(log_odds, actual / least, best / least, misses, false_accepts)

@@ -308,7 +308,7 @@ def min_dcf(
     """
     miss, accept, least = _weights(p_target, c_miss, c_fa)
     cost = (miss * points.frr + accept * points.far).min()
-    return float(min(cost, least) / least)
+    return float(cost / least)
 
 
 def act_dcf(

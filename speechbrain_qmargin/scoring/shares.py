@@ -100,7 +100,7 @@ def share(
     errors = trials * min(rate, 1 - rate)
     effective = people if effective is None else effective
     low, high = rate, rate
-    if 0 < rate < 1 and people > 1:
+    if 0 < rate < 1:
         reach = (
             t.ppf(0.5 + confidence / 2, max(effective - 1, 1))
             * np.sqrt(variance)

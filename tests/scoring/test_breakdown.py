@@ -23,6 +23,7 @@ def simulated(seed=0, speakers=24, takes=4, effect=0.3):
 
 def test_rates_are_those_of_a_loop():
     scores, trials = simulated()
+    scores = scores.round(1)  # some at the threshold itself
     gender = {f"s{i}": "fm"[i % 2] for i in range(24)}
     del gender["s5"]
     gender["s4/16"] = "m"  # a recording's own value comes first
@@ -63,10 +64,16 @@ def test_bins_and_same_session():
         trial_groups(trials, {"c": "1"})
     with pytest.raises(ValueError, match="'x' is not a number"):
         trial_groups(trials, {"a": "x"}, edges=[1])
-    with pytest.raises(ValueError, match="must be finite and rise"):
-        trial_groups(trials, {"a": "1"}, edges=[2, 1])
-    with pytest.raises(ValueError, match="must be finite and rise"):
-        trial_groups(trials, {"a": "1"}, edges=[float("nan")])
+    for edges in ([2, 1], [2, 2], [float("nan")], []):
+        with pytest.raises(ValueError, match="must be finite and rise"):
+            trial_groups(trials, {"a": "1"}, edges=edges)
+
+
+def test_a_speakers_name_is_found_however_it_is_composed():
+    trials = LabelledTrials(["andre\u0301/1", "b/1"], np.array([0]), np.array([1]),
+                            np.array([False]))  # fmt: skip
+    for name in ("andre\u0301", "andr\u00e9"):
+        assert trial_groups(trials, {name: "x", "b": "y"})[1] == ["x × y"]
 
 
 @pytest.mark.parametrize("given", [{"a": "f"}, {"a": "f", "b": "m"}])
@@ -90,6 +97,21 @@ def test_many_values_are_binned_or_refused():
     with pytest.raises(ValueError, match="20 different values are too many groups"):
         trial_groups(trials, words)
     assert trial_groups(trials, words, relation="same")[1] == ["same", "other"]
+
+
+def test_twelve_values_are_groups_and_numbers_among_them_in_order():
+    ids = [f"s{i}/{i}" for i in range(12)]
+    trials = LabelledTrials(ids, np.arange(11), np.arange(1, 12), np.zeros(11, dtype=bool))
+    _, names = trial_groups(trials, {name: str(i) for i, name in enumerate(ids)})
+    assert names == [f"{i} × {i + 1}" for i in range(11)]
+
+
+def test_quartiles_that_are_one_number_are_one_edge():
+    ids = [f"s{i}/{i}" for i in range(20)]
+    trials = LabelledTrials(ids, np.arange(19), np.arange(1, 20), np.zeros(19, dtype=bool))
+    values = [0, 1, 2, *[5] * 8, *range(6, 15)]
+    _, names = trial_groups(trials, {name: str(v) for name, v in zip(ids, values, strict=True)})
+    assert [name for name in names if "×" not in name] == ["below 5", "5 to 9.25", "9.25 and more"]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +228,8 @@ def test_intervals_hold_the_truth(speakers):
 def test_one_person_and_no_errors_claim_nothing():
     one = np.zeros(50, dtype=int)
     assert share_of_trials(np.arange(50) < 20, one, one).mark == "unsupported"
+    many = share_of_trials(np.arange(200) % 2, np.tile(one, 4), np.tile(one, 4))
+    assert (many.low, many.high, many.mark) == (0, 1, "unsupported")
     found = share_of_trials(np.zeros(300, bool), np.arange(300), np.arange(300) + 1)
     assert found.mark == "unsupported"
     assert found.low == 0

@@ -192,6 +192,11 @@ def test_calibrated_costs_of_cosines_are_refused():
         with pytest.raises(ValueError, match=r"look like cosines.*force=True"):
             metric(cosines)
         assert metric(cosines, force=True) > 0
+    rounded = points_of(np.float32([1 + 1e-7]), np.float32([0.5]))  # a cosine in float32
+    assert rounded.targets[0] > 1
+    with pytest.raises(ValueError, match="look like cosines"):
+        cllr(rounded)
+    assert cllr(points_of([0.5], [-5.0])) > 0  # one that is beyond, at either end, and none are
 
 
 def test_single_precision_scores_are_counted_as_they_are():

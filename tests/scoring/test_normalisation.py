@@ -69,7 +69,28 @@ def test_every_method_equals_a_loop_over_trials(data, method, blocks, monkeypatc
     assert 0 < sum(done) <= 40  # a recording once, however many trials name it
 
 
-def test_statistics_agree_to_1e_6(data):
+def test_both_sides_keep_their_own_cohort_in_a_list_of_thousands_of_trials():
+    """As-cross goes through blocks of recordings, and of the trials of a block."""
+    rng = np.random.default_rng(2)
+    rows, entries = (unit(rng.normal(size=(count, 8))).astype(np.float32) for count in (1100, 60))
+    ids = [f"u{i}" for i in range(len(rows))]
+    one, two = rng.integers(len(rows), size=(2, 10_000))
+    trials = LabelledTrials(ids, one, two, np.zeros(len(one), bool))
+    cohort = Embeddings([str(i) for i in range(60)], entries)
+    found = normalize(Embeddings(ids, rows), trials, cohort, method="as-cross", top_n=10)
+    table = rows.astype(float) @ entries.astype(float).T
+    nearest = np.argsort(-table)[:, :10]
+    score = np.einsum("nd,nd->n", rows[one].astype(float), rows[two].astype(float))
+    wanted = np.zeros(len(one))
+    for own, other in ((one, two), (two, one)):
+        chosen = np.take_along_axis(table[own], nearest[other], 1)
+        wanted += (score - chosen.mean(1)) / chosen.std(1) / 2
+    assert found == pytest.approx(wanted, abs=1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize("columns", [8192, 13])
+def test_statistics_agree_to_1e_6(data, columns, monkeypatch):
+    monkeypatch.setattr(normalisation, "_COLUMNS", columns)
     _, _, others = data
     rng = np.random.default_rng(1)
     matrix = unit(rng.normal(size=(50, 8))).astype(np.float32)
@@ -84,6 +105,9 @@ def test_statistics_agree_to_1e_6(data):
 def test_a_cohort_without_spread_divides_nothing():
     with pytest.raises(ValueError, match=r"do not differ \(deviation 0\)"):
         cohort_statistics(np.eye(2, dtype="f"), np.ones((3, 2), "f"), 2)
+    rounded = np.array([[1.0, 0.0], [np.nextafter(np.float32(1), 0), 0.0]], "f")
+    with pytest.raises(ValueError, match=r"do not differ \(deviation 3e-08\)"):
+        cohort_statistics(np.eye(2, dtype="f")[:1], rounded)
 
 
 def test_speaker_means_are_of_raw_embeddings(data):
@@ -102,8 +126,9 @@ def test_speaker_means_are_of_raw_embeddings(data):
 def test_bad_cohorts_are_refused(data):
     embeddings, trials, others = data
     cohort = make_cohort(dict(zip(map(str, range(60)), others, strict=True)))
-    with pytest.raises(ValueError, match=r"top_n is 61; it must be from 2 to .* 60"):
-        normalize(embeddings, trials, cohort, top_n=61)
+    for top_n in (61, 1):
+        with pytest.raises(ValueError, match=rf"top_n is {top_n}; it must be from 2 to .* 60"):
+            normalize(embeddings, trials, cohort, top_n=top_n)
     with pytest.raises(ValueError, match="as, as-cross, s, z, t, got 'x'"):
         normalize(embeddings, trials, cohort, method="x")
     with pytest.raises(ValueError, match="8 dimensions, the cohort 2"):

@@ -12,7 +12,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from speechbrain_qmargin.scoring import metrics
-from speechbrain_qmargin.scoring.figures import EqualErrorRate, TarAtFar
+from speechbrain_qmargin.scoring.figures import EqualErrorRate, MinDCF, TarAtFar
 from speechbrain_qmargin.scoring.influence import TrialStructure
 from speechbrain_qmargin.scoring.report import compare, evaluate
 from speechbrain_qmargin.scoring.uncertainty import (
@@ -230,6 +230,17 @@ def test_one_speaker_with_most_trials_is_not_many_speakers():
     assert structure.contributing < 1.2
     even = TrialStructure(np.full(9, 4.0), np.full(9, 8.0), np.arange(9), np.ones(9))
     assert even.contributing == pytest.approx(9)
+    assert replace(even, speakers_known=False).contributing == 7  # never enough to be measured
+
+
+def test_an_interval_stays_where_its_figure_can_be():
+    rng = np.random.default_rng(15)
+    trials = all_pairs(10, 4)
+    moved = spread_of(scored(trials, rng), trials).frr(1.0)
+    reach = moved.on("plain").interval(0.0)[1]
+    assert moved.on("plain").interval(0.0) == (-reach, reach)
+    assert moved.on("log").interval(0.0) == moved.on("logit").interval(0.0) == (0, reach)
+    assert moved.on("logit").interval(1.0) == (1 - reach, 1)
 
 
 def test_a_structure_of_other_trials_is_refused():
@@ -327,6 +338,48 @@ def test_a_threshold_that_moves_with_far_moves_the_tar():
         assert (1 - high[at], 1 - low[at]) == pytest.approx(ends)
 
 
+@pytest.mark.parametrize(
+    ("accepts", "effect"),
+    [
+        (12, 0.0),  # the few errors decide how wide the secant is
+        (400, 0.7),  # the speakers do
+        (1, 0.7),  # the widest that there is
+        (900, 0.7),  # up to all impostors
+    ],
+)
+def test_slopes_are_secants_over_the_thresholds_own_uncertainty(accepts, effect):
+    rng = np.random.default_rng(13)
+    trials = all_pairs(16, 3)
+    scores = scored(trials, rng, effect, distance=1.0)
+    spread = spread_of(scores, trials)
+    targets = scores[trials.is_target]
+    impostors = np.sort(scores[~trials.is_target])[::-1]
+    far = accepts / len(impostors)
+    moved = spread.far(impostors[accepts - 1])
+    reach = min(max(math.sqrt(3 / accepts), math.sqrt(moved.variance) / far), 1.2)
+    misses, rates = [], []
+    for number in (accepts * math.exp(reach), accepts * math.exp(-reach)):
+        number = min(round(number), len(impostors))
+        misses.append((targets <= impostors[number]).mean() if number < len(impostors) else 0.0)
+        rates.append(number / len(impostors))
+    slope = (misses[1] - misses[0]) / (rates[0] - rates[1])
+    found = spread.tar_at_far(far).impostors
+    np.testing.assert_allclose(found, -slope * moved.impostors, atol=1e-15)
+
+
+def test_the_eer_moves_with_both_rates_by_the_densities_of_the_other_class():
+    rng = np.random.default_rng(14)
+    trials = all_pairs(60, 10)
+    scores = rng.normal(size=len(trials))
+    scores[trials.is_target] = 3 * scores[trials.is_target] + 3  # at 0.75, a third as dense
+    spread = spread_of(scores, trials)
+    threshold = metrics.eer_point(spread.points)[0]
+    share = spread.eer().targets / spread.frr(threshold).targets
+    np.testing.assert_allclose(share, 0.75, atol=0.03)
+    rest = spread.eer().impostors / spread.far(threshold).impostors
+    np.testing.assert_allclose(rest, 1 - share[0], rtol=1e-9)
+
+
 def test_differences_of_a_system_and_itself_have_no_width():
     rng = np.random.default_rng(8)
     trials = random_list(rng, 15)
@@ -398,6 +451,13 @@ def test_the_optimism_of_the_minimum_cost_moves_the_interval_up():
     value = metrics.min_dcf(spread.points, 0.05)
     low, high = influence.interval(value)
     assert low < value < high <= 1
+    still = replace(influence, bias=0.0).interval(value)
+    assert low > still[0]
+    assert high > still[1]
+    spread = spread_of(scored(trials, rng, effect=0.0, distance=5.0), trials)
+    best = MinDCF(0.001).find(spread.points)
+    assert best.false_accepts == 0  # no error yet: the threshold was free all the same
+    assert spread.min_dcf(0.001).bias < -0.1 * best.value
 
 
 # ------------------------------------------------------------------ coverage
