@@ -82,6 +82,7 @@ def test_cosines_do_not_depend_on_the_lengths(length):
     true = rows[0] @ rows[1] / np.linalg.norm(rows[0]) / np.linalg.norm(rows[1])
     for kind in (np.float32, np.float64):
         unit = Embeddings(["a", "b"], (length * rows).astype(kind)).unit(["a", "b"])
+        assert unit.dtype == np.float32
         assert unit[0] @ unit[1] == pytest.approx(true, abs=2e-6)
 
 
@@ -236,6 +237,12 @@ def test_ids_as_bytes_and_half_precision(tmp_path):
     np.savez(tmp_path / "e.npz", ids=ids, embeddings=unit.astype(str))
     with pytest.raises(ValueError, match=r"e\.npz: the embeddings are of type <U"):
         load_embeddings(tmp_path / "e.npz")
+
+
+def test_the_mean_of_many_embeddings_loses_no_digits():
+    matrix = np.full((100_000, 2), 0.05, np.float32)
+    assert np.abs(matrix.mean(axis=0) - 0.05).max() > 1e-6  # a sum in single precision
+    assert Embeddings(map(str, range(len(matrix))), matrix).mean() == pytest.approx(0.05, rel=1e-7)
 
 
 def test_means_of_files(tmp_path):

@@ -124,7 +124,9 @@ def test_lists_without_labels(tmp_path):
     assert trials.pair(1) == "c d"
     with pytest.raises(ValueError, match="t: it does not say which trials are targets"):
         trials.labelled()
-    assert read_unlabelled(write(tmp_path / "t", "1 a b\n0 c d\n")).labelled().is_target[0]
+    for text in ("1 a b\n0 c d\n", "enrol,test,label\na,b,1\nc,d,0\n"):  # labels are kept
+        trials = read_unlabelled(write(tmp_path / "t", text))
+        assert (trials.pair(1), trials.labelled().is_target.tolist()) == ("c d", [True, False])
 
 
 def test_a_kaldi_list_with_its_speakers(tmp_path):
@@ -258,6 +260,23 @@ def test_models_of_several_recordings(tmp_path, form):
     assert less.models["m0"] == ("a/1",)
     assert [less.without(["b/1"]).pair(n) for n in range(2)] == ["m0 a/3", "m0 b/2"]
     assert trials.renamed({"a/1": "x", "a/3": "y"}).recordings[:3] == ["y", "b/2", "x"]
+    gone = trials.without(["a/1", "a/2"]).without(["b/1"])
+    assert (gone.lost.models, gone.lost.tried_models) == (2, 2)
+    assert (gone.lost.recordings, gone.lost.tried) == (3, 5)
+
+
+def test_one_recording_in_a_folder_makes_the_ids_of_all_tell_speakers():
+    trials = Trials(["a/1", "b"], np.array([0]), np.array([1]))
+    assert trials.speakers_known
+    assert trials.speaker_names() == ["a", "b"]
+
+
+def test_speakers_stay_with_their_recordings_when_others_are_lost():
+    ids = ["u1", "u2", "u3", "u4"]
+    trials = LabelledTrials(ids, np.array([0, 1, 2]), np.array([1, 2, 3]),
+                            np.array([False, True, False]), speaker_of=list("abbc"))  # fmt: skip
+    left = trials.without(["u1"])
+    assert (left.ids, left.speaker_names()) == (["u2", "u3", "u4"], ["b", "b", "c"])
 
 
 def test_models_that_do_not_fit_are_named(tmp_path):
@@ -361,6 +380,8 @@ def test_ids_match_by_the_strictest_rule():
     assert (places.tolist(), how) == ([1, 2], "without their suffix")
     places, how = match_ids(["a/1.seg3.wav", "c/9.wav"], held)
     assert (places.tolist(), how) == ([0, -1], "up to their first dot")
+    places, how = match_ids(["a/1", "c"], held)  # no rule finds more than the ids themselves
+    assert (places.tolist(), how) == ([0, -1], "")
 
 
 @pytest.mark.parametrize(

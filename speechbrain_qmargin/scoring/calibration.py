@@ -240,7 +240,8 @@ def fit_log_odds(
     """Weights and offset of ``llr = features @ weights + offset``.
 
     Unregularised logistic regression (scikit-learn), the classes weighted to a prior of
-    `p_target`, run to convergence; the prior's log odds are taken out.
+    `p_target`, run to convergence; the prior's log odds are taken out. A feature of one value for
+    all trials has the weight 0.
 
     Parameters
     ----------
@@ -270,10 +271,11 @@ def fit_log_odds(
     number = np.count_nonzero(is_target)
     if number in (0, len(is_target)):
         raise ValueError("calibration needs target and impostor trials")
-    if (features == features[0]).all():
+    tells = features.min(0) < features.max(0)  # rounded, the deviation of one value may be 1e-16
+    if not tells.any():
         raise ValueError("the development scores are all equal: they tell nothing")
-    centre, spread = features.mean(0), np.asarray(features.std(0))
-    spread = np.where(spread == 0, 1.0, spread)
+    told, weights = features[:, tells], np.zeros(len(tells))
+    centre, spread = told.mean(0), told.std(0)
     weight = np.where(is_target, p_target / number, (1 - p_target) / (len(is_target) - number))
     # the gradient is a mean in which the rarer class has its prior's weight
     tolerance = 1e-10 * min(p_target, 1 - p_target)
@@ -283,20 +285,17 @@ def fit_log_odds(
     if not apart:
         with warnings.catch_warnings():  # scikit-learn's words for classes that are apart
             warnings.simplefilter("ignore")
-            model.fit((features - centre) / spread, is_target, sample_weight=weight * len(weight))
-        found = features @ (model.coef_[0] / spread)
-        apart = _apart(found, is_target)
+            model.fit((told - centre) / spread, is_target, sample_weight=weight * len(weight))
+        weights[tells] = model.coef_[0] / spread
+        apart = _apart(features @ weights, is_target)
     if apart:
         raise ValueError(
             "the development scores separate targets and impostors entirely, but for ties perhaps: "
             "their best log-likelihood ratios are infinite. Use a harder or larger list"
             + (", and negate scores that are distances: these are lower for targets" * falling)
         )
-    weights = model.coef_[0] / spread
-    offset = (
-        np.asarray(model.intercept_)[0] - weights @ centre - math.log(p_target / (1 - p_target))
-    )
-    return weights, float(offset)
+    intercept = np.asarray(model.intercept_)[0] - weights[tells] @ centre
+    return weights, float(intercept - math.log(p_target / (1 - p_target)))
 
 
 def _apart(values: np.ndarray, is_target: np.ndarray) -> bool:

@@ -381,7 +381,7 @@ def _alarm_chance(count: int, size: int) -> np.ndarray:
 
 def _alarm_tables(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The chance of an alarm by the number m that would raise one, and its change without one."""
-    less = np.append(_alarm_chance(count - 1, min(size, count - 1)), 1.0)  # m is at most count - 1
+    less = np.append(_alarm_chance(count - 1, size), 1.0)  # m is at most count - 1
     return _alarm_chance(count, size), np.append(0.0, less[:-1] - less[1:])
 
 
@@ -398,7 +398,6 @@ def _fpir_curves(search, table: _Table, sizes: Sequence[int], lowest: float, hig
     """FPIR of every size at thresholds from the lowest score to just above the highest."""
     top = np.nextafter(highest.max(), np.float32(np.inf))
     grid = np.linspace(lowest, top, _STEPS).astype(np.float32)
-    grid[-1] = top
     chances = [_alarm_chance(table.count, size) for size in sizes]
     sums = np.zeros((len(sizes), len(grid)))
     for _, scores in search(table.others):
@@ -453,8 +452,8 @@ def _with_threshold(
 ) -> Share:
     """Joined with the rates at the ends of the threshold's interval."""
     value = missed.value
-    low = value - np.hypot(value - missed.low, max(value - lenient, 0))
-    high = value + np.hypot(missed.high - value, max(strict - value, 0))
+    low = value - np.hypot(value - missed.low, value - lenient)
+    high = value + np.hypot(missed.high - value, strict - value)
     return replace(
         missed,
         low=float(max(low, 0)),

@@ -174,7 +174,7 @@ class Cohort:
                     "their mean is not that of the utterances; give that (mean_vec.npy)",
                     stacklevel=2,
                 )
-            mean = embeddings.matrix.mean(axis=0)
+            mean = embeddings.mean()
         entries = make_cohort(embeddings, None if all_utterances else speakers, mean=mean)
         entries.source, entries.encoder = embeddings.source, embeddings.encoder
         source = ""

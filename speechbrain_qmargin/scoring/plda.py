@@ -220,7 +220,7 @@ def fit_plda(
     wanted = most if rank is None else rank
     if not 1 <= wanted <= most:
         raise ValueError(f"the rank of {wanted} must be from 1 to {most}: dimensions, speakers - 1")
-    centre = found.matrix.mean(axis=0, dtype=np.float64)
+    centre = found.mean()
     unit = found.unit(found.ids, centre).astype(np.float64)
     nothing = np.array([None] * count)
     statistics = StatObject_SB(

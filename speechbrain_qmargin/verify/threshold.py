@@ -159,7 +159,7 @@ def cohort_of(
     if not 2 <= top <= count:
         raise ValueError(f"top_n is {top}; from 2 to the cohort's {count} people")
     # embedded here, each is of a recording, also where a person has but one; in a file, who knows
-    mean = embeddings.matrix.mean(axis=0) if centre and not embeddings.source else None
+    mean = embeddings.mean() if centre and not embeddings.source else None
     return Cohort.of(embeddings, people, method, top, centre=centre, mean=mean)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,6 +118,27 @@ def test_quality_measures_help_where_they_matter():
         aware.apply(*simulated(4, "v"), {"noise": noise})
 
 
+def test_a_measure_counts_by_the_lower_and_the_higher_of_both_sides():
+    """That of an enrolment model is the mean over its recordings."""
+    sides = np.array([0, 0, 3]), np.array([1, 2, 1])
+    trials = LabelledTrials(["m", "a", "b", "c"], *sides, np.zeros(3, bool))
+    trials = trials.with_models({"m": ("d", "e"), "c": ("c",)})
+    noise = {"a": 1.0, "b": 9.0, "c": 5.0, "d": 2.0, "e": 4.0}
+    calibration = Calibration(["noise"], [2.0, 10.0, 100.0], 0.5, 0.01, "", 9)
+    assert calibration.terms == [("score", 2.0), ("lower noise", 10.0), ("higher noise", 100.0)]
+    found = calibration.apply(np.array([0.1, 0.2, 0.3]), trials, {"noise": noise}, allow_same=True)
+    assert found == pytest.approx(
+        [0.2 + 10 + 300 + 0.5, 0.4 + 30 + 900 + 0.5, 0.6 + 10 + 500 + 0.5]
+    )
+
+
+def test_what_its_ratios_come_from_is_in_its_digest():
+    one = Calibration([], [2.0], 0.5, 0.01, "", 9)
+    others = [replace(one, **x) for x in ({"weights": [3.0]}, {"offset": 0.6}, {"backend": "b"})]
+    assert len({each.digest for each in (one, *others)}) == 4
+    assert replace(one, fitted_on="elsewhere").digest == one.digest
+
+
 def test_it_comes_back_from_json(tmp_path):
     scores, trials = simulated(5)
     calibration = fit_calibration(scores, trials)
@@ -141,7 +163,8 @@ def test_what_cannot_be_calibrated_is_refused():
     with pytest.raises(ValueError, match="separate targets and impostors entirely"):
         fit_calibration(scores + 9 * trials.is_target, trials)
     # no target is below an impostor, and one value is of both: the weight still has no maximum
-    touching = np.where(trials.is_target, np.maximum(scores, 0), np.minimum(scores, 0))
+    touching = np.where(trials.is_target, np.maximum(scores, 0.2), np.minimum(scores, 0.2))
+    assert np.count_nonzero(touching[trials.is_target] == 0.2) > 9
     with pytest.raises(ValueError, match="but for ties"):
         fit_calibration(touching, trials)
     with pytest.raises(ValueError, match="negate scores that are distances: these are lower"):
@@ -183,7 +206,8 @@ def test_distances_and_broken_calibrations_are_refused(tmp_path):
     scores, trials = of_speakers("abcdef", 0)
     calibration = fit_calibration(scores, trials)
     calibration.save(tmp_path / "c.json")
-    for key, value in (("offset", float("nan")), ("weights", [float("inf")]), ("weights", [-1.0])):
+    broken = [("weights", [value]) for value in (float("inf"), -1.0, 0.0)]
+    for key, value in (("offset", float("nan")), *broken):
         content = json.loads((tmp_path / "c.json").read_text()) | {key: value}
         (tmp_path / "bad.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match=r"bad\.json: not a calibration file"):

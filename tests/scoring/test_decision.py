@@ -10,6 +10,7 @@ from speechbrain_qmargin.scoring.decision import (
     OperatingPoint,
     choose_operating_point,
     clear_threshold,
+    recordings_enrolled,
 )
 from speechbrain_qmargin.scoring.metrics import operating_points
 from speechbrain_qmargin.scoring.report import evaluate
@@ -33,6 +34,7 @@ def test_it_decides_as_it_counted(tmp_path):
     assert point.false_accepts == np.count_nonzero(accepted & ~is_target)
     assert point.misses == np.count_nonzero(~accepted & is_target)
     assert point.far <= 0.01
+    assert point.accepts(point.threshold)
     assert point.optimistic
     assert point.chosen_on == point.measured_on == "list sha256:0"
     for bad in (float("nan"), float("inf"), -float("inf"), "0.5", None, True):
@@ -93,6 +95,28 @@ def test_scores_that_float32_makes_one_are_rejected_together():
     threshold = clear_threshold(points, scores[1])
     assert scores[1] < threshold < 0.1000001
     assert clear_threshold(points, np.inf) > 0.5
+    scores = np.array([float(np.float32(0.1)), float(np.float32(0.1)) + 3e-9, 0.5])
+    threshold = clear_threshold(operating_points(scores, np.array([False, True, True])), scores[1])
+    assert scores[1] < threshold < 0.1000001
+
+
+def test_a_threshold_between_neighbouring_numbers_parts_them():
+    """Half-way between two of float32, which makes these two of them; nothing is between."""
+    low = 1 + 2.0**-24
+    high = np.nextafter(low, 2)
+    assert np.float32(low) < np.float32(high)
+    points = operating_points(np.array([low, high]), np.array([False, True]))
+    threshold = clear_threshold(points, high)
+    assert low < threshold <= high
+    assert np.float32(low) < threshold <= np.float32(high)
+
+
+def test_a_model_is_of_as_many_recordings_as_the_median():
+    models = {"a": ("1", "2", "3"), "b": ("4",), "c": ("5", "6", "7", "8", "9")}
+    ids = [*models, "t"]
+    trials = Trials(ids, np.array([0, 1, 1, 1, 2]), np.full(5, 3), models=models)
+    assert recordings_enrolled(trials) == 3
+    assert recordings_enrolled(Trials(["x", "y"], np.array([0]), np.array([1]))) == 1
 
 
 def test_another_kind_of_score_is_refused():
@@ -166,17 +190,20 @@ def test_development_that_has_seen_the_test_speakers_is_refused():
     assert point.optimistic
 
 
-def test_no_misses_do_not_make_an_interval_without_width():
+@pytest.mark.filterwarnings("ignore:the EER of")
+@pytest.mark.parametrize(("distance", "tar"), [(20, 1), (-20, 0)])
+def test_no_misses_or_no_hits_do_not_make_an_interval_without_width(distance, tar):
     """Nor a rate that rests on them anything but unsupported, as in the table of figures."""
     trials = list_of([f"s{n}" for n in range(12)])
     rng = np.random.default_rng(0)
-    scores = rng.normal(size=len(trials)) + 20 * trials.is_target
+    scores = rng.normal(size=len(trials)) + distance * trials.is_target
     report = evaluate(scores, trials, fars=[0.05])
     point = choose_operating_point("a", report.points, 0.05, spread=report.spread, speakers=12)
     figure = report["tar_at_far", 0.05]
-    assert point.tar == 1
+    assert point.tar == tar
     assert point.tar_interval == (figure.low, figure.high)
-    assert figure.low == pytest.approx(0.025 ** (1 / 12))  # Clopper-Pearson of no misses of 12
+    end = 0.025 ** (1 / 12)  # Clopper-Pearson of none of 12
+    assert point.tar_interval == pytest.approx((end, 1) if tar else (0, 1 - end))
     assert point.mark == figure.mark == "unsupported"
 
 
@@ -189,6 +216,19 @@ def test_a_threshold_that_accepts_next_to_nobody_is_not_measured():
         point = choose_operating_point("a", few, 0.05, development=development, speakers=100)
         assert few.num_targets - point.misses == 2
         assert point.mark == "unsupported"
+
+
+def test_few_false_accepts_of_the_test_do_not_measure_a_threshold_of_development():
+    points, scores, is_target = points_of(5)
+    scores[~is_target] -= 20
+    scores[np.flatnonzero(~is_target)[:2]] += 25
+    few = operating_points(scores, is_target)
+    point = choose_operating_point("a", few, 0.05, development=points, speakers=100)
+    assert (point.false_accepts, point.mark) == (2, "unsupported")
+    assert point.misses >= 30
+    assert choose_operating_point("a", points, 0.05, development=points, speakers=100).mark == (
+        "measured"
+    )
 
 
 def test_validation_on_the_test_is_seen_by_its_trials():

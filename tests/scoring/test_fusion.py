@@ -49,7 +49,26 @@ def test_it_beats_each_system_on_other_speakers(tmp_path):
     assert errors[0] < min(errors[1:])
     assert "s3" not in (tmp_path / "fusion.json").read_text()
     one = Fusion(["a", "b"], [2.0, -0.5], 1.0, 0.01, [], 100)
+    other = replace(one, origins={"b": {"backend": "another"}})
+    assert one.digest != other.digest
     assert str(one) == "log-likelihood ratio = 2 * a - 0.5 * b + 1"
+
+
+def test_a_system_that_tells_nothing_adds_nothing():
+    systems, trials = simulated()
+    alone = fit_fusion({"one": systems["one"]}, trials)
+    for value in (0.5, 0.7):  # whose mean over a list is itself, and is not
+        same = np.full(len(trials), value)
+        still = fit_fusion({"none": same, "one": systems["one"]}, trials)
+        assert still.weights == [0, pytest.approx(alone.weights[0])]
+        assert still.offset == pytest.approx(alone.offset)
+
+
+def test_systems_that_separate_only_together_are_refused():
+    systems, trials = simulated()
+    both = {"one": systems["one"], "two": 3 * trials.is_target - systems["one"]}
+    with pytest.raises(ValueError, match="separate targets and impostors entirely"):
+        fit_fusion(both, trials)
 
 
 def test_speakers_of_development_are_refused():
@@ -96,6 +115,10 @@ def test_bad_input_is_named(tmp_path):
     fusion = fit_fusion(systems, trials)
     with pytest.raises(ValueError, match="fitted on one, two; got one"):
         fusion.apply({"one": systems["one"]}, trials)
+    for broken in (replace(fusion, offset=math.nan), replace(fusion, weights=[1.0])):
+        broken.save(tmp_path / "broken.json")
+        with pytest.raises(ValueError, match=r"broken\.json: not a fusion file"):
+            Fusion.load(tmp_path / "broken.json")
     with pytest.raises(ValueError, match="no systems"):
         fit_fusion({}, trials)
     with pytest.raises(ValueError, match="no labels"):

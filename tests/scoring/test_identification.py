@@ -32,14 +32,17 @@ def naive_scores(gallery, owners, probes, combine):
     )
 
 
+def is_found(row, own, threshold, rank):
+    place = 1 + sum(score >= row[own] for k, score in enumerate(row) if k != own)
+    return row[own] >= threshold and place <= rank
+
+
 def naive_rates(scores, people, names, threshold, rank):
     """Share of mated probes found, share of others that raise an alarm."""
     found, alarms = [], []
     for row, name in zip(scores, names, strict=True):
         if name in people:
-            own = row[people.index(name)]
-            place = 1 + sum(s >= own for k, s in enumerate(row) if people[k] != name)
-            found.append(own >= threshold and place <= rank)
+            found.append(is_found(row, people.index(name), threshold, rank))
         else:
             alarms.append(max(row) >= threshold)
     return np.mean(found), np.mean(alarms)
@@ -91,42 +94,82 @@ def test_smaller_lists_are_the_mean_over_all_subsets(rank_limit):
         assert row.fpir.value <= row.target
 
 
-def test_the_jackknife_leaves_out_each_identity(monkeypatch):
-    """The variances that intervals are made of, by running everything without each identity."""
-    gallery, owners, probes, names = simulated(seed=3, people=8, strangers=6, each=4, dim=3)
-    seen = []
+def shares_of(monkeypatch):
+    """What `identify` gives to `share` and gets from it, as it goes on."""
+    seen, share = [], identification.share
 
     def keep(rate, variance, *others):
-        seen.append((rate, variance))
-        return share(rate, variance, *others)
+        seen.append((rate, variance, share(rate, variance, *others)))
+        return seen[-1][-1]
 
-    share = identification.share
     monkeypatch.setattr(identification, "share", keep)
-    found = identify(gallery, owners, probes, names, ranks=(1, 3), fpirs=(0.25,))
+    return seen
+
+
+@pytest.mark.parametrize("levels", [None, 3])
+@pytest.mark.parametrize(("count", "rank_limit"), [(8, 1), (8, 2), (3, 3), (2, 1), (2, 2)])
+def test_the_jackknife_leaves_out_each_identity(count, rank_limit, levels, monkeypatch):
+    """The variances that intervals are made of, by searching everything without each identity."""
+    gallery, owners, probes, names = simulated(3, count, 6, each=4, dim=3, levels=levels)
+    seen = shares_of(monkeypatch)
+    found = identify(gallery, owners, probes, names, ranks=(1,), fpirs=(0.25,),
+                     rank_limit=rank_limit)  # fmt: skip
     people, scores = naive_scores(gallery, owners, probes, "max")
     threshold = np.float32(found.open_set[0].threshold)
-    rates = {cell: naive_rates(scores, people, names, *cell)
-             for cell in ((-np.inf, 1), (-np.inf, 3), (threshold, 1))}  # fmt: skip
-    values = {cell: [] for cell in rates}
-    for out in range(len(people)):
-        kept = [k for k in range(len(people)) if k != out]
-        left = [n for n, name in enumerate(names) if name != people[out]]
-        for cell in rates:
-            values[cell].append(
-                naive_rates(scores[np.ix_(left, kept)], [people[k] for k in kept],
-                            [names[n] for n in left], *cell)
-            )  # fmt: skip
-    count = len(people)
+    mated = [(row, people.index(name)) for row, name in zip(scores, names, strict=True)
+             if name in people]  # fmt: skip
     factor = (count - 1) / count * count  # times the population variance
-    for (rate, variance), cell in zip(seen, rates, strict=False):
-        hits = np.array([v[0] for v in values[cell]])
-        assert rate == pytest.approx(rates[cell][0])
-        # the probes' part is linearised: equal numbers of probes make it n / (n - 1) apart
-        assert variance == pytest.approx(factor * hits.var(), rel=0.35)
-    alarms = np.array([v[1] for v in values[threshold, 1]])
-    by_person = scores.max(axis=1)[[name not in people for name in names]].reshape(6, 4)
-    own = (by_person >= threshold).mean(axis=1).var(ddof=1) / 6
-    assert seen[-1] == pytest.approx((rates[threshold, 1][1], factor * alarms.var() + own))
+    for (rate, variance, _), cell in zip(seen, [(-np.inf, 1), (threshold, rank_limit)],
+                                         strict=False):  # fmt: skip
+        hits = [is_found(row, own, *cell) for row, own in mated]
+        assert rate == pytest.approx(np.mean(hits))
+        changes = []
+        for out in range(count):
+            # one's own probes are gone: what they add to the rate, to first order
+            without = [is_found(np.delete(row, out), own - (own > out), *cell) - float(hit)
+                       if own != out else rate - hit
+                       for (row, own), hit in zip(mated, hits, strict=True)]  # fmt: skip
+            changes.append(sum(without) / len(mated))
+        assert variance == pytest.approx(factor * np.var(changes))
+    others = scores[[name not in people for name in names]]
+    alarms = [(np.delete(others, out, 1).max(axis=1) >= threshold).mean() for out in range(count)]
+    by_person = (others.max(axis=1) >= threshold).reshape(6, 4)
+    own = by_person.mean(axis=1).var(ddof=1) / 6
+    assert seen[-1][:2] == pytest.approx((by_person.mean(), factor * np.var(alarms) + own))
+
+
+@pytest.mark.parametrize(
+    ("strangers", "rate", "mark"),
+    [(60, 0.2, "indicative"), (7, 0.06, "unsupported"), (1, 0.5, "unsupported")],
+)
+def test_the_interval_of_misses_counts_that_the_threshold_moves(strangers, rate, mark, monkeypatch):
+    """By as much as FPIR is uncertain, up to a threshold beyond all scores or below them."""
+    seen = shares_of(monkeypatch)
+    data = simulated(4, people=12, strangers=strangers, dim=6)
+    found = identify(*data, ranks=(), fpirs=(rate,))
+    (row,), missed = found.open_set, seen[0][-1].complement
+    number, falling = 3 * strangers, np.sort(found.highest)[::-1]
+
+    def misses(fpir):
+        allowed = int(fpir * number + 1e-9)
+        above = falling[allowed] if allowed < number else -np.inf
+        return 1 - np.mean((found.mate_scores > above) & (found.ranks == 1))
+
+    assert row.fnir.value == missed.value == misses(rate)
+    strict = misses(row.fpir.low) if row.fpir.low * number >= 1 else 1.0
+    low = missed.value - np.hypot(missed.value - missed.low, missed.value - misses(row.fpir.high))
+    high = missed.value + np.hypot(missed.high - missed.value, strict - missed.value)
+    assert (row.fnir.low, row.fnir.high) == pytest.approx((max(low, 0), min(high, 1)))
+    assert row.fnir.errors == pytest.approx(min(rate * number, missed.errors))
+    assert (row.fnir.people, row.fnir.mark) == (min(12, strangers), mark)
+
+
+def test_a_probe_at_the_threshold_is_found():
+    least = np.nextafter(np.float32(0.5), np.float32(1))
+    probes = np.array([[least, 0], [0, 1], [0.5, 0]], np.float32)
+    found = identify(np.eye(2), ["a", "b"], probes, ["a", "b", "stranger"], ranks=(), fpirs=(0.3,))
+    assert found.open_set[0].threshold == least
+    assert found.open_set[0].fnir.value == 0
 
 
 def test_blocks_change_nothing(monkeypatch):

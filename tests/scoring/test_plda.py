@@ -119,14 +119,19 @@ def test_what_cannot_be_fitted_is_said():
         fit_plda(embeddings, dict.fromkeys(speakers, "one"))
     with pytest.raises(ValueError, match="several recordings of some"):
         fit_plda(embeddings, {name: name for name in speakers})
-    few = dict(list(embeddings.items())[4:8])
-    with pytest.raises(ValueError, match="4 recordings cannot tell a covariance of 5"):
-        fit_plda(few, speakers)
+    for number in (4, 5):
+        few = dict(list(embeddings.items())[8 - number : 8])
+        with pytest.raises(ValueError, match=f"{number} recordings cannot tell a covariance of 5"):
+            fit_plda(few, speakers)
     with pytest.raises(ValueError, match="rank of 6 must be from 1 to 5"):
         fit_plda(embeddings, speakers, rank=6)
+    with pytest.raises(ValueError, match="rank of 3 must be from 1 to 2"):
+        fit_plda(*voices(0, 3), rank=3)
     plda = fit_plda(embeddings, speakers)
     with pytest.raises(ValueError, match="embeddings have 3 dimensions, the PLDA 5"):
         plda.scores({name: row[:3] for name, row in embeddings.items()}, all_pairs(*voices(0, 3)))
+    with pytest.raises(ValueError, match="enrolment must be one of embedding, score, got 'mean'"):
+        plda.scores(embeddings, all_pairs(*voices(0, 3)), "mean")
 
 
 def test_embeddings_of_another_encoder_are_refused(tmp_path):
