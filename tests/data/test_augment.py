@@ -84,10 +84,11 @@ def test_reverberation_is_the_convolution(folders):
     paths = module._impulse_responses(folders / "RIRS_NOISES")
     assert len(paths) == 1  # simulated ones alone
     assert list(module._impulse_responses(folders)) == list(paths)
-    response = module._recorded_room(paths, RATE, rng)
-    naive = np.convolve(signal.double(), response.double() / response.double().norm())[:4000]
-    found = module._reverberated(signal, response)
-    np.testing.assert_allclose(found.numpy(), naive, atol=1e-5)
+    recorded = module._recorded_room(paths, RATE, rng)
+    for response in (recorded, torch.randn(3000), torch.randn(9000)):  # nothing wraps around
+        naive = np.convolve(signal.double(), response.double() / response.double().norm())[:4000]
+        found = module._reverberated(signal, response)
+        np.testing.assert_allclose(found.numpy(), naive, atol=1e-5)
     assert torch.equal(module._reverberated(signal, torch.zeros(10)), signal)
 
 
@@ -150,6 +151,70 @@ def test_babble_is_of_others(manifest, monkeypatch):
         augment(torch.randn(RATE), generator(seed), "a")
     assert read
     assert not any("/a/s/" in path for path in read)
+
+
+def test_babble_is_a_third_of_the_noise_and_its_voices_are_equally_loud(monkeypatch):
+    """Stretches from anywhere in a recording, and of a part of a file from nowhere beyond it."""
+    items = [Item("a", "a.wav", "a", 0.0, 9.0), Item("b", "b.wav", "b", 2.0, 3.0, True),
+             Item("c", "c.wav", "c", 4.0, 0.25, True)]  # fmt: skip
+    asked = {"b.wav": [], "c.wav": []}
+
+    def read(path, rate, start, wanted):
+        asked[path].append((start, wanted))
+        return torch.full((round(wanted * rate),), {"b.wav": 0.5, "c.wav": 30.0}[path])
+
+    monkeypatch.setattr(module, "read_audio", read)
+    babble = []
+    for seed in range(300):
+        noise, snr = module._synthetic_noise(Manifest.of(items), RATE, generator(seed), RATE, "a")
+        if snr == module.SNR["speech"]:
+            babble.append(noise)
+    assert len(babble) == pytest.approx(100, abs=30)
+    voices = torch.stack(babble) / 0.1  # each of the power 1
+    assert torch.allclose(voices, voices.round(), atol=0.01)
+    assert set(voices.round().unique().tolist()) <= set(range(1, 8))
+    starts = [start for start, _ in asked["b.wav"]]
+    assert 2 <= min(starts) < 2.1
+    assert 3.9 < max(starts) <= 4
+    assert {wanted for _, wanted in asked["b.wav"]} == {1.0}
+    assert set(asked["c.wav"]) == {(4.0, 0.25)}
+
+
+def test_noise_is_taken_from_anywhere_in_a_recording(folders, monkeypatch):
+    starts, paths = [], module._labelled(folders / "musan")[0]
+    monkeypatch.setattr(
+        module, "read_audio", lambda path, rate, start, _: starts.append(start) or torch.ones(rate)
+    )
+    for seed in range(100):
+        module._stretch(paths[0], generator(seed), RATE, RATE)
+    assert 0 <= min(starts) < 0.1
+    assert 1.9 < max(starts) <= 2  # of three seconds, one
+
+
+def test_synthetic_noise_is_white_to_brown():
+    slopes = []
+    for seed in range(60):
+        noise, snr = module._synthetic_noise(None, RATE, generator(seed), 2 * RATE, "")
+        assert snr == module.SNR["noise"]
+        assert float(noise.square().mean()) == pytest.approx(0.01, rel=1e-4)
+        bins = np.arange(10, RATE)
+        power = np.abs(np.fft.rfft(noise.numpy()))[bins] ** 2
+        slopes.append(-np.polyfit(np.log(bins), np.log(power), 1)[0])
+    assert -0.1 < min(slopes) < 0.3
+    assert 1.7 < max(slopes) < 2.1
+    assert np.mean(slopes) == pytest.approx(1, abs=0.25)
+
+
+def test_synthetic_rooms_decay_by_60_db_behind_the_direct_sound():
+    for seed in range(30):
+        room = module._synthetic_room(RATE, generator(seed)).double().numpy()
+        assert 0.1 * RATE - 1 <= len(room) <= 0.8 * RATE
+        assert room[0] == 1
+        assert not room[1:32].any()  # two milliseconds
+        assert -0.01 <= -10 * np.log10(np.square(room[1:]).sum()) <= 15.01
+        level = 10 * np.log10(np.square(room[32:]) + 1e-30)
+        decay = np.polyfit(np.arange(32, len(room)) / len(room), level, 1)[0]
+        assert decay == pytest.approx(-60, abs=4)
 
 
 def test_folders_that_are_not_there_and_files_that_are_broken(folders, tmp_path, caplog):
