@@ -13,10 +13,12 @@ from verify.stub import DIGEST, Stub
 from speechbrain_qmargin.embeddings import Embeddings, cosine_scores
 from speechbrain_qmargin.extraction import Inputs
 from speechbrain_qmargin.scoring.calibration import Calibration
+from speechbrain_qmargin.scoring.metrics import eer, operating_points
 from speechbrain_qmargin.scoring.normalisation import normalize
-from speechbrain_qmargin.scoring.pairing import every_model
+from speechbrain_qmargin.scoring.pairing import every_model, every_pair
+from speechbrain_qmargin.scoring.separation import name_digest
 from speechbrain_qmargin.scoring.uncertainty import rate_interval
-from speechbrain_qmargin.trials import Trials
+from speechbrain_qmargin.trials import Trials, speaker_in
 from speechbrain_qmargin.verify import threshold
 from speechbrain_qmargin.verify import verifier as verifier_module
 from speechbrain_qmargin.verify.people import NotEnrolled, People
@@ -93,20 +95,23 @@ def test_what_is_not_of_one_another_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not say of which encoder"):
         System.load(tmp_path, DIGEST)
     shutil.copy(tmp_path / "calibration.json", tmp_path / "kept")
-    cases = {
-        "is of the cohort": {"cohort": replace(system.cohort, top_n=5)},
-        "is for as-norm, the cohort z-norm": {"cohort": replace(system.cohort, method="z")},
-        "is for as-norm scores, and there is no cohort": {"cohort": None},
-        "is for unknown scores": {"point": replace(system.point, kind="")},
-        "is for plda scores": {"point": replace(system.point, kind="plda")},
-        "calibration is of other scores": {"calibration": replace(system.calibration, kind="z")},
-        "wants quality measures": {
-            "calibration": replace(system.calibration, qualities=["d"], weights=[1.0, 0, 0])
-        },
-        "histogram is of other scores": {"histogram": replace(system.histogram, kind="cosine")},
-        "is of the encoder": {"histogram": replace(system.histogram, encoder="0" * 64)},
-    }
-    for fault, change in cases.items():
+    cohort, calibration, histogram = system.cohort, system.calibration, system.histogram
+    for fault, change in (
+        ("is of the cohort", {"cohort": replace(cohort, top_n=5)}),
+        ("is for as-norm, the cohort z-norm", {"cohort": replace(cohort, method="z")}),
+        ("is for as-norm scores, and there is no cohort", {"cohort": None}),
+        ("is for unknown scores", {"point": replace(system.point, kind="")}),
+        ("is for plda scores", {"point": replace(system.point, kind="plda")}),
+        ("calibration is of other scores", {"calibration": replace(calibration, kind="z")}),
+        ("calibration is of other scores", {"calibration": replace(calibration, cohort="c")}),
+        ("is of the encoder", {"calibration": replace(calibration, encoder="0" * 64)}),
+        (
+            "wants quality measures",
+            {"calibration": replace(calibration, qualities=["d"], weights=[1.0, 0, 0])},
+        ),
+        ("histogram is of other scores", {"histogram": replace(histogram, kind="cosine")}),
+        ("is of the encoder", {"histogram": replace(histogram, encoder="0" * 64)}),
+    ):
         with pytest.raises(ValueError, match=fault):
             replace(system, **change)
     (tmp_path / "cohort.npz").write_bytes(b"PK\x03\x04 damaged")
@@ -182,6 +187,9 @@ def test_identification_names_the_nearest_and_what_a_search_costs(verifier):
     high = rate_interval(0, point.num_impostors)[1]
     assert quiet.identify(said("bob", 7)[0]).false_alarm == pytest.approx(3 * high)
     assert high > 0
+    loose = replace(point, far_interval=(0.2, 0.6))  # a chance is one at most
+    quiet = Verifier(READER, verifier.people, replace(verifier.system, point=loose))
+    assert quiet.identify(said("bob", 7)[0]).false_alarm == 1
     assert verifier.identify(b"stranger 1").name is None
     verifier.people.enrol("old", np.eye(1, 32, dtype="f"), "another encoder")
     found = verifier.identify(b"bob 7")
@@ -231,6 +239,19 @@ def test_one_recording_sent_twice_at_once_is_enrolled_once(tmp_path):
     with pytest.raises(Unfit, match="the content: it is enrolled already"):
         Verifier(READER, Waits(file), system_of).enrol("ann", b"ann 1")
     assert [one.recordings for one in People(file).list()] == [1]
+
+
+def test_one_recording_is_known_again_though_its_embedding_is_rounded_otherwise(tmp_path):
+    class Rounded(Stub):
+        def embed(self, samples):
+            rows = super().embed(samples)
+            return rows + 3e-6 * np.random.default_rng(len(rows)).normal(size=rows.shape)
+
+    verifier = Verifier(Rounded(), People(tmp_path / "p.sqlite"), system_of())
+    verifier.enrol("ann", b"ann 1")
+    with pytest.raises(Unfit, match="the content: it is enrolled already"):
+        verifier.enrol("ann", [b"ann 2", b"ann 1"])
+    verifier.enrol("ann", [b"ann 2", b"ann 3"])
 
 
 def test_a_decision_says_where_the_threshold_was_not_measured_like_this(verifier):
@@ -327,6 +348,15 @@ def test_a_threshold_is_chosen_on_one_half_and_measured_on_the_other():
     assert point.tar_interval[0] <= point.tar <= point.tar_interval[1]
     assert not point.optimistic
     assert point.chosen_on.startswith("chosen: 12 people of mine, sha256:")
+    calibration = found.system.calibration
+    assert point.chosen_on.endswith(f"sha256:{calibration.fitted_on[:16]}")
+    assert calibration.p_target == 0.01
+    measured = sorted(PEOPLE, key=name_digest)[1::2]
+    own = {who: [name for name in CORPUS.ids if speaker_in(name) == who] for who in measured}
+    trials = every_pair(own)
+    assert found.eer == eer(operating_points(cosine_scores(CORPUS, trials), trials.is_target))
+    again = measure_threshold(CORPUS, DIGEST, 0.05, p_target=0.3).system
+    assert (again.point.threshold, again.calibration.p_target) == (point.threshold, 0.3)
     assert "person1" not in point.chosen_on + point.measured_on
     counts = found.system.histogram
     assert (sum(counts.targets), sum(counts.impostors)) == (point.num_targets, point.num_impostors)
@@ -373,6 +403,10 @@ def test_few_people_are_marked():
     assert found.system.point.optimistic
     assert found.people == (5, 5)
     assert any("wants 600" in note for note in found.notes)
+    for number, halves in ((7, (7, 7)), (8, (4, 4))):
+        found = measure_threshold(Embeddings(*READER.embeddings(PEOPLE[:number], 3)), DIGEST, 0.05)
+        assert found.people == halves
+        assert found.system.point.optimistic == (number == 7)
     with pytest.raises(ValueError, match="1 people have more than 1 usable recordings"):
         measure_threshold(Embeddings(*READER.embeddings(["x"], 3)), DIGEST)
     with pytest.raises(ValueError, match="its id names no person"):
