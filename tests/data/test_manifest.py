@@ -76,7 +76,7 @@ def test_what_is_kept_in_a_file_is_pickled_as_its_path(tmp_path):
     assert kept[7].id == names[7]  # the old file is mapped still
 
 
-@pytest.mark.parametrize("size", [0, 10, 300, 5000])
+@pytest.mark.parametrize("size", [0, 10, 300, 5000, -65])
 def test_a_file_that_is_no_manifest_or_cut_off_is_named(tmp_path, size):
     file = tmp_path / "a.manifest"
     Manifest.of(Item(f"{n:04d}", "x" * 40, "y") for n in range(500)).kept_in(file)

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
-from speechbrain_qmargin.embeddings import cosine_scores, save_embeddings
+from speechbrain_qmargin.embeddings import Embeddings, cosine_scores, save_embeddings
 from speechbrain_qmargin.scoring.lists import Cohort, score_files, score_lists
 from speechbrain_qmargin.scoring.metrics import eer, operating_points
 from speechbrain_qmargin.scoring.plots import det_figure, save_figure
@@ -43,6 +43,24 @@ def test_the_mean_of_speakers_is_not_that_of_utterances():
     trials = LabelledTrials(["c3/0", "x/1"], np.array([0]), np.array([1]), np.array([False]))
     with pytest.raises(ValueError, match="1 speakers are in the cohort and in the trials: c3"):
         utterances.refuse_speakers_of([trials])
+
+
+def test_a_cohort_is_told_by_all_that_its_scores_depend_on():
+    raw = vectors("c", 12, 3)
+    whose = {name: name.split("/")[0] for name in raw}
+    rows = np.stack(list(raw.values()))
+
+    def told(by="5e11", name="c.npz", speakers=whose, **options):
+        cohort = Cohort.of(Embeddings(raw, rows, f"{name} sha256:{by}"), speakers, **options)
+        assert cohort.source.startswith(f"{name} sha256:")
+        return cohort.source.rpartition("sha256:")[2]
+
+    variants: list[dict] = [{"by": "ac1d"}, {"speakers": whose | {"c0/0": "c1"}}, {"top_n": 5}]
+    variants += [{"method": "s"}, {"centre": False}, {"all_utterances": True}]
+    variants += [{"mean": mean} for mean in (np.zeros(8), np.ones(8))]
+    assert len({told(), *(told(**one) for one in variants)}) == 1 + len(variants)
+    assert told(name="elsewhere.npz") == told()
+    assert told(method="s", top_n=5) == told(method="s")  # which takes all of them
 
 
 def test_a_cohort_of_the_trials_own_recordings_is_refused_whatever_their_speakers_are_called():

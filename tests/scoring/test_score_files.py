@@ -64,6 +64,7 @@ def test_score_files_of_others(tmp_path):
         ("a b 0.5\na c nan\n", r":2: 'a c nan': the score nan is not finite"),
         ("a b 0,5\na c 0,25\n", r":1: 'a b 0,5': malformed line: the score '0,5' is not a number"),
         ("a b 0.5\na c 1_0\n", r":2: 'a c 1_0': malformed line: the score '1_0' is not a number"),
+        ("a b 0.5 0.7 1\na c 0.2 0.1 0\n", r":1: 'a b 0.5 0.7 1': 5 columns, and which is the sc"),
         # a label of 0 and a score of 5, or a score of 0.5?
         ("a,b,0,5\na,c,0,25\n", r":1: 'a b 0 5': the scores are whole numbers, or have commas as"),
         ("a,b,1,5\na,c,0,25\n", r":1: 'a b 1 5': the scores are whole numbers, or have commas as"),
