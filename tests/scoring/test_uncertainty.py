@@ -12,7 +12,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from speechbrain_qmargin.scoring import metrics
-from speechbrain_qmargin.scoring.figures import EqualErrorRate, MinDCF, TarAtFar
+from speechbrain_qmargin.scoring.figures import ActDCF, EqualErrorRate, MinDCF, TarAtFar
 from speechbrain_qmargin.scoring.influence import TrialStructure
 from speechbrain_qmargin.scoring.report import compare, evaluate
 from speechbrain_qmargin.scoring.uncertainty import (
@@ -293,6 +293,34 @@ def test_below_30_errors_the_wider_of_both_is_given():
     beyond = spread.rates_at(float(scores.max()) + 1)
     assert beyond.far == 0
     assert beyond.far_interval == rate_interval(0, int((~trials.is_target).sum()))
+
+
+def test_few_errors_put_a_figure_where_the_intervals_of_its_rates_put_it():
+    rng = np.random.default_rng(16)
+    targets, impostors = rng.normal(2.5, 1, 40), rng.normal(0, 1, 200)
+    points = metrics.operating_points(np.append(targets, impostors), np.arange(240) < 40)
+
+    def intervals(found):
+        assert found.errors == min(found.misses, found.false_accepts)
+        return rate_interval(found.misses, 40), rate_interval(found.false_accepts, 200)
+
+    frr, far = intervals(found := EqualErrorRate().find(points))
+    wanted = min(frr[0], far[0]), max(frr[1], far[1])
+    assert EqualErrorRate().few_errors(found, points) == wanted
+    for measure, most in ((MinDCF(0.1, 2.0, 3.0), 1.0), (ActDCF(0.1, 2.0, 3.0), math.inf)):
+        ends = zip(*intervals(found := measure.find(points)), strict=True)
+        low, high = (miss + 13.5 * accept for miss, accept in ends)  # 0.2 and 2.7, over 0.2
+        assert measure.few_errors(found, points) == pytest.approx((low, min(high, most)))
+    falling = np.sort(impostors)[::-1]
+    for accepts in (1, 4, 60):  # an interval of FAR from less than one trial, and from more
+        measure = TarAtFar(accepts / 200)
+        least, most = (int(200 * end) for end in rate_interval(accepts, 200))
+        hits = [int((targets > falling[n]).sum()) for n in (least, most, accepts)]
+        fewest = hits[0] if least else 0
+        wanted = rate_interval(fewest, 40)[0], rate_interval(hits[1], 40)[1]
+        found = measure.find(points)
+        assert measure.few_errors(found, points) == pytest.approx(wanted)
+        assert found.errors == min(accepts, hits[2], 40 - hits[2])
 
 
 @pytest.mark.filterwarnings("ignore:the EER of")
