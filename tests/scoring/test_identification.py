@@ -112,7 +112,7 @@ def test_the_jackknife_leaves_out_each_identity(count, rank_limit, levels, monke
     """The variances that intervals are made of, by searching everything without each identity."""
     gallery, owners, probes, names = simulated(3, count, 6, each=4, dim=3, levels=levels)
     seen = shares_of(monkeypatch)
-    found = identify(gallery, owners, probes, names, ranks=(1,), fpirs=(0.25,),
+    found = identify(gallery, owners, probes, names, ranks=(1,), fpirs=(0.6,),
                      rank_limit=rank_limit)  # fmt: skip
     people, scores = naive_scores(gallery, owners, probes, "max")
     threshold = np.float32(found.open_set[0].threshold)
@@ -139,13 +139,15 @@ def test_the_jackknife_leaves_out_each_identity(count, rank_limit, levels, monke
 
 
 @pytest.mark.parametrize(
-    ("strangers", "rate", "mark"),
-    [(60, 0.2, "indicative"), (7, 0.06, "unsupported"), (1, 0.5, "unsupported")],
+    ("strangers", "rate", "dim", "mark"),
+    [(60, 0.2, 6, "indicative"), (7, 0.06, 6, "unsupported"), (1, 0.5, 30, "unsupported")],
 )
-def test_the_interval_of_misses_counts_that_the_threshold_moves(strangers, rate, mark, monkeypatch):
+def test_the_interval_of_misses_counts_that_the_threshold_moves(
+    strangers, rate, dim, mark, monkeypatch
+):
     """By as much as FPIR is uncertain, up to a threshold beyond all scores or below them."""
     seen = shares_of(monkeypatch)
-    data = simulated(4, people=12, strangers=strangers, dim=6)
+    data = simulated(4, people=12, strangers=strangers, dim=dim)
     found = identify(*data, ranks=(), fpirs=(rate,))
     (row,), missed = found.open_set, seen[0][-1].complement
     number, falling = 3 * strangers, np.sort(found.highest)[::-1]

@@ -196,7 +196,9 @@ def test_calibrated_costs_of_cosines_are_refused():
     assert rounded.targets[0] > 1
     with pytest.raises(ValueError, match="look like cosines"):
         cllr(rounded)
-    assert cllr(points_of([0.5], [-5.0])) > 0  # one that is beyond, at either end, and none are
+    assert (
+        cllr(points_of([0.5], [-5.0, 0.2])) > 0
+    )  # one that is beyond, at either end, and none are
 
 
 def test_single_precision_scores_are_counted_as_they_are():

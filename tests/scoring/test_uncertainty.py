@@ -372,7 +372,7 @@ def test_a_threshold_that_moves_with_far_moves_the_tar():
         (12, 0.0),  # the few errors decide how wide the secant is
         (400, 0.7),  # the speakers do
         (1, 0.7),  # the widest that there is
-        (900, 0.7),  # up to all impostors
+        (1060, 0.7),  # up to all impostors
     ],
 )
 def test_slopes_are_secants_over_the_thresholds_own_uncertainty(accepts, effect):
