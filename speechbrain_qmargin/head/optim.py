@@ -374,9 +374,8 @@ class RowSparse(torch.optim.Optimizer):
         for number, p in zip(numbers, parameters, strict=True):
             stored = state_dict["state"].get(number, {})
             if "idle" in stored:
-                self.state[p]["idle"] = stored["idle"].cpu().double().clone()
-                since = stored["idle_since"].to(p.device, torch.int32)
-                self.state[p]["idle_since"] = since.clone()
+                self.state[p]["idle"] = stored["idle"].cpu().double()
+                self.state[p]["idle_since"] = stored["idle_since"].to(p.device, torch.int32)
         self._marks = {}  # the weights may be loaded before or after
 
     def rows_state(self, weight: Tensor) -> dict[str, Tensor]:

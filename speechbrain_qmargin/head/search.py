@@ -700,9 +700,8 @@ def _shared_bound(
     logits = parts[:, :, :most].transpose(0, 1).flatten(1)
     log_q = parts[:, :, most + 2 :].transpose(0, 1).flatten(1) if log_q is not None else None
     level, peak = parts[:, :, most].amax(0), logits.amax(1)
-    slack = rounding(query, level)
-    level = torch.maximum(level, _level_of(query, logits - slack.unsqueeze(1), log_q, None, True))
-    return Found(candidates, level, False, peak + slack)
+    level = torch.maximum(level, _level_of(query, logits, log_q, None, True))
+    return Found(candidates, level, False, peak + rounding(query, level))
 
 
 def product(embeddings: Tensor, rows: Tensor) -> Tensor:

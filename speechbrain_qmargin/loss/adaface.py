@@ -95,8 +95,8 @@ class AdaFaceLoss(Loss):
             raise ValueError(f"t_alpha must be in (0, 1], got {values['t_alpha']}")
 
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
-        norms = norms_of(self, scores).detach()
-        quality = self.norms.quality(norms, self.h, self.t_alpha if self.training else 0.0)
+        weight = self.t_alpha if self.training else 0.0
+        quality = self.norms.quality(norms_of(self, scores), self.h, weight)
         return Objective(
             scale=self.scale,
             move_target=lambda cosines: adaptive_margin(cosines, self.margin, quality),

@@ -80,8 +80,8 @@ class NormQMarginLoss(QMarginLoss):
             )
 
     def objective(self, scores: Scores, targets: Tensor) -> Objective:
-        norms = norms_of(self, scores).detach()
-        quality = self.norms.quality(norms, self.h, self.t_alpha if self.training else 0.0)
+        weight = self.t_alpha if self.training else 0.0
+        quality = self.norms.quality(norms_of(self, scores), self.h, weight)
         margins = self.margin * (1 + self.reach * quality)
         return q_margin_objective(targets, self.alpha, self.scale, margins)
 

@@ -136,7 +136,7 @@ class ElasticFaceLoss(Loss):
         def move(cosines: Tensor) -> Tensor:
             margins = drawn.to(cosines.dtype)
             if self.plus:
-                rank = cosines.detach().argsort(descending=True).argsort()
+                rank = cosines.argsort(descending=True).argsort()
                 margins = margins.sort().values[rank]
             return angular_margin(cosines, margins) if self.kind == "arc" else cosines - margins
 

@@ -42,7 +42,7 @@ def masses(f: Generator, depth: Tensor, log_q: Tensor | float = 0.0) -> tuple[Te
     (tensor([1., 0.], dtype=torch.float64), tensor([1., 0.], dtype=torch.float64))
     """
     log_q = torch.as_tensor(log_q, dtype=depth.dtype, device=depth.device)
-    active = ~((depth >= f.edge) | (depth == math.inf))
+    active = ~(depth >= f.edge)
     inside = torch.where(active, depth, min(1.0, f.edge / 2))
     p = torch.exp(log_q + f.log_ratio(inside))
     h = torch.exp(log_q) * f.slope(inside)

@@ -80,7 +80,7 @@ class RunningNorms(nn.Module):
 
     @torch.no_grad()
     def quality(self, norms: Tensor, h: float, weight: float) -> Tensor:
-        """In [-1, 1], [B], of norms [B], after the running values have taken them in."""
+        """In [-1, 1], [B], of norms [B], after the running values took them in; no gradient."""
         norms = norms.clamp(_LEAST, _MOST)
         self.to(norms.device)
         if weight:

@@ -319,8 +319,6 @@ class Block:
         (alpha - 1) times the logits; -inf stands for an absent class. Not changed.
     alpha : float
     log_q : Tensor broadcastable to `v`, or None for q = 1
-    weight : float
-        How often each class counts: for a sample of the classes.
 
     Examples
     --------
@@ -331,10 +329,8 @@ class Block:
     (tensor([1.]), tensor([2.]))
     """
 
-    def __init__(
-        self, v: Tensor, alpha: float, log_q: Tensor | None = None, weight: float = 1.0
-    ) -> None:
-        self.v, self.alpha, self.weight = v, alpha, weight
+    def __init__(self, v: Tensor, alpha: float, log_q: Tensor | None = None) -> None:
+        self.v, self.alpha = v, alpha
         self.log_q = log_q
         self._u, self._h = torch.empty_like(v), torch.empty_like(v)
 
@@ -357,10 +353,8 @@ class Block:
         h = self._powers(level)
         s = torch.linalg.vecdot(h, self._u)
         if self._factor is None or in_logs(self.alpha):
-            slope = h.sum(-1)
-        else:
-            slope = torch.linalg.vecdot(h, self._factor)
-        return (s, slope) if self.weight == 1 else (s * self.weight, slope * self.weight)
+            return s, h.sum(-1)
+        return s, torch.linalg.vecdot(h, self._factor)
 
     def posterior(self, level: Tensor) -> Tensor:
         """p [..., K] at levels [...], in a buffer that the next call overwrites."""
@@ -405,7 +399,7 @@ def newton_steps(alpha: float, classes: int, spread: float, dtype: torch.dtype) 
     Parameters
     ----------
     classes : int
-        How many there are, weights included.
+        How many there are.
     spread : float
         log(q_max / q_min).
     dtype : torch.dtype
@@ -539,7 +533,7 @@ def solve(
     peak : Tensor, [B]
         The largest of the other classes' logits.
     classes : int
-        How many there are in all, weights included.
+        How many there are in all.
     spread : float, optional
         log(q_max / q_min) over classes and targets. None where it is not known without waiting:
         then `few` is given.
