@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from processes import start
 from ranks import on_ranks
 
-from speechbrain_qmargin import QMarginLoss
+from speechbrain_qmargin import QMarginLoss, q_margin_loss
 from speechbrain_qmargin.communicator import Communicator
-from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
+from speechbrain_qmargin.head import QMarginHead, RowSparseAdam, RowSparseSGD
 from speechbrain_qmargin.head.search import Screening
 from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.loss.arcface import ArcFaceLoss
@@ -223,6 +223,99 @@ def test_a_killed_rank_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     assert torch.equal(other.weight, before)
 
 
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("parameters", [*SETTINGS[1:4], (3.0, 4.0, 0.1)])
+def test_in_shards_each_gradient_is_exact_relative_to_itself(parameters, prior):
+    """Against all cosines in float64. What shards show each other is of float32, and a bound."""
+    torch.manual_seed(1)
+    weight, labels = torch.randn(400, DIM), torch.randint(400, (60,))
+    noise = torch.linspace(0.02, 1, 60)[:, None] * torch.randn(60, DIM)
+    x = F.normalize(weight[labels]) + noise
+    log_q = 3 * torch.randn(400) - 6 if prior else None
+
+    def step(comm):
+        head = QMarginHead(DIM, 400, group=comm)
+        with torch.no_grad():
+            head.weight.copy_(weight[head.start : head.stop])
+        mine = x.split(20)[comm.rank].clone().requires_grad_()
+        own = labels.split(20)[comm.rank]
+        loss = head(mine).q_margin_loss(own, *parameters, log_q=log_q, reduction="none")
+        loss.sum().backward()
+        return loss.detach(), mine.grad
+
+    found = [torch.cat(parts) for parts in zip(*on_ranks(3, step), strict=True)]
+    x = x.double().requires_grad_()
+    cosines = F.normalize(x, dim=1) @ F.normalize(weight.double(), dim=1).T
+    loss = q_margin_loss(cosines, labels, *parameters, log_q=log_q, reduction="none")
+    loss.sum().backward()
+    active = x.grad.norm(dim=1) > 1e-6
+    assert 20 < active.sum() <= 60
+    for one, wanted in zip(found, (loss.detach()[:, None], x.grad), strict=True):
+        error = (one.view_as(wanted) - wanted).norm(dim=1) / wanted.norm(dim=1)
+        assert float(error[active].max()) < 1e-6
+
+
+@pytest.mark.parametrize("early", [None, 0, 1])
+@pytest.mark.parametrize(
+    ("kind", "dense_kind", "options"),
+    [
+        (RowSparseSGD, torch.optim.SGD, {"momentum": 0.9}),
+        (RowSparseAdam, torch.optim.AdamW, {"betas": (0.8, 0.9)}),
+    ],
+)
+def test_a_resumed_optimiser_in_other_shards_is_torchs_dense_one(
+    kind, dense_kind, options, early, tmp_path
+):
+    """`early`: the rank that alone brought its rows up to date half-way, as a reset does."""
+    classes, halfway, options = 12, 5, {"lr": 0.1, "weight_decay": 0.01, **options}
+
+    def gradient(step):
+        generator = torch.Generator().manual_seed(step)
+        rows = torch.randperm(classes, generator=generator)[:3].sort().values
+        return rows, torch.randn(3, DIM, generator=generator)
+
+    def train(comm, first, last, folder):
+        head = QMarginHead(DIM, classes, seed=0, group=comm)
+        optimizer = kind(head.parameters(), **options, head=head)
+        if first:
+            head.load_shards(folder, optimizer)
+        for step in range(first, last):
+            rows, values = gradient(step)
+            mine = (rows >= head.start) & (rows < head.stop)
+            place = (rows[mine] - head.start).unsqueeze(0)
+            head.weight.grad = torch.sparse_coo_tensor(
+                place, values[mine], head.weight.shape, check_invariants=True
+            )
+            optimizer.step()
+            if step == 2 and comm.rank == early:
+                optimizer.catch_up()
+        if not first:  # as many lines of idle steps as rows, where there was no catching up
+            assert len(optimizer.state[head.weight]["idle"]) == (3 if comm.rank == early else 6)
+            head.save_shards(folder, optimizer)
+        optimizer.catch_up()
+        return head.weight.detach()
+
+    weight = torch.nn.Parameter(QMarginHead(DIM, classes, seed=0).weight.detach())
+    dense = dense_kind([weight], **options)
+    for step in range(2 * halfway):
+        rows, values = gradient(step)
+        weight.grad = torch.zeros_like(weight).index_copy_(0, rows, values)
+        dense.step()
+    on_ranks(2, lambda comm: train(comm, 0, halfway, tmp_path))
+    for world in (1, 2, 3):
+        found = on_ranks(world, lambda comm: train(comm, halfway, 2 * halfway, tmp_path))
+        torch.testing.assert_close(torch.cat(found), weight.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_prototypes_begin_the_same_in_any_shards_and_no_two_alike():
+    def initial(comm):
+        return QMarginHead(2, 35_000, subcentres=2, seed=3, group=comm).weight.detach()
+
+    (whole,) = on_ranks(1, initial)
+    assert len(whole.unique(dim=0)) == 70_000
+    assert torch.equal(torch.cat(on_ranks(3, initial)), whole)
+
+
 def test_shards_that_the_first_rank_does_not_see_are_no_checkpoint(tmp_path):
     """As on two machines whose folders are called alike: found out when it is resumed from."""
 
@@ -305,7 +398,6 @@ def test_2_to_4_ranks_are_one_process(tmp_path):
         *((2, job) for job in (many, arcface, traffic, ddp, bad_input)),
     ]
     start(entry, jobs, str(tmp_path / "rendezvous"), number=4)
-    # saving catches idle rows up, which with momentum later steps see: so both runs save twice
     stage(0, 1, alone, False, 2)
     halfway = prototypes_in(alone)
     stage(0, 1, alone, True, 2)

@@ -107,6 +107,25 @@ def test_loss_and_gradients_are_the_definitions(name, way, scale, noise, subcent
     torch.testing.assert_close(torch.cat([one[3] for one in found]).double(), rows.grad, **near)
 
 
+def test_passes_over_all_classes_are_not_held_up_by_a_float32_bound():
+    """As at alpha > 1: within the rounding of float32 cosines the bound may lie beyond the root."""
+    generator = torch.Generator().manual_seed(2)
+    torch.manual_seed(1)
+    weight, labels = torch.randn(400, 24), torch.randint(400, (64,))
+    x = F.normalize(weight[labels]) + 0.2 * torch.randn(64, 24, generator=generator)
+    head = QMarginHead(24, 400, sizes=Sizes(max_candidates=20)).train()
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    found, at = x.clone().requires_grad_(), x.double().requires_grad_()
+    make_loss("qmargin_f", scale=30).rows(head(found), labels).loss.sum().backward()
+    cosines = F.normalize(at, dim=1) @ F.normalize(weight.double(), dim=1).T
+    definition("le_cam", cosines, labels, 30, 0.2)[0].sum().backward()
+    active = at.grad.norm(dim=1) > 1e-6
+    assert active.any()
+    error = (found.grad - at.grad).norm(dim=1) / at.grad.norm(dim=1)
+    assert float(error[active].max()) < 7e-7
+
+
 def test_what_is_screened_away_is_little_more_than_what_rests(monkeypatch):
     """Le Cam's own floor, not that of another divergence."""
     x, weight, labels = batch(0.1, 1)

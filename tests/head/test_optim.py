@@ -40,6 +40,7 @@ def compare(kind, dense_kind, options, dense_at, save_at, write_at, max_idle, se
             for optimizer in (mine, theirs):
                 optimizer.param_groups[0]["lr"] = options["lr"] * 2 / (1 + step)
                 optimizer.step()
+            assert len(mine.state[rows]["idle"]) <= max_idle
             if step == save_at:  # a resumed run
                 state = mine.state_dict()
                 rows = parameter(rows.detach())
@@ -166,6 +167,24 @@ def test_saving_changes_nothing():
         return losses
 
     assert train(30) == train(30, save_at=14)
+
+
+@pytest.mark.parametrize("kind", [RowSparseSGD, RowSparseAdam])
+def test_a_closure_has_gradients_and_its_loss_is_the_steps(kind):
+    head, other = (QMarginHead(6, 40, 2.0, 5.0, 0.2, seed=0) for _ in range(2))
+    x, labels = torch.randn(5, 6), torch.arange(5)
+    optimizers = [kind(one.parameters(), lr=0.1, head=one) for one in (head, other)]
+    loss = other(x, labels)
+    loss.backward()
+    optimizers[1].step()
+
+    def closure():
+        found = head(x, labels)
+        found.backward()
+        return found
+
+    assert optimizers[0].step(closure) == loss
+    assert torch.equal(head.weight, other.weight)
 
 
 def test_a_step_warns_of_nothing():

@@ -104,6 +104,31 @@ def test_rows_loaded_under_a_live_optimiser_stay_what_was_loaded(kind, how, tmp_
     assert_true(head)
 
 
+def test_a_write_between_backward_and_step_is_noticed():
+    """The step refreshes its own rows alone: the others' norms and bits would be the old ones."""
+    head, optimizer = trained()
+    optimizer.zero_grad()
+    head(embeddings(), LABELS).backward()
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(CLASSES, DIM))
+    optimizer.step()
+    assert_true(head)
+
+
+@pytest.mark.parametrize("head_first", [True, False])
+@pytest.mark.parametrize("kind", [RowSparseSGD, RowSparseAdam])
+def test_a_run_that_is_set_back_repeats_itself(kind, head_first):
+    """In place, as SpeechBrain recovers: nothing that is pending is lost, whichever is first."""
+    head, optimizer = trained(kind)
+    states = copy.deepcopy((head.state_dict(), optimizer.state_dict()))
+    wanted, end = run(head, optimizer, 5, seed=1), weights(head)
+    pairs = list(zip((head, optimizer), states, strict=True))
+    for one, state in pairs if head_first else reversed(pairs):
+        one.load_state_dict(state)
+    assert run(head, optimizer, 5, seed=1) == wanted
+    assert torch.equal(head.weight, end)
+
+
 @pytest.mark.parametrize("kind", [RowSparseSGD, RowSparseAdam])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_a_copy_of_head_and_optimiser_goes_on_as_the_original(kind, way):

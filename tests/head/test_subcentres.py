@@ -72,7 +72,8 @@ def test_the_sparse_head_is_exact(name, settings, screened):
         assert_near(found, wanted(x, weight, labels, make_loss(name, **settings)))
 
 
-def test_rows_of_one_class_do_not_count_twice():
+@pytest.mark.parametrize("sizes", [None, Sizes(screen_from=1, sample=10, most=2.0)])
+def test_rows_of_one_class_do_not_count_twice(sizes):
     """Equal rows, and rows so near that all of a class's are active: tau would be too high."""
     for noise in (0.0, 1e-3):
         torch.manual_seed(0)
@@ -80,7 +81,7 @@ def test_rows_of_one_class_do_not_count_twice():
         weight = centres.repeat_interleave(K, 0) + noise * torch.randn(40 * K, DIM)
         labels = torch.arange(7)
         x = centres[labels] + 0.5 * torch.randn(7, DIM)
-        head = QMarginHead(DIM, 40, subcentres=K, sparse_grad=True)
+        head = QMarginHead(DIM, 40, subcentres=K, sparse_grad=True, sizes=sizes)
         with torch.no_grad():
             head.weight.copy_(weight)
         cosines = F.normalize(x.double(), dim=1) @ F.normalize(weight.double(), dim=1).T

@@ -1,5 +1,6 @@
 """The other losses against their papers' formulas, written naively with autograd in float64."""
 
+import copy
 import math
 
 import entmax
@@ -135,6 +136,13 @@ def test_adaface_s_running_values_are_its_state():
     scores = DenseScores(cosines_of(x, weight), x)
     assert loss(scores, labels) == other(scores, labels)
     assert other.state_dict() == state  # evaluation changes nothing
+    other.train()
+    lost = torch.full_like(x, math.nan)
+    assert other(DenseScores(cosines_of(lost, weight), lost), labels).isnan()
+    assert other.state_dict() == state  # a batch that diverged is no measure
+    other(DenseScores(cosines_of(x[:1], weight), x[:1]), labels[:1])
+    state["norms.mean"] = 0.01 * a[0] + 0.99 * state["norms.mean"]
+    torch.testing.assert_close(other.state_dict(), state)  # one norm has no deviation
     with pytest.raises(TypeError, match=r"AdaFaceLoss looks at the embeddings' norms.*QMarginHead"):
         loss(cosines_of(x, weight), labels)
 
@@ -304,9 +312,12 @@ def test_kappaface():
     loss = make()
     value = loss(DenseScores(cosines_of(x, weight), x), labels)
     assert (loss.psi == 1).all()
-    resumed = make()
-    resumed.load_state_dict(loss.state_dict())
-    for each in (loss, resumed):
+    resumed, set_back, halfway = make(), make(), copy.deepcopy(loss.state_dict())
+    resumed.load_state_dict(halfway)
+    for x_of, labels_of in ((x, labels), (x2, labels2)):  # its next estimate is far away
+        set_back(DenseScores(cosines_of(x_of, weight), x_of), labels_of)
+    set_back.load_state_dict(halfway)
+    for each in (loss, resumed, set_back):
         assert each(DenseScores(cosines_of(x2, weight), x2), labels2) > 0
     everything, names = torch.cat((x, x2)).double(), torch.cat((labels, labels2))
     kappa = torch.zeros(40, dtype=DOUBLE)
@@ -320,11 +331,30 @@ def test_kappaface():
     factors = 0.7 * scattered + 0.3 * rare
     torch.testing.assert_close(loss.psi, factors, rtol=1e-4, atol=1e-5)
     assert torch.equal(loss.psi, resumed.psi)
+    assert torch.equal(loss.psi, set_back.psi)
     assert not loss.seen.any()
     value = loss.eval()(DenseScores(cosines_of(x, weight), x), labels)
     wanted = naive(cosines_of(x.double(), weight.double()), None, labels, factors).mean()
     torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
     assert not loss.seen.any()  # evaluation changes nothing
+
+
+def test_a_batch_that_diverged_is_no_measure_of_a_class():
+    batches = [batch(), batch(seed=1)]
+    batches[1][2][:3] = batches[0][2][:3]
+    lost = (torch.full_like(batches[0][0], math.nan), *batches[0][1:])
+    counts = torch.tensor([2.25] + 39 * [0.25])  # two batches
+
+    def after(*parts):
+        loss = KappaFaceLoss(counts, 8)
+        for x, weight, labels in parts:
+            loss(DenseScores(cosines_of(x, weight), x), labels)
+        return loss
+
+    assert (after(batches[0], lost).psi == 1).all()
+    wanted = after(*batches).psi
+    assert (wanted != 1).any()
+    assert torch.equal(after(batches[0], lost, batches[1]).psi, wanted)
 
 
 @pytest.mark.parametrize("name", ["kappaface", "qmargin_prior"])

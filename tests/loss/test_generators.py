@@ -63,16 +63,23 @@ def batch(rows=5, classes=6, spread=4.0, seed=0):
     return logits, targets, log_q.scatter(1, targets[:, None], -1.5)
 
 
-@every
+@pytest.mark.parametrize("name", [*GENERATORS, -0.5, 0.5, 1.5])
 def test_a_generator_is_one_function(name):
     """Ratio, slope, depth and drop belong to the textbook's f, by differences."""
-    f = GENERATORS[name]
+    if isinstance(name, str):
+        f, textbook_f = GENERATORS[name], TEXTBOOK[name]
+    else:
+        f = alpha_generator(name)
+
+        def textbook_f(u):
+            return (u**name - 1 - name * (u - 1)) / (name * (name - 1))
+
     u = torch.tensor([1e-3, 0.2, 0.9, 1.0, 1.7, 30.0], dtype=DOUBLE)
-    textbook = torch.from_numpy(TEXTBOOK[name](u.numpy()))
+    textbook = torch.from_numpy(textbook_f(u.numpy()))
     drop = f.drop(u) - (f.at_zero if math.isfinite(f.at_zero) else 0)
     torch.testing.assert_close(drop, -textbook)
     step = 1e-6 * u
-    derivative = (TEXTBOOK[name]((u + step).numpy()) - TEXTBOOK[name]((u - step).numpy())) / (
+    derivative = (textbook_f((u + step).numpy()) - textbook_f((u - step).numpy())) / (
         2 * step.numpy()
     )
     depth = f.depth(u.log())
@@ -83,7 +90,14 @@ def test_a_generator_is_one_function(name):
     slope = (-near / (2e-6 * depth))[where]
     torch.testing.assert_close(f.slope(depth)[where], slope, rtol=1e-4, atol=1e-6)
     assert f.slope(f.depth(torch.zeros(1, dtype=DOUBLE))) == pytest.approx(1)  # f''(1) = 1
-    assert f.is_sparse == (name in SPARSE)
+    assert f.is_sparse == (name in SPARSE if isinstance(name, str) else name > 1)
+
+
+@pytest.mark.parametrize(("name", "log_u"), [("le_cam", 20.5), ("jensen_shannon", -20.5)])
+def test_a_depth_has_all_its_digits_where_the_ratio_is_far_from_one(name, log_u):
+    log_u = torch.tensor(log_u, dtype=DOUBLE)
+    found = GENERATORS[name].log_ratio(GENERATORS[name].depth(log_u))
+    assert float(found) == pytest.approx(float(log_u), rel=0, abs=1e-12)
 
 
 @every

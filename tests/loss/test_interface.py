@@ -204,6 +204,24 @@ def test_rows_that_are_none_are_named(given, message):
     torch.testing.assert_close(loss(cosines, LABELS[:, None]), cosines.sum(1).mean())
 
 
+def test_others_that_move_by_their_target_take_it_for_a_constant():
+    def move(cosines, target):
+        return cosines * (1 + target)
+
+    x, weight = batch()
+    x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    cosines = F.linear(F.normalize(x), F.normalize(weight))
+    own = cosines.gather(1, LABELS[:, None]) - 0.2
+    moved = move(cosines, own.detach()).scatter(1, LABELS[:, None], own)
+    wanted = F.cross_entropy(10 * moved, LABELS, reduction="none")
+    (wanted * torch.arange(1, len(LABELS) + 1)).sum().backward()
+    objective = Objective(10.0, move_target=lambda cosines: cosines - 0.2, move_others=move)
+    for way in ("dense", "sparse"):
+        found = evaluate(way, objective)
+        for a, b in zip(found, (wanted.detach(), x.grad, weight.grad), strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "move",
     [

@@ -104,6 +104,36 @@ def test_the_loss_with_any_measure(cosines, data, alpha, scale, margin, dtype):
     assert float(loss.detach()) == pytest.approx(float(wanted), abs=200 * eps * size)
 
 
+def test_a_measure_built_to_slow_newton_is_solved():
+    """Each step drops half of the slope: 42 steps, where equal q are proved to take 33."""
+    count, label = 45, torch.tensor([0])
+    place = torch.arange(count, dtype=DOUBLE)
+    theta = torch.cat((torch.tensor([-1.0, 0.0, 0.0]), 2.0**-count * (place + 1 / 16) - 1))
+    log_q = math.log(2) * torch.cat((torch.full((3,), -1.0), count - 1 - place))
+    wanted, tau = exact(theta.tolist(), log_q.tolist(), 2.0)
+    assert float(solve_tau(theta, 2.0, log_q)) == pytest.approx(float(tau), rel=0, abs=1e-15)
+    cosines = theta[None].requires_grad_()
+    q_margin_loss(cosines, label, 2.0, 1.0, 0.0, log_q=log_q).backward()
+    found = cosines.grad[0] + F.one_hot(label[0], len(theta))
+    assert found.tolist() == pytest.approx([float(x) for x in wanted], rel=0, abs=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.05, 1.5, 2.0])
+def test_a_class_of_no_measure_is_absent(alpha):
+    logits, log_q = torch.tensor([1.0, 2.0, 0.5, 0.2]), torch.tensor([0.3, -math.inf, 0.0, -1.0])
+    there = [0, 2, 3]
+    found = []
+    for part in (slice(None), there):
+        inputs = logits[part].requires_grad_(), log_q[part].requires_grad_()
+        p = alpha_softargmax(inputs[0], alpha, inputs[1])
+        value = alpha_softmax_value(inputs[0], alpha, inputs[1])
+        slopes = [*torch.autograd.grad(value, inputs), *torch.autograd.grad(p[0], inputs)]
+        found.append((value, solve_tau(logits[part], alpha, log_q[part]), p, *slopes))
+    for whole, without in zip(*found, strict=True):
+        assert not whole.ndim or whole[1] == 0
+        torch.testing.assert_close(whole[there] if whole.ndim else whole, without)
+
+
 def test_a_measure_of_ones_and_equal_margins_change_nothing():
     torch.manual_seed(0)
     cosines, targets = torch.rand(6, 3000) * 1.6 - 0.8, torch.randint(3000, (6,))

@@ -466,6 +466,8 @@ def test_large_margins_of_fine_tuning(name, margin):
     assert loss.value("margin") == pytest.approx(margin, abs=1e-3)
     with pytest.raises(ValueError, match="'huge'; give a number or large"):
         make_loss(name, margin="huge")
+    assert QMarginLoss().large_margin() == pytest.approx(0.301, abs=1e-3)
+    assert QMarginLoss(margin=0.35).large_margin() == 0.35  # of a training that had a larger
 
 
 def test_a_margin_that_no_cosines_reach_is_said(caplog):
@@ -484,9 +486,10 @@ def test_a_setting_that_is_no_number_is_named(value):
         with pytest.raises(ValueError, match=f"{make.__name__}: margin must be a number, got"):
             make(margin=value)
     loss = QMarginLoss()
-    with pytest.raises(ValueError, match="margin must be a number"):
-        loss.set(scale=20.0, margin=value)
-    assert loss.values() == QMarginLoss().values()  # all or none
+    for name, wrong in (("margin", value), ("alpha", 0.5)):
+        with pytest.raises(ValueError, match=f"{name} must be a"):
+            loss.set(scale=20.0, **{name: wrong})
+        assert loss.values() == QMarginLoss().values()  # all or none
     with pytest.raises(ValueError, match="loss: None is no name"):
         make_loss(None)
 

@@ -1,5 +1,7 @@
 """Which prototypes are set anew, to what, and what else of their state changes."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,13 +36,22 @@ def test_they_become_the_mean_of_their_samples(which, rows, kind):
         weight = torch.nn.Parameter(3 * torch.randn(CLASSES, DIM))
         optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
         weight.square().sum().backward()
-    else:
+        optimizer.step()
+        before = weight.detach().clone()
+    else:  # the last three classes are idle after the first step
         head = QMarginHead(DIM, CLASSES)
         weight = head.weight
         optimizer = RowSparseSGD(head.parameters(), lr=0.1, momentum=0.9, head=head)
-        make_loss("a3m")(head(torch.randn(4, DIM)), torch.arange(4)).backward()
-    optimizer.step()
-    before = weight.detach().clone()
+        for classes in (CLASSES, 4):
+            place = torch.arange(classes)[None]
+            weight.grad = torch.sparse_coo_tensor(
+                place, torch.randn(classes, DIM), weight.shape, check_invariants=True
+            )
+            optimizer.step()
+        twin, its = copy.deepcopy((head, optimizer))
+        its.catch_up()  # dense SGD's positions
+        before = twin.weight.detach()
+        assert not torch.equal(before[-1], weight[-1])
     assert reset.apply_to(weight, optimizer) == len(rows)
     moments = [
         v for v in optimizer.state[weight].values() if getattr(v, "shape", 0) == before.shape
@@ -52,7 +63,7 @@ def test_they_become_the_mean_of_their_samples(which, rows, kind):
             torch.testing.assert_close(weight[row].double(), expected, rtol=1e-5, atol=1e-6)
             assert all(bool((moment[row] == 0).all()) for moment in moments)
         else:
-            assert torch.equal(weight[row], before[row]) or kind == "sparse"
+            assert torch.equal(weight[row], before[row])
     if kind == "sparse":  # what is derived from the rows follows them
         x = torch.randn(3, DIM)
         cosines = F.normalize(x, dim=1) @ F.normalize(weight.detach(), dim=1).T
@@ -68,6 +79,16 @@ def test_nothing_is_set_where_nothing_collapsed():
     assert reset.apply_to(weight) == 0
     reset.begin()
     assert not bool(reset.table.any())
+
+
+def test_samples_that_cancel_out_leave_their_prototype():
+    """Their mean has no direction, and a prototype of length 0 none either."""
+    reset, x = PrototypeReset(CLASSES, DIM, [1]), torch.eye(DIM)[:1]
+    reset.observe(torch.cat((x, -3 * x)), torch.tensor([3, 3]), torch.zeros(2))
+    weight = torch.randn(CLASSES, DIM)
+    before = weight.clone()
+    assert reset.apply_to(weight) == 0
+    assert torch.equal(weight, before)
 
 
 def test_embeddings_that_are_not_finite_are_left_out():
