@@ -616,6 +616,7 @@ def test_embeddings_that_are_not_finite_give_a_loss_that_is_not_and_no_gradient(
     loss.backward()
     assert loss.isnan()
     assert not head.weight.grad.to_dense().any()
+    assert not x.grad[x.detach().isfinite().all(1)].any()  # the other samples'
     optimizer.param_groups[0]["momentum"] = 0
     optimizer.step()
     torch.testing.assert_close(head.weight.detach().norm(), before.norm(), rtol=0.1, atol=0)

@@ -121,15 +121,16 @@ def test_adaface():
     check(lambda: make_loss("adaface", scale=16, options={"t_alpha": 0.25}), naive)
 
 
-def test_adaface_s_running_values_are_its_state():
+@pytest.mark.parametrize("name", ["adaface", "qmargin_norm"])
+def test_the_running_norms_are_a_loss_s_state(name):
     x, weight, labels = batch()
-    loss = make_loss("adaface")
+    loss = make_loss(name)
     loss(DenseScores(cosines_of(x, weight), x), labels)
     a = x.double().norm(dim=1).clamp(max=100)
     state = loss.state_dict()
     torch.testing.assert_close(state["norms.mean"], 0.01 * a.mean() + 0.99 * 20)
     torch.testing.assert_close(state["norms.deviation"], 0.01 * a.std() + 0.99 * 100)
-    other = make_loss("adaface")
+    other = make_loss(name)
     other.load_state_dict(state)
     loss.eval()
     other.eval()
@@ -143,7 +144,8 @@ def test_adaface_s_running_values_are_its_state():
     other(DenseScores(cosines_of(x[:1], weight), x[:1]), labels[:1])
     state["norms.mean"] = 0.01 * a[0] + 0.99 * state["norms.mean"]
     torch.testing.assert_close(other.state_dict(), state)  # one norm has no deviation
-    with pytest.raises(TypeError, match=r"AdaFaceLoss looks at the embeddings' norms.*QMarginHead"):
+    kind = type(loss).__name__
+    with pytest.raises(TypeError, match=f"{kind} looks at the embeddings' norms.*QMarginHead"):
         loss(cosines_of(x, weight), labels)
 
 
@@ -250,6 +252,12 @@ def test_curricularface():
     after.load_state_dict(loss.state_dict())
     torch.testing.assert_close(loss.eval()(cosines, labels), after(cosines, labels))
     assert loss.t == 0.3 * mean  # evaluation changes nothing
+    assert loss.train()(torch.full_like(cosines, math.nan), labels).isnan()
+    assert loss.t == 0.3 * mean  # a batch that diverged is no measure
+    # beyond pi - m hard is what exceeds cos(theta + m), -0.94, not the line that goes on below -1
+    loss, far = make_loss("curricularface", scale=1.0).eval(), torch.tensor([[-0.99, -0.95]])
+    own = -0.99 - 0.5 * math.sin(0.5)
+    assert float(loss(far, labels.new_zeros(1))) == pytest.approx(math.log1p(math.exp(-0.95 - own)))
 
 
 @pytest.mark.parametrize("margin", [0.2, 0.3, 0.0])

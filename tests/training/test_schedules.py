@@ -6,7 +6,11 @@ import pytest
 
 from speechbrain_qmargin import make_loss
 from speechbrain_qmargin.loss.base import value_of
-from speechbrain_qmargin.training.schedules import loss_schedule, warmup_exponential
+from speechbrain_qmargin.training.schedules import (
+    loss_schedule,
+    polynomial_decay,
+    warmup_exponential,
+)
 
 
 def test_margin_and_learning_rate_are_wespeakers_iteration_by_iteration():
@@ -28,6 +32,17 @@ def test_margin_and_learning_rate_are_wespeakers_iteration_by_iteration():
         ramp = min(1.0, iteration / (warmup * per_epoch))
         rate = warmup_exponential(time, peak=0.1, final=5e-5, epochs=epochs, warmup_epochs=warmup)
         assert rate == pytest.approx(ramp * decay, rel=1e-12)
+
+
+def test_a_polynomial_decay_is_arcface_torchs_and_ends_at_zero():
+    """PolyScheduler: a ramp over the warmup's steps, then the power of what is left."""
+    total, warmup = 40, 4
+    for step in range(total + 3):
+        wanted = 0.1 * step / warmup
+        if step >= warmup:
+            wanted = 0.1 * (1 - min(1, (step - warmup) / (total - warmup))) ** 2
+        settings = dict(epochs=total / 8, warmup_epochs=warmup / 8, power=2)
+        assert polynomial_decay(step / 8, peak=0.1, **settings) == pytest.approx(wanted, abs=1e-15)
 
 
 def test_changes_without_an_end_are_refused():
