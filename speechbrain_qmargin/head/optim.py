@@ -35,7 +35,10 @@ _MAX_IDLE = 4096
 
 
 class RowOwner(Protocol):
-    """What an optimiser of rows asks of a head: see :class:`~.QMarginHead`."""
+    """What an optimiser of rows asks of a head: see :class:`~.QMarginHead`.
+
+    Only the rows' directions count for its loss, not their lengths.
+    """
 
     weight: nn.Parameter
 
@@ -97,8 +100,11 @@ class RowSparse(torch.optim.Optimizer):
         """The table [n, 4 or 5] after one more idle step."""
         raise NotImplementedError
 
-    def _glide(self, w: Tensor, moments: list[Tensor], lines: Tensor, group: dict) -> None:
-        """Rows and their moments at the end of their idle steps, in place; lines [rows, n, 1]."""
+    def _glide(self, w: Tensor, moments: list[Tensor], lines: Tensor, group: dict) -> Tensor | None:
+        """Rows and their moments at the end of their idle steps, in place; lines [rows, n, 1].
+
+        Gives what a gradient of the rows before is to be multiplied by [rows, 1]; None: nothing.
+        """
         raise NotImplementedError
 
     def _fade(self, moments: list[Tensor], lines: Tensor) -> None:
@@ -280,8 +286,9 @@ class RowSparse(torch.optim.Optimizer):
         at_once = _at_once(p)
         for start in range(0, rows.numel(), at_once):
             part = rows[start : start + at_once]
-            w, moments = self._caught_up(p, state, group, part)
-            self._visit(w, values[start : start + at_once], moments, group, state)
+            w, moments, factor = self._caught_up(p, state, group, part)
+            d = values[start : start + at_once]
+            self._visit(w, d if factor is None else d * factor, moments, group, state)
             p.index_copy_(0, part, w)
             for name, moment in zip(self._moments, moments, strict=False):
                 state[name].index_copy_(0, part, moment)
@@ -290,12 +297,12 @@ class RowSparse(torch.optim.Optimizer):
 
     def _caught_up(
         self, p: Tensor, state: dict, group: dict, rows: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        w = p.index_select(0, rows)
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        w, factor = p.index_select(0, rows), None
         moments = [state[name].index_select(0, rows) for name in self._moments if name in state]
         if len(state["idle"]) > 1:
-            self._glide(w, moments, self._lines(p, state, rows), group)
-        return w, moments
+            factor = self._glide(w, moments, self._lines(p, state, rows), group)
+        return w, moments, factor
 
     @staticmethod
     def _lines(p: Tensor, state: dict, rows: Tensor) -> Tensor:
@@ -321,7 +328,7 @@ class RowSparse(torch.optim.Optimizer):
                 elif len(state["idle"]) > 1:
                     everything = torch.arange(p.shape[0], device=p.device)
                     for part in everything.split(_at_once(p)):
-                        w, moments = self._caught_up(p, state, group, part)
+                        w, moments, _ = self._caught_up(p, state, group, part)
                         p.index_copy_(0, part, w)
                         for name, moment in zip(self._moments, moments, strict=False):
                             state[name].index_copy_(0, part, moment)
@@ -420,13 +427,15 @@ class RowSparseSGD(RowSparse, torch.optim.SGD):
     of the learning rate.
 
     One thing differs, on purpose: until it next has a gradient, a row stays where its last update
-    left it, in training, evaluation and checkpoints alike. Without momentum an idle row has the
-    direction that dense SGD gives it, for weight decay changes only its length; the next gradient
-    of :class:`~speechbrain_qmargin.head.QMarginHead`, in proportion to 1 / length, is that of the
-    length before the pending decay, smaller by the product of 1 - lr * weight_decay. With momentum
-    the pending movement of an idle row is applied when it is next active, before its next gradient
-    is added, or at :meth:`catch_up`; every row is then where dense SGD puts it for the given
-    gradients.
+    left it, in training, evaluation and checkpoints alike. Without momentum that is the direction
+    that dense SGD gives it, for weight decay changes only its length, which a head does not see;
+    its next gradient, in proportion to 1 / length, is taken for that of the length after the decay,
+    so that a training is dense SGD's. With momentum the pending movement of an idle row is applied
+    when it is next active, before its next gradient is added, or at :meth:`catch_up`; every row is
+    then where dense SGD puts it for the given gradients.
+
+    Momentum may be set to 0 during a training, and back: as in ``torch.optim.SGD`` the momentum
+    buffers stay as they are meanwhile.
 
     If something else writes the prototypes (``load_state_dict``, an assignment), the pending
     movement is dropped, and the momentum decays as it would have.
@@ -498,19 +507,19 @@ class RowSparseSGD(RowSparse, torch.optim.SGD):
     def _idle_step(self, table: Tensor, group: dict, state: dict) -> Tensor:
         lr, mu, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
         seen, glide = (1 + mu, mu * mu) if group["nesterov"] else (1.0, mu)
-        step = [[1 - lr * decay * seen, -lr * glide], [decay, mu]]
+        kept = [decay, mu] if mu else [0.0, 1.0]  # torch's SGD without momentum leaves it as it is
+        step = [[1 - lr * decay * seen, -lr * glide], kept]
         step = torch.tensor(step, dtype=torch.float64, device="cpu")
         return (step @ table.view(-1, 2, 2)).view(-1, 4)
 
-    def _glide(self, w: Tensor, moments: list[Tensor], lines: Tensor, group: dict) -> None:
+    def _glide(self, w: Tensor, moments: list[Tensor], lines: Tensor, group: dict) -> Tensor | None:
         ww, wb, bw, bb = lines.unbind(1)
-        if not moments:
-            w.mul_(ww)
-            return
-        (b,) = moments
-        old = w.clone()
-        w.mul_(ww).addcmul_(b, wb)
-        b.mul_(bb).addcmul_(old, bw)
+        old = w.clone() if moments else w
+        w.mul_(ww)
+        for b in moments:
+            w.addcmul_(b, wb)
+            b.mul_(bb).addcmul_(old, bw)
+        return torch.where(wb == 0, 1 / ww, 1)  # the length alone: 1 / length is the gradient's
 
     def _fade(self, moments: list[Tensor], lines: Tensor) -> None:
         for b in moments:
@@ -519,7 +528,7 @@ class RowSparseSGD(RowSparse, torch.optim.SGD):
     def _visit(self, w: Tensor, d: Tensor, moments: list[Tensor], group: dict, state: dict) -> None:
         mu, decay = group["momentum"], group["weight_decay"]
         d = torch.add(d, w, alpha=decay) if decay else d
-        if moments:
+        if mu:
             (b,) = moments
             b.mul_(mu).add_(d)
             d = torch.add(d, b, alpha=mu) if group["nesterov"] else b
@@ -624,7 +633,7 @@ class RowSparseAdam(RowSparse, torch.optim.AdamW):
         moved = kept * moved + lr * math.sqrt(c2) / c1 * m / v.sqrt()
         return torch.stack((ww * kept, m, v, moved, root), 1)
 
-    def _glide(self, w: Tensor, moments: list[Tensor], lines: Tensor, group: dict) -> None:
+    def _glide(self, w: Tensor, moments: list[Tensor], lines: Tensor, group: dict) -> Tensor | None:
         (m, v), (ww, fade_m, fade_v, moved, root) = moments, lines.unbind(1)
         unit = m / v.sqrt().addcmul_(root, torch.full_like(root, group["eps"]))
         w.mul_(ww).addcmul_(unit.masked_fill_(m == 0, 0), moved, value=-1)

@@ -75,29 +75,28 @@ def _visited(since, c, there, present):
 @triton.jit
 def _sgd(
     rows, values, weight, momentum, since, table, present, lr, mu, decay, count, dim,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    DECAY: tl.constexpr, GLIDE: tl.constexpr, MARK: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, KEPT: tl.constexpr, MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr, DECAY: tl.constexpr, GLIDE: tl.constexpr, MARK: tl.constexpr,
 ):  # fmt: skip
     c, there, at, given, inside = _places(rows, 0, count, dim, BLOCK_R, BLOCK_D, False)
     w = tl.load(weight + at, mask=inside, other=0.0)
     step = tl.load(values + given, mask=inside, other=0.0)
     b = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    if MOMENTUM:
+    if KEPT:
         b = tl.load(momentum + at, mask=inside, other=0.0)
     if GLIDE:
-        ww = _line(table, since, c, there, 0, 4)
-        if MOMENTUM:
-            old = w
-            w = w * ww + b * _line(table, since, c, there, 1, 4)
-            b = b * _line(table, since, c, there, 3, 4) + old * _line(table, since, c, there, 2, 4)
-        else:
-            w = w * ww
+        ww, wb = _line(table, since, c, there, 0, 4), _line(table, since, c, there, 1, 4)
+        old = w
+        w = w * ww + b * wb
+        b = b * _line(table, since, c, there, 3, 4) + old * _line(table, since, c, there, 2, 4)
+        step = step / tl.where(there[:, None] & (wb == 0.0), ww, 1.0)
     if DECAY:
         step += w * decay
     if MOMENTUM:
         b = b * mu + step
-        tl.store(momentum + at, b, mask=inside)
         step = step + b * mu if NESTEROV else b
+    if KEPT:
+        tl.store(momentum + at, b, mask=inside)
     tl.store(weight + at, w - step * lr, mask=inside)
     if MARK:
         _visited(since, c, there, present)
@@ -195,7 +194,7 @@ def sgd_rows(
     _sgd[grid](
         rows, values, weight, weight if momentum is None else momentum, since,
         weight if table is None else table, present or 0, lr, mu, decay, len(rows),
-        weight.shape[1], MOMENTUM=momentum is not None, NESTEROV=nesterov, DECAY=decay != 0,
+        weight.shape[1], KEPT=momentum is not None, MOMENTUM=mu != 0, NESTEROV=nesterov, DECAY=decay != 0,
         GLIDE=table is not None, MARK=present is not None, **blocks,
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ def in_the_interpreter(device):
         yield
 
 
-def trained(kind, options, kernels, device, dim, transposed, steps=6):
+def trained(kind, options, kernels, device, dim, transposed, paused=None, steps=6):
     """A weight and its optimiser after some steps, with rows that rest in between."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(9, dim, generator=generator).to(device)
@@ -40,13 +40,16 @@ def trained(kind, options, kernels, device, dim, transposed, steps=6):
                 rows[None], values, weight.shape, is_coalesced=True, check_invariants=True
             ).to(device)
             optimizer.param_groups[0]["lr"] = options["lr"] / (1 + step)
+            if step == paused:
+                optimizer.param_groups[0]["momentum"] = 0.0
             optimizer.step()
     return weight, optimizer
 
 
-def compare(kind, options, device, dim, transposed=False):
+def compare(kind, options, device, dim, transposed=False, paused=None):
     (weight, mine), (expected, theirs) = (
-        trained(kind, options, kernels, device, dim, transposed) for kernels in (True, False)
+        trained(kind, options, kernels, device, dim, transposed, paused)
+        for kernels in (True, False)
     )
     torch.testing.assert_close(weight, expected, rtol=2e-6, atol=2e-6)
     state, wanted = mine.state[weight], theirs.state[expected]
@@ -63,6 +66,11 @@ def compare(kind, options, device, dim, transposed=False):
 def test_sgd(momentum, nesterov, decay, device):
     options = dict(lr=0.1, momentum=momentum, nesterov=nesterov, weight_decay=decay)
     compare(RowSparseSGD, options, device, dim=5)
+
+
+def test_sgd_whose_momentum_is_set_to_0(device):
+    options = dict(lr=0.1, momentum=0.9, weight_decay=0.1)
+    compare(RowSparseSGD, options, device, dim=5, paused=3)
 
 
 @pytest.mark.parametrize("eps", [1e-8, 0.1])

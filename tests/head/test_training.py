@@ -24,7 +24,8 @@ class Dense:
     def loss(self, x, labels, alpha, scale, margin):
         """Mean loss with a graph, and the classes that have a gradient."""
         k, own = 1 / (alpha - 1), (torch.arange(len(labels)), labels)
-        self.leaf = self.seen.clone().requires_grad_()
+        # without momentum the gradient is that of the rows' own length
+        self.leaf = (self.seen if self.momentum else self.rows).clone().requires_grad_()
         theta = scale * F.normalize(x, dim=1) @ F.normalize(self.leaf, dim=1).T
         log_q = torch.zeros_like(theta)
         log_q[own] = -scale * margin
