@@ -42,7 +42,7 @@ OF_ROWS |= {"rows": "*i64", "since": "*i32", "table": "*fp64", "screen": "*bf16"
 NUMBERS = ["lr", "mu", "decay", "kept", "gain", "fade", "gain_of_square", "eps", "rate", "root_c2"]
 OF_ROWS |= dict.fromkeys(NUMBERS, "fp32")
 CONSTANTS |= {"BLOCK_R": 4, "ALL": False, "SCREENED": True, "GLIDE": True, "MARK": True}
-CONSTANTS |= {"MOMENTUM": True, "NESTEROV": True, "DECAY": True}
+CONSTANTS |= {"KEPT": True, "MOMENTUM": True, "NESTEROV": True, "DECAY": True}
 
 # as they are launched at D = 512, and the other branches
 OWN = {"_exact_cosines": {"BLOCK_D": 128}, "_sample_floors": {"BLOCK": 16384}}
@@ -56,6 +56,7 @@ OTHER |= {
     "SCREENED": False,
     "GLIDE": False,
     "MARK": False,
+    "KEPT": False,
     "MOMENTUM": False,
 }
 

@@ -107,7 +107,7 @@ class BinaryLoss(torch.autograd.Function):
         of_parameters = [
             grad.to(p.dtype) for grad, p in zip(of_parameters, parameters, strict=True)
         ]
-        anchor = torch.zeros((), device=unit.device) if ctx.anchored else None
+        anchor = torch.zeros(1, device=unit.device) if ctx.anchored else None
         return by_unit, by_weight, anchor, *[None] * 6, *of_parameters
 
 

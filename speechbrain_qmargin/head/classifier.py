@@ -19,11 +19,11 @@ from torch.optim.optimizer import (
 
 from speechbrain_qmargin.communicator import Communicator, named_classes
 from speechbrain_qmargin.head import fused, fused_shards, shards
-from speechbrain_qmargin.head import refusals as refusals  # kernels that name the remedy
 from speechbrain_qmargin.head.binary import BinaryLoss
 from speechbrain_qmargin.head.kernel_search import Room, takes
 from speechbrain_qmargin.head.optim import RowSparse
 from speechbrain_qmargin.head.prototypes import Derived, Mark, Prototypes, are_finite, content
+from speechbrain_qmargin.head.refusals import named_shard
 from speechbrain_qmargin.head.sizes import Sizes
 from speechbrain_qmargin.head.step import Evaluation, HeadLoss, RowsInOrder, Shard, refuse_labels
 from speechbrain_qmargin.loss.device import assert_on_device, host_decides
@@ -53,8 +53,8 @@ _ALIKE = (
     "averaged as if they were copies. DistributedDataParallel does so around a module that "
     "contains the head (before wrapping, put the name of the head's weight in it, "
     "'classifier.weight', into that module's list _ddp_params_and_buffers_to_ignore, or wrap the "
-    "encoder alone), and so do ZeroRedundancyOptimizer, model averaging, and loops over all "
-    "parameters: leave the weight out"
+    "encoder alone), and so do FullyShardedDataParallel (give it ignored_states), "
+    "ZeroRedundancyOptimizer, model averaging, and loops over all parameters: leave the weight out"
 )
 
 
@@ -232,7 +232,7 @@ class QMarginHead(shards.ShardedClassifier):
         rows = (self.stop - self.start) * self.subcentres
         self.weight = nn.Parameter(torch.empty(rows, embedding_dim, dtype=torch.float32))
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.anchor = nn.Parameter(torch.zeros(())) if distributed else None
+        self.anchor = nn.Parameter(torch.zeros(1)) if distributed else None  # FSDP takes no scalar
         self.register_state_dict_post_hook(_say_shard)
         self.register_load_state_dict_pre_hook(_check_shard)
         # what DDP reads of the module it wraps: its names for gradients and for broadcasts
@@ -241,6 +241,17 @@ class QMarginHead(shards.ShardedClassifier):
         self._in_order = RowsInOrder()
         self._optimizer: weakref.ref | None = None
         self.reset_parameters(seed)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As torch's; ``fully_shard`` puts its parts of the prototypes in their place so."""
+        if isinstance(value, Tensor) and hasattr(value, "device_mesh"):
+            raise ValueError(
+                f"{type(self).__name__}.{name}: the head shards itself, a part of the classes on "
+                "each rank, so fully_shard would mix different classes. Pass the head's parameters "
+                "as fully_shard(..., ignored_params=set(head.parameters())), or keep the head "
+                "outside the module that is sharded"
+            )
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
@@ -782,7 +793,7 @@ def _say_shard(head: QMarginHead, state: dict[str, Any], prefix: str, *_: Any) -
     """The anchor is left out: what torchrun wrote is loaded without it, and the other way round."""
     state.pop(f"{prefix}anchor", None)
     if head.comm.world > 1:
-        state[f"{prefix}shard"] = torch.tensor(head.shard)
+        state[f"{prefix}shard"] = named_shard(*head.shard)
 
 
 def _check_shard(head: QMarginHead, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -315,5 +315,5 @@ class FusedLoss(torch.autograd.Function):
                     batch, prototypes, order, shares, rows, starts, upstream, 1.0 / comm.world
                 )
                 grad_weight = of_rows(rows, values, prototypes.weight, ctx.in_order)
-        anchor = torch.zeros((), device=upstream.device) if ctx.anchored else None
+        anchor = torch.zeros(1, device=upstream.device) if ctx.anchored else None
         return grad_raw, grad_weight, anchor, *[None] * 5

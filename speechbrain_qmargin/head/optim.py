@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from speechbrain_qmargin.communicator import named_classes
 from speechbrain_qmargin.head.prototypes import Mark, mark
+from speechbrain_qmargin.head.refusals import named_shard
 from speechbrain_qmargin.head.sizes import constants
 from speechbrain_qmargin.loss.device import kernels_run, sent
 
@@ -359,6 +360,27 @@ class RowSparse(torch.optim.Optimizer):
 
     # ------------------------------------------------------------ state
 
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim``; a table of idle steps goes on in NaN up to its largest size.
+
+        ``torch.distributed.checkpoint`` loads tensors into those of equal size.
+        """
+        found = super().state_dict()
+        for number, _ in self._numbered(found):
+            state = found["state"].get(number, {})
+            if "idle" in state:
+                more = max(0, _MAX_IDLE - len(state["idle"]))
+                idle = nn.functional.pad(state["idle"], (0, 0, 0, more), value=math.nan)
+                said = {"idle": idle, "shard": named_shard(*state["shard"])}
+                found["state"][number] = {**state, **said}
+        return found
+
+    def _numbered(self, state_dict: dict[str, Any]) -> Iterable[tuple[Any, Tensor]]:
+        """The parameters, and by what a state names them."""
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return zip(numbers, parameters, strict=True)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ``torch.optim``; the state of the dense optimiser loads too.
 
@@ -376,13 +398,14 @@ class RowSparse(torch.optim.Optimizer):
                 )
         super().load_state_dict(state_dict)
         # torch casts all state to the parameter's type
-        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for number, p in zip(numbers, parameters, strict=True):
-            stored = state_dict["state"].get(number, {})
+        for number, p in self._numbered(state_dict):
+            stored, state = state_dict["state"].get(number, {}), self.state[p]
             if "idle" in stored:
-                self.state[p]["idle"] = stored["idle"].cpu().double()
-                self.state[p]["idle_since"] = stored["idle_since"].to(p.device, torch.int32)
+                idle = stored["idle"].cpu().double()
+                state["idle"] = idle[~idle[:, 0].isnan()]
+                state["idle_since"] = stored["idle_since"].to(p.device, torch.int32)
+            if "shard" in stored:
+                state["shard"] = tuple(map(int, stored["shard"]))
         self._marks = {}  # the weights may be loaded before or after
 
     def rows_state(self, weight: Tensor) -> dict[str, Tensor]:
@@ -457,8 +480,9 @@ class RowSparseSGD(RowSparse, torch.optim.SGD):
     Notes
     -----
     State of a head's weight: a momentum buffer of its size (none without momentum), one integer a
-    row, and 32 bytes a step, at most 4,096 of them. ``state_dict`` holds all of it, as it is. It
-    loads that of a ``torch.optim.SGD``; for the way back call :meth:`catch_up` first.
+    row, and 32 bytes a step, at most 4,096 of them. ``state_dict`` holds all of it, as it is, with
+    room for as many steps. It loads that of a ``torch.optim.SGD``; for the way back call
+    :meth:`catch_up` first.
 
     Examples
     --------

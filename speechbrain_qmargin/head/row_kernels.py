@@ -194,8 +194,8 @@ def sgd_rows(
     _sgd[grid](
         rows, values, weight, weight if momentum is None else momentum, since,
         weight if table is None else table, present or 0, lr, mu, decay, len(rows),
-        weight.shape[1], KEPT=momentum is not None, MOMENTUM=mu != 0, NESTEROV=nesterov, DECAY=decay != 0,
-        GLIDE=table is not None, MARK=present is not None, **blocks,
+        weight.shape[1], KEPT=momentum is not None, MOMENTUM=mu != 0, NESTEROV=nesterov,
+        DECAY=decay != 0, GLIDE=table is not None, MARK=present is not None, **blocks,
     )  # fmt: skip
 
 

@@ -241,7 +241,7 @@ class HeadLoss(torch.autograd.Function):
             grad_unit = comm.sum_of_own(grad_unit, ctx.sizes)
         if grad_weight is not None and comm.world > 1:
             (grad_weight._values() if grad_weight.is_sparse else grad_weight).div_(comm.world)
-        anchor = torch.zeros((), device=upstream.device) if ctx.anchored else None
+        anchor = torch.zeros(1, device=upstream.device) if ctx.anchored else None
         return grad_unit, grad_weight, anchor, *[None] * 6
 
 

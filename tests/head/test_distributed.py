@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from processes import start
 from ranks import on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from speechbrain_qmargin import QMarginLoss, q_margin_loss
 from speechbrain_qmargin.communicator import Communicator
@@ -381,6 +383,23 @@ def bad_input(rank, world):
         QMarginHead(DIM, 50 + 2 * rank)
 
 
+def fully_sharded(rank, world):
+    """FSDP would cut each rank's shard into parts for all ranks: of unequal sizes here."""
+    mesh = init_device_mesh("cpu", (world,))
+
+    def model():
+        return torch.nn.Sequential(torch.nn.Linear(DIM, DIM), QMarginHead(DIM, 51, seed=0))
+
+    whole = model()
+    with pytest.raises(ValueError, match=r"QMarginHead\.weight: .* ignored_params=set\(head\.par"):
+        fully_shard(whole, mesh=mesh)
+    whole = model()
+    fully_shard(whole, mesh=mesh, ignored_params=set(whole[1].parameters()))
+    x, labels = batch(rank, world, 51)
+    whole(x).q_margin_loss(labels, *SETTINGS[2]).backward()
+    assert whole[1].weight.grad.any()
+
+
 def copied(rank, world, folder, copy):
     if rank == 0:
         shutil.copytree(folder, copy)
@@ -395,7 +414,7 @@ def test_2_to_4_ranks_are_one_process(tmp_path):
         (4, stage, folder, False, 2),
         (1, copied, folder, copy),
         (3, stage, copy, True, 2),
-        *((2, job) for job in (many, arcface, traffic, ddp, bad_input)),
+        *((2, job) for job in (many, arcface, traffic, ddp, bad_input, fully_sharded)),
     ]
     start(entry, jobs, str(tmp_path / "rendezvous"), number=4)
     stage(0, 1, alone, False, 2)

@@ -22,7 +22,7 @@ def parameter(start):
 
 
 def as_seen(grad, optimizer, rows):
-    """A gradient [C, D] in proportion to 1 / length, at the length that an idle row is seen with."""
+    """A gradient [C, D] in proportion to 1 / length, at the length that a row is seen with."""
     state = optimizer.state.get(rows, {})
     if "idle" not in state or isinstance(optimizer, RowSparseAdam):
         return grad

@@ -11,10 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from processes import start
 from ranks import on_ranks
 from speechbrain import Brain
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -411,8 +417,61 @@ def test_its_state_is_the_same_under_torchrun_and_without(monkeypatch):
     alone.load_state_dict({"weight": alone.weight, "anchor": torch.zeros(())})
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("kind", [RowSparseSGD, RowSparseAdam])
+@pytest.mark.parametrize("named", [False, True])
+def test_torchs_distributed_checkpoint_resumes_one_process(kind, named, tmp_path):
+    """Though the optimiser's table of idle steps has other lines, and goes where those are."""
+
+    def states(head, optimizer):
+        model = {"model": head.state_dict()}
+        if named:
+            return {**model, "optimizer": get_optimizer_state_dict(head, optimizer)}
+        return {**model, "optimizer": optimizer.state_dict()}
+
+    head, optimizer = trained(kind)
+    dcp.save(states(head, optimizer), checkpoint_id=tmp_path / "checkpoint")
+    losses = run(head, optimizer, 5, seed=1)
+    twin, its = trained(kind, steps=3)
+    loaded = states(twin, its)
+    dcp.load(loaded, checkpoint_id=tmp_path / "checkpoint")
+    twin.load_state_dict(loaded["model"])
+    if named:
+        set_optimizer_state_dict(twin, its, loaded["optimizer"])
+    else:
+        its.load_state_dict(loaded["optimizer"])
+    assert run(twin, its, 5, seed=1) == losses
+    optimizer.catch_up()
+    its.catch_up()
+    assert torch.equal(twin.weight, head.weight)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torchs_distributed_checkpoint_refuses_to_write_a_shard(tmp_path):
+    """It would write one rank's, and end in other sizes, or in that one's on all, when it loads."""
+
+    def save(comm):
+        head = make(group=comm, seed=0)
+        optimizer = RowSparseSGD(head.parameters(), lr=0.3, momentum=0.9, head=head)
+        run(head, optimizer, 3, seed=comm.rank)
+        found = []
+        for name, state in {"head": head.state_dict(), "sgd": optimizer.state_dict()}.items():
+            with pytest.raises(
+                CheckpointException, match=r"head\.save_shards\(folder, optimizer\)"
+            ):
+                dcp.save({name: state}, checkpoint_id=tmp_path / f"{name}{comm.rank}", no_dist=True)
+            torch.save(copy.deepcopy(state), tmp_path / f"{name}{comm.rank}.pt")
+            found.append(torch.load(tmp_path / f"{name}{comm.rank}.pt", weights_only=True))
+        head.load_state_dict(found[0])
+        optimizer.load_state_dict(found[1])
+        run(head, optimizer, 1, seed=comm.rank)
+        return found[0]["shard"].tolist()
+
+    assert on_ranks(2, save) == [[0, 300, 600], [300, 600, 600]]
+
+
 def test_another_ranks_shard_is_refused():
-    """torch.distributed.checkpoint gives every rank the first one's tensors of one name."""
+    """As of one file for all ranks, whose tensors have one size."""
 
     def rank_state(communicator):
         head = make(group=communicator)
