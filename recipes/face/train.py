@@ -69,6 +69,7 @@ def prepare(settings):
             partial(stored_datasets, stored, sets),
             {},
             pair_sets,
+            known={"training_data": made_by_main_process(stored.content)},
         )
     if folder is None:
         from speechbrain_qmargin.synthetic.faces import build_mini_faces
@@ -101,6 +102,7 @@ def prepare(settings):
         valid_trials=corpus.valid_trials,
         note=SYNTHETIC if settings["data_folder"] is None else "",
         units="identities",
+        known={"training_data": None},
     )
 
 

@@ -87,6 +87,9 @@ class FaceRecords(StoredFaces):
     def labels(self) -> np.ndarray:
         return self._labels
 
+    def places(self) -> tuple[np.ndarray, ...]:
+        return self._keys, self._offsets, self._labels
+
     def key(self, row: int) -> int:
         return int(self._keys[row])
 

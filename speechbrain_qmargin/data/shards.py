@@ -121,6 +121,9 @@ class FaceShards(StoredFaces):
     def labels(self) -> np.ndarray:
         return self._index["label"]
 
+    def places(self) -> tuple[np.ndarray, ...]:
+        return tuple(self._index.values())
+
     def image(self, row: int) -> tuple[bytes, int]:
         at = {key: int(column[row]) for key, column in self._index.items()}
         stream = self.stream(self.files[at["shard"]])

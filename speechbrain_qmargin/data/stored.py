@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -100,6 +101,27 @@ class StoredFaces:
     def state(self) -> str:
         """What is another when a file has another name, size or time."""
         return _state_of(self.files)
+
+    def places(self) -> Sequence[np.ndarray]:
+        """Columns [N] that say where the images lie and whose they are."""
+        return (self.labels(),)
+
+    def content(self) -> str:
+        """What the images are, in whatever folder: numbers, and a digest of what is cheap to read.
+
+        That is all of :meth:`places`, and 16 of the images with their labels, the first and the
+        last among them.
+        """
+        digest = hashlib.sha256()
+        for column in self.places():
+            digest.update(np.ascontiguousarray(column))
+        for row in np.unique(np.linspace(0, len(self) - 1, 16).astype(int)):
+            with suppress(OSError, ValueError):
+                image, label = self.image(int(row))
+                digest.update(image + b" of %d" % label)
+        return (
+            f"{len(self)} images of {self.num_classes} identities, sha256:{digest.hexdigest()[:16]}"
+        )
 
     def class_counts(self) -> np.ndarray | None:
         """Images of each identity; None where the labels are read with the images."""

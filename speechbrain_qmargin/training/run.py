@@ -83,6 +83,8 @@ class Task:
         Printed before training and in the results, where it says that data are synthetic.
     units : str
         What the tables call those who are verified.
+    known : mapping
+        Further settings that the data decide: a run goes on with the same ones alone.
     """
 
     num_classes: int
@@ -93,6 +95,7 @@ class Task:
     valid_trials: LabelledTrials | None = None
     note: str = ""
     units: str = "speakers"
+    known: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train_verifier(
@@ -208,11 +211,12 @@ def _train_and_verify(
     if task.note and if_main_process():
         print(f"Training on {task.note}.", flush=True)
     _refuse_tested(task)
-    folder.check(out_n_neurons=task.num_classes)
+    known = {**task.known, "out_n_neurons": task.num_classes}
+    folder.check(**known)
     # of the first start, or of the run that this one fine-tunes
-    known = folder.saved_setting("training_samples") or experiment.settings.get("training_samples")
-    samples = known or task.num_items * experiment.settings["number_of_epochs"]
-    hparams = experiment.load(out_n_neurons=task.num_classes, training_samples=samples)
+    first = folder.saved_setting("training_samples") or experiment.settings.get("training_samples")
+    samples = first or task.num_items * experiment.settings["number_of_epochs"]
+    hparams = experiment.load(**known, training_samples=samples)
     data = main_process_first(lambda: task.datasets(hparams))
     count_classes(hparams, data.train)
     folder.begin()

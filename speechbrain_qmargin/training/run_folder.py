@@ -47,6 +47,7 @@ MAY_CHANGE = {
     "out_n_neurons",  # known only after the data are prepared; check() compares it
     "rir_folder",
     "train_speakers",
+    "training_data",  # as out_n_neurons
     "training_samples",  # those of the first start
     "valid_file",
 }
@@ -255,7 +256,7 @@ class RunFolder:
                 if before.get(key, value) != value:
                     raise ValueError(
                         f"{self.path} holds a run with {key} = {before[key]}; these data give "
-                        f"{value}. Give a new --output_folder"
+                        f"{value}. Give the data that it began with, or a new --output_folder"
                     )
             now = resolved(self.experiment.text)
             # what may differ is given today's value, so that what refers to it is the same as well

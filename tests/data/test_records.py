@@ -395,6 +395,32 @@ def test_what_was_skipped_before_the_file_was_given_is_listed_in_it(tmp_path):
     assert len(first) == 2
 
 
+def test_the_content_of_records_and_shards_is_theirs_in_any_folder(tmp_path):
+    """Another image, label or order is another; another time or folder is not."""
+
+    def of_records(images, labels):
+        write_records(tmp_path / "a.rec", images, labels)
+        return FaceRecords(tmp_path / "a.rec").content()
+
+    def of_shards(images, labels):
+        folder = tmp_path / f"shards{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        write_shard(folder / "0.tar", images, labels)
+        return FaceShards(folder).content()
+
+    images, labels = [encoded(10 * i) for i in range(6)], [0, 0, 1, 1, 2, 2]
+    for content in (of_records, of_shards):
+        first = content(images, labels)
+        assert first.startswith("6 images of 3 identities, sha256:")
+        assert content(images, labels) == first
+        others = [
+            content(images[::-1], labels),
+            content(images, [0, 1, 1, 1, 2, 2]),
+            content([*images[:5], b"none"], labels),
+        ]
+        assert len({first, *others}) == 4
+
+
 def test_what_stores_faces_at_a_path(records, tmp_path):
     assert isinstance(stored_faces(records), FaceRecords)
     assert len(stored_faces(tmp_path)) == 6  # the folder, as arcface_torch takes it

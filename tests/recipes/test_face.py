@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 
 import pytest
 from scripts import ROOT, load, loaded_by, train
@@ -104,6 +105,7 @@ def png(identity, number):
     return stream.getvalue()
 
 
+LABELS = [i // 4 for i in range(24)]
 FACES = [[png(identity, number) for number in range(4)] for identity in range(6)]
 
 
@@ -121,7 +123,7 @@ def records(tmp_path):
     folder = tmp_path / "ms1m"
     folder.mkdir()
     faces = [face for identity in FACES for face in identity]
-    write_records(folder / "train.rec", faces, [i // 4 for i in range(24)])
+    write_records(folder / "train.rec", faces, LABELS)
     return folder
 
 
@@ -140,6 +142,23 @@ def test_records_by_their_folder_and_one_set_without_brackets(records, tmp_path,
     assert list(json.loads((output / "results.json").read_text())["pair_sets"]) == ["lfw"]
     listed = (output / "save/skipped_images.txt").read_text()
     assert listed == "train.rec: record 7\tcannot be decoded (of no format that is read)\n"
+
+
+def test_a_run_goes_on_with_the_images_that_it_began_with_wherever_they_lie(records, tmp_path):
+    """As many others, of as many identities, would be other classes to the prototypes."""
+    options = (
+        f"--test_sets={write_bin(tmp_path / 'lfw.bin')}",
+        f"--output_folder={tmp_path / 'out'}",
+    )
+    run("--size=small", f"--data_folder={records}", *options)
+    (tmp_path / "out/results.json").unlink()
+    moved = shutil.copytree(records, tmp_path / "moved")
+    run("--size=small", f"--data_folder={moved}", *options)
+    (tmp_path / "out/results.json").unlink()
+    write_records(moved / "train.rec", [face for one in FACES[::-1] for face in one], LABELS)
+    given = "training_data = 24 images of 6 identities, sha256:"
+    with pytest.raises(ValueError, match=f"{given}.*; these data give .*Give the data that it beg"):
+        run("--size=small", f"--data_folder={moved}", *options)
 
 
 def test_a_folder_of_images_with_sets_alone_and_a_broken_image(tmp_path, capsys):
