@@ -23,56 +23,60 @@ __all__ = ["GOES_ON", "GROUPS", "HelpFormatter", "main", "status_of"]
 
 GOES_ON = "the same command goes on where it was"  # said of what may be interrupted
 
-# module: its subcommands with one line of help each
-GROUPS: dict[str, dict[str, str]] = {
-    "score": {
-        "cosine": "cosine scores of a trial list",
-        "normalize": "cosine scores normalised against a cohort (AS-norm and others)",
-        "calibrate": "fit a calibration to log-likelihood ratios on development scores",
-        "apply": "apply a calibration to other scores",
-        "score": "cosine, AS-norm and calibrated scores of several lists, with tables",
-        "report": "compare systems: HTML page, plots, JSON and operating point",
+# as `qmargin --help` lists them: heading, module, its subcommands with one line of help each
+_LISTED: dict[str, dict[str, dict[str, str]]] = {
+    "prepare data": {
+        "trials": {"trials": "make trial lists from your own recordings or images"},
+        "faces": {"align": "align photographs of faces by five landmarks"},
     },
-    "evaluate": {
-        "breakdown": "error rates by groups: gender, language, duration, session",
-        "fuse": "fuse several systems' scores into one log-likelihood ratio",
-        "watchlist": "1:N search: rank curve, and FPIR and FNIR of watch lists",
-        "bayes": "normalised Bayes error of log-likelihood ratios over priors",
-        "quality": "a quality measure for calibration: the mean cohort score",
-        "plda": "PLDA scores of a trial list",
+    "use an encoder": {
+        "encoder": {
+            "extract": "embed recordings or face images with a trained encoder",
+            "export": "write an encoder for SpeechBrain, ONNX and other toolkits",
+            "pairs": "face pair sets, such as LFW: accuracy over ten folds, TAR@FAR",
+        }
     },
-    "encoder": {
-        "extract": "embed recordings or face images with a trained encoder",
-        "export": "write an encoder for SpeechBrain, ONNX and other toolkits",
-        "pairs": "face pair sets, such as LFW: accuracy over ten folds, TAR@FAR",
+    "decide about people": {
+        "people": {
+            "threshold": "choose and measure an encoder's threshold on your own people",
+            "enrol": "enrol a person from recordings or face images",
+            "verify": "accept or reject a claim to be an enrolled person",
+            "identify": "search the enrolled people for the person in a recording or image",
+            "people": "list, export or erase enrolments",
+            "serve": "enrol and verify over HTTP, with a demonstration page",
+        }
     },
-    "people": {
-        "threshold": "choose and measure an encoder's threshold on your own people",
-        "enrol": "enrol a person from recordings or face images",
-        "verify": "accept or reject a claim to be an enrolled person",
-        "identify": "search the enrolled people for the person in a recording or image",
-        "people": "list, export or erase enrolments",
-        "serve": "enrol and verify over HTTP, with a demonstration page",
+    "score trials and report": {
+        "score": {
+            "cosine": "cosine scores of a trial list",
+            "normalize": "cosine scores normalised against a cohort (AS-norm and others)",
+            "calibrate": "fit a calibration to log-likelihood ratios on development scores",
+            "apply": "apply a calibration to other scores",
+            "score": "cosine, AS-norm and calibrated scores of several lists, with tables",
+            "report": "compare systems: HTML page, plots, JSON and operating point",
+        }
     },
-    "trials": {"trials": "make trial lists from your own recordings or images"},
-    "faces": {"align": "align photographs of faces by five landmarks"},
+    "evaluate further": {
+        "evaluate": {
+            "breakdown": "error rates by groups: gender, language, duration, session",
+            "fuse": "fuse several systems' scores into one log-likelihood ratio",
+            "watchlist": "1:N search: rank curve, and FPIR and FNIR of watch lists",
+            "bayes": "normalised Bayes error of log-likelihood ratios over priors",
+            "quality": "a quality measure for calibration: the mean cohort score",
+            "plda": "PLDA scores of a trial list",
+        }
+    },
 }
-# how `qmargin --help` lists them
-_HEADINGS = {
-    "prepare data": ("trials", "faces"),
-    "use an encoder": ("encoder",),
-    "decide about people": ("people",),
-    "score trials and report": ("score",),
-    "evaluate further": ("evaluate",),
-}
+# module: its subcommands
+GROUPS = {module: texts for modules in _LISTED.values() for module, texts in modules.items()}
 
 
 def _listing() -> str:
     lines = ["`qmargin COMMAND --help` explains a command, with an example."]
-    for heading, modules in _HEADINGS.items():
+    for heading, modules in _LISTED.items():
         lines += ["", f"{heading}:"]
-        for module in modules:
-            lines += [f"  {name:<10} {text}" for name, text in GROUPS[module].items()]
+        for texts in modules.values():
+            lines += [f"  {name:<10} {text}" for name, text in texts.items()]
     return "\n".join(lines)
 
 
