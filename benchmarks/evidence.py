@@ -21,19 +21,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
-from compare_losses import (
-    FIGURES,
-    difference,
-    difference_cells,
-    figure_cells,
-    figures_of,
-    folded_accuracy,
-    markdown,
-    recipe_options,
-    scored,
-    spread,
-    train_all,
-)
 from evidence_runs import (
     BY_FIGURES,
     COUNTS,
@@ -55,6 +42,19 @@ from evidence_runs import (
     words,
     write_face_lists,
     write_speech_lists,
+)
+from recipe_runs import (
+    FIGURES,
+    difference,
+    difference_cells,
+    figure_cells,
+    figures_of,
+    folded_accuracy,
+    markdown,
+    recipe_options,
+    scored,
+    spread,
+    train_all,
 )
 from tqdm import tqdm
 

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from partial_fc import sampled
 from torch import Tensor, nn
 
 from speechbrain_qmargin import CosFaceLoss, QMarginHead, QMarginLoss, RowSparseSGD, q_margin_loss
@@ -280,20 +281,16 @@ class DenseArcFaceTF32(DenseArcFace):
 
 
 class PartialFC(Dense):
-    """Rate 0.1: the positives and random negatives. Not exact."""
+    """The same on a sample of the classes."""
 
     def __init__(self, classes: int, dim: int, device: torch.device) -> None:
         super().__init__(classes, dim, device)
         self.momentum = torch.zeros_like(self.weight)
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        classes = len(self.weight)
-        draw = torch.rand(classes, device=x.device)
-        draw[labels] = 2.0
-        count = max(classes // 10, len(labels))
-        self.rows = draw.topk(count, sorted=False).indices.sort().values
-        whole, self.weight = self.weight, self.weight.detach()[self.rows].requires_grad_()
-        loss = super().loss(x, torch.searchsorted(self.rows, labels))
+        whole = self.weight
+        self.rows, self.weight, labels = sampled(whole, labels)
+        loss = super().loss(x, labels)
         self.part, self.weight = self.weight, whole
         return loss
 

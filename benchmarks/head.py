@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from partial_fc import sampled
 
 from speechbrain_qmargin.head import QMarginHead, RowSparseSGD
 from speechbrain_qmargin.head.prototypes import int8_product
@@ -174,19 +175,12 @@ class SpeechBrainAAM(LeanCosFace):
 
 
 class PartialFC(LeanCosFace):
-    """Partial FC at rate 0.1: the positives and random negatives; CosFace on them. Not exact."""
+    """CosFace on a sample of the classes."""
 
     def step(self, x, labels):
-        classes = self.weight.shape[0]
-        count = max(classes // 10, len(labels))
-        draw = torch.rand(classes)
-        draw[labels] = 2.0
-        rows = draw.topk(count, sorted=False).indices.sort().values
         whole = self.weight
-        with torch.no_grad():
-            self.weight = whole.index_select(0, rows)
-        self.weight.requires_grad_()
-        loss = self.loss(x, torch.searchsorted(rows, labels))
+        rows, self.weight, labels = sampled(whole, labels)
+        loss = self.loss(x, labels)
         loss.backward()
         assert self.weight.grad is not None
         with torch.no_grad():

@@ -16,8 +16,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from compare_losses import recipe_options, spread, train_all
 from matplotlib.figure import Figure
+from recipe_runs import markdown, recipe_options, spread, train_all
 
 from speechbrain_qmargin import hard_margin
 from speechbrain_qmargin.files import write_text
@@ -38,15 +38,14 @@ def run(args, options: list[str]) -> None:
         )
     train_all("speech", runs, options, args.jobs)
     planes, _ = read_plane(args.output)
-    heads = ["alpha", "s", "m", "hard margin", *FIGURES]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = []
     for point in points:
         cells = [f"{value:g}" for value in point] + [f"{hard_margin(*point):.2f}"]
-        cells += [spread(planes[figure][point]) for figure in FIGURES.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *by_hard_margin(planes)]
-    write_text(args.output / "plane.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+        lines.append([*cells, *(spread(planes[figure][point]) for figure in FIGURES.values())])
+    text = markdown(["alpha", "s", "m", "hard margin", *FIGURES], lines)
+    text += "\n" + by_hard_margin(planes)
+    write_text(args.output / "plane.md", text)
+    print(text, end="")
     draw_plane(planes, args.margins, args.output / "plane.png")
 
 
@@ -66,10 +65,9 @@ def read_plane(folder: Path) -> tuple[dict, int]:
     return planes, classes.pop()
 
 
-def by_hard_margin(planes: dict) -> list[str]:
+def by_hard_margin(planes: dict) -> str:
     """The points by their hard margin: mean and standard error of each range."""
-    heads = ["hard margin", "points", *FIGURES]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = []
     for low, high in itertools.pairwise([0, 0.4, 1, 2, np.inf]):
         points = [p for p in next(iter(planes.values())) if low <= hard_margin(*p) < high]
         cells = [f"{low:g} to {high:g}", str(len(points))]
@@ -80,8 +78,8 @@ def by_hard_margin(planes: dict) -> list[str]:
                 cells.append(f"{np.mean(values):.2f} ± {error:.2f}")
             else:
                 cells.append("")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    return markdown(["hard margin", "points", *FIGURES], lines)
 
 
 def best_of(figure: Measure, values) -> float:

@@ -4,12 +4,12 @@ import itertools
 import json
 from pathlib import Path
 
-import compare_losses
 import evidence
 import evidence_page
 import evidence_runs
 import numpy as np
 import pytest
+import recipe_runs
 from evidence_runs import SECOND_SETTINGS, STAGES, SYSTEMS, settings_of
 
 from speechbrain_qmargin.embeddings import save_embeddings
@@ -225,20 +225,20 @@ def test_old_and_new_settings_compete(people, tmp_path):
     assert {"--seed=2", "--loss=qmargin", "--scale=16", "--alpha_initial=1.05"} < set(given)
     long = STAGES["second_long"].runs(data, tmp_path, list(SYSTEMS))
     assert [*long] == [(system, seed) for seed in range(3) for system in THREE]
-    given = compare_losses.last_of_each(long["qmargin", 2][0])
+    given = recipe_runs.last_of_each(long["qmargin", 2][0])
     CommandLine.of(["hparams.yaml", *given])  # takes no option twice
     assert {"--number_of_epochs=30", "--alpha_until_epoch=20"} < set(given)
 
 
 def test_a_run_with_other_options_is_not_taken_for_the_one_asked_for(tmp_path, monkeypatch):
     """It would be in the table as if it had been trained so."""
-    monkeypatch.setattr(compare_losses.subprocess, "run", pytest.fail)  # nothing is trained
+    monkeypatch.setattr(recipe_runs.subprocess, "run", pytest.fail)  # nothing is trained
     done = {"settings": {"lr": 0.1, "number_of_epochs": 12, "margin": None, "loss": "arcface"}}
     (tmp_path / "results.json").write_text(json.dumps(done))
     same = ["--loss=arcface", "--lr", "0.10", "--margin=null", "--device=cpu"]
-    assert compare_losses.train("speech", same, tmp_path) == done
+    assert recipe_runs.train("speech", same, tmp_path) == done
     with pytest.raises(ValueError, match=r"otherwise: --number_of_epochs=30 \(12 there\)"):
-        compare_losses.train("speech", [*same, "--number_of_epochs=30"], tmp_path)
+        recipe_runs.train("speech", [*same, "--number_of_epochs=30"], tmp_path)
 
 
 def test_prototypes_start_short_in_the_third_look_alone(people, tmp_path):
@@ -248,7 +248,7 @@ def test_prototypes_start_short_in_the_third_look_alone(people, tmp_path):
     first, third = (STAGES[name].runs(data, tmp_path, THREE) for name in ("speech", "third"))
     for runs, std in ((first, "null"), (third, "0.01")):
         for given, _ in runs.values():
-            given = compare_losses.last_of_each(given)
+            given = recipe_runs.last_of_each(given)
             CommandLine.of(["hparams.yaml", *given])
             assert f"--prototype_std={std}" in given
     assert [*third] == [(system, seed) for seed in range(5) for system in THREE]
