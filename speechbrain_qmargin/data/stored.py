@@ -114,7 +114,7 @@ class StoredFaces:
         """
         digest = hashlib.sha256()
         for column in self.places():
-            digest.update(np.ascontiguousarray(column))
+            digest.update(np.ascontiguousarray(column).data)
         for row in np.unique(np.linspace(0, len(self) - 1, 16).astype(int)):
             with suppress(OSError, ValueError):
                 image, label = self.image(int(row))

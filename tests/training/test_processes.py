@@ -1,5 +1,6 @@
 """The processes of a run: how they part, and what one of them keeps of all."""
 
+import os
 import pickle
 
 import numpy as np
@@ -7,10 +8,12 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from processes import free_port, start
 from ranks import on_ranks
 from scripts import ROOT, load
 
 from speechbrain_qmargin.files import replacing
+from speechbrain_qmargin.head import QMarginHead
 from speechbrain_qmargin.training import internals
 from speechbrain_qmargin.training import processes as module
 from speechbrain_qmargin.training.brain import VerificationBrain
@@ -33,6 +36,33 @@ def test_after_an_error_nobody_waits_for_the_others(monkeypatch, backend):
     with module.processes({}):
         pass
     assert ended[-1] == backend  # at the end of a run
+
+
+def goes_wrong_in_a_loss(rank, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def work():
+        options = {"distributed_launch": True, "distributed_backend": "gloo", "device": "cpu"}
+        with module.processes(options):
+            head = QMarginHead(4, 20)
+            for step in range(3):
+                head(torch.randn(2, 4), torch.arange(2)).backward()
+                if rank and step:
+                    raise ZeroDivisionError
+
+    if rank:
+        with pytest.raises(ZeroDivisionError):
+            work()
+    else:
+        with pytest.raises(RuntimeError, match="Connection closed by peer"):
+            work()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_the_others_in_their_collective():
+    """Not at the end of the time-out, which is half an hour."""
+    start(goes_wrong_in_a_loss, free_port(), number=2)
 
 
 def test_processes_of_several_machines_may_have_the_same_number(tmp_path):
