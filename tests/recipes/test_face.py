@@ -130,7 +130,9 @@ def records(tmp_path):
 def test_records_by_their_folder_and_one_set_without_brackets(records, tmp_path, monkeypatch):
     opened, init = [], FaceRecords.__init__
     monkeypatch.setattr(
-        FaceRecords, "__init__", lambda self, path: opened.append(path) or init(self, path)
+        FaceRecords,
+        "__init__",
+        lambda self, path, **given: opened.append(path) or init(self, path, **given),
     )
     content = (records / "train.rec").read_bytes()
     (records / "train.rec").write_bytes(content.replace(FACES[1][2], b"x" * len(FACES[1][2])))
