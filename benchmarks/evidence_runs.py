@@ -253,14 +253,20 @@ def tuned(out: Path, stage: str, systems: Iterable[str]) -> dict[str, list[str]]
     }
 
 
+def winners(out: Path, stage: str, systems: Iterable[str]) -> dict[str, list[str]]:
+    """The same of those systems that a stage with settings of its own tunes."""
+    return tuned(out, stage, [one for one in systems if one in OWN_SETTINGS[stage]])
+
+
 def over_seeds(
     folder: Path, base: list[str], systems: dict[str, list[str]], seeds: Iterable[int] = SEEDS
 ) -> Runs:
     """Each system with each seed; the seeds are the outer loop."""
-    return {
-        (system, seed): ([*base, f"--seed={seed}", *given], folder / f"{system}_{seed}")
-        for seed, (system, given) in itertools.product(seeds, systems.items())
-    }
+    runs = {}
+    for seed, (system, given) in itertools.product(seeds, systems.items()):
+        name = system.replace(", ", "_").replace(" ", "_")
+        runs[system, seed] = ([*base, f"--seed={seed}", *given], folder / f"{name}_{seed}")
+    return runs
 
 
 # -- speech -------------------------------------------------------------------
@@ -373,27 +379,27 @@ def others(data: Path, out: Path, systems: list[str]) -> Runs:
 
 def resnet(data: Path, out: Path, systems: list[str]) -> Runs:
     """Another encoder with the settings that the first one's third tuning chose."""
-    found = tuned(out, "third_tune", [one for one in systems if one in THIRD_SETTINGS])
+    found = winners(out, "third_tune", systems)
     return over_seeds(out / "resnet", [*three_lists(data, out, RESNET), *SHORT, *PLAIN], found)
 
 
 def resnet_norm(data: Path, out: Path, systems: list[str]) -> Runs:
     """The same with a batch normalisation of the embedding, on the speakers of the third test."""
-    found = tuned(out, "third_tune", [one for one in systems if one in THIRD_SETTINGS])
-    base = [*people_held_out(data, out, "third", RESNET), *SHORT, *NORMALISED]
-    return over_seeds(out / "resnet_norm", base, found)
+    base = normalised_resnet(data, out, "third")
+    return over_seeds(out / "resnet_norm", base, winners(out, "third_tune", systems))
+
+
+def normalised_resnet(data: Path, out: Path, name: str) -> list[str]:
+    return [*people_held_out(data, out, name, RESNET), *SHORT, *NORMALISED]
 
 
 def resnet_tune(data: Path, out: Path, systems: list[str]) -> Runs:
     """The settings of that encoder's own."""
-    base = [*people_held_out(data, out, "tune", RESNET), *SHORT, *NORMALISED]
-    return tuning(out, "resnet_tune", base, systems)
+    return tuning(out, "resnet_tune", normalised_resnet(data, out, "tune"), systems)
 
 
 def resnet_own(data: Path, out: Path, systems: list[str]) -> Runs:
-    known = OWN_SETTINGS["resnet_tune"]
-    found = tuned(out, "resnet_tune", [one for one in systems if one in known])
-    base = [*people_held_out(data, out, "third", RESNET), *SHORT, *NORMALISED]
+    base, found = normalised_resnet(data, out, "third"), winners(out, "resnet_tune", systems)
     return over_seeds(out / "resnet_own", base, found, range(3))
 
 
@@ -459,38 +465,26 @@ def schedules(data: Path, out: Path, _: list[str]) -> Runs:
     ways = {name: [*given, *rising] for name, given in found.items()}
     ways = {f"{name}, {RISING}": given for name, given in ways.items()}
     ways |= {
-        "qmargin, alpha from 2": [*found[PRIMARY], "--alpha_initial=2", "--alpha_until_epoch=8"],
+        "qmargin, alpha from 2": options(PRIMARY, setting | FALLING_ALPHA),
         "qmargin, hard margin 0.9": wider,
-        f"qmargin, alpha from {below:g}": [
-            *found[PRIMARY],
-            f"--alpha_initial={below:g}",
-            "--alpha_until_epoch=8",
-        ],
+        f"qmargin, alpha from {below:g}": options(
+            PRIMARY, setting | RISING_ALPHA | {"alpha_initial": below}
+        ),
     }
-    base = three_lists(data, out)
-    return {
-        (name, seed): (
-            [*base, *way, f"--seed={seed}"],
-            out / "schedules" / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}",
-        )
-        for seed, (name, way) in itertools.product(range(3), ways.items())
-    }
-
-
-def second_winners(out: Path, systems: list[str]) -> dict[str, list[str]]:
-    return tuned(out, "second_tune", [one for one in systems if one in SECOND_SETTINGS])
+    return over_seeds(out / "schedules", three_lists(data, out), ways, range(3))
 
 
 def second(data: Path, out: Path, systems: list[str]) -> Runs:
     """The same comparison on speakers who have tuned nothing and were in no test list."""
     base = people_held_out(data, out, "second")
-    return over_seeds(out / "second", base, second_winners(out, systems))
+    return over_seeds(out / "second", base, winners(out, "second_tune", systems))
 
 
 def second_long(data: Path, out: Path, systems: list[str]) -> Runs:
     """30 epochs instead of 12; an alpha that changes is its own after 20 instead of 8."""
     longer = ["--number_of_epochs=30", "--alpha_until_epoch=20"]
-    found = {name: [*given, *longer] for name, given in second_winners(out, systems).items()}
+    found = winners(out, "second_tune", systems)
+    found = {name: [*given, *longer] for name, given in found.items()}
     base = people_held_out(data, out, "second")
     return over_seeds(out / "second_long", base, found, range(3))
 
@@ -516,7 +510,7 @@ def third_others(data: Path, out: Path, systems: list[str]) -> Runs:
     """Other losses beside the runs of the third test; Q-Margin's kin at its setting."""
     found = {}
     for stage in ("third_tune", "third_others_tune"):
-        found |= tuned(out, stage, [one for one in systems if one in OWN_SETTINGS[stage]])
+        found |= winners(out, stage, systems)
     if (setting := chosen(out, "third_tune", PRIMARY)) is not None:
         kin = [one for one in systems if one in ("qmargin_norm", "a3m")]
         found |= {system: options(system, setting) for system in kin}
@@ -535,13 +529,8 @@ def third_alpha(data: Path, out: Path, systems: list[str]) -> Runs:
         f"{PRIMARY}, alpha from 2": setting | FALLING_ALPHA,
     }
     found = {name: options(PRIMARY, way) for name, way in ways.items()}
-    runs = over_seeds(
-        out / "third", [*people_held_out(data, out, "third"), *SHORT], found, range(3)
-    )
-    return {
-        key: (given, folder.with_name(folder.name.replace(", ", "_").replace(" ", "_")))
-        for key, (given, folder) in runs.items()
-    }
+    base = [*people_held_out(data, out, "third"), *SHORT]
+    return over_seeds(out / "third", base, found, range(3))
 
 
 # -- faces --------------------------------------------------------------------
@@ -635,8 +624,7 @@ def third_faces_tune(data: Path, out: Path, systems: list[str]) -> Runs:
 
 
 def third_faces(data: Path, out: Path, systems: list[str]) -> Runs:
-    known = OWN_SETTINGS["third_faces_tune"]
-    found = tuned(out, "third_faces_tune", [one for one in systems if one in known])
+    found = winners(out, "third_faces_tune", systems)
     runs = over_seeds(out / "third_faces", third_face_options(out, "faces_test"), found)
     return {("iresnet, 4+ images, short", *key): run for key, run in runs.items()}
 
@@ -647,7 +635,7 @@ def third_faces_tail(data: Path, out: Path, systems: list[str]) -> Runs:
     All at the settings of the test; the prior at Q-Margin's.
     """
     stage, runs = "third_faces_tune", {}
-    found = tuned(out, stage, [one for one in systems if one in OWN_SETTINGS[stage]])
+    found = winners(out, stage, systems)
     if "qmargin_prior" in systems and (setting := chosen(out, stage, PRIMARY)) is not None:
         found["qmargin_prior"] = options("qmargin_prior", setting)
     for (model, tail), names in TAILED.items():
